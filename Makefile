@@ -1,0 +1,97 @@
+# Everything a person needs, from a fresh clone: `make demo`, `make test`.
+#   ACCELERATOR=cpu|cuda12|cuda13|tpu   the JAX build (default: the one that .venv holds, else cpu)
+#   PYTHON=python3.12                   the Python that makes .venv (3.11 or newer)
+#   ARGS="--seed 1"                     more arguments for demo, bench and test
+
+VENV := .venv
+PEER := .venv-peer
+PYTHON ?= python3
+ACCELERATOR ?= $(shell cat $(VENV)/accelerator 2>/dev/null || echo cpu)
+ARGS ?=
+
+BIN := $(VENV)/bin
+# -qq: errors only
+PIP_INSTALL := -m pip install -qq --disable-pip-version-check
+# One stamp for what runs the package, one for what tests it; an older pyproject.toml leaves both alone.
+INSTALLED := $(VENV)/installed-$(ACCELERATOR)
+TESTABLE := $(VENV)/testable-$(ACCELERATOR)
+EXTRA_cpu :=
+EXTRA_cuda12 := [cuda12]
+EXTRA_cuda13 := [cuda13]
+EXTRA_tpu := [tpu]
+
+ifeq ($(filter $(ACCELERATOR),cpu cuda12 cuda13 tpu),)
+$(error ACCELERATOR=$(ACCELERATOR) is not known: use cpu, cuda12, cuda13 or tpu)
+endif
+
+.DELETE_ON_ERROR:
+.PHONY: help demo install test lint format notebook peer bench wheel clean
+
+help:
+	@echo "make demo      set up and train a small DeepSeek from raw text to answers (runs/demo/)"
+	@echo "make test      set up and run all tests"
+	@echo "make lint      ruff and pyright          make format    let ruff rewrite the files"
+	@echo "make notebook  execute the notebooks     make wheel     build the wheel and try it in an empty venv"
+	@echo "make bench     speed, beside transformers (make peer: set it up in $(PEER))"
+	@echo "make clean     remove caches, builds and both venvs; runs/ stays"
+	@echo "ACCELERATOR=cpu|cuda12|cuda13|tpu picks the JAX build, PYTHON=... the Python"
+
+demo: $(INSTALLED)
+	@$(BIN)/deepseek-jax demo $(ARGS)
+
+install: $(TESTABLE)
+
+test: $(TESTABLE)
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(TESTABLE)
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/pyright --warnings
+
+format: $(TESTABLE)
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+
+notebook: $(TESTABLE)
+	@JAX_PLATFORMS=cpu $(BIN)/jupyter-execute --timeout=600 notebooks/*.ipynb
+
+wheel: $(TESTABLE)
+	@bash scripts/check_wheel.sh $(BIN)/python
+
+peer: $(PEER)/installed
+
+bench: $(INSTALLED) $(PEER)/installed
+	@$(BIN)/python -m deepseek_kernels.bench
+	@$(BIN)/deepseek-jax bench --peer-python $(PEER)/bin/python $(ARGS)
+
+clean:
+	@rm -rf $(VENV) $(PEER) build dist .cache .pytest_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
+
+# A venv holds one JAX build: asking for another accelerator makes it anew.
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "deepseek-jax needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) -V 2>&1)." \
+	       "Name another: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@test "$$(cat $(VENV)/accelerator 2>/dev/null)" = "$(ACCELERATOR)" || { \
+	  echo "making $(VENV) ($$($(PYTHON) -V), $(ACCELERATOR)) ..."; \
+	  $(PYTHON) -m venv --clear $(VENV) || { \
+	    echo "'$(PYTHON) -m venv' failed: on Debian and Ubuntu install the package python3-venv." >&2; exit 1; }; \
+	  echo $(ACCELERATOR) > $(VENV)/accelerator; }
+	@echo "installing deepseek-jax$(EXTRA_$(ACCELERATOR)) and what it needs into $(VENV) (a few minutes the first time) ..."
+	@$(BIN)/python $(PIP_INSTALL) --editable '.$(EXTRA_$(ACCELERATOR))'
+	@touch $@
+
+$(TESTABLE): $(INSTALLED)
+	@echo "installing what the tests need into $(VENV) ..."
+	@$(BIN)/python $(PIP_INSTALL) --editable '.[test$(addprefix $(comma),$(filter-out cpu,$(ACCELERATOR)))]'
+	@touch $@
+
+comma := ,
+
+$(PEER)/installed: scripts/peer_requirements.txt
+	@echo "installing transformers and torch into $(PEER) ..."
+	@$(PYTHON) -m venv --clear $(PEER)
+	@$(PEER)/bin/python $(PIP_INSTALL) --requirement scripts/peer_requirements.txt
+	@touch $@

@@ -1,0 +1,226 @@
+"""Find, check and read the checkpoints of a run; nothing in this module writes.
+
+A checkpoint is the folder `<directory>/<step>`; Orbax writes it under another name and renames it when complete:
+
+    state/           the arrays, one for each leaf of the state, named by their path in the pytree
+    loader/, meta/   JSON: where the data loader stands; the model's configuration, format version, stage
+    inventory.json   the size of every file and the shape and dtype of every array, written just before the rename
+
+Without the inventory, lost files would show only as a storm of errors out of the middle of a read.
+"""
+
+import json
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+INVENTORY = "inventory.json"
+FORMAT_VERSION = 1
+_LISTED = 5  # differences that an error message spells out
+
+LeafPath = tuple[str, ...]
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint folder whose files are missing, cut short or corrupt."""
+
+
+def checkpoint_steps(directory: Path) -> list[int]:
+    """The committed steps in `directory`, oldest first; unfinished ones carry another name and are not listed."""
+    if not directory.is_dir():
+        return []
+    return sorted(int(entry.name) for entry in directory.iterdir() if entry.name.isdecimal())
+
+
+def named_leaves(tree: Any) -> dict[LeafPath, Any]:
+    """The leaves of a pytree by path. A dataclass field, a dict key and an attribute of one name are the same,
+    so that a dict of two fields can read a part of what a dataclass wrote."""
+    pairs = jax.tree_util.tree_flatten_with_path(tree)[0]
+    named = {tuple(jax.tree_util.keystr((key,), simple=True) for key in path): leaf for path, leaf in pairs}
+    assert len(named) == len(pairs), "two leaves of the state have the same path"
+    return named
+
+
+def nest(named: Mapping[LeafPath, Any]) -> dict[str, Any]:
+    """Nested dicts out of leaves by path: the form in which Orbax stores a state."""
+    tree: dict[str, Any] = {}
+    for path, leaf in named.items():
+        folder = tree
+        for key in path[:-1]:
+            folder = folder.setdefault(key, {})
+        folder[path[-1]] = leaf
+    return tree
+
+
+def describe_arrays(named: Mapping[LeafPath, Any]) -> dict[str, list[Any]]:
+    """{name: [shape, dtype]} as the inventory holds it."""
+    return {"/".join(path): [list(leaf.shape), str(leaf.dtype)] for path, leaf in named.items()}
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Bytes of every file in the items of a checkpoint. Orbax's own marks beside them may change later."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.parent != folder)
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+
+def read_inventory(folder: Path) -> dict[str, Any]:
+    """The inventory of an intact checkpoint.
+
+    Raises:
+        DamagedCheckpoint: naming the folder and the file that is missing or has another size than it was written with.
+    """
+    try:
+        inventory = json.loads((folder / INVENTORY).read_text())
+    except (FileNotFoundError, json.JSONDecodeError) as error:
+        raise DamagedCheckpoint(f"checkpoint {folder} is damaged: {INVENTORY} is missing or cut short") from error
+    found = file_sizes(folder)
+    for name, size in inventory["files"].items():
+        if found.get(name) != size:
+            state = f"has {found[name]} bytes instead of {size}" if name in found else "is missing"
+            raise DamagedCheckpoint(f"checkpoint {folder} is damaged: {name} {state}")
+    return inventory
+
+
+def read_json(folder: Path, item: str) -> dict[str, Any]:
+    """The JSON item (`loader` or `meta`) of an intact checkpoint."""
+    content = json.loads((folder / item / "metadata").read_text())
+    if item == "meta" and content["format"] != FORMAT_VERSION:
+        raise ValueError(
+            f"checkpoint {folder} has format version {content['format']}; this program reads {FORMAT_VERSION}"
+        )
+    return content
+
+
+def newest_intact[T](directory: Path, read: Callable[[Path], T]) -> tuple[int, T, list[int]]:
+    """`read` the newest checkpoint that is not damaged -> (step, what was read, the damaged steps passed over).
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        DamagedCheckpoint: there are some, but all are damaged.
+    """
+    steps = checkpoint_steps(directory)
+    if not steps:
+        raise FileNotFoundError(f"no checkpoint in {directory}")
+    damaged: list[DamagedCheckpoint] = []
+    for step in reversed(steps):
+        try:
+            content = read(directory / str(step))
+        except DamagedCheckpoint as error:
+            damaged.append(error)
+            continue
+        for error in damaged:
+            warnings.warn(f"{error}; step {step} is used instead", stacklevel=3)
+        return step, content, steps[len(steps) - len(damaged) :]
+    raise DamagedCheckpoint(
+        f"every checkpoint in {directory} is damaged; move the folder away to begin again. "
+        + "; ".join(str(error) for error in damaged)
+    )
+
+
+def check_same_model(folder: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """ValueError naming the fields in which two `meta["model"]` differ; silent where one of them has none."""
+    if "model" not in saved or "model" not in wanted:
+        return
+    here, there = json.loads(json.dumps(wanted["model"])), saved["model"]
+    absent = "(absent)"
+    _refuse(
+        f"checkpoint {folder} is of another model",
+        [
+            f"{name} is {there.get(name, absent)!r} there and {here.get(name, absent)!r} here"
+            for name in sorted(here.keys() | there.keys())
+            if here.get(name, absent) != there.get(name, absent)
+        ],
+    )
+
+
+def check_same_arrays(
+    folder: Path, saved: Mapping[str, list[Any]], wanted: Mapping[str, list[Any]], *, part: bool
+) -> None:
+    """ValueError naming the arrays that differ. Orbax itself would cut, pad and cast without a word.
+
+    With `part` the checkpoint may hold more than is wanted, and the wanted dtype may differ: it is a request to cast.
+    """
+    differences = [f"{name} is missing there" for name in wanted if name not in saved]
+    if not part:
+        differences += [f"{name} is unknown here" for name in saved if name not in wanted]
+    for name, (shape, dtype) in wanted.items():
+        if name in saved and (saved[name][0] != shape or (saved[name][1] != dtype and not part)):
+            there = f"{saved[name][1]}{saved[name][0]}"
+            differences.append(f"{name} is {there} there and {dtype}{shape} here")
+    _refuse(f"checkpoint {folder} does not fit this state", differences)
+
+
+def _refuse(what: str, differences: list[str]) -> None:
+    if differences:
+        more = f"; and {len(differences) - _LISTED} more" if len(differences) > _LISTED else ""
+        raise ValueError(f"{what}: " + "; ".join(differences[:_LISTED]) + more)
+
+
+def read_state(folder: Path, abstract: Any, *, part: bool = False) -> Any:
+    """Read the arrays of one checkpoint straight to their devices.
+
+    Args:
+        abstract: pytree of ShapeDtypeStruct. Each device reads its shard only; without a sharding an array goes to
+            the first device.
+        part: the checkpoint may hold more than `abstract` asks for, and arrays are cast to the dtype asked for.
+
+    Raises:
+        DamagedCheckpoint: a file is missing, cut short or fails its checksum.
+        ValueError: arrays are missing, unknown, or of another shape (or dtype).
+    """
+    named = named_leaves(abstract)
+    check_same_arrays(folder, read_inventory(folder)["arrays"], describe_arrays(named), part=part)
+    first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    placed = {
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or first)
+        for path, leaf in named.items()
+    }
+    item = nest(placed)
+    arguments = ocp.args.PyTreeRestore(
+        item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=part
+    )
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        try:
+            restored = checkpointer.restore(folder / "state", args=arguments)
+        except ValueError as error:  # how tensorstore reports all that it finds wrong with its files
+            if str(error).startswith(("DATA_LOSS", "NOT_FOUND", "FAILED_PRECONDITION", "INVALID_ARGUMENT")):
+                raise DamagedCheckpoint(f"checkpoint {folder} is damaged: {error}") from error
+            raise
+    arrays = named_leaves(restored)
+    return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[path] for path in named])
+
+
+def restore_params(directory: str | Path, abstract: Any, *, step: int | None = None) -> tuple[Any, dict[str, Any]]:
+    """Read a part of a training state, for inference: no optimiser state is built or read.
+
+    Args:
+        directory: the run's `checkpoints` folder.
+        abstract: pytree of ShapeDtypeStruct with the paths of the state that was saved, for example
+            `{"params": ..., "router_bias": ...}`. Each array comes with the dtype and sharding asked for here.
+        step: None takes the newest intact one, with a warning if a newer one is damaged.
+
+    Returns:
+        (pytree of arrays like `abstract`, meta).
+
+    Raises:
+        FileNotFoundError, DamagedCheckpoint, ValueError: see `read_state`.
+    """
+
+    def read(folder: Path) -> tuple[Any, dict[str, Any]]:
+        return read_state(folder, abstract, part=True), read_json(folder, "meta")
+
+    directory = Path(directory).absolute()
+    if step is None:
+        return newest_intact(directory, read)[1]
+    return read(existing(directory, step))
+
+
+def existing(directory: Path, step: int) -> Path:
+    """The folder of a step; FileNotFoundError naming the steps that there are."""
+    if step not in checkpoint_steps(directory):
+        raise FileNotFoundError(f"no checkpoint of step {step} in {directory}: {checkpoint_steps(directory) or 'none'}")
+    return directory / str(step)

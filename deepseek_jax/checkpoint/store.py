@@ -1,0 +1,244 @@
+"""Write checkpoints while training goes on, keep the newest and the best, and survive what can go wrong."""
+
+import errno
+import json
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, NoReturn, Self
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+from deepseek_jax.checkpoint import reading
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class CheckpointStore:
+    """The checkpoints of one run, for the process that trains it.
+
+    A save copies the arrays to the host, so that the next step may donate them, and is written by threads. It counts
+    once its folder has been renamed to the step's number; a process that dies earlier leaves nothing that looks whole.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        keep: int,
+        best_metric: str | None = None,
+        best_mode: Literal["max", "min"] = "max",
+    ) -> None:
+        """Args:
+            directory: made with the first save; a local or mounted path.
+            keep: how many of the newest checkpoints stay.
+            best_metric: the best by this metric stays as well; NaN is worse than any number.
+
+        Raises:
+            ValueError: `keep` < 1, another `best_mode`, or a URL for a directory.
+        """
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1, not {keep}")
+        if best_mode not in ("max", "min"):
+            raise ValueError(f"best_mode must be 'max' or 'min', not {best_mode!r}")
+        if "://" in str(directory):
+            raise ValueError(f"checkpoints go to a local or mounted folder, not to {directory}")
+        self.directory = Path(directory).absolute()
+        self._keep, self._best_metric, self._best_mode = keep, best_metric, best_mode
+        self._manager: ocp.CheckpointManager | None = None
+        self._pending: tuple[int, dict[str, list[Any]]] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        *,
+        loader: Mapping[str, Any],
+        meta: Mapping[str, Any],
+        metrics: Mapping[str, float] | None = None,
+        block: bool = False,
+    ) -> None:
+        """Commit state, loader position and metadata as one checkpoint.
+
+        Returns once the arrays are copied, or with `block` once all is on disk. The state may be donated then.
+
+        Raises:
+            OSError: no room for this save or the one before it; names the directory and the last good step.
+        """
+        self.wait()
+        named = reading.named_leaves(state)
+        self._pending = step, reading.describe_arrays(named)
+        items = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(reading.nest(named)),
+            loader=ocp.args.JsonSave(dict(loader)),
+            meta=ocp.args.JsonSave({**meta, "format": reading.FORMAT_VERSION}),
+        )
+        kept = {self._best_metric: float(metrics[self._best_metric])} if self._best_metric and metrics else None
+        try:
+            if self._manager is None:
+                self._manager = self._open_manager()
+            self._manager.save(step, args=items, metrics=kept, force=True)
+        except (OSError, ValueError, RuntimeError) as error:
+            self._fail(error)
+        if block:
+            self.wait()
+
+    def steps(self) -> list[int]:
+        """The committed steps on disk, oldest first."""
+        return reading.checkpoint_steps(self.directory)
+
+    def latest_step(self) -> int | None:
+        """The newest committed step, or None."""
+        return max(self.steps(), default=None)
+
+    def restore(
+        self, abstract_state: Any, step: int | None = None, *, meta: Mapping[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+        """Read a checkpoint onto any mesh -> (state, loader, meta).
+
+        Args:
+            abstract_state: pytree of ShapeDtypeStruct with the shardings wanted; they need not be the saved ones.
+            step: None takes the newest. A damaged one is then passed over with a warning that says which is used
+                instead, and renamed to `<step>.damaged-<time>`.
+            meta: what this run would save; its "model" is compared with the checkpoint's first.
+
+        Raises:
+            FileNotFoundError: no checkpoint, or not that step.
+            reading.DamagedCheckpoint: the step asked for, or every step, is damaged.
+            ValueError: of another model; names the fields, or else the arrays, that differ.
+        """
+
+        def read(folder: Path) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+            reading.read_inventory(folder)
+            saved = reading.read_json(folder, "meta")
+            reading.check_same_model(folder, saved, meta or {})
+            return reading.read_state(folder, abstract_state), reading.read_json(folder, "loader"), saved
+
+        if step is not None:
+            return read(reading.existing(self.directory, step))
+        _, content, damaged = reading.newest_intact(self.directory, read)
+        for number in damaged:  # out of the way of the save that will come to this step again
+            folder = self.directory / str(number)
+            folder.rename(folder.with_name(f"{number}.damaged-{time.time_ns()}"))
+        return content
+
+    def read_meta(self, step: int | None = None) -> dict[str, Any]:
+        """The metadata of a checkpoint, by default of the newest intact one; errors as in `restore`."""
+
+        def read(folder: Path) -> dict[str, Any]:
+            reading.read_inventory(folder)
+            return reading.read_json(folder, "meta")
+
+        if step is not None:
+            return read(reading.existing(self.directory, step))
+        return reading.newest_intact(self.directory, read)[1]
+
+    def wait(self) -> None:
+        """Block until the save in progress is on disk; raises what went wrong with it (see `save`)."""
+        if self._manager is None:
+            return
+        try:
+            self._manager.wait_until_finished()
+        except (OSError, ValueError, RuntimeError) as error:
+            self._fail(error)
+
+    def close(self) -> None:
+        """Finish the save in progress and end the threads; a second call does nothing."""
+        try:
+            self.wait()
+        finally:
+            if self._manager is not None:
+                manager, self._manager = self._manager, None
+                manager.close()
+
+    def _open_manager(self) -> ocp.CheckpointManager:
+        logging.getLogger("absl").addFilter(_raised_anyway)
+        keep = [LatestN(self._keep)]
+        if self._best_metric is not None:
+            keep.append(
+                BestN(
+                    get_metric_fn=self._score,
+                    reverse=self._best_mode == "min",
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=AnyPreservationPolicy(keep),
+            best_fn=self._score if self._best_metric is not None else None,
+            best_mode=self._best_mode,
+            cleanup_tmp_directories=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_inventory),
+        )
+        return ocp.CheckpointManager(self.directory, options=options)
+
+    def _score(self, metrics: Mapping[str, float]) -> float:
+        assert self._best_metric is not None
+        value = metrics[self._best_metric]
+        worst = -math.inf if self._best_mode == "max" else math.inf
+        return worst if math.isnan(value) else value
+
+    def _unfinished(self, step: int) -> Path:
+        return self.directory / f"{step}.orbax-checkpoint-tmp"
+
+    def _write_inventory(self) -> None:
+        """Called by Orbax's thread when all items are complete, before the folder gets its final name."""
+        assert self._pending is not None
+        step, arrays = self._pending
+        folder = self._unfinished(step)
+        if jax.process_index() == 0:
+            content = {"files": reading.file_sizes(folder), "arrays": arrays}
+            (folder / reading.INVENTORY).write_text(json.dumps(content))
+
+    def _fail(self, error: OSError | ValueError | RuntimeError) -> NoReturn:
+        """Say a full disk in one sentence and free what the unfinished save occupies; raise anything else as it is."""
+        number = _no_room(error)
+        if number is None:
+            raise error
+        assert self._pending is not None
+        step = self._pending[0]
+        manager, self._manager = self._manager, None
+        if manager is not None:
+            try:
+                manager.close()
+            except (OSError, ValueError, RuntimeError) as again:
+                if _no_room(again) is None:
+                    raise
+        shutil.rmtree(self._unfinished(step), ignore_errors=True)
+        safe = self.latest_step()
+        kept = "no checkpoint was saved before it" if safe is None else f"the checkpoint of step {safe} is safe"
+        raise OSError(
+            number, f"{os.strerror(number)}: the checkpoint of step {step} does not fit in {self.directory}; {kept}"
+        ) from error
+
+
+def _no_room(error: BaseException | None) -> int | None:
+    """The errno if a write failed for want of room. tensorstore raises ValueError with the system's words."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            return error.errno
+        for number in _NO_ROOM:
+            if os.strerror(number) in str(error):
+                return number
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _raised_anyway(record: logging.LogRecord) -> bool:
+    """Drop the tracebacks that Orbax's threads log for an error that `wait` raises in the main thread as well."""
+    return not (record.levelno >= logging.ERROR and f"{os.sep}orbax{os.sep}" in record.pathname)

@@ -1,0 +1,231 @@
+"""What a network is: one frozen dataclass for every DeepSeek and for the dense students.
+
+Field names are those of the released ``config.json`` files. Behaviour follows from the fields; no code asks for a
+model's name. Everything a user can get wrong is refused here, before anything compiles.
+"""
+
+import dataclasses
+import types
+import typing
+from typing import Any, Literal, Self
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the length that the model was trained on.
+
+    ``yarn`` is arXiv 2309.00071 as DeepSeek uses it (V2 section 3.1.4): frequencies between ``beta_fast`` and
+    ``beta_slow`` turns are blended with those divided by ``factor``, and the softmax scale is multiplied by
+    ``mscale(factor, mscale_all_dim)²``. ``llama3`` is the rule of Llama 3.1 with its two wavelength limits.
+    """
+
+    type: Literal["none", "yarn", "llama3"] = "none"
+    factor: float = 1.0
+    original_max_position_embeddings: int = 4096
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A DeepSeek network (V1, V2, V3/R1) or a dense student; the defaults are a small DeepSeek-V3.
+
+    Raises ValueError, naming field, value and what is allowed, for a combination that makes no sense.
+    """
+
+    vocab_size: int = 512
+    hidden_size: int = 128
+    num_hidden_layers: int = 4
+    intermediate_size: int = 384
+
+    attention: Literal["mla", "gqa"] = "mla"
+    num_attention_heads: int = 4
+    q_lora_rank: int = 64  # 0: queries are not compressed (V2-Lite)
+    kv_lora_rank: int = 32
+    qk_nope_head_dim: int = 32
+    qk_rope_head_dim: int = 16
+    v_head_dim: int = 32
+    num_key_value_heads: int = 4  # gqa only, as the next two
+    head_dim: int = 32
+    attention_bias: bool = False
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling = RopeScaling()
+    rope_interleave: bool = True  # pairs (0,1), (2,3), …; False: halves (0,R/2), … as in Llama
+    max_position_embeddings: int = 4096
+
+    n_routed_experts: int = 16  # 0: every layer is dense
+    n_shared_experts: int = 1
+    moe_intermediate_size: int = 96
+    num_experts_per_tok: int = 4
+    first_k_dense_replace: int = 1
+    scoring: Literal["softmax", "sigmoid"] = "sigmoid"
+    topk_method: Literal["greedy", "group_limited_greedy", "noaux_tc"] = "noaux_tc"
+    n_group: int = 4
+    topk_group: int = 2
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.0
+
+    num_nextn_predict_layers: int = 1
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.006
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Literal["none", "dots", "full"] = "none"
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        positive = ["vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads"]
+        positive += (
+            ["kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"]
+            if self.attention == "mla"
+            else ["num_key_value_heads", "head_dim"]
+        )
+        for name in positive:
+            _require(getattr(self, name) > 0, f"{name}={getattr(self, name)}: must be positive")
+        _require(self.rope_dim % 2 == 0, f"the rotary width {self.rope_dim} must be even")
+        if self.attention == "gqa":
+            _require(
+                self.num_attention_heads % self.num_key_value_heads == 0,
+                f"num_key_value_heads={self.num_key_value_heads} does not divide "
+                f"num_attention_heads={self.num_attention_heads}",
+            )
+        _require(
+            self.num_nextn_predict_layers in (0, 1),
+            f"num_nextn_predict_layers={self.num_nextn_predict_layers}: 0 or 1 (every released model has at most one)",
+        )
+        if self.n_routed_experts:
+            self._check_experts()
+        else:
+            _require(
+                self.first_k_dense_replace >= self.num_hidden_layers,
+                f"n_routed_experts=0 makes every layer dense, but first_k_dense_replace={self.first_k_dense_replace} "
+                f"is less than num_hidden_layers={self.num_hidden_layers}",
+            )
+
+    def _check_experts(self) -> None:
+        experts, groups, kept, top = (
+            self.n_routed_experts,
+            self.n_group,
+            self.topk_group,
+            self.num_experts_per_tok,
+        )
+        _require(self.moe_intermediate_size > 0, f"moe_intermediate_size={self.moe_intermediate_size}: must be positive")
+        _require(self.n_shared_experts >= 0, f"n_shared_experts={self.n_shared_experts}: must not be negative")
+        _require(
+            0 <= self.first_k_dense_replace <= self.num_hidden_layers,
+            f"first_k_dense_replace={self.first_k_dense_replace}: must lie in 0…num_hidden_layers="
+            f"{self.num_hidden_layers}",
+        )
+        _require(1 <= top <= experts, f"num_experts_per_tok={top}: must lie in 1…n_routed_experts={experts}")
+        if self.topk_method == "greedy":
+            return
+        _require(groups >= 1 and experts % groups == 0, f"n_group={groups} does not divide n_routed_experts={experts}")
+        _require(1 <= kept <= groups, f"topk_group={kept}: must lie in 1…n_group={groups}")
+        left = kept * experts // groups
+        _require(
+            top <= left,
+            f"num_experts_per_tok={top}, but topk_group={kept} of n_group={groups} leaves only {left} of "
+            f"n_routed_experts={experts}",
+        )
+        if self.topk_method == "noaux_tc":
+            _require(
+                experts // groups >= 2,
+                f"n_group={groups} leaves {experts // groups} expert a group; topk_method=noaux_tc scores a group by "
+                "its two best",
+            )
+
+    @property
+    def rope_dim(self) -> int:
+        """Width R of the rotated part of a head."""
+        return self.qk_rope_head_dim if self.attention == "mla" else self.head_dim
+
+    @property
+    def num_dense_layers(self) -> int:
+        return min(self.first_k_dense_replace, self.num_hidden_layers) if self.n_routed_experts else self.num_hidden_layers
+
+    @property
+    def num_moe_layers(self) -> int:
+        """MoE layers of the main model; an MTP module has one more."""
+        return self.num_hidden_layers - self.num_dense_layers
+
+    @property
+    def num_routers(self) -> int:
+        """Rows of the routing bias and of the load statistics: MoE layers, then the MTP module's."""
+        return (self.num_moe_layers + self.num_nextn_predict_layers) if self.n_routed_experts else 0
+
+    @property
+    def has_router_bias(self) -> bool:
+        return self.num_routers > 0 and self.topk_method == "noaux_tc"
+
+    @property
+    def cache_numbers_per_token_layer(self) -> int:
+        """Numbers kept per token and layer: C + R for MLA, two heads' widths per key-value head for GQA."""
+        if self.attention == "mla":
+            return self.kv_lora_rank + self.qk_rope_head_dim
+        return 2 * self.num_key_value_heads * self.head_dim
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The inverse of ``to_dict``; ValueError names an unknown field."""
+        return from_dict(cls, values)
+
+
+def from_dict(cls: type, values: dict[str, Any]) -> Any:
+    """Build a (nested) configuration dataclass from plain values, refusing unknown fields by name."""
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(set(values) - set(hints))
+    _require(not unknown, f"{cls.__name__} has no field {', '.join(unknown)}; it has {', '.join(hints)}")
+    built = {}
+    for name, value in values.items():
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+            value = from_dict(typing.cast(type, hint), value)
+        elif typing.get_origin(hint) is tuple and isinstance(value, list):
+            value = tuple(value)
+        built[name] = value
+    return cls(**built)
+
+
+def check_types(config: Any) -> None:
+    """Refuse a field whose value is not of its annotated type (an int is accepted where a float is asked for)."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        _require(
+            _is_a(value, hint),
+            f"{type(config).__name__}.{name}={value!r}: expected {_spell(hint)}, got {type(value).__name__}",
+        )
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return value in args and not isinstance(value, bool)
+    if origin in (types.UnionType, typing.Union):
+        return any(_is_a(value, arg) for arg in args)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_is_a(item, args[0]) for item in value)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _spell(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(repr, typing.get_args(hint)))
+    return getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)

@@ -1,0 +1,42 @@
+"""Fill in the middle: some documents are turned round so that the model learns to complete a hole."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from deepseek_jax.data.tokenizer import FIM_BEGIN, FIM_END, FIM_HOLE, Tokenizer
+
+
+@dataclass(frozen=True)
+class FimTokens:
+    """The ids of the three markers."""
+
+    begin: int
+    hole: int
+    end: int
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> "FimTokens":
+        return cls(
+            begin=tokenizer.token_id(FIM_BEGIN),
+            hole=tokenizer.token_id(FIM_HOLE),
+            end=tokenizer.token_id(FIM_END),
+        )
+
+
+def apply_fim(ids: Sequence[int], *, rng: np.random.Generator, rate: float, tokens: FimTokens) -> list[int]:
+    """With probability `rate`, reorders one document as prefix-suffix-middle (DeepSeek-V3, section 4.1):
+
+        <fim_begin> prefix <fim_hole> suffix <fim_end> middle
+
+    The two cuts are uniform over the document. `ids` is one document without BOS and EOS, which are added
+    afterwards. ValueError when `rate` is no probability.
+    """
+    if not 0.0 <= rate <= 1.0:
+        raise ValueError(f"rate={rate}: the share of documents must lie between 0 and 1")
+    ids = list(ids)
+    if rng.random() >= rate:
+        return ids
+    start, stop = sorted(rng.integers(0, len(ids) + 1, size=2).tolist())
+    return [tokens.begin, *ids[:start], tokens.hole, *ids[stop:], tokens.end, *ids[start:stop]]

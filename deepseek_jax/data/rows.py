@@ -1,0 +1,180 @@
+"""Rows on disk (ArrayRecord) and the loaders that give them as batches.
+
+A dataset is a folder with `rows.array_record` and `meta.json`. It appears under its name only when whole.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Unpack
+
+import grain
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from deepseek_jax.data.loader import BatchLoader, LoaderOptions
+from deepseek_jax.data.packing import Row, segment_positions
+from deepseek_jax.data.text import read_objects
+
+FORMAT = 1
+_ROWS = "rows.array_record"
+_META = "meta.json"
+_REQUIRED = ("vocab_size", "tokenizer_fingerprint")
+# What a record holds, field after field. Positions follow from the segments.
+_FIELDS = (("tokens", np.dtype("<u4")), ("segment_ids", np.dtype("<u2")), ("loss_mask", np.dtype("u1")))
+
+
+def write_rows(
+    path_dir: str | os.PathLike[str], rows: Iterable[Row], *, meta: dict[str, Any]
+) -> dict[str, Any]:
+    """Writes a dataset into the new folder `path_dir` and returns the content of its meta.json.
+
+    `meta` must hold `vocab_size` and `tokenizer_fingerprint`; what else it holds is kept. Added are `format`,
+    `seq_len`, `count`, `bytes` and `fingerprint` (sha256 over all records). The work is done in
+    `<path_dir>.partial`, renamed at the end: a killed writer leaves nothing that looks whole, and the
+    next one starts afresh. ValueError for a folder that exists, for no rows, and for a row that breaks the
+    batch format; OSError, known only at the end, for a disk that is full.
+    """
+    final = Path(path_dir)
+    missing = [key for key in _REQUIRED if key not in meta]
+    if missing:
+        raise ValueError(f"meta lacks {', '.join(missing)}")
+    if final.exists():
+        raise ValueError(f"{final}: exists already; remove it or write to another folder")
+    partial = final.with_name(final.name + ".partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    try:
+        written = meta | {"format": FORMAT} | _write_records(partial / _ROWS, rows, meta["vocab_size"])
+        with open(partial / _META, "w", encoding="utf-8") as file:
+            json.dump(written, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(partial, final)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # nothing is there after the rename
+    return written
+
+
+def _write_records(path: Path, rows: Iterable[Row], vocab_size: int) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    count = seq_len = 0
+    writer = ArrayRecordWriter(
+        str(path), "group_size:1"
+    )  # one record a chunk: random access reads no neighbours
+    try:
+        for row in rows:
+            seq_len = seq_len or len(row["tokens"])
+            record = _encode_row(row, count, seq_len, vocab_size)
+            digest.update(record)
+            writer.write(record)
+            count += 1
+    finally:
+        _close(writer, path.parent)
+    if count == 0:
+        raise ValueError("there are no rows to write")
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    return {
+        "seq_len": seq_len,
+        "count": count,
+        "bytes": path.stat().st_size,
+        "fingerprint": digest.hexdigest(),
+    }
+
+
+def _close(writer: ArrayRecordWriter, folder: Path) -> None:
+    """Closes the file: the writer works in the background and says only now that a write has failed."""
+    try:
+        writer.close()
+    except RuntimeError as error:
+        raise OSError(
+            f"{folder}: the rows could not be written, nothing of them is kept ({error})"
+        ) from error
+
+
+def _encode_row(row: Row, index: int, seq_len: int, vocab_size: int) -> bytes:
+    """The record of one row; refuses whatever would not come back the same."""
+    lengths = {name: len(row[name]) for name in ("tokens", "segment_ids", "positions", "loss_mask")}
+    if set(lengths.values()) != {seq_len}:
+        raise ValueError(f"row {index} has lengths {lengths}; all must be {seq_len}")
+    if row["tokens"].min() < 0 or row["tokens"].max() >= vocab_size:
+        raise ValueError(
+            f"row {index} has token {row['tokens'].max()}; ids must lie in [0, vocab_size={vocab_size})"
+        )
+    record = b"".join(row[name].astype(dtype).tobytes() for name, dtype in _FIELDS)
+    back = _decode_row(record, seq_len)
+    wrong = [name for name in lengths if not np.array_equal(row[name], back[name])]
+    if wrong:
+        raise ValueError(
+            f"row {index} breaks the batch format in {', '.join(wrong)}: segments count from 0 to 65535, "
+            "positions restart at 0 in each, the loss mask is 0 or 1"
+        )
+    return record
+
+
+def _decode_row(record: bytes, seq_len: int) -> Row:
+    row: Row = {}
+    offset = 0
+    for name, dtype in _FIELDS:
+        target = np.float32 if name == "loss_mask" else np.int32
+        row[name] = np.frombuffer(record, dtype, count=seq_len, offset=offset).astype(target)
+        offset += seq_len * dtype.itemsize
+    assert offset == len(record)
+    return row | {"positions": segment_positions(row["segment_ids"])}
+
+
+class RowSource:
+    """A dataset as a random-access source for grain: `source[i]` is row i; `source.meta` its meta.json."""
+
+    def __init__(self, path: Path, meta: dict[str, Any]):
+        self.meta = meta
+        self._records = grain.sources.ArrayRecordDataSource(str(path))
+
+    def __len__(self) -> int:
+        return self.meta["count"]
+
+    def __getitem__(self, index: int) -> Row:
+        return _decode_row(self._records[index], self.meta["seq_len"])
+
+    def __repr__(self) -> str:
+        return f"RowSource({self.meta['count']} rows, fingerprint {self.meta['fingerprint'][:12]})"
+
+
+def open_rows(path_dir: str | os.PathLike[str]) -> RowSource:
+    """Opens what `write_rows` wrote; ValueError when it is missing, not whole or of another format."""
+    folder = Path(path_dir)
+    if not (folder / _META).is_file() or not (folder / _ROWS).is_file():
+        raise ValueError(f"{folder}: no dataset here; {_ROWS} and {_META} are needed")
+    meta = json.loads((folder / _META).read_text(encoding="utf-8"))
+    if meta.get("format") != FORMAT:
+        raise ValueError(
+            f"{folder / _META}: format {meta.get('format')!r}; this version reads format {FORMAT}"
+        )
+    size = (folder / _ROWS).stat().st_size
+    if size != meta["bytes"]:
+        raise ValueError(
+            f"{folder / _ROWS}: has {size} bytes where {meta['bytes']} were written; copy it anew"
+        )
+    return RowSource(folder / _ROWS, meta)
+
+
+class RowLoader(BatchLoader[Row]):
+    """Batches (B/P S) of the rows in `path_dir`, in the batch format; `meta` is the dataset's."""
+
+    def __init__(self, path_dir: str | os.PathLike[str], **options: Unpack[LoaderOptions]):
+        source = open_rows(path_dir)
+        self.meta = source.meta
+        super().__init__(source, fingerprint=source.meta["fingerprint"], batch_fn=None, **options)
+
+
+class PromptLoader(BatchLoader[list[dict[str, Any]]]):
+    """Lists of B/P problems from a JSONL file, one object a line; the fingerprint is that of the file."""
+
+    def __init__(self, path: str | os.PathLike[str], **options: Unpack[LoaderOptions]):
+        fingerprint = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        super().__init__(read_objects(path), fingerprint=fingerprint, batch_fn=list, **options)

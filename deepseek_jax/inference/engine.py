@@ -1,0 +1,111 @@
+"""Prompts in, completions out: the generator with a tokenizer around it."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Self
+
+import jax
+import numpy as np
+
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.inference.generate import Generated, generate, pad_prompts
+from deepseek_jax.inference.sampling import SamplingParams
+from deepseek_jax.model import transformer
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """text: decoded with the thinking marks, without the end of sentence. finish_reason: ``stop`` or ``length``."""
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: str
+
+
+class Engine:
+    """Answers batches of prompts with a model.
+
+    >>> engine = Engine(model, tokenizer)  # doctest: +SKIP
+    >>> engine.generate(["def add(a, b):"], SamplingParams(max_tokens=16))[0].text  # doctest: +SKIP
+
+    Prompt widths and batches are rounded up to powers of two, so that few programs are compiled.
+    """
+
+    def __init__(self, model: transformer.Transformer, tokenizer: Tokenizer):
+        params, router_bias = transformer.split(model)
+        self._set(model.config, params, router_bias, tokenizer)
+
+    @classmethod
+    def from_params(
+        cls, config: ModelConfig, params: Any, router_bias: jax.Array | None, tokenizer: Tokenizer
+    ) -> Self:
+        """An engine over arrays that exist already, a train state's for instance; they are not copied."""
+        engine = cls.__new__(cls)
+        engine._set(config, params, router_bias, tokenizer)
+        return engine
+
+    def _set(self, config: ModelConfig, params: Any, router_bias: jax.Array | None, tokenizer: Tokenizer) -> None:
+        if tokenizer.vocab_size > config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens, the model only vocab_size={config.vocab_size}"
+            )
+        self.config, self.params, self.router_bias, self.tokenizer = config, params, router_bias, tokenizer
+
+    def generate(
+        self, prompts: Sequence[str | Sequence[int]], sampling: SamplingParams | None = None
+    ) -> list[Completion]:
+        """Complete each prompt: text, which gets the begin-of-sentence token in front, or token ids as they are.
+
+        Raises ValueError for an empty prompt, and where prompt and answer would pass max_position_embeddings.
+        """
+        sampling = sampling or SamplingParams()
+        ids = [
+            [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)] if isinstance(prompt, str) else list(prompt)
+            for prompt in prompts
+        ]
+        if not ids:
+            return []
+        out = jax.device_get(self.generate_ids(ids, sampling, jax.random.key(sampling.seed)))
+        return [self._completion(out, row) for row in range(len(ids))]
+
+    def generate_ids(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, key: jax.Array, *, width: int = 0
+    ) -> Generated:
+        """The arrays behind ``generate``. Rows past ``len(prompts)`` are filling. width: of the prompts' rows, or chosen."""
+        longest = max(map(len, prompts))
+        width = width or _round_up(longest, 16)
+        if longest + sampling.max_tokens > self.config.max_position_embeddings:
+            raise ValueError(
+                f"a prompt of {longest} tokens and max_tokens={sampling.max_tokens} pass "
+                f"max_position_embeddings={self.config.max_position_embeddings}"
+            )
+        rows = [*prompts, *[prompts[0]] * (_round_up(len(prompts), 1) - len(prompts))]
+        tokens, positions = pad_prompts(rows, self.tokenizer.pad_id, width)
+        return generate(
+            self.config,
+            self.params,
+            self.router_bias,
+            tokens,
+            positions,
+            key,
+            sampling=dataclasses.replace(sampling, seed=0, stop_token_ids=()),  # what compiles does not depend on them
+            stop_ids=(self.tokenizer.eos_id, *sampling.stop_token_ids),
+            pad_id=self.tokenizer.pad_id,
+        )
+
+    def _completion(self, out: Generated, row: int) -> Completion:
+        length, stopped = int(out.lengths_B[row]), bool(out.stopped_B[row])
+        ids = np.asarray(out.tokens_BN[row, :length]).tolist()
+        text = self.decode(ids[:-1] if stopped else ids)
+        return Completion(text, ids, np.asarray(out.logprobs_BN[row, :length]).tolist(), "stop" if stopped else "length")
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text with ``<think>`` and other special tokens spelled out."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=False)
+
+
+def _round_up(n: int, least: int) -> int:
+    """The next power of two, at least ``least``."""
+    return max(least, 1 << (n - 1).bit_length())

@@ -1,0 +1,70 @@
+"""How the next token is drawn."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from deepseek_jax.config import check_types
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+    """temperature 0 is greedy. top_p keeps the most likely tokens until their sum reaches it, top_k that many (0: all).
+
+    max_tokens: per answer. stop_token_ids: end an answer, beside the tokenizer's end of sentence. seed: the same seed,
+    prompts and parameters give the same tokens.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_tokens: int = 64
+    stop_token_ids: tuple[int, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if self.temperature < 0:
+            raise ValueError(f"temperature={self.temperature}: must not be negative (0 is greedy)")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p}: must lie in (0, 1]")
+        if self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k}: must not be negative (0 keeps all)")
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens={self.max_tokens}: must be at least 1")
+
+
+def truncate_logits(logits_BW: Float[Array, "B W"], *, top_k: int, top_p: float) -> Float[Array, "B W"]:
+    """Set to -inf what top-k, then top-p, leave out. The most likely token always stays; ties at the edge stay too."""
+    width = logits_BW.shape[1]
+    if 0 < top_k < width:
+        edge_B1 = jax.lax.top_k(logits_BW, top_k)[0][:, -1:]
+        logits_BW = jnp.where(logits_BW >= edge_B1, logits_BW, -jnp.inf)
+    if top_p < 1:
+        sorted_BW = jnp.sort(logits_BW, axis=1, descending=True)
+        p_BW = jax.nn.softmax(sorted_BW, axis=1)
+        before_BW = jnp.cumsum(p_BW, axis=1) - p_BW
+        edge_B1 = jnp.min(jnp.where(before_BW < top_p, sorted_BW, jnp.inf), axis=1, keepdims=True)
+        logits_BW = jnp.where(logits_BW >= edge_B1, logits_BW, -jnp.inf)
+    return logits_BW
+
+
+def sample(
+    logits_BW: Float[Array, "B W"], keys_B: jax.Array, params: SamplingParams
+) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
+    """Draw a token per row with the row's own key.
+
+    Returns the tokens and their log-probabilities under ``softmax(logits / temperature)``, before top-k and top-p:
+    what a learner can compute again. Greedy reports temperature 1.
+    """
+    if params.temperature == 0:
+        tokens_B = jnp.argmax(logits_BW, axis=1).astype(jnp.int32)
+        scaled_BW = logits_BW
+    else:
+        scaled_BW = logits_BW / params.temperature
+        kept_BW = truncate_logits(scaled_BW, top_k=params.top_k, top_p=params.top_p)
+        tokens_B = jax.vmap(jax.random.categorical)(keys_B, kept_BW).astype(jnp.int32)
+    logprobs_BW = jax.nn.log_softmax(scaled_BW, axis=1)
+    return tokens_B, jnp.take_along_axis(logprobs_BW, tokens_B[:, None], axis=1)[:, 0]

@@ -1,0 +1,68 @@
+"""The smallest modules: parameters with named axes, a linear map, a norm, a gated feed-forward."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from deepseek_jax.config import ModelConfig
+
+
+class RouterBias(nnx.Variable):
+    """The routing bias of auxiliary-loss-free balancing: moved by a rule, never by a gradient."""
+
+
+def param(config: ModelConfig, rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
+    """A weight drawn from N(0, initializer_range²), as all of V3's are, with its logical axes as metadata."""
+    assert len(shape) == len(axes)
+    value = config.initializer_range * jax.random.normal(rngs.params(), shape, jnp.float32)
+    return nnx.Param(value.astype(config.param_dtype), axes=axes)
+
+
+class Linear(nnx.Module):
+    """``y = x W (+ b)`` in the compute dtype."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        shape: tuple[int, int],
+        axes: tuple[str | None, str | None],
+        *,
+        bias: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        self.dtype = jnp.dtype(config.dtype)
+        self.w = param(config, rngs, shape, axes)
+        self.b = nnx.Param(jnp.zeros(shape[1:], config.param_dtype), axes=axes[1:]) if bias else None
+
+    def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
+        y = x.astype(self.dtype) @ self.w[...].astype(self.dtype)
+        return y if self.b is None else y + self.b[...].astype(self.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """``x / sqrt(mean(x²) + eps) · gain``, statistics in float32."""
+
+    def __init__(self, config: ModelConfig, width: int, axis: str | None = None, *, eps: float | None = None):
+        self.eps = config.rms_norm_eps if eps is None else eps
+        self.gain = nnx.Param(jnp.ones(width, config.param_dtype), axes=(axis,))
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        x32 = x.astype(jnp.float32)
+        scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return (x32 * scale * self.gain[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class SwiGLU(nnx.Module):
+    """``down(silu(gate x) · up x)``; gate and up are one matrix (D, 2, F)."""
+
+    def __init__(self, config: ModelConfig, width: int, *, rngs: nnx.Rngs):
+        self.dtype = jnp.dtype(config.dtype)
+        self.wi = param(config, rngs, (config.hidden_size, 2, width), ("embed", None, "mlp"))
+        self.wo = param(config, rngs, (width, config.hidden_size), ("mlp", "embed"))
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        wi_D2F = self.wi[...].astype(self.dtype)
+        width = wi_D2F.shape[2]
+        gate_up = x @ wi_D2F.reshape(-1, 2 * width)
+        return (jax.nn.silu(gate_up[..., :width]) * gate_up[..., width:]) @ self.wo[...].astype(self.dtype)

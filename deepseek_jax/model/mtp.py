@@ -1,0 +1,45 @@
+"""Multi-token prediction, depth 1 (V3 section 2.2)."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.model.block import Block
+from deepseek_jax.model.layers import Linear, RMSNorm
+from deepseek_jax.model.router import RouterStats
+
+
+class MTP(nnx.Module):
+    """``h'_i = norm(block(W [norm(emb(t_{i+1})) | norm(h_i)]))``, which the shared head turns into a guess of t_{i+2}.
+
+    The embedding comes first, as in the released weights (the report's equation 21 has it second), and ``h`` is the
+    main model's hidden state after its final norm. The block is a layer of the last kind.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        width = config.hidden_size
+        self.embed_norm = RMSNorm(config, width, "embed")
+        self.hidden_norm = RMSNorm(config, width, "embed")
+        self.proj = Linear(config, (2 * width, width), (None, "embed"), rngs=rngs)
+        self.block = Block(config, moe=config.num_moe_layers > 0, rngs=rngs)
+        self.norm = RMSNorm(config, width, "embed")
+
+    def __call__(
+        self,
+        hidden_BSD: Float[Array, "B S D"],
+        next_embedding_BSD: Float[Array, "B S D"],
+        rope,
+        mask_BSS: Bool[Array, "B S S"],
+        segment_ids_BS: Int[Array, "B S"],
+        bias_E: Float[Array, "E"] | None,
+    ) -> tuple[Float[Array, "B S D"], RouterStats | None]:
+        both = jnp.concatenate([self.embed_norm(next_embedding_BSD), self.hidden_norm(hidden_BSD)], axis=-1)
+        x, stats, _ = self.block(self.proj(both), rope, mask_BSS, segment_ids_BS, bias_E)
+        return self.norm(x), stats
+
+
+def mtp_segments(segment_ids_BS: Int[Array, "B S"]) -> Int[Array, "B S"]:
+    """Segments as the MTP module sees them: a segment's last token has no next one, so it counts as padding."""
+    following = jnp.pad(segment_ids_BS, ((0, 0), (0, 1)))[:, 1:]
+    return jnp.where(segment_ids_BS == following, segment_ids_BS, 0)

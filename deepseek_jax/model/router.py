@@ -1,0 +1,118 @@
+"""Which experts a token goes to, with which weights: the routers of V1, V2 and V3, and what training needs to know.
+
+Everything here is float32: bf16 logits change which experts are chosen.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from deepseek_jax.config import ModelConfig
+
+
+@struct.dataclass
+class Routing:
+    """experts_TK: chosen experts, best first. weights_TK: their gate values. scores_TE: every expert's affinity."""
+
+    experts_TK: jax.Array
+    weights_TK: jax.Array
+    scores_TE: jax.Array
+
+
+@struct.dataclass
+class RouterStats:
+    """What a MoE layer returns beside its output; stacked over layers (L first) by the transformer.
+
+    load_E: tokens sent to each expert. balance: ``Σ_i f_i P_i`` summed over sequences. experts_BSK: chosen experts.
+    Padding is in neither load nor balance.
+    """
+
+    load_E: jax.Array
+    balance: jax.Array
+    experts_BSK: jax.Array
+
+
+def route(
+    config: ModelConfig, x_TD: Float[Array, "T D"], w_DE: Float[Array, "D E"], bias_E: Float[Array, "E"] | None
+) -> Routing:
+    """Affinities ``s``, the top K experts, and their gate values.
+
+    V1 and V2: ``s = softmax(x W)``; V3: ``s = sigmoid(x W)``. The choice is the top K of ``s`` (greedy), of the
+    groups with the greatest member (group_limited_greedy, V2 section 2.2.2), or of ``s + bias`` in the groups whose
+    two best sum highest (noaux_tc, V3 equation 16 and section 2.1.2). The bias decides who is chosen, never the
+    weight: ``g = s`` of the chosen, divided by its sum with ``norm_topk_prob``, times ``routed_scaling_factor``.
+    Ties go to the lower index.
+    """
+    logits = jnp.einsum("td,de->te", x_TD.astype(jnp.float32), w_DE.astype(jnp.float32))
+    scores = jax.nn.sigmoid(logits) if config.scoring == "sigmoid" else jax.nn.softmax(logits, axis=-1)
+    # One comparison decides, but no gradient flows through it.
+    choice = jax.lax.stop_gradient(scores)
+    if config.topk_method == "noaux_tc":
+        assert bias_E is not None
+        choice = limit_to_groups(config, choice + bias_E, best=2)
+    elif config.topk_method == "group_limited_greedy":
+        choice = limit_to_groups(config, choice, best=1)
+    experts_TK = jax.lax.top_k(choice, config.num_experts_per_tok)[1]
+    weights_TK = jnp.take_along_axis(scores, experts_TK, axis=1)
+    if config.norm_topk_prob:
+        weights_TK = weights_TK / (jnp.sum(weights_TK, axis=1, keepdims=True) + 1e-20)
+    return Routing(experts_TK, weights_TK * config.routed_scaling_factor, scores)
+
+
+def limit_to_groups(config: ModelConfig, choice_TE: Float[Array, "T E"], *, best: int) -> Float[Array, "T E"]:
+    """Set to -inf all experts outside the ``topk_group`` groups whose ``best`` highest members sum highest."""
+    if config.n_group == config.topk_group:
+        return choice_TE
+    grouped = choice_TE.reshape(choice_TE.shape[0], config.n_group, -1)
+    score_TG = jnp.sum(jax.lax.top_k(grouped, best)[0], axis=-1)
+    kept_TG = jnp.any(
+        jax.lax.top_k(score_TG, config.topk_group)[1][:, :, None] == jnp.arange(config.n_group), axis=1
+    )
+    return jnp.where(kept_TG[:, :, None], grouped, -jnp.inf).reshape(choice_TE.shape)
+
+
+def router_stats(
+    config: ModelConfig,
+    experts_BSK: Int[Array, "B S K"],
+    scores_BSE: Float[Array, "B S E"],
+    segment_ids_BS: Int[Array, "B S"],
+) -> RouterStats:
+    """Load of each expert, and the balance loss ``Σ_i f_i P_i`` of each sequence, summed over the sequences.
+
+    ``f_i = E / (K T) · #{t : i chosen}``, ``P_i = mean_t s'_{i,t}`` over the T tokens of a sequence. V3 (equations
+    17–20) counts the top K of the raw affinities, without bias and groups, and normalises ``s' = s / Σ s``; V1 and V2
+    count the experts chosen. A sequence is a segment of a packed row; segment 0 is padding.
+    """
+    experts, top = config.n_routed_experts, config.num_experts_per_tok
+    real_BS1 = (segment_ids_BS > 0)[:, :, None]
+    chosen_BSE = _one_hot_sum(experts_BSK, experts) * real_BS1
+    counted_BSE = chosen_BSE
+    if config.topk_method == "noaux_tc":
+        counted_BSE = _one_hot_sum(jax.lax.top_k(jax.lax.stop_gradient(scores_BSE), top)[1], experts) * real_BS1
+    share_BSE = scores_BSE / (jnp.sum(scores_BSE, axis=-1, keepdims=True) + 1e-20) * real_BS1
+    f_NE, p_NE = _sum_segments(counted_BSE, segment_ids_BS), _sum_segments(share_BSE, segment_ids_BS)
+    tokens_N = _sum_segments(real_BS1.astype(jnp.float32), segment_ids_BS)[:, 0]
+    scale_N = experts / top / jnp.maximum(tokens_N, 1.0) ** 2
+    return RouterStats(
+        load_E=jnp.sum(chosen_BSE, axis=(0, 1)),
+        balance=jnp.sum(scale_N * jnp.sum(f_NE * p_NE, axis=-1)),
+        experts_BSK=experts_BSK,
+    )
+
+
+def count_sequences(segment_ids_BS: Int[Array, "B S"]) -> Float[Array, ""]:
+    """How many segments a packed batch holds, padding left out: what ``balance`` is averaged over."""
+    first_BS = segment_ids_BS != jnp.pad(segment_ids_BS, ((0, 0), (1, 0)))[:, :-1]
+    return jnp.sum(first_BS & (segment_ids_BS > 0)).astype(jnp.float32)
+
+
+def _one_hot_sum(indices_BSK: Int[Array, "B S K"], size: int) -> Float[Array, "B S E"]:
+    return jnp.sum(indices_BSK[..., None] == jnp.arange(size), axis=2).astype(jnp.float32)
+
+
+def _sum_segments(x_BSE: Float[Array, "B S E"], segment_ids_BS: Int[Array, "B S"]) -> Float[Array, "N E"]:
+    """Sums over each row's segments. A row of S tokens holds at most S segments: N = B (S + 1)."""
+    batch, size, _ = x_BSE.shape
+    rows = jax.vmap(lambda x, ids: jax.ops.segment_sum(x, ids, size + 1, indices_are_sorted=False))
+    return rows(x_BSE, segment_ids_BS).reshape(batch * (size + 1), -1)

@@ -1,0 +1,78 @@
+"""The one place where meshes are made and where the current mesh is known."""
+
+import contextlib
+import contextvars
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from deepseek_jax.config import check_types
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices per mesh axis. The batch is split over ``data``, ``fsdp`` and ``expert`` together.
+
+    ``data`` copies the parameters, ``fsdp`` splits them by model width, ``expert`` splits the routed experts,
+    ``context`` splits the sequence, ``tensor`` splits heads and feed-forward widths. ``data=0`` takes all the devices
+    that the other axes leave.
+    """
+
+    data: int = 0
+    fsdp: int = 1
+    expert: int = 1
+    context: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name, size in dataclasses.asdict(self).items():
+            if size < (0 if name == "data" else 1):
+                raise ValueError(f"mesh axis {name}={size}: must be positive")
+
+
+AXES = tuple(field.name for field in dataclasses.fields(MeshConfig))
+
+
+def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over ``devices`` (default: all of them), every axis Auto.
+
+    Explicit axes, ``jax.make_mesh``'s default, break gathers, sorts and scatters. Raises ValueError when the axes'
+    product is not the number of devices.
+    """
+    config = config or MeshConfig()
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = dataclasses.asdict(config)
+    rest = math.prod(size for name, size in sizes.items() if name != "data")
+    if not sizes["data"]:
+        sizes["data"] = max(1, len(devices) // rest)
+    if math.prod(sizes.values()) != len(devices):
+        shape = " × ".join(f"{name} {size}" for name, size in sizes.items())
+        raise ValueError(
+            f"the mesh {shape} needs {math.prod(sizes.values())} devices, but there are {len(devices)}; the axes' product "
+            "must equal the number of devices (data=0 takes what the others leave)"
+        )
+    if len(devices) == len(jax.devices()):
+        return jax.make_mesh(tuple(sizes.values()), AXES, (AxisType.Auto,) * len(AXES), devices=devices)
+    return Mesh(np.array(devices).reshape(tuple(sizes.values())), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+_current: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
+
+
+@contextlib.contextmanager
+def use_mesh(mesh: Mesh) -> Iterator[Mesh]:
+    """Within this context, traced model code places its activations on ``mesh``; without one it places nothing."""
+    token = _current.set(mesh)
+    try:
+        yield mesh
+    finally:
+        _current.reset(token)
+
+
+def current_mesh() -> Mesh | None:
+    return _current.get()

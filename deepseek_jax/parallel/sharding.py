@@ -1,0 +1,89 @@
+"""From logical axes to mesh axes.
+
+A parameter or activation names what its axes mean (``("embed", "mlp")``); ``ShardingRules`` says which mesh axes
+split each of those. Nothing else in the project mentions a mesh axis.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from deepseek_jax.parallel.mesh import current_mesh
+
+Axes = tuple[str | None, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardingRules:
+    """Mesh axes that split each logical axis; an empty tuple keeps the axis whole."""
+
+    batch: tuple[str, ...] = ("data", "fsdp", "expert")
+    sequence: tuple[str, ...] = ("context",)
+    embed: tuple[str, ...] = ("fsdp",)
+    heads: tuple[str, ...] = ("tensor",)
+    mlp: tuple[str, ...] = ("tensor",)
+    vocab: tuple[str, ...] = ("tensor",)
+    experts: tuple[str, ...] = ("expert",)
+    layers: tuple[str, ...] = ()
+
+    def spec(self, axes: Axes) -> PartitionSpec:
+        """The partition of an array with these logical axes.
+
+        Raises ValueError for an unknown logical axis, and when two axes of one array claim the same mesh axis.
+        """
+        parts, used = [], {}
+        for axis in axes:
+            if axis is not None and not hasattr(self, axis):
+                raise ValueError(f"no sharding rule for the logical axis {axis!r} of {axes}")
+            split = () if axis is None else getattr(self, axis)
+            for mesh_axis in split:
+                if mesh_axis in used:
+                    raise ValueError(f"axes {used[mesh_axis]!r} and {axis!r} of {axes} both claim the mesh axis {mesh_axis!r}")
+                used[mesh_axis] = axis
+            parts.append(split or None)
+        return PartitionSpec(*parts)
+
+
+RULES = ShardingRules()
+
+
+def named_sharding(mesh: Mesh, axes: Axes, shape: tuple[int, ...], rules: ShardingRules = RULES) -> NamedSharding:
+    """Where an array of ``shape`` lives. Raises ValueError, naming axis and sizes, where a split would be uneven."""
+    spec = rules.spec(axes)
+    for axis, size in zip(axes, shape, strict=True):
+        split = () if axis is None else getattr(rules, axis)
+        ways = math.prod(mesh.shape[name] for name in split)
+        if size % ways:
+            raise ValueError(
+                f"{axis} of size {size} cannot be split {ways} ways over the mesh axes {split}; choose a mesh whose "
+                f"{' × '.join(split)} divides it"
+            )
+    return NamedSharding(mesh, spec)
+
+
+def tree_shardings(mesh: Mesh, axes_tree: Any, arrays_tree: Any, rules: ShardingRules = RULES) -> Any:
+    """Shardings for a pytree of arrays (or their shapes) from a tree of the same structure of logical axes."""
+    return jax.tree.map(lambda array, axes: named_sharding(mesh, axes, array.shape, rules), arrays_tree, axes_tree)
+
+
+def place_batch(batch: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
+    """Put the host's rows (B S) of a batch on the mesh, split by row and sequence."""
+    return {
+        name: jax.make_array_from_process_local_data(NamedSharding(mesh, _batch_spec(value.ndim)), value)
+        for name, value in batch.items()
+    }
+
+
+def _batch_spec(ndim: int) -> PartitionSpec:
+    return RULES.spec(("batch", "sequence", None)[:ndim])
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Tell the compiler how an activation is split on the current mesh; without a mesh, nothing."""
+    mesh = current_mesh()
+    if mesh is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, RULES.spec(axes)))

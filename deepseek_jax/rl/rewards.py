@@ -1,0 +1,63 @@
+"""Rule rewards as in DeepSeek-R1-Zero (arXiv 2501.12948): is the answer right, is the form kept.
+
+Each reward is a pure function of the right answer and the completion's text: `<think>` and `</think>`
+included, the end-of-sentence token left out. It is 1 or 0, and its cost is linear in the length. Texts are
+compared, never parsed as numbers: a digit of another script, a sign or a leading zero is a wrong answer.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+
+from deepseek_jax.data.tokenizer import END_THINK, THINK
+
+# str.strip() alone would also remove spaces of other scripts and separators such as U+001C.
+_WHITESPACE = " \t\r\n"
+
+
+def _split(completion: str) -> tuple[str, str] | None:
+    """What stands before and after the only `</think>`; None if markers are nested, repeated or missing."""
+    if completion.count(END_THINK) != 1 or completion.count(THINK) > 1:
+        return None
+    before, _, after = completion.partition(END_THINK)
+    return None if THINK in after else (before, after)
+
+
+def _is_blank(text: str) -> bool:
+    return not any(character.isprintable() and not character.isspace() for character in text)
+
+
+def accuracy_reward(completion: str, answer: str) -> float:
+    """1 if `answer` is all that follows the only `</think>`, spaces and line ends around it aside; else 0."""
+    parts = _split(completion)
+    return float(parts is not None and parts[1].strip(_WHITESPACE) == answer)
+
+
+def format_reward(completion: str, answer: str) -> float:
+    """1 if the text is `<think>`, something, `</think>` and a one-line answer, right or wrong; else 0."""
+    del answer
+    parts = _split(completion)
+    if parts is None or not parts[0].startswith(THINK):
+        return 0.0
+    thinking, reply = parts[0].removeprefix(THINK), parts[1].strip(_WHITESPACE)
+    return float(not _is_blank(thinking) and not _is_blank(reply) and len(reply.splitlines()) == 1)
+
+
+REWARDS: dict[str, Callable[[str, str], float]] = {"accuracy": accuracy_reward, "format": format_reward}
+
+
+def check_weights(weights: Mapping[str, float]) -> None:
+    """ValueError for a reward that does not exist, a weight that is not finite, or none at all."""
+    if not weights:
+        raise ValueError(f"no reward is chosen: give weights for some of {', '.join(REWARDS)}")
+    for name, weight in weights.items():
+        if name not in REWARDS:
+            raise ValueError(f"unknown reward {name!r}: choose from {', '.join(REWARDS)}")
+        if not math.isfinite(weight):
+            raise ValueError(f"the weight of reward {name!r} is {weight}: it must be finite")
+
+
+def score(completion: str, answer: str, weights: Mapping[str, float]) -> dict[str, float]:
+    """Each chosen reward by name, unweighted, and "total" = Σ weight · reward."""
+    check_weights(weights)
+    rewards = {name: REWARDS[name](completion, answer) for name in weights}
+    return rewards | {"total": math.fsum(weight * rewards[name] for name, weight in weights.items())}

@@ -1,0 +1,1 @@
+"""Pure train steps, ``(state, batch) -> (state, metrics)``, and the one loop that runs them."""

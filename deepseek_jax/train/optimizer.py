@@ -1,0 +1,81 @@
+"""AdamW with clipping and the learning-rate shape of V3 (section 4.2)."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from deepseek_jax.config import ModelConfig, check_types
+from deepseek_jax.model import transformer
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its schedule. Defaults are V3's: its 14.8T tokens are constant to 10T, cosine to 14.3T, then two steps.
+
+    ``warmup_steps`` are steps, the other marks are fractions of the run: constant at ``peak_lr`` to
+    ``constant_until``, cosine down to ``end_ratio`` of it at ``cosine_until``, flat, and ``tail_ratio`` from
+    ``tail_from``. ``constant_until=1`` is a constant rate; ``constant_until=0, cosine_until=1`` a plain cosine.
+    """
+
+    peak_lr: float = 2.2e-4
+    warmup_steps: int = 2000
+    constant_until: float = 10.0 / 14.8
+    cosine_until: float = 14.3 / 14.8
+    end_ratio: float = 0.1
+    tail_from: float = 14.633 / 14.8
+    tail_ratio: float = 7.3e-6 / 2.2e-4
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if self.peak_lr <= 0 or self.clip_norm <= 0:
+            raise ValueError(f"peak_lr={self.peak_lr} and clip_norm={self.clip_norm} must be positive")
+        if not 0 <= self.constant_until <= self.cosine_until <= 1:
+            raise ValueError(
+                f"constant_until={self.constant_until} and cosine_until={self.cosine_until}: expected "
+                "0 ≤ constant_until ≤ cosine_until ≤ 1"
+            )
+
+
+def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """The rate at each step of a run of ``steps``."""
+
+    def rate(step):
+        done = step / max(steps, 1)
+        warm = jnp.minimum(1.0, (step + 1) / max(config.warmup_steps, 1))
+        span = max(config.cosine_until - config.constant_until, 1e-9)
+        fall = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip((done - config.constant_until) / span, 0, 1)))
+        ratio = config.end_ratio + (1 - config.end_ratio) * fall
+        ratio = jnp.where((done >= config.tail_from) & (config.constant_until < 1), config.tail_ratio, ratio)
+        return config.peak_lr * warm * ratio
+
+    return rate
+
+
+def make_optimizer(config: OptimizerConfig, model: ModelConfig, steps: int) -> optax.GradientTransformation:
+    """Clip by global norm, then AdamW. Matrices decay; norm gains and biases do not."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            learning_rate(config, steps),
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            mask=_decays(model),
+        ),
+    )
+
+
+def _decays(model: ModelConfig) -> Any:
+    axes = transformer.logical_axes(model)
+    return jax.tree.map(
+        lambda names: len([name for name in names if name != "layers"]) > 1, axes, is_leaf=lambda x: isinstance(x, tuple)
+    )

@@ -1,0 +1,139 @@
+"""One train step for every loss: accumulate over microbatches, clip, update, move the routing bias, guard."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from deepseek_jax.config import ModelConfig, check_types
+from deepseek_jax.train.state import TrainState
+
+Batch = dict[str, jax.Array]
+Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+
+
+class Loss(Protocol):
+    """A loss that is a sum over rows once its normalisers are known."""
+
+    def normalisers(self, batch: Batch) -> dict[str, jax.Array]: ...
+
+    def __call__(
+        self, config: ModelConfig, state: TrainState, params: Any, batch: Batch, norm: dict[str, jax.Array]
+    ) -> tuple[jax.Array, dict[str, jax.Array]]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class StepConfig:
+    """microbatches: parts of a batch whose gradients are added up. bias_update_speed: V3's γ, 0 from step
+    ``bias_frozen_from`` on (0: never). ema_decay: of the parameters' running mean, 0 for none. reference_every: GRPO's
+    reference becomes the policy every so many steps, 0 for never."""
+
+    microbatches: int = 1
+    bias_update_speed: float = 0.001
+    bias_frozen_from: int = 0
+    ema_decay: float = 0.0
+    reference_every: int = 0
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if self.microbatches < 1:
+            raise ValueError(f"microbatches={self.microbatches}: must be at least 1")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay={self.ema_decay}: must lie in [0, 1)")
+
+
+def make_step(
+    config: ModelConfig, loss: Loss, optimizer: optax.GradientTransformation, options: StepConfig
+) -> Step:
+    """The pure function ``(state, batch) -> (state, metrics)``; jit it with the state donated.
+
+    A step whose loss or gradient is not finite leaves parameters, moments, bias and running mean as they were and
+    reports ``finite`` 0.
+    """
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        gradients, value, parts = _accumulate(config, loss, state, batch, options.microbatches)
+        grad_norm = optax.global_norm(gradients)
+        finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+        load_LE = parts.pop("load", None)
+        after = state.replace(
+            params=params,
+            opt_state=opt_state,
+            router_bias=_moved_bias(state, load_LE, options),
+            ema=_averaged(state.ema, params, options.ema_decay),
+            reference=_refreshed(state, params, options.reference_every),
+        )
+        new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
+        metrics = {"loss": value, **parts, "grad_norm": grad_norm, "finite": finite.astype(jnp.float32)}
+        if load_LE is not None:
+            metrics |= load_metrics(load_LE)
+        if new.router_bias is not None:
+            metrics["bias_range"] = jnp.mean(jnp.max(new.router_bias, 1) - jnp.min(new.router_bias, 1))
+        return new.replace(step=state.step + 1), metrics
+
+    return step
+
+
+def load_metrics(load_LE: Float[Array, "L E"]) -> dict[str, jax.Array]:
+    """Each layer's load as fractions, and MaxVio = (max load - mean load) / mean load, averaged over layers."""
+    mean_L1 = jnp.maximum(jnp.mean(load_LE, axis=1, keepdims=True), 1e-9)
+    return {
+        "load": load_LE / (mean_L1 * load_LE.shape[1]),
+        "max_vio": jnp.mean(jnp.max(load_LE / mean_L1, axis=1) - 1.0),
+    }
+
+
+def _accumulate(config, loss, state, batch, microbatches):
+    norm = loss.normalisers(batch)
+    gradient = jax.value_and_grad(lambda params, rows: loss(config, state, params, rows, norm), has_aux=True)
+    if microbatches == 1:
+        (value, parts), gradients = gradient(state.params, batch)
+        return gradients, value, parts
+    rows = len(jax.tree.leaves(batch)[0])
+    if rows % microbatches:
+        raise ValueError(f"microbatches={microbatches} does not divide the batch's {rows} rows")
+    # Every microbatch takes rows from all devices: row r goes to microbatch r mod n.
+    stacked = jax.tree.map(
+        lambda x: jnp.swapaxes(x.reshape(rows // microbatches, microbatches, *x.shape[1:]), 0, 1), batch
+    )
+
+    def add(total, rows):
+        (value, parts), gradients = gradient(state.params, rows)
+        return jax.tree.map(jnp.add, total, (gradients, value, parts)), None
+
+    shapes = jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], stacked))
+    (value, parts), gradients = shapes
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (gradients, value, parts))
+    return jax.lax.scan(add, zeros, stacked)[0]
+
+
+def _moved_bias(state: TrainState, load_LE: jax.Array | None, options: StepConfig) -> jax.Array | None:
+    """``b += γ sign(mean load - load)``: auxiliary-loss-free balancing (arXiv 2408.15664, V3 section 2.1.2)."""
+    if state.router_bias is None or load_LE is None:
+        return state.router_bias
+    speed = jnp.float32(options.bias_update_speed)
+    if options.bias_frozen_from:
+        speed = jnp.where(state.step >= options.bias_frozen_from, 0.0, speed)
+    error_LE = jnp.mean(load_LE, axis=1, keepdims=True) - load_LE
+    # A loss without MTP returns no load for MTP's router, the last row, whose bias then rests.
+    return state.router_bias.at[: len(load_LE)].add(speed * jnp.sign(error_LE))
+
+
+def _averaged(ema, params, decay):
+    if ema is None:
+        return None
+    return jax.tree.map(lambda mean, new: mean * decay + new.astype(mean.dtype) * (1 - decay), ema, params)
+
+
+def _refreshed(state, params, every):
+    if state.reference is None or not every:
+        return state.reference
+    now = (state.step + 1) % every == 0
+    return jax.tree.map(lambda old, new: jnp.where(now, new, old), state.reference, params)

@@ -1,0 +1,237 @@
+"""Charts of the report as inline SVG (lines over training steps, heat maps) and the cards that hold them.
+
+Colours are CSS variables of the page, so that one picture serves a light and a dark background. A chart may
+span several stages: each gets a panel of equal width with its own step axis, since their lengths differ.
+"""
+
+import base64
+import html
+import math
+import struct
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+WIDTH, HEIGHT = 360, 214
+LEFT, RIGHT, TOP, BOTTOM = 44, 10, 34, 34
+PLOT_WIDTH = WIDTH - LEFT - RIGHT
+MAX_POINTS = 320  # of a line: more cannot be told apart at this width
+UNDER_RGB, OVER_RGB = (47, 127, 193), (224, 112, 26)  # readable on light and dark, and to the colour-blind
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A part of the x axis: one stage, from step 0 to its last step."""
+
+    label: str
+    last_step: int
+
+
+@dataclass(frozen=True)
+class Line:
+    """A quantity over time: for each panel an array (points, 3) of step, value, standard error (0: none)."""
+
+    name: str
+    colour: str
+    points: Sequence[np.ndarray]
+
+
+def line_chart(
+    panels: Sequence[Panel],
+    lines: Sequence[Line],
+    *,
+    unit: str,
+    low: float | None = None,
+    high: float | None = None,
+) -> str:
+    """SVG of `lines` over the `panels` that have points, "" if none has; `low` and `high` fix the y axis."""
+    kept = [index for index in range(len(panels)) if any(len(line.points[index]) for line in lines)]
+    if not kept:
+        return ""
+    panels = [panels[index] for index in kept]
+    lines = [Line(line.name, line.colour, [line.points[index] for index in kept]) for line in lines]
+    values = np.concatenate([points for line in lines for points in line.points])
+    bottom = min(values[:, 1] - values[:, 2]) if low is None else low
+    top = max(values[:, 1] + values[:, 2]) if high is None else high
+    ticks = _ticks(float(bottom), float(top))
+    y_of = _scale(ticks[0], ticks[-1], HEIGHT - BOTTOM, TOP)
+    parts = [_text(2, 11, unit, "start")]
+    for tick in ticks:
+        y = y_of(tick)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(_text(LEFT - 5, y + 4, number(tick), "end"))
+    parts += _step_axis(panels, HEIGHT - BOTTOM)
+    for line in lines:
+        for index, points in enumerate(line.points):
+            if len(points):
+                x_of = _panel_scale(panels, index)
+                parts.append(
+                    _curve(x_of(points[:, 0]), y_of(points[:, 1]), line.colour, _bar_ends(points, y_of))
+                )
+    label = html.escape(f"{', '.join(line.name for line in lines)} over training steps, {unit}")
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+
+
+def heat_map(ratio_EC: np.ndarray, panels: Sequence[Panel], *, limit: float, numbers: bool = False) -> str:
+    """SVG of shares relative to the fair share: row = expert, columns split evenly among `panels`.
+
+    1 is transparent, 1/limit and less the full blue, limit and more the full orange (logarithmic between).
+    Panels with last_step 0 have a label but no step axis; `numbers` writes the values into the cells.
+    """
+    experts, columns = ratio_EC.shape
+    row = max(2.0, min(18.0, 270 / experts))
+    bottom = TOP + row * experts
+    depth = np.clip(np.log(np.maximum(ratio_EC, 1e-9)) / math.log(limit), -1, 1)
+    rgba = np.empty((experts, columns, 4), np.uint8)
+    rgba[..., :3] = np.where(depth[..., None] < 0, UNDER_RGB, OVER_RGB)
+    rgba[..., 3] = np.round(np.abs(depth) * 205)  # never opaque, so that a number on it stays readable
+    parts = [
+        f'<image x="{LEFT}" y="{TOP}" width="{PLOT_WIDTH}" height="{row * experts:.1f}" '
+        f'preserveAspectRatio="none" href="data:image/png;base64,{base64.b64encode(_png(rgba)).decode()}"/>',
+        f'<rect class="frame" x="{LEFT}" y="{TOP}" width="{PLOT_WIDTH}" height="{row * experts:.1f}"/>',
+        _text(2, 11, "expert", "start"),
+    ]
+    stride = math.ceil(13 / row)
+    for expert in range(0, experts, stride):
+        parts.append(_text(LEFT - 5, TOP + row * (expert + 0.5) + 4, str(expert), "end"))
+    if numbers and row >= 13:
+        for expert, column in np.ndindex(experts, columns):
+            x, y = LEFT + PLOT_WIDTH * (column + 0.5) / columns, TOP + row * (expert + 0.5) + 4
+            parts.append(_text(x, y, f"{ratio_EC[expert, column]:.1f}", "middle", "cell"))
+    parts += _step_axis(panels, bottom)
+    height = bottom + (BOTTOM if any(panel.last_step for panel in panels) else 6)
+    label = f"heat map, {experts} experts by {html.escape(', '.join(panel.label for panel in panels))}"
+    return f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+
+
+def figure(
+    title: str, picture: str, text: str, lines: Iterable[Line] = (), *, scale: tuple[str, str] | None = None
+) -> str:
+    """HTML of a titled card: a key of `lines` or of the heat map's two ends, the picture, what it shows."""
+    keys = "".join(f'<span class="key" style="--c:var(--{line.colour})">{line.name}</span>' for line in lines)
+    legend = f'<div class="keys">{keys}</div>' if keys else ""
+    if scale:
+        ends = f'<span>{scale[0]}</span><span class="scale"></span><span>{scale[1]}</span>'
+        legend = f'<div class="keys heat">{ends}</div>'
+    picture = legend + picture if picture else '<p class="none">Not measured yet.</p>'
+    return f"<figure><h3>{title}</h3>{picture}<figcaption>{text}</figcaption></figure>"
+
+
+def table(heads: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
+    """HTML of a table with a heading a column and a label a row."""
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in ("", *heads))
+    rows = [(label, [html.escape(cell).replace("± ", "±&nbsp;") for cell in cells]) for label, cells in rows]
+    body = "".join(
+        f"<tr><th>{html.escape(label)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+        for label, cells in rows
+    )
+    rows_html = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+    return f'<div class="wide"><table>{rows_html}</table></div>'
+
+
+def _step_axis(panels: Sequence[Panel], bottom: float) -> list[str]:
+    """Labels above the panels, lines between them, step ticks and the axis title below."""
+    parts, width = [], PLOT_WIDTH / len(panels)
+    for index, panel in enumerate(panels):
+        left = LEFT + index * width
+        if len(panels) > 1:
+            parts.append(_text(left + width / 2, TOP - 6, panel.label, "middle"))
+        if index:
+            parts.append(f'<line class="axis" x1="{left:.1f}" x2="{left:.1f}" y1="{TOP}" y2="{bottom:.1f}"/>')
+        if panel.last_step:
+            ticks = [tick for tick in _ticks(0, panel.last_step, 5) if tick <= panel.last_step]
+            for tick in ticks if len(panels) == 1 else (0, panel.last_step):
+                x = _panel_scale(panels, index)(tick)
+                first, last = tick == 0 and len(panels) > 1, tick == panel.last_step
+                anchor = "start" if first else "end" if last else "middle"
+                parts.append(_text(x + 2 * first - 2 * last, bottom + 14, number(tick), anchor))
+    if any(panel.last_step for panel in panels):
+        parts.append(_text(LEFT + PLOT_WIDTH / 2, bottom + 29, "step", "middle"))
+    return parts
+
+
+def _curve(x: np.ndarray, y: np.ndarray, colour: str, bar_ends: np.ndarray | None) -> str:
+    """Points with error bars where there are errors; else the values, faint, under their moving average."""
+    style = f'style="--c:var(--{colour})"'
+    if bar_ends is not None or len(x) == 1:
+        ends = np.stack([y, y]) if bar_ends is None else bar_ends
+        bars = "".join(f"M{a:.1f},{b:.1f}V{c:.1f}" for a, b, c in zip(x, *ends, strict=True))
+        dots = "".join(
+            f'<circle class="dot" cx="{a:.1f}" cy="{b:.1f}" r="2.5"/>' for a, b in zip(x, y, strict=True)
+        )
+        return (
+            f'<g {style}><path class="line thin" d="{bars}"/><path class="line" d="{_path(x, y)}"/>{dots}</g>'
+        )
+    width = math.ceil(len(x) / MAX_POINTS)
+    x, y = (np.array([v[i : i + width].mean() for i in range(0, len(v), width)]) for v in (x, y))
+    half = len(x) // 40
+    if half == 0:
+        return f'<path class="line" {style} d="{_path(x, y)}"/>'
+    smooth = np.array([y[max(0, i - half) : i + half + 1].mean() for i in range(len(y))])
+    faint, bold = (
+        f'<path class="line faint" d="{_path(x, y)}"/>',
+        f'<path class="line" d="{_path(x, smooth)}"/>',
+    )
+    return f"<g {style}>{faint}{bold}</g>"
+
+
+def _bar_ends(points: np.ndarray, y_of) -> np.ndarray | None:
+    if not points[:, 2].any():
+        return None
+    return np.stack([y_of(points[:, 1] - points[:, 2]), y_of(points[:, 1] + points[:, 2])])
+
+
+def _path(x: np.ndarray, y: np.ndarray) -> str:
+    return "M" + "L".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
+
+
+def _panel_scale(panels: Sequence[Panel], index: int):
+    width = PLOT_WIDTH / len(panels)
+    gap = 3 if len(panels) > 1 else 0  # keeps a stage's first and last point off the line between panels
+    left = LEFT + index * width
+    return _scale(0, max(1, panels[index].last_step), left + gap, left + width - gap)
+
+
+def _scale(low: float, high: float, start: float, end: float):
+    """The linear map of [low, high] to [start, end], clipped."""
+    return lambda value: start + (end - start) * np.clip((value - low) / (high - low), 0, 1)
+
+
+def _ticks(low: float, high: float, target: int = 5) -> list[float]:
+    """Round numbers (1, 2, 5 times a power of ten) from at most `low` to at least `high`."""
+    if high <= low:
+        low, high = low - (abs(low) or 1.0) / 2, low + (abs(low) or 1.0) / 2
+    raw = (high - low) / target
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = power * next(m for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [index * step for index in range(first, last + 1)]
+
+
+def number(value: float) -> str:
+    """At most four significant digits, 1,000 separators, small ones as 1e−4."""
+    if 0 < abs(value) < 1e-3:
+        mantissa, exponent = f"{value:.2e}".split("e")
+        text = f"{float(mantissa):g}e{int(exponent)}"
+    else:
+        text = f"{value:,.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
+    return text.replace("-", "\N{MINUS SIGN}")
+
+
+def _text(x: float, y: float, text: str, anchor: str, css: str = "label") -> str:
+    return f'<text class="{css}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{html.escape(text)}</text>'
+
+
+def _png(rgba: np.ndarray) -> bytes:
+    """A PNG file of an (H, W, 4) uint8 array."""
+    height, width, _ = rgba.shape
+    rows = b"".join(b"\0" + row.tobytes() for row in rgba)
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 6, 0, 0, 0)
+    compressed = zlib.compress(rows, 9)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", compressed) + chunk(b"IEND", b"")

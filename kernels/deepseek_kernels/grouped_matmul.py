@@ -1,0 +1,131 @@
+"""Matrix products of groups of rows, each group with a matrix of its own: the routed experts' arithmetic.
+
+``grouped_matmul(x, w, sizes)[t] = x[t] @ w[group of t]`` for rows sorted by group. Exact and dropless: no capacity.
+
+On TPU this is ``jax.lax.ragged_dot``. On CPU and GPU, where XLA lowers that to E masked dense products, the rows are
+cut into blocks of one group each and multiplied as one batch; a caller that lays its groups out on multiples of
+``aligned`` rows (see ``row_alignment``) saves the copies to and from those blocks.
+"""
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+Implementation = Literal["ragged_dot", "blocks"]
+
+
+def row_alignment(rows: int, groups: int, *, implementation: Implementation | None = None) -> int:
+    """Rows per block for ``rows`` rows in ``groups`` groups: a power of two near a group's mean size, at most 128.
+
+    Padding a group costs half a block on average; a small block costs one more copy of its group's matrix. 1 where
+    the implementation needs no blocks.
+    """
+    if _resolve(implementation) == "ragged_dot":
+        return 1
+    mean = max(1, rows // max(groups, 1))
+    return min(128, 1 << (mean.bit_length() - 1))
+
+
+def grouped_matmul(
+    x_TD: Float[Array, "T D"],
+    w_EDF: Float[Array, "E D F"],
+    group_sizes_E: Int[Array, "E"],
+    *,
+    aligned: int = 1,
+    implementation: Implementation | None = None,
+) -> Float[Array, "T F"]:
+    """Multiply each row by its group's matrix: ``y[t] = x[t] @ w[e]`` for the ``e`` whose rows hold ``t``.
+
+    Rows are sorted by group: the first ``group_sizes[0]`` belong to group 0, and so on; rows past the sum belong to
+    no group and give zero. Products are accumulated in float32 and returned in ``x``'s dtype. Differentiable in ``x``
+    and ``w``.
+
+    Args:
+      aligned: promises that every group size is a multiple of this many rows, and T too; groups may hold zero rows.
+      implementation: ``ragged_dot`` or ``blocks``; by default the one for the platform.
+
+    Raises:
+      ValueError: shapes that do not fit, or T not a multiple of ``aligned``.
+    """
+    if x_TD.ndim != 2 or w_EDF.ndim != 3 or x_TD.shape[1] != w_EDF.shape[1]:
+        raise ValueError(f"x {x_TD.shape} and w {w_EDF.shape}: expected (T, D) and (E, D, F) with one D")
+    if group_sizes_E.shape != w_EDF.shape[:1]:
+        raise ValueError(f"group_sizes {group_sizes_E.shape} for {w_EDF.shape[0]} groups")
+    if x_TD.shape[0] % aligned:
+        raise ValueError(f"T={x_TD.shape[0]} is not a multiple of aligned={aligned}")
+    if _resolve(implementation) == "ragged_dot":
+        return jax.lax.ragged_dot(
+            x_TD, w_EDF, group_sizes_E.astype(jnp.int32), preferred_element_type=jnp.float32
+        ).astype(x_TD.dtype)
+    if aligned > 1 or x_TD.shape[0] <= w_EDF.shape[0]:
+        return _aligned_matmul(x_TD, w_EDF, block_groups(group_sizes_E, x_TD.shape[0], aligned), aligned)
+    return _unaligned_matmul(x_TD, w_EDF, group_sizes_E)
+
+
+def grouped_matmul_reference(x_TD, w_EDF, group_sizes_E):
+    """The definition: every row times every group's matrix, the wrong ones masked. E times the arithmetic."""
+    ends_E = jnp.cumsum(group_sizes_E)
+    row_T1 = jnp.arange(x_TD.shape[0])[:, None]
+    mine_TE = (row_T1 < ends_E) & (row_T1 >= ends_E - group_sizes_E)
+    y_TEF = jnp.einsum("td,edf->tef", x_TD, w_EDF, preferred_element_type=jnp.float32)
+    return jnp.sum(jnp.where(mine_TE[..., None], y_TEF, 0), axis=1).astype(x_TD.dtype)
+
+
+def block_groups(group_sizes_E: Int[Array, "E"], rows: int, block: int) -> Int[Array, "N"]:
+    """Group of each of the ``rows // block`` blocks when every size is a multiple of ``block``; E past the last."""
+    ends_E = jnp.cumsum(group_sizes_E)
+    starts_N = jnp.arange(rows // block, dtype=ends_E.dtype) * block
+    return jnp.sum(starts_N[:, None] >= ends_E[None, :], axis=1)
+
+
+def _resolve(implementation: Implementation | None) -> Implementation:
+    return implementation or ("ragged_dot" if jax.default_backend() == "tpu" else "blocks")
+
+
+def _unaligned_matmul(x_TD, w_EDF, group_sizes_E):
+    """Spread the groups over whole blocks, multiply, and gather the rows back."""
+    rows, groups = x_TD.shape[0], w_EDF.shape[0]
+    block = row_alignment(rows, groups, implementation="blocks")
+    padded_E = (group_sizes_E + block - 1) // block * block
+    total = (rows + groups * (block - 1)) // block * block
+    row_T = jnp.arange(rows)
+    ends_E = jnp.cumsum(group_sizes_E)
+    group_T = jnp.sum(row_T[:, None] >= ends_E[None, :], axis=1)
+    shift_E = jnp.cumsum(padded_E) - padded_E - (ends_E - group_sizes_E)
+    slot_T = row_T + shift_E.at[group_T].get(mode="clip")
+    slot_T = jnp.where(group_T < groups, slot_T, total + row_T)  # no group: dropped, and read back as zero
+    spread = jnp.zeros((total, x_TD.shape[1]), x_TD.dtype).at[slot_T].set(x_TD, mode="drop", unique_indices=True)
+    y = _aligned_matmul(spread, w_EDF, block_groups(padded_E, total, block), block)
+    return y.at[slot_T].get(mode="fill", fill_value=0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _aligned_matmul(x_TD, w_EDF, group_N, block):
+    return _forward(x_TD, w_EDF, group_N, block)[0]
+
+
+def _forward(x_TD, w_EDF, group_N, block):
+    x_NMD = x_TD.reshape(-1, block, x_TD.shape[1])
+    w_NDF = w_EDF.at[group_N].get(mode="clip")
+    y_NMF = jnp.einsum("nmd,ndf->nmf", x_NMD, w_NDF, preferred_element_type=jnp.float32).astype(x_TD.dtype)
+    y_NMF = jnp.where((group_N < w_EDF.shape[0])[:, None, None], y_NMF, 0)
+    return y_NMF.reshape(x_TD.shape[0], -1), (x_TD, w_EDF, group_N)
+
+
+def _backward(block, residuals, dy_TF):
+    x_TD, w_EDF, group_N = residuals
+    groups = w_EDF.shape[0]
+    dy_NMF = dy_TF.reshape(-1, block, dy_TF.shape[1])
+    dy_NMF = jnp.where((group_N < groups)[:, None, None], dy_NMF, 0)
+    w_NDF = w_EDF.at[group_N].get(mode="clip")
+    dx_NMD = jnp.einsum("nmf,ndf->nmd", dy_NMF, w_NDF, preferred_element_type=jnp.float32)
+    x_NMD = x_TD.reshape(-1, block, x_TD.shape[1])
+    dw_NDF = jnp.einsum("nmd,nmf->ndf", x_NMD, dy_NMF, preferred_element_type=jnp.float32)
+    dw_EDF = jax.ops.segment_sum(dw_NDF, group_N, groups, indices_are_sorted=True)
+    return dx_NMD.reshape(x_TD.shape).astype(x_TD.dtype), dw_EDF.astype(w_EDF.dtype), None
+
+
+_aligned_matmul.defvjp(_forward, _backward)

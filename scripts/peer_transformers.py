@@ -1,0 +1,149 @@
+"""The peer's side of the speed benchmark: transformers' DeepseekV3ForCausalLM on torch, on the CPU.
+
+    .venv-peer/bin/python scripts/peer_transformers.py < request.json
+
+It runs in a venv of its own (`make peer`), started by `deepseek-jax bench`. It reads one JSON object
+
+    {"config": {"hidden_size": 128, ...},          a config.json of the model type deepseek_v3
+     "rows": 8, "seq": 128, "steps": 10,           the training batch, and how many steps are timed
+     "decode_batches": [64, 1], "prompt": 32, "new_tokens": 96, "repeats": 3,
+     "threads": [2, 1], "seed": 0}
+
+(only "config" must be there; the rest has the values shown) and prints one JSON line with tokens a second:
+medians over steps or repeats, after a warm-up, each with the number of threads that did best (torch's threads
+wait for each other spinning, so on a machine that is busy otherwise two are many times slower than one: the
+load average stands in the result). Training is forward, backward and a fused AdamW step in
+float32, without MTP, which the peer does not train. Decoding is greedy `generate` with its cache: the new
+tokens over the whole call, prefill included, and no token ends an answer early.
+"""
+# pyright: reportMissingImports=false
+# (torch and transformers are in the peer's venv alone)
+
+import dataclasses
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+import transformers
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What to measure. The fields are those of the JSON object."""
+
+    config: dict[str, Any]
+    rows: int = 8
+    seq: int = 128
+    steps: int = 10
+    decode_batches: tuple[int, ...] = (64, 1)
+    prompt: int = 32
+    new_tokens: int = 96
+    repeats: int = 3
+    threads: tuple[int, ...] = (2, 1)
+    seed: int = 0
+
+
+def read_request(text: str) -> Request:
+    """Parses the JSON object. An unknown field or a missing config is a ValueError that names it."""
+    fields = json.loads(text)
+    known = {field.name for field in dataclasses.fields(Request)}
+    if unknown := sorted(set(fields) - known):
+        raise ValueError(f"unknown fields {unknown}: known are {sorted(known)}")
+    if not isinstance(fields.get("config"), dict):
+        raise ValueError('the request needs "config", an object with the fields of a config.json')
+    return Request(**fields)
+
+
+def build_model(request: Request) -> torch.nn.Module:
+    """The model in float32 with random weights, experts by grouped_mm, attention by SDPA."""
+    torch.manual_seed(request.seed)
+    config = transformers.DeepseekV3Config(**request.config)
+    config._experts_implementation = "grouped_mm"
+    config._attn_implementation = "sdpa"
+    model = transformers.DeepseekV3ForCausalLM(config).to(torch.float32)
+    assert model.config._experts_implementation == "grouped_mm"
+    # Every answer has the full length: nothing is an end of text.
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def median_seconds(call: Callable[[], object], *, warm_up: int, repeats: int) -> float:
+    """The median time of `repeats` calls, after `warm_up` that are not timed."""
+    seconds = []
+    for _ in range(warm_up + repeats):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[warm_up:])
+
+
+def train_speed(model: torch.nn.Module, request: Request) -> float:
+    """Tokens a second of forward, backward and AdamW step."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    tokens = torch.randint(0, request.config["vocab_size"], (request.rows, request.seq))
+
+    def step() -> None:
+        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    model.train()
+    return request.rows * request.seq / median_seconds(step, warm_up=3, repeats=request.steps)
+
+
+def decode_speed(model: Any, batch: int, request: Request) -> float:
+    """New tokens a second of greedy generation, prefill included."""
+    prompt = torch.randint(0, request.config["vocab_size"], (batch, request.prompt))
+    mask = torch.ones_like(prompt)
+
+    def generate() -> None:
+        ids = model.generate(
+            prompt, attention_mask=mask, do_sample=False, use_cache=True, max_new_tokens=request.new_tokens
+        )
+        assert ids.shape == (batch, request.prompt + request.new_tokens), ids.shape
+
+    model.eval()
+    with torch.inference_mode():
+        return batch * request.new_tokens / median_seconds(generate, warm_up=1, repeats=request.repeats)
+
+
+def best(measure: Callable[[], float], threads: tuple[int, ...]) -> dict[str, float]:
+    """The highest of the speeds measured with each number of threads, and that number."""
+    speeds = {}
+    for count in threads:
+        torch.set_num_threads(count)
+        speeds[count] = measure()
+    fastest = max(speeds, key=speeds.__getitem__)
+    return {"tokens_per_second": round(speeds[fastest], 1), "threads": fastest}
+
+
+def main() -> None:
+    """Reads the request, measures, prints one JSON line."""
+    transformers.logging.set_verbosity_error()
+    request = read_request(sys.stdin.read())
+    load_before = os.getloadavg()[0]
+    model = build_model(request)
+    result = {
+        "peer": f"transformers {transformers.__version__}, torch {torch.__version__}, grouped_mm, float32",
+        "load_average_before": round(load_before, 2),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "train_batch": [request.rows, request.seq],
+        "train": best(lambda: train_speed(model, request), request.threads),
+        "decode": {
+            str(batch): best(lambda batch=batch: decode_speed(model, batch, request), request.threads)
+            for batch in request.decode_batches
+        },
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

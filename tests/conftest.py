@@ -1,0 +1,36 @@
+"""What every test runs under: eight emulated CPU devices, one compilation cache, types checked.
+
+Everything goes through the environment, before jax is imported, so that the programs that tests start (a
+`deepseek-jax pretrain` that is killed, say) run under the same: one set of compiled programs serves all.
+"""
+
+import os
+from pathlib import Path
+
+CACHE = Path(__file__).parents[1] / ".cache" / "jax"
+
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_NUM_CPU_DEVICES": "8",
+    "JAX_ENABLE_X64": "0",
+    "JAX_ENABLE_COMPILATION_CACHE": "1",
+    # One folder for both xdist workers, the programs they start and the next run.
+    "JAX_COMPILATION_CACHE_DIR": str(CACHE),
+    # Small programs too: by default only what took a second to compile is kept.
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    # Pictures are drawn without a screen.
+    "MPLBACKEND": "agg",
+}
+os.environ.update(ENVIRONMENT)
+
+from hypothesis import settings  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
+
+# The first example of a property compiles, the others do not: a deadline would only measure that. The
+# examples are the same in every run, and none are kept: a red test is red for everyone.
+settings.register_profile("repository", deadline=None, derandomize=True, database=None, max_examples=25)
+settings.load_profile("repository")
+
+# Shapes and types in annotations are checked at every call, in tests only.
+install_import_hook(["deepseek_jax", "deepseek_kernels"], "typechecking.check_functions")

@@ -1,0 +1,111 @@
+"""Readers: every format, and a broken line named by file and line or skipped and counted."""
+
+import gzip
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from deepseek_jax.data.text import read_chats, read_documents
+
+TEXTS = ["one\ntwo", "ünï 数", "", "four"]
+
+
+def write(path: Path, values: list[Any], field: str = "text") -> Path:
+    """Writes documents; bytes stand for a raw line of JSONL."""
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"other": range(len(values)), field: values}), path)
+        return path
+    lines = [v if isinstance(v, bytes) else json.dumps({field: v}).encode() for v in values]
+    data = b"".join(line + b"\n" for line in lines)
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])
+def test_documents_come_in_order(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / name, TEXTS, field="content")
+    assert list(read_documents(path, text_field="content")) == TEXTS
+
+
+def test_many_files_and_plain_text(tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_bytes(b"whole\r\nfile\n")
+    paths = [
+        write(tmp_path / "a.jsonl", TEXTS[:2]),
+        tmp_path / "b.txt",
+        str(write(tmp_path / "c.parquet", TEXTS)),
+    ]
+    assert list(read_documents(paths)) == [*TEXTS[:2], "whole\r\nfile\n", *TEXTS]
+
+
+BROKEN = [
+    (b'{"text": "cut', "not JSON .*column 10"),
+    (b'{"other": "x"}', 'no field "text"'),
+    (b'{"text": 3}', '"text" is of type int; it must be text'),
+    (b'["x"]', 'no field "text"'),
+    (b'{"text": "\xff"}', "can't decode byte 0xff"),
+    (b'{"text": "\\ud800"}', "surrogates not allowed"),
+]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+@pytest.mark.parametrize(("line", "message"), BROKEN)
+def test_a_broken_line_is_named_or_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, line: bytes, message: str
+) -> None:
+    path = write(tmp_path / name, ["good", b"", line, "also good", line])
+    with pytest.raises(ValueError, match=rf"{name}:3: .*{message}"):
+        list(read_documents(path))
+    skipped: Counter[str] = Counter()
+    assert list(read_documents(path, skip_broken=True, skipped=skipped)) == ["good", "also good"]
+    assert skipped == {str(path): 2}
+    assert f"{name}: skipped 2 broken lines" in caplog.text
+
+
+def test_a_broken_parquet_row_is_named_or_counted(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", ["x"] * 1500 + [None] + ["y"])
+    with pytest.raises(ValueError, match=r'a\.parquet:1501: "text" is of type NoneType'):
+        list(read_documents(path))
+    skipped: Counter[str] = Counter()
+    assert len(list(read_documents(path, skip_broken=True, skipped=skipped))) == 1501
+    assert skipped == {str(path): 1}
+
+
+def test_broken_files_are_named_even_when_lines_may_be_skipped(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl.gz", [f"document {i}" for i in range(2000)])
+    path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(ValueError, match=r"a\.jsonl\.gz:\d+: the gzip data is broken from here on"):
+        list(read_documents(path, skip_broken=True))
+    (tmp_path / "plain.jsonl.gz").write_bytes(b'{"text": "x"}\n')
+    with pytest.raises(ValueError, match=r"plain\.jsonl\.gz:1: the gzip data is broken"):
+        list(read_documents(tmp_path / "plain.jsonl.gz", skip_broken=True))
+    (tmp_path / "a.parquet").write_bytes(write(tmp_path / "b.parquet", TEXTS).read_bytes()[:-10])
+    with pytest.raises(ValueError, match=r"a\.parquet: not a whole Parquet file"):
+        list(read_documents(tmp_path / "a.parquet", skip_broken=True))
+    with pytest.raises(ValueError, match=r'b\.parquet: no column "body"; it has other, text'):
+        list(read_documents(tmp_path / "b.parquet", text_field="body"))
+    with pytest.raises(ValueError, match=r"a\.csv: unknown kind of file"):
+        list(read_documents(tmp_path / "a.csv"))
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"latin\.txt:1: .*0xe9"):
+        list(read_documents(tmp_path / "latin.txt"))
+
+
+CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+
+
+def test_chats(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write(
+        tmp_path / "c.jsonl", [CHAT, [{"role": "judge", "content": "x"}], b"{}", CHAT], field="messages"
+    )
+    with pytest.raises(ValueError, match=r"c\.jsonl:2: message 0 has role 'judge'; allowed are system, user"):
+        list(read_chats(path))
+    skipped: Counter[str] = Counter()
+    assert list(read_chats(path, skip_broken=True, skipped=skipped)) == [CHAT, CHAT]
+    assert skipped == {str(path): 2} and "skipped 2" in caplog.text
+    with pytest.raises(ValueError, match="unknown kind of file"):
+        list(read_chats(tmp_path / "c.parquet"))

@@ -1,0 +1,251 @@
+"""The report of a demo run, made from synthetic runs: what it must show, and what it must survive."""
+
+import base64
+import html
+import io
+import json
+import re
+import struct
+import zlib
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from deepseek_jax.workflows.report import print_summary, write_report
+from deepseek_jax.workflows.report_figures import UNDER_RGB, Line, Panel, heat_map, line_chart
+
+LAYERS, EXPERTS = 2, 4
+HOSTILE = "</pre><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)>"
+SECTIONS = ["headline", "losses", "experts", "reward", "samples", "configuration"]
+
+
+class Page(HTMLParser):
+    """The tags and attributes that a browser would see."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def names(self) -> set[str]:
+        return {tag for tag, _ in self.tags}
+
+    def ids(self) -> list[str]:
+        return [attributes["id"] or "" for _, attributes in self.tags if "id" in attributes]
+
+
+def write_stage(run: Path, name: str, *, finished: bool = True) -> None:
+    folder = run / name
+    folder.mkdir(parents=True)
+    with (folder / "metrics.jsonl").open("w") as file:
+        for step in range(0, 101, 10):
+            load = [[0.4, 0.3, 0.2, 0.1]] * LAYERS
+            line = {
+                "step": step,
+                "time": 0.0,
+                "load": load,
+                "max_vio": 0.6,
+                "balance": 1e-4,
+                "bias_range": 0.1,
+            }
+            if name == "grpo":
+                line |= {
+                    "reward_accuracy": 0.3,
+                    "reward_format": 0.9,
+                    "response_length": 40.0,
+                    "entropy": 0.3,
+                }
+                line |= {"kl_sampler": 1e-8, "kl_reference": 0.0, "signal_groups": 0.5}
+            else:
+                line |= {"ce": float("nan") if step == 50 else 3.0, "mtp": 4.0, "tokens_per_second": 5432.0}
+            file.write(json.dumps(line) + "\n")
+        evaluation = {"eval/bits_per_byte": 2.25} if name == "pretrain" else {}
+        if name != "pretrain":
+            for mode, value in (("sampled", 0.25), ("greedy", 0.5)):
+                evaluation |= {f"eval/accuracy_{mode}": value, f"eval/accuracy_{mode}_stderr": 0.03}
+        file.write(json.dumps({"step": 100, "time": 0.0} | evaluation) + "\n")
+    write_json(folder / "config.json", {"model": {"note": f"{name} <b>bold</b>"}})
+    share = np.full((4, LAYERS, EXPERTS), 0.25)
+    share[2, 1] = [0.0, 0.0, 0.9, 0.1]
+    share[3, 1] = float("nan")  # no such token was met
+    kinds = ["code", "prose", "digits", "thinking"]
+    experts = {"kinds": kinds, "layers": LAYERS, "experts": EXPERTS, "share": share.tolist()}
+    write_json(folder / "experts.json", experts)
+    sample = {"stage": name, "prompt": f"1 + 1 {HOSTILE}", "answer": "2", "mode": "greedy"}
+    before = {"when": "before", "completion": f"<think>never closed {HOSTILE}", "correct": False}
+    after = {"when": "after", "completion": "<think>one more than one</think>it is 2", "correct": True}
+    lines = [json.dumps(sample | before), json.dumps(sample | after)]
+    (folder / "samples.jsonl").write_text("\n".join(lines) + "\n")
+    if finished:
+        write_result(folder, name)
+
+
+def write_result(folder: Path, name: str) -> None:
+    result = {"seconds": 61.2, "steps": 100, "tokens_per_second": 6123.4, "cache_numbers_per_token_layer": 48}
+    result |= {"parameters_total": 2_312_448, "parameters_active": 1_130_112}
+    if name == "pretrain":
+        result["bits_per_byte"] = 2.104
+    else:
+        sampled, greedy = (0.312, 0.45) if name == "sft" else (0.871, 0.93)
+        result |= {"accuracy_sampled": sampled, "accuracy_sampled_stderr": 0.021, "problems": 512}
+        result |= {"accuracy_greedy": greedy, "accuracy_greedy_stderr": 0.014}
+        result["by_kind"] = {"add": {"greedy": greedy, "sampled": sampled}}
+    write_json(folder / "result.json", result)
+
+
+def write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value))
+
+
+@pytest.fixture
+def full_run(tmp_path: Path) -> Path:
+    for name in ("pretrain", "sft", "grpo"):
+        write_stage(tmp_path, name)
+    (tmp_path / "corpus").mkdir()
+    write_json(tmp_path / "corpus" / "meta.json", {"vocab_size": 512, "note": "<i>corpus</i>"})
+    return tmp_path
+
+
+def summary(run: Path) -> str:
+    console = Console(file=io.StringIO(), width=160)
+    print_summary(run, console)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_report_is_one_file_that_needs_nothing_else(full_run: Path) -> None:
+    path = write_report(full_run)
+    assert path == full_run / "report.html" and not (full_run / "report.html.partial").exists()
+    text = path.read_text(encoding="utf-8")
+    page = Page(text)
+    assert not page.names() & {"script", "link", "iframe", "object", "embed", "base", "img"}
+    for tag, attributes in page.tags:
+        for name, value in attributes.items():
+            assert not name.startswith("on"), (tag, name)
+            if name in {"src", "href", "xlink:href", "action", "data"}:
+                assert (value or "").startswith("data:image/png;base64,"), (tag, value)
+    style = "".join(re.findall(r"<style>(.*?)</style>", text, re.S))
+    assert "url(" not in style and "@import" not in style and "prefers-color-scheme: dark" in style
+
+
+def test_hostile_text_is_shown_but_not_run(full_run: Path) -> None:
+    text = write_report(full_run).read_text(encoding="utf-8")
+    assert html.escape(HOSTILE) in text and HOSTILE not in text
+    assert "<b>bold</b>" not in text and "<i>corpus</i>" not in text
+
+
+def test_every_section_and_chart_is_there(full_run: Path) -> None:
+    text = write_report(full_run).read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.ids() == SECTIONS
+    charts = [
+        "Held-out accuracy",
+        "Loss, Pretraining",
+        "Loss, Cold-start SFT",
+        "Held-out text, Pretraining",
+        "MaxVio",
+    ]
+    charts += ["Balance loss", "Router bias", "Reward", "Response length", "Groups with signal", "Entropy"]
+    charts += ["Sampler-to-learner KL", "Reference KL"]
+    charts += [f"{what}, MoE layer {layer}" for what in ("Load", "Kind of token") for layer in (1, 2)]
+    for title in charts:
+        card = re.search(rf"<figure><h3>{re.escape(title)}</h3>(.*?)</figure>", text, re.S)
+        assert card and "<svg" in card[1] and re.search(r"<figcaption>.+\.</figcaption>", card[1]), title
+    assert "nan" not in re.sub(r"base64,[^\"]*", "", text).lower(), "a NaN loss must leave a gap"
+    assert "the most marked is expert 2 with 3.6× for digits" in text
+    assert "not complete" not in text and "Not measured yet" not in text
+
+
+def test_samples_stand_side_by_side_with_marks_and_dimmed_thinking(full_run: Path) -> None:
+    text = write_report(full_run).read_text(encoding="utf-8")
+    pairs = re.findall(r'<div class="pair">.*?</pre></div></div>', text, re.S)
+    assert len(pairs) == 3
+    assert pairs[0].index("✗ wrong") < pairs[0].index("✓ right")
+    assert '<span class="think">&lt;think&gt;one more than one&lt;/think&gt;</span>it is 2' in pairs[0]
+    assert f'<span class="think">&lt;think&gt;never closed {html.escape(HOSTILE)}</span>' in pairs[0]
+
+
+NUMBERS = ["87.1 ± 2.1%", "93.0 ± 1.4%", "31.2 ± 2.1%", "45.0 ± 1.4%", "2.104", "6,123", "1m 02s", "512"]
+NUMBERS += ["2,312,448", "1,130,112", "48", "finished"]
+
+
+def test_terminal_and_page_print_the_same_numbers(full_run: Path) -> None:
+    printed, page = summary(full_run), html.unescape(write_report(full_run).read_text(encoding="utf-8"))
+    page = page.replace("\N{NO-BREAK SPACE}", " ")
+    for number in NUMBERS:
+        assert number in printed and number in page, number
+    row = next(line for line in printed.splitlines() if "sampled accuracy before" in line)
+    assert [cell.strip() for cell in row.split("│")[2:5]] == ["–", "–", "31.2 ± 2.1%"], (
+        "GRPO starts where SFT ended"
+    )
+
+
+def test_evaluation_at_step_0_is_the_accuracy_before(full_run: Path) -> None:
+    path = full_run / "grpo" / "metrics.jsonl"
+    first = {"step": 0, "eval/accuracy_sampled": 0.28, "eval/accuracy_sampled_stderr": 0.02}
+    path.write_text(json.dumps(first) + "\n" + path.read_text())
+    assert "28.0 ± 2.0%" in next(
+        line for line in summary(full_run).splitlines() if "sampled accuracy before" in line
+    )
+
+
+def test_nothing_has_run_yet(tmp_path: Path) -> None:
+    text = write_report(tmp_path).read_text(encoding="utf-8")
+    assert Page(text).ids() == SECTIONS and "<svg" not in text
+    assert "Pretraining is not started; Cold-start SFT is not started; GRPO is not started" in text
+    assert summary(tmp_path).count("not started") == 3
+
+
+def test_run_that_is_still_going(tmp_path: Path) -> None:
+    write_stage(tmp_path, "pretrain")
+    write_stage(tmp_path, "sft", finished=False)
+    (tmp_path / "sft" / "experts.json").unlink()
+    with (tmp_path / "sft" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 110, "ce": 2.')  # the line that is being written just now
+    text = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "Cold-start SFT is running, step 100; GRPO is not started" in text
+    assert "Reinforcement learning has no accuracy to show yet" in text
+    assert "take after Pretraining" in text and "Not measured yet." in text
+    printed = summary(tmp_path)
+    assert "25.0 ± 3.0%" in printed and "5,432" in printed, (
+        "the last logged numbers, until there are final ones"
+    )
+
+
+def test_broken_line_is_named(full_run: Path) -> None:
+    path = full_run / "sft" / "samples.jsonl"
+    path.write_text("{}\nbroken\n")
+    with pytest.raises(ValueError, match=r"samples\.jsonl:2: not a line of JSON"):
+        write_report(full_run)
+
+
+def test_line_chart_puts_values_where_the_axis_says() -> None:
+    points = np.array([[0, 0.0, 0], [50, 40.0, 0], [100, 100.0, 0]])
+    svg = line_chart([Panel("only", 100)], [Line("x", "blue", [points])], unit="%", low=0, high=100)
+    path = re.findall(r'class="line"[^>]* d="M([^"]+)"', svg)[0]
+    (x0, y0), (x1, y1), (x2, y2) = (map(float, pair.split(",")) for pair in path.split("L"))
+    labels = re.findall(
+        r'<text class="label" x="([\d.]+)" y="([\d.]+)" text-anchor="end">([\d.]+)</text>', svg
+    )
+    y_of = {text: float(y) - 4 for x, y, text in labels if float(x) < 44}
+    assert (y0, y1, y2) == pytest.approx((y_of["0"], y_of["40"], y_of["100"]), abs=0.11)
+    assert x1 == pytest.approx((x0 + x2) / 2, abs=0.11)
+
+
+def test_heat_map_colours_say_under_and_over() -> None:
+    svg = heat_map(np.array([[1.0, 0.25], [9.0, 0.0]]), [Panel("a", 0), Panel("b", 0)], limit=4, numbers=True)
+    encoded = re.findall(r"base64,([^\"]+)", svg)[0]
+    png = base64.b64decode(encoded)
+    assert png[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">II", png[16:24]) == (2, 2)
+    start = png.index(b"IDAT") + 4
+    (length,) = struct.unpack(">I", png[start - 8 : start - 4])
+    rows = np.frombuffer(zlib.decompress(png[start : start + length]), np.uint8).reshape(2, 9)[:, 1:]
+    rgba = rows.reshape(2, 2, 4)
+    assert rgba[0, 0, 3] == 0, "the fair share has no colour"
+    assert tuple(rgba[0, 1, :3]) == UNDER_RGB and rgba[0, 1, 3] == rgba[1, 0, 3] == rgba[1, 1, 3] == 205
+    assert re.findall(r'class="cell"[^>]*>([\d.]+)<', svg) == ["1.0", "0.2", "9.0", "0.0"]

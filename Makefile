@@ -25,7 +25,8 @@ $(error ACCELERATOR=$(ACCELERATOR) is not known: use cpu, cuda12, cuda13 or tpu)
 endif
 
 .DELETE_ON_ERROR:
-.PHONY: help demo install test lint format notebook peer bench wheel clean
+# setup: what runs the package. install: what the tests and checks need too.
+.PHONY: help demo setup install test lint format notebook peer bench wheel clean
 
 help:
 	@echo "make demo      set up and train a small DeepSeek from raw text to answers (runs/demo/)"
@@ -38,6 +39,8 @@ help:
 
 demo: $(INSTALLED)
 	@$(BIN)/deepseek-jax demo $(ARGS)
+
+setup: $(INSTALLED)
 
 install: $(TESTABLE)
 

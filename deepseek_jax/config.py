@@ -77,10 +77,11 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "dots", "full"] = "none"
+    scan_unroll: int = 1  # layers per turn of the scan: more compile longer and run faster, on a CPU above all
 
     def __post_init__(self) -> None:
         check_types(self)
-        positive = ["vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads"]
+        positive = ["scan_unroll", "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads"]
         positive += (
             ["kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"]
             if self.attention == "mla"

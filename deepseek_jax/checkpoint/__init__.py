@@ -4,7 +4,7 @@
 optimiser is: a state is a pytree of arrays, addressed by the names of its leaves.
 """
 
-from deepseek_jax.checkpoint.reading import DamagedCheckpoint, restore_params
+from deepseek_jax.checkpoint.reading import DamagedCheckpointError, restore_params
 from deepseek_jax.checkpoint.store import CheckpointStore
 
-__all__ = ["CheckpointStore", "DamagedCheckpoint", "restore_params"]
+__all__ = ["CheckpointStore", "DamagedCheckpointError", "restore_params"]

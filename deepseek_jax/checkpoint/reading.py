@@ -1,10 +1,10 @@
 """Find, check and read the checkpoints of a run; nothing in this module writes.
 
-A checkpoint is the folder `<directory>/<step>`; Orbax writes it under another name and renames it when complete:
+A checkpoint is the folder `<directory>/<step>`, which Orbax writes under another name and renames at the end:
 
     state/           the arrays, one for each leaf of the state, named by their path in the pytree
     loader/, meta/   JSON: where the data loader stands; the model's configuration, format version, stage
-    inventory.json   the size of every file and the shape and dtype of every array, written just before the rename
+    inventory.json   size of every file, shape and dtype of every array; written just before the rename
 
 Without the inventory, lost files would show only as a storm of errors out of the middle of a read.
 """
@@ -13,32 +13,35 @@ import json
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
+
+from deepseek_jax.checkpoint.noise import silence_repeats
 
 INVENTORY = "inventory.json"
 FORMAT_VERSION = 1
 _LISTED = 5  # differences that an error message spells out
 
 LeafPath = tuple[str, ...]
+T = TypeVar("T")
 
 
-class DamagedCheckpoint(ValueError):
+class DamagedCheckpointError(ValueError):
     """A checkpoint folder whose files are missing, cut short or corrupt."""
 
 
 def checkpoint_steps(directory: Path) -> list[int]:
-    """The committed steps in `directory`, oldest first; unfinished ones carry another name and are not listed."""
+    """The committed steps in `directory`, oldest first; unfinished ones carry another name."""
     if not directory.is_dir():
         return []
     return sorted(int(entry.name) for entry in directory.iterdir() if entry.name.isdecimal())
 
 
 def named_leaves(tree: Any) -> dict[LeafPath, Any]:
-    """The leaves of a pytree by path. A dataclass field, a dict key and an attribute of one name are the same,
-    so that a dict of two fields can read a part of what a dataclass wrote."""
+    """The leaves of a pytree by path. A dataclass field and a dict key of one name are the same, so that a
+    dict of two fields can read a part of what a dataclass wrote."""
     pairs = jax.tree_util.tree_flatten_with_path(tree)[0]
     named = {tuple(jax.tree_util.keystr((key,), simple=True) for key in path): leaf for path, leaf in pairs}
     assert len(named) == len(pairs), "two leaves of the state have the same path"
@@ -71,17 +74,19 @@ def read_inventory(folder: Path) -> dict[str, Any]:
     """The inventory of an intact checkpoint.
 
     Raises:
-        DamagedCheckpoint: naming the folder and the file that is missing or has another size than it was written with.
+        DamagedCheckpointError: naming the folder, and the file that is missing or of another size.
     """
     try:
         inventory = json.loads((folder / INVENTORY).read_text())
     except (FileNotFoundError, json.JSONDecodeError) as error:
-        raise DamagedCheckpoint(f"checkpoint {folder} is damaged: {INVENTORY} is missing or cut short") from error
+        raise DamagedCheckpointError(
+            f"checkpoint {folder} is damaged: {INVENTORY} is missing or cut short"
+        ) from error
     found = file_sizes(folder)
     for name, size in inventory["files"].items():
         if found.get(name) != size:
             state = f"has {found[name]} bytes instead of {size}" if name in found else "is missing"
-            raise DamagedCheckpoint(f"checkpoint {folder} is damaged: {name} {state}")
+            raise DamagedCheckpointError(f"checkpoint {folder} is damaged: {name} {state}")
     return inventory
 
 
@@ -95,27 +100,27 @@ def read_json(folder: Path, item: str) -> dict[str, Any]:
     return content
 
 
-def newest_intact[T](directory: Path, read: Callable[[Path], T]) -> tuple[int, T, list[int]]:
-    """`read` the newest checkpoint that is not damaged -> (step, what was read, the damaged steps passed over).
+def newest_intact(directory: Path, read: Callable[[Path], T]) -> tuple[int, T, list[int]]:
+    """`read` the newest checkpoint that is not damaged -> (step, what was read, damaged steps passed over).
 
     Raises:
         FileNotFoundError: there is no checkpoint.
-        DamagedCheckpoint: there are some, but all are damaged.
+        DamagedCheckpointError: there are some, but all are damaged.
     """
     steps = checkpoint_steps(directory)
     if not steps:
         raise FileNotFoundError(f"no checkpoint in {directory}")
-    damaged: list[DamagedCheckpoint] = []
+    damaged: list[DamagedCheckpointError] = []
     for step in reversed(steps):
         try:
             content = read(directory / str(step))
-        except DamagedCheckpoint as error:
+        except DamagedCheckpointError as error:
             damaged.append(error)
             continue
         for error in damaged:
             warnings.warn(f"{error}; step {step} is used instead", stacklevel=3)
         return step, content, steps[len(steps) - len(damaged) :]
-    raise DamagedCheckpoint(
+    raise DamagedCheckpointError(
         f"every checkpoint in {directory} is damaged; move the folder away to begin again. "
         + "; ".join(str(error) for error in damaged)
     )
@@ -142,7 +147,7 @@ def check_same_arrays(
 ) -> None:
     """ValueError naming the arrays that differ. Orbax itself would cut, pad and cast without a word.
 
-    With `part` the checkpoint may hold more than is wanted, and the wanted dtype may differ: it is a request to cast.
+    With `part` the checkpoint may hold more than is wanted, and another dtype is a request to cast.
     """
     differences = [f"{name} is missing there" for name in wanted if name not in saved]
     if not part:
@@ -164,14 +169,15 @@ def read_state(folder: Path, abstract: Any, *, part: bool = False) -> Any:
     """Read the arrays of one checkpoint straight to their devices.
 
     Args:
-        abstract: pytree of ShapeDtypeStruct. Each device reads its shard only; without a sharding an array goes to
-            the first device.
-        part: the checkpoint may hold more than `abstract` asks for, and arrays are cast to the dtype asked for.
+        abstract: pytree of ShapeDtypeStruct. Each device reads its shard only; an array without a sharding
+            goes to the first device.
+        part: the checkpoint may hold more than is asked for, and arrays are cast to the dtype asked for.
 
     Raises:
-        DamagedCheckpoint: a file is missing, cut short or fails its checksum.
+        DamagedCheckpointError: a file is missing, cut short or fails its checksum.
         ValueError: arrays are missing, unknown, or of another shape (or dtype).
     """
+    silence_repeats()
     named = named_leaves(abstract)
     check_same_arrays(folder, read_inventory(folder)["arrays"], describe_arrays(named), part=part)
     first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -188,26 +194,28 @@ def read_state(folder: Path, abstract: Any, *, part: bool = False) -> Any:
             restored = checkpointer.restore(folder / "state", args=arguments)
         except ValueError as error:  # how tensorstore reports all that it finds wrong with its files
             if str(error).startswith(("DATA_LOSS", "NOT_FOUND", "FAILED_PRECONDITION", "INVALID_ARGUMENT")):
-                raise DamagedCheckpoint(f"checkpoint {folder} is damaged: {error}") from error
+                raise DamagedCheckpointError(f"checkpoint {folder} is damaged: {error}") from error
             raise
     arrays = named_leaves(restored)
     return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[path] for path in named])
 
 
-def restore_params(directory: str | Path, abstract: Any, *, step: int | None = None) -> tuple[Any, dict[str, Any]]:
+def restore_params(
+    directory: str | Path, abstract: Any, *, step: int | None = None
+) -> tuple[Any, dict[str, Any]]:
     """Read a part of a training state, for inference: no optimiser state is built or read.
 
     Args:
         directory: the run's `checkpoints` folder.
         abstract: pytree of ShapeDtypeStruct with the paths of the state that was saved, for example
-            `{"params": ..., "router_bias": ...}`. Each array comes with the dtype and sharding asked for here.
+            `{"params": ..., "router_bias": ...}`. Arrays come with the dtype and sharding asked for.
         step: None takes the newest intact one, with a warning if a newer one is damaged.
 
     Returns:
         (pytree of arrays like `abstract`, meta).
 
     Raises:
-        FileNotFoundError, DamagedCheckpoint, ValueError: see `read_state`.
+        FileNotFoundError, DamagedCheckpointError, ValueError: see `read_state`.
     """
 
     def read(folder: Path) -> tuple[Any, dict[str, Any]]:
@@ -222,5 +230,7 @@ def restore_params(directory: str | Path, abstract: Any, *, step: int | None = N
 def existing(directory: Path, step: int) -> Path:
     """The folder of a step; FileNotFoundError naming the steps that there are."""
     if step not in checkpoint_steps(directory):
-        raise FileNotFoundError(f"no checkpoint of step {step} in {directory}: {checkpoint_steps(directory) or 'none'}")
+        raise FileNotFoundError(
+            f"no checkpoint of step {step} in {directory}: {checkpoint_steps(directory) or 'none'}"
+        )
     return directory / str(step)

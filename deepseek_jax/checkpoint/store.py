@@ -2,21 +2,20 @@
 
 import errno
 import json
-import logging
 import math
 import os
 import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, NoReturn, Self
+from typing import Any, Literal, NoReturn
 
 import jax
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN, PreservationPolicy
 
 from deepseek_jax.checkpoint import reading
+from deepseek_jax.checkpoint.noise import silence_repeats
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -24,8 +23,8 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 class CheckpointStore:
     """The checkpoints of one run, for the process that trains it.
 
-    A save copies the arrays to the host, so that the next step may donate them, and is written by threads. It counts
-    once its folder has been renamed to the step's number; a process that dies earlier leaves nothing that looks whole.
+    A save copies the arrays to the host, so that the next step may donate them, and threads write it. It
+    counts once its folder is renamed to the step's number; a kill before that leaves nothing that looks so.
     """
 
     def __init__(
@@ -55,12 +54,10 @@ class CheckpointStore:
         self._manager: ocp.CheckpointManager | None = None
         self._pending: tuple[int, dict[str, list[Any]]] | None = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "CheckpointStore":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def save(
@@ -75,7 +72,7 @@ class CheckpointStore:
     ) -> None:
         """Commit state, loader position and metadata as one checkpoint.
 
-        Returns once the arrays are copied, or with `block` once all is on disk. The state may be donated then.
+        Returns once the arrays are copied and may be donated, or with `block` once all is on disk.
 
         Raises:
             OSError: no room for this save or the one before it; names the directory and the last good step.
@@ -88,7 +85,9 @@ class CheckpointStore:
             loader=ocp.args.JsonSave(dict(loader)),
             meta=ocp.args.JsonSave({**meta, "format": reading.FORMAT_VERSION}),
         )
-        kept = {self._best_metric: float(metrics[self._best_metric])} if self._best_metric and metrics else None
+        kept = (
+            {self._best_metric: float(metrics[self._best_metric])} if self._best_metric and metrics else None
+        )
         try:
             if self._manager is None:
                 self._manager = self._open_manager()
@@ -112,14 +111,14 @@ class CheckpointStore:
         """Read a checkpoint onto any mesh -> (state, loader, meta).
 
         Args:
-            abstract_state: pytree of ShapeDtypeStruct with the shardings wanted; they need not be the saved ones.
-            step: None takes the newest. A damaged one is then passed over with a warning that says which is used
-                instead, and renamed to `<step>.damaged-<time>`.
+            abstract_state: pytree of ShapeDtypeStruct with the shardings wanted, which may differ from the
+            saved. step: None takes the newest. A damaged one is passed over, with a warning that says which
+                is used instead, and renamed to `<step>.damaged-<time>`.
             meta: what this run would save; its "model" is compared with the checkpoint's first.
 
         Raises:
             FileNotFoundError: no checkpoint, or not that step.
-            reading.DamagedCheckpoint: the step asked for, or every step, is damaged.
+            reading.DamagedCheckpointError: the step asked for, or every step, is damaged.
             ValueError: of another model; names the fields, or else the arrays, that differ.
         """
 
@@ -167,8 +166,8 @@ class CheckpointStore:
                 manager.close()
 
     def _open_manager(self) -> ocp.CheckpointManager:
-        logging.getLogger("absl").addFilter(_raised_anyway)
-        keep = [LatestN(self._keep)]
+        silence_repeats()
+        keep: list[PreservationPolicy] = [LatestN(self._keep)]
         if self._best_metric is not None:
             keep.append(
                 BestN(
@@ -206,7 +205,7 @@ class CheckpointStore:
             (folder / reading.INVENTORY).write_text(json.dumps(content))
 
     def _fail(self, error: OSError | ValueError | RuntimeError) -> NoReturn:
-        """Say a full disk in one sentence and free what the unfinished save occupies; raise anything else as it is."""
+        """Say a full disk in one sentence and free what the unfinished save took; raise others as is."""
         number = _no_room(error)
         if number is None:
             raise error
@@ -221,9 +220,12 @@ class CheckpointStore:
                     raise
         shutil.rmtree(self._unfinished(step), ignore_errors=True)
         safe = self.latest_step()
-        kept = "no checkpoint was saved before it" if safe is None else f"the checkpoint of step {safe} is safe"
+        kept = (
+            "no checkpoint was saved before it" if safe is None else f"the checkpoint of step {safe} is safe"
+        )
         raise OSError(
-            number, f"{os.strerror(number)}: the checkpoint of step {step} does not fit in {self.directory}; {kept}"
+            number,
+            f"{os.strerror(number)}: the checkpoint of step {step} does not fit in {self.directory}; {kept}",
         ) from error
 
 
@@ -237,8 +239,3 @@ def _no_room(error: BaseException | None) -> int | None:
                 return number
         error = error.__cause__ or error.__context__
     return None
-
-
-def _raised_anyway(record: logging.LogRecord) -> bool:
-    """Drop the tracebacks that Orbax's threads log for an error that `wait` raises in the main thread as well."""
-    return not (record.levelno >= logging.ERROR and f"{os.sep}orbax{os.sep}" in record.pathname)

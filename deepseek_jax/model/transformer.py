@@ -134,7 +134,7 @@ class Transformer(nnx.Module):
                 x, router, _ = nnx.merge(graph, state)(x, *context, bias_E)
                 return x, router
 
-            x, router = jax.lax.scan(_rematerialised(layer, self.config.remat), x, (state, bias))
+            x, router = jax.lax.scan(_rematerialised(layer, self.config.remat), x, (state, bias), unroll=self.config.scan_unroll)
             if router is not None:
                 stats.append(router)
         return x, stats

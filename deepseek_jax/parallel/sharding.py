@@ -70,15 +70,17 @@ def tree_shardings(mesh: Mesh, axes_tree: Any, arrays_tree: Any, rules: Sharding
 
 
 def place_batch(batch: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
-    """Put the host's rows (B S) of a batch on the mesh, split by row and sequence."""
-    return {
-        name: jax.make_array_from_process_local_data(NamedSharding(mesh, _batch_spec(value.ndim)), value)
-        for name, value in batch.items()
-    }
+    """Put the host's rows (B S), or (B 1), of a batch on the mesh, split by row and sequence.
 
+    Raises ValueError where the mesh does not divide them.
+    """
 
-def _batch_spec(ndim: int) -> PartitionSpec:
-    return RULES.spec(("batch", "sequence", None)[:ndim])
+    def put(value: Any) -> jax.Array:
+        axes = ("batch", "sequence" if value.shape[1] > 1 else None)
+        local = (value.shape[0] * jax.process_count(), value.shape[1])
+        return jax.make_array_from_process_local_data(named_sharding(mesh, axes, local), value)
+
+    return {name: put(value) for name, value in batch.items()}
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

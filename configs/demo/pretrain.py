@@ -1,0 +1,32 @@
+"""Pretraining of a 2.3 M-parameter DeepSeek-V3 on Python source and worked arithmetic.
+
+    deepseek-jax pretrain demo/pretrain
+"""
+
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.train.loop import LoopConfig
+from deepseek_jax.train.losses import LanguageModelLoss
+from deepseek_jax.train.optimizer import OptimizerConfig
+from deepseek_jax.train.step import StepConfig
+from deepseek_jax.workflows.pretrain import PretrainConfig, PretrainData
+
+
+def config() -> PretrainConfig:
+    return PretrainConfig(
+        model=ModelConfig(
+            vocab_size=512,
+            hidden_size=128,
+            num_hidden_layers=4,
+            intermediate_size=384,
+            num_experts_per_tok=2,
+            moe_intermediate_size=96,
+            initializer_range=0.02,
+            scan_unroll=3,
+        ),
+        data=PretrainData(seq_len=128),
+        batch_size=16,
+        optimizer=OptimizerConfig(peak_lr=3e-3, warmup_steps=20),
+        step=StepConfig(microbatches=2, bias_update_speed=0.003),
+        loss=LanguageModelLoss(chunk=64),
+        loop=LoopConfig(steps=600, log_every=10, checkpoint_every=100, eval_every=200),
+    )

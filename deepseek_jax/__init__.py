@@ -1,0 +1,18 @@
+"""DeepSeek in JAX: from pretraining to answers."""
+
+from deepseek_jax.config import ModelConfig, RopeScaling
+from deepseek_jax.inference.engine import Completion, Engine
+from deepseek_jax.inference.sampling import SamplingParams
+from deepseek_jax.model.attention import Cache
+from deepseek_jax.model.transformer import ModelOutput, Transformer
+
+__all__ = [
+    "Cache",
+    "Completion",
+    "Engine",
+    "ModelConfig",
+    "ModelOutput",
+    "RopeScaling",
+    "SamplingParams",
+    "Transformer",
+]

@@ -1,0 +1,71 @@
+"""The commands that run stages."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Annotated, Any, TypeVar
+
+import tyro
+from rich.console import Console
+
+from deepseek_jax.workflows.demo import CorpusStage, DemoConfig, demo, make_corpus
+from deepseek_jax.workflows.grpo import GRPOConfig, grpo
+from deepseek_jax.workflows.pretrain import PretrainConfig, pretrain
+from deepseek_jax.workflows.recipe import load_recipe
+from deepseek_jax.workflows.report import print_summary, write_report
+from deepseek_jax.workflows.sft import SFTConfig, sft
+
+Config = TypeVar("Config")
+
+
+def parse_recipe(command: str, kind: type[Config], arguments: Sequence[str]) -> Config:
+    """The recipe named first, or demo/COMMAND, with the overrides behind it."""
+    named = bool(arguments) and not arguments[0].startswith("-")
+    recipe = arguments[0] if named else f"demo/{command}"
+    default = load_recipe(recipe, kind)
+    return tyro.cli(kind, args=list(arguments[named:]), default=default, prog=f"deepseek-jax {command} {recipe}")
+
+
+def _finish(run_dir: str, result: dict[str, Any]) -> None:
+    console = Console()
+    for name, value in result.items():
+        console.print(f"{name:32} {value}", highlight=False)
+    console.print(f"→ {run_dir}")
+
+
+def run_pretrain(arguments: Sequence[str]) -> None:
+    config = parse_recipe("pretrain", PretrainConfig, arguments)
+    _finish(config.run_dir, pretrain(config))
+
+
+def run_sft(arguments: Sequence[str]) -> None:
+    config = parse_recipe("sft", SFTConfig, arguments)
+    _finish(config.run_dir, sft(config))
+
+
+def run_grpo(arguments: Sequence[str]) -> None:
+    config = parse_recipe("grpo", GRPOConfig, arguments)
+    _finish(config.run_dir, grpo(config))
+
+
+def run_corpus(arguments: Sequence[str]) -> None:
+    config = parse_recipe("corpus", CorpusStage, arguments)
+    meta = make_corpus(config)
+    _finish(config.folder, {name: meta[name] for name in ("train", "heldout", "source_files")})
+
+
+def run_demo(arguments: Sequence[str]) -> None:
+    demo(tyro.cli(DemoConfig, args=list(arguments), prog="deepseek-jax demo"))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Report:
+    """Write a run's report.html again and print its numbers."""
+
+    run: Annotated[str, tyro.conf.Positional] = "runs/demo"
+
+
+def run_report(arguments: Sequence[str]) -> None:
+    run = tyro.cli(_Report, args=list(arguments), prog="deepseek-jax report").run
+    path = write_report(run)
+    print_summary(run, Console())
+    print(path)

@@ -1,0 +1,272 @@
+"""The one training loop: it owns resuming, checkpoints, metrics, evaluation, bad steps and preemption.
+
+What a step computes is the caller's: the loop sees a pytree with a `.step` and a jitted function. The device
+does not wait for the host: metrics stay on the device until the step after theirs has been dispatched.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+
+import jax
+
+from deepseek_jax.checkpoint import CheckpointStore
+from deepseek_jax.train.metrics import MetricsWriter
+from deepseek_jax.train.preemption import Preempted, stop_signals
+from deepseek_jax.train.progress import Progress
+
+CHECKPOINTS = "checkpoints"
+
+
+@runtime_checkable
+class SteppedState(Protocol):
+    """A registered dataclass, one pytree of arrays, that counts the steps taken."""
+
+    @property
+    def step(self) -> jax.Array: ...
+
+
+State = TypeVar("State", bound=SteppedState)
+State_contra = TypeVar("State_contra", contravariant=True)
+
+
+@runtime_checkable
+class Batches(Protocol[State_contra]):
+    """Where batches come from: a data loader, or rollouts sampled from the very state being trained."""
+
+    def next(self, state: State_contra, /) -> tuple[Any, Mapping[str, Any]]:
+        """The next batch, and metrics about it for the step's line."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """JSON that, given to `restore`, makes `next` go on after the last batch it returned."""
+        ...
+
+    def restore(self, state: dict[str, Any], /) -> None: ...
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How long to train, and how often to do what beside it; all counts are in steps."""
+
+    steps: int
+    log_every: int = 10
+    checkpoint_every: int = 100
+    keep: int = 2  # newest checkpoints to keep, beside the best
+    eval_every: int = 0  # 0: no evaluation
+    best_metric: str | None = None  # keep the checkpoint of the best evaluation by this metric
+    best_mode: Literal["max", "min"] = "max"
+    max_bad_steps: int = 5  # this many non-finite steps in a row end the run
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "log_every", "checkpoint_every", "keep", "max_bad_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.eval_every < 0:
+            raise ValueError(f"eval_every must be 0 (never) or more, not {self.eval_every}")
+        if self.best_metric is not None and self.eval_every == 0:
+            raise ValueError(f"best_metric={self.best_metric!r} needs evaluations: eval_every is 0")
+
+    def due(self, every: int, step: int) -> bool:
+        """Whether something done every so many steps (0: never), and at the end, is due after `step`."""
+        return every > 0 and (step % every == 0 or step == self.steps)
+
+
+class NonFiniteError(ArithmeticError):
+    """Too many steps in a row had a loss or gradient that is not finite."""
+
+
+def run_loop(
+    *,
+    run_dir: str | Path,
+    config: LoopConfig,
+    state: State,
+    step_fn: Callable[[State, Any], tuple[State, dict[str, Any]]],
+    batches: Batches[State],
+    meta: dict[str, Any],
+    evaluate: Callable[[State], Mapping[str, Any]] | None = None,
+    stop_when: Callable[[Mapping[str, Any]], bool] | None = None,
+    on_log: Callable[[int, dict[str, Any]], None] | None = None,
+    progress: Progress | None = None,
+) -> State:
+    """Train to `config.steps`, from the newest checkpoint in `run_dir` if there is one -> the final state.
+
+    Writes `config.json`, `metrics.jsonl`, `tensorboard/` and `checkpoints/` in `run_dir`.
+
+    Args:
+        state: the initial state on its devices. It is used up: donated to the first step, or deleted to make
+            room for the checkpoint's, which takes its shapes and shardings.
+        step_fn: `(state, batch) -> (state, metrics)`, jitted with donated state. Where the loss or a
+            gradient is not finite it leaves the parameters alone and reports `finite` = 0; `tokens`, if
+            reported, makes `tokens_per_second`.
+        batches: see `Batches`.
+        meta: saved with every checkpoint; its "model" must equal the checkpoint's.
+        evaluate: called every `eval_every` steps and at the end; its metrics join the line of that step.
+        stop_when: looks at an evaluation's metrics; True ends the run there, saved.
+        on_log: called with step and line after each line of metrics; it may raise to end the run.
+
+    Raises:
+        Preempted: SIGTERM or SIGINT; the step was finished and saved. A second signal does not wait for that.
+        NonFiniteError: `max_bad_steps` in a row; the last good checkpoint stays the newest.
+        OSError: the disk is full; what was saved before is safe.
+        ValueError: the checkpoint is of another model or data set; see `CheckpointStore.restore`.
+    """
+    if (config.eval_every > 0) != (evaluate is not None):
+        raise ValueError(
+            f"eval_every is {config.eval_every}, but evaluate is {evaluate}: give both or neither"
+        )
+    run_dir = Path(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        stop = stack.enter_context(stop_signals())
+        store = stack.enter_context(
+            CheckpointStore(
+                run_dir / CHECKPOINTS,
+                keep=config.keep,
+                best_metric=config.best_metric,
+                best_mode=config.best_mode,
+            )
+        )
+        state = _resume(store, state, batches, meta)
+        step = int(state.step)
+        _write_config(run_dir / "config.json", {"loop": asdict(config), **meta})
+        writer = MetricsWriter(run_dir, after_step=step, tensorboard=config.tensorboard)
+        stack.callback(writer.close)
+        log = _Log(config, store, writer, on_log, progress)
+        if progress is not None:
+            stack.callback(progress.stop)
+            progress.start(step)
+        while step < config.steps:
+            batch, about_batch = batches.next(state)
+            state, metrics = step_fn(state, batch)
+            step += 1
+            log.flush()  # the step before: by now the device is busy with this one
+            log.add(step, metrics, about_batch)
+            found = None
+            if evaluate is not None and config.due(config.eval_every, step):
+                found = log.evaluate(evaluate, state)
+            best = found is not None and config.best_metric is not None
+            enough = found is not None and stop_when is not None and stop_when(found)
+            if best or enough or stop or config.due(config.checkpoint_every, step):
+                log.flush(check=True)
+                if (
+                    stop or step == config.steps or log.bad_steps == 0
+                ):  # or bad steps would push out good ones
+                    store.save(step, state, loader=batches.state(), meta=meta, metrics=found)
+            if stop:
+                store.wait()
+                raise Preempted(stop[0], step, store.directory)
+            if enough:
+                break
+    return state
+
+
+def _resume(store: CheckpointStore, state: State, batches: Batches[State], meta: dict[str, Any]) -> State:
+    if store.latest_step() is None:
+        return state
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    jax.tree.map(lambda x: x.delete(), state)  # never two states in memory
+    state, loader, _ = store.restore(abstract, meta=meta)
+    batches.restore(loader)
+    return state
+
+
+def _write_config(path: Path, content: dict[str, Any]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+class _Log:
+    """What is known of the steps since the last line, on the device until it is written."""
+
+    def __init__(
+        self,
+        config: LoopConfig,
+        store: CheckpointStore,
+        writer: MetricsWriter,
+        on_log: Callable[[int, dict[str, Any]], None] | None,
+        progress: Progress | None,
+    ) -> None:
+        self._config, self._store, self._writer = config, store, writer
+        self._on_log, self._progress = on_log, progress
+        self._flags: list[tuple[int, jax.Array]] = []
+        self._tokens: list[jax.Array] = []
+        self._line: tuple[int, dict[str, Any]] | None = None
+        self._last: tuple[int, dict[str, Any]] = (0, {})
+        self.bad_steps = 0
+        self._clock: float | None = None
+
+    def add(self, step: int, metrics: dict[str, Any], about_batch: Mapping[str, Any]) -> None:
+        """Remember a step that was dispatched."""
+        if "finite" not in metrics:
+            raise ValueError(f"step_fn must report 'finite' (1 or 0); its metrics are {sorted(metrics)}")
+        self._last = step, {**about_batch, **metrics}
+        self._flags.append((step, metrics["finite"]))
+        if self._config.due(self._config.log_every, step):
+            self._line = self._last
+        if self._clock is None:  # the first step compiles: time counts from its end
+            jax.block_until_ready(metrics["finite"])
+            self._clock = time.monotonic()
+        elif "tokens" in metrics:
+            self._tokens.append(metrics["tokens"])
+        if self._progress is not None:
+            self._progress.update(step)
+
+    def evaluate(self, evaluate: Callable[[Any], Mapping[str, Any]], state: Any) -> Mapping[str, Any]:
+        """Evaluate after the last step: the results join its line, the time does not count for its speed."""
+        step, metrics = self._last
+        jax.block_until_ready(metrics["finite"])
+        began = time.monotonic()
+        found = evaluate(state)
+        assert self._clock is not None
+        self._clock += time.monotonic() - began
+        if self._config.best_metric is not None and self._config.best_metric not in found:
+            raise ValueError(f"best_metric {self._config.best_metric!r} is none of {sorted(found)}")
+        self._line = step, {**metrics, **found}
+        return found
+
+    def flush(self, *, check: bool = False) -> None:
+        """Write the line that waits, if one does; `check` looks for bad steps in any case."""
+        if self._line is None:
+            if check:
+                self._count_bad_steps()
+            return
+        step, metrics = self._line
+        self._line = None
+        metrics, tokens = jax.device_get((metrics, self._tokens))
+        assert self._clock is not None
+        now = time.monotonic()
+        if tokens:
+            metrics["tokens_per_second"] = float(sum(tokens)) / (now - self._clock)
+            self._tokens, self._clock = [], now
+        line = self._writer.write(step, metrics)
+        if self._progress is not None:
+            self._progress.update(step, line)
+        self._count_bad_steps()
+        if self._on_log is not None:
+            self._on_log(step, line)
+
+    def _count_bad_steps(self) -> None:
+        flags = jax.device_get(self._flags)
+        self._flags = []
+        for step, finite in flags:
+            self.bad_steps = 0 if finite else self.bad_steps + 1
+            if self.bad_steps >= self._config.max_bad_steps:
+                self._store.wait()
+                safe = self._store.latest_step()
+                kept = (
+                    "there is no checkpoint yet"
+                    if safe is None
+                    else f"the last good checkpoint is step {safe}"
+                )
+                raise NonFiniteError(
+                    f"loss or gradient not finite in {self.bad_steps} steps in a row, up to step {step}; "
+                    f"{kept} in {self._store.directory}"
+                )

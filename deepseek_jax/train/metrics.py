@@ -1,0 +1,108 @@
+"""The metrics of a run: one JSON object a line in `metrics.jsonl`, scalars in `tensorboard/` as well."""
+
+import errno
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tensorboardX import SummaryWriter
+
+FILE_NAME = "metrics.jsonl"
+
+
+class MetricsWriter:
+    """Append a run's metrics; a line is on its way to the disk when `write` returns.
+
+    Opening cuts what an earlier process wrote after `after_step`, the step that this one goes on from, and a
+    last line that a kill cut short: no step appears twice.
+    """
+
+    def __init__(self, run_dir: str | Path, *, after_step: int = 0, tensorboard: bool = True) -> None:
+        run_dir = Path(run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        path = run_dir / FILE_NAME
+        if path.exists():
+            _cut(path, after_step)
+        self._file = path.open("ab", buffering=0)  # nothing left to write at close, should the disk be full
+        self._summary = (
+            SummaryWriter(str(run_dir / "tensorboard"), purge_step=after_step + 1) if tensorboard else None
+        )
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """Write `{"step", "time" (unix seconds), **metrics}` and return it.
+
+        Arrays become nested lists, and numbers that are not finite null: JSON has no word for them.
+
+        Raises:
+            OSError: the disk is full; names the file.
+        """
+        line = {"step": step, "time": time.time()} | {name: _plain(value) for name, value in metrics.items()}
+        text = (json.dumps(line, allow_nan=False) + "\n").encode()
+        try:
+            complete = self._file.write(text) == len(text)
+        except OSError as error:
+            raise OSError(
+                error.errno, f"{error.strerror}: metrics of step {step}", self._file.name
+            ) from error
+        if not complete:
+            raise OSError(
+                errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: metrics of step {step}", self._file.name
+            )
+        if self._summary is not None:
+            for name, value in metrics.items():
+                if np.ndim(value) == 0:
+                    self._summary.add_scalar(name, float(value), step)
+        return line
+
+    def close(self) -> None:
+        """Close the files and end TensorBoard's thread."""
+        self._file.close()
+        if self._summary is not None:
+            self._summary.close()
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, or of the one in a run's folder. A last line without an end is skipped.
+
+    Raises:
+        ValueError: FILE:LINE of a line that is not a JSON object with a step.
+    """
+    path = Path(path)
+    path = path / FILE_NAME if path.is_dir() else path
+    lines = []
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
+        if not text.endswith("\n"):
+            break
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path}:{number}: not JSON ({error}); expected an object with a step"
+            ) from error
+        if not isinstance(line, dict) or "step" not in line:
+            raise ValueError(
+                f"{path}:{number}: expected a JSON object with a step, found {text[:80].strip()!r}"
+            )
+        lines.append(line)
+    return lines
+
+
+def _cut(path: Path, after_step: int) -> None:
+    kept = [json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= after_step]
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, jax.Array | np.ndarray | np.generic):
+        value = np.asarray(value).tolist()
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,120 @@
+"""R1 in miniature: corpus and tokenizer, pretraining, cold-start SFT, GRPO, report. Each stage is a recipe of its own.
+
+A stage that has its result is not run again; one that was stopped goes on from its last checkpoint.
+"""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from deepseek_jax.config import check_types
+from deepseek_jax.data.chat import encode_chat
+from deepseek_jax.data.text import read_documents, read_objects
+from deepseek_jax.data.tokenizer import Tokenizer, train_tokenizer
+from deepseek_jax.evals.experts import expert_shares, token_kinds
+from deepseek_jax.rl.problems import read_jsonl, to_messages
+from deepseek_jax.workflows.corpus import CorpusConfig, build_corpus
+from deepseek_jax.workflows.grpo import GRPOConfig, grpo
+from deepseek_jax.workflows.pretrain import PretrainConfig, pretrain
+from deepseek_jax.workflows.recipe import load_recipe, moved
+from deepseek_jax.workflows.report import print_summary, write_report
+from deepseek_jax.workflows.sft import SFTConfig, sft
+from deepseek_jax.workflows.stage import TOKENIZER, load_trained, read_result, write_json
+
+RECIPE_DIR = "runs/demo"  # the folder that the recipes in configs/demo/ name
+
+
+@dataclasses.dataclass(frozen=True)
+class CorpusStage:
+    """The demo's corpus and tokenizer, written to ``folder``."""
+
+    folder: str = f"{RECIPE_DIR}/corpus"
+    corpus: CorpusConfig = CorpusConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class DemoConfig:
+    """run_dir: where all stages write. seed: of the corpus and of every stage. recipes: the folder of recipes."""
+
+    run_dir: str = RECIPE_DIR
+    seed: int = 0
+    recipes: str = "demo"
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+def make_corpus(config: CorpusStage) -> dict:
+    """Write corpus and tokenizer; what is already whole and of the same configuration stays."""
+    folder = Path(config.folder)
+    meta_path, tokenizer_path = folder / "meta.json", folder / TOKENIZER
+    wanted = json.loads(json.dumps(dataclasses.asdict(config.corpus)))
+    if meta_path.exists() and tokenizer_path.exists():
+        meta = json.loads(meta_path.read_text(encoding="utf-8"))
+        if meta["config"] != wanted:
+            raise ValueError(f"{folder} holds a corpus of another configuration; choose another folder, or remove it")
+        return meta
+    meta = build_corpus(folder, config.corpus)
+    texts = read_documents(folder / "documents" / "train.jsonl")
+    train_tokenizer(texts, config.corpus.vocab_size).save(tokenizer_path)
+    return meta
+
+
+def demo(config: DemoConfig, console: Console | None = None) -> None:
+    """Run all stages, write ``report.html`` and print the summary."""
+    console = console or Console()
+    run_dir = Path(config.run_dir)
+    began = time.monotonic()
+
+    def recipe(name: str, kind: type):
+        loaded = moved(load_recipe(f"{config.recipes}/{name}", kind), RECIPE_DIR, str(run_dir))
+        if kind is CorpusStage:
+            return dataclasses.replace(loaded, corpus=dataclasses.replace(loaded.corpus, seed=config.seed))
+        return dataclasses.replace(loaded, seed=config.seed)
+
+    stages = [
+        ("pretrain", pretrain, recipe("pretrain", PretrainConfig)),
+        ("sft", sft, recipe("sft", SFTConfig)),
+        ("grpo", grpo, recipe("grpo", GRPOConfig)),
+    ]
+    corpus = recipe("corpus", CorpusStage)
+    console.print(f"[bold]corpus[/bold] and tokenizer → {corpus.folder}")
+    make_corpus(corpus)
+    for name, run, stage in stages:
+        if read_result(run_dir / name) is not None:
+            console.print(f"[bold]{name}[/bold] is done already")
+            continue
+        console.print(f"[bold]{name}[/bold] → {stage.run_dir}")
+        run(stage)
+        if name == "grpo":
+            write_expert_shares(Path(corpus.folder), run_dir / name, seq_len=stages[0][2].data.seq_len)
+        write_report(run_dir)
+    report = write_report(run_dir)
+    print_summary(run_dir, console)
+    console.print(f"report: {report}   ({time.monotonic() - began:.0f} s for what was run now)")
+    console.print(f"talk to it: deepseek-jax chat {run_dir}")
+
+
+def write_expert_shares(corpus: Path, run_dir: Path, *, seq_len: int) -> None:
+    """``experts.json``: which experts serve code, prose, digits and thinking, on held-out documents and problems."""
+    trained = load_trained(run_dir)
+    if not trained.config.num_moe_layers:
+        return
+    tokenizer: Tokenizer = trained.tokenizer
+    documents: dict[str, list[str]] = {"code": [], "prose": []}
+    for row in read_objects(corpus / "documents" / "heldout.jsonl"):
+        if row["kind"] in documents and len(documents[row["kind"]]) < 32:
+            documents[row["kind"]].append(row["text"])
+    problems = read_jsonl(corpus / "problems_heldout.jsonl")[:96]
+    chats = [encode_chat(tokenizer, to_messages(problem))[0] for problem in problems]
+    shares = expert_shares(
+        trained.config,
+        trained.params,
+        trained.router_bias,
+        token_kinds(tokenizer, documents, chats),
+        seq_len=seq_len,
+    )
+    write_json(run_dir / "experts.json", shares)

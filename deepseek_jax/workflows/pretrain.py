@@ -1,0 +1,141 @@
+"""Pretraining on documents: tokenize, FIM, pack, train, measure bits per byte on held-out text."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.data.fim import FimTokens, apply_fim
+from deepseek_jax.data.packing import pack_stream
+from deepseek_jax.data.rows import RowLoader, open_rows, write_rows
+from deepseek_jax.data.text import read_documents, read_objects
+from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.evals.text import bits_per_byte
+from deepseek_jax.train.losses import LanguageModelLoss
+from deepseek_jax.workflows.stage import (
+    RESULT,
+    LoaderBatches,
+    StageConfig,
+    Trained,
+    read_result,
+    train_stage,
+    write_json,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainData:
+    """path: files of text (.jsonl, .parquet, .txt). heldout: a file of documents with a ``kind``, of which code and
+    prose are measured; empty for none. tokenizer: a tokenizer.json. fim_rate: documents rearranged as
+    prefix-suffix-middle (V3 section 4.1). skip_broken: leave broken lines out, counted, instead of stopping."""
+
+    path: tuple[str, ...] = ("runs/demo/corpus/documents/train.jsonl",)
+    heldout: str = "runs/demo/corpus/documents/heldout.jsonl"
+    tokenizer: str = "runs/demo/corpus/tokenizer.json"
+    seq_len: int = 128
+    fim_rate: float = 0.1
+    skip_broken: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig(StageConfig):
+    """A pretraining run."""
+
+    run_dir: str = "runs/demo/pretrain"
+    batch_size: int = 8
+    data: PretrainData = PretrainData()
+    model: ModelConfig = ModelConfig()
+    loss: LanguageModelLoss = LanguageModelLoss()
+
+
+def pretrain(config: PretrainConfig) -> dict[str, Any]:
+    """Run the stage, or go on with it; returns and writes its result."""
+    run_dir = Path(config.run_dir)
+    tokenizer = Tokenizer.from_file(config.data.tokenizer)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size={config.model.vocab_size} is less than the tokenizer's {tokenizer.vocab_size}"
+        )
+    rows = prepare_rows(config.data, tokenizer, run_dir / "rows", seed=config.seed)
+    loader = RowLoader(
+        rows,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    heldout = _heldout_texts(config.data)
+
+    def measure(trained: Trained) -> Mapping[str, float]:
+        return {
+            "eval/bits_per_byte": bits_per_byte(
+                trained.config,
+                trained.params,
+                trained.router_bias,
+                tokenizer,
+                heldout,
+                mesh=trained.mesh,
+                seq_len=config.data.seq_len,
+                batch_size=config.batch_size,
+            )
+        }
+
+    trained, facts = train_stage(
+        config,
+        stage="pretrain",
+        model=config.model,
+        tokenizer=tokenizer,
+        loss=config.loss,
+        batches=LoaderBatches(loader),
+        evaluate=measure if heldout and config.loop.eval_every else None,
+    )
+    result = facts
+    if heldout:
+        result["bits_per_byte"] = measure(trained)["eval/bits_per_byte"]
+    write_json(run_dir / RESULT, result)
+    return read_result(run_dir) or {}
+
+
+def prepare_rows(data: PretrainData, tokenizer: Tokenizer, folder: Path, *, seed: int) -> Path:
+    """Pack the documents into rows on disk, once; rows of other data or settings are refused by name.
+
+    Documents are shuffled, rearranged by FIM at ``fim_rate``, framed by begin and end of sentence, and cut into rows
+    that follow one another without loss.
+    """
+    made_of = {
+        "vocab_size": tokenizer.vocab_size,
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "data": dataclasses.asdict(data) | {"path": list(data.path)},
+        "seed": seed,
+    }
+    if folder.exists():
+        meta = open_rows(folder).meta
+        differ = [name for name, value in made_of.items() if meta.get(name) != value]
+        if differ:
+            raise ValueError(
+                f"{folder} was packed with another {', '.join(differ)}: {[meta.get(name) for name in differ]} instead "
+                f"of {[made_of[name] for name in differ]}; choose another run_dir, or remove {folder}"
+            )
+        return folder
+    documents = list(read_documents(data.path, skip_broken=data.skip_broken))
+    rng = np.random.default_rng([seed, 1])
+    fim = FimTokens.of(tokenizer)
+
+    def encoded() -> Iterator[list[int]]:
+        for index in rng.permutation(len(documents)):
+            ids = apply_fim(tokenizer.encode(documents[index]), rng=rng, rate=data.fim_rate, tokens=fim)
+            yield [tokenizer.bos_id, *ids, tokenizer.eos_id]
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    write_rows(folder, pack_stream(encoded(), data.seq_len, pad_id=tokenizer.pad_id), meta=made_of)
+    return folder
+
+
+def _heldout_texts(data: PretrainData) -> list[str]:
+    if not data.heldout:
+        return []
+    return [row["text"] for row in read_objects(data.heldout) if row.get("kind") in ("code", "prose")]

@@ -1,0 +1,65 @@
+"""Recipes: Python files with a docstring and a function ``config()`` that returns a stage's configuration."""
+
+import dataclasses
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def recipe_folders() -> list[Path]:
+    """Where recipes are looked for by name: ``configs/`` here, of the checkout, and of the installed package."""
+    return [folder for folder in (Path("configs"), PACKAGE.parent / "configs", PACKAGE / "configs") if folder.is_dir()]
+
+
+def find_recipe(name: str) -> Path:
+    """The file behind ``demo/pretrain`` or ``path/to/recipe.py``. ValueError lists what there is."""
+    path = Path(name)
+    if path.suffix == ".py" and path.is_file():
+        return path
+    for folder in recipe_folders():
+        found = folder / path.with_suffix(".py")
+        if found.is_file():
+            return found
+    known = sorted(
+        {file.relative_to(folder).with_suffix("").as_posix() for folder in recipe_folders() for file in folder.rglob("*.py")}
+    )
+    raise ValueError(f"no recipe {name!r}: give a Python file, or one of {', '.join(known) or 'none'}")
+
+
+def load_recipe(name: str, kind: type) -> Any:
+    """The configuration that a recipe gives, which must be a ``kind``. ValueError says what a recipe needs."""
+    path = find_recipe(name)
+    module_name = f"deepseek_jax_recipe_{path.stem}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # tyro resolves annotations through it
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise ValueError(f"{path} is no recipe: {error.msg} in line {error.lineno}") from error
+    if not callable(getattr(module, "config", None)):
+        raise ValueError(f"{path} is no recipe: it defines no function config()")
+    config = module.config()
+    if not isinstance(config, kind):
+        raise ValueError(f"{path} gives a {type(config).__name__}; this command takes a {kind.__name__}")
+    return config
+
+
+def moved(config: Any, old: str, new: str) -> Any:
+    """The same configuration with every path under ``old`` put under ``new``."""
+
+    def move(value: Any) -> Any:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            fields = {field.name: move(getattr(value, field.name)) for field in dataclasses.fields(value) if field.init}
+            return dataclasses.replace(value, **fields)
+        if isinstance(value, tuple):
+            return tuple(move(item) for item in value)
+        if isinstance(value, str) and (value == old or value.startswith(old + "/")):
+            return new + value[len(old) :]
+        return value
+
+    return move(config)

@@ -1,0 +1,230 @@
+"""What every training stage does around its own step: devices, state, the loop, the result."""
+
+import dataclasses
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from deepseek_jax.checkpoint import CheckpointStore, restore_params
+from deepseek_jax.config import ModelConfig, check_types
+from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.evals.accuracy import Answered
+from deepseek_jax.model import transformer
+from deepseek_jax.parallel.mesh import MeshConfig, make_mesh, use_mesh
+from deepseek_jax.parallel.sharding import place_batch, tree_shardings
+from deepseek_jax.train.loop import CHECKPOINTS, Batches, LoopConfig, run_loop
+from deepseek_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from deepseek_jax.train.progress import Progress
+from deepseek_jax.train.state import TrainState, create_state
+from deepseek_jax.train.step import Loss, Step, StepConfig, make_step
+
+TOKENIZER = "tokenizer.json"
+RESULT = "result.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class StageConfig:
+    """What all stages have: where they write, the seed, and how they train."""
+
+    run_dir: str = "runs/stage"
+    seed: int = 0
+    optimizer: OptimizerConfig = OptimizerConfig()
+    step: StepConfig = StepConfig()
+    loop: LoopConfig = LoopConfig(steps=100)
+    mesh: MeshConfig = MeshConfig()
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A model at the end of a stage, on a mesh."""
+
+    config: ModelConfig
+    params: Any
+    router_bias: jax.Array | None
+    tokenizer: Tokenizer
+    mesh: Mesh
+
+
+def load_trained(run_dir: str | Path, mesh: Mesh | None = None) -> Trained:
+    """The newest checkpoint of a stage, its parameters placed on ``mesh`` (default: one device).
+
+    Raises FileNotFoundError, naming the folder, where there is none.
+    """
+    mesh = mesh or make_mesh(devices=jax.devices()[:1])
+    folder = Path(run_dir) / CHECKPOINTS
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{run_dir} holds no {CHECKPOINTS}/: no stage has been trained there")
+    with CheckpointStore(folder, keep=1) as store:
+        config = ModelConfig.from_dict(store.read_meta()["model"])
+    params, router_bias = jax.eval_shape(lambda: transformer.init(config))
+    shardings = tree_shardings(mesh, transformer.logical_axes(config), params)
+    place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)  # noqa: E731
+    wanted = {"params": jax.tree.map(place, params, shardings)}
+    if router_bias is not None:
+        whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        wanted["router_bias"] = place(router_bias, whole)
+    arrays, _ = restore_params(folder, wanted)
+    tokenizer = Tokenizer.from_file(Path(run_dir) / TOKENIZER)
+    return Trained(config, arrays["params"], arrays.get("router_bias"), tokenizer, mesh)
+
+
+def train_stage(
+    config: StageConfig,
+    *,
+    stage: str,
+    model: ModelConfig,
+    tokenizer: Tokenizer,
+    loss: Loss,
+    batches: Batches[TrainState],
+    start: Trained | None = None,
+    reference: bool = False,
+    updates: int = 1,
+    evaluate: Callable[[Trained], Mapping[str, float]] | None = None,
+    stop_when: Callable[[Mapping[str, Any]], bool] | None = None,
+) -> tuple[Trained, dict[str, Any]]:
+    """Train from ``start`` (None: fresh parameters) and return the model with the facts of the run.
+
+    ``updates``: optimiser updates per batch (GRPO's μ).
+    """
+    run_dir = Path(config.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(run_dir / TOKENIZER)
+    mesh = start.mesh if start else make_mesh(config.mesh)
+    optimizer = make_optimizer(config.optimizer, model, config.loop.steps * updates)
+    state = create_state(
+        model,
+        optimizer,
+        mesh,
+        seed=config.seed,
+        params=start.params if start else None,
+        router_bias=start.router_bias if start else None,
+        ema=config.step.ema_decay > 0,
+        reference=reference,
+    )
+    step = repeat_step(make_step(model, loss, optimizer, config.step), updates)
+    rate = learning_rate(config.optimizer, config.loop.steps * updates)
+
+    def placed_step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
+        with use_mesh(mesh):
+            new, metrics = step(state, batch)
+        tokens = jnp.sum(batch["segment_ids"] > 0)
+        return new, {**metrics, "lr": rate(state.step * updates), "tokens": tokens}
+
+    jitted = jax.jit(placed_step, donate_argnums=0)
+    trained = lambda state: Trained(model, state.params, state.router_bias, tokenizer, mesh)  # noqa: E731
+    settings = {"stage": stage, "model": model.to_dict(), "tokenizer_fingerprint": tokenizer.fingerprint}
+    began = time.monotonic()
+    first = int(state.step)
+    state = run_loop(
+        run_dir=run_dir,
+        config=config.loop,
+        state=state,
+        step_fn=lambda state, batch: jitted(state, place_batch(batch, mesh)),
+        batches=batches,
+        meta={**settings, "recipe": dataclasses.asdict(config)},
+        evaluate=None if evaluate is None else lambda state: evaluate(trained(state)),
+        stop_when=stop_when,
+        progress=Progress(stage, config.loop.steps),
+    )
+    return trained(state), {
+        "seconds": time.monotonic() - began,
+        "steps": int(state.step),
+        "steps_here": int(state.step) - first,
+        **count_parameters(model),
+        "cache_numbers_per_token_layer": model.cache_numbers_per_token_layer,
+    }
+
+
+def repeat_step(step: Step, updates: int) -> Step:
+    """The same batch ``updates`` times as one step. Metrics are the last update's; the sampler's KL is the first's,
+    where policy and sampler still have the same parameters."""
+    if updates < 1:
+        raise ValueError(f"updates={updates}: must be at least 1")
+
+    def repeated(state, batch):
+        number, first = state.step, {}
+        for _ in range(updates):
+            state, metrics = step(state.replace(step=number), batch)
+            first = first or metrics
+        kept = {name: first[name] for name in ("kl_sampler", "finite") if name in first}
+        finite = jnp.minimum(kept["finite"], metrics["finite"])
+        return state, {**metrics, **kept, "finite": finite}
+
+    return repeated
+
+
+def count_parameters(config: ModelConfig) -> dict[str, int]:
+    """Parameters in all, and those that one token of the main model uses (MTP left out, the embedding in)."""
+    params, _ = jax.eval_shape(lambda: transformer.init(config))
+    size = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))  # noqa: E731
+    total, active = size(params), size({name: tree for name, tree in params.items() if name != "mtp"})
+    if config.num_moe_layers:
+        mlp = params["moe_layers"]["mlp"]
+        routed = size([mlp["wi"], mlp["wo"]])
+        active -= routed - routed * config.num_experts_per_tok // config.n_routed_experts
+    return {"parameters_total": total, "parameters_active": active}
+
+
+def read_result(run_dir: str | Path) -> dict[str, Any] | None:
+    """A finished stage's result, or None."""
+    path = Path(run_dir) / RESULT
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write and move: a killed process leaves the old file or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_samples(path: Path, stage: str, when: str, mode: str, answered: Iterable[Answered]) -> None:
+    """Append completions to ``samples.jsonl``, once: what an earlier try wrote of the same kind is replaced."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    others = [line for line in lines if (json.loads(line)["when"], json.loads(line)["mode"]) != (when, mode)]
+    new = [
+        json.dumps(
+            {
+                "stage": stage,
+                "when": when,
+                "mode": mode,
+                "prompt": item.problem.prompt,
+                "completion": item.completion,
+                "answer": item.problem.answer,
+                "correct": item.correct,
+            },
+            ensure_ascii=False,
+        )
+        for item in answered
+    ]
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("\n".join([*others, *new]) + "\n", encoding="utf-8")
+    shutil.move(temporary, path)
+
+
+class LoaderBatches:
+    """A data loader as the loop's ``Batches``: what comes next does not depend on the state."""
+
+    def __init__(self, loader: Any):
+        self.loader = loader
+
+    def next(self, state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
+        del state
+        return next(self.loader), {}
+
+    def state(self) -> dict[str, Any]:
+        return self.loader.state()
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.loader.restore(state)

@@ -1,0 +1,100 @@
+"""DeepSeekMoE against a loop over tokens, its gradients against a dense formula, and on a mesh."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from model import oracle
+from model.tiny import V1, V2, V3, config, float64, relative_error, weights
+
+from deepseek_jax.model.moe import DeepSeekMoE
+from deepseek_jax.parallel.mesh import MeshConfig, make_mesh, use_mesh
+
+CONFIGS = {
+    "v1": config(V1),
+    "v2": config(V2),
+    "v3": config(V3),
+    "v3_no_shared": config(V3, n_shared_experts=0),
+}
+SEGMENTS = np.array(
+    [[1, 1, 1, 1, 1, 1], [1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 0, 0], [1, 2, 3, 4, 5, 6]], np.int32
+)
+
+
+def inputs(tiny):
+    params, bias = weights(tiny)
+    params = jax.tree.map(lambda leaf: leaf[0], params["moe_layers"]["mlp"])
+    x = np.random.default_rng(0).standard_normal((*SEGMENTS.shape, tiny.hidden_size)).astype(np.float32)
+    return params, None if bias is None else bias[0], x
+
+
+def forward(tiny, params, bias, x):
+    graph, state = nnx.split(nnx.eval_shape(lambda: DeepSeekMoE(tiny, rngs=nnx.Rngs(0))))
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graph, state)(x, bias, jnp.asarray(SEGMENTS))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_equals_a_loop_over_tokens(name):
+    tiny = CONFIGS[name]
+    params, bias, x = inputs(tiny)
+    y, stats = jax.jit(functools.partial(forward, tiny))(params, bias, x)
+    p, b = float64(params), None if bias is None else float64(bias)
+    load, total = np.zeros(tiny.n_routed_experts), 0.0
+    for row in range(len(x)):
+        assert relative_error(y[row], oracle.moe(p, tiny, x[row].astype(np.float64), b)[0]) < 1e-5
+        for segment in set(SEGMENTS[row][SEGMENTS[row] > 0].tolist()):
+            _, expected = oracle.moe(p, tiny, x[row][SEGMENTS[row] == segment].astype(np.float64), b)
+            load, total = load + expected["load"], total + expected["balance"]
+    np.testing.assert_array_equal(stats.load_E, load)
+    assert load.sum() == tiny.num_experts_per_tok * np.sum(SEGMENTS > 0)
+    np.testing.assert_allclose(stats.balance, total, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def gradients():
+    """(function of params, x) -> y-weighted loss and gradients; the sorted computation without a mesh."""
+    tiny = CONFIGS["v3"]
+    params, bias, x = inputs(tiny)
+    dy = np.random.default_rng(1).standard_normal(x.shape).astype(np.float32)
+
+    def loss(params, x):
+        y, stats = forward(tiny, params, bias, x)
+        return jnp.sum(y * dy), stats
+
+    make = lambda: jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))  # noqa: E731
+    return tiny, bias, params, x, dy, make, make()(params, x)
+
+
+def test_gradients_equal_those_of_all_experts_computed(gradients):
+    """``y = shared + Σ_e gate_e · expert_e(x)`` with gate zero where not chosen, by plain autodiff."""
+    tiny, _, params, x, dy, _, ((value, stats), grads) = gradients
+
+    def dense(params, x):
+        s = jax.nn.sigmoid(jnp.einsum("bsd,de->bse", x, params["router"]))
+        chosen = jnp.sum(jax.nn.one_hot(stats.experts_BSK, tiny.n_routed_experts), axis=2)
+        gate = s * chosen / jnp.sum(s * chosen, axis=-1, keepdims=True) * tiny.routed_scaling_factor
+        wide = jnp.einsum("bsd,edxf->bsexf", x, params["wi"])
+        each = jnp.einsum("bsef,efd->bsed", jax.nn.silu(wide[..., 0, :]) * wide[..., 1, :], params["wo"])
+        wide = jnp.einsum("bsd,dxf->bsxf", x, params["shared"]["wi"])
+        shared = (jax.nn.silu(wide[..., 0, :]) * wide[..., 1, :]) @ params["shared"]["wo"]
+        return jnp.sum((shared + jnp.einsum("bsed,bse->bsd", each, gate)) * dy)
+
+    right, right_grads = jax.jit(jax.value_and_grad(dense, (0, 1)))(params, x)
+    np.testing.assert_allclose(value, right, rtol=1e-5)
+    errors = jax.tree.map(relative_error, grads, right_grads)
+    assert max(jax.tree.leaves(errors)) < 1e-5, errors
+
+
+def test_a_mesh_changes_nothing(gradients):
+    """Rows over data and expert, widths over tensor: value, gradients and load stay the same."""
+    *_, params, x, _, make, ((value, stats), grads) = gradients
+    with use_mesh(make_mesh(MeshConfig(data=2, expert=2, tensor=2))):
+        (on_mesh, mesh_stats), mesh_grads = make()(params, x)
+    np.testing.assert_allclose(on_mesh, value, rtol=1e-5)
+    np.testing.assert_array_equal(mesh_stats.load_E, stats.load_E)
+    errors = jax.tree.map(relative_error, mesh_grads, grads)
+    assert max(jax.tree.leaves(errors)) < 1e-5, errors

@@ -1,0 +1,94 @@
+"""Logical axes to mesh axes: where arrays go, and the splits that are refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from model.tiny import QWEN, V3, config, weights
+
+from deepseek_jax.model.transformer import logical_axes
+from deepseek_jax.parallel.mesh import MeshConfig, make_mesh, use_mesh
+from deepseek_jax.parallel.sharding import (
+    RULES,
+    ShardingRules,
+    constrain,
+    named_sharding,
+    place_batch,
+    tree_shardings,
+)
+
+
+def test_rules_give_the_partition():
+    assert RULES.spec(("embed", "mlp")) == PartitionSpec(("fsdp",), ("tensor",))
+    assert RULES.spec(("layers", "experts", "embed", None, "mlp")) == PartitionSpec(
+        None, ("expert",), ("fsdp",), None, ("tensor",)
+    )
+    assert RULES.spec(("batch", "sequence")) == PartitionSpec(("data", "fsdp", "expert"), ("context",))
+    assert RULES.spec(()) == PartitionSpec()
+
+
+def test_axes_that_collide_are_refused():
+    with pytest.raises(ValueError, match="'heads' and 'mlp'.*both claim the mesh axis 'tensor'"):
+        RULES.spec(("heads", "mlp"))
+    with pytest.raises(ValueError, match="'batch' and 'embed'.*'fsdp'"):
+        RULES.spec(("batch", None, "embed"))
+    assert ShardingRules(heads=()).spec(("heads", "mlp")) == PartitionSpec(None, ("tensor",))
+
+
+def test_an_unknown_axis_is_refused_by_name():
+    with pytest.raises(ValueError, match="'width'"):
+        RULES.spec(("embed", "width"))
+
+
+def test_an_uneven_split_is_refused_with_axis_and_sizes():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    assert named_sharding(mesh, ("embed", "mlp"), (12, 7)).shard_shape((12, 7)) == (3, 7)
+    with pytest.raises(ValueError, match="embed of size 10 cannot be split 4 ways.*fsdp"):
+        named_sharding(mesh, ("embed", "mlp"), (10, 7))
+    with pytest.raises(ValueError, match="batch of size 4 cannot be split 8 ways.*data.*fsdp.*expert"):
+        named_sharding(mesh, ("batch", None), (4, 7))
+
+
+@pytest.mark.parametrize("tiny", [config(V3), config(QWEN)], ids=["v3", "dense"])
+def test_every_parameter_is_placed_and_keeps_its_value(tiny):
+    mesh = make_mesh(MeshConfig(fsdp=2, expert=2, tensor=2))
+    params, _ = weights(tiny)
+    shardings = tree_shardings(mesh, logical_axes(tiny), params)
+    placed = jax.device_put(params, shardings)
+    for before, after in zip(jax.tree.leaves(params), jax.tree.leaves(placed), strict=True):
+        np.testing.assert_array_equal(after, before)
+    assert placed["embed"].sharding.shard_shape((40, 16)) == (20, 8)
+    if tiny.n_routed_experts:
+        wi = placed["moe_layers"]["mlp"]["wi"]
+        assert wi.sharding.shard_shape(wi.shape) == (2, 4, 8, 2, 6)
+
+
+def test_batches_are_split_by_row_and_sequence():
+    mesh = make_mesh(MeshConfig(data=2, expert=2, context=2))
+    batch = {"tokens": np.arange(64, dtype=np.int32).reshape(8, 8), "weight": np.arange(8, dtype=np.float32)}
+    placed = place_batch(batch, mesh)
+    for name, value in batch.items():
+        np.testing.assert_array_equal(placed[name], value)
+        assert placed[name].dtype == value.dtype
+    assert placed["tokens"].sharding.shard_shape((8, 8)) == (2, 4)
+    assert placed["weight"].sharding.shard_shape((8,)) == (2,)
+    starts = {
+        shard.device.id: (shard.index[0].start, shard.index[1].start)
+        for shard in placed["tokens"].addressable_shards
+    }
+    assert sorted(starts.values()) == [(row, column) for row in (0, 2, 4, 6) for column in (0, 4)]
+
+
+def test_a_batch_that_the_mesh_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match="axis 0.*8.*6"):
+        place_batch({"tokens": np.zeros((6, 4), np.int32)}, make_mesh())
+
+
+def test_constrain_places_on_the_current_mesh_and_does_nothing_without():
+    x = jnp.zeros((8, 4, 6))
+    assert constrain(x, "batch", "sequence", None) is x
+    mesh = make_mesh(MeshConfig(data=4, context=2))
+    with use_mesh(mesh):
+        y = jax.jit(lambda x: constrain(x + 1, "batch", "sequence", None))(x)
+    assert isinstance(y.sharding, NamedSharding) and y.sharding.shard_shape(y.shape) == (2, 2, 6)

@@ -29,6 +29,15 @@ class RopeScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
 
+    def __post_init__(self) -> None:
+        check_types(self)
+        _require(self.factor > 0, f"rope_scaling.factor={self.factor}: must be positive")
+        _require(
+            self.type != "llama3" or self.low_freq_factor < self.high_freq_factor,
+            f"rope_scaling.low_freq_factor={self.low_freq_factor} must be less than high_freq_factor="
+            f"{self.high_freq_factor}",
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -89,6 +98,11 @@ class ModelConfig:
         )
         for name in positive:
             _require(getattr(self, name) > 0, f"{name}={getattr(self, name)}: must be positive")
+        _require(self.q_lora_rank >= 0, f"q_lora_rank={self.q_lora_rank}: must not be negative (0: not compressed)")
+        _require(
+            self.attention == "mla" or self.rope_scaling.type != "yarn",
+            "rope_scaling.type='yarn' needs attention='mla': no dense student has it",
+        )
         _require(self.rope_dim % 2 == 0, f"the rotary width {self.rope_dim} must be even")
         if self.attention == "gqa":
             _require(
@@ -158,7 +172,7 @@ class ModelConfig:
     @property
     def num_routers(self) -> int:
         """Rows of the routing bias and of the load statistics: MoE layers, then the MTP module's."""
-        return (self.num_moe_layers + self.num_nextn_predict_layers) if self.n_routed_experts else 0
+        return self.num_moe_layers + self.num_nextn_predict_layers if self.num_moe_layers else 0
 
     @property
     def has_router_bias(self) -> bool:

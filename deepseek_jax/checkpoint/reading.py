@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import jax
 import orbax.checkpoint as ocp
 
-from deepseek_jax.checkpoint.noise import silence_repeats
+from deepseek_jax.checkpoint.faults import silence_repeats
 
 INVENTORY = "inventory.json"
 FORMAT_VERSION = 1

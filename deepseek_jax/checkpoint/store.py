@@ -1,6 +1,5 @@
 """Write checkpoints while training goes on, keep the newest and the best, and survive what can go wrong."""
 
-import errno
 import json
 import math
 import os
@@ -15,9 +14,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN, PreservationPolicy
 
 from deepseek_jax.checkpoint import reading
-from deepseek_jax.checkpoint.noise import silence_repeats
-
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+from deepseek_jax.checkpoint.faults import no_room, silence_repeats
 
 
 class CheckpointStore:
@@ -206,7 +203,7 @@ class CheckpointStore:
 
     def _fail(self, error: OSError | ValueError | RuntimeError) -> NoReturn:
         """Say a full disk in one sentence and free what the unfinished save took; raise others as is."""
-        number = _no_room(error)
+        number = no_room(error)
         if number is None:
             raise error
         assert self._pending is not None
@@ -216,7 +213,7 @@ class CheckpointStore:
             try:
                 manager.close()
             except (OSError, ValueError, RuntimeError) as again:
-                if _no_room(again) is None:
+                if no_room(again) is None:
                     raise
         shutil.rmtree(self._unfinished(step), ignore_errors=True)
         safe = self.latest_step()
@@ -227,15 +224,3 @@ class CheckpointStore:
             number,
             f"{os.strerror(number)}: the checkpoint of step {step} does not fit in {self.directory}; {kept}",
         ) from error
-
-
-def _no_room(error: BaseException | None) -> int | None:
-    """The errno if a write failed for want of room. tensorstore raises ValueError with the system's words."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in _NO_ROOM:
-            return error.errno
-        for number in _NO_ROOM:
-            if os.strerror(number) in str(error):
-                return number
-        error = error.__cause__ or error.__context__
-    return None

@@ -20,10 +20,11 @@ class GQA(nnx.Module):
         self.q = param(config, rngs, (D, H, N), ("embed", "heads", None))
         self.kv = param(config, rngs, (D, 2, G, N), ("embed", None, None, None))
         self.o = param(config, rngs, (H, N, D), ("heads", None, "embed"))
-        self.q_bias = self.kv_bias = None
         if config.attention_bias:
             self.q_bias = nnx.Param(jnp.zeros((H, N), config.param_dtype), axes=("heads", None))
             self.kv_bias = nnx.Param(jnp.zeros((2, G, N), config.param_dtype), axes=(None, None, None))
+        else:
+            self.q_bias = self.kv_bias = None
 
     def __call__(
         self,

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from deepseek_kernels import mla_attention
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
@@ -83,9 +84,9 @@ class MLA(nnx.Module):
         latent_BTC, pe_BTR = jnp.split(entry_BTW, [config.kv_lora_rank], axis=-1)
         kv = jnp.einsum("btc,chn->bthn", latent_BTC, self.kv_b[...].astype(latent_BTC.dtype))
         k_BTHN, v_BTHV = jnp.split(kv, [config.qk_nope_head_dim], axis=-1)
-        scores = einsum32("bshn,bthn->bhst", q_BSHN, k_BTHN) + einsum32("bshr,btr->bhst", q_BSHR, pe_BTR)
-        p = masked_softmax(scores * softmax_scale(config), mask_BST).astype(v_BTHV.dtype)
-        return jnp.einsum("bhst,bthv->bshv", p, v_BTHV)
+        pe_BTHR = jnp.broadcast_to(pe_BTR[:, :, None], (*k_BTHN.shape[:3], pe_BTR.shape[-1]))
+        q, k = jnp.concatenate([q_BSHN, q_BSHR], axis=-1), jnp.concatenate([k_BTHN, pe_BTHR], axis=-1)
+        return mla_attention(q, k, v_BTHV, mask_BST, softmax_scale(config))
 
     def _absorbed(self, q_BSHN, q_BSHR, entry_BTW, mask_BST):
         config = self.config

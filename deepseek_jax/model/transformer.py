@@ -177,7 +177,7 @@ def _stack(config: ModelConfig, count: int, *, moe: bool, rngs: nnx.Rngs) -> Blo
     if not count:
         return None
     make = nnx.vmap(lambda rngs: Block(config, moe=moe, rngs=rngs), in_axes=0, out_axes=0)
-    return make(rngs.fork(split=count))
+    return make(rngs.split(count))
 
 
 def _rematerialised(function, remat: str):
@@ -208,7 +208,8 @@ def merge(config: ModelConfig, params: dict[str, Any], router_bias: jax.Array | 
 
 
 def init(config: ModelConfig, seed: int | jax.Array = 0) -> tuple[dict[str, Any], jax.Array | None]:
-    """Fresh parameters and a zero routing bias; traceable, so that ``jit`` can create them where they live."""
+    """Fresh parameters and a zero routing bias from an int or a key; traceable, so that ``jit`` can create them where
+    they live."""
     return split(Transformer(config, rngs=nnx.Rngs(seed)))
 
 

@@ -43,8 +43,8 @@ def sort_by_expert(experts_TK: Int[Array, "T K"], experts: int, *, block: int) -
     rows = (choices + experts * (block - 1)) // block * block
     key_N = jnp.sort(experts_TK.reshape(-1).astype(jnp.int32) * choices + jnp.arange(choices, dtype=jnp.int32))
     expert_N, choice_N = key_N // choices, key_N % choices
-    ends_E = jnp.searchsorted(expert_N, jnp.arange(experts, dtype=jnp.int32), side="right")
-    sizes_E = jnp.diff(ends_E, prepend=0)
+    sizes_E = jnp.sum(experts_TK.reshape(-1, 1) == jnp.arange(experts), axis=0)
+    ends_E = jnp.cumsum(sizes_E)
     padded_E = (sizes_E + block - 1) // block * block
     shift_E = jnp.cumsum(padded_E) - padded_E - (ends_E - sizes_E)
     slot_N = jnp.arange(choices) + shift_E[expert_N]
@@ -55,10 +55,9 @@ def sort_by_expert(experts_TK: Int[Array, "T K"], experts: int, *, block: int) -
 
 @jax.custom_vjp
 def gather_rows(x_TD: Float[Array, "T D"], layout: Layout) -> Float[Array, "P D"]:
-    """Copy each token's row into the slots of its choices; padding rows are zero."""
-    tokens, top = layout.slot_TK.shape
-    padded = jnp.where(layout.choice_P < tokens * top, layout.choice_P // top, tokens)
-    return x_TD.at[padded].get(mode="fill", fill_value=0)
+    """Copy each token's row into the slots of its choices. Padding rows repeat the last token: ``combine_rows`` does
+    not read them, and hands them no gradient."""
+    return x_TD.at[layout.choice_P // layout.slot_TK.shape[1]].get(mode="clip")
 
 
 def _gather_rows_fwd(x_TD, layout):

@@ -109,23 +109,23 @@ def _aligned_matmul(x_TD, w_EDF, group_N, block):
 
 def _forward(x_TD, w_EDF, group_N, block):
     x_NMD = x_TD.reshape(-1, block, x_TD.shape[1])
-    w_NDF = w_EDF.at[group_N].get(mode="clip")
-    y_NMF = jnp.einsum("nmd,ndf->nmf", x_NMD, w_NDF, preferred_element_type=jnp.float32).astype(x_TD.dtype)
-    y_NMF = jnp.where((group_N < w_EDF.shape[0])[:, None, None], y_NMF, 0)
-    return y_NMF.reshape(x_TD.shape[0], -1), (x_TD, w_EDF, group_N)
+    y_NMF = jnp.einsum("nmd,ndf->nmf", x_NMD, _block_weights(w_EDF, group_N), preferred_element_type=jnp.float32)
+    return y_NMF.reshape(-1, w_EDF.shape[2]).astype(x_TD.dtype), (x_TD, w_EDF, group_N)
 
 
 def _backward(block, residuals, dy_TF):
     x_TD, w_EDF, group_N = residuals
-    groups = w_EDF.shape[0]
-    dy_NMF = dy_TF.reshape(-1, block, dy_TF.shape[1])
-    dy_NMF = jnp.where((group_N < groups)[:, None, None], dy_NMF, 0)
-    w_NDF = w_EDF.at[group_N].get(mode="clip")
-    dx_NMD = jnp.einsum("nmf,ndf->nmd", dy_NMF, w_NDF, preferred_element_type=jnp.float32)
     x_NMD = x_TD.reshape(-1, block, x_TD.shape[1])
+    dy_NMF = dy_TF.reshape(-1, block, dy_TF.shape[1])
+    dx_NMD = jnp.einsum("nmf,ndf->nmd", dy_NMF, _block_weights(w_EDF, group_N), preferred_element_type=jnp.float32)
     dw_NDF = jnp.einsum("nmd,nmf->ndf", x_NMD, dy_NMF, preferred_element_type=jnp.float32)
-    dw_EDF = jax.ops.segment_sum(dw_NDF, group_N, groups, indices_are_sorted=True)
+    dw_EDF = jax.ops.segment_sum(dw_NDF, group_N, w_EDF.shape[0], indices_are_sorted=True)
     return dx_NMD.reshape(x_TD.shape).astype(x_TD.dtype), dw_EDF.astype(w_EDF.dtype), None
+
+
+def _block_weights(w_EDF, group_N):
+    """Each block's matrix; zero for a block of no group, so that its rows give zero."""
+    return w_EDF.at[group_N].get(mode="fill", fill_value=0)
 
 
 _aligned_matmul.defvjp(_forward, _backward)

@@ -49,9 +49,10 @@ def test_tied_head_is_the_embedding():
 
 
 def test_fresh_parameters():
-    """N(0, initializer_range²), but gains are 1; a seed and its key give the same numbers."""
+    """N(0, initializer_range²), but gains are 1; a key is a set of numbers."""
     tiny = config(V1, num_hidden_layers=1, first_k_dense_replace=1, vocab_size=200, hidden_size=32)
-    params, bias = jax.jit(lambda: init(tiny, 3))()
+    fresh = jax.jit(lambda key: init(tiny, key))
+    params, bias = fresh(jax.random.key(3))
     drawn = {True: [], False: []}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         drawn["gain" in jax.tree_util.keystr(path)].append(np.ravel(leaf))
@@ -59,8 +60,9 @@ def test_fresh_parameters():
     for values in drawn[False]:
         assert abs(values.std() / tiny.initializer_range - 1) < 4 / np.sqrt(2 * len(values))
         assert abs(values.mean() / tiny.initializer_range) < 4 / np.sqrt(len(values))
-    shared = jax.jit(lambda key: init(tiny, key))(jax.random.key(3))[0]
-    assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (params, shared)), strict=True))
+    again, other = (fresh(jax.random.key(seed))[0] for seed in (3, 4))
+    assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (params, again)), strict=True))
+    assert not np.array_equal(params["embed"], other["embed"])
 
 
 def test_routers_of_a_network_without_moe_layers():

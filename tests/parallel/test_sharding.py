@@ -66,13 +66,16 @@ def test_every_parameter_is_placed_and_keeps_its_value(tiny):
 
 def test_batches_are_split_by_row_and_sequence():
     mesh = make_mesh(MeshConfig(data=2, expert=2, context=2))
-    batch = {"tokens": np.arange(64, dtype=np.int32).reshape(8, 8), "weight": np.arange(8, dtype=np.float32)}
+    batch = {
+        "tokens": np.arange(64, dtype=np.int32).reshape(8, 8),
+        "weight": np.arange(8, dtype=np.float32)[:, None],
+    }
     placed = place_batch(batch, mesh)
     for name, value in batch.items():
         np.testing.assert_array_equal(placed[name], value)
         assert placed[name].dtype == value.dtype
     assert placed["tokens"].sharding.shard_shape((8, 8)) == (2, 4)
-    assert placed["weight"].sharding.shard_shape((8,)) == (2,)
+    assert placed["weight"].sharding.shard_shape((8, 1)) == (2, 1)
     starts = {
         shard.device.id: (shard.index[0].start, shard.index[1].start)
         for shard in placed["tokens"].addressable_shards
@@ -81,8 +84,10 @@ def test_batches_are_split_by_row_and_sequence():
 
 
 def test_a_batch_that_the_mesh_does_not_divide_is_refused():
-    with pytest.raises(ValueError, match="axis 0.*8.*6"):
+    with pytest.raises(ValueError, match="batch of size 6 cannot be split 8 ways"):
         place_batch({"tokens": np.zeros((6, 4), np.int32)}, make_mesh())
+    with pytest.raises(ValueError, match="sequence of size 5 cannot be split 2 ways"):
+        place_batch({"tokens": np.zeros((8, 5), np.int32)}, make_mesh(MeshConfig(context=2)))
 
 
 def test_constrain_places_on_the_current_mesh_and_does_nothing_without():

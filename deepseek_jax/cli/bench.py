@@ -1,0 +1,166 @@
+"""``bench``: tokens a second of a model's train step and decode, beside transformers on the same machine."""
+
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.inference.generate import generate, pad_prompts
+from deepseek_jax.inference.sampling import SamplingParams
+from deepseek_jax.model import transformer
+from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.train.losses import LanguageModelLoss
+from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer
+from deepseek_jax.train.state import create_state
+from deepseek_jax.train.step import StepConfig, make_step
+from deepseek_jax.workflows.pretrain import PretrainConfig
+from deepseek_jax.workflows.recipe import load_recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchConfig:
+    """Speed of a recipe's model in training, with MTP, and in greedy decoding; medians over ``repeats``.
+
+    peer_python: a Python with torch and transformers (``make peer``) to measure DeepseekV3ForCausalLM of the same
+    configuration with; empty for none. Both take turns, ``rounds`` times, and the ratio is the median of rounds.
+    """
+
+    recipe: str = "demo/pretrain"
+    rows: int = 8
+    seq: int = 128
+    prompt: int = 32
+    new_tokens: int = 96
+    decode_batches: tuple[int, ...] = (64, 1)
+    repeats: int = 10
+    rounds: int = 3
+    peer_python: str = ""
+
+
+def run_bench(arguments: Sequence[str]) -> None:
+    options = tyro.cli(BenchConfig, args=list(arguments), prog="deepseek-jax bench")
+    model = load_recipe(options.recipe, PretrainConfig).model
+    ours, peers = [], []
+    for _ in range(options.rounds if options.peer_python else 1):
+        ours.append(measure(model, options))
+        if options.peer_python:
+            peers.append(measure_peer(model, options))
+    table = Table(title=f"{options.recipe}: tokens/s, {jax.devices()[0].device_kind} × {jax.device_count()}")
+    for column in ("work", "deepseek-jax", "transformers", "ratio"):
+        table.add_column(column, justify="left" if column == "work" else "right")
+    for work in ours[0]:
+        mine = [found[work] for found in ours]
+        if not peers:
+            table.add_row(work, f"{statistics.median(mine):,.0f}", "–", "–")
+            continue
+        theirs = [found[work] for found in peers]
+        ratio = statistics.median(a / b for a, b in zip(mine, theirs, strict=True))
+        table.add_row(work, f"{statistics.median(mine):,.0f}", f"{statistics.median(theirs):,.0f}", f"{ratio:.2f}×")
+    console = Console()
+    console.print(table)
+    console.print(
+        f"train: {options.rows} rows of {options.seq}, ours with MTP, float32; decode: prompt {options.prompt}, "
+        f"{options.new_tokens} new tokens, greedy; load average {os.getloadavg()[0]:.1f}"
+    )
+
+
+def measure(model: ModelConfig, options: BenchConfig) -> dict[str, float]:
+    """Our tokens per second by kind of work."""
+    found = {f"train {options.rows}×{options.seq}": _train_speed(model, options)}
+    for batch in options.decode_batches:
+        found[f"decode, batch {batch}"] = _decode_speed(model, options, batch)
+    return found
+
+
+def _median_seconds(call: Callable[[], Any], repeats: int) -> float:
+    call()
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
+
+
+def _train_speed(model: ModelConfig, options: BenchConfig) -> float:
+    mesh = make_mesh(devices=jax.devices()[:1])
+    optimizer = make_optimizer(OptimizerConfig(), model, 100)
+    state = create_state(model, optimizer, mesh)
+    step = jax.jit(make_step(model, LanguageModelLoss(chunk=options.seq // 2), optimizer, StepConfig()), donate_argnums=0)
+    shape = (options.rows, options.seq)
+    batch = {
+        "tokens": np.random.default_rng(0).integers(0, model.vocab_size, shape, np.int32),
+        "segment_ids": np.ones(shape, np.int32),
+        "positions": np.broadcast_to(np.arange(options.seq, dtype=np.int32), shape),
+        "loss_mask": np.ones(shape, np.float32),
+    }
+
+    def call() -> None:
+        nonlocal state
+        state, metrics = step(state, batch)
+        jax.block_until_ready((state, metrics))
+
+    return options.rows * options.seq / _median_seconds(call, options.repeats)
+
+
+def _decode_speed(model: ModelConfig, options: BenchConfig, batch: int) -> float:
+    params, router_bias = jax.jit(lambda: transformer.init(model))()
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(3, model.vocab_size, options.prompt).tolist() for _ in range(batch)]
+    tokens, positions = pad_prompts(prompts, 2, options.prompt)
+    sampling = SamplingParams(temperature=0.0, max_tokens=options.new_tokens)
+
+    def call() -> None:
+        out = generate(
+            model, params, router_bias, tokens, positions, jax.random.key(0), sampling=sampling, stop_ids=(-1,), pad_id=2
+        )
+        jax.block_until_ready(out)
+
+    return batch * options.new_tokens / _median_seconds(call, max(3, options.repeats // 2))
+
+
+def measure_peer(model: ModelConfig, options: BenchConfig) -> dict[str, float]:
+    """The peer's tokens per second, measured in a process of its own."""
+    script = Path(__file__).resolve().parents[2] / "scripts" / "peer_transformers.py"
+    if not script.is_file():
+        raise FileNotFoundError(f"{script}: the peer's benchmark is part of the repository, not of the package")
+    request = {
+        "config": hf_config(model),
+        "rows": options.rows,
+        "seq": options.seq,
+        "steps": options.repeats,
+        "decode_batches": list(options.decode_batches),
+        "prompt": options.prompt,
+        "new_tokens": options.new_tokens,
+    }
+    done = subprocess.run(
+        [options.peer_python, str(script)], input=json.dumps(request), capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"the peer failed: {done.stderr.strip().splitlines()[-1:]}")
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    result = {f"train {options.rows}×{options.seq}": found["train"]["tokens_per_second"]}
+    for batch in options.decode_batches:
+        result[f"decode, batch {batch}"] = found["decode"][str(batch)]["tokens_per_second"]
+    return result
+
+
+def hf_config(model: ModelConfig) -> dict[str, Any]:
+    """The fields that transformers' DeepseekV3Config needs for a network of the same shape."""
+    same = """vocab_size hidden_size num_hidden_layers intermediate_size num_attention_heads q_lora_rank kv_lora_rank
+    qk_nope_head_dim qk_rope_head_dim v_head_dim n_routed_experts n_shared_experts moe_intermediate_size
+    num_experts_per_tok first_k_dense_replace n_group topk_group norm_topk_prob routed_scaling_factor rms_norm_eps
+    max_position_embeddings tie_word_embeddings"""
+    fields = {name: getattr(model, name) for name in same.split()}
+    return {**fields, "num_key_value_heads": model.num_attention_heads}

@@ -1,0 +1,66 @@
+"""Attention of training and prefill: keys wider than values, any mask, and a backward pass of its own.
+
+``mla_attention`` computes ``softmax(q kᵀ · scale) v`` and saves the unnormalised ``exp`` of the scores, so that the
+backward pass touches the S × T matrix once per product: its row sum ``Σ dp · p`` is ``Σ dout · out`` (arXiv
+2205.14135, section B.2), taken over the value width instead.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def mla_attention(
+    q_BSHK: Float[Array, "B S H K"],
+    k_BTHK: Float[Array, "B T H K"],
+    v_BTHV: Float[Array, "B T H V"],
+    mask_BST: Bool[Array, "B S T"],
+    scale: float,
+) -> Float[Array, "B S H V"]:
+    """``out[s] = Σ_t softmax_t(q[s]·k[t] · scale) v[t]`` over the t that ``mask`` allows.
+
+    Scores, softmax and sums are float32; the result has ``v``'s dtype. A query that may attend to nothing gets the
+    mean of all values. Differentiable in q, k and v.
+    """
+    return _forward(q_BSHK, k_BTHK, v_BTHV, mask_BST, scale)[0]
+
+
+def mla_attention_reference(q_BSHK, k_BTHK, v_BTHV, mask_BST, scale):
+    """The definition, with autodiff's own gradient."""
+    scores = jnp.einsum("bshk,bthk->bhst", q_BSHK, k_BTHK, preferred_element_type=jnp.float32) * scale
+    p = jax.nn.softmax(jnp.where(mask_BST[:, None], scores, jnp.finfo(jnp.float32).min), axis=-1)
+    return jnp.einsum("bhst,bthv->bshv", p, v_BTHV.astype(jnp.float32)).astype(v_BTHV.dtype)
+
+
+def _forward(q_BSHK, k_BTHK, v_BTHV, mask_BST, scale):
+    q_BHSK, k_BHTK, v_BHTV = (jnp.swapaxes(x, 1, 2) for x in (q_BSHK, k_BTHK, v_BTHV))
+    # The scale goes to q: S·K products instead of S·T.
+    q_BHSK = (q_BHSK.astype(jnp.float32) * scale).astype(q_BSHK.dtype)
+    scores = jnp.einsum("bhsk,bhtk->bhst", q_BHSK, k_BHTK, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask_BST[:, None], scores, jnp.finfo(jnp.float32).min)
+    p = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    inverse_BHS1 = 1.0 / jnp.sum(p, axis=-1, keepdims=True)
+    p = p.astype(v_BTHV.dtype)
+    out_BHSV = jnp.einsum("bhst,bhtv->bhsv", p, v_BHTV, preferred_element_type=jnp.float32) * inverse_BHS1
+    out_BSHV = jnp.swapaxes(out_BHSV.astype(v_BTHV.dtype), 1, 2)
+    return out_BSHV, (q_BHSK, k_BHTK, v_BHTV, p, inverse_BHS1, out_BSHV)
+
+
+def _backward(scale, residuals, dout_BSHV):
+    q_BHSK, k_BHTK, v_BHTV, p, inverse_BHS1, out_BSHV = residuals
+    dtype = q_BHSK.dtype
+    dout_BHSV = jnp.swapaxes(dout_BSHV, 1, 2)
+    row_BHS1 = jnp.swapaxes(jnp.sum(dout_BSHV.astype(jnp.float32) * out_BSHV, axis=-1, keepdims=True), 1, 2)
+    scaled = (dout_BHSV * inverse_BHS1).astype(dtype)
+    dv_BHTV = jnp.einsum("bhst,bhsv->bhtv", p, scaled, preferred_element_type=jnp.float32)
+    dp = jnp.einsum("bhsv,bhtv->bhst", scaled, v_BHTV, preferred_element_type=jnp.float32)
+    ds = (p * (dp - row_BHS1 * inverse_BHS1)).astype(dtype)
+    dq_BHSK = jnp.einsum("bhst,bhtk->bhsk", ds, k_BHTK, preferred_element_type=jnp.float32) * scale
+    dk_BHTK = jnp.einsum("bhst,bhsk->bhtk", ds, q_BHSK, preferred_element_type=jnp.float32)
+    return *(jnp.swapaxes(x.astype(dtype), 1, 2) for x in (dq_BHSK, dk_BHTK, dv_BHTV)), None
+
+
+mla_attention.defvjp(_forward, _backward)

@@ -10,6 +10,58 @@ import typing
 from typing import Any, Literal, Self
 
 
+def from_dict(cls: type, values: dict[str, Any]) -> Any:
+    """Build a (nested) configuration dataclass from plain values, refusing unknown fields by name."""
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(set(values) - set(hints))
+    _require(not unknown, f"{cls.__name__} has no field {', '.join(unknown)}; it has {', '.join(hints)}")
+    built = {}
+    for name, value in values.items():
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+            value = from_dict(typing.cast(type, hint), value)
+        elif typing.get_origin(hint) is tuple and isinstance(value, list):
+            value = tuple(value)
+        built[name] = value
+    return cls(**built)
+
+
+def check_types(config: Any) -> None:
+    """Refuse a field whose value is not of its annotated type (an int is accepted where a float is asked for)."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        _require(
+            _is_a(value, hint),
+            f"{type(config).__name__}.{name}={value!r}: expected {_spell(hint)}, got {type(value).__name__}",
+        )
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return value in args and not isinstance(value, bool)
+    if origin in (types.UnionType, typing.Union):
+        return any(_is_a(value, arg) for arg in args)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_is_a(item, args[0]) for item in value)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _spell(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(repr, typing.get_args(hint)))
+    return getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
     """How rotary frequencies are stretched beyond the length that the model was trained on.
@@ -90,7 +142,14 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        positive = ["scan_unroll", "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads"]
+        positive = [
+            "scan_unroll",
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "intermediate_size",
+            "num_attention_heads",
+        ]
         positive += (
             ["kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"]
             if self.attention == "mla"
@@ -130,7 +189,10 @@ class ModelConfig:
             self.topk_group,
             self.num_experts_per_tok,
         )
-        _require(self.moe_intermediate_size > 0, f"moe_intermediate_size={self.moe_intermediate_size}: must be positive")
+        _require(
+            self.moe_intermediate_size > 0,
+            f"moe_intermediate_size={self.moe_intermediate_size}: must be positive",
+        )
         _require(self.n_shared_experts >= 0, f"n_shared_experts={self.n_shared_experts}: must not be negative")
         _require(
             0 <= self.first_k_dense_replace <= self.num_hidden_layers,
@@ -140,7 +202,10 @@ class ModelConfig:
         _require(1 <= top <= experts, f"num_experts_per_tok={top}: must lie in 1…n_routed_experts={experts}")
         if self.topk_method == "greedy":
             return
-        _require(groups >= 1 and experts % groups == 0, f"n_group={groups} does not divide n_routed_experts={experts}")
+        _require(
+            groups >= 1 and experts % groups == 0,
+            f"n_group={groups} does not divide n_routed_experts={experts}",
+        )
         _require(1 <= kept <= groups, f"topk_group={kept}: must lie in 1…n_group={groups}")
         left = kept * experts // groups
         _require(
@@ -162,7 +227,9 @@ class ModelConfig:
 
     @property
     def num_dense_layers(self) -> int:
-        return min(self.first_k_dense_replace, self.num_hidden_layers) if self.n_routed_experts else self.num_hidden_layers
+        return (
+            min(self.first_k_dense_replace, self.num_hidden_layers) if self.n_routed_experts else self.num_hidden_layers
+        )
 
     @property
     def num_moe_layers(self) -> int:
@@ -192,55 +259,3 @@ class ModelConfig:
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """The inverse of ``to_dict``; ValueError names an unknown field."""
         return from_dict(cls, values)
-
-
-def from_dict(cls: type, values: dict[str, Any]) -> Any:
-    """Build a (nested) configuration dataclass from plain values, refusing unknown fields by name."""
-    hints = typing.get_type_hints(cls)
-    unknown = sorted(set(values) - set(hints))
-    _require(not unknown, f"{cls.__name__} has no field {', '.join(unknown)}; it has {', '.join(hints)}")
-    built = {}
-    for name, value in values.items():
-        hint = hints[name]
-        if dataclasses.is_dataclass(hint) and isinstance(value, dict):
-            value = from_dict(typing.cast(type, hint), value)
-        elif typing.get_origin(hint) is tuple and isinstance(value, list):
-            value = tuple(value)
-        built[name] = value
-    return cls(**built)
-
-
-def check_types(config: Any) -> None:
-    """Refuse a field whose value is not of its annotated type (an int is accepted where a float is asked for)."""
-    for name, hint in typing.get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        _require(
-            _is_a(value, hint),
-            f"{type(config).__name__}.{name}={value!r}: expected {_spell(hint)}, got {type(value).__name__}",
-        )
-
-
-def _is_a(value: Any, hint: Any) -> bool:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return value in args and not isinstance(value, bool)
-    if origin in (types.UnionType, typing.Union):
-        return any(_is_a(value, arg) for arg in args)
-    if origin is tuple:
-        return isinstance(value, tuple) and all(_is_a(item, args[0]) for item in value)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-def _spell(hint: Any) -> str:
-    if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(map(repr, typing.get_args(hint)))
-    return getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint)
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)

@@ -1,6 +1,6 @@
 """GRPO on held-in problems with rewards for accuracy and format, as R1-Zero does it.
 
-    deepseek-jax grpo demo/grpo
+deepseek-jax grpo demo/grpo
 """
 
 from deepseek_jax.rl.rollout import RolloutConfig
@@ -15,9 +15,7 @@ def config() -> GRPOConfig:
     return GRPOConfig(
         rollout=RolloutConfig(prompts=16, group=8, prompt_width=12, max_tokens=28),
         loss=GRPOLoss(max_length=28, chunk=20),
-        optimizer=OptimizerConfig(
-            peak_lr=3e-4, warmup_steps=5, constant_until=1.0, cosine_until=1.0, weight_decay=0.0
-        ),
+        optimizer=OptimizerConfig(peak_lr=3e-4, warmup_steps=5, constant_until=1.0, cosine_until=1.0, weight_decay=0.0),
         step=StepConfig(bias_update_speed=0.001),
         loop=LoopConfig(steps=250, log_every=5, checkpoint_every=50),
     )

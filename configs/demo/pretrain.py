@@ -1,6 +1,6 @@
 """Pretraining of a 2.3 M-parameter DeepSeek-V3 on Python source and worked arithmetic.
 
-    deepseek-jax pretrain demo/pretrain
+deepseek-jax pretrain demo/pretrain
 """
 
 from deepseek_jax.config import ModelConfig

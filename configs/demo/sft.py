@@ -1,6 +1,6 @@
 """Cold start: a little SFT on ``<think>…</think>`` traces, until one answer in four is right.
 
-    deepseek-jax sft demo/sft
+deepseek-jax sft demo/sft
 """
 
 from deepseek_jax.train.loop import LoopConfig

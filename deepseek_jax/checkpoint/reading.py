@@ -79,9 +79,7 @@ def read_inventory(folder: Path) -> dict[str, Any]:
     try:
         inventory = json.loads((folder / INVENTORY).read_text())
     except (FileNotFoundError, json.JSONDecodeError) as error:
-        raise DamagedCheckpointError(
-            f"checkpoint {folder} is damaged: {INVENTORY} is missing or cut short"
-        ) from error
+        raise DamagedCheckpointError(f"checkpoint {folder} is damaged: {INVENTORY} is missing or cut short") from error
     found = file_sizes(folder)
     for name, size in inventory["files"].items():
         if found.get(name) != size:
@@ -200,9 +198,7 @@ def read_state(folder: Path, abstract: Any, *, part: bool = False) -> Any:
     return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[path] for path in named])
 
 
-def restore_params(
-    directory: str | Path, abstract: Any, *, step: int | None = None
-) -> tuple[Any, dict[str, Any]]:
+def restore_params(directory: str | Path, abstract: Any, *, step: int | None = None) -> tuple[Any, dict[str, Any]]:
     """Read a part of a training state, for inference: no optimiser state is built or read.
 
     Args:
@@ -230,7 +226,5 @@ def restore_params(
 def existing(directory: Path, step: int) -> Path:
     """The folder of a step; FileNotFoundError naming the steps that there are."""
     if step not in checkpoint_steps(directory):
-        raise FileNotFoundError(
-            f"no checkpoint of step {step} in {directory}: {checkpoint_steps(directory) or 'none'}"
-        )
+        raise FileNotFoundError(f"no checkpoint of step {step} in {directory}: {checkpoint_steps(directory) or 'none'}")
     return directory / str(step)

@@ -82,9 +82,7 @@ class CheckpointStore:
             loader=ocp.args.JsonSave(dict(loader)),
             meta=ocp.args.JsonSave({**meta, "format": reading.FORMAT_VERSION}),
         )
-        kept = (
-            {self._best_metric: float(metrics[self._best_metric])} if self._best_metric and metrics else None
-        )
+        kept = {self._best_metric: float(metrics[self._best_metric])} if self._best_metric and metrics else None
         try:
             if self._manager is None:
                 self._manager = self._open_manager()
@@ -217,9 +215,7 @@ class CheckpointStore:
                     raise
         shutil.rmtree(self._unfinished(step), ignore_errors=True)
         safe = self.latest_step()
-        kept = (
-            "no checkpoint was saved before it" if safe is None else f"the checkpoint of step {safe} is safe"
-        )
+        kept = "no checkpoint was saved before it" if safe is None else f"the checkpoint of step {safe} is safe"
         raise OSError(
             number,
             f"{os.strerror(number)}: the checkpoint of step {step} does not fit in {self.directory}; {kept}",

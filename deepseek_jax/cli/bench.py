@@ -97,7 +97,9 @@ def _train_speed(model: ModelConfig, options: BenchConfig) -> float:
     mesh = make_mesh(devices=jax.devices()[:1])
     optimizer = make_optimizer(OptimizerConfig(), model, 100)
     state = create_state(model, optimizer, mesh)
-    step = jax.jit(make_step(model, LanguageModelLoss(chunk=options.seq // 2), optimizer, StepConfig()), donate_argnums=0)
+    step = jax.jit(
+        make_step(model, LanguageModelLoss(chunk=options.seq // 2), optimizer, StepConfig()), donate_argnums=0
+    )
     shape = (options.rows, options.seq)
     batch = {
         "tokens": np.random.default_rng(0).integers(0, model.vocab_size, shape, np.int32),
@@ -123,7 +125,15 @@ def _decode_speed(model: ModelConfig, options: BenchConfig, batch: int) -> float
 
     def call() -> None:
         out = generate(
-            model, params, router_bias, tokens, positions, jax.random.key(0), sampling=sampling, stop_ids=(-1,), pad_id=2
+            model,
+            params,
+            router_bias,
+            tokens,
+            positions,
+            jax.random.key(0),
+            sampling=sampling,
+            stop_ids=(-1,),
+            pad_id=2,
         )
         jax.block_until_ready(out)
 
@@ -145,7 +155,11 @@ def measure_peer(model: ModelConfig, options: BenchConfig) -> dict[str, float]:
         "new_tokens": options.new_tokens,
     }
     done = subprocess.run(
-        [options.peer_python, str(script)], input=json.dumps(request), capture_output=True, text=True, check=False
+        [options.peer_python, str(script)],
+        input=json.dumps(request),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         raise RuntimeError(f"the peer failed: {done.stderr.strip().splitlines()[-1:]}")

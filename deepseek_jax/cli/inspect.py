@@ -49,11 +49,11 @@ def describe(config: ModelConfig) -> dict[str, str]:
     cache = config.cache_numbers_per_token_layer * config.num_hidden_layers
     size = BYTES[config.param_dtype]
     return {
-        "layers": f"{config.num_dense_layers} dense, {config.num_moe_layers} MoE, {config.num_nextn_predict_layers} MTP",
+        "layers": f"{config.num_dense_layers} dense + {config.num_moe_layers} MoE + {config.num_nextn_predict_layers} MTP",
         "parameters": f"{total:,}",
         "active per token": f"{active:,} (without MTP)",
         "cache per token": f"{cache:,} numbers, {cache * BYTES[config.dtype]:,} bytes",
-        "arithmetic per token": f"{forward:,} FLOP forward, {3 * forward:,} in training (without attention's products)",
+        "arithmetic per token": f"{forward:,} FLOP forward, {3 * forward:,} training (but for attention's products)",
         "memory to serve": f"{total * size:,} bytes of parameters",
         "memory to train": f"{total * (2 * size + 8):,} bytes of parameters, gradients and moments",
     }

@@ -62,7 +62,9 @@ def find_run(run: str) -> Path:
     for candidate in (folder, *(folder / stage for stage in STAGES)):
         if (candidate / CHECKPOINTS).is_dir():
             return candidate
-    raise FileNotFoundError(f"{run} holds no {CHECKPOINTS}/, nor does any of {', '.join(STAGES)} in it: train one first")
+    raise FileNotFoundError(
+        f"{run} holds no {CHECKPOINTS}/, nor does any of {', '.join(STAGES)} in it: train one first"
+    )
 
 
 def _engine(run: str) -> Engine:

@@ -26,9 +26,7 @@ def check_messages(messages: object) -> None:
         if message["role"] not in ROLES:
             raise ValueError(f"message {index} has role {message['role']!r}; allowed are {', '.join(ROLES)}")
         if not isinstance(message["content"], str):
-            raise ValueError(
-                f"message {index} has content of type {type(message['content']).__name__}, not text"
-            )
+            raise ValueError(f"message {index} has content of type {type(message['content']).__name__}, not text")
 
 
 def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
@@ -40,9 +38,7 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list
     """
     check_messages(messages)
     if messages[-1]["role"] != "assistant":
-        raise ValueError(
-            f"the last message has role {messages[-1]['role']!r}; to learn from, it must be 'assistant'"
-        )
+        raise ValueError(f"the last message has role {messages[-1]['role']!r}; to learn from, it must be 'assistant'")
     return _encode(tokenizer, messages, keep_thinking_of=len(messages) - 1)
 
 
@@ -50,9 +46,7 @@ def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int
     """Ids of a conversation that ends with a user message, then `<｜Assistant｜>`: what is sampled from."""
     check_messages(messages)
     if messages[-1]["role"] != "user":
-        raise ValueError(
-            f"the last message has role {messages[-1]['role']!r}; to be answered, it must be 'user'"
-        )
+        raise ValueError(f"the last message has role {messages[-1]['role']!r}; to be answered, it must be 'user'")
     ids, _ = _encode(tokenizer, messages, keep_thinking_of=None)
     return [*ids, tokenizer.assistant_id]
 

@@ -69,9 +69,7 @@ def pack_samples(
     dropped = 0
     for index, (ids, mask) in enumerate(samples):
         if not ids or len(ids) != len(mask):
-            raise ValueError(
-                f"sample {index} has {len(ids)} ids and {len(mask)} mask values; they must be as many"
-            )
+            raise ValueError(f"sample {index} has {len(ids)} ids and {len(mask)} mask values; they must be as many")
         if len(ids) <= seq_len:
             fitting.append((ids, mask))
         elif drop_long:

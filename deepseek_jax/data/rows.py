@@ -27,9 +27,7 @@ _REQUIRED = ("vocab_size", "tokenizer_fingerprint")
 _FIELDS = (("tokens", np.dtype("<u4")), ("segment_ids", np.dtype("<u2")), ("loss_mask", np.dtype("u1")))
 
 
-def write_rows(
-    path_dir: str | os.PathLike[str], rows: Iterable[Row], *, meta: dict[str, Any]
-) -> dict[str, Any]:
+def write_rows(path_dir: str | os.PathLike[str], rows: Iterable[Row], *, meta: dict[str, Any]) -> dict[str, Any]:
     """Writes a dataset into the new folder `path_dir` and returns the content of its meta.json.
 
     `meta` must hold `vocab_size` and `tokenizer_fingerprint`; what else it holds is kept. Added are `format`,
@@ -63,9 +61,7 @@ def write_rows(
 def _write_records(path: Path, rows: Iterable[Row], vocab_size: int) -> dict[str, Any]:
     digest = hashlib.sha256()
     count = seq_len = 0
-    writer = ArrayRecordWriter(
-        str(path), "group_size:1"
-    )  # one record a chunk: random access reads no neighbours
+    writer = ArrayRecordWriter(str(path), "group_size:1")  # one record a chunk: random access reads no neighbours
     try:
         for row in rows:
             seq_len = seq_len or len(row["tokens"])
@@ -92,9 +88,7 @@ def _close(writer: ArrayRecordWriter, folder: Path) -> None:
     try:
         writer.close()
     except RuntimeError as error:
-        raise OSError(
-            f"{folder}: the rows could not be written, nothing of them is kept ({error})"
-        ) from error
+        raise OSError(f"{folder}: the rows could not be written, nothing of them is kept ({error})") from error
 
 
 def _encode_row(row: Row, index: int, seq_len: int, vocab_size: int) -> bytes:
@@ -103,9 +97,7 @@ def _encode_row(row: Row, index: int, seq_len: int, vocab_size: int) -> bytes:
     if set(lengths.values()) != {seq_len}:
         raise ValueError(f"row {index} has lengths {lengths}; all must be {seq_len}")
     if row["tokens"].min() < 0 or row["tokens"].max() >= vocab_size:
-        raise ValueError(
-            f"row {index} has token {row['tokens'].max()}; ids must lie in [0, vocab_size={vocab_size})"
-        )
+        raise ValueError(f"row {index} has token {row['tokens'].max()}; ids must lie in [0, vocab_size={vocab_size})")
     record = b"".join(row[name].astype(dtype).tobytes() for name, dtype in _FIELDS)
     back = _decode_row(record, seq_len)
     wrong = [name for name in lengths if not np.array_equal(row[name], back[name])]
@@ -152,14 +144,10 @@ def open_rows(path_dir: str | os.PathLike[str]) -> RowSource:
         raise ValueError(f"{folder}: no dataset here; {_ROWS} and {_META} are needed")
     meta = json.loads((folder / _META).read_text(encoding="utf-8"))
     if meta.get("format") != FORMAT:
-        raise ValueError(
-            f"{folder / _META}: format {meta.get('format')!r}; this version reads format {FORMAT}"
-        )
+        raise ValueError(f"{folder / _META}: format {meta.get('format')!r}; this version reads format {FORMAT}")
     size = (folder / _ROWS).stat().st_size
     if size != meta["bytes"]:
-        raise ValueError(
-            f"{folder / _ROWS}: has {size} bytes where {meta['bytes']} were written; copy it anew"
-        )
+        raise ValueError(f"{folder / _ROWS}: has {size} bytes where {meta['bytes']} were written; copy it anew")
     return RowSource(folder / _ROWS, meta)
 
 

@@ -46,9 +46,7 @@ def read_documents(
         elif path.suffix == ".txt":
             records = iter([(1, lambda path=path: {text_field: path.read_bytes().decode("utf-8")})])
         else:
-            raise ValueError(
-                f"{path}: unknown kind of file; .jsonl, .jsonl.gz, .parquet and .txt can be read"
-            )
+            raise ValueError(f"{path}: unknown kind of file; .jsonl, .jsonl.gz, .parquet and .txt can be read")
         yield from _good(path, records, document, skip_broken, skipped)
 
 
@@ -62,9 +60,7 @@ def read_chats(
 
     def chat(value: Any) -> list[dict[str, str]]:
         if not isinstance(value, dict) or "messages" not in value:
-            raise ValueError(
-                'no field "messages"; each line must be {"messages": [{"role": ..., "content": ...}]}'
-            )
+            raise ValueError('no field "messages"; each line must be {"messages": [{"role": ..., "content": ...}]}')
         check_messages(value["messages"])
         for message in value["messages"]:
             _check_text(message["content"], "content")
@@ -118,9 +114,7 @@ def _json_lines(path: Path) -> _Records:
                 if line.strip():
                     yield number, lambda line=line: _parse_json(line)
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise ValueError(
-                f"{path}:{number + 1}: the gzip data is broken from here on ({error})"
-            ) from error
+            raise ValueError(f"{path}:{number + 1}: the gzip data is broken from here on ({error})") from error
 
 
 def _parse_json(line: bytes) -> Any:

@@ -66,16 +66,12 @@ class Tokenizer:
         """Reads a `tokenizer.json`, or the one in the folder `path`; ValueError when there is none."""
         file = _tokenizer_file(path)
         if not file.is_file():
-            raise ValueError(
-                f"{file}: no such tokenizer file; a tokenizer.json or a folder holding one is needed"
-            )
+            raise ValueError(f"{file}: no such tokenizer file; a tokenizer.json or a folder holding one is needed")
         text = file.read_text(encoding="utf-8")
         try:
             content = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{file}:{error.lineno}: not JSON ({error.msg}); a tokenizer.json is needed"
-            ) from error
+            raise ValueError(f"{file}:{error.lineno}: not JSON ({error.msg}); a tokenizer.json is needed") from error
         if not isinstance(content, dict) or "model" not in content:
             raise ValueError(f"{file}: has no 'model', so it is no tokenizer.json")
         return cls(tokenizers.Tokenizer.from_str(text))

@@ -38,9 +38,7 @@ class Engine:
         self._set(model.config, params, router_bias, tokenizer)
 
     @classmethod
-    def from_params(
-        cls, config: ModelConfig, params: Any, router_bias: jax.Array | None, tokenizer: Tokenizer
-    ) -> Self:
+    def from_params(cls, config: ModelConfig, params: Any, router_bias: jax.Array | None, tokenizer: Tokenizer) -> Self:
         """An engine over arrays that exist already, a train state's for instance; they are not copied."""
         engine = cls.__new__(cls)
         engine._set(config, params, router_bias, tokenizer)
@@ -73,7 +71,7 @@ class Engine:
     def generate_ids(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, key: jax.Array, *, width: int = 0
     ) -> Generated:
-        """The arrays behind ``generate``. Rows past ``len(prompts)`` are filling. width: of the prompts' rows, or chosen."""
+        """The arrays behind ``generate``; rows past ``len(prompts)`` are filling. width: of the prompts' rows."""
         longest = max(map(len, prompts))
         width = width or _round_up(longest, 16)
         if longest + sampling.max_tokens > self.config.max_position_embeddings:
@@ -99,7 +97,9 @@ class Engine:
         length, stopped = int(out.lengths_B[row]), bool(out.stopped_B[row])
         ids = np.asarray(out.tokens_BN[row, :length]).tolist()
         text = self.decode(ids[:-1] if stopped else ids)
-        return Completion(text, ids, np.asarray(out.logprobs_BN[row, :length]).tolist(), "stop" if stopped else "length")
+        return Completion(
+            text, ids, np.asarray(out.logprobs_BN[row, :length]).tolist(), "stop" if stopped else "length"
+        )
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text with ``<think>`` and other special tokens spelled out."""

@@ -79,9 +79,7 @@ def generate(
         n, cache, token_B, done_B, position_B, tokens_BN, logprobs_BN, lengths_B = carry
         lengths_B = lengths_B + ~done_B
         position_B1 = jnp.where(done_B, -1, position_B)[:, None]
-        out = model(
-            token_B[:, None], positions_BS=position_B1, cache=cache, layers=layers, absorbed=True, head=False
-        )
+        out = model(token_B[:, None], positions_BS=position_B1, cache=cache, layers=layers, absorbed=True, head=False)
         drawn = draw(out.hidden[:, 0], n)
         token_B, done_B, tokens_BN, logprobs_BN = record(n, *drawn, done_B, tokens_BN, logprobs_BN)
         return n + 1, out.cache, token_B, done_B, position_B + 1, tokens_BN, logprobs_BN, lengths_B
@@ -93,7 +91,16 @@ def generate(
         first = draw(out.hidden[:, -1], 0)
         token_B, done_B, tokens_BN, logprobs_BN = record(0, *first, jnp.zeros(batch, bool), *empty)
     lengths_B = jnp.ones(batch, jnp.int32)
-    carry = (jnp.int32(1), out.cache, token_B, done_B, positions_BP[:, -1] + 1, tokens_BN, logprobs_BN, lengths_B)
+    carry = (
+        jnp.int32(1),
+        out.cache,
+        token_B,
+        done_B,
+        positions_BP[:, -1] + 1,
+        tokens_BN,
+        logprobs_BN,
+        lengths_B,
+    )
     with jax.named_scope("decode"):
         carry = jax.lax.while_loop(lambda carry: (carry[0] < limit) & ~jnp.all(carry[3]), decode, carry)
     *_, done_B, _, tokens_BN, logprobs_BN, lengths_B = carry

@@ -1,5 +1,6 @@
 """What both kinds of attention share: who may attend to whom, the softmax, and the cache."""
 
+import dataclasses
 import functools
 from typing import Self
 
@@ -49,7 +50,7 @@ class Cache:
         start = (0, self.length)
         positions_BT = jax.lax.dynamic_update_slice(self.positions_BT, positions_BS, start)
         mask_BST = (positions_BT[:, None, :] >= 0) & (positions_BT[:, None, :] <= positions_BS[:, :, None])
-        return self.replace(positions_BT=positions_BT), mask_BST
+        return dataclasses.replace(self, positions_BT=positions_BT), mask_BST
 
 
 def write_columns(buffer_BTW: jax.Array, entry_BSW: jax.Array, length: jax.Array) -> jax.Array:

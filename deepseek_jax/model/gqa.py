@@ -16,7 +16,12 @@ class GQA(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
-        D, H, G, N = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        D, H, G, N = (
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
         self.q = param(config, rngs, (D, H, N), ("embed", "heads", None))
         self.kv = param(config, rngs, (D, 2, G, N), ("embed", None, None, None))
         self.o = param(config, rngs, (H, N, D), ("heads", None, "embed"))
@@ -35,7 +40,7 @@ class GQA(nnx.Module):
         *,
         absorbed: bool = False,
     ) -> tuple[Float[Array, "B S D"], jax.Array | None]:
-        """Attend over this row, or over ``cache = (buffer, length)``. There is nothing to absorb: both forms are one."""
+        """Attend over this row, or over ``cache = (buffer, length)``. There is nothing to absorb: one form."""
         del absorbed
         config, dtype = self.config, x_BSD.dtype
         groups, width = config.num_key_value_heads, config.head_dim

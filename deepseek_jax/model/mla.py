@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-from deepseek_kernels import mla_attention
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
@@ -10,6 +9,7 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.attention import einsum32, masked_softmax, write_columns
 from deepseek_jax.model.layers import Linear, RMSNorm, param
 from deepseek_jax.model.rope import rotate, softmax_scale
+from deepseek_kernels import mla_attention
 
 LATENT_EPS = 1e-6  # of the two latents' norms, whatever rms_norm_eps says: so in the released code
 
@@ -57,7 +57,7 @@ class MLA(nnx.Module):
             entry = buffer = write_columns(*cache[:1], entry, cache[1])
         attend = self._absorbed if absorbed else self._plain
         with jax.named_scope("attend"):
-            out_BSHV = attend(q_BSHN, q_BSHR, entry, mask_BST)
+            out_BSHV: jax.Array = attend(q_BSHN, q_BSHR, entry, mask_BST)
         y = jnp.einsum("bshv,hvd->bsd", out_BSHV, self.o[...].astype(out_BSHV.dtype))
         if self.o_bias is not None:
             y = y + self.o_bias[...].astype(y.dtype)

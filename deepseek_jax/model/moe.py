@@ -4,7 +4,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from deepseek_kernels import grouped_matmul, row_alignment
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -12,10 +11,11 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.layers import SwiGLU, param
 from deepseek_jax.model.router import RouterStats, route, router_stats
 from deepseek_jax.parallel.dispatch import combine_rows, gather_rows, per_token_shard, sort_by_expert
+from deepseek_kernels import grouped_matmul, row_alignment
 
 
 class DeepSeekMoE(nnx.Module):
-    """``y = shared(x) + Σ_k g_k · expert_k(x)``: all shared experts as one wide SwiGLU, K of E routed ones, no drops."""
+    """``y = shared(x) + Σ_k g_k · expert_k(x)``: the shared experts as one wide SwiGLU, K of E routed, no drops."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -40,7 +40,12 @@ class DeepSeekMoE(nnx.Module):
         dtype = x_BSD.dtype
         with jax.named_scope("experts"):
             y = per_token_shard(
-                routed_experts, x_BSD, weights_BSK, experts_BSK, self.wi[...].astype(dtype), self.wo[...].astype(dtype)
+                routed_experts,
+                x_BSD,
+                weights_BSK,
+                experts_BSK,
+                self.wi[...].astype(dtype),
+                self.wo[...].astype(dtype),
             )
         if self.shared is not None:
             with jax.named_scope("shared_experts"):

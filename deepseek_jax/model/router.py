@@ -34,7 +34,10 @@ class RouterStats:
 
 
 def route(
-    config: ModelConfig, x_TD: Float[Array, "T D"], w_DE: Float[Array, "D E"], bias_E: Float[Array, "E"] | None
+    config: ModelConfig,
+    x_TD: Float[Array, "T D"],
+    w_DE: Float[Array, "D E"],
+    bias_E: Float[Array, "E"] | None,
 ) -> Routing:
     """Affinities ``s``, the top K experts, and their gate values.
 
@@ -66,9 +69,7 @@ def limit_to_groups(config: ModelConfig, choice_TE: Float[Array, "T E"], *, best
         return choice_TE
     grouped = choice_TE.reshape(choice_TE.shape[0], config.n_group, -1)
     score_TG = jnp.sum(jax.lax.top_k(grouped, best)[0], axis=-1)
-    kept_TG = jnp.any(
-        jax.lax.top_k(score_TG, config.topk_group)[1][:, :, None] == jnp.arange(config.n_group), axis=1
-    )
+    kept_TG = jnp.any(jax.lax.top_k(score_TG, config.topk_group)[1][:, :, None] == jnp.arange(config.n_group), axis=1)
     return jnp.where(kept_TG[:, :, None], grouped, -jnp.inf).reshape(choice_TE.shape)
 
 

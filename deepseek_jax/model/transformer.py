@@ -1,5 +1,6 @@
 """The whole network: embedding, dense layers, MoE layers, norm, head, and the MTP module."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -121,7 +122,10 @@ class Transformer(nnx.Module):
 
     def _stacks(self):
         """The stacks of layers in order, each with its rows of the routing bias."""
-        for layers, bias in ((self.dense_layers, None), (self.moe_layers, self._bias(slice(self.config.num_moe_layers)))):
+        for layers, bias in (
+            (self.dense_layers, None),
+            (self.moe_layers, self._bias(slice(self.config.num_moe_layers))),
+        ):
             if layers is not None:
                 yield *nnx.split(layers), bias
 
@@ -131,10 +135,13 @@ class Transformer(nnx.Module):
 
             def layer(x, params, graph=graph):
                 state, bias_E = params
-                x, router, _ = nnx.merge(graph, state)(x, *context, bias_E)
+                block: Block = nnx.merge(graph, state)
+                x, router, _ = block(x, *context, bias_E)
                 return x, router
 
-            x, router = jax.lax.scan(_rematerialised(layer, self.config.remat), x, (state, bias), unroll=self.config.scan_unroll)
+            x, router = jax.lax.scan(
+                _rematerialised(layer, self.config.remat), x, (state, bias), unroll=self.config.scan_unroll
+            )
             if router is not None:
                 stats.append(router)
         return x, stats
@@ -157,7 +164,7 @@ class Transformer(nnx.Module):
             buffers.append(buffer)
             if router is not None:
                 stats.append(jax.tree.map(lambda leaf: leaf[None], router))
-        return x, stats, cache.replace(layers=tuple(buffers), length=cache.length + x.shape[1])
+        return x, stats, dataclasses.replace(cache, layers=tuple(buffers), length=cache.length + x.shape[1])
 
     def _run_mtp(self, hidden, tokens_BS, context):
         assert self.mtp is not None

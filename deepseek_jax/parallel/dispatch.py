@@ -19,7 +19,9 @@ from deepseek_jax.parallel.sharding import RULES
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["slot_TK", "choice_P", "group_sizes_E"], meta_fields=["block"]
+    jax.tree_util.register_dataclass,
+    data_fields=["slot_TK", "choice_P", "group_sizes_E"],
+    meta_fields=["block"],
 )
 @dataclasses.dataclass(frozen=True)
 class Layout:
@@ -72,9 +74,7 @@ gather_rows.defvjp(_gather_rows_fwd, _gather_rows_bwd)
 
 
 @jax.custom_vjp
-def combine_rows(
-    y_PD: Float[Array, "P D"], weights_TK: Float[Array, "T K"], layout: Layout
-) -> Float[Array, "T D"]:
+def combine_rows(y_PD: Float[Array, "P D"], weights_TK: Float[Array, "T K"], layout: Layout) -> Float[Array, "T D"]:
     """``out[t] = Σ_k weights[t, k] · y[slot[t, k]]``, summed in float32."""
     return jnp.einsum("tkd,tk->td", y_PD[layout.slot_TK].astype(jnp.float32), weights_TK).astype(y_PD.dtype)
 
@@ -120,7 +120,13 @@ def per_token_shard(
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(tokens, tokens, tokens, PartitionSpec(None, None, None, width), PartitionSpec(None, width, None)),
+        in_specs=(
+            tokens,
+            tokens,
+            tokens,
+            PartitionSpec(None, None, None, width),
+            PartitionSpec(None, width, None),
+        ),
         out_specs=tokens,
         check_vma=False,
     )(x_BSD, weights_BSK, experts_BSK, wi_ED2F, wo_EFD)

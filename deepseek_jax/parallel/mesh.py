@@ -5,6 +5,7 @@ import contextvars
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -38,7 +39,7 @@ class MeshConfig:
 AXES = tuple(field.name for field in dataclasses.fields(MeshConfig))
 
 
-def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over ``devices`` (default: all of them), every axis Auto.
 
     Explicit axes, ``jax.make_mesh``'s default, break gathers, sorts and scatters. Raises ValueError when the axes'
@@ -53,8 +54,8 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] | 
     if math.prod(sizes.values()) != len(devices):
         shape = " × ".join(f"{name} {size}" for name, size in sizes.items())
         raise ValueError(
-            f"the mesh {shape} needs {math.prod(sizes.values())} devices, but there are {len(devices)}; the axes' product "
-            "must equal the number of devices (data=0 takes what the others leave)"
+            f"the mesh {shape} needs {math.prod(sizes.values())} devices, but there are {len(devices)}; "
+            "the axes' product must equal the number of devices (data=0 takes what the others leave)"
         )
     if len(devices) == len(jax.devices()):
         return jax.make_mesh(tuple(sizes.values()), AXES, (AxisType.Auto,) * len(AXES), devices=devices)

@@ -41,7 +41,9 @@ class ShardingRules:
             split = () if axis is None else getattr(self, axis)
             for mesh_axis in split:
                 if mesh_axis in used:
-                    raise ValueError(f"axes {used[mesh_axis]!r} and {axis!r} of {axes} both claim the mesh axis {mesh_axis!r}")
+                    raise ValueError(
+                        f"axes {used[mesh_axis]!r} and {axis!r} of {axes} both claim the mesh axis {mesh_axis!r}"
+                    )
                 used[mesh_axis] = axis
             parts.append(split or None)
         return PartitionSpec(*parts)

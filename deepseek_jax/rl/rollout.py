@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.config import ModelConfig, check_types
@@ -63,7 +64,13 @@ class Rollouts:
     """
 
     def __init__(
-        self, model: ModelConfig, tokenizer: Tokenizer, loader: PromptLoader, config: RolloutConfig, *, seed: int
+        self,
+        model: ModelConfig,
+        tokenizer: Tokenizer,
+        loader: PromptLoader,
+        config: RolloutConfig,
+        *,
+        seed: int,
     ):
         self.model, self.tokenizer, self.loader, self.config = model, tokenizer, loader, config
         self.key = jax.random.key(seed)
@@ -118,16 +125,22 @@ class Rollouts:
 
 
 def rollout_batch(
-    prompts: Sequence[Sequence[int]], out: Generated, rewards_PG: np.ndarray, pad_id: int, config: RolloutConfig
+    prompts: Sequence[Sequence[int]],
+    out: Generated,
+    rewards_PG: np.ndarray,
+    pad_id: int,
+    config: RolloutConfig,
 ) -> dict[str, np.ndarray]:
-    """Prompt and answer side by side, as they were sampled; ``loss_mask`` is 1 on the answer, its stop token included."""
+    """Prompt and answer side by side, as sampled; ``loss_mask`` is 1 on the answer, its stop token included."""
     tokens_BP, positions_BP = pad_prompts(prompts, pad_id, config.prompt_width)
     index_BN = np.broadcast_to(np.arange(out.tokens_BN.shape[1]), out.tokens_BN.shape)
     answer_BN = index_BN < np.asarray(out.lengths_B)[:, None]
     positions_BN = np.where(answer_BN, positions_BP[:, -1:] + 1 + index_BN, -1)
     positions = np.concatenate([positions_BP, positions_BN], axis=1).astype(np.int32)
     nothing = np.zeros(tokens_BP.shape, np.float32)
-    advantages = np.asarray(group_advantages(rewards_PG, scale="std" if config.advantage == "std" else "none"))
+    advantages = np.asarray(
+        group_advantages(jnp.asarray(rewards_PG), scale="std" if config.advantage == "std" else "none")
+    )
     return {
         "tokens": np.concatenate([tokens_BP, out.tokens_BN], axis=1).astype(np.int32),
         "segment_ids": (positions >= 0).astype(np.int32),

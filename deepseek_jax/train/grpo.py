@@ -9,12 +9,10 @@ from jaxtyping import Array, Float
 
 from deepseek_jax.config import ModelConfig, check_types
 from deepseek_jax.model import transformer
-from deepseek_jax.train.losses import shift, score_targets
+from deepseek_jax.train.losses import score_targets, shift
 
 
-def group_advantages(
-    rewards_PG: Float[Array, "P G"], *, scale: Literal["std", "none"] = "std"
-) -> Float[Array, "P G"]:
+def group_advantages(rewards_PG: Float[Array, "P G"], *, scale: Literal["std", "none"] = "std") -> Float[Array, "P G"]:
     """``(r - mean) / std`` within each prompt's group of G answers; zero for a group whose rewards are all equal.
 
     The standard deviation is the population's. ``none`` leaves the division out (Dr. GRPO).
@@ -69,7 +67,12 @@ class GRPOLoss:
         }
 
     def __call__(
-        self, config: ModelConfig, state: Any, params: Any, batch: dict[str, jax.Array], norm: dict[str, jax.Array]
+        self,
+        config: ModelConfig,
+        state: Any,
+        params: Any,
+        batch: dict[str, jax.Array],
+        norm: dict[str, jax.Array],
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Rows are prompt and answer; ``loss_mask`` marks the answer. Beside the tokens: ``advantages`` (B, 1),
         ``old_logprobs`` (B S) of each token under the policy that sampled it, ``truncated`` (B, 1)."""
@@ -103,9 +106,7 @@ class GRPOLoss:
 
     def _score(self, config, params, router_bias, batch):
         model = transformer.merge(config, params, router_bias)
-        out = model(
-            batch["tokens"], positions_BS=batch["positions"], segment_ids_BS=batch["segment_ids"], head=False
-        )
+        out = model(batch["tokens"], positions_BS=batch["positions"], segment_ids_BS=batch["segment_ids"], head=False)
         scores = score_targets(
             out.hidden,
             model.head_weight(),
@@ -128,5 +129,5 @@ class GRPOLoss:
 
 
 def k3(log_ratio: jax.Array) -> jax.Array:
-    """Schulman's estimator of KL(π ‖ π_ref) from samples of π: ``r - log r - 1`` with ``r = π_ref / π``; never negative."""
+    """Estimates KL(π ‖ π_ref) from samples of π: ``r - log r - 1`` with ``r = π_ref / π``; never negative."""
     return jnp.expm1(log_ratio) - log_ratio

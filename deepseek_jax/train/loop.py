@@ -118,9 +118,7 @@ def run_loop(
         ValueError: the checkpoint is of another model or data set; see `CheckpointStore.restore`.
     """
     if (config.eval_every > 0) != (evaluate is not None):
-        raise ValueError(
-            f"eval_every is {config.eval_every}, but evaluate is {evaluate}: give both or neither"
-        )
+        raise ValueError(f"eval_every is {config.eval_every}, but evaluate is {evaluate}: give both or neither")
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
@@ -155,9 +153,7 @@ def run_loop(
             enough = found is not None and stop_when is not None and stop_when(found)
             if best or enough or stop or config.due(config.checkpoint_every, step):
                 log.flush(check=True)
-                if (
-                    stop or step == config.steps or log.bad_steps == 0
-                ):  # or bad steps would push out good ones
+                if stop or step == config.steps or log.bad_steps == 0:  # or bad steps would push out good ones
                     store.save(step, state, loader=batches.state(), meta=meta, metrics=found)
             if stop:
                 store.wait()
@@ -261,11 +257,7 @@ class _Log:
             if self.bad_steps >= self._config.max_bad_steps:
                 self._store.wait()
                 safe = self._store.latest_step()
-                kept = (
-                    "there is no checkpoint yet"
-                    if safe is None
-                    else f"the last good checkpoint is step {safe}"
-                )
+                kept = "there is no checkpoint yet" if safe is None else f"the last good checkpoint is step {safe}"
                 raise NonFiniteError(
                     f"loss or gradient not finite in {self.bad_steps} steps in a row, up to step {step}; "
                     f"{kept} in {self._store.directory}"

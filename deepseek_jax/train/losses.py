@@ -90,7 +90,12 @@ class LanguageModelLoss:
         }
 
     def __call__(
-        self, config: ModelConfig, state: Any, params: Any, batch: dict[str, jax.Array], norm: dict[str, jax.Array]
+        self,
+        config: ModelConfig,
+        state: Any,
+        params: Any,
+        batch: dict[str, jax.Array],
+        norm: dict[str, jax.Array],
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The share of a microbatch in the batch's loss, and its parts; each part sums over microbatches."""
         batch = self._view(batch)

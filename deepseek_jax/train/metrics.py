@@ -30,9 +30,7 @@ class MetricsWriter:
         if path.exists():
             _cut(path, after_step)
         self._file = path.open("ab", buffering=0)  # nothing left to write at close, should the disk be full
-        self._summary = (
-            SummaryWriter(str(run_dir / "tensorboard"), purge_step=after_step + 1) if tensorboard else None
-        )
+        self._summary = SummaryWriter(str(run_dir / "tensorboard"), purge_step=after_step + 1) if tensorboard else None
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Write `{"step", "time" (unix seconds), **metrics}` and return it.
@@ -47,13 +45,9 @@ class MetricsWriter:
         try:
             complete = self._file.write(text) == len(text)
         except OSError as error:
-            raise OSError(
-                error.errno, f"{error.strerror}: metrics of step {step}", self._file.name
-            ) from error
+            raise OSError(error.errno, f"{error.strerror}: metrics of step {step}", self._file.name) from error
         if not complete:
-            raise OSError(
-                errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: metrics of step {step}", self._file.name
-            )
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: metrics of step {step}", self._file.name)
         if self._summary is not None:
             for name, value in metrics.items():
                 if np.ndim(value) == 0:
@@ -82,13 +76,9 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
         try:
             line = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path}:{number}: not JSON ({error}); expected an object with a step"
-            ) from error
+            raise ValueError(f"{path}:{number}: not JSON ({error}); expected an object with a step") from error
         if not isinstance(line, dict) or "step" not in line:
-            raise ValueError(
-                f"{path}:{number}: expected a JSON object with a step, found {text[:80].strip()!r}"
-            )
+            raise ValueError(f"{path}:{number}: expected a JSON object with a step, found {text[:80].strip()!r}")
         lines.append(line)
     return lines
 

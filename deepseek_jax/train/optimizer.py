@@ -77,5 +77,7 @@ def make_optimizer(config: OptimizerConfig, model: ModelConfig, steps: int) -> o
 def _decays(model: ModelConfig) -> Any:
     axes = transformer.logical_axes(model)
     return jax.tree.map(
-        lambda names: len([name for name in names if name != "layers"]) > 1, axes, is_leaf=lambda x: isinstance(x, tuple)
+        lambda names: len([name for name in names if name != "layers"]) > 1,
+        axes,
+        is_leaf=lambda x: isinstance(x, tuple),
     )

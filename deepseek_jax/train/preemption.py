@@ -31,9 +31,7 @@ def stop_signals() -> Iterator[list[int]]:
         text = f"\n{signal.Signals(number).name}: finishing this step and saving; again to stop at once\n"
         os.write(2, text.encode())  # print is not safe within a signal handler
 
-    if (
-        threading.current_thread() is not threading.main_thread()
-    ):  # Python delivers signals to the main thread only
+    if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread only
         yield received
         return
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}

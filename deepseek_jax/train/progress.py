@@ -64,9 +64,7 @@ class Progress:
             self._bar.update(self._bar.task_ids[0], completed=step, text=self._text)
         elif now - self._printed >= self._every_seconds or step == self._total:
             self._printed = now
-            self._say(
-                f"{self._stage} {step}/{self._total} · {self._remaining(step, now)} left · {self._text}"
-            )
+            self._say(f"{self._stage} {step}/{self._total} · {self._remaining(step, now)} left · {self._text}")
 
     def stop(self) -> None:
         """Leave the terminal as it was found."""

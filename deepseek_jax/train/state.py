@@ -1,5 +1,6 @@
 """Everything a train step reads and writes, as one pytree of arrays."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -60,7 +61,7 @@ def create_state(
     return jax.jit(create, out_shardings=state_shardings(config, shapes, mesh))(params, router_bias)
 
 
-def state_shardings(config: ModelConfig, state: TrainState, mesh: Mesh) -> TrainState:
+def state_shardings(config: ModelConfig, state: TrainState, mesh: Mesh) -> Any:
     """Where each array lives: what is shaped like a parameter lies with it, the rest on every device."""
     params = tree_shardings(mesh, transformer.logical_axes(config), state.params)
     whole = NamedSharding(mesh, PartitionSpec())
@@ -69,20 +70,12 @@ def state_shardings(config: ModelConfig, state: TrainState, mesh: Mesh) -> Train
     def place(tree: Any) -> Any:
         return params if like_params(tree) else jax.tree.map(lambda _: whole, tree)
 
-    return TrainState(
+    return dataclasses.replace(
+        state,
         step=whole,
         params=params,
         opt_state=jax.tree.map(place, state.opt_state, is_leaf=like_params),
         router_bias=place(state.router_bias),
         ema=place(state.ema),
         reference=place(state.reference),
-    )
-
-
-def abstract_state(config: ModelConfig, state: TrainState, mesh: Mesh) -> TrainState:
-    """Shapes, types and places of a state: what a restore needs."""
-    return jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        state,
-        state_shardings(config, state, mesh),
     )

@@ -46,9 +46,7 @@ class StepConfig:
             raise ValueError(f"ema_decay={self.ema_decay}: must lie in [0, 1)")
 
 
-def make_step(
-    config: ModelConfig, loss: Loss, optimizer: optax.GradientTransformation, options: StepConfig
-) -> Step:
+def make_step(config: ModelConfig, loss: Loss, optimizer: optax.GradientTransformation, options: StepConfig) -> Step:
     """The pure function ``(state, batch) -> (state, metrics)``; jit it with the state donated.
 
     A step whose loss or gradient is not finite leaves parameters, moments, bias and running mean as they were and
@@ -63,7 +61,8 @@ def make_step(
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
         load_LE = parts.pop("load", None)
-        after = state.replace(
+        after = dataclasses.replace(
+            state,
             params=params,
             opt_state=opt_state,
             router_bias=_moved_bias(state, load_LE, options),
@@ -76,7 +75,7 @@ def make_step(
             metrics |= load_metrics(load_LE)
         if new.router_bias is not None:
             metrics["bias_range"] = jnp.mean(jnp.max(new.router_bias, 1) - jnp.min(new.router_bias, 1))
-        return new.replace(step=state.step + 1), metrics
+        return dataclasses.replace(new, step=state.step + 1), metrics
 
     return step
 

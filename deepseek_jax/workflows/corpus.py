@@ -91,9 +91,7 @@ def source_files(root: Path) -> list[str]:
     """Relative paths, with forward slashes, of the Python files worth reading under `root`, sorted."""
     found = []
     for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [
-            n for n in subfolders if n not in _SKIPPED_FOLDERS and not n.startswith(_SKIPPED_PREFIXES)
-        ]
+        subfolders[:] = [n for n in subfolders if n not in _SKIPPED_FOLDERS and not n.startswith(_SKIPPED_PREFIXES)]
         names = [n for n in names if n.endswith(".py") and not n.startswith(_SKIPPED_PREFIXES)]
         found += [(Path(folder) / name).relative_to(root).as_posix() for name in names]
     return sorted(found)
@@ -143,9 +141,7 @@ def _size(documents: Iterable[Document]) -> int:
     return sum(len(document["text"].encode()) for document in documents)
 
 
-def _library_documents(
-    root: Path, config: CorpusConfig
-) -> tuple[list[Document], list[Document], Counter[str]]:
+def _library_documents(root: Path, config: CorpusConfig) -> tuple[list[Document], list[Document], Counter[str]]:
     """Training documents, held-out documents and a count of what became of the files.
 
     The side of a file depends on its path alone; the seed shuffles the order in which the sides take files,

@@ -13,7 +13,14 @@ from deepseek_jax.rl.problems import read_jsonl, to_prompt
 from deepseek_jax.rl.rollout import RolloutConfig, Rollouts
 from deepseek_jax.train.grpo import GRPOLoss
 from deepseek_jax.workflows.problems import ProblemEval, evaluate_problems
-from deepseek_jax.workflows.stage import RESULT, StageConfig, load_trained, read_result, train_stage, write_json
+from deepseek_jax.workflows.stage import (
+    RESULT,
+    StageConfig,
+    load_trained,
+    read_result,
+    train_stage,
+    write_json,
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,9 +23,7 @@ class ProblemEval:
         check_types(self)
 
 
-def evaluate_problems(
-    trained: Trained, config: ProblemEval, run_dir: Path, *, stage: str, seed: int
-) -> dict[str, Any]:
+def evaluate_problems(trained: Trained, config: ProblemEval, run_dir: Path, *, stage: str, seed: int) -> dict[str, Any]:
     """Accuracy and standard error over all held-out problems, greedy and sampled at temperature 1; by kind as well."""
     problems = read_jsonl(config.path)
     found: dict[str, Any] = {"problems": len(problems), "by_kind": {}}

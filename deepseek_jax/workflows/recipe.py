@@ -24,7 +24,11 @@ def find_recipe(name: str) -> Path:
         if found.is_file():
             return found
     known = sorted(
-        {file.relative_to(folder).with_suffix("").as_posix() for folder in recipe_folders() for file in folder.rglob("*.py")}
+        {
+            file.relative_to(folder).with_suffix("").as_posix()
+            for folder in recipe_folders()
+            for file in folder.rglob("*.py")
+        }
     )
     raise ValueError(f"no recipe {name!r}: give a Python file, or one of {', '.join(known) or 'none'}")
 

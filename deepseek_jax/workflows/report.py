@@ -44,9 +44,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
     sections = (_headline(stages), _losses(stages), _experts(stages), _reinforcement(stages[-1]))
     body = "\n".join((*sections, _samples(stages), _configuration(run_dir, stages)))
     template = Template((Path(__file__).parent / "report_template.html").read_text(encoding="utf-8"))
-    page = template.substitute(
-        title=html.escape(f"{run_dir.resolve().name}: DeepSeek in miniature"), body=body
-    )
+    page = template.substitute(title=html.escape(f"{run_dir.resolve().name}: DeepSeek in miniature"), body=body)
     path, partial = run_dir / "report.html", run_dir / "report.html.partial"
     partial.write_text(page, encoding="utf-8", errors="replace")
     partial.replace(path)
@@ -199,9 +197,7 @@ def _kind_map(stage: Stage, layer: int) -> str:
 
 
 def _reinforcement(grpo: Stage) -> str:
-    def chart(
-        title: str, unit: str, text: str, key: str, *, scale=1.0, low: float | None = 0.0, high=None
-    ) -> str:
+    def chart(title: str, unit: str, text: str, key: str, *, scale=1.0, low: float | None = 0.0, high=None) -> str:
         lines = [Line(title, "slate", [grpo.points(key, scale)])]
         picture = line_chart(_panels([grpo]), lines, unit=unit, low=low, high=high)
         return figure(title, picture, f"{text}{_change(grpo, key, scale)}.")
@@ -246,9 +242,7 @@ def _samples(stages: Sequence[Stage]) -> str:
             opened = "" if blocks else " open"  # the last stage's are what a reader wants to see
             head = f"<summary>{stage.title}: {count}</summary>"
             blocks.append(f'<details class="card"{opened}>{head}{shown}</details>')
-    intro = (
-        "A prompt's completion before and after a stage. Thinking is dimmed; ✓ and ✗ mark right and wrong."
-    )
+    intro = "A prompt's completion before and after a stage. Thinking is dimmed; ✓ and ✗ mark right and wrong."
     missing = '<p class="none">No samples recorded yet.</p>'
     return _section("samples", "Sample completions", intro) + ("".join(blocks) or missing)
 
@@ -261,9 +255,7 @@ def _pair(prompt: str, mode: str, pair: dict[str, dict[str, Any]]) -> str:
             cells.append(f'<div><span class="muted">{when}: not recorded</span></div>')
             continue
         text = html.escape(sample["completion"])
-        text = re.sub(
-            r"&lt;think&gt;.*?(&lt;/think&gt;|$)", r'<span class="think">\g<0></span>', text, flags=re.S
-        )
+        text = re.sub(r"&lt;think&gt;.*?(&lt;/think&gt;|$)", r'<span class="think">\g<0></span>', text, flags=re.S)
         head = f'<span class="muted">{when}</span> {MARKS[sample["correct"]]}'
         cells.append(f"<div>{head}<pre>{text}</pre></div>")
     answer = next(iter(pair.values()))["answer"]

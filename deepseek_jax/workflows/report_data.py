@@ -47,9 +47,7 @@ class Stage:
 
     def points(self, key: str, scale: float = 1.0) -> np.ndarray:
         """(points, 3): step, value, standard error of a logged scalar, non-finite values left out."""
-        rows = [
-            (line["step"], line[key], line.get(f"{key}_stderr", 0.0)) for line in self.metrics if key in line
-        ]
+        rows = [(line["step"], line[key], line.get(f"{key}_stderr", 0.0)) for line in self.metrics if key in line]
         points = np.array(rows, np.float64).reshape(-1, 3) * (1.0, scale, scale)
         return points[np.isfinite(points).all(axis=1)]
 
@@ -132,9 +130,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}:{error.lineno}: not JSON ({error.msg}); delete it and run its stage again"
-        ) from error
+        raise ValueError(f"{path}:{error.lineno}: not JSON ({error.msg}); delete it and run its stage again") from error
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

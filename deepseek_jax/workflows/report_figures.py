@@ -67,9 +67,7 @@ def line_chart(
         for index, points in enumerate(line.points):
             if len(points):
                 x_of = _panel_scale(panels, index)
-                parts.append(
-                    _curve(x_of(points[:, 0]), y_of(points[:, 1]), line.colour, _bar_ends(points, y_of))
-                )
+                parts.append(_curve(x_of(points[:, 0]), y_of(points[:, 1]), line.colour, _bar_ends(points, y_of)))
     label = html.escape(f"{', '.join(line.name for line in lines)} over training steps, {unit}")
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
 
@@ -158,12 +156,8 @@ def _curve(x: np.ndarray, y: np.ndarray, colour: str, bar_ends: np.ndarray | Non
     if bar_ends is not None or len(x) == 1:
         ends = np.stack([y, y]) if bar_ends is None else bar_ends
         bars = "".join(f"M{a:.1f},{b:.1f}V{c:.1f}" for a, b, c in zip(x, *ends, strict=True))
-        dots = "".join(
-            f'<circle class="dot" cx="{a:.1f}" cy="{b:.1f}" r="2.5"/>' for a, b in zip(x, y, strict=True)
-        )
-        return (
-            f'<g {style}><path class="line thin" d="{bars}"/><path class="line" d="{_path(x, y)}"/>{dots}</g>'
-        )
+        dots = "".join(f'<circle class="dot" cx="{a:.1f}" cy="{b:.1f}" r="2.5"/>' for a, b in zip(x, y, strict=True))
+        return f'<g {style}><path class="line thin" d="{bars}"/><path class="line" d="{_path(x, y)}"/>{dots}</g>'
     width = math.ceil(len(x) / MAX_POINTS)
     x, y = (np.array([v[i : i + width].mean() for i in range(0, len(v), width)]) for v in (x, y))
     half = len(x) // 40

@@ -32,7 +32,7 @@ from deepseek_jax.workflows.stage import (
 
 @dataclasses.dataclass(frozen=True)
 class SFTData:
-    """path: JSONL of ``messages``. drop_long: leave samples longer than ``seq_len`` out, counted, instead of stopping."""
+    """path: JSONL of ``messages``. drop_long: leave samples longer than ``seq_len`` out, counted, and go on."""
 
     path: tuple[str, ...] = ("runs/demo/corpus/sft.jsonl",)
     seq_len: int = 128
@@ -119,9 +119,7 @@ def prepare_chats(data: SFTData, tokenizer: Tokenizer, folder: Path) -> Path:
     skipped: Counter[str] = Counter()
     chats = read_chats(data.path, skip_broken=data.skip_broken, skipped=skipped)
     samples = [encode_chat(tokenizer, messages) for messages in chats]
-    rows = pack_samples(
-        samples, data.seq_len, pad_id=tokenizer.pad_id, drop_long=data.drop_long, skipped=skipped
-    )
+    rows = pack_samples(samples, data.seq_len, pad_id=tokenizer.pad_id, drop_long=data.drop_long, skipped=skipped)
     folder.parent.mkdir(parents=True, exist_ok=True)
     write_rows(folder, rows, meta=made_of | {"skipped": dict(skipped)})
     return folder

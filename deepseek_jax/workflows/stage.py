@@ -119,7 +119,7 @@ def train_stage(
         with use_mesh(mesh):
             new, metrics = step(state, batch)
         tokens = jnp.sum(batch["segment_ids"] > 0)
-        return new, {**metrics, "lr": rate(state.step * updates), "tokens": tokens}
+        return new, {**metrics, "lr": jnp.asarray(rate(state.step * updates)), "tokens": tokens}
 
     jitted = jax.jit(placed_step, donate_argnums=0)
     trained = lambda state: Trained(model, state.params, state.router_bias, tokenizer, mesh)  # noqa: E731
@@ -155,7 +155,7 @@ def repeat_step(step: Step, updates: int) -> Step:
     def repeated(state, batch):
         number, first = state.step, {}
         for _ in range(updates):
-            state, metrics = step(state.replace(step=number), batch)
+            state, metrics = step(dataclasses.replace(state, step=number), batch)
             first = first or metrics
         kept = {name: first[name] for name in ("kl_sampler", "finite") if name in first}
         finite = jnp.minimum(kept["finite"], metrics["finite"])

@@ -98,7 +98,7 @@ def _unaligned_matmul(x_TD, w_EDF, group_sizes_E):
     slot_T = row_T + shift_E.at[group_T].get(mode="clip")
     slot_T = jnp.where(group_T < groups, slot_T, total + row_T)  # no group: dropped, and read back as zero
     spread = jnp.zeros((total, x_TD.shape[1]), x_TD.dtype).at[slot_T].set(x_TD, mode="drop", unique_indices=True)
-    y = _aligned_matmul(spread, w_EDF, block_groups(padded_E, total, block), block)
+    y: jax.Array = _aligned_matmul(spread, w_EDF, block_groups(padded_E, total, block), block)
     return y.at[slot_T].get(mode="fill", fill_value=0)
 
 

@@ -34,8 +34,7 @@ def learnt(tokenizer: Tokenizer, ids: list[int], mask: list[int]) -> list[str]:
 def test_text_and_mask_of_two_turns(tokenizer: Tokenizer) -> None:
     ids, mask = encode_chat(tokenizer, TWO_TURNS)
     assert tokenizer.decode(ids, skip_special_tokens=False) == (
-        f"{BOS}Be brief.{USER}1+1?{ASSISTANT}\n\n2{EOS}"
-        f"{USER}and 2+2?{ASSISTANT}{THINK}double{END_THINK}4{EOS}"
+        f"{BOS}Be brief.{USER}1+1?{ASSISTANT}\n\n2{EOS}{USER}and 2+2?{ASSISTANT}{THINK}double{END_THINK}4{EOS}"
     )
     assert learnt(tokenizer, ids, mask) == [f"\n\n2{EOS}", f"{THINK}double{END_THINK}4{EOS}"]
     assert ids.count(tokenizer.think_id) == ids.count(tokenizer.end_think_id) == 1

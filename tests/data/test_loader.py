@@ -107,9 +107,7 @@ def test_processes_share_the_global_batch(make_loader: Callable[..., Any], count
 def test_another_order_is_refused_by_name(make_loader: Callable[..., Any], changed: dict, name: str) -> None:
     loader, other = make_loader(), make_loader(**changed)
     before = other.state()
-    with pytest.raises(
-        ValueError, match=f"has {name}={loader.state()[name]}, this loader {name}={before[name]}"
-    ):
+    with pytest.raises(ValueError, match=f"has {name}={loader.state()[name]}, this loader {name}={before[name]}"):
         other.restore(loader.state())
     assert other.state() == before
 

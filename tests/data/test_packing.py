@@ -33,9 +33,7 @@ def segments(row: Row) -> list[slice]:
         found.append(part)
         start += length
     rest = slice(start, None)
-    assert (
-        (ids[rest] == 0).all() and (row["positions"][rest] == 0).all() and (row["loss_mask"][rest] == 0).all()
-    )
+    assert (ids[rest] == 0).all() and (row["positions"][rest] == 0).all() and (row["loss_mask"][rest] == 0).all()
     assert (row["tokens"][rest] == PAD).all()
     return found
 

@@ -45,9 +45,7 @@ write_rows(sys.argv[1], pack_stream(docs, 64), meta={"vocab_size": 60000, "token
 
 
 def test_rows_come_back(tmp_path: Path, rng: np.random.Generator) -> None:
-    samples = [
-        (rng.integers(3, 50, n).tolist(), rng.integers(0, 2, n).tolist()) for n in rng.integers(1, 16, 40)
-    ]
+    samples = [(rng.integers(3, 50, n).tolist(), rng.integers(0, 2, n).tolist()) for n in rng.integers(1, 16, 40)]
     rows = pack_samples(samples, 16)
     meta = write_rows(tmp_path / "deep/rows", rows, meta=META)
     assert meta.items() >= (META | {"seq_len": 16, "count": len(rows)}).items()
@@ -143,9 +141,7 @@ def test_a_dataset_cut_while_copied_is_named(dataset: Path) -> None:
     records = dataset / "rows.array_record"
     whole = records.read_bytes()
     records.write_bytes(whole[:-100])
-    with pytest.raises(
-        ValueError, match=rf"rows\.array_record: has {len(whole) - 100} bytes where {len(whole)}"
-    ):
+    with pytest.raises(ValueError, match=rf"rows\.array_record: has {len(whole) - 100} bytes where {len(whole)}"):
         open_rows(dataset)
     records.write_bytes(whole)
     meta = json.loads((dataset / "meta.json").read_text())

@@ -99,9 +99,7 @@ CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"
 
 
 def test_chats(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = write(
-        tmp_path / "c.jsonl", [CHAT, [{"role": "judge", "content": "x"}], b"{}", CHAT], field="messages"
-    )
+    path = write(tmp_path / "c.jsonl", [CHAT, [{"role": "judge", "content": "x"}], b"{}", CHAT], field="messages")
     with pytest.raises(ValueError, match=r"c\.jsonl:2: message 0 has role 'judge'; allowed are system, user"):
         list(read_chats(path))
     skipped: Counter[str] = Counter()

@@ -15,9 +15,9 @@ from deepseek_jax.data.tokenizer import BOS, EOS, EOT, PAD, SPECIAL_TOKENS, THIN
 R1 = Path(__file__).parents[3] / "shared/data/deepseek_r1_tokenizer/tokenizer.json.gz"
 
 # Text in which special tokens, and parts of them, are common.
-hostile = st.lists(
-    st.one_of(st.text(max_size=8), st.sampled_from([*SPECIAL_TOKENS, "<｜", "▁", "<", "｜>"]))
-).map("".join)
+hostile = st.lists(st.one_of(st.text(max_size=8), st.sampled_from([*SPECIAL_TOKENS, "<｜", "▁", "<", "｜>"]))).map(
+    "".join
+)
 
 
 @given(text=st.text())
@@ -119,9 +119,7 @@ def test_r1_loads_and_cannot_be_smuggled_into(r1_json: dict, tmp_path: Path) -> 
 
 
 @given(text=st.text(alphabet=st.characters(codec="utf-8", exclude_categories=["N"])))
-def test_pre_tokenisation_without_digits_is_that_of_r1(
-    r1_json: dict, tokenizer: Tokenizer, text: str
-) -> None:
+def test_pre_tokenisation_without_digits_is_that_of_r1(r1_json: dict, tokenizer: Tokenizer, text: str) -> None:
     theirs = tokenizers.Tokenizer.from_str(json.dumps({**r1_json, "model": _no_merges(), "added_tokens": []}))
     ours = tokenizer._special.pre_tokenizer
     assert ours is not None and theirs.pre_tokenizer is not None

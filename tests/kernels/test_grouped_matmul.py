@@ -63,9 +63,7 @@ def check(implementation, aligned, rows, sizes, groups=E):
     for name, value, right in zip(("y", "dx", "dw"), (y, dx, dw), expected, strict=True):
         assert value.shape == right.shape and value.dtype == np.float32
         # D, F and a group's rows are at most 24: float32 sums of so few terms of size 1.
-        np.testing.assert_allclose(
-            value, right, rtol=0, atol=1e-5, err_msg=f"{name} {implementation} {sizes}"
-        )
+        np.testing.assert_allclose(value, right, rtol=0, atol=1e-5, err_msg=f"{name} {implementation} {sizes}")
 
 
 SIZES = {
@@ -89,9 +87,7 @@ def test_aligned_rows(implementation, sizes):
     check(implementation, 4, T, sizes)
 
 
-@pytest.mark.parametrize(
-    ("rows", "sizes"), [(3, [0, 1, 0, 1, 0]), (5, [0, 5, 0, 0, 0]), (1, [0, 0, 0, 0, 1])]
-)
+@pytest.mark.parametrize(("rows", "sizes"), [(3, [0, 1, 0, 1, 0]), (5, [0, 5, 0, 0, 0]), (1, [0, 0, 0, 0, 1])])
 def test_fewer_rows_than_groups(rows, sizes):
     check("blocks", 1, rows, sizes)
 
@@ -127,9 +123,7 @@ def test_gradients_equal_finite_differences():
     def loss(step):
         return np.sum(definition(x + step * ux, w + step * uw, sizes) * dy)
 
-    _, dx, dw = compiled("blocks", 1)(
-        *(jnp.asarray(a, jnp.float32) for a in (x, w)), np.array(sizes, np.int32), dy
-    )
+    _, dx, dw = compiled("blocks", 1)(*(jnp.asarray(a, jnp.float32) for a in (x, w)), np.array(sizes, np.int32), dy)
     slope = (loss(eps) - loss(-eps)) / (2 * eps)  # exact: the loss is quadratic along the line
     np.testing.assert_allclose(np.sum(dx * ux) + np.sum(dw * uw), slope, rtol=1e-5)
 
@@ -140,9 +134,7 @@ def test_bfloat16_is_rounded_once():
     sizes = SIZES["uneven"]
     results = compiled("blocks", 1)(x, w, np.array(sizes, np.int32), dy)
     x, w, dy = (np.asarray(a, np.float64) for a in (x, w, dy))
-    for value, right in zip(
-        results, (definition(x, w, sizes), *definition_gradients(x, w, sizes, dy)), strict=True
-    ):
+    for value, right in zip(results, (definition(x, w, sizes), *definition_gradients(x, w, sizes, dy)), strict=True):
         assert value.dtype == jnp.bfloat16
         np.testing.assert_allclose(np.asarray(value, np.float64), right, rtol=1.01 * 2**-8, atol=1e-5)
 

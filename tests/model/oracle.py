@@ -41,10 +41,7 @@ def frequencies(dim: int, base: float, scaling: RopeScaling) -> list[float]:
     plain = [base ** (-2 * i / dim) for i in range(dim // 2)]
     original = scaling.original_max_position_embeddings
     if scaling.type == "yarn":
-        corr = {
-            n: dim * math.log(original / (2 * math.pi * n)) / (2 * math.log(base))
-            for n in yarn_turns(scaling)
-        }
+        corr = {n: dim * math.log(original / (2 * math.pi * n)) / (2 * math.log(base)) for n in yarn_turns(scaling)}
         fast, slow = yarn_turns(scaling)
         low, high = max(math.floor(corr[fast]), 0), min(math.ceil(corr[slow]), dim - 1)
         out = []
@@ -191,9 +188,7 @@ def moe(p: Params, config: ModelConfig, x: np.ndarray, bias: np.ndarray | None) 
 # The network
 
 
-def block(
-    p: Params, config: ModelConfig, x: np.ndarray, bias: np.ndarray | None
-) -> tuple[np.ndarray, Params | None]:
+def block(p: Params, config: ModelConfig, x: np.ndarray, bias: np.ndarray | None) -> tuple[np.ndarray, Params | None]:
     attend = mla if config.attention == "mla" else gqa
     eps, positions = config.rms_norm_eps, list(range(len(x)))
     x = x + attend(p["attention"], config, rms_norm(x, p["attention_norm"]["gain"], eps), positions)
@@ -209,9 +204,7 @@ def mtp(p: Params, config: ModelConfig, hidden: np.ndarray, emb: np.ndarray, bia
     """Depth 1 over T-1 tokens: hidden[i] beside the embedding of the next token, embedding first."""
     eps = config.rms_norm_eps
     both = [
-        np.concatenate(
-            [rms_norm(e, p["embed_norm"]["gain"], eps), rms_norm(h, p["hidden_norm"]["gain"], eps)]
-        )
+        np.concatenate([rms_norm(e, p["embed_norm"]["gain"], eps), rms_norm(h, p["hidden_norm"]["gain"], eps)])
         for h, e in zip(hidden[:-1], emb[1:], strict=True)
     ]
     x, stats = block(p["block"], config, np.stack(both) @ p["proj"]["w"], bias)
@@ -226,9 +219,7 @@ def transformer(params: Params, bias: np.ndarray | None, config: ModelConfig, to
         stack = params.get(kind, {})
         for i in range(len(stack["attention_norm"]["gain"]) if stack else 0):
             one = _pick(stack, i)
-            x, router = block(
-                one, config, x, bias[len(stats)] if bias is not None and kind == "moe_layers" else None
-            )
+            x, router = block(one, config, x, bias[len(stats)] if bias is not None and kind == "moe_layers" else None)
             stats += [router] if router else []
     hidden = rms_norm(x, params["norm"]["gain"], config.rms_norm_eps)
     out = {
@@ -236,9 +227,7 @@ def transformer(params: Params, bias: np.ndarray | None, config: ModelConfig, to
         "logits": hidden @ (params["head"]["w"] if "head" in params else params["embed"].T),
     }
     if "mtp" in params and len(tokens) > 1:
-        out["mtp_hidden"], router = mtp(
-            params["mtp"], config, hidden, emb, None if bias is None else bias[-1]
-        )
+        out["mtp_hidden"], router = mtp(params["mtp"], config, hidden, emb, None if bias is None else bias[-1])
         stats += [router] if router else []
     return out | {"load": [s["load"] for s in stats], "balance": [s["balance"] for s in stats]}
 

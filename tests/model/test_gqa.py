@@ -19,9 +19,7 @@ from deepseek_jax.model.rope import rotary_tables
 CONFIGS = {
     "v1_own_keys": config(V1),
     "qwen_bias": config(QWEN),
-    "llama": config(
-        QWEN, num_key_value_heads=1, attention_bias=False, rope_scaling=RopeScaling("llama3", 8.0, 16)
-    ),
+    "llama": config(QWEN, num_key_value_heads=1, attention_bias=False, rope_scaling=RopeScaling("llama3", 8.0, 16)),
 }
 SIZE = 8
 

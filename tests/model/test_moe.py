@@ -19,9 +19,7 @@ CONFIGS = {
     "v3": config(V3),
     "v3_no_shared": config(V3, n_shared_experts=0),
 }
-SEGMENTS = np.array(
-    [[1, 1, 1, 1, 1, 1], [1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 0, 0], [1, 2, 3, 4, 5, 6]], np.int32
-)
+SEGMENTS = np.array([[1, 1, 1, 1, 1, 1], [1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 0, 0], [1, 2, 3, 4, 5, 6]], np.int32)
 
 
 def inputs(tiny):

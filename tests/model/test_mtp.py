@@ -29,9 +29,7 @@ def compiled():
         nnx.replace_by_pure_dict(fresh, params)
         positions = jnp.arange(SIZE, dtype=jnp.int32)[None]
         module = nnx.merge(graph, fresh)
-        return module(
-            hidden, following, rotary_tables(TINY, positions), packed_mask(segments), segments, bias
-        )
+        return module(hidden, following, rotary_tables(TINY, positions), packed_mask(segments), segments, bias)
 
     return jax.jit(run)
 

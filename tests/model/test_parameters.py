@@ -32,9 +32,7 @@ def test_every_parameter_has_logical_axes_with_rules(tiny):
     named = jax.tree.map(
         lambda leaf, names: (leaf.shape, names), params, axes, is_leaf=lambda x: isinstance(x, jax.Array)
     )
-    for path, (shape, names) in jax.tree_util.tree_leaves_with_path(
-        named, is_leaf=lambda x: isinstance(x, tuple)
-    ):
+    for path, (shape, names) in jax.tree_util.tree_leaves_with_path(named, is_leaf=lambda x: isinstance(x, tuple)):
         assert len(shape) == len(names), path
         RULES.spec(names)
         stacked = jax.tree_util.keystr(path[:1]) in ("['dense_layers']", "['moe_layers']")

@@ -53,9 +53,7 @@ def test_mscale_and_softmax_scales_of_the_released_models():
 
     assert scale() == pytest.approx(0.0721688, abs=1e-7)
     assert scale(type="yarn", factor=40.0) == pytest.approx(0.1352338, abs=1e-7)
-    assert scale(type="yarn", factor=40.0, mscale=0.707, mscale_all_dim=0.707) == pytest.approx(
-        0.1147214, abs=1e-7
-    )
+    assert scale(type="yarn", factor=40.0, mscale=0.707, mscale_all_dim=0.707) == pytest.approx(0.1147214, abs=1e-7)
     assert scale(type="yarn", factor=40.0, mscale_all_dim=0.0) == pytest.approx(0.0721688, abs=1e-7)
 
 

@@ -108,9 +108,7 @@ def test_the_future_changes_nothing():
         np.testing.assert_allclose(
             changed.mtp_hidden[:, : column - 1], base.mtp_hidden[:, : column - 1], rtol=1e-5, atol=1e-6
         )
-        assert np.all(
-            np.abs(changed.mtp_hidden[:, column - 1] - base.mtp_hidden[:, column - 1]).max(-1) > 1e-3
-        )
+        assert np.all(np.abs(changed.mtp_hidden[:, column - 1] - base.mtp_hidden[:, column - 1]).max(-1) > 1e-3)
 
 
 # The cache
@@ -150,9 +148,7 @@ def generate(tiny, *, prefill_absorbed, decode_absorbed):
     [(TINY, False, True), (config(V2_LITE), True, False), (config(V1), False, False)],
     ids=["mla_plain_then_absorbed", "mla_absorbed_then_plain_yarn_bias", "gqa"],
 )
-def test_prefill_then_decode_equals_the_full_forward_at_every_position(
-    tiny, prefill_absorbed, decode_absorbed
-):
+def test_prefill_then_decode_equals_the_full_forward_at_every_position(tiny, prefill_absorbed, decode_absorbed):
     tokens, logits, load = generate(tiny, prefill_absorbed=prefill_absorbed, decode_absorbed=decode_absorbed)
     # The full forward: each row at the start of a row of twelve, in the scanned, uncached program.
     plain = dataclasses.replace(tiny, num_nextn_predict_layers=0)
@@ -175,9 +171,7 @@ def test_prefill_then_decode_equals_the_full_forward_at_every_position(
 def test_remat_modes_give_the_same_loss_and_gradients():
     tiny = config(V3, num_hidden_layers=1, first_k_dense_replace=0)
     params, bias = weights(tiny)
-    probe = (
-        np.random.default_rng(2).standard_normal((2, *SEGMENTS.shape, tiny.hidden_size)).astype(np.float32)
-    )
+    probe = np.random.default_rng(2).standard_normal((2, *SEGMENTS.shape, tiny.hidden_size)).astype(np.float32)
 
     def loss(params, remat):
         model = merge(dataclasses.replace(tiny, remat=remat), params, bias)
@@ -186,10 +180,7 @@ def test_remat_modes_give_the_same_loss_and_gradients():
         assert out.logits is None and out.router is not None
         return jnp.sum(out.hidden * probe[0] + out.mtp_hidden * probe[1]) + jnp.sum(out.router.balance)
 
-    results = [
-        jax.jit(jax.value_and_grad(functools.partial(loss, remat=m)))(params)
-        for m in ("none", "dots", "full")
-    ]
+    results = [jax.jit(jax.value_and_grad(functools.partial(loss, remat=m)))(params) for m in ("none", "dots", "full")]
     value, grads = results[0]
     for other, other_grads in results[1:]:
         np.testing.assert_allclose(other, value, rtol=1e-5)

@@ -106,9 +106,7 @@ def test_bfloat16_rows_are_weighted_and_summed_in_float32():
     rows = gather_rows(jnp.asarray(x, jnp.bfloat16), layout)
     out = combine_rows(rows, jnp.asarray(weights), layout)
     assert rows.dtype == out.dtype == jnp.bfloat16
-    exact = np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64) * weights.astype(np.float64).sum(
-        1, keepdims=True
-    )
+    exact = np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64) * weights.astype(np.float64).sum(1, keepdims=True)
     np.testing.assert_allclose(np.asarray(out, np.float64), exact, rtol=1.01 * 2**-8, atol=1e-6)
 
 

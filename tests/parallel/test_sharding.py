@@ -77,8 +77,7 @@ def test_batches_are_split_by_row_and_sequence():
     assert placed["tokens"].sharding.shard_shape((8, 8)) == (2, 4)
     assert placed["weight"].sharding.shard_shape((8, 1)) == (2, 1)
     starts = {
-        shard.device.id: (shard.index[0].start, shard.index[1].start)
-        for shard in placed["tokens"].addressable_shards
+        shard.device.id: (shard.index[0].start, shard.index[1].start) for shard in placed["tokens"].addressable_shards
     }
     assert sorted(starts.values()) == [(row, column) for row in (0, 2, 4, 6) for column in (0, 4)]
 

@@ -106,16 +106,13 @@ def test_split_does_not_depend_on_the_process():
     outputs = set()
     for seed in ("1", "2"):
         env = os.environ | {"PYTHONHASHSEED": seed}
-        run = subprocess.run(
-            [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
-        )
+        run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
         outputs.add(run.stdout.strip())
     here = "".join(str(int(rl.is_held_out(a, b))) for a in range(100) for b in range(100))
     assert outputs == {here}
     # The split of every released version: results are comparable only while this stays as it is.
     assert (
-        hashlib.sha256(here.encode()).hexdigest()
-        == "af366109a213fdebe30b5c58d5b99b81afd77db73e3750afab74294342546ef1"
+        hashlib.sha256(here.encode()).hexdigest() == "af366109a213fdebe30b5c58d5b99b81afd77db73e3750afab74294342546ef1"
     )
 
 

@@ -91,9 +91,7 @@ def test_progress_follows_the_run(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_finishes_the_step_and_saves(whole, tmp_path, number, capfd):
     before = signal.getsignal(number)
-    with pytest.raises(
-        Preempted, match=f"{number.name}: stopped after step 6, saved in {tmp_path}"
-    ) as caught:
+    with pytest.raises(Preempted, match=f"{number.name}: stopped after step 6, saved in {tmp_path}") as caught:
         train(tmp_path, batches=ToyBatches(hooks={6: lambda: os.kill(os.getpid(), number)}))
     assert (caught.value.step, caught.value.signal) == (6, number)
     assert isinstance(caught.value, KeyboardInterrupt)
@@ -144,9 +142,7 @@ def test_kill_9_at_random_steps_changes_no_number(tmp_path):
 
 
 def test_bad_steps_in_a_row_end_the_run_before_anything_is_saved(tmp_path):
-    with pytest.raises(
-        NonFiniteError, match=r"in 3 steps in a row, up to step 9; .* is step 4 in .*checkpoints"
-    ):
+    with pytest.raises(NonFiniteError, match=r"in 3 steps in a row, up to step 9; .* is step 4 in .*checkpoints"):
         train(
             tmp_path,
             batches=ToyBatches(bad=(2, 3, 5, 7, 8, 9)),

@@ -23,9 +23,7 @@ def write(run_dir, steps, *, after_step=0, tensorboard=False):
 def test_lines_hold_scalars_and_lists_and_reach_the_file_at_once(tmp_path):
     writer = MetricsWriter(tmp_path, tensorboard=False)
     load = jnp.array([[0.25, 0.75], [1.0, 0.0]])
-    line = writer.write(
-        3, {"loss": np.float32(1.5), "finite": jnp.int32(1), "load": load, "bad": float("nan")}
-    )
+    line = writer.write(3, {"loss": np.float32(1.5), "finite": jnp.int32(1), "load": load, "bad": float("nan")})
     assert read_metrics(tmp_path) == [line]  # before it is closed
     assert line["time"] > 1.7e9
     del line["time"]

@@ -121,8 +121,7 @@ def test_shares_and_counts(built):
 def test_files_are_read_by_the_data_floor(built):
     folder, meta = built
     assert (
-        len(list(read_documents(folder / "documents/train.jsonl")))
-        == meta["files"]["documents/train.jsonl"]["lines"]
+        len(list(read_documents(folder / "documents/train.jsonl"))) == meta["files"]["documents/train.jsonl"]["lines"]
     )
     chats = list(read_chats(folder / "sft.jsonl"))
     assert len(chats) == SMALL.sft_per_kind * 3
@@ -135,9 +134,7 @@ def test_code_still_parses_and_prose_is_text(built):
         if document["kind"] == "code":
             ast.parse(document["text"])
         elif document["kind"] == "prose":
-            assert (
-                document["text"].count("\n") >= SMALL.min_prose_lines and "def " not in document["text"][:4]
-            )
+            assert document["text"].count("\n") >= SMALL.min_prose_lines and "def " not in document["text"][:4]
         assert document["text"].strip()
 
 

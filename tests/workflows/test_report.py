@@ -180,18 +180,14 @@ def test_terminal_and_page_print_the_same_numbers(full_run: Path) -> None:
     for number in NUMBERS:
         assert number in printed and number in page, number
     row = next(line for line in printed.splitlines() if "sampled accuracy before" in line)
-    assert [cell.strip() for cell in row.split("│")[2:5]] == ["–", "–", "31.2 ± 2.1%"], (
-        "GRPO starts where SFT ended"
-    )
+    assert [cell.strip() for cell in row.split("│")[2:5]] == ["–", "–", "31.2 ± 2.1%"], "GRPO starts where SFT ended"
 
 
 def test_evaluation_at_step_0_is_the_accuracy_before(full_run: Path) -> None:
     path = full_run / "grpo" / "metrics.jsonl"
     first = {"step": 0, "eval/accuracy_sampled": 0.28, "eval/accuracy_sampled_stderr": 0.02}
     path.write_text(json.dumps(first) + "\n" + path.read_text())
-    assert "28.0 ± 2.0%" in next(
-        line for line in summary(full_run).splitlines() if "sampled accuracy before" in line
-    )
+    assert "28.0 ± 2.0%" in next(line for line in summary(full_run).splitlines() if "sampled accuracy before" in line)
 
 
 def test_nothing_has_run_yet(tmp_path: Path) -> None:
@@ -212,9 +208,7 @@ def test_run_that_is_still_going(tmp_path: Path) -> None:
     assert "Reinforcement learning has no accuracy to show yet" in text
     assert "take after Pretraining" in text and "Not measured yet." in text
     printed = summary(tmp_path)
-    assert "25.0 ± 3.0%" in printed and "5,432" in printed, (
-        "the last logged numbers, until there are final ones"
-    )
+    assert "25.0 ± 3.0%" in printed and "5,432" in printed, "the last logged numbers, until there are final ones"
 
 
 def test_broken_line_is_named(full_run: Path) -> None:
@@ -229,9 +223,7 @@ def test_line_chart_puts_values_where_the_axis_says() -> None:
     svg = line_chart([Panel("only", 100)], [Line("x", "blue", [points])], unit="%", low=0, high=100)
     path = re.findall(r'class="line"[^>]* d="M([^"]+)"', svg)[0]
     (x0, y0), (x1, y1), (x2, y2) = (map(float, pair.split(",")) for pair in path.split("L"))
-    labels = re.findall(
-        r'<text class="label" x="([\d.]+)" y="([\d.]+)" text-anchor="end">([\d.]+)</text>', svg
-    )
+    labels = re.findall(r'<text class="label" x="([\d.]+)" y="([\d.]+)" text-anchor="end">([\d.]+)</text>', svg)
     y_of = {text: float(y) - 4 for x, y, text in labels if float(x) < 44}
     assert (y0, y1, y2) == pytest.approx((y_of["0"], y_of["40"], y_of["100"]), abs=0.11)
     assert x1 == pytest.approx((x0 + x2) / 2, abs=0.11)

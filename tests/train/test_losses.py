@@ -1,0 +1,254 @@
+"""Scores of targets against a plain softmax, and the language-model loss against loops over its tokens."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from model.tiny import V3, config, relative_error, weights
+from train.cases import BATCH, LENGTHS, TINY, S, documents, on_device, pack, state_of
+
+from deepseek_jax.model import transformer
+from deepseek_jax.train.losses import LanguageModelLoss, score_targets
+
+PARAMS, BIAS = weights(TINY)
+ISOLATED = LanguageModelLoss(mtp_weight_late=0.1, mtp_late_from=100, balance_weight=0.01, isolate=True, chunk=6)
+JOINED = dataclasses.replace(ISOLATED, isolate=False)
+TERMS = ("ce", "mtp", "balance")
+
+
+@functools.cache
+def compiled(loss):
+    """One program for the loss, its parts, its gradient and each term's gradient, by parameters."""
+
+    def run(params, state, batch, norm):
+        value, gradient, parts = jax.vjp(lambda p: loss(TINY, state, p, batch, norm), params, has_aux=True)
+        terms = jax.jacrev(lambda p: [loss(TINY, state, p, batch, norm)[1][name] for name in TERMS])(params)
+        return value, parts, gradient(jnp.ones_like(value))[0], dict(zip(TERMS, terms, strict=True))
+
+    return jax.jit(run)
+
+
+def evaluate(loss, batch, norm=None, step=0):
+    """Batches of any number of rows are filled up to eight, so that one program serves all."""
+    rows, size = batch["tokens"].shape
+    batch = on_device({name: np.pad(value, ((0, max(0, 8 - rows)), (0, 0))) for name, value in batch.items()})
+    norm = loss.normalisers(batch) if norm is None else norm
+    return jax.device_get(compiled(loss)(PARAMS, state_of(step=step), batch, norm))
+
+
+# Scores
+
+
+def plain_scores(hidden, w, targets, temperature):
+    """log softmax at the targets, entropy, and d(sum of the former)/d(hidden, w), in float64."""
+    hidden, w = np.asarray(hidden, np.float64), np.asarray(w, np.float64)
+    logits = hidden @ w / temperature
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    one_hot = np.eye(w.shape[1])[targets]
+    d_logits = (one_hot - p) / temperature
+    gradients = d_logits @ w.T, np.einsum("bsd,bsw->dw", hidden, d_logits)
+    return np.log((p * one_hot).sum(-1)), -(p * np.log(p)).sum(-1), gradients
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 4, 7, 8, 100])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_chunked_scores_equal_the_plain_softmax(chunk, temperature):
+    rng = np.random.default_rng(chunk)
+    hidden = jnp.asarray(rng.standard_normal((2, 7, 5)), jnp.float32)
+    w = jnp.asarray(2 * rng.standard_normal((5, 11)), jnp.float32)
+    targets = jnp.asarray(rng.integers(0, 11, (2, 7)), jnp.int32)
+
+    def total(hidden, w):
+        scores = score_targets(hidden, w, targets, chunk=chunk, temperature=temperature)
+        return jnp.sum(scores.logprob_BS), scores
+
+    (_, scores), gradients = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(hidden, w)
+    logprob, entropy, expected = plain_scores(hidden, w, targets, temperature)
+    assert scores.logprob_BS.dtype == jnp.float32
+    assert relative_error(scores.logprob_BS, logprob) < 1e-6
+    assert relative_error(scores.entropy_BS, entropy) < 1e-5
+    for gradient, plain in zip(gradients, expected, strict=True):
+        assert relative_error(gradient, plain) < 1e-5
+
+
+def test_entropy_has_no_gradient():
+    hidden, w = jnp.ones((1, 3, 2)), jnp.arange(8.0).reshape(2, 4)
+    targets = jnp.zeros((1, 3), jnp.int32)
+    entropy = lambda hidden, w: jnp.sum(score_targets(hidden, w, targets, chunk=2).entropy_BS)  # noqa: E731
+    assert all(not np.any(g) for g in jax.grad(entropy, argnums=(0, 1))(hidden, w))
+
+
+def largest_array(jaxpr) -> int:
+    """Elements of the largest value that any equation makes, those inside scans and calls included."""
+    largest = 0
+    for equation in jaxpr.eqns:
+        for variable in equation.outvars:
+            largest = max(largest, math.prod(getattr(variable.aval, "shape", ())))
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            if hasattr(inner, "eqns"):
+                largest = max(largest, largest_array(inner))
+    return largest
+
+
+@pytest.mark.parametrize("chunk, holds_all", [(4, False), (S, True)])
+def test_all_logits_are_never_held_at_once(chunk, holds_all):
+    """In the loss with MTP and its gradient, for a vocabulary that outweighs everything else."""
+    wide = config(V3, num_hidden_layers=2, vocab_size=4096)
+    loss = LanguageModelLoss(chunk=chunk, isolate=True)
+    params, bias = jax.eval_shape(lambda: transformer.init(wide))
+    state = dataclasses.replace(state_of(), params=params, router_bias=bias)
+    batch = on_device(BATCH)
+    gradient = jax.grad(lambda p, s, b: loss(wide, s, p, b, loss.normalisers(b)), has_aux=True, allow_int=False)
+    found = largest_array(jax.make_jaxpr(gradient)(params, state, batch).jaxpr)
+    assert (found >= len(LENGTHS) * S * wide.vocab_size) == holds_all
+
+
+# The language-model loss
+
+
+@functools.cache
+def forward():
+    return jax.jit(
+        lambda params, bias, batch: transformer.merge(TINY, params, bias)(
+            batch["tokens"], positions_BS=batch["positions"], segment_ids_BS=batch["segment_ids"], mtp=True
+        )
+    )
+
+
+def token_loop(batch, isolate):
+    """Cross-entropy and MTP loss, target by target: token t is guessed at t-1, and by MTP at t-2."""
+    if not isolate:
+        segments = (batch["segment_ids"] > 0).astype(np.int32)
+        positions = np.broadcast_to(np.arange(S, dtype=np.int32), segments.shape)
+        batch = batch | {"segment_ids": segments, "positions": positions}
+    out = forward()(PARAMS, BIAS, on_device(batch))
+    head = np.asarray(PARAMS["head"]["w"], np.float64)
+    sums = {}
+    for name, hidden, ahead in (("ce", out.hidden, 1), ("mtp", out.mtp_hidden, 2)):
+        logits = np.asarray(hidden, np.float64) @ head
+        logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        nats = [
+            -logprobs[row, t - ahead, batch["tokens"][row, t]]
+            for row in range(len(logits))
+            for t in range(ahead, S)
+            if batch["loss_mask"][row, t] and batch["segment_ids"][row, t] == batch["segment_ids"][row, t - ahead] > 0
+        ]
+        sums[name] = np.sum(nats) / len(nats)
+    return sums, out.router
+
+
+@pytest.mark.parametrize("loss", [ISOLATED, JOINED], ids=["isolated", "joined"])
+def test_loss_equals_a_loop_over_its_targets(loss):
+    value, parts, *_ = evaluate(loss, BATCH)
+    expected, router = token_loop(BATCH, loss.isolate)
+    assert parts["ce"] == pytest.approx(expected["ce"], rel=1e-5)
+    assert parts["mtp"] == pytest.approx(expected["mtp"], rel=1e-5)
+    sequences = sum(len(row) if loss.isolate else bool(row) for row in LENGTHS)
+    balance = float(np.sum(router.balance)) / sequences
+    assert parts["balance"] == pytest.approx(balance, rel=1e-5)
+    total = expected["ce"] + 0.3 * expected["mtp"] + 0.01 * balance
+    assert value == pytest.approx(total, rel=1e-5)
+    np.testing.assert_array_equal(parts["load"], router.load_E)
+
+
+@pytest.mark.parametrize("target", [1, 2, 9, S - 1])
+def test_a_target_is_guessed_from_the_tokens_before_it(target):
+    """With one target in the row, gradient reaches the embeddings of the tokens before it, and no other."""
+    tokens = np.random.default_rng(0).permutation(TINY.vocab_size)[:S].tolist()
+    batch = pack([[(tokens, [int(t == target) for t in range(S)])]])
+    _, _, _, terms = evaluate(ISOLATED, batch)
+    reached = {name: set(np.flatnonzero(np.any(terms[name]["embed"], axis=1)).tolist()) for name in TERMS}
+    assert reached["ce"] == set(tokens[:target])
+    # MTP guesses t from the hidden state at t-2 and the token t-1: token 1 has no such state.
+    assert reached["mtp"] == (set(tokens[:target]) if target >= 2 else set())
+
+
+def test_every_term_counts_and_has_a_gradient():
+    _, parts, total, terms = evaluate(ISOLATED, BATCH)
+    assert all(parts[name] > 0.1 for name in TERMS)
+    for name in TERMS:
+        assert np.linalg.norm(terms[name]["moe_layers"]["mlp"]["router"]) > 1e-3, name
+        assert np.linalg.norm(terms[name]["embed"]) > 1e-3, name
+    assert np.linalg.norm(terms["mtp"]["mtp"]["proj"]["w"]) > 1e-3
+    assert not np.any(terms["ce"]["mtp"]["proj"]["w"])
+    assert np.linalg.norm(terms["balance"]["mtp"]["block"]["mlp"]["router"]) > 1e-3
+    summed = jax.tree.map(lambda *g: g[0] + 0.3 * g[1] + 0.01 * g[2], *(terms[name] for name in TERMS))
+    assert_same(total, summed)
+
+
+def assert_same(tree, expected):
+    """Within 1e-5 of each array's norm."""
+
+    def check(path, value, wanted):
+        assert np.linalg.norm(value - wanted) <= 1e-5 * np.linalg.norm(wanted), jax.tree_util.keystr(path)
+
+    jax.tree_util.tree_map_with_path(check, tree, expected)
+
+
+def separate(rows):
+    """The same documents, one to a row."""
+    return pack([[document] for row in rows for document in row])
+
+
+def assert_same_loss(loss, batch, other):
+    value, parts, gradient, terms = evaluate(loss, batch)
+    other_value, other_parts, other_gradient, other_terms = evaluate(loss, other)
+    assert value == pytest.approx(other_value, rel=1e-5)
+    for name in TERMS:
+        assert parts[name] == pytest.approx(other_parts[name], rel=1e-5), name
+    np.testing.assert_array_equal(parts["load"], other_parts["load"])
+    assert_same(gradient, other_gradient)
+    assert_same(terms, other_terms)
+
+
+def test_packed_documents_give_the_loss_of_separate_ones():
+    rows = [documents(10, [5, 7, 4]), documents(11, [8, 2]), documents(12, [2, 1, 6])]
+    assert_same_loss(ISOLATED, pack(rows), separate(rows))
+
+
+@pytest.mark.parametrize("loss", [ISOLATED, JOINED], ids=["isolated", "joined"])
+def test_padding_changes_nothing(loss):
+    """Neither its tokens, nor rows of nothing else."""
+    rows = [documents(20, [5, 6]), documents(21, [9]), documents(22, [3, 3, 3])]
+    assert_same_loss(loss, pack(rows), pack([[], *rows, []], pad=7))
+
+
+def test_more_padding_behind_each_row_changes_nothing():
+    rows = [documents(20, [5, 6]), documents(21, [9])]
+    assert_same_loss(ISOLATED, pack(rows), pack(rows, size=S + 5, pad=3))
+
+
+def test_attention_across_documents_is_a_field():
+    """Another first document changes what the second is predicted with, unless it is isolated."""
+    (tokens, _), second = documents(30, [6, 8])
+    rows = [[([(token + shift) % TINY.vocab_size for token in tokens], [0] * 6), second] for shift in (0, 1)]
+    joined = [evaluate(JOINED, pack([row]))[1]["ce"] for row in rows]
+    isolated = [evaluate(ISOLATED, pack([row]))[1]["ce"] for row in rows]
+    assert abs(joined[0] - joined[1]) > 1e-3
+    assert isolated[0] == pytest.approx(isolated[1], rel=1e-6)
+
+
+def test_mtp_weight_falls_at_its_step():
+    values = []
+    for step in (99, 100):
+        value, parts, *_ = evaluate(ISOLATED, BATCH, step=step)
+        values.append((value - parts["ce"] - 0.01 * parts["balance"]) / parts["mtp"])
+    np.testing.assert_allclose(values, [0.3, 0.1], rtol=1e-4)
+
+
+def test_a_batch_without_targets_gives_zero_not_nan():
+    value, parts, gradient, _ = evaluate(ISOLATED, pack([[]]))
+    assert value == 0 and not np.any(parts["load"])
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(gradient))
+
+
+def test_a_chunk_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="chunk=0"):
+        LanguageModelLoss(chunk=0)
+    with pytest.raises(ValueError, match="isolate='yes'.*bool"):
+        LanguageModelLoss(isolate="yes")  # pyright: ignore[reportArgumentType]

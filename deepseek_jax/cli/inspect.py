@@ -48,8 +48,13 @@ def describe(config: ModelConfig) -> dict[str, str]:
     forward = 2 * (active - (0 if config.tie_word_embeddings else embedding))
     cache = config.cache_numbers_per_token_layer * config.num_hidden_layers
     size = BYTES[config.param_dtype]
+    layers = (
+        (config.num_dense_layers, "dense"),
+        (config.num_moe_layers, "MoE"),
+        (config.num_nextn_predict_layers, "MTP"),
+    )
     return {
-        "layers": f"{config.num_dense_layers} dense + {config.num_moe_layers} MoE + {config.num_nextn_predict_layers} MTP",
+        "layers": ", ".join(f"{count} {kind}" for count, kind in layers if count),
         "parameters": f"{total:,}",
         "active per token": f"{active:,} (without MTP)",
         "cache per token": f"{cache:,} numbers, {cache * BYTES[config.dtype]:,} bytes",

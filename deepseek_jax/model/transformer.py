@@ -131,12 +131,12 @@ class Transformer(nnx.Module):
 
     def _scan_layers(self, x, context):
         stats = []
+        rope, mask, segment_ids_BS = context
         for graph, state, bias in self._stacks():
 
             def layer(x, params, graph=graph):
                 state, bias_E = params
-                block: Block = nnx.merge(graph, state)
-                x, router, _ = block(x, *context, bias_E)
+                x, router, _ = nnx.merge(graph, state)(x, rope, mask, segment_ids_BS, bias_E)
                 return x, router
 
             x, router = jax.lax.scan(

@@ -153,7 +153,8 @@ def _experts(stages: Sequence[Stage]) -> str:
     by_kind = next((stage for stage in reversed(stages) if stage.experts), None)
     missing = ""
     if loaded:
-        loads = [_load_map(loaded, layer) for layer in range(loaded[0][1].shape[1])]
+        shared = min(shares.shape[1] for _, shares in loaded)  # a stage that trains MTP logs its router as well
+        loads = [_load_map(loaded, layer) for layer in range(shared)]
     else:
         missing += '<p class="none">Load of each expert: not measured yet.</p>'
     if by_kind:

@@ -22,22 +22,29 @@ TERMS = ("ce", "mtp", "balance")
 
 @functools.cache
 def compiled(loss):
-    """One program for the loss, its parts, its gradient and each term's gradient, by parameters."""
+    """One program for the loss, its parts, and the gradient of a combination of loss and terms."""
 
-    def run(params, state, batch, norm):
-        value, gradient, parts = jax.vjp(lambda p: loss(TINY, state, p, batch, norm), params, has_aux=True)
-        terms = jax.jacrev(lambda p: [loss(TINY, state, p, batch, norm)[1][name] for name in TERMS])(params)
-        return value, parts, gradient(jnp.ones_like(value))[0], dict(zip(TERMS, terms, strict=True))
+    def run(params, state, batch, norm, cotangent):
+        def values(params):
+            value, parts = loss(TINY, state, params, batch, norm)
+            return jnp.stack([value, *(parts[name] for name in TERMS)]), parts
+
+        values, gradient, parts = jax.vjp(values, params, has_aux=True)
+        return values[0], parts, gradient(cotangent)[0]
 
     return jax.jit(run)
 
 
-def evaluate(loss, batch, norm=None, step=0):
-    """Batches of any number of rows are filled up to eight, so that one program serves all."""
-    rows, size = batch["tokens"].shape
+def evaluate(loss, batch, *, gradient_of="loss", step=0):
+    """Batches of less than eight rows are filled up, so that one program serves all."""
+    rows = len(batch["tokens"])
     batch = on_device({name: np.pad(value, ((0, max(0, 8 - rows)), (0, 0))) for name, value in batch.items()})
-    norm = loss.normalisers(batch) if norm is None else norm
-    return jax.device_get(compiled(loss)(PARAMS, state_of(step=step), batch, norm))
+    cotangent = jnp.float32([name == gradient_of for name in ("loss", *TERMS)])
+    return jax.device_get(compiled(loss)(PARAMS, state_of(step=step), batch, loss.normalisers(batch), cotangent))
+
+
+def gradient_of(name, batch, loss=ISOLATED):
+    return evaluate(loss, batch, gradient_of=name)[2]
 
 
 # Scores
@@ -71,7 +78,7 @@ def test_chunked_scores_equal_the_plain_softmax(chunk, temperature):
     logprob, entropy, expected = plain_scores(hidden, w, targets, temperature)
     assert scores.logprob_BS.dtype == jnp.float32
     assert relative_error(scores.logprob_BS, logprob) < 1e-6
-    assert relative_error(scores.entropy_BS, entropy) < 1e-5
+    assert relative_error(scores.entropy_BS, entropy) < 5e-5
     for gradient, plain in zip(gradients, expected, strict=True):
         assert relative_error(gradient, plain) < 1e-5
 
@@ -161,15 +168,16 @@ def test_a_target_is_guessed_from_the_tokens_before_it(target):
     """With one target in the row, gradient reaches the embeddings of the tokens before it, and no other."""
     tokens = np.random.default_rng(0).permutation(TINY.vocab_size)[:S].tolist()
     batch = pack([[(tokens, [int(t == target) for t in range(S)])]])
-    _, _, _, terms = evaluate(ISOLATED, batch)
-    reached = {name: set(np.flatnonzero(np.any(terms[name]["embed"], axis=1)).tolist()) for name in TERMS}
+    embeds = {name: gradient_of(name, batch)["embed"] for name in ("ce", "mtp")}
+    reached = {name: set(np.flatnonzero(np.any(embed, axis=1)).tolist()) for name, embed in embeds.items()}
     assert reached["ce"] == set(tokens[:target])
     # MTP guesses t from the hidden state at t-2 and the token t-1: token 1 has no such state.
     assert reached["mtp"] == (set(tokens[:target]) if target >= 2 else set())
 
 
 def test_every_term_counts_and_has_a_gradient():
-    _, parts, total, terms = evaluate(ISOLATED, BATCH)
+    _, parts, total = evaluate(ISOLATED, BATCH)
+    terms = {name: gradient_of(name, BATCH) for name in TERMS}
     assert all(parts[name] > 0.1 for name in TERMS)
     for name in TERMS:
         assert np.linalg.norm(terms[name]["moe_layers"]["mlp"]["router"]) > 1e-3, name
@@ -196,14 +204,15 @@ def separate(rows):
 
 
 def assert_same_loss(loss, batch, other):
-    value, parts, gradient, terms = evaluate(loss, batch)
-    other_value, other_parts, other_gradient, other_terms = evaluate(loss, other)
+    value, parts, gradient = evaluate(loss, batch)
+    other_value, other_parts, other_gradient = evaluate(loss, other)
     assert value == pytest.approx(other_value, rel=1e-5)
     for name in TERMS:
         assert parts[name] == pytest.approx(other_parts[name], rel=1e-5), name
     np.testing.assert_array_equal(parts["load"], other_parts["load"])
     assert_same(gradient, other_gradient)
-    assert_same(terms, other_terms)
+    for name in TERMS:
+        assert_same(gradient_of(name, batch, loss), gradient_of(name, other, loss))
 
 
 def test_packed_documents_give_the_loss_of_separate_ones():
@@ -242,7 +251,7 @@ def test_mtp_weight_falls_at_its_step():
 
 
 def test_a_batch_without_targets_gives_zero_not_nan():
-    value, parts, gradient, _ = evaluate(ISOLATED, pack([[]]))
+    value, parts, gradient = evaluate(ISOLATED, pack([[]]))
     assert value == 0 and not np.any(parts["load"])
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(gradient))
 

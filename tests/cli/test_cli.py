@@ -1,0 +1,213 @@
+"""The command line: what it prints, and one line and a status for each mistake."""
+
+import re
+import shutil
+import sys
+
+import pytest
+
+from deepseek_jax.cli import stages
+from deepseek_jax.cli.main import COMMANDS, main
+
+DATA = ["--data.path", "run/corpus/documents/train.jsonl", "--data.heldout", "run/corpus/documents/heldout.jsonl"]
+DATA += ["--data.tokenizer", "run/corpus/tokenizer.json"]
+PRETRAIN = ["pretrain", "recipes/pretrain.py", "--run-dir", "run/pretrain", *DATA]
+
+
+@pytest.fixture
+def workplace(miniature, tmp_path, monkeypatch):
+    """A copy of the miniature demo, to stand in and to spoil."""
+    shutil.copytree(miniature, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+@pytest.fixture
+def refused(capsys):
+    """Runs a command that must fail: one line that names it, the hint, and what the line says."""
+
+    def run(*arguments: str, status: int = 1) -> str:
+        assert main(list(arguments)) == status
+        printed = capsys.readouterr()
+        message, hint = printed.err.strip().splitlines()[-2:]
+        assert message.startswith(f"deepseek-jax {arguments[0]}: ") and "DEEPSEEK_JAX_TRACEBACK=1" in hint
+        return message
+
+    return run
+
+
+def parse_error(capsys, *arguments: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main(list(arguments))
+    assert stop.value.code == 2
+    printed = capsys.readouterr()
+    return re.sub(r"[\s│]+", " ", printed.err + printed.out)
+
+
+# What needs no run
+
+
+def test_usage_names_every_command(capsys):
+    assert main(["--help"]) == 0
+    usage = capsys.readouterr().out
+    assert all(f"\n  {command} " in usage for command in COMMANDS)
+    assert main([]) == 2
+
+
+def test_an_unknown_command_is_refused(capsys):
+    assert main(["pretrian"]) == 2
+    assert "no command 'pretrian'; there are demo, corpus, pretrain" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert f"usage: deepseek-jax {command}" in capsys.readouterr().out
+
+
+def test_an_unknown_field_is_refused_with_a_likely_one(capsys):
+    message = parse_error(capsys, "pretrain", "--loop.stepz", "3")
+    assert "--loop.stepz" in message and "--loop.steps" in message
+
+
+@pytest.mark.parametrize(
+    "option, value, right", [("--loop.steps", "many", "INT"), ("--loss.normalise", "mean", "dr_grpo")]
+)
+def test_a_wrong_type_is_refused(option, value, right, capsys):
+    message = parse_error(capsys, "grpo", option, value)
+    assert option in message and value in message and right in message, message
+
+
+@pytest.mark.parametrize(
+    "options, names",
+    [
+        (["--model.n-group", "3"], ["n_group=3", "n_routed_experts=16"]),
+        (["--model.num-experts-per-tok", "9"], ["num_experts_per_tok=9", "leaves only 8"]),
+        (["--mesh.fsdp", "0"], ["fsdp=0", "positive"]),
+        (["--step.microbatches", "0"], ["microbatches=0"]),
+    ],
+)
+def test_a_combination_that_makes_no_sense_is_refused(options, names, capsys):
+    message = parse_error(capsys, "pretrain", *options)
+    assert all(name in message for name in names)
+
+
+def test_a_recipe_of_another_command_is_refused(refused):
+    assert "sft.py gives a SFTConfig; this command takes a PretrainConfig" in refused("pretrain", "demo/sft")
+    assert "no recipe 'demo/nothing'" in refused("grpo", "demo/nothing")
+
+
+def test_interrupting_is_no_error(monkeypatch, capsys):
+    def stop(config):
+        raise KeyboardInterrupt("SIGINT: stopped after step 7")
+
+    monkeypatch.setattr(stages, "demo", stop)
+    assert main(["demo"]) == 130
+    assert "stopped after step 7" in capsys.readouterr().err
+
+
+def test_the_traceback_is_shown_on_request(monkeypatch):
+    monkeypatch.setenv("DEEPSEEK_JAX_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="no recipe 'demo/nothing'"):
+        main(["grpo", "demo/nothing"])
+
+
+def test_inspect_tells_what_a_model_costs(capsys):
+    assert main(["inspect", "demo/pretrain"]) == 0
+    printed = capsys.readouterr().out
+    assert "cache per token" in printed and "arithmetic per token" in printed
+
+
+# On a run
+
+
+def test_generate_prints_completions(workplace, capsys):
+    command = ["generate", "run", "--prompt", "12+34=", "--prompt", "def", "--max-tokens", "4"]
+    printed = []
+    for more in ([], [], ["--temperature", "5.0", "--seed", "1"], ["--chat"]):
+        assert main([*command, *more]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] != printed[2]
+    assert printed[0].startswith("12+34=") and "\ndef" in printed[0]
+    assert not printed[3].startswith("12+34=")
+
+
+def test_chat_answers_until_an_empty_line(workplace, monkeypatch, capsys):
+    questions = iter(["12+34=", "1+" * 50, ""])
+    monkeypatch.setattr("rich.console.Console.input", lambda self, prompt="": next(questions))
+    assert main(["chat", "run", "--max-tokens", "8"]) == 0
+    assert "run/grpo" in capsys.readouterr().out
+    assert next(questions, None) is None
+
+
+def test_report_is_written_again(workplace, capsys):
+    (workplace / "run" / "report.html").unlink()
+    assert main(["report", "run"]) == 0
+    assert (workplace / "run" / "report.html").is_file()
+    assert "bits per byte" in capsys.readouterr().out
+
+
+def test_inspect_reads_a_run(workplace, capsys):
+    assert main(["inspect", "run"]) == 0
+    assert "1 dense, 1 MoE, 1 MTP" in capsys.readouterr().out
+
+
+def test_without_a_run_it_says_where_it_looked(refused, tmp_path):
+    for command in ("generate", "chat", "inspect"):
+        message = refused(command, str(tmp_path), *(["--prompt", "x"] * (command == "generate")))
+        assert str(tmp_path) in message
+    assert "--prompt" in refused("generate", str(tmp_path))
+
+
+def test_a_broken_line_of_data_is_named(workplace, refused):
+    path = workplace / "run" / "corpus" / "documents" / "train.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    lines[4] = '{"text": "cut'
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    shutil.rmtree(workplace / "run" / "pretrain")
+    assert "documents/train.jsonl:5: " in refused(*PRETRAIN)
+    assert not (workplace / "run" / "pretrain" / "rows").exists()
+
+
+def test_a_file_that_is_missing_is_named(workplace, refused):
+    (workplace / "run" / "corpus" / "problems_train.jsonl").unlink()
+    arguments = ["--init-from", "run/sft", "--prompts", "run/corpus/problems_train.jsonl", "--run-dir", "run/new"]
+    assert "run/corpus/problems_train.jsonl" in refused("grpo", "recipes/grpo.py", *arguments)
+    assert "run/nothing" in refused("grpo", "recipes/grpo.py", "--init-from", "run/nothing")
+
+
+def test_a_mesh_that_does_not_fit_is_refused(workplace, refused):
+    message = refused(*PRETRAIN, "--mesh.data", "3")
+    assert "data 3" in message and "needs 3 devices, but there are 8" in message
+    # Eight devices split the batch eight ways: four rows do not do.
+    assert "batch of size 4 cannot be split 8 ways" in refused(*PRETRAIN, "--run-dir", "run/new")
+
+
+def test_the_checkpoint_of_another_model_is_refused(workplace, refused):
+    message = refused(*PRETRAIN, "--model.hidden-size", "32", "--loop.steps", "30")
+    assert "of another model: hidden_size is 16 there and 32 here" in message
+    checkpoints = workplace / "run" / "pretrain" / "checkpoints"
+    assert [path.name for path in checkpoints.iterdir() if path.name.isdecimal()] == ["24"]
+
+
+def test_rows_packed_otherwise_are_refused(workplace, refused):
+    message = refused(*PRETRAIN, "--data.seq-len", "64")
+    assert "run/pretrain/rows was packed with another data" in message and "choose another run_dir" in message
+
+
+def test_a_vocabulary_too_small_for_the_tokenizer_is_refused(workplace, refused):
+    message = refused(*PRETRAIN, "--model.vocab-size", "200")
+    assert re.search(r"model.vocab_size=200 is less than the tokenizer's \d+", message)
+
+
+def test_prompts_that_do_not_fit_are_refused(workplace, refused):
+    arguments = ["--init-from", "run/sft", "--prompts", "run/corpus/problems_train.jsonl", "--run-dir", "run/new"]
+    message = refused("grpo", "recipes/grpo.py", *arguments, "--rollout.prompt-width", "5")
+    assert "rollout.prompt_width=5" in message and "a prompt of 9 tokens" in message
+
+
+def test_the_program_gives_its_status_to_the_shell(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["deepseek-jax", "nothing"])
+    assert main() == 2

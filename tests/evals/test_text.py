@@ -1,0 +1,81 @@
+"""Bits per byte against a plain softmax over every row, and against a model that knows nothing."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from model.tiny import weights
+from small import ONE_DEVICE, SPEAKER, tokenizer
+
+from deepseek_jax.data.packing import pack_stream
+from deepseek_jax.evals.text import bits_per_byte, row_loss
+from deepseek_jax.model import transformer
+
+TEXTS = ["def add(a, b):\n    return a + b\n", "12+34=46\n", "größer als ünïcode ½\n" * 2]
+SIZE = 16
+PARAMS, BIAS = weights(SPEAKER)
+
+
+def rows_of(texts=TEXTS):
+    t = tokenizer()
+    return list(pack_stream([[t.bos_id, *t.encode(text), t.eos_id] for text in texts], SIZE, pad_id=t.pad_id))
+
+
+@functools.cache
+def forward():
+    return jax.jit(
+        lambda p, b, tokens, segments: transformer.merge(SPEAKER, p, b)(tokens, segment_ids_BS=segments).logits
+    )
+
+
+def by_hand(rows):
+    """Nats and number of targets, row by row and token by token; a row is one document but for its padding."""
+    nats, count = 0.0, 0
+    for row in rows:
+        segments = (row["segment_ids"] > 0).astype(np.int32)
+        logits = forward()(PARAMS, BIAS, jnp.asarray(row["tokens"])[None], jnp.asarray(segments)[None])
+        logits = np.asarray(logits[0], np.float64)
+        logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        for t in range(1, SIZE):
+            if row["loss_mask"][t] and segments[t] == segments[t - 1]:
+                nats, count = nats - logprobs[t - 1, row["tokens"][t]], count + 1
+    return nats, count
+
+
+def test_row_loss_equals_a_loop_over_tokens():
+    """Seven rows in batches of four: the last is filled up with nothing."""
+    rows = rows_of()
+    assert len(rows) % 4
+    nats, targets = row_loss(SPEAKER, PARAMS, BIAS, rows, mesh=ONE_DEVICE, batch_size=4, chunk=5)
+    expected = by_hand(rows)
+    assert targets == expected[1]
+    assert nats == pytest.approx(expected[0], rel=1e-5)
+
+
+def test_isolated_rows_do_not_see_the_document_before():
+    rows = rows_of(["a" * 5, "b" * 5])[:1]
+    joined, isolated = (
+        row_loss(SPEAKER, PARAMS, BIAS, rows, mesh=ONE_DEVICE, batch_size=1, isolate=isolate)
+        for isolate in (False, True)
+    )
+    assert joined[1] == isolated[1] and abs(joined[0] - isolated[0]) > 1e-3
+
+
+def test_bits_per_byte_of_a_model_that_knows_nothing():
+    """Every token costs log2 W bits; the bytes shrink with the tokens that are no targets."""
+    params = PARAMS | {"head": {"w": jnp.zeros_like(PARAMS["head"]["w"])}}
+    found = bits_per_byte(SPEAKER, params, BIAS, tokenizer(), TEXTS, mesh=ONE_DEVICE, seq_len=SIZE, batch_size=4)
+    tokens = sum(len(tokenizer().encode(text)) + 2 for text in TEXTS)
+    size = sum(len(text.encode()) for text in TEXTS)
+    assert found == pytest.approx(math.log2(SPEAKER.vocab_size) * tokens / size, rel=1e-5)
+
+
+def test_rows_without_targets_count_for_nothing():
+    rows = rows_of()
+    empty = {name: np.zeros_like(value) for name, value in rows[0].items()}
+    plain = row_loss(SPEAKER, PARAMS, BIAS, rows[:4], mesh=ONE_DEVICE, batch_size=4)
+    filled = row_loss(SPEAKER, PARAMS, BIAS, [*rows[:4], *[empty] * 5], mesh=ONE_DEVICE, batch_size=4)
+    assert filled == plain

@@ -1,0 +1,115 @@
+"""Top-k, top-p and drawing against numpy, ties included."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from deepseek_jax.inference.sampling import SamplingParams, sample, truncate_logits
+
+W = 7
+# Small whole numbers: ties are the rule.
+LOGITS = hnp.arrays(np.float32, W, elements=st.integers(-3, 3).map(float))
+
+
+def kept_by_hand(logits, top_k, top_p) -> tuple[set[int], float]:
+    """Tokens that stay: the k best, then the best until they hold top_p of what is left; ties stay together.
+
+    And by how much the decision about top_p was clear: on the edge itself rounding decides.
+    """
+    logits = np.asarray(logits, np.float64)
+    kept, margin = set(range(W)), 1.0
+    if 0 < top_k < W:
+        kept = {i for i in kept if logits[i] >= sorted(logits)[-top_k]}
+    if top_p < 1:
+        weights = {i: np.exp(logits[i]) for i in kept}
+        total, summed, edge = sum(weights.values()), 0.0, np.inf
+        for i in sorted(kept, key=lambda i: -logits[i]):
+            margin = min(margin, abs(summed / total - top_p))
+            if summed / total < top_p:
+                edge = logits[i]
+            summed += weights[i]
+        kept = {i for i in kept if logits[i] >= edge}
+    return kept, margin
+
+
+@given(LOGITS, st.integers(0, W + 1), st.sampled_from([0.05, 0.3, 0.5, 0.9, 0.999, 1.0]))
+def test_truncation_equals_numpy(logits, top_k, top_p):
+    expected, margin = kept_by_hand(logits, top_k, top_p)
+    assume(margin > 1e-4)
+    found = np.asarray(truncate_logits(jnp.asarray(logits)[None], top_k=top_k, top_p=top_p))[0]
+    kept = np.flatnonzero(np.isfinite(found))
+    assert set(kept.tolist()) == expected
+    np.testing.assert_array_equal(found[kept], logits[kept])
+
+
+def test_the_most_likely_token_always_stays():
+    found = truncate_logits(jnp.asarray([[0.0, 9.0, 1.0]]), top_k=1, top_p=1e-6)
+    assert np.isfinite(np.asarray(found)).tolist() == [[False, True, False]]
+
+
+def test_rows_are_cut_by_themselves():
+    logits = jnp.asarray([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0]])
+    found = np.isfinite(np.asarray(truncate_logits(logits, top_k=2, top_p=1.0)))
+    assert found.tolist() == [[True, True, False], [False, True, True]]
+
+
+def keys(count: int, seed: int = 0) -> jax.Array:
+    return jax.random.split(jax.random.key(seed), count)
+
+
+def test_greedy_takes_the_first_of_the_best():
+    logits = jnp.asarray([[1.0, 4.0, 4.0, 0.0], [2.0, 2.0, 2.0, 2.0]])
+    for top_k in (0, 1):
+        tokens, logprobs = sample(logits, keys(2), SamplingParams(temperature=0.0, top_k=top_k))
+        assert tokens.tolist() == [1, 0] and tokens.dtype == jnp.int32
+        expected = [4 - np.log(np.exp([1.0, 4.0, 4.0, 0.0]).sum()), -np.log(4)]
+        np.testing.assert_allclose(logprobs, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.5}, {"top_k": 3}, {"temperature": 2.0, "top_k": 4, "top_p": 0.8}]
+)
+def test_draws_follow_the_distribution(options):
+    """Frequencies over 20,000 draws lie within five standard errors; log-probabilities are those before the cut."""
+    params, draws = SamplingParams(**options), 20_000
+    logits = np.array([1.0, -0.5, 2.0, 0.3, -2.0, 1.5, 0.1])
+    tokens, logprobs = sample(jnp.broadcast_to(jnp.float32(logits), (draws, W)), keys(draws), params)
+    scaled = logits / params.temperature
+    p = np.exp(scaled) / np.exp(scaled).sum()
+    np.testing.assert_allclose(logprobs, np.log(p)[np.asarray(tokens)], rtol=1e-5)
+    kept, _ = kept_by_hand(scaled, params.top_k, params.top_p)
+    q = np.array([p[i] if i in kept else 0.0 for i in range(W)])
+    q /= q.sum()
+    frequency = np.bincount(tokens, minlength=W) / draws
+    assert np.all(np.abs(frequency - q) <= 5 * np.sqrt(q * (1 - q) / draws))
+
+
+def test_each_row_draws_with_its_own_key():
+    logits = jnp.zeros((8, 1000))
+    first, _ = sample(logits, keys(8), SamplingParams())
+    again, _ = sample(logits, keys(8), SamplingParams())
+    other, _ = sample(logits, keys(8, seed=1), SamplingParams())
+    assert first.tolist() == again.tolist() != other.tolist()
+    assert len(set(first.tolist())) > 4
+    reversed_rows, _ = sample(logits, keys(8)[::-1], SamplingParams())
+    assert reversed_rows.tolist() == first.tolist()[::-1]
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"temperature": -0.1}, "temperature=-0.1.*0 is greedy"),
+        ({"top_p": 0.0}, r"top_p=0.0: must lie in \(0, 1\]"),
+        ({"top_p": 1.1}, "top_p=1.1"),
+        ({"top_k": -1}, "top_k=-1.*0 keeps all"),
+        ({"max_tokens": 0}, "max_tokens=0"),
+        ({"seed": 0.5}, "seed=0.5.*int"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        SamplingParams(**fields)

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 from model.tiny import V3, config, weights
 
 from deepseek_jax.data.tokenizer import Tokenizer, train_tokenizer
@@ -18,7 +19,7 @@ def tokenizer() -> Tokenizer:
     return train_tokenizer(["def add(a, b):\n    return a + b\n", "12+34=46, 7*8=56\n"], 300)
 
 
-def state() -> TrainState:
+def state(step: int = 0) -> TrainState:
     """What sampling needs of a training state."""
     params, bias = weights(SPEAKER)
-    return TrainState(step=jax.numpy.int32(0), params=params, opt_state=None, router_bias=bias)
+    return TrainState(step=jnp.int32(step), params=params, opt_state=None, router_bias=bias)

@@ -28,5 +28,5 @@ def config() -> PretrainConfig:
         optimizer=OptimizerConfig(peak_lr=3e-3, warmup_steps=20),
         step=StepConfig(microbatches=2, bias_update_speed=0.003),
         loss=LanguageModelLoss(chunk=64),
-        loop=LoopConfig(steps=600, log_every=10, checkpoint_every=100, eval_every=200),
+        loop=LoopConfig(steps=450, log_every=10, checkpoint_every=100, eval_every=150),
     )

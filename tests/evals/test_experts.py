@@ -22,7 +22,13 @@ def test_shares_count_the_tokens_of_a_kind():
     samples = {"some": documents, "none": [(documents[0][0], [False] * 5)]}
     params, bias = weights(TINY)
     found = expert_shares(TINY, params, bias, samples, seq_len=SIZE, batch_size=2)
-    forward = jax.jit(lambda p, b, x: transformer.merge(TINY, p, b)(x).router.experts_BSK)
+
+    @jax.jit
+    def forward(params, bias, tokens):
+        router = transformer.merge(TINY, params, bias)(tokens).router
+        assert router is not None
+        return router.experts_BSK
+
     counts = np.zeros((2, 8))
     for ids, mine in documents:
         row = np.zeros((1, SIZE), np.int32)

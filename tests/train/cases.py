@@ -30,7 +30,8 @@ def documents(seed: int, lengths: Sequence[int]) -> list[Document]:
 def pack(rows: Sequence[Sequence[Document]], *, size: int = S, pad: int = 0) -> dict[str, np.ndarray]:
     """A batch with a row for each list of documents, padded on the right."""
     shape = (len(rows), size)
-    batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "segment_ids", "positions")}
+    names = ("tokens", "segment_ids", "positions")
+    batch: dict[str, np.ndarray] = {name: np.zeros(shape, np.int32) for name in names}
     batch["tokens"][:] = pad
     batch["loss_mask"] = np.zeros(shape, np.float32)
     for row, packed in enumerate(rows):

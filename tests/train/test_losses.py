@@ -29,8 +29,8 @@ def compiled(loss):
             value, parts = loss(TINY, state, params, batch, norm)
             return jnp.stack([value, *(parts[name] for name in TERMS)]), parts
 
-        values, gradient, parts = jax.vjp(values, params, has_aux=True)
-        return values[0], parts, gradient(cotangent)[0]
+        found, gradient, parts = jax.vjp(values, params, has_aux=True)
+        return found[0], parts, gradient(cotangent)[0]
 
     return jax.jit(run)
 

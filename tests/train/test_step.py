@@ -268,7 +268,7 @@ def test_what_is_not_finite_changes_nothing(case):
         loss = NaNGradient(LOSS)
     elif case == "parameter":
         gain = state.params["norm"]["gain"].at[0].set(jnp.nan)
-        state = state.replace(params=state.params | {"norm": {"gain": gain}})
+        state = dataclasses.replace(state, params=state.params | {"norm": {"gain": gain}})
     else:
         mask = BATCH["loss_mask"].copy()
         mask[0, 1] = np.nan if case == "loss" else np.inf
@@ -278,7 +278,7 @@ def test_what_is_not_finite_changes_nothing(case):
     assert metrics["finite"] == 0 and np.isnan(metrics["grad_norm"])
     assert np.isfinite(metrics["loss"]) == (case == "gradient")
     assert after.step == 2
-    jax.tree.map(np.testing.assert_array_equal, after.replace(step=before.step), before)
+    jax.tree.map(np.testing.assert_array_equal, dataclasses.replace(after, step=before.step), before)
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,8 @@ def write_recipes(folder: Path) -> Path:
 
 def run_program(*program: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """A Python program on one device, in the tests' environment, its warnings errors."""
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(TESTS.parent)}
+    sources = os.pathsep.join([str(TESTS.parent), str(TESTS.parent / "kernels")])
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": sources}
     return subprocess.run(
         [sys.executable, "-W", "error", *program], cwd=cwd, env=environment, capture_output=True, text=True, check=False
     )

@@ -8,21 +8,26 @@ import shutil
 import signal
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from rich.console import Console
 from workflows.miniature import TESTS, run_demo
 
 from deepseek_jax.data.rows import open_rows
+from deepseek_jax.parallel.mesh import MeshConfig
 from deepseek_jax.rl import problems as rl
 from deepseek_jax.rl.rollout import RolloutConfig
 from deepseek_jax.train.grpo import GRPOLoss
 from deepseek_jax.train.metrics import read_metrics
+from deepseek_jax.train.step import StepConfig
 from deepseek_jax.workflows import demo as demo_module
 from deepseek_jax.workflows.corpus import CorpusConfig
-from deepseek_jax.workflows.demo import CorpusStage, DemoConfig, demo, make_corpus
+from deepseek_jax.workflows.demo import RECIPE_DIR, CorpusStage, DemoConfig, demo, make_corpus
 from deepseek_jax.workflows.grpo import GRPOConfig
-from deepseek_jax.workflows.recipe import load_recipe
+from deepseek_jax.workflows.pretrain import PretrainConfig, pretrain
+from deepseek_jax.workflows.recipe import load_recipe, moved
+from deepseek_jax.workflows.stage import load_trained
 
 STEPS = {"pretrain": 24, "sft": 40, "grpo": 12}
 
@@ -132,6 +137,22 @@ def test_kill_9_and_again_goes_on_to_the_bit(miniature, tmp_path):
         assert results[0][name] == results[1][name]
     samples = [lines_of(f / "run" / "grpo" / "samples.jsonl") for f in (tmp_path, miniature)]
     assert samples[0] == samples[1]
+
+
+def test_a_stage_runs_on_a_mesh_and_goes_on_with_another(miniature, tmp_path, monkeypatch):
+    """Eight devices; then one reads the parameters, whole."""
+    monkeypatch.chdir(miniature)
+    base = moved(load_recipe(str(miniature / "recipes" / "pretrain.py"), PretrainConfig), RECIPE_DIR, "run")
+    base = dataclasses.replace(base, run_dir=str(tmp_path / "mesh"), batch_size=8, step=StepConfig())
+    loop = dataclasses.replace(base.loop, eval_every=0, checkpoint_every=2)
+    for steps, mesh in ((2, MeshConfig(fsdp=4, data=2)), (4, MeshConfig(expert=2, tensor=2, data=2))):
+        result = pretrain(dataclasses.replace(base, mesh=mesh, loop=dataclasses.replace(loop, steps=steps)))
+        assert result["steps"] == steps and result["bits_per_byte"] > 0
+    lines = read_metrics(tmp_path / "mesh")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert all(line["finite"] == 1 for line in lines) and lines[-1]["ce"] < lines[0]["ce"]
+    trained = load_trained(tmp_path / "mesh")
+    assert all(len(leaf.devices()) == 1 for leaf in jax.tree.leaves(trained.params))
 
 
 def test_a_second_call_does_nothing(miniature, tmp_path, monkeypatch):

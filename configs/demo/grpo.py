@@ -16,6 +16,6 @@ def config() -> GRPOConfig:
         rollout=RolloutConfig(prompts=16, group=8, prompt_width=9, max_tokens=26),
         loss=GRPOLoss(max_length=26, chunk=18),
         optimizer=OptimizerConfig(peak_lr=3e-4, warmup_steps=5, constant_until=1.0, cosine_until=1.0, weight_decay=0.0),
-        step=StepConfig(bias_update_speed=0.001),
-        loop=LoopConfig(steps=320, log_every=5, checkpoint_every=50),
+        step=StepConfig(microbatches=2, bias_update_speed=0.001),
+        loop=LoopConfig(steps=380, log_every=5, checkpoint_every=50),
     )

@@ -94,5 +94,6 @@ class MLA(nnx.Module):
         q_BSHW = jnp.concatenate([jnp.einsum("bshn,chn->bshc", q_BSHN, up_CHN), q_BSHR], axis=-1)
         scores = einsum32("bshw,btw->bhst", q_BSHW, entry_BTW)
         p = masked_softmax(scores * softmax_scale(config), mask_BST).astype(entry_BTW.dtype)
-        context_BSHC = jnp.einsum("bhst,btc->bshc", p, entry_BTW[..., : config.kv_lora_rank])
-        return jnp.einsum("bshc,chv->bshv", context_BSHC, up_CHV)
+        # The rotated keys ride along and are dropped: cheaper than a copy of the cache without them.
+        context_BHSC = jnp.einsum("bhst,btw->bhsw", p, entry_BTW)[..., : config.kv_lora_rank]
+        return jnp.einsum("bhsc,chv->bshv", context_BHSC, up_CHV)

@@ -85,6 +85,7 @@ class Rollouts:
         sampling = SamplingParams(temperature=config.temperature, max_tokens=config.max_tokens)
         key = jax.random.fold_in(self.key, int(state.step))
         out = jax.device_get(engine.generate_ids(prompts, sampling, key, width=config.prompt_width))
+        out = jax.tree.map(lambda x: x[: len(prompts)], out)
         rewards = [
             score(self._text(engine, out, row), problem.answer, config.weights) for row, problem in enumerate(problems)
         ]

@@ -44,7 +44,7 @@ class GRPOLoss:
     clip_high: float = 0.2
     kl_weight: float = 0.0
     normalise: Literal["grpo", "dr_grpo", "dapo"] = "grpo"
-    max_length: int = 64
+    max_length: int = 32
     mask_truncated: bool = False
     temperature: float = 1.0
     chunk: int = 128

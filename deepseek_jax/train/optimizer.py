@@ -76,8 +76,5 @@ def make_optimizer(config: OptimizerConfig, model: ModelConfig, steps: int) -> o
 
 def _decays(model: ModelConfig) -> Any:
     axes = transformer.logical_axes(model)
-    return jax.tree.map(
-        lambda names: len([name for name in names if name != "layers"]) > 1,
-        axes,
-        is_leaf=lambda x: isinstance(x, tuple),
-    )
+    matrix = lambda path, _: path[-1].key not in ("gain", "b") and not path[-1].key.endswith("bias")  # noqa: E731
+    return jax.tree_util.tree_map_with_path(matrix, axes, is_leaf=lambda x: isinstance(x, tuple))

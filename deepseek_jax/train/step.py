@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ Batch = dict[str, jax.Array]
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
 
+@runtime_checkable
 class Loss(Protocol):
     """A loss that is a sum over rows once its normalisers are known."""
 
@@ -55,7 +56,7 @@ def make_step(config: ModelConfig, loss: Loss, optimizer: optax.GradientTransfor
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         gradients, value, parts = _accumulate(config, loss, state, batch, options.microbatches)
-        grad_norm = optax.global_norm(gradients)
+        grad_norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
@@ -67,7 +68,6 @@ def make_step(config: ModelConfig, loss: Loss, optimizer: optax.GradientTransfor
             opt_state=opt_state,
             router_bias=_moved_bias(state, load_LE, options),
             ema=_averaged(state.ema, params, options.ema_decay),
-            reference=_refreshed(state, params, options.reference_every),
         )
         new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
         metrics = {"loss": value, **parts, "grad_norm": grad_norm, "finite": finite.astype(jnp.float32)}
@@ -75,7 +75,7 @@ def make_step(config: ModelConfig, loss: Loss, optimizer: optax.GradientTransfor
             metrics |= load_metrics(load_LE)
         if new.router_bias is not None:
             metrics["bias_range"] = jnp.mean(jnp.max(new.router_bias, 1) - jnp.min(new.router_bias, 1))
-        return dataclasses.replace(new, step=state.step + 1), metrics
+        return new, metrics
 
     return step
 
@@ -131,8 +131,9 @@ def _averaged(ema, params, decay):
     return jax.tree.map(lambda mean, new: mean * decay + new.astype(mean.dtype) * (1 - decay), ema, params)
 
 
-def _refreshed(state, params, every):
+def _refreshed(state: TrainState, every: int) -> Any:
+    """The policy takes the reference's place at every ``every``-th step."""
     if state.reference is None or not every:
         return state.reference
     now = (state.step + 1) % every == 0
-    return jax.tree.map(lambda old, new: jnp.where(now, new, old), state.reference, params)
+    return jax.tree.map(lambda old, new: jnp.where(now, new, old), state.reference, state.params)

@@ -19,7 +19,7 @@ def find_recipe(name: str) -> Path:
     path = Path(name)
     if path.suffix == ".py" and path.is_file():
         return path
-    for folder in recipe_folders():
+    for folder in (Path(), *recipe_folders()):
         found = folder / path.with_suffix(".py")
         if found.is_file():
             return found
@@ -43,11 +43,16 @@ def load_recipe(name: str, kind: type) -> Any:
     sys.modules[module_name] = module  # tyro resolves annotations through it
     try:
         spec.loader.exec_module(module)
+    except ImportError as error:
+        raise ValueError(f"{path} is no recipe: {error}") from error
     except SyntaxError as error:
         raise ValueError(f"{path} is no recipe: {error.msg} in line {error.lineno}") from error
     if not callable(getattr(module, "config", None)):
         raise ValueError(f"{path} is no recipe: it defines no function config()")
-    config = module.config()
+    try:
+        config = module.config()
+    except TypeError as error:
+        raise ValueError(f"{path} is no recipe: {error}") from error
     if not isinstance(config, kind):
         raise ValueError(f"{path} gives a {type(config).__name__}; this command takes a {kind.__name__}")
     return config

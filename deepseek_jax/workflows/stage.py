@@ -24,7 +24,7 @@ from deepseek_jax.train.loop import CHECKPOINTS, Batches, LoopConfig, run_loop
 from deepseek_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from deepseek_jax.train.progress import Progress
 from deepseek_jax.train.state import TrainState, create_state
-from deepseek_jax.train.step import Loss, Step, StepConfig, make_step
+from deepseek_jax.train.step import Loss, StepConfig, make_step
 
 TOKENIZER = "tokenizer.json"
 RESULT = "result.json"
@@ -112,7 +112,7 @@ def train_stage(
         ema=config.step.ema_decay > 0,
         reference=reference,
     )
-    step = repeat_step(make_step(model, loss, optimizer, config.step), updates)
+    step = make_step(model, loss, optimizer, config.step, updates=updates)
     rate = learning_rate(config.optimizer, config.loop.steps * updates)
 
     def placed_step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -144,24 +144,6 @@ def train_stage(
         **count_parameters(model),
         "cache_numbers_per_token_layer": model.cache_numbers_per_token_layer,
     }
-
-
-def repeat_step(step: Step, updates: int) -> Step:
-    """The same batch ``updates`` times as one step. Metrics are the last update's; the sampler's KL is the first's,
-    where policy and sampler still have the same parameters."""
-    if updates < 1:
-        raise ValueError(f"updates={updates}: must be at least 1")
-
-    def repeated(state, batch):
-        number, first = state.step, {}
-        for _ in range(updates):
-            state, metrics = step(dataclasses.replace(state, step=number), batch)
-            first = first or metrics
-        kept = {name: first[name] for name in ("kl_sampler", "finite") if name in first}
-        finite = jnp.minimum(kept["finite"], metrics["finite"])
-        return state, {**metrics, **kept, "finite": finite}
-
-    return repeated
 
 
 def count_parameters(config: ModelConfig) -> dict[str, int]:

@@ -28,9 +28,8 @@ ONE = make_mesh(devices=jax.devices()[:1])
 
 
 def fresh(mesh=ONE, **changes) -> TrainState:
-    return create_state(TINY, OPTIMIZER, mesh, params=PARAMS, router_bias=BIAS, ema=True, reference=True).replace(
-        **changes
-    )
+    state = create_state(TINY, OPTIMIZER, mesh, params=PARAMS, router_bias=BIAS, ema=True, reference=True)
+    return dataclasses.replace(state, **changes)
 
 
 @functools.cache

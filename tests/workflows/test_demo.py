@@ -143,11 +143,12 @@ def test_a_stage_runs_on_a_mesh_and_goes_on_with_another(miniature, tmp_path, mo
     """Eight devices; then one reads the parameters, whole."""
     monkeypatch.chdir(miniature)
     base = moved(load_recipe(str(miniature / "recipes" / "pretrain.py"), PretrainConfig), RECIPE_DIR, "run")
-    base = dataclasses.replace(base, run_dir=str(tmp_path / "mesh"), batch_size=8, step=StepConfig())
+    data = dataclasses.replace(base.data, heldout="")
+    base = dataclasses.replace(base, run_dir=str(tmp_path / "mesh"), batch_size=8, step=StepConfig(), data=data)
     loop = dataclasses.replace(base.loop, eval_every=0, checkpoint_every=2)
     for steps, mesh in ((2, MeshConfig(fsdp=4, data=2)), (4, MeshConfig(expert=2, tensor=2, data=2))):
         result = pretrain(dataclasses.replace(base, mesh=mesh, loop=dataclasses.replace(loop, steps=steps)))
-        assert result["steps"] == steps and result["bits_per_byte"] > 0
+        assert result["steps"] == steps
     lines = read_metrics(tmp_path / "mesh")
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert all(line["finite"] == 1 for line in lines) and lines[-1]["ce"] < lines[0]["ce"]

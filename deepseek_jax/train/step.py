@@ -47,14 +47,35 @@ class StepConfig:
             raise ValueError(f"ema_decay={self.ema_decay}: must lie in [0, 1)")
 
 
-def make_step(config: ModelConfig, loss: Loss, optimizer: optax.GradientTransformation, options: StepConfig) -> Step:
+def make_step(
+    config: ModelConfig,
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    options: StepConfig,
+    *,
+    updates: int = 1,
+) -> Step:
     """The pure function ``(state, batch) -> (state, metrics)``; jit it with the state donated.
 
-    A step whose loss or gradient is not finite leaves parameters, moments, bias and running mean as they were and
-    reports ``finite`` 0.
+    An update whose loss or gradient is not finite leaves parameters, moments, bias and running mean as they were and
+    reports ``finite`` 0. ``updates``: how often the same batch is used (GRPO's μ); metrics are the last update's, but
+    ``kl_sampler`` the first's, where policy and sampler still have the same parameters.
     """
+    if updates < 1:
+        raise ValueError(f"updates={updates}: must be at least 1")
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        state, metrics = update(state, batch)
+        first, finite = metrics, metrics["finite"]
+        for _ in range(updates - 1):
+            state, metrics = update(state, batch)
+            finite = jnp.minimum(finite, metrics["finite"])
+        kept = {name: first[name] for name in ("kl_sampler",) if name in first}
+        reference = _refreshed(state, options.reference_every, finite > 0)
+        state = dataclasses.replace(state, step=state.step + 1, reference=reference)
+        return state, {**metrics, **kept, "finite": finite}
+
+    def update(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         gradients, value, parts = _accumulate(config, loss, state, batch, options.microbatches)
         grad_norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
@@ -131,9 +152,9 @@ def _averaged(ema, params, decay):
     return jax.tree.map(lambda mean, new: mean * decay + new.astype(mean.dtype) * (1 - decay), ema, params)
 
 
-def _refreshed(state: TrainState, every: int) -> Any:
-    """The policy takes the reference's place at every ``every``-th step."""
+def _refreshed(state: TrainState, every: int, finite: jax.Array) -> Any:
+    """The policy takes the reference's place at every ``every``-th step, if that step was good."""
     if state.reference is None or not every:
         return state.reference
-    now = (state.step + 1) % every == 0
+    now = finite & ((state.step + 1) % every == 0)
     return jax.tree.map(lambda old, new: jnp.where(now, new, old), state.reference, state.params)

@@ -82,12 +82,10 @@ def _headline(stages: Sequence[Stage]) -> str:
         Line(mode, colour, [stage.points(f"eval/accuracy_{mode}", 100) for stage in stages])
         for mode, colour in (("sampled", "green"), ("greedy", "purple"))
     ]
-    accuracy = figure(
-        "Held-out accuracy",
-        line_chart(_panels(stages), lines, unit="% of problems", low=0, high=100),
-        "Share of held-out problems answered correctly, during each stage; bars are one standard error.",
-        lines,
-    )
+    text = "Share of held-out problems answered correctly, during each stage; bars are one standard error."
+    chart = line_chart(_panels(stages), lines, unit="% of problems", low=0, high=100)
+    measured = any("eval/accuracy_sampled" in line or "eval/accuracy_greedy" in line for line in _all_metrics(stages))
+    accuracy = figure("Held-out accuracy", chart, text, lines) if measured else ""
     numbers = figure(
         "Summary",
         table([stage.title for stage in stages], summary_rows(stages)),
@@ -111,6 +109,10 @@ def _by_kind(stages: Sequence[Stage]) -> str:
     rows = [(label, [show_percent(score.get(kind)) for kind in kinds]) for label, score in scores]
     text = "Held-out accuracy after a stage, split by the kind of problem."
     return figure("Accuracy by kind of problem", table(kinds, rows), text) if rows else ""
+
+
+def _all_metrics(stages: Sequence[Stage]) -> list[dict]:
+    return [line for stage in stages for line in stage.metrics]
 
 
 def _losses(stages: Sequence[Stage]) -> str:

@@ -15,15 +15,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_kernels.grouped_matmul import grouped_matmul, row_alignment
+from deepseek_kernels.grouped_matmul import Implementation, grouped_matmul, row_alignment
 
 # name: groups, D, F, rows; and the dtype. What the demo does on a CPU, what V2-Lite and V3 do on an accelerator.
 SHAPES = {
-    "cpu": (("demo, gate and up", 16, 128, 192, 2048), ("demo, down", 16, 96, 128, 2048), ("fine", 64, 256, 256, 4096)),
+    "cpu": (
+        ("demo, gate and up", (16, 128, 192, 2048)),
+        ("demo, down", (16, 96, 128, 2048)),
+        ("fine", (64, 256, 256, 4096)),
+    ),
     "gpu": (
-        ("V2-Lite", 64, 2048, 1408, 32768),
-        ("V3 on 32 devices", 8, 7168, 2048, 16384),
-        ("V3, gate and up", 32, 7168, 4096, 16384),
+        ("V2-Lite", (64, 2048, 1408, 32768)),
+        ("V3 on 32 devices", (8, 7168, 2048, 16384)),
+        ("V3, gate and up", (32, 7168, 4096, 16384)),
     ),
 }
 
@@ -53,13 +57,15 @@ def ceiling(dtype: jnp.dtype, size: int, repeats: int) -> float:
     return 2 * size**3 / median_seconds(lambda: product(x, x), repeats)
 
 
-def bench_shape(name: str, groups: int, width: int, hidden: int, rows: int, dtype, top: float, repeats: int) -> None:
+def bench_shape(name: str, shape: tuple[int, int, int, int], dtype: jnp.dtype, top: float, repeats: int) -> None:
     """Print forward and forward+backward of one shape, laid out in blocks as DeepSeekMoE does, and of ragged_dot."""
+    groups, width, hidden, rows = shape
     flops = 2 * rows * width * hidden
     keys = jax.random.split(jax.random.key(0), 2)
     w = jax.random.normal(keys[0], (groups, width, hidden), dtype) / width**0.5
     baseline = {}
-    for implementation in ("ragged_dot", "blocks"):
+    implementations: tuple[Implementation, ...] = ("ragged_dot", "blocks")
+    for implementation in implementations:
         block = row_alignment(rows, groups, implementation=implementation)
         sizes = uneven_sizes(groups, rows, block)
         x = jax.random.normal(keys[1], (int(sizes.sum()), width), dtype)
@@ -88,8 +94,8 @@ def main() -> None:
     dtype = jnp.dtype(jnp.float32 if platform == "cpu" else jnp.bfloat16)
     top = ceiling(dtype, 1024 if platform == "cpu" else 8192, repeats)
     print(f"{jax.devices()[0].device_kind}, {dtype.name}; dense {top / 1e12:.3f} TFLOP/s; uneven groups")
-    for name, *shape in SHAPES[platform]:
-        bench_shape(name, *shape, dtype, top, repeats)
+    for name, shape in SHAPES[platform]:
+        bench_shape(name, shape, dtype, top, repeats)
 
 
 if __name__ == "__main__":

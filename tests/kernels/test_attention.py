@@ -46,10 +46,12 @@ def test_gradients_equal_autodiff_of_the_definition():
 def test_bfloat16_stays_within_its_rounding():
     inputs, mask, dout = case(jnp.bfloat16)
     exact = tuple(x.astype(jnp.float32) for x in inputs)
-    assert relative(mla_attention(*inputs, mask, 0.3), mla_attention_reference(*exact, mask, 0.3)) < 2**-8
+    (q, k, v), (q32, k32, v32) = inputs, exact
+    assert relative(mla_attention(q, k, v, mask, 0.3), mla_attention_reference(q32, k32, v32, mask, 0.3)) < 2**-8
 
     def gradient(attention, qkv, dout):
-        return jax.grad(lambda v: jnp.sum(attention(*qkv[:2], v, mask, 0.3).astype(jnp.float32) * dout))(qkv[2])
+        q, k, v = qkv
+        return jax.grad(lambda v: jnp.sum(attention(q, k, v, mask, 0.3).astype(jnp.float32) * dout))(v)
 
     ours = gradient(mla_attention, inputs, dout)
     assert relative(ours, gradient(mla_attention_reference, exact, dout.astype(jnp.float32))) < 2**-7
@@ -59,5 +61,5 @@ def test_bfloat16_stays_within_its_rounding():
 def test_a_query_that_may_attend_to_nothing_gets_the_mean(row):
     (q, k, v), mask, _ = case()
     mask = mask.at[0, row].set(False)
-    out = mla_attention(q, k, v, mask, 0.3)
+    out: jax.Array = mla_attention(q, k, v, mask, 0.3)
     np.testing.assert_allclose(out[0, row], jnp.mean(v[0], axis=0), rtol=1e-5)

@@ -142,9 +142,9 @@ def test_bfloat16_is_rounded_once():
 @pytest.mark.parametrize(("rows", "groups"), [(1, 8), (64, 8), (1000, 16), (10**6, 8), (5, 1)])
 def test_row_alignment_is_a_power_of_two_below_the_mean_group(rows, groups):
     block = row_alignment(rows, groups, implementation="blocks")
-    assert block & (block - 1) == 0 and 1 <= block <= 128
+    assert block & (block - 1) == 0 and 1 <= block <= 64
     mean = max(1, rows / groups)
-    assert block <= mean and (block == 128 or block > mean / 2 - 1)
+    assert block <= mean and (block == 64 or block > mean / 4 - 1)  # on a CPU, near half the mean
     assert row_alignment(rows, groups, implementation="ragged_dot") == 1
 
 

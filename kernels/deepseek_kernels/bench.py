@@ -71,7 +71,7 @@ def bench_shape(name: str, shape: tuple[int, int, int, int], dtype: jnp.dtype, t
         x = jax.random.normal(keys[1], (int(sizes.sum()), width), dtype)
         counts = jnp.asarray(sizes, jnp.int32)
 
-        def product(x, w, counts=counts, block=block, implementation=implementation):
+        def product(x, w, counts=counts, block=block, implementation: Implementation = implementation):
             return grouped_matmul(x, w, counts, aligned=block, implementation=implementation)
 
         gradient = jax.grad(lambda x, w: jnp.sum(product(x, w).astype(jnp.float32) ** 2), argnums=(0, 1))

@@ -21,8 +21,6 @@ ENVIRONMENT = {
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     # Compile quickly rather than well: a gradient's program takes a fifth of the time, with the same numbers.
     "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
-    # Pictures are drawn without a screen.
-    "MPLBACKEND": "agg",
 }
 os.environ.update(ENVIRONMENT)
 

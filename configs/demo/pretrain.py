@@ -1,6 +1,8 @@
-"""Pretraining of a 2.3 M-parameter DeepSeek-V3 on Python source and worked arithmetic.
+"""Pretraining of a 3.1 M-parameter DeepSeek-V3 on Python source and worked arithmetic.
 
 deepseek-jax pretrain demo/pretrain
+
+2 pinned CPU cores: under 3 minutes, 2.2–2.5 bits per byte on held-out code and prose.
 """
 
 from deepseek_jax.config import ModelConfig

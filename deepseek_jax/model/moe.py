@@ -58,7 +58,7 @@ def routed_experts(x_BSD, weights_BSK, experts_BSK, wi_ED2F, wo_EFD):
     batch, size, width = x_BSD.shape
     experts, _, _, hidden = wi_ED2F.shape
     tokens, top = batch * size, experts_BSK.shape[2]
-    block = row_alignment(tokens * top, experts)
+    block = row_alignment(tokens * top, experts, x_BSD.dtype)
     layout = sort_by_expert(experts_BSK.reshape(tokens, top), experts, block=block)
     x_PD = gather_rows(x_BSD.reshape(tokens, width), layout)
     gate_up = grouped_matmul(x_PD, wi_ED2F.reshape(experts, width, -1), layout.group_sizes_E, aligned=block)

@@ -2,7 +2,8 @@
 
 ``mla_attention`` computes ``softmax(q kᵀ · scale) v`` and saves the unnormalised ``exp`` of the scores, so that the
 backward pass touches the S × T matrix once per product: its row sum ``Σ dp · p`` is ``Σ dout · out`` (arXiv
-2205.14135, section B.2), taken over the value width instead.
+2205.14135, section B.2), taken over the value width instead. In float32 on a CPU the C kernel of ``cpu.c`` does the
+same strip by strip, saving each row's ``log Σ exp`` in place of the S × T matrix.
 """
 
 import functools
@@ -10,6 +11,8 @@ import functools
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
+
+from deepseek_kernels import cpu
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -36,6 +39,23 @@ def mla_attention_reference(q_BSHK, k_BTHK, v_BTHV, mask_BST, scale):
 
 
 def _forward(q_BSHK, k_BTHK, v_BTHV, mask_BST, scale):
+    if cpu.usable(q_BSHK, k_BTHK, v_BTHV):
+        operands = (q_BSHK, k_BTHK, v_BTHV, mask_BST, jnp.float32(scale))
+        shapes = [(*q_BSHK.shape[:3], v_BTHV.shape[3]), q_BSHK.shape[:3]]
+        out_BSHV, log_sum_BSH = cpu.call("attention_forward", shapes, *operands)
+        return out_BSHV, (operands, out_BSHV, log_sum_BSH)
+    return _xla_forward(q_BSHK, k_BTHK, v_BTHV, mask_BST, scale)
+
+
+def _backward(scale, residuals, dout_BSHV):
+    if len(residuals) > 3:
+        return _xla_backward(scale, residuals, dout_BSHV)
+    operands, out_BSHV, log_sum_BSH = residuals
+    shapes = [operand.shape for operand in operands[:3]]
+    return *cpu.call("attention_backward", shapes, *operands, out_BSHV, log_sum_BSH, dout_BSHV), None
+
+
+def _xla_forward(q_BSHK, k_BTHK, v_BTHV, mask_BST, scale):
     q_BHSK, k_BHTK, v_BHTV = (jnp.swapaxes(x, 1, 2) for x in (q_BSHK, k_BTHK, v_BTHV))
     # The scale goes to q: S·K products instead of S·T.
     q_BHSK = (q_BHSK.astype(jnp.float32) * scale).astype(q_BSHK.dtype)
@@ -49,7 +69,7 @@ def _forward(q_BSHK, k_BTHK, v_BTHV, mask_BST, scale):
     return out_BSHV, (q_BHSK, k_BHTK, v_BHTV, p, inverse_BHS1, out_BSHV)
 
 
-def _backward(scale, residuals, dout_BSHV):
+def _xla_backward(scale, residuals, dout_BSHV):
     q_BHSK, k_BHTK, v_BHTV, p, inverse_BHS1, out_BSHV = residuals
     dtype = q_BHSK.dtype
     dout_BHSV = jnp.swapaxes(dout_BSHV, 1, 2)

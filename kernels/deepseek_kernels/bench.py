@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deepseek_kernels import cpu
 from deepseek_kernels.grouped_matmul import Implementation, grouped_matmul, row_alignment
 
 # name: groups, D, F, rows; and the dtype. What the demo does on a CPU, what V2-Lite and V3 do on an accelerator.
@@ -65,8 +66,10 @@ def bench_shape(name: str, shape: tuple[int, int, int, int], dtype: jnp.dtype, t
     w = jax.random.normal(keys[0], (groups, width, hidden), dtype) / width**0.5
     baseline = {}
     implementations: tuple[Implementation, ...] = ("ragged_dot", "blocks")
+    if cpu.available() and dtype == jnp.float32:
+        implementations += ("c",)
     for implementation in implementations:
-        block = row_alignment(rows, groups, implementation=implementation)
+        block = row_alignment(rows, groups, dtype, implementation=implementation)
         sizes = uneven_sizes(groups, rows, block)
         x = jax.random.normal(keys[1], (int(sizes.sum()), width), dtype)
         counts = jnp.asarray(sizes, jnp.int32)

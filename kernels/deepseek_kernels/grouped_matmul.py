@@ -2,9 +2,10 @@
 
 ``grouped_matmul(x, w, sizes)[t] = x[t] @ w[group of t]`` for rows sorted by group. Exact and dropless: no capacity.
 
-On TPU this is ``jax.lax.ragged_dot``. On CPU and GPU, where XLA lowers that to E masked dense products, the rows are
-cut into blocks of one group each and multiplied as one batch; a caller that lays its groups out on multiples of
-``aligned`` rows (see ``row_alignment``) saves the copies to and from those blocks.
+On TPU this is ``jax.lax.ragged_dot``. On GPU, where XLA lowers that to E masked dense products, the rows are cut into
+blocks of one group each and multiplied as one batch; a caller that lays its groups out on multiples of ``aligned``
+rows (see ``row_alignment``) saves the copies to and from those blocks. On CPU, float32 goes through the C kernels of
+``cpu.c``, which need no blocks; other dtypes, and machines without a compiler, through blocks.
 """
 
 import functools
@@ -14,17 +15,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-Implementation = Literal["ragged_dot", "blocks"]
+from deepseek_kernels import cpu
+
+Implementation = Literal["ragged_dot", "blocks", "c"]
 
 
-def row_alignment(rows: int, groups: int, *, implementation: Implementation | None = None) -> int:
+def row_alignment(
+    rows: int, groups: int, dtype: jax.typing.DTypeLike, *, implementation: Implementation | None = None
+) -> int:
     """Rows per block for ``rows`` rows in ``groups`` groups: a power of two, at most a group's mean size.
 
     Padding a group costs half a block on average; a small block costs one more copy of its group's matrix. Measured
     best: half a group's mean, 64 at most, on a CPU; the mean, 1024 at most, on a GPU. 1 where the implementation
     needs no blocks.
     """
-    if _resolve(implementation) == "ragged_dot":
+    if _resolve(implementation, jnp.dtype(dtype)) != "blocks":
         return 1
     on_cpu = jax.default_backend() == "cpu"
     best = max(1, rows // max(groups, 1) // (2 if on_cpu else 1))
@@ -47,10 +52,10 @@ def grouped_matmul(
 
     Args:
       aligned: promises that every group size is a multiple of this many rows, and T too; groups may hold zero rows.
-      implementation: ``ragged_dot`` or ``blocks``; by default the one for the platform.
+      implementation: ``ragged_dot``, ``blocks`` or ``c``; by default the one for the platform and dtype.
 
     Raises:
-      ValueError: shapes that do not fit, or T not a multiple of ``aligned``.
+      ValueError: shapes that do not fit, T not a multiple of ``aligned``, or ``c`` where it cannot run.
     """
     if x_TD.ndim != 2 or w_EDF.ndim != 3 or x_TD.shape[1] != w_EDF.shape[1]:
         raise ValueError(f"x {x_TD.shape} and w {w_EDF.shape}: expected (T, D) and (E, D, F) with one D")
@@ -58,7 +63,12 @@ def grouped_matmul(
         raise ValueError(f"group_sizes {group_sizes_E.shape} for {w_EDF.shape[0]} groups")
     if x_TD.shape[0] % aligned:
         raise ValueError(f"T={x_TD.shape[0]} is not a multiple of aligned={aligned}")
-    if _resolve(implementation) == "ragged_dot":
+    chosen = _resolve(implementation, x_TD.dtype)
+    if chosen == "c":
+        if not cpu.usable(x_TD, w_EDF):
+            raise ValueError(f"implementation='c' needs float32 on a CPU and gcc; x is {x_TD.dtype}, w {w_EDF.dtype}")
+        return _c_matmul(x_TD, w_EDF, group_sizes_E.astype(jnp.int32))
+    if chosen == "ragged_dot":
         return jax.lax.ragged_dot(
             x_TD, w_EDF, group_sizes_E.astype(jnp.int32), preferred_element_type=jnp.float32
         ).astype(x_TD.dtype)
@@ -83,14 +93,36 @@ def block_groups(group_sizes_E: Int[Array, "E"], rows: int, block: int) -> Int[A
     return jnp.sum(starts_N[:, None] >= ends_E[None, :], axis=1)
 
 
-def _resolve(implementation: Implementation | None) -> Implementation:
-    return implementation or ("ragged_dot" if jax.default_backend() == "tpu" else "blocks")
+def _resolve(implementation: Implementation | None, dtype: jnp.dtype) -> Implementation:
+    if implementation is not None:
+        return implementation
+    if jax.default_backend() == "tpu":
+        return "ragged_dot"
+    return "c" if dtype == jnp.float32 and cpu.available() else "blocks"
+
+
+@jax.custom_vjp
+def _c_matmul(x_TD, w_EDF, group_sizes_E):
+    return cpu.call("grouped_forward", [(x_TD.shape[0], w_EDF.shape[2])], x_TD, w_EDF, group_sizes_E)[0]
+
+
+def _c_forward(x_TD, w_EDF, group_sizes_E):
+    return _c_matmul(x_TD, w_EDF, group_sizes_E), (x_TD, w_EDF, group_sizes_E)
+
+
+def _c_backward(residuals, dy_TF):
+    x_TD, w_EDF, group_sizes_E = residuals
+    dx_TD = cpu.call("grouped_dx", [x_TD.shape], dy_TF, w_EDF, group_sizes_E)[0]
+    return dx_TD, cpu.call("grouped_dw", [w_EDF.shape], x_TD, dy_TF, group_sizes_E)[0], None
+
+
+_c_matmul.defvjp(_c_forward, _c_backward)
 
 
 def _unaligned_matmul(x_TD, w_EDF, group_sizes_E):
     """Spread the groups over whole blocks, multiply, and gather the rows back."""
     rows, groups = x_TD.shape[0], w_EDF.shape[0]
-    block = row_alignment(rows, groups, implementation="blocks")
+    block = row_alignment(rows, groups, x_TD.dtype, implementation="blocks")
     padded_E = (group_sizes_E + block - 1) // block * block
     total = (rows + groups * (block - 1)) // block * block
     row_T = jnp.arange(rows)

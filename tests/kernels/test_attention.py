@@ -12,7 +12,7 @@ def case(dtype=jnp.float32, size=9):
     keys = jax.random.split(jax.random.key(0), 4)
     q, k = (jax.random.normal(key, (2, size, 3, 6), dtype) for key in keys[:2])
     v, dout = (jax.random.normal(key, (2, size, 3, 4), dtype) for key in keys[2:])
-    segments = jnp.asarray([[1] * 4 + [2] * 5, [1] * 7 + [0] * 2])
+    segments = jnp.asarray([[1] * 4 + [2] * (size - 4), [1] * (size - 2) + [0] * 2])
     mask = jnp.tril(jnp.ones((size, size), bool)) & (segments[:, :, None] == segments[:, None, :])
     return (q, k, v), mask, dout
 
@@ -31,8 +31,11 @@ def test_equals_the_definition_in_numpy():
     assert relative(mla_attention(q, k, v, mask, 0.3), wanted) < 1e-6
 
 
-def test_gradients_equal_autodiff_of_the_definition():
-    inputs, mask, dout = case()
+@pytest.mark.parametrize("size", [9, 70, 150])
+def test_gradients_equal_autodiff_of_the_definition(size):
+    """Of any size: strips of 64 queries and panels of 32 columns, whole and ragged; a query that sees nothing too."""
+    inputs, mask, dout = case(size=size)
+    mask = mask.at[0, 2].set(False)
 
     def loss(attention):
         return lambda *qkv: jnp.sum(attention(*qkv, mask, 0.3) * dout)

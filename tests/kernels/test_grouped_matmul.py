@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepseek_kernels import grouped_matmul, grouped_matmul_reference, row_alignment
+from deepseek_kernels import cpu, grouped_matmul, grouped_matmul_reference, row_alignment
 
 T, E, D, F = 24, 5, 7, 6
 
@@ -76,24 +76,25 @@ SIZES = {
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-@pytest.mark.parametrize("implementation", ["blocks", "ragged_dot", "reference"])
+@pytest.mark.parametrize("implementation", ["c", "blocks", "ragged_dot", "reference"])
 def test_value_and_gradients_equal_the_definition(implementation, sizes):
     check(implementation, 1, T, sizes)
 
 
 @pytest.mark.parametrize("sizes", [[8, 0, 4, 4, 8], [0, 4, 0, 8, 0], [0, 0, 0, 0, 0]])
-@pytest.mark.parametrize("implementation", ["blocks", "ragged_dot"])
+@pytest.mark.parametrize("implementation", ["c", "blocks", "ragged_dot"])
 def test_aligned_rows(implementation, sizes):
     check(implementation, 4, T, sizes)
 
 
 @pytest.mark.parametrize(("rows", "sizes"), [(3, [0, 1, 0, 1, 0]), (5, [0, 5, 0, 0, 0]), (1, [0, 0, 0, 0, 1])])
-def test_fewer_rows_than_groups(rows, sizes):
-    check("blocks", 1, rows, sizes)
+@pytest.mark.parametrize("implementation", ["c", "blocks"])
+def test_fewer_rows_than_groups(implementation, rows, sizes):
+    check(implementation, 1, rows, sizes)
 
 
 def test_no_rows_at_all():
-    for implementation in ("blocks", "ragged_dot"):
+    for implementation in ("c", "blocks", "ragged_dot"):
         y = grouped_matmul(
             jnp.zeros((0, D)), jnp.ones((E, D, F)), jnp.zeros(E, jnp.int32), implementation=implementation
         )
@@ -107,6 +108,7 @@ cuts = st.lists(st.integers(0, T), min_size=E, max_size=E).map(sorted)
 def test_any_sizes(ends):
     sizes = np.diff(ends, prepend=0).tolist()
     check("blocks", 1, T, sizes)
+    check("c", 1, T, sizes)
 
 
 @given(st.lists(st.integers(0, T // 4), min_size=E, max_size=E).map(sorted))
@@ -141,11 +143,38 @@ def test_bfloat16_is_rounded_once():
 
 @pytest.mark.parametrize(("rows", "groups"), [(1, 8), (64, 8), (1000, 16), (10**6, 8), (5, 1)])
 def test_row_alignment_is_a_power_of_two_below_the_mean_group(rows, groups):
-    block = row_alignment(rows, groups, implementation="blocks")
+    block = row_alignment(rows, groups, jnp.float32, implementation="blocks")
     assert block & (block - 1) == 0 and 1 <= block <= 64
     mean = max(1, rows / groups)
     assert block <= mean and (block == 64 or block > mean / 4 - 1)  # on a CPU, near half the mean
-    assert row_alignment(rows, groups, implementation="ragged_dot") == 1
+    assert row_alignment(rows, groups, jnp.float32, implementation="ragged_dot") == 1
+
+
+def test_tiles_panels_and_chunks_of_the_c_kernel():
+    """Sizes around its 12 × 32 tiles, 192-row chunks and the threads' threshold, against float64."""
+    rng = np.random.default_rng(0)
+    rows, width, hidden = 450, 70, 100
+    sizes = np.array([0, 1, 12, 205, 0, 13, 200, 0], np.int32)
+    shapes = ((rows, width), (len(sizes), width, hidden), (rows, hidden))
+    x, w, dy = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
+    results = compiled("c", 1)(x, w, sizes, dy)
+    x, w, dy = (a.astype(np.float64) for a in (x, w, dy))
+    for value, right in zip(results, (definition(x, w, sizes), *definition_gradients(x, w, sizes, dy)), strict=True):
+        assert np.linalg.norm(value - right) < 1e-6 * np.linalg.norm(right)
+        np.testing.assert_array_equal(np.asarray(value)[right == 0], 0)  # rows and groups without tokens
+
+
+def test_the_c_kernel_refuses_other_dtypes():
+    x, w = jnp.zeros((4, D), jnp.bfloat16), jnp.zeros((E, D, F), jnp.bfloat16)
+    with pytest.raises(ValueError, match=r"implementation='c' needs float32.*bfloat16"):
+        grouped_matmul(x, w, jnp.zeros(E, jnp.int32), implementation="c")
+
+
+def test_without_a_compiler_one_warning_says_so(monkeypatch, tmp_path):
+    monkeypatch.setenv("CC", "no-such-compiler")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.warns(UserWarning, match="slower CPU kernels.*no-such-compiler"):
+        assert not inspect.unwrap(cpu.available)()
 
 
 def test_shapes_that_do_not_fit_are_refused():

@@ -1,0 +1,379 @@
+// The CPU's kernels in float32: grouped matrix products and attention, each forward and backward.
+//
+// Everything is one matrix product over strided operands, `multiply`: it computes 12 × 32 tiles in registers from a
+// right operand that `pack` has laid out in panels of 32 columns. Attention keeps a strip of QUERIES rows of scores
+// and skips the columns that a strip's mask leaves out, so that causal rows cost half. Every number is summed by one
+// thread in one order: results do not depend on how many threads there are.
+//
+// Vectors are the compiler's (16 floats), so it builds for any processor; `cpu.py` compiles it for the one it runs on.
+#define _GNU_SOURCE
+#include <math.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "xla/ffi/api/c_api.h"
+
+enum { ROWS = 12, COLS = 32, LANES = 16, QUERIES = 64, CHUNK = 192 };
+typedef float vf __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef int32_t vi __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef int8_t vb __attribute__((vector_size(LANES), aligned(1)));
+
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t whole(int64_t n) { return (n + COLS - 1) / COLS * COLS; }
+static float *floats(int64_t n) { return aligned_alloc(64, (size_t)(n > 0 ? whole(n) : COLS) * sizeof(float)); }
+
+// ---- the product ----
+
+// Panels of b (k × n, element (i, j) at b[i·rs + j·cs]): panel p holds columns 32p…32p+31 as [k][32], zero-padded.
+static void pack(float *to, const float *b, int64_t rs, int64_t cs, int64_t k, int64_t n) {
+  for (int64_t j0 = 0; j0 < n; j0 += COLS, to += k * COLS) {
+    int64_t width = least(COLS, n - j0);
+    if (width < COLS) memset(to, 0, (size_t)(k * COLS) * sizeof(float));
+    if (cs == 1) {
+      for (int64_t i = 0; i < k; i++) memcpy(to + i * COLS, b + i * rs + j0, (size_t)width * sizeof(float));
+    } else {
+      for (int64_t i0 = 0; i0 < k; i0 += LANES)  // square pieces stay in the cache
+        for (int64_t j = 0; j < width; j++)
+          for (int64_t i = i0; i < least(i0 + LANES, k); i++) to[i * COLS + j] = b[i * rs + (j0 + j) * cs];
+    }
+  }
+}
+
+// c (rows × width) = or += a (rows × k) · one panel; element (i, l) of a at a[i·rs + l·cs].
+static inline __attribute__((always_inline)) void tile(const int rows, const float *a, int64_t rs, int64_t cs, int64_t k,
+                                                       const float *panel, float *c, int64_t ld, int64_t width, int add) {
+  vf sum[ROWS][2];
+#pragma GCC unroll 12
+  for (int i = 0; i < rows; i++) sum[i][0] = sum[i][1] = (vf){0};
+  for (int64_t l = 0; l < k; l++, panel += COLS) {
+    vf b0 = *(const vf *)panel, b1 = *(const vf *)(panel + LANES);
+#pragma GCC unroll 12
+    for (int i = 0; i < rows; i++) {
+      float x = a[i * rs + l * cs];
+      sum[i][0] += x * b0;
+      sum[i][1] += x * b1;
+    }
+  }
+#pragma GCC unroll 12
+  for (int i = 0; i < rows; i++) {
+    float *row = c + i * ld;
+    if (width == COLS) {
+      vf *to = (vf *)row;
+      to[0] = add ? to[0] + sum[i][0] : sum[i][0];
+      to[1] = add ? to[1] + sum[i][1] : sum[i][1];
+    } else {
+      for (int64_t j = 0; j < width; j++) {
+        float x = sum[i][j / LANES][j % LANES];
+        row[j] = add ? row[j] + x : x;
+      }
+    }
+  }
+}
+
+#define TILE(n) \
+  case n: tile(n, a, rs, cs, k, panel, c, ld, width, add); break;
+static void any_tile(int rows, const float *a, int64_t rs, int64_t cs, int64_t k, const float *panel, float *c,
+                     int64_t ld, int64_t width, int add) {
+  switch (rows) {
+    TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6) TILE(7) TILE(8) TILE(9) TILE(10) TILE(11) TILE(12)
+  }
+}
+
+// c (m × n) = or += a (m × k) · b (k × n), b packed for `packed_k` ≥ k rows of which the first k are used.
+static void multiply(int64_t m, int64_t n, int64_t k, const float *a, int64_t rs, int64_t cs, const float *b,
+                     int64_t packed_k, float *c, int64_t ld, int add) {
+  for (int64_t j = 0; j < n; j += COLS, b += packed_k * COLS)
+    for (int64_t i = 0; i < m; i += ROWS)
+      any_tile((int)least(ROWS, m - i), a + i * rs, rs, cs, k, b, c + i * ld + j, ld, least(COLS, n - j), add);
+}
+
+// ---- threads: as many as the process may use, made for the call ----
+
+typedef void (*Work)(void *job, int64_t task);
+typedef struct {
+  Work work;
+  void *job;
+  int64_t count, next;
+} Queue;
+
+static void *drain(void *given) {
+  Queue *queue = given;
+  for (int64_t task; (task = __atomic_fetch_add(&queue->next, 1, __ATOMIC_RELAXED)) < queue->count;)
+    queue->work(queue->job, task);
+  return NULL;
+}
+
+static void run(Work work, void *job, int64_t count, int64_t products) {
+  Queue queue = {work, job, count, 0};
+  pthread_t helpers[63];
+  cpu_set_t usable;
+  int64_t threads = 1, started = 0;
+  if (products > 1 << 19 && !sched_getaffinity(0, sizeof usable, &usable))  // a thread costs some 20 µs
+    threads = least(least(CPU_COUNT(&usable), count), 64);
+  while (started < threads - 1 && !pthread_create(&helpers[started], NULL, drain, &queue)) started++;
+  drain(&queue);
+  for (int64_t i = 0; i < started; i++) pthread_join(helpers[i], NULL);
+}
+
+// ---- grouped products: x (T D), w (E D F), y (T F), rows sorted by group ----
+
+typedef struct {
+  const float *x, *w, *dy;
+  float *out;
+  const int32_t *sizes;
+  int64_t T, E, D, F;
+  int64_t *group, *start, *count;  // per task
+} Grouped;
+
+static void grouped_forward(void *job, int64_t task) {
+  Grouped *g = job;
+  int64_t start = g->start[task], count = g->count[task];
+  float *b = floats(g->D * whole(g->F));
+  pack(b, g->w + g->group[task] * g->D * g->F, g->F, 1, g->D, g->F);
+  multiply(count, g->F, g->D, g->x + start * g->D, g->D, 1, b, g->D, g->out + start * g->F, g->F, 0);
+  free(b);
+}
+
+static void grouped_dx(void *job, int64_t task) {
+  Grouped *g = job;
+  int64_t start = g->start[task], count = g->count[task];
+  float *b = floats(g->F * whole(g->D));
+  pack(b, g->w + g->group[task] * g->D * g->F, 1, g->F, g->F, g->D);
+  multiply(count, g->D, g->F, g->dy + start * g->F, g->F, 1, b, g->F, g->out + start * g->D, g->D, 0);
+  free(b);
+}
+
+static void grouped_dw(void *job, int64_t task) {
+  Grouped *g = job;
+  int64_t start = g->start[task], count = g->count[task];
+  float *b = floats(count * whole(g->F));
+  pack(b, g->dy + start * g->F, g->F, 1, count, g->F);
+  multiply(g->D, g->F, count, g->x + start * g->D, 1, g->D, b, count, g->out + g->group[task] * g->D * g->F, g->F, 0);
+  free(b);
+}
+
+static void run_grouped(Grouped *g, Work work, int64_t chunk) {
+  int64_t most = g->E + g->T / chunk + 1, tasks = 0, start = 0;
+  g->group = malloc(3 * (size_t)most * sizeof(int64_t));
+  g->start = g->group + most;
+  g->count = g->start + most;
+  for (int64_t e = 0; e < g->E; e++) {
+    int64_t end = least(start + g->sizes[e], g->T);
+    do {
+      int64_t count = least(chunk, end - start);
+      if (count > 0 || work == grouped_dw) {  // a group without rows still has a gradient: zero
+        g->group[tasks] = e;
+        g->start[tasks] = start;
+        g->count[tasks++] = count;
+      }
+      start += count;
+    } while (start < end);
+  }
+  int64_t width = work == grouped_dx ? g->D : g->F;
+  if (work != grouped_dw) memset(g->out + start * width, 0, (size_t)((g->T - start) * width) * sizeof(float));
+  run(work, g, tasks, g->T * g->D * g->F);
+  free(g->group);
+}
+
+// ---- attention: q (B S H K), k (B T H K), v (B T H V), mask (B S T), out (B S H V), log of the sum (B S H) ----
+
+typedef struct {
+  const float *q, *k, *v, *dout;
+  const int8_t *mask;
+  float *out, *log_sum, *dq, *dk, *dv;
+  float scale;
+  int64_t B, S, T, H, K, V;
+} Attention;
+
+// e^x for x ≤ 0 within 2 units in the last place: 2^n · a polynomial in the rest; 0 below -87.
+static inline vf exponential(vf x) {
+  vi tiny = x < -87.0f;
+  x = (vf)((vi)x & ~tiny);
+  vf n = x * 1.442695041f + 12582912.0f;  // 1.5 · 2^23 rounds to the nearest integer
+  vi bits = (vi)n << 23;
+  n -= 12582912.0f;
+  vf r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  vf p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  return (vf)((vi)((vf)((vi)p + bits)) & ~tiny);
+}
+
+static inline float total(vf x) {
+  float sum = 0;
+  for (int i = 0; i < LANES; i++) sum += x[i];
+  return sum;
+}
+
+// The columns [*from, *to) that a strip's rows may attend to: multiples of 32; all of them where a row has none.
+static void strip_range(const Attention *a, const int8_t *mask, int64_t rows, int8_t *kept, int64_t *from, int64_t *to) {
+  int64_t low = a->T, high = 0, wide = whole(a->T);
+  memset(kept, 0, (size_t)(rows * wide));
+  for (int64_t i = 0; i < rows; i++) {
+    memcpy(kept + i * wide, mask + i * a->T, (size_t)a->T);
+    int64_t first = 0, last = a->T;
+    while (first < a->T && !mask[i * a->T + first]) first++;
+    while (last > first && !mask[i * a->T + last - 1]) last--;
+    if (first == a->T) first = 0, last = a->T;
+    low = least(low, first);
+    high = high > last ? high : last;
+  }
+  *from = low / COLS * COLS;
+  *to = whole(high);
+}
+
+// Scores of a strip, in place: p = e^(s·scale - shift), 0 where masked. Without shifts given, finds the row's own
+// maximum and returns log Σ e^(s·scale) in log_sum; ∞ there marks a row that may attend to nothing: p = 1/T.
+static void softmax_strip(const Attention *a, float *p, const int8_t *kept, int64_t rows, int64_t from, int64_t to,
+                          float *log_sum, int64_t stride, int given) {
+  int64_t wide = whole(a->T);
+  for (int64_t i = 0; i < rows; i++) {
+    float *row = p + i * wide, shift = log_sum[i * stride];
+    const int8_t *may = kept + i * wide;
+    if (!given) {
+      vf top = (vf){0} - INFINITY;
+      for (int64_t t = from; t < to; t += LANES) {
+        vi on = __builtin_convertvector(*(const vb *)(may + t) != 0, vi);
+        vf s = (vf)(((vi)(*(vf *)(row + t) * a->scale) & on) | ((vi)((vf){0} - INFINITY) & ~on));
+        vi more = s > top;
+        top = (vf)(((vi)s & more) | ((vi)top & ~more));
+      }
+      shift = -INFINITY;
+      for (int j = 0; j < LANES; j++) shift = top[j] > shift ? top[j] : shift;
+      if (shift == -INFINITY) shift = INFINITY;
+    }
+    if (shift == INFINITY) {
+      for (int64_t t = from; t < to; t++) row[t] = t < a->T ? 1.0f / (float)a->T : 0.0f;
+      log_sum[i * stride] = INFINITY;
+      continue;
+    }
+    vf sum = {0};
+    for (int64_t t = from; t < to; t += LANES) {
+      vi on = __builtin_convertvector(*(const vb *)(may + t) != 0, vi);
+      vf s = (vf)((vi)(*(vf *)(row + t) * a->scale - shift) & on);
+      vf e = (vf)((vi)exponential(s) & on);
+      *(vf *)(row + t) = e;
+      sum += e;
+    }
+    if (!given) {
+      float z = total(sum);
+      for (int64_t t = from; t < to; t += LANES) *(vf *)(row + t) = *(vf *)(row + t) / z;
+      log_sum[i * stride] = shift + logf(z);
+    }
+  }
+}
+
+static void attention_forward(void *job, int64_t task) {
+  const Attention *a = job;
+  int64_t b = task / a->H, h = task % a->H, wide = whole(a->T), from, to;
+  const float *k = a->k + (b * a->T * a->H + h) * a->K, *v = a->v + (b * a->T * a->H + h) * a->V;
+  float *kt = floats(a->K * wide), *vp = floats(a->T * whole(a->V)), *p = floats(QUERIES * wide);
+  int8_t *kept = malloc((size_t)(QUERIES * wide));
+  pack(kt, k, 1, a->H * a->K, a->K, a->T);
+  pack(vp, v, a->H * a->V, 1, a->T, a->V);
+  for (int64_t s = 0; s < a->S; s += QUERIES) {
+    int64_t rows = least(QUERIES, a->S - s), at = (b * a->S + s) * a->H + h;
+    strip_range(a, a->mask + (b * a->S + s) * a->T, rows, kept, &from, &to);
+    multiply(rows, to - from, a->K, a->q + at * a->K, a->H * a->K, 1, kt + from * a->K, a->K, p + from, wide, 0);
+    softmax_strip(a, p, kept, rows, from, to, a->log_sum + at, a->H, 0);
+    multiply(rows, a->V, least(to, a->T) - from, p + from, wide, 1, vp + from * COLS, a->T, a->out + at * a->V,
+             a->H * a->V, 0);
+  }
+  free(kt), free(vp), free(p), free(kept);
+}
+
+static void attention_backward(void *job, int64_t task) {
+  const Attention *a = job;
+  int64_t b = task / a->H, h = task % a->H, wide = whole(a->T), from, to, ldk = a->H * a->K, ldv = a->H * a->V;
+  int64_t keys = (b * a->T * a->H + h) * a->K, values = (b * a->T * a->H + h) * a->V;
+  float *kt = floats(a->K * wide), *vt = floats(a->V * wide), *kp = floats(a->T * whole(a->K));
+  float *p = floats(QUERIES * wide), *ds = floats(QUERIES * wide);
+  float *qp = floats(QUERIES * whole(a->K)), *dop = floats(QUERIES * whole(a->V));
+  int8_t *kept = malloc((size_t)(QUERIES * wide));
+  pack(kt, a->k + keys, 1, ldk, a->K, a->T);
+  pack(vt, a->v + values, 1, ldv, a->V, a->T);
+  pack(kp, a->k + keys, ldk, 1, a->T, a->K);
+  for (int64_t t = 0; t < a->T; t++) {
+    memset(a->dk + keys + t * ldk, 0, (size_t)a->K * sizeof(float));
+    memset(a->dv + values + t * ldv, 0, (size_t)a->V * sizeof(float));
+  }
+  for (int64_t s = 0; s < a->S; s += QUERIES) {
+    int64_t rows = least(QUERIES, a->S - s), at = (b * a->S + s) * a->H + h;
+    const float *q = a->q + at * a->K, *dout = a->dout + at * a->V, *out = a->out + at * a->V;
+    strip_range(a, a->mask + (b * a->S + s) * a->T, rows, kept, &from, &to);
+    int64_t count = least(to, a->T) - from;
+    multiply(rows, to - from, a->K, q, ldk, 1, kt + from * a->K, a->K, p + from, wide, 0);
+    softmax_strip(a, p, kept, rows, from, to, a->log_sum + at, a->H, 1);
+    multiply(rows, to - from, a->V, dout, ldv, 1, vt + from * a->V, a->V, ds + from, wide, 0);
+    for (int64_t i = 0; i < rows; i++) {
+      float along = 0;  // Σ dp·p = Σ dout·out
+      for (int64_t j = 0; j < a->V; j++) along += dout[i * ldv + j] * out[i * ldv + j];
+      for (int64_t t = from; t < to; t += LANES) {
+        vf *d = (vf *)(ds + i * wide + t);
+        vi on = __builtin_convertvector(*(const vb *)(kept + i * wide + t) != 0, vi);
+        *d = (vf)((vi)(*(vf *)(p + i * wide + t) * (*d - along) * a->scale) & on);
+      }
+    }
+    pack(qp, q, ldk, 1, rows, a->K);
+    pack(dop, dout, ldv, 1, rows, a->V);
+    multiply(rows, a->K, count, ds + from, wide, 1, kp + from * COLS, a->T, a->dq + at * a->K, ldk, 0);
+    multiply(count, a->K, rows, ds + from, 1, wide, qp, rows, a->dk + keys + from * ldk, ldk, 1);
+    multiply(count, a->V, rows, p + from, 1, wide, dop, rows, a->dv + values + from * ldv, ldv, 1);
+  }
+  free(kt), free(vt), free(kp), free(p), free(ds), free(qp), free(dop), free(kept);
+}
+
+// ---- what XLA calls ----
+
+static XLA_FFI_Buffer *in(XLA_FFI_CallFrame *frame, int i) { return frame->args.args[i]; }
+static float *result(XLA_FFI_CallFrame *frame, int i) { return ((XLA_FFI_Buffer *)frame->rets.rets[i])->data; }
+
+// XLA first asks which version of its interface a handler was built for.
+static int only_asked(XLA_FFI_CallFrame *frame) {
+  XLA_FFI_Extension_Base *extension = frame->extension_start;
+  if (extension == NULL || extension->type != XLA_FFI_Extension_Metadata) return 0;
+  XLA_FFI_Metadata *metadata = ((XLA_FFI_Metadata_Extension *)extension)->metadata;
+  metadata->api_version.major_version = XLA_FFI_API_MAJOR;
+  metadata->api_version.minor_version = XLA_FFI_API_MINOR;
+  return 1;
+}
+
+// Each takes two operands and the sizes: (x, w), (dy, w), (x, dy).
+static Grouped grouped_of(XLA_FFI_CallFrame *frame) {
+  int64_t *a = in(frame, 0)->dims, *b = in(frame, 1)->dims;
+  Grouped g = {.sizes = in(frame, 2)->data, .E = in(frame, 2)->dims[0], .T = a[0], .out = result(frame, 0)};
+  g.x = in(frame, 0)->data, g.dy = in(frame, 0)->data, g.w = in(frame, 1)->data;
+  if (in(frame, 1)->rank == 3) g.D = b[1], g.F = b[2];
+  else g.D = a[1], g.F = b[1], g.dy = in(frame, 1)->data;
+  return g;
+}
+
+static Attention attention_of(XLA_FFI_CallFrame *frame) {
+  int64_t *q = in(frame, 0)->dims, *v = in(frame, 2)->dims;
+  return (Attention){.q = in(frame, 0)->data, .k = in(frame, 1)->data, .v = in(frame, 2)->data,
+                     .mask = in(frame, 3)->data, .scale = *(float *)in(frame, 4)->data,
+                     .B = q[0], .S = q[1], .H = q[2], .K = q[3], .T = v[1], .V = v[3]};
+}
+
+#define HANDLER(name, body)                           \
+  XLA_FFI_Error *name(XLA_FFI_CallFrame *frame) {     \
+    if (only_asked(frame)) return NULL;               \
+    body;                                             \
+    return NULL;                                      \
+  }
+
+HANDLER(deepseek_grouped_forward, Grouped g = grouped_of(frame); run_grouped(&g, grouped_forward, CHUNK))
+HANDLER(deepseek_grouped_dx, Grouped g = grouped_of(frame); run_grouped(&g, grouped_dx, CHUNK))
+HANDLER(deepseek_grouped_dw, Grouped g = grouped_of(frame); run_grouped(&g, grouped_dw, INT64_MAX / 2))
+HANDLER(deepseek_attention_forward, Attention a = attention_of(frame); a.out = result(frame, 0);
+        a.log_sum = result(frame, 1); run(attention_forward, &a, a.B * a.H, a.B * a.H * a.S * a.T * a.K))
+HANDLER(deepseek_attention_backward, Attention a = attention_of(frame); a.out = in(frame, 5)->data;
+        a.log_sum = in(frame, 6)->data; a.dout = in(frame, 7)->data; a.dq = result(frame, 0);
+        a.dk = result(frame, 1); a.dv = result(frame, 2);
+        run(attention_backward, &a, a.B * a.H, a.B * a.H * a.S * a.T * a.K))

@@ -1,0 +1,71 @@
+"""Builds ``cpu.c`` for this processor and registers its functions with XLA.
+
+XLA's own products of many small matrices reach a third of what one core can do; the C ones most of it. gcc (or ``CC``)
+compiles them at their first use, once per machine and version, into the user's cache folder.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+SOURCE = Path(__file__).with_name("cpu.c")
+FLAGS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC", "-pthread")
+TARGETS = ("grouped_forward", "grouped_dx", "grouped_dw", "attention_forward", "attention_backward")
+
+
+@functools.cache
+def available() -> bool:
+    """Whether the C kernels can be called here; where they cannot be built, one warning says why."""
+    if jax.default_backend() != "cpu" or platform.system() != "Linux":
+        return False
+    try:
+        library = ctypes.CDLL(str(_built()))
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = getattr(error, "stderr", None) or error
+        warnings.warn(f"XLA's slower CPU kernels are used: {SOURCE.name} cannot be built here ({said})", stacklevel=2)
+        return False
+    for target in TARGETS:
+        handler = jax.ffi.pycapsule(getattr(library, f"deepseek_{target}"))
+        jax.ffi.register_ffi_target(f"deepseek_{target}", handler, platform="cpu")
+    return True
+
+
+def usable(*operands: jax.Array) -> bool:
+    """The C kernels know float32 alone."""
+    return all(operand.dtype == jnp.float32 for operand in operands) and available()
+
+
+def call(target: str, shapes: list[tuple[int, ...]], *operands: jax.Array) -> list[jax.Array]:
+    """Call one of ``TARGETS``; float32 results of these shapes."""
+    assert target in TARGETS
+    results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return jax.ffi.ffi_call(f"deepseek_{target}", results)(*operands)
+
+
+def _built() -> Path:
+    """The shared library for this source, compiler and processor; made anew where there is none."""
+    include = jax.ffi.include_dir()
+    compiler = shlex.split(os.environ.get("CC", "gcc"))
+    processor = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "lags" in line), "")
+    header = (Path(include) / "xla" / "ffi" / "api" / "c_api.h").read_bytes()
+    identity = [SOURCE.read_bytes(), header, repr((compiler, FLAGS, platform.machine(), processor)).encode()]
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "deepseek-jax"
+    library = cache / f"cpu-{hashlib.sha256(b''.join(identity)).hexdigest()[:16]}.so"
+    if not library.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as scratch:
+            made = Path(scratch) / library.name
+            command = [*compiler, *FLAGS, f"-I{include}", "-o", str(made), str(SOURCE), "-lm"]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            os.replace(made, library)
+    return library

@@ -1,5 +1,7 @@
 """DeepSeek in JAX: from pretraining to answers."""
 
+from deepseek_jax.checkpoint.hf_load import load_hf
+from deepseek_jax.checkpoint.hf_save import save_hf
 from deepseek_jax.config import ModelConfig, RopeScaling
 from deepseek_jax.inference.engine import Completion, Engine
 from deepseek_jax.inference.sampling import SamplingParams
@@ -15,4 +17,6 @@ __all__ = [
     "RopeScaling",
     "SamplingParams",
     "Transformer",
+    "load_hf",
+    "save_hf",
 ]

@@ -5,8 +5,10 @@ model's name. Everything a user can get wrong is refused here, before anything c
 """
 
 import dataclasses
+import os
 import types
 import typing
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Self
 
 
@@ -68,7 +70,9 @@ class RopeScaling:
 
     ``yarn`` is arXiv 2309.00071 as DeepSeek uses it (V2 section 3.1.4): frequencies between ``beta_fast`` and
     ``beta_slow`` turns are blended with those divided by ``factor``, and the softmax scale is multiplied by
-    ``mscale(factor, mscale_all_dim)²``. ``llama3`` is the rule of Llama 3.1 with its two wavelength limits.
+    ``mscale(factor, mscale_all_dim)²``, cosines and sines by ``mscale(factor, mscale) / mscale(factor,
+    mscale_all_dim)``: as in DeepSeek's released code, also where one of the two is 0. ``llama3`` is the rule of
+    Llama 3.1 with its two wavelength limits.
     """
 
     type: Literal["none", "yarn", "llama3"] = "none"
@@ -83,7 +87,10 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         check_types(self)
-        _require(self.factor > 0, f"rope_scaling.factor={self.factor}: must be positive")
+        for name in ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow"):
+            _require(getattr(self, name) > 0, f"rope_scaling.{name}={getattr(self, name)}: must be positive")
+        for name in ("mscale", "mscale_all_dim"):
+            _require(getattr(self, name) >= 0, f"rope_scaling.{name}={getattr(self, name)}: must not be negative")
         _require(
             self.type != "llama3" or self.low_freq_factor < self.high_freq_factor,
             f"rope_scaling.low_freq_factor={self.low_freq_factor} must be less than high_freq_factor="
@@ -162,6 +169,7 @@ class ModelConfig:
             self.attention == "mla" or self.rope_scaling.type != "yarn",
             "rope_scaling.type='yarn' needs attention='mla': no dense student has it",
         )
+        _require(self.rope_theta > 1, f"rope_theta={self.rope_theta}: must be greater than 1")
         _require(self.rope_dim % 2 == 0, f"the rotary width {self.rope_dim} must be even")
         if self.attention == "gqa":
             _require(
@@ -259,3 +267,18 @@ class ModelConfig:
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """The inverse of ``to_dict``; ValueError names an unknown field."""
         return from_dict(cls, values)
+
+    @staticmethod
+    def from_hf(
+        source: Mapping[str, Any] | str | os.PathLike[str], *, ignore_config: Iterable[str] = ()
+    ) -> "ModelConfig":
+        """The network that a released model's ``config.json`` describes: see ``hf_config.from_hf``."""
+        from deepseek_jax import hf_config  # which needs this module
+
+        return hf_config.from_hf(source, ignore_config=ignore_config)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The content of a ``config.json`` for this network: see ``hf_config.to_hf``."""
+        from deepseek_jax import hf_config
+
+        return hf_config.to_hf(self)

@@ -1,6 +1,8 @@
 """``inspect``: what a model costs before it is built."""
 
 import dataclasses
+import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -10,63 +12,121 @@ from rich.console import Console
 from rich.table import Table
 
 from deepseek_jax.checkpoint import CheckpointStore
+from deepseek_jax.checkpoint.hf_names import hf_tensors
 from deepseek_jax.cli.talk import find_run
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.model.costs import attention_flops, count_parameters, forward_flops
 from deepseek_jax.train.loop import CHECKPOINTS
 from deepseek_jax.workflows.pretrain import PretrainConfig
 from deepseek_jax.workflows.recipe import load_recipe
-from deepseek_jax.workflows.stage import count_parameters
 
 BYTES = {"float32": 4, "bfloat16": 2}
 
 
 @dataclasses.dataclass(frozen=True)
 class _Inspect:
-    """What a model costs: of a pretraining recipe, or of a folder that a stage or the demo wrote."""
+    """What a model costs.
+
+    what: a released model's folder or config.json, a folder that a stage or the demo wrote, or a recipe of a model or
+    of pretraining (models/deepseek_v3, demo/pretrain). context: tokens in the cache, and in a row of training; by
+    default 4096, or the most that the model takes if that is less.
+    """
 
     what: Annotated[str, tyro.conf.Positional] = "demo/pretrain"
+    context: int | None = None
+    ignore_config: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A field of config.json to take as absent; give it several times for more."""
 
 
 def run_inspect(arguments: Sequence[str]) -> None:
-    what = tyro.cli(_Inspect, args=list(arguments), prog="deepseek-jax inspect").what
-    config = _model_of(what)
-    table = Table(title=what, show_header=False)
-    for name, value in describe(config).items():
+    options = tyro.cli(_Inspect, args=list(arguments), prog="deepseek-jax inspect")
+    config = _model_of(options.what, options.ignore_config)
+    table = Table(title=options.what, show_header=False)
+    for name, value in describe(config, options.context).items():
         table.add_row(name, value)
     Console().print(table)
 
 
-def describe(config: ModelConfig) -> dict[str, str]:
+def describe(config: ModelConfig, context: int | None = None) -> dict[str, str]:
     """Parameters, cache, arithmetic and memory as lines to print.
 
-    Arithmetic per token is ``2 · (active parameters - embedding)`` forward and three times that in training,
-    attention's own products left out; training memory is parameters, gradients and two float32 moments.
+    Training is three times the forward arithmetic, over rows of ``context`` tokens in which a token attends to half
+    the row on average; decoding reads the whole ``context``, MLA in its absorbed form. Memory to train is parameters
+    and gradients as stored and two float32 moments, with the MTP module; activations are not in it. Memory to serve
+    is the main model and a bfloat16 cache of ``context`` tokens. ValueError: a context that the model does not take.
     """
-    counts = count_parameters(config)
-    total, active = counts["parameters_total"], counts["parameters_active"]
-    embedding = config.vocab_size * config.hidden_size
-    forward = 2 * (active - (0 if config.tie_word_embeddings else embedding))
+    longest = config.max_position_embeddings
+    context = min(4096, longest) if context is None else context
+    if not 1 <= context <= longest:
+        raise ValueError(f"--context {context}: must lie in 1…max_position_embeddings={longest}")
+    main = dataclasses.replace(config, num_nextn_predict_layers=0)
+    total, parameters = count_parameters(config)["parameters_total"], count_parameters(main)
+    mtp = total - parameters["parameters_total"]
     cache = config.cache_numbers_per_token_layer * config.num_hidden_layers
-    size = BYTES[config.param_dtype]
-    layers = (
-        (config.num_dense_layers, "dense"),
-        (config.num_moe_layers, "MoE"),
-        (config.num_nextn_predict_layers, "MTP"),
-    )
+    forward = forward_flops(main)
+    decode = forward + attention_flops(main, context, absorbed=True)
+    train = 3 * (forward + attention_flops(main, context) // 2)
+    served = {"bfloat16": 2 * parameters["parameters_total"], "FP8": fp8_bytes(main)}
     return {
-        "layers": ", ".join(f"{count} {kind}" for count, kind in layers if count),
-        "parameters": f"{total:,}",
-        "active per token": f"{active:,} (without MTP)",
-        "cache per token": f"{cache:,} numbers, {cache * BYTES[config.dtype]:,} bytes",
-        "arithmetic per token": f"{forward:,} FLOP forward, {3 * forward:,} training (but for attention's products)",
-        "memory to serve": f"{total * size:,} bytes of parameters",
-        "memory to train": f"{total * (2 * size + 8):,} bytes of parameters, gradients and moments",
+        "layers": _layers(config),
+        "parameters": f"{parameters['parameters_total']:,}",
+        **({"MTP module": f"{mtp:,} parameters more"} if mtp else {}),
+        "active per token": f"{parameters['parameters_active']:,}",
+        "cache per token": f"{cache:,} numbers, {cache * BYTES[config.dtype]:,} bytes in {config.dtype}",
+        "arithmetic per token": f"{forward:,} FLOP forward, {3 * forward:,} training, but for attention's products",
+        f"with attention, {context:,} tokens": f"{decode:,} FLOP decoding, {train:,} training",
+        **{
+            f"memory to serve, {name}": f"{_gigabytes(size)} + {_gigabytes(2 * cache * context)} of cache"
+            for name, size in served.items()
+        },
+        f"memory to train, {config.param_dtype}": f"{_gigabytes(total * (2 * BYTES[config.param_dtype] + 8))} of "
+        "parameters, gradients and moments",
     }
 
 
-def _model_of(what: str) -> ModelConfig:
-    if Path(what).is_dir():
-        folder = find_run(what) / CHECKPOINTS
-        with CheckpointStore(folder, keep=1) as store:
+def fp8_bytes(config: ModelConfig) -> int:
+    """A checkpoint's size with matrices in e4m3 and a float32 scale per 128×128 block, the rest in bfloat16 and the
+    routing bias in float32: how V3 is released."""
+    size = 0
+    for tensor in hf_tensors(config):
+        numbers = math.prod(tensor.shape)
+        if tensor.quantised:
+            size += numbers + 4 * math.prod(tensor.scale_shape)
+        else:
+            size += numbers * (4 if tensor.path == ("router_bias",) else 2)
+    return size
+
+
+def _layers(config: ModelConfig) -> str:
+    counts = (config.num_dense_layers, config.num_moe_layers, config.num_nextn_predict_layers)
+    return ", ".join(f"{count} {kind}" for count, kind in zip(counts, ("dense", "MoE", "MTP"), strict=True) if count)
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size:,} bytes ({size / 1e9:,.1f} GB)"
+
+
+def _model_of(what: str, ignore_config: Sequence[str]) -> ModelConfig:
+    path = Path(what)
+    if path.suffix == ".json" or _is_released(path):
+        config = ModelConfig.from_hf(path, ignore_config=ignore_config)
+        return dataclasses.replace(config, dtype="bfloat16", param_dtype="bfloat16")
+    if path.is_dir():
+        with CheckpointStore(find_run(what) / CHECKPOINTS, keep=1) as store:
             return ModelConfig.from_dict(store.read_meta()["model"])
-    return load_recipe(what, PretrainConfig).model
+    config = load_recipe(what, object)
+    if not isinstance(config, PretrainConfig | ModelConfig):
+        raise ValueError(f"{what} gives a {type(config).__name__}; inspect takes a PretrainConfig or a ModelConfig")
+    return config if isinstance(config, ModelConfig) else config.model
+
+
+def _is_released(folder: Path) -> bool:
+    """Whether a folder holds a model's config.json; a run's own has no architectures in it."""
+    file = folder / "config.json"
+    if not file.is_file():
+        return False
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return True  # from_hf says what is wrong with it
+    return isinstance(content, dict) and not {"model_type", "architectures"}.isdisjoint(content)

@@ -20,6 +20,7 @@ from raw text to answers
 using a model
   generate RUN --prompt  complete a prompt
   chat RUN               talk to it in the terminal
+  convert SRC DST        a released model's folder to a run's checkpoint, and back
   inspect RUN|RECIPE     parameters, cache and arithmetic per token
   bench                  train and decode speed beside transformers
 
@@ -35,6 +36,7 @@ COMMANDS = {
     "report": "stages",
     "generate": "talk",
     "chat": "talk",
+    "convert": "convert",
     "inspect": "inspect",
     "bench": "bench",
 }

@@ -1,15 +1,19 @@
-"""``generate`` and ``chat``: answers from a trained stage in the terminal."""
+"""``generate`` and ``chat``: answers in the terminal, from a trained stage or a released model."""
 
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
+import jax
+import jax.numpy as jnp
 import tyro
 from rich.console import Console
 from rich.text import Text
 
 from deepseek_jax.data.chat import encode_prompt, split_thinking
+from deepseek_jax.data.template import opens_thinking
+from deepseek_jax.data.tokenizer import THINK, Tokenizer
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.train.loop import CHECKPOINTS
@@ -20,7 +24,8 @@ STAGES = ("grpo", "sft", "pretrain")
 
 @dataclasses.dataclass(frozen=True)
 class _Sampling:
-    """run: a folder that a stage or the demo wrote (of a demo, its last stage answers).
+    """run: a folder that a stage or the demo wrote (of a demo, its last stage answers), or a released model's folder
+    with config.json, safetensors and tokenizer.json.
 
     temperature 0 is greedy; the same seed gives the same answers.
     """
@@ -67,8 +72,19 @@ def find_run(run: str) -> Path:
     )
 
 
-def _engine(run: str) -> Engine:
-    trained = load_trained(find_run(run))
+def is_hf_folder(path: str | Path) -> bool:
+    """Whether this is a model as released: config.json beside safetensors."""
+    return (Path(path) / "config.json").is_file() and any(Path(path).glob("*.safetensors"))
+
+
+def _engine(path: str) -> Engine:
+    if is_hf_folder(path):
+        from deepseek_jax.checkpoint.hf_load import load_hf
+
+        tokenizer = Tokenizer.from_folder(path)  # first: it fails in a moment, the weights take minutes
+        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16  # CPUs compute bfloat16 slowly
+        return Engine(load_hf(path, dtype=dtype), tokenizer)
+    trained = load_trained(find_run(path))
     return Engine.from_params(trained.config, trained.params, trained.router_bias, trained.tokenizer)
 
 
@@ -77,9 +93,11 @@ def run_generate(arguments: Sequence[str]) -> None:
     if not options.prompt:
         raise ValueError("give at least one --prompt TEXT")
     engine = _engine(options.run)
-    prompts = [_ask(engine, [("user", text)]) if options.chat else text for text in options.prompt]
-    for prompt, completion in zip(options.prompt, engine.generate(prompts, options.params()), strict=True):
-        print(completion.text if options.chat else prompt + completion.text)
+    prompts, starts = list(options.prompt), options.prompt  # what is printed in front of each answer
+    if options.chat:
+        prompts, starts = zip(*(_ask(engine, [_turn("user", text)]) for text in options.prompt), strict=True)
+    for start, completion in zip(starts, engine.generate(prompts, options.params()), strict=True):
+        print(start + completion.text)
 
 
 def run_chat(arguments: Sequence[str]) -> None:
@@ -87,25 +105,38 @@ def run_chat(arguments: Sequence[str]) -> None:
     options = tyro.cli(_Chat, args=list(arguments), prog="deepseek-jax chat")
     console = Console()
     engine = _engine(options.run)
-    console.print(f"{find_run(options.run)} · an empty line ends the talk", style="dim")
-    turns: list[tuple[str, str]] = []
+    name = options.run if is_hf_folder(options.run) else find_run(options.run)
+    console.print(f"{name} · an empty line ends the talk", style="dim")
+    turns: list[dict[str, str]] = []
     while question := _read(console):
-        turns.append(("user", question))
-        prompt = _ask(engine, turns)
+        turns.append(_turn("user", question))
+        prompt, start = _ask(engine, turns)
         if len(prompt) + options.max_tokens > engine.config.max_position_embeddings:
             console.print("the talk is too long for this model; starting anew", style="yellow")
             turns = turns[-1:]
-            prompt = _ask(engine, turns)
-        text = engine.generate([prompt], options.params())[0].text
+            prompt, start = _ask(engine, turns)
+        text = start + engine.generate([prompt], options.params())[0].text
         thinking, answer = split_thinking(text)
         if thinking:
             console.print(Text(thinking, style="dim"))
         console.print(Text(answer))
-        turns.append(("assistant", text))
+        turns.append(_turn("assistant", text))
 
 
-def _ask(engine: Engine, turns: Sequence[tuple[str, str]]) -> list[int]:
-    return encode_prompt(engine.tokenizer, [{"role": role, "content": content} for role, content in turns])
+def _turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def _ask(engine: Engine, turns: Sequence[dict[str, str]]) -> tuple[list[int], str]:
+    """The prompt's ids, and how the answer begins: with ``<think>`` where the prompt has opened it already.
+
+    A model's own template is used where it came with one, else DeepSeek's format.
+    """
+    tokenizer = engine.tokenizer
+    if tokenizer.template is None:
+        return encode_prompt(tokenizer, turns), ""
+    text = tokenizer.template.render(turns)
+    return tokenizer.encode(text, allow_special=True), THINK if opens_thinking(text) else ""
 
 
 def _read(console: Console) -> str:

@@ -3,12 +3,16 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+
+from deepseek_jax.data.model_folder import read_json_object, read_stop_ids, read_template, token_text
+from deepseek_jax.data.template import ChatTemplate
 
 # The bar is U+FF5C and the underscore U+2581, as in DeepSeek's released tokenizers.
 BOS = "<｜begin▁of▁sentence｜>"
@@ -48,13 +52,34 @@ _WORDS = (
     r"| ?[\p{P}\p{S}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# GPT-2's alphabet of byte-level tokens: a printable byte is its own character, the k-th other one is chr(256 + k).
+_PRINTABLE = {*range(33, 127), *range(161, 173), *range(174, 256)}
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+_BYTE_OF = {chr(b): b for b in _PRINTABLE} | {chr(256 + k): b for k, b in enumerate(_OTHERS)}
 
 
 class Tokenizer:
-    """Text to ids and back. Only with `allow_special` can text produce a special token."""
+    """Text to ids and back. Only with `allow_special` can text produce a special token.
 
-    def __init__(self, backend: tokenizers.Tokenizer):
+    bos, eos, pad: how those tokens are spelled, None where the tokenizer has none; without `pad`, EOS pads.
+    stop_ids: what ends an answer beside EOS. template: the model's chat template, where it came with one.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        bos: str | None = BOS,
+        eos: str | None = EOS,
+        pad: str | None = PAD,
+        stop_ids: Iterable[int] = (),
+        template: ChatTemplate | None = None,
+    ):
         self._special = backend
+        self._bos, self._eos, self._pad = bos, eos, pad
+        eos_ids = [] if eos is None else [self.token_id(eos)]
+        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys([*eos_ids, *stop_ids]))
+        self.template = template
         serialised = backend.to_str()
         self.fingerprint: str = hashlib.sha256(serialised.encode()).hexdigest()
         # The same merges without any added token: what encodes text that nobody vouches for.
@@ -64,6 +89,27 @@ class Tokenizer:
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> "Tokenizer":
         """Reads a `tokenizer.json`, or the one in the folder `path`; ValueError when there is none."""
+        return cls(cls._read(path))
+
+    @classmethod
+    def from_folder(cls, path: str | os.PathLike[str]) -> "Tokenizer":
+        """Reads what a released model's folder says of text: tokenizer.json, tokenizer_config.json, the chat template.
+
+        BOS, EOS and PAD are those of the config; without that file, DeepSeek's. `eos_token_id` of
+        generation_config.json, a number or a list, ends answers too. ValueError names what is wrong: no
+        tokenizer.json, a token that the vocabulary lacks, a template that is no template.
+        """
+        folder = Path(path)
+        backend = cls._read(folder / "tokenizer.json")
+        config = read_json_object(folder / "tokenizer_config.json") or {"bos_token": BOS, "eos_token": EOS}
+        names = {name: token_text(config, f"{name}_token") for name in ("bos", "eos", "pad")}
+        for name, token in names.items():
+            if token is not None and backend.token_to_id(token) is None:
+                raise ValueError(f"{folder}: {name}_token={token!r} is not in tokenizer.json")
+        return cls(backend, **names, stop_ids=read_stop_ids(folder), template=read_template(folder, config))
+
+    @staticmethod
+    def _read(path: str | os.PathLike[str]) -> tokenizers.Tokenizer:
         file = _tokenizer_file(path)
         if not file.is_file():
             raise ValueError(f"{file}: no such tokenizer file; a tokenizer.json or a folder holding one is needed")
@@ -74,7 +120,10 @@ class Tokenizer:
             raise ValueError(f"{file}:{error.lineno}: not JSON ({error.msg}); a tokenizer.json is needed") from error
         if not isinstance(content, dict) or "model" not in content:
             raise ValueError(f"{file}: has no 'model', so it is no tokenizer.json")
-        return cls(tokenizers.Tokenizer.from_str(text))
+        try:
+            return tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the library raises no narrower one
+            raise ValueError(f"{file}: no tokenizer.json ({error})") from error
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes `path` (a name ending in .json, or a folder to hold tokenizer.json) whole or not at all."""
@@ -98,16 +147,28 @@ class Tokenizer:
         return token_id
 
     @cached_property
+    def bos_ids(self) -> list[int]:
+        """What stands in front of raw text: BOS where the tokenizer has one, else nothing (Qwen2)."""
+        return [] if self._bos is None else [self.bos_id]
+
+    @cached_property
     def bos_id(self) -> int:
-        return self.token_id(BOS)
+        if self._bos is None:
+            raise ValueError("this tokenizer names no bos_token in its tokenizer_config.json")
+        return self.token_id(self._bos)
 
     @cached_property
     def eos_id(self) -> int:
-        return self.token_id(EOS)
+        if self._eos is None:
+            raise ValueError("this tokenizer names no eos_token in its tokenizer_config.json")
+        return self.token_id(self._eos)
 
     @cached_property
     def pad_id(self) -> int:
-        return self.token_id(PAD)
+        """PAD, else EOS, else 0: padding is masked wherever it stands, so that any id does."""
+        if self._pad is None:
+            return 0 if self._eos is None else self.eos_id
+        return self.token_id(self._pad)
 
     @cached_property
     def think_id(self) -> int:
@@ -126,12 +187,54 @@ class Tokenizer:
         return self.token_id(ASSISTANT)
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
-        """Ids of `text`, with no BOS or EOS added.
+        """Ids of `text` alone: no BOS or EOS, whatever `add_bos_token` says (transformers 5 does the same for R1).
 
-        Without `allow_special`, a special token's spelling inside `text` becomes ordinary tokens.
+        Raw text that a model is to continue needs `[*bos_ids, *encode(text)]`; `Engine.generate` does that. Without
+        `allow_special`, a special token's spelling inside `text` becomes ordinary tokens.
         """
         backend = self._special if allow_special else self._plain
         return backend.encode(text, add_special_tokens=False).ids
+
+    def encode_messages(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> list[int]:
+        """Ids of a conversation as the model's own template writes it; a BOS only where the template writes one.
+
+        As in transformers, special tokens count wherever they stand, in what users say too; `chat.encode_prompt`
+        is DeepSeek's format without that. ValueError: no template, or what `ChatTemplate.render` refuses.
+        """
+        if self.template is None:
+            raise ValueError("this tokenizer has no chat template (chat_template in tokenizer_config.json)")
+        text = self.template.render(messages, tools=tools, add_generation_prompt=add_generation_prompt, **variables)
+        return self.encode(text, allow_special=True)
+
+    def token_bytes(self, token_id: int, *, skip_special_tokens: bool = True) -> bytes:
+        """What one id adds to the bytes that `decode` reads as UTF-8; nothing for ids past the vocabulary.
+
+        ValueError where the tokenizer's decoder is not byte-level: there is no such thing then.
+        """
+        if not self._byte_level:
+            raise ValueError("this tokenizer's decoder is not ByteLevel, so its tokens are not bytes")
+        if skip_special_tokens and token_id in self._skipped:
+            return b""
+        token = self._special.id_to_token(token_id)
+        if token is None:
+            return b""
+        # A token with any other character is an added one, spelled as it is.
+        spelled = [_BYTE_OF.get(character) for character in token]
+        return token.encode() if None in spelled else bytes(b for b in spelled if b is not None)
+
+    @cached_property
+    def _byte_level(self) -> bool:
+        return (json.loads(self._special.to_str())["decoder"] or {}).get("type") == "ByteLevel"
+
+    @cached_property
+    def _skipped(self) -> frozenset[int]:
+        return frozenset(i for i, token in self._special.get_added_tokens_decoder().items() if token.special)
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD, ids past the vocabulary give nothing.

@@ -54,13 +54,16 @@ class Engine:
     def generate(
         self, prompts: Sequence[str | Sequence[int]], sampling: SamplingParams | None = None
     ) -> list[Completion]:
-        """Complete each prompt: text, which gets the begin-of-sentence token in front, or token ids as they are.
+        """Complete each prompt: text, with the begin-of-sentence token put in front where the tokenizer has one, or
+        token ids as they are.
+
+        An answer ends with one of the tokenizer's ``stop_ids`` or of ``sampling.stop_token_ids``.
 
         Raises ValueError for an empty prompt, and where prompt and answer would pass max_position_embeddings.
         """
         sampling = sampling or SamplingParams()
         ids = [
-            [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)] if isinstance(prompt, str) else list(prompt)
+            [*self.tokenizer.bos_ids, *self.tokenizer.encode(prompt)] if isinstance(prompt, str) else list(prompt)
             for prompt in prompts
         ]
         if not ids:
@@ -89,7 +92,7 @@ class Engine:
             positions,
             key,
             sampling=dataclasses.replace(sampling, seed=0, stop_token_ids=()),  # what compiles does not depend on them
-            stop_ids=(self.tokenizer.eos_id, *sampling.stop_token_ids),
+            stop_ids=(*self.tokenizer.stop_ids, *sampling.stop_token_ids),
             pad_id=self.tokenizer.pad_id,
         )
 

@@ -29,7 +29,7 @@ def inverse_frequencies(width: int, theta: float, scaling: RopeScaling) -> np.nd
 
         low = max(math.floor(corr(scaling.beta_fast)), 0)
         high = min(math.ceil(corr(scaling.beta_slow)), width - 1)
-        ramp = np.clip((np.arange(width // 2) - low) / max(high - low, 0.001), 0, 1)
+        ramp = np.clip((np.arange(width // 2) - low) / ((high - low) or 0.001), 0, 1)
         return freq * (1 - ramp) + freq / scaling.factor * ramp
     if scaling.type == "llama3":
         low_factor, high_factor = scaling.low_freq_factor, scaling.high_freq_factor

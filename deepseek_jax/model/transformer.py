@@ -56,6 +56,7 @@ class Transformer(nnx.Module):
         self.mtp = MTP(config, rngs=rngs) if config.num_nextn_predict_layers else None
         zeros = jnp.zeros((config.num_routers, config.n_routed_experts), jnp.float32)
         self.router_bias = RouterBias(zeros) if config.has_router_bias else None
+        self.source: str | None = None  # the folder it was loaded from: save_hf copies the tokenizer there
 
     def __call__(
         self,
@@ -230,6 +231,13 @@ def logical_axes(config: ModelConfig) -> dict[str, Any]:
     is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
     named = jax.tree_util.tree_map_with_path(axes, _abstract(config)[1], is_leaf=is_variable)
     return nnx.to_pure_dict(named)
+
+
+def abstract_arrays(config: ModelConfig) -> tuple[dict[str, Any], Any]:
+    """``split``'s result with shapes and dtypes in place of arrays; builds nothing."""
+    _, params, bias = _abstract(config)
+    shapes = functools.partial(jax.tree.map, lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+    return shapes(nnx.to_pure_dict(params)), shapes(nnx.to_pure_dict(bias)).get("router_bias")
 
 
 @functools.cache

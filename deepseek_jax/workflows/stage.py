@@ -18,6 +18,7 @@ from deepseek_jax.config import ModelConfig, check_types
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.evals.accuracy import Answered
 from deepseek_jax.model import transformer
+from deepseek_jax.model.costs import count_parameters
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh, use_mesh
 from deepseek_jax.parallel.sharding import place_batch, tree_shardings
 from deepseek_jax.train.loop import CHECKPOINTS, Batches, LoopConfig, run_loop
@@ -144,18 +145,6 @@ def train_stage(
         **count_parameters(model),
         "cache_numbers_per_token_layer": model.cache_numbers_per_token_layer,
     }
-
-
-def count_parameters(config: ModelConfig) -> dict[str, int]:
-    """Parameters in all, and those that one token of the main model uses (MTP left out, the embedding in)."""
-    params, _ = jax.eval_shape(lambda: transformer.init(config))
-    size = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))  # noqa: E731
-    total, active = size(params), size({name: tree for name, tree in params.items() if name != "mtp"})
-    if config.num_moe_layers:
-        mlp = params["moe_layers"]["mlp"]
-        routed = size([mlp["wi"], mlp["wo"]])
-        active -= routed - routed * config.num_experts_per_tok // config.n_routed_experts
-    return {"parameters_total": total, "parameters_active": active}
 
 
 def read_result(run_dir: str | Path) -> dict[str, Any] | None:

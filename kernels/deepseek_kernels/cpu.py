@@ -45,11 +45,11 @@ def usable(*operands: jax.Array) -> bool:
     return all(operand.dtype == jnp.float32 for operand in operands) and available()
 
 
-def call(target: str, shapes: list[tuple[int, ...]], *operands: jax.Array) -> list[jax.Array]:
+def call(target: str, shapes: list[tuple[int, ...]], *operands: jax.typing.ArrayLike) -> list[jax.Array]:
     """Call one of ``TARGETS``; float32 results of these shapes."""
     assert target in TARGETS
     results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    return jax.ffi.ffi_call(f"deepseek_{target}", results)(*operands)
+    return [*jax.ffi.ffi_call(f"deepseek_{target}", results)(*operands)]
 
 
 def _built() -> Path:

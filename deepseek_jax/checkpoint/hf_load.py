@@ -1,0 +1,278 @@
+"""Load a released model's folder: config.json and safetensors, streamed tensor by tensor to where the weights live.
+
+Worker threads read a tensor from its mapped file, turn it to our layout and send it to the device; a jitted program
+casts or dequantises it into its place of the (donated) stacked parameter. Every tensor of the files is used or named.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from deepseek_jax.checkpoint.hf_check import check_tensors, find_mtp
+from deepseek_jax.checkpoint.hf_names import HFTensor, LeafPath, flatten, leaf_shapes
+from deepseek_jax.checkpoint.reading import nest
+from deepseek_jax.checkpoint.safetensors import TensorFiles
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.hf_config import from_hf
+from deepseek_jax.model import transformer
+from deepseek_jax.parallel.sharding import named_sharding
+from deepseek_kernels.block_fp8 import BLOCK, FP8, BlockScaled, scales_shape, split_shape
+
+KEPT_FP8 = "float8_e4m3"
+DTYPES = ("bfloat16", "float32", KEPT_FP8)
+_WORKERS = 2
+_IN_FLIGHT = 2**28  # bytes sent to the devices before they are waited for
+_Sent = tuple[LeafPath, Any, Any, np.ndarray]  # leaf, device, piece, where the piece starts in the device's buffer
+
+
+def load_hf(
+    path: str | Path, *, mesh: Mesh | None = None, dtype: Any = jnp.bfloat16, ignore_config: Sequence[str] = ()
+) -> transformer.Transformer:
+    """The model in a folder with ``config.json`` and safetensors, its parameters on ``mesh`` (default: one device).
+
+    Args:
+      dtype: bfloat16 or float32, of parameters and arithmetic; FP8 checkpoints are dequantised to it. "float8_e4m3"
+        keeps their FP8 matrices and scales as they are (``BlockScaled``), for inference in bfloat16.
+      ignore_config: fields of config.json to pass over, see ``hf_config.from_hf``.
+
+    Raises ValueError, naming tensor or field, for whatever is missing, unknown, misshapen or damaged. An MTP module
+    that config.json announces and the files lack altogether is left out with a warning.
+    """
+    return load_model(Path(path), mesh=mesh, dtype=dtype, ignore_config=ignore_config)
+
+
+def load_model(
+    path: Path,
+    *,
+    mesh: Mesh | None = None,
+    dtype: Any = jnp.bfloat16,
+    ignore_config: Sequence[str] = (),
+    on_start: Callable[[int], None] = lambda total: None,
+    on_tensor: Callable[[int], None] = lambda size: None,
+) -> transformer.Transformer:
+    """``load_hf`` that reports: on_start gets the bytes that will be read, on_tensor those of each tensor read."""
+    name = dtype_name(dtype)
+    kept = name == KEPT_FP8
+    config = from_hf(path, ignore_config=ignore_config)
+    compute = "bfloat16" if kept else name
+    with TensorFiles(path) as files:
+        config = find_mtp(dataclasses.replace(config, dtype=compute, param_dtype=compute), files)
+        tensors = check_tensors(config, files, keep_fp8=kept)
+        on_start(sum(files.tensors[tensor.name].end - files.tensors[tensor.name].start for tensor in tensors))
+        leaves = _Leaves(config, tensors, mesh, compute, kept)
+        _stream(files, tensors, leaves, on_tensor)
+        arrays = leaves.finish()
+    router_bias = arrays.pop(("router_bias",), None)
+    model = transformer.merge(config, nest(arrays), router_bias)
+    model.source = str(path.absolute())
+    return model
+
+
+def dtype_name(dtype: Any) -> str:
+    """One of DTYPES; ValueError for another."""
+    name = KEPT_FP8 if dtype in (KEPT_FP8, FP8) else dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
+    if name not in DTYPES:
+        raise ValueError(f"dtype={name!r}: must be one of {', '.join(DTYPES)}")
+    return name
+
+
+class _Leaves:
+    """The parameters while they fill: of each leaf a buffer on every device that this process feeds.
+
+    A leaf kept in FP8 is two: its values, and its scales under the path + ("scales",). Vectors are gathered in host
+    memory: they are small, and each would need a program of its own.
+    """
+
+    def __init__(self, config: ModelConfig, tensors: list[HFTensor], mesh: Mesh | None, dtype: str, kept: bool):
+        axes = dict(flatten(transformer.logical_axes(config))) | {("router_bias",): (None, None)}
+        self.groups = {tensor.path: tensor.groups for tensor in tensors if kept and tensor.quantised}
+        self.shapes: dict[LeafPath, tuple[int, ...]] = {}
+        self.shardings: dict[LeafPath, Any] = {}
+        dtypes: dict[LeafPath, Any] = {}
+
+        def add(path: LeafPath, shape: tuple[int, ...], dtype: Any, axes: tuple[str | None, ...]) -> None:
+            local = SingleDeviceSharding(jax.local_devices()[0])
+            self.shapes[path], dtypes[path] = shape, np.dtype(dtype)
+            self.shardings[path] = local if mesh is None else named_sharding(mesh, axes, shape)
+
+        for path, shape in leaf_shapes(config).items():
+            groups = self.groups.get(path)
+            wide = jnp.float32 if path == ("router_bias",) else jnp.dtype(dtype)
+            add(path, shape, FP8 if groups else wide, axes[path])
+            if groups:
+                lead, _ = split_shape(shape, groups)
+                add(
+                    (*path, "scales"),
+                    scales_shape(shape, groups),
+                    jnp.float32,
+                    (*axes[path][: len(lead)], *(None,) * len(groups)),
+                )
+        vectors = {tensor.path for tensor in tensors if len(tensor.shape) == 1}
+        self.vectors = {path: np.zeros(self.shapes[path], dtypes[path]) for path in vectors}
+        large = [path for path in self.shapes if path not in vectors]
+        self.buffers: dict[LeafPath, dict[Any, jax.Array]] = {path: {} for path in large}
+        for device in self.shardings[large[0]].addressable_devices:
+            here = {path: (self.shardings[path].shard_shape(self.shapes[path]), dtypes[path]) for path in large}
+            for path, buffer in zip(large, _zeros(tuple(here.values()), device), strict=True):
+                self.buffers[path][device] = buffer
+
+    def pieces(
+        self, path: LeafPath, place: list[tuple[int, int]]
+    ) -> Iterator[tuple[Any, tuple[slice, ...], np.ndarray]]:
+        """(device, slices of the place, where they start in the device's buffer) for all that hold some of it."""
+        shape = self.shapes[path]
+        for device, index in self.shardings[path].addressable_devices_indices_map(shape).items():
+            held = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
+            cut = [(max(p[0], h[0]), min(p[1], h[1])) for p, h in zip(place, held, strict=True)]
+            if all(low < high for low, high in cut):
+                slices = tuple(slice(low - p[0], high - p[0]) for (low, high), p in zip(cut, place, strict=True))
+                yield device, slices, np.array([low - h[0] for (low, _), h in zip(cut, held, strict=True)], np.int32)
+
+    def fill(self, path: LeafPath, device: Any, piece: Any, starts: np.ndarray) -> None:
+        self.buffers[path][device] = _fill(self.buffers[path][device], piece, starts)
+
+    def wait(self, paths: set[LeafPath]) -> None:
+        jax.block_until_ready([self.buffers[path] for path in paths])
+
+    def finish(self) -> dict[LeafPath, Any]:
+        arrays: dict[LeafPath, Any] = {}
+        for path, shape in self.shapes.items():
+            if path in self.vectors:
+                arrays[path] = jax.make_array_from_callback(shape, self.shardings[path], self.vectors[path].__getitem__)
+            else:
+                buffers = [*self.buffers[path].values()]
+                arrays[path] = jax.make_array_from_single_device_arrays(shape, self.shardings[path], buffers)
+        for path, groups in self.groups.items():
+            arrays[path] = BlockScaled(arrays[path], arrays.pop((*path, "scales")), groups)
+        return arrays
+
+
+def _zeros(kinds: tuple[tuple[tuple[int, ...], np.dtype], ...], device: Any) -> list[jax.Array]:
+    """Arrays of these shapes and dtypes on one device, made by one program."""
+    return jax.jit(lambda: [jnp.zeros(*kind) for kind in kinds], out_shardings=SingleDeviceSharding(device))()
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _fill(buffer: Any, piece: Any, starts: Any) -> Any:
+    """``buffer`` with ``piece`` (an array or BlockScaled of its rank) at ``starts``, in place.
+
+    Moved as whole numbers: XLA:CPU takes bf16 and FP8 through float32, ten times slower.
+    """
+    filled = jax.lax.dynamic_update_slice(to_bits(buffer), to_bits(piece.astype(buffer.dtype)), list(starts))
+    return from_bits(filled, buffer.dtype)
+
+
+def to_bits(x: jax.Array) -> jax.Array:
+    """The same memory as unsigned integers; within a jitted program it costs nothing."""
+    return jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize])
+
+
+def from_bits(x: jax.Array, dtype: Any) -> jax.Array:
+    """The inverse of ``to_bits``."""
+    return jax.lax.bitcast_convert_type(x, dtype)
+
+
+def _stream(files: TensorFiles, tensors: list[HFTensor], leaves: _Leaves, on_tensor: Callable[[int], None]) -> None:
+    """Fill the leaves in the order of the files, a few tensors at a time."""
+    order = {name: i for i, name in enumerate(files.tensors)}
+    queue: collections.deque = collections.deque()
+    sent, touched = 0, set()
+
+    def take_one() -> None:
+        nonlocal sent, touched
+        tensor, size, future = queue.popleft()
+        for path, device, piece, starts in future.result():
+            leaves.fill(path, device, piece, starts)
+            touched.add(path)
+        sent += size
+        if sent > _IN_FLIGHT:
+            leaves.wait(touched)
+            sent, touched = 0, set()
+        on_tensor(size)
+
+    with concurrent.futures.ThreadPoolExecutor(_WORKERS) as pool:
+        try:
+            for tensor in sorted(tensors, key=lambda tensor: order[tensor.name]):
+                info = files.tensors[tensor.name]
+                queue.append((tensor, info.end - info.start, pool.submit(_send, files, tensor, leaves)))
+                while len(queue) > 2 * _WORKERS:
+                    take_one()
+            while queue:
+                take_one()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _send(files: TensorFiles, tensor: HFTensor, leaves: _Leaves) -> list[_Sent]:
+    """Read one tensor, and its scales, and send each device its part."""
+    if tensor.path in leaves.vectors:
+        vectors = leaves.vectors[tensor.path]
+        vectors[tensor.index] = files.array(tensor.name).reshape(tensor.kept).astype(vectors.dtype)
+        return []
+    scaled = files.tensors[tensor.name].dtype == FP8
+    sent = [
+        (path, device, jax.device_put(piece, device), starts)
+        for path, device, piece, starts in _parts(files, tensor, leaves, scaled)
+    ]
+    jax.block_until_ready([piece for _, _, piece, _ in sent])
+    for name in (tensor.name, tensor.scale_name) if scaled else (tensor.name,):
+        files.forget(name)
+    return sent
+
+
+def _parts(files: TensorFiles, tensor: HFTensor, leaves: _Leaves, scaled: bool) -> Iterator[_Sent]:
+    """The parts of a tensor as views of its file."""
+    values = _our_layout(files.array(tensor.name), tensor)
+    place = [
+        (i, i + 1) if isinstance(i, int) else (0, size) for i, size in zip(tensor.index, values.shape, strict=True)
+    ]
+    scales = files.array(tensor.scale_name).T if scaled else None
+    kept = tensor.path in leaves.groups
+    for device, cut, starts in leaves.pieces(tensor.path, place):
+        piece = values[cut] if kept or scales is None else _scaled(values[cut], cut, scales, tensor)
+        yield tensor.path, device, piece, starts
+    if kept and scales is not None:
+        path = (*tensor.path, "scales")
+        lead = len(place) - sum(axes for axes, _ in tensor.groups)
+        between = [span for span, i in zip(place[lead:], tensor.index[lead:], strict=True) if isinstance(i, int)]
+        place = [*place[:lead], (0, scales.shape[0]), *between, (0, scales.shape[1])]
+        scales = scales.reshape([high - low for low, high in place])
+        for device, cut, starts in leaves.pieces(path, place):
+            yield path, device, scales[cut], starts
+
+
+def _our_layout(array: np.ndarray, tensor: HFTensor) -> np.ndarray:
+    """A view of a released tensor with the axes of its leaf; those of an index have size 1."""
+    inputs, outputs = tensor.kept[: tensor.inputs], tensor.kept[tensor.inputs :]
+    array = array.reshape(*outputs, *inputs)
+    array = array.transpose(*range(len(outputs), array.ndim), *range(len(outputs)))
+    return np.expand_dims(array, [axis for axis, i in enumerate(tensor.index) if isinstance(i, int)])
+
+
+def _scaled(piece: np.ndarray, cut: tuple[slice, ...], scales: np.ndarray, tensor: HFTensor) -> BlockScaled:
+    """Part of a released FP8 matrix with its part of the scales. Where a device's part begins within a block, the
+    scales are repeated so that it begins a smaller one."""
+    lead = piece.ndim - sum(axes for axes, _ in tensor.groups)
+    groups, at = [], lead
+    for n, (axes, block) in enumerate(tensor.groups):
+        if block > 1:
+            axis = min(n, 1)
+            inner = int(np.prod([1, *piece.shape[at + 1 : at + axes]]))
+            start, size = cut[at].start * inner, int(np.prod(piece.shape[at : at + axes]))
+            block = int(np.gcd(BLOCK, start))
+            scales = np.repeat(scales, BLOCK // block, axis=axis)
+            part = slice(start // block, -(-(start + size) // block))
+            scales = scales[part] if axis == 0 else scales[:, part]
+        groups.append((axes, block))
+        at += axes
+    between = (1,) * (len(groups) - 2)
+    return BlockScaled(piece, scales.reshape(*(1,) * lead, scales.shape[0], *between, scales.shape[1]), tuple(groups))

@@ -1,0 +1,108 @@
+"""``convert``: a released model's folder to our own checkpoint and back."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from deepseek_jax.checkpoint import CheckpointStore
+from deepseek_jax.checkpoint.hf_load import KEPT_FP8, load_model
+from deepseek_jax.checkpoint.hf_save import claim, copy_companions, publish, write_model
+from deepseek_jax.cli.talk import find_run, is_hf_folder
+from deepseek_jax.model import transformer
+from deepseek_jax.train.loop import CHECKPOINTS
+from deepseek_jax.workflows.stage import TOKENIZER, load_trained
+
+GIGABYTE = 10**9
+
+
+@dataclasses.dataclass(frozen=True)
+class _Convert:
+    """Convert between a released model's folder (config.json and safetensors) and this project's own checkpoints, in
+    the direction that SRC calls for. Killed on the way it leaves nothing but DST.partial; run again, it goes on.
+
+    src: a released model's folder, or one that a stage or the demo wrote.
+    dst: the folder to write; it must not exist.
+    dtype: of the weights written; float8_e4m3 only to a released model's format.
+    shard_gigabytes: how large one safetensors file may become.
+    """
+
+    src: Annotated[str, tyro.conf.Positional]
+    dst: Annotated[str, tyro.conf.Positional]
+    dtype: Literal["bfloat16", "float32", "float8_e4m3"] = "bfloat16"
+    shard_gigabytes: float = 5.0
+    ignore_config: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A field of config.json to pass over; give it several times for more."""
+
+
+def run_convert(arguments: Sequence[str]) -> None:
+    options = tyro.cli(_Convert, args=list(arguments), prog="deepseek-jax convert")
+    if is_hf_folder(options.src):
+        _to_orbax(options)
+    else:
+        _to_hf(options)
+    Console().print(f"→ {options.dst}")
+
+
+def _to_orbax(options: _Convert) -> None:
+    """Orbax commits a checkpoint whole or not at all, so a killed conversion begins anew."""
+    if options.dtype == KEPT_FP8:
+        raise ValueError(f"--dtype {KEPT_FP8}: our own checkpoints hold bfloat16 or float32")
+    source, target = Path(options.src), Path(options.dst)
+    partial = claim(target)
+    with _progress("reading") as (start, advance):
+        model = load_model(
+            source, dtype=options.dtype, ignore_config=options.ignore_config, on_start=start, on_tensor=advance
+        )
+    params, router_bias = transformer.split(model)
+    state = {"params": params} | ({} if router_bias is None else {"router_bias": router_bias})
+    with Console().status("writing"), CheckpointStore(partial / CHECKPOINTS, keep=1) as store:
+        store.save(0, state, loader={}, meta={"stage": "convert", "model": model.config.to_dict()}, block=True)
+    if TOKENIZER not in copy_companions(source, partial):
+        Console(stderr=True).print(f"{source} holds no {TOKENIZER}: generate and sft will ask for one in {target}")
+    publish(partial, target)
+
+
+def _to_hf(options: _Convert) -> None:
+    if options.ignore_config:
+        raise ValueError(f"--ignore-config is for a released model's config.json, and {options.src} is none")
+    run = find_run(options.src)
+    trained = load_trained(run)
+    with _progress("writing") as (start, advance):
+        write_model(
+            trained.config,
+            trained.params,
+            trained.router_bias,
+            Path(options.dst),
+            options.dtype,
+            run,
+            max_shard_bytes=int(options.shard_gigabytes * GIGABYTE),
+            resume_as=_name_of(run),
+            on_start=start,
+            on_tensor=advance,
+        )
+
+
+def _name_of(run: Path) -> str:
+    """What tells the newest checkpoint of a run from any other: its place and its files with sizes and times."""
+    with CheckpointStore(run / CHECKPOINTS, keep=1) as store:
+        folder = store.directory / str(store.latest_step())
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    facts = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
+    """A bar of bytes -> (set its total, advance it)."""
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns) as bar:
+        task = bar.add_task(what, total=None)
+        yield (lambda total: bar.update(task, total=total)), (lambda size: bar.update(task, advance=size))

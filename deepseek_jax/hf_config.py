@@ -1,0 +1,299 @@
+"""``config.json`` of the released models to ``ModelConfig`` and back.
+
+Every field of a ``config.json`` is read, or stands in a table of ``hf_families`` as changing nothing (for some values
+or for all), or is refused by name.
+"""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from deepseek_jax.config import ModelConfig, RopeScaling
+from deepseek_jax.hf_families import (
+    EXPERTS,
+    FAMILIES,
+    GQA,
+    GROUPS,
+    INERT,
+    MLA,
+    NULL_MEANS_ZERO,
+    QUANTISATION,
+    ROTARY,
+    SCALING,
+    Family,
+)
+
+Source = Mapping[str, Any] | str | os.PathLike[str]
+
+
+def from_hf(source: Source, *, ignore_config: Iterable[str] = ()) -> ModelConfig:
+    """The network that a ``config.json`` describes.
+
+    Args:
+      source: its content, its path, or the folder that holds it.
+      ignore_config: fields taken as absent (``rope_scaling.truncate`` for one inside another), whatever that does.
+
+    ``dtype`` and ``param_dtype`` stay at ModelConfig's defaults: what a file stores is not what a run computes in.
+    FileNotFoundError: no such file. ValueError: not a JSON object; an unknown architecture; a required field missing;
+    a field that is unknown or asks for something that is not computed here, by name and value.
+    """
+    if isinstance(ignore_config, str):
+        raise ValueError(f"ignore_config={ignore_config!r}: give a list of field names")
+    found = _without(_read(source), set(ignore_config))
+    model_type = _model_type(found)
+    family = FAMILIES[model_type]
+    refused = [*_not_computed(family, found), *_not_fp8_blocks(found.get("quantization_config"))]
+    if refused:
+        raise ValueError(
+            f"config.json ({model_type}) asks for what is not computed here: {'; '.join(refused)}. Fields named in "
+            "ignore_config are taken as absent"
+        )
+    values = {**family.absent, **_without_nulls(found)}
+    if "head_dim" in family.reads:
+        values = _head_widths(model_type, values)
+    reads = _needed(family, values)
+    missing = [name for name in reads if name not in values]
+    if missing:
+        raise ValueError(f"config.json ({model_type}) lacks {', '.join(missing)}")
+    settings = dict(family.fixed) | {name: values[name] for name in reads}
+    if not settings["n_routed_experts"]:
+        settings["first_k_dense_replace"] = settings["num_hidden_layers"]
+    return canonical(ModelConfig(**settings, **_rotary(found)))
+
+
+def to_hf(config: ModelConfig) -> dict[str, Any]:
+    """The content of a ``config.json`` from which ``from_hf`` and transformers make this network.
+
+    Token ids, stored types and quantisation are the caller's to add. YaRN is written with both ``mscale`` and
+    ``mscale_all_dim``; where one is zero, transformers and the released code multiply cosines by different factors
+    from the same file, so ``attention_factor`` is written too, which makes transformers follow the released code.
+    ValueError: no released architecture computes this; names the fields.
+    """
+    config = canonical(config)
+    model_type = _nearest_type(config)
+    family = FAMILIES[model_type]
+    content: dict[str, Any] = {"architectures": [family.architecture], "model_type": model_type}
+    content |= {name: allowed[0] for name, allowed in family.only.items()}
+    content |= {name: getattr(config, name) for name in family.reads}
+    if config.attention == "mla":
+        content |= {"q_lora_rank": config.q_lora_rank or None, "num_key_value_heads": config.num_attention_heads}
+    content |= {"rope_theta": config.rope_theta, "rope_scaling": _spell_scaling(config.rope_scaling)}
+    lost = [name for name, value in family.fixed.items() if getattr(config, name) != value]
+    lost += [name for name in family.reads if name in family.only and content[name] not in family.only[name]]
+    if config.num_nextn_predict_layers and not config.num_moe_layers:
+        lost.append("n_routed_experts")  # the module behind the last layer would have experts
+    if lost:
+        spelled = ", ".join(f"{name}={getattr(config, name)!r}" for name in lost)
+        raise ValueError(f"no released architecture computes this: {model_type}, the nearest, cannot say {spelled}")
+    return content
+
+
+def canonical(config: ModelConfig) -> ModelConfig:
+    """The same network with default values in all fields that do nothing in it, and in those that only say how it is
+    run (dtype, param_dtype, remat, scan_unroll)."""
+    idle = ["dtype", "param_dtype", "remat", "scan_unroll"]
+    idle += GQA if config.attention == "mla" else [name for name in MLA if name != "attention_bias"]
+    changes: dict[str, Any] = {}
+    if not config.num_moe_layers:
+        idle += ["scoring", "topk_method", *GROUPS, "norm_topk_prob", "routed_scaling_factor", *EXPERTS]
+        changes = {"n_routed_experts": 0, "first_k_dense_replace": config.num_hidden_layers}
+    elif config.topk_method == "greedy":
+        changes = dict.fromkeys(GROUPS, 1)
+    scaling = config.rope_scaling
+    used = {name: getattr(scaling, name) for name in SCALING[scaling.type]}
+    changes["rope_scaling"] = RopeScaling(scaling.type, **used)
+    defaults = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
+    return dataclasses.replace(config, **({name: defaults[name] for name in idle} | changes))
+
+
+def _read(source: Source) -> dict[str, Any]:
+    if isinstance(source, Mapping):
+        return dict(source)
+    path = Path(source)
+    path = path / "config.json" if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        raise ValueError(f"{path}: not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a {type(content).__name__}, not an object")
+    return content
+
+
+def _without(values: Mapping[str, Any], ignored: set[str], prefix: str = "") -> dict[str, Any]:
+    """A copy without the ignored fields, those inside others named with a dot."""
+    return {
+        name: _without(value, ignored, f"{prefix}{name}.") if isinstance(value, Mapping) else value
+        for name, value in values.items()
+        if prefix + name not in ignored
+    }
+
+
+def _without_nulls(values: Mapping[str, Any]) -> dict[str, Any]:
+    read = {name: 0 if value is None and name in NULL_MEANS_ZERO else value for name, value in values.items()}
+    return {name: value for name, value in read.items() if value is not None}
+
+
+def _model_type(found: Mapping[str, Any]) -> str:
+    """The family: by ``model_type``, or by the architecture of V3, which other models have under names of their own."""
+    name, architectures = str(found.get("model_type")), found.get("architectures") or []
+    v3 = FAMILIES["deepseek_v3"].architecture
+    if not isinstance(architectures, list):
+        raise ValueError(f"config.json: architectures={architectures!r} is not a list")
+    if name not in FAMILIES and v3 in architectures:
+        return "deepseek_v3"
+    if name not in FAMILIES:
+        raise ValueError(
+            f"config.json: model_type={name!r}, architectures={architectures!r}; known are the types "
+            f"{', '.join(FAMILIES)} and any other whose architectures name {v3}"
+        )
+    if architectures and FAMILIES[name].architecture not in architectures:
+        raise ValueError(
+            f"config.json: architectures={architectures!r}; of model_type={name!r} only {FAMILIES[name].architecture} "
+            "is known (ignore_config=['architectures'] takes it for that)"
+        )
+    return name
+
+
+def _not_computed(family: Family, found: Mapping[str, Any]) -> list[str]:
+    """What to refuse: fields that nobody knows, and values that would change what is computed."""
+    refused = []
+    known = {*family.reads, *family.only, *family.inert, *ROTARY, *INERT}
+    for name, value in found.items():
+        if name == "layer_types":
+            if value is not None and not (isinstance(value, list) and all(kind == "full_attention" for kind in value)):
+                refused.append(f"layer_types={value!r} (only 'full_attention')")
+        elif name not in known:
+            refused.append(f"{name}={value!r} (unknown)")
+        elif name in family.only and value is not None and not _among(value, family.only[name]):
+            refused.append(f"{name}={value!r} (only {' or '.join(map(repr, family.only[name]))})")
+    return refused
+
+
+def _among(value: Any, allowed: tuple[Any, ...]) -> bool:
+    return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed)
+
+
+def _not_fp8_blocks(quantisation: Any) -> list[str]:
+    """What to refuse of ``quantization_config``: all but e4m3 in 128×128 blocks."""
+    if quantisation is None:
+        return []
+    if not isinstance(quantisation, Mapping):
+        return [f"quantization_config={quantisation!r} (not an object)"]
+    given = {name: value for name, value in quantisation.items() if value is not None}
+    refused = [
+        f"quantization_config.{name} is missing" for name in ("quant_method", "weight_block_size") if name not in given
+    ]
+    for name, value in given.items():
+        allowed = QUANTISATION.get(name, ())
+        if allowed is not None and not _among(list(value) if isinstance(value, tuple) else value, allowed):
+            wanted = f"only {' or '.join(map(repr, allowed))}" if allowed else "unknown"
+            refused.append(f"quantization_config.{name}={value!r} ({wanted})")
+    return refused
+
+
+def _head_widths(model_type: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Grouped-query attention's two widths where they are left out: every head its own keys, heads that fill D.
+
+    qwen2 is different: transformers takes an absent ``num_key_value_heads`` for 32, so it has to be there.
+    """
+    heads, width = values.get("num_attention_heads"), values.get("hidden_size")
+    if heads is None or width is None:
+        return values
+    if model_type != "qwen2":
+        values = {"num_key_value_heads": heads} | values
+    if "head_dim" not in values:
+        if not (isinstance(heads, int) and heads > 0 and isinstance(width, int) and width % heads == 0):
+            raise ValueError(f"config.json: num_attention_heads={heads!r} does not divide hidden_size={width!r}")
+        values = values | {"head_dim": width // heads}
+    return values
+
+
+def _needed(family: Family, values: Mapping[str, Any]) -> list[str]:
+    """Fields to read: those of experts where there are experts, those of groups where groups are chosen."""
+    idle: set[str] = set()
+    if "n_routed_experts" in family.reads and values.get("n_routed_experts") == 0:
+        idle = {*EXPERTS, *GROUPS, "topk_method", "norm_topk_prob", "routed_scaling_factor"}
+    elif values.get("topk_method") == "greedy":
+        idle = set(GROUPS)
+    return [name for name in family.reads if name not in idle]
+
+
+def _rotary(found: Mapping[str, Any]) -> dict[str, Any]:
+    """``rope_theta`` and ``rope_scaling`` of ModelConfig from either spelling; ValueError where two disagree."""
+    spelled = {name: found[name] for name in ("rope_scaling", "rope_parameters") if found.get(name)}
+    thetas, scalings = {"rope_theta": found.get("rope_theta")}, {}
+    for name, fields in spelled.items():
+        if not isinstance(fields, Mapping):
+            raise ValueError(f"config.json: {name}={fields!r} is not an object")
+        thetas[f"{name}.rope_theta"] = fields.get("rope_theta")
+        scalings[name] = _scaling(name, {key: value for key, value in fields.items() if key != "rope_theta"})
+    thetas = {name: value for name, value in thetas.items() if value is not None}
+    for what in (thetas, scalings):
+        if any(value != next(iter(what.values())) for value in what.values()):
+            raise ValueError(f"config.json contradicts itself: {', '.join(f'{k}={v!r}' for k, v in what.items())}")
+    theta = next(iter(thetas.values()), 10000.0)  # transformers and all released code
+    return {"rope_theta": theta, "rope_scaling": next(iter(scalings.values()), RopeScaling())}
+
+
+def _scaling(where: str, fields: Mapping[str, Any]) -> RopeScaling:
+    """One ``rope_scaling`` object. ``mscale`` and ``mscale_all_dim`` mean what they mean in the released code, see
+    ``SCALING``; ``attention_factor``, which that code does not know, may only repeat what follows from them."""
+    given = {name: value for name, value in fields.items() if value is not None}
+    types = [given.pop(name) for name in ("type", "rope_type") if name in given] or ["default"]
+    kind = "none" if types[0] == "default" else str(types[0])
+    if types[0] != types[-1] or kind not in SCALING:
+        raise ValueError(
+            f"config.json: {where} of type {' and '.join(map(repr, types))}; known are 'default', 'yarn' and 'llama3'"
+        )
+    repeated = given.pop("attention_factor", None) if kind == "yarn" else None
+    for name, inert in {"partial_rotary_factor": 1.0, "truncate": True}.items():
+        if name in given and given[name] == inert:
+            given.pop(name)
+    values = {name: value for name, value in SCALING[kind].items() if value is not None} | given
+    unknown = [f"{where}.{name}={value!r}" for name, value in given.items() if name not in SCALING[kind]]
+    missing = [f"{where}.{name}" for name in SCALING[kind] if name not in values]
+    if unknown:
+        raise ValueError(f"config.json: {', '.join(unknown)} unknown with type {kind}; ignore_config can name it")
+    if missing:
+        raise ValueError(f"config.json: {', '.join(missing)} missing (type {kind})")
+    scaling = RopeScaling(kind, **values)  # pyright: ignore[reportArgumentType]
+    known = repeated is None or isinstance(repeated, int | float)
+    if not known or repeated is not None and not math.isclose(repeated, _amplitude(scaling), rel_tol=1e-6):
+        raise ValueError(
+            f"config.json: {where}.attention_factor={repeated!r}, but mscale={scaling.mscale} and mscale_all_dim="
+            f"{scaling.mscale_all_dim} make it {_amplitude(scaling)}"
+        )
+    return scaling
+
+
+def _amplitude(scaling: RopeScaling) -> float:
+    """What the released code multiplies cosines and sines by: ``m(mscale) / m(mscale_all_dim)``, ``m(x) = 0.1 x ln
+    factor + 1``."""
+    grown = math.log(max(scaling.factor, 1.0))
+    return (0.1 * scaling.mscale * grown + 1) / (0.1 * scaling.mscale_all_dim * grown + 1)
+
+
+def _nearest_type(config: ModelConfig) -> str:
+    if config.attention == "gqa" and config.n_routed_experts:
+        return "deepseek"
+    if config.attention == "gqa":
+        return "qwen2" if config.attention_bias else "llama"
+    return "deepseek_v3" if config.scoring == "sigmoid" else "deepseek_v2"
+
+
+def _spell_scaling(scaling: RopeScaling) -> dict[str, Any] | None:
+    if scaling.type == "none":
+        return None
+    # The old key, which the released MLA code asks for, and the one that Llama 3.1 came with.
+    content: dict[str, Any] = {"type" if scaling.type == "yarn" else "rope_type": scaling.type}
+    content |= {name: getattr(scaling, name) for name in SCALING[scaling.type]}
+    if scaling.type == "yarn" and not (scaling.mscale and scaling.mscale_all_dim):
+        content["attention_factor"] = _amplitude(scaling)
+    return content

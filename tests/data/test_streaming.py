@@ -1,0 +1,55 @@
+"""Streaming: the pieces are the text, and no piece holds half a character."""
+
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import models
+
+from deepseek_jax.data.streaming import TextStream
+from deepseek_jax.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+
+# Few merges reach these: nearly every character is several tokens.
+characters = st.sampled_from("你好数字👩‍👩‍👧‍👦🇨🇳🙂é½𝔘\u0301\ufeff") | st.characters(codec="utf-8")
+texts = st.lists(characters | st.sampled_from(SPECIAL_TOKENS), max_size=30).map("".join)
+
+
+def pieces(tokenizer: Tokenizer, ids: list[int], skip: bool) -> list[str]:
+    stream = TextStream(tokenizer, skip_special_tokens=skip)
+    return [*map(stream.push, ids), stream.finish()]
+
+
+@settings(max_examples=300)
+@given(text=texts)
+def test_no_piece_holds_half_a_character(tokenizer, text):
+    ids = tokenizer.encode(text)
+    parts = pieces(tokenizer, ids, False)
+    assert "".join(parts) == text
+    assert parts[-1] == "" and all("\ufffd" not in part for part in parts) or "\ufffd" in text
+    # Each piece comes as early as it can: what is missing after n ids is less than a character.
+    for n in range(len(ids)):
+        assert tokenizer.decode(ids[: n + 1], skip_special_tokens=False).startswith("".join(parts[: n + 1]))
+
+
+@settings(max_examples=300)
+@given(data=st.data(), skip=st.booleans())
+def test_any_ids_stream_to_what_decode_says(tokenizer, data, skip):
+    """Also ids that are no UTF-8 together, special tokens in the middle of a character, ids past the vocabulary."""
+    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size + 5), max_size=40))
+    assert "".join(pieces(tokenizer, ids, skip)) == tokenizer.decode(ids, skip_special_tokens=skip)
+
+
+def test_a_character_comes_with_its_last_byte(tokenizer):
+    ids = tokenizer.encode("🙂")
+    assert len(ids) == 4
+    stream = TextStream(tokenizer)
+    assert [stream.push(i) for i in ids] == ["", "", "", "🙂"]
+    assert [stream.push(i) for i in ids[:3]] == ["", "", ""]
+    assert stream.finish() == "\ufffd" and stream.finish() == ""
+    assert stream.push(tokenizer.encode("a")[0]) == "a"
+
+
+def test_a_tokenizer_of_other_pieces_is_refused():
+    backend = tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    with pytest.raises(ValueError, match="not ByteLevel"):
+        TextStream(Tokenizer(backend, bos=None, eos=None, pad=None)).push(0)

@@ -15,6 +15,7 @@ PIP_INSTALL := -m pip install -qq --disable-pip-version-check
 # One stamp for what runs the package, one for what tests it; an older pyproject.toml leaves both alone.
 INSTALLED := $(VENV)/installed-$(ACCELERATOR)
 TESTABLE := $(VENV)/testable-$(ACCELERATOR)
+PARITY := $(VENV)/parity-$(ACCELERATOR)
 EXTRA_cpu :=
 EXTRA_cuda12 := [cuda12]
 EXTRA_cuda13 := [cuda13]
@@ -26,11 +27,12 @@ endif
 
 .DELETE_ON_ERROR:
 # setup: what runs the package. install: what the tests and checks need too.
-.PHONY: help demo setup install test lint format notebook peer bench wheel clean
+.PHONY: help demo setup install test parity lint format notebook peer bench wheel clean
 
 help:
 	@echo "make demo      set up and train a small DeepSeek from raw text to answers (runs/demo/)"
 	@echo "make test      set up and run all tests"
+	@echo "make parity    released models beside transformers (installs torch and transformers, pinned)"
 	@echo "make lint      ruff and pyright          make format    let ruff rewrite the files"
 	@echo "make notebook  execute the notebooks     make wheel     build the wheel and try it in an empty venv"
 	@echo "make bench     speed, beside transformers (make peer: set it up in $(PEER))"
@@ -46,6 +48,9 @@ install: $(TESTABLE)
 
 test: $(TESTABLE)
 	@$(BIN)/python -m pytest $(ARGS)
+
+parity: $(PARITY)
+	@$(BIN)/python -m pytest tests/parity $(ARGS)
 
 lint: $(TESTABLE)
 	@$(BIN)/ruff check
@@ -89,6 +94,11 @@ $(INSTALLED): pyproject.toml
 $(TESTABLE): $(INSTALLED)
 	@echo "installing what the tests need into $(VENV) ..."
 	@$(BIN)/python $(PIP_INSTALL) --editable '.[test$(addprefix $(comma),$(filter-out cpu,$(ACCELERATOR)))]'
+	@touch $@
+
+$(PARITY): $(TESTABLE)
+	@echo "installing torch and transformers into $(VENV) ..."
+	@$(BIN)/python $(PIP_INSTALL) --editable '.[parity$(addprefix $(comma),$(filter-out cpu,$(ACCELERATOR)))]'
 	@touch $@
 
 comma := ,

@@ -50,6 +50,8 @@ for module in (deepseek_jax, deepseek_kernels):
     assert not module.__file__.startswith(sys.argv[1]), module.__file__
 recipes = files("deepseek_jax") / "configs" / "demo"
 assert recipes.is_dir(), f"the wheel has no recipes: {recipes}"
+assert (files("deepseek_jax") / "configs" / "models" / "deepseek_v3.py").is_file(), "no recipes of released models"
+assert (files("deepseek_kernels") / "cpu.c").is_file(), "the wheel lacks the CPU kernels' source"
 print("imports:", *sorted(recipe.name for recipe in recipes.iterdir() if recipe.name.endswith(".py")))
 PYTHON
 

@@ -4,6 +4,7 @@
 enough (0.2 and more) that routing, rotary positions and norms all matter, and the routing bias changes choices.
 """
 
+import importlib
 import json
 import os
 import warnings
@@ -18,9 +19,8 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from safetensors.numpy import load_file, save_file  # noqa: E402
-
 from parity.drawn import draw, redraw  # noqa: E402
+from safetensors.numpy import load_file, save_file  # noqa: E402
 
 from deepseek_jax import Cache, load_hf, save_hf  # noqa: E402
 from deepseek_jax.model import transformer  # noqa: E402
@@ -45,6 +45,7 @@ YARN |= dict(beta_slow=1, mscale=0.707, mscale_all_dim=0.707)
 V2 = MLA | dict(n_shared_experts=2, topk_method="group_limited_greedy", n_group=4, topk_group=2, norm_topk_prob=False)
 GQA: dict[str, Any] = COMMON | dict(intermediate_size=48, num_attention_heads=4, num_key_value_heads=2)
 LLAMA3 = dict(rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+LLAMA3 |= dict(original_max_position_embeddings=16)
 
 GOLDEN = Path(__file__).parents[1] / "checkpoint" / "golden_models.json"
 
@@ -62,7 +63,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         | dict(n_shared_experts=3, n_group=1, topk_group=1, num_nextn_predict_layers=0, tie_word_embeddings=True)
         | dict(first_k_dense_replace=2, attention_bias=True),
     ),
-    "v2": ("DeepseekV2", V2 | dict(routed_scaling_factor=16.0, rope_parameters=YARN | dict(mscale=1.0, mscale_all_dim=1.0))),
+    "v2": (
+        "DeepseekV2",
+        V2 | dict(routed_scaling_factor=16.0, rope_parameters=YARN | dict(mscale=1.0, mscale_all_dim=1.0)),
+    ),
     "v2_lite": (
         "DeepseekV2",
         V2
@@ -72,9 +76,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", GQA | dict(tie_word_embeddings=True, rms_norm_eps=1e-5)),
     "llama": (
         "Llama",
-        GQA | dict(head_dim=8, rope_parameters=LLAMA3 | dict(original_max_position_embeddings=16), tie_word_embeddings=False),
+        GQA | dict(head_dim=8, rope_parameters=LLAMA3, tie_word_embeddings=False),
     ),
-}  # fmt: skip
+}
 
 
 class Case:
@@ -131,8 +135,8 @@ def test_logits(case):
 
 
 def test_bfloat16_is_as_near_to_the_truth_as_theirs(case):
-    """Both computed in bfloat16, by the distance to float32 over 1,280 tokens. Where rounding flips a choice of experts,
-    a token is far off in either; which tokens do is chance, so ours may be a tenth further than theirs."""
+    """Both computed in bfloat16, by the distance to float32 over 1,280 tokens. Where rounding flips a choice of
+    experts, a token is far off in either; which tokens do is chance, so ours may be a tenth further than theirs."""
     tokens = np.random.default_rng(5).integers(3, COMMON["vocab_size"], (32, 40)).astype(np.int32)
     with torch.no_grad():
         truth = case.model(torch.tensor(tokens).long()).logits.numpy()
@@ -227,7 +231,7 @@ def test_written_files_load_there_and_come_back_to_the_byte(case, tmp_path):
 def test_mtp(tmp_path):
     """The module of depth 1 against transformers' own, which takes h after the final norm; and in the files exactly
     its tensors are unexpected to transformers."""
-    from transformers.modeling_layers import MtpModel
+    MtpModel = importlib.import_module("transformers.modeling_layers").MtpModel
 
     config = transformers.DeepseekV3Config(**FAMILIES["v3"][1] | dict(num_nextn_predict_layers=1))
     config._attn_implementation = "eager"
@@ -251,6 +255,7 @@ def test_mtp(tmp_path):
 
     model = load_hf(tmp_path, dtype="float32")
     out = model(jnp.asarray(ids.numpy(), jnp.int32), mtp=True)
+    assert out.mtp_hidden is not None
     found = model.logits(out.mtp_hidden)[:, :-1]
     with torch.no_grad():
         logits = wanted if wanted.shape[-1] == 96 else main.lm_head(wanted)
@@ -287,7 +292,7 @@ def mtp_tensors(mtp: Any, prefix: str) -> dict[str, np.ndarray]:
 
 def test_moe_16b_against_the_text_model_of_ocr2(tmp_path):
     """V1 is not registered in transformers; its layers are those of DeepseekOcr2TextModel, which has no head."""
-    from transformers.models.deepseek_ocr2 import modeling_deepseek_ocr2 as ocr
+    ocr = importlib.import_module("transformers.models.deepseek_ocr2.modeling_deepseek_ocr2")
 
     fields = COMMON | dict(
         intermediate_size=48,

@@ -19,5 +19,5 @@ def config() -> GRPOConfig:
         loss=GRPOLoss(max_length=26, chunk=18),
         optimizer=OptimizerConfig(peak_lr=3e-4, warmup_steps=5, constant_until=1.0, cosine_until=1.0, weight_decay=0.0),
         step=StepConfig(microbatches=2, bias_update_speed=0.001),
-        loop=LoopConfig(steps=420, log_every=5, checkpoint_every=50),
+        loop=LoopConfig(steps=320, log_every=5, checkpoint_every=50),
     )

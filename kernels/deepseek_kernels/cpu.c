@@ -336,11 +336,10 @@ static float *result(XLA_FFI_CallFrame *frame, int i) { return ((XLA_FFI_Buffer 
 
 // XLA first asks which version of its interface a handler was built for.
 static int only_asked(XLA_FFI_CallFrame *frame) {
-  XLA_FFI_Extension_Base *extension = frame->extension_start;
-  if (extension == NULL || extension->type != XLA_FFI_Extension_Metadata) return 0;
-  XLA_FFI_Metadata *metadata = ((XLA_FFI_Metadata_Extension *)extension)->metadata;
-  metadata->api_version.major_version = XLA_FFI_API_MAJOR;
-  metadata->api_version.minor_version = XLA_FFI_API_MINOR;
+  XLA_FFI_Metadata_Extension *question = (void *)frame->extension_start;
+  if (question == NULL || question->extension_base.type != XLA_FFI_Extension_Metadata) return 0;
+  question->metadata->api_version.major_version = XLA_FFI_API_MAJOR;
+  question->metadata->api_version.minor_version = XLA_FFI_API_MINOR;
   return 1;
 }
 

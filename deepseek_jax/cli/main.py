@@ -25,7 +25,8 @@ using a model
   bench                  train and decode speed beside transformers
 
 RECIPE is a name such as demo/pretrain or a Python file with a function config(); RUN is a folder that a stage or
-the demo wrote. Every field of a recipe can be set: --optimizer.peak-lr 3e-4 --loop.steps 100."""
+the demo wrote; PATH is a RUN or a released model's folder. Every field of a recipe can be set:
+--optimizer.peak-lr 3e-4 --loop.steps 100."""
 
 COMMANDS = {
     "demo": "stages",

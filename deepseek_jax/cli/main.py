@@ -18,10 +18,10 @@ from raw text to answers
   report RUN             write RUN/report.html again and print its numbers
 
 using a model
-  generate RUN --prompt  complete a prompt
-  chat RUN               talk to it in the terminal
+  generate PATH --prompt complete a prompt
+  chat PATH              talk to it in the terminal
   convert SRC DST        a released model's folder to a run's checkpoint, and back
-  inspect RUN|RECIPE     parameters, cache and arithmetic per token
+  inspect PATH|RECIPE    parameters, cache and arithmetic per token
   bench                  train and decode speed beside transformers
 
 RECIPE is a name such as demo/pretrain or a Python file with a function config(); RUN is a folder that a stage or

@@ -16,6 +16,8 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from deepseek_jax.checkpoint import reading
 from deepseek_jax.checkpoint.faults import no_room, silence_repeats
 
+_DELETED = "deleted"
+
 
 class CheckpointStore:
     """The checkpoints of one run, for the process that trains it.
@@ -150,6 +152,7 @@ class CheckpointStore:
             self._manager.wait_until_finished()
         except (OSError, ValueError, RuntimeError) as error:
             self._fail(error)
+        self._delete()
 
     def close(self) -> None:
         """Finish the save in progress and end the threads; a second call does nothing."""
@@ -162,6 +165,7 @@ class CheckpointStore:
 
     def _open_manager(self) -> ocp.CheckpointManager:
         silence_repeats()
+        self._delete()
         keep: list[PreservationPolicy] = [LatestN(self._keep)]
         if self._best_metric is not None:
             keep.append(
@@ -177,6 +181,7 @@ class CheckpointStore:
             best_fn=self._score if self._best_metric is not None else None,
             best_mode=self._best_mode,
             cleanup_tmp_directories=True,
+            todelete_subdir=_DELETED,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_inventory),
         )
         return ocp.CheckpointManager(self.directory, options=options)
@@ -186,6 +191,11 @@ class CheckpointStore:
         value = metrics[self._best_metric]
         worst = -math.inf if self._best_mode == "max" else math.inf
         return worst if math.isnan(value) else value
+
+    def _delete(self) -> None:
+        """Remove what was moved out of the way: a kill in the middle leaves no half checkpoint under a step's name."""
+        if jax.process_index() == 0:
+            shutil.rmtree(self.directory / _DELETED, ignore_errors=True)
 
     def _unfinished(self, step: int) -> Path:
         return self.directory / f"{step}.orbax-checkpoint-tmp"

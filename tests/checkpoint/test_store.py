@@ -170,6 +170,17 @@ def test_an_unfinished_save_is_not_a_checkpoint(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "3"]  # swept up
 
 
+def test_a_kill_while_an_old_checkpoint_is_deleted_leaves_no_half_of_it(tmp_path, monkeypatch):
+    """It is moved away under its whole name first; what is left of it goes with the next save."""
+    with CheckpointStore(tmp_path, keep=1) as store:
+        monkeypatch.setattr(store, "_delete", lambda: None)
+        for step in (1, 2):
+            store.save(step, make_state(step), loader={}, meta={}, block=True)
+        assert store.steps() == [2] and (tmp_path / "deleted" / "1").is_dir()
+    save_steps(tmp_path, 3, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["3"]
+
+
 def test_nothing_there(tmp_path):
     store = CheckpointStore(tmp_path / "none", keep=1)
     assert store.latest_step() is None

@@ -8,6 +8,8 @@ PEER := .venv-peer
 PYTHON ?= python3
 ACCELERATOR ?= $(shell cat $(VENV)/accelerator 2>/dev/null || echo cpu)
 ARGS ?=
+# Large pages for large buffers (deepseek_jax/cli/main.py says why).
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 BIN := $(VENV)/bin
 # -qq: errors only

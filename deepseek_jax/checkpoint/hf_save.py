@@ -38,6 +38,7 @@ COMPANIONS = (
     "chat_template.jinja",
     "generation_config.json",
 )
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # of the tokenizer, though they stand in config.json
 PARTIAL = ".partial"
 QUANTISED = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
 _AHEAD = 4  # tensors made ready before they are written
@@ -58,8 +59,8 @@ def save_hf(
       dtype: "bfloat16", "float32" or "float8_e4m3": matrices in FP8 with scales for blocks of 128 × 128 and the rest in
         bfloat16, as V3 is released. What was loaded in FP8 is written byte for byte. The routing bias is float32.
       max_shard_bytes: of one file; a larger tensor has one to itself.
-      tokenizer_from: a folder whose tokenizer, chat template and generation_config.json are copied; by default the one
-        that the model was loaded from, if any.
+      tokenizer_from: a folder whose tokenizer, chat template and generation_config.json are copied, and the ids of its
+        config.json's special tokens; by default the one that the model was loaded from, if any.
 
     Raises FileExistsError where ``path`` is taken, OSError where the disk is too small, in one sentence; neither leaves
     anything behind. ValueError for arguments, and for a model that lies on several hosts.
@@ -107,9 +108,10 @@ def write_model(
                 on_tensor=on_tensor,
                 resume=resume_as is not None,
             )
-        (partial / "config.json").write_text(json.dumps(released, indent=2) + "\n", encoding="utf-8")
         if tokenizer_from is not None:
             copy_companions(Path(tokenizer_from), partial)
+            released |= token_ids(Path(tokenizer_from))
+        (partial / "config.json").write_text(json.dumps(released, indent=2) + "\n", encoding="utf-8")
         publish(partial, path)
     except BaseException as error:
         number = no_room(error)
@@ -154,6 +156,13 @@ def copy_companions(source: Path, target: Path) -> list[str]:
         shutil.copytree(source / templates, target / templates, dirs_exist_ok=True)
         present.append(templates)
     return present
+
+
+def token_ids(source: Path) -> dict[str, Any]:
+    """What a folder's config.json says of the special tokens; nothing where it has none."""
+    config = source / "config.json"
+    fields = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    return {name: fields[name] for name in TOKEN_IDS if name in fields}
 
 
 class _Writer:

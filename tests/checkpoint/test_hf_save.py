@@ -87,8 +87,12 @@ def test_the_files_about_text_come_along(tmp_path):
     folder = cases.write(tmp_path / "m", TINY, cases.released(TINY))
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "modeling_deepseek.py"):
         (folder / name).write_text(name)
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(fields | {"eos_token_id": [100001, 7], "pad_token_id": None}))
     loaded = load_hf(folder)
     save_hf(loaded, tmp_path / "own")
+    written = json.loads((tmp_path / "own" / "config.json").read_text())
+    assert written["eos_token_id"] == [100001, 7] and written["pad_token_id"] is None
     assert (tmp_path / "own" / "tokenizer.json").read_text() == "tokenizer.json"
     assert (tmp_path / "own" / "generation_config.json").exists() and not (
         tmp_path / "own" / "modeling_deepseek.py"

@@ -7,7 +7,6 @@ enough (0.2 and more) that routing, rotary positions and norms all matter, and t
 import importlib
 import json
 import os
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,12 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from parity import deepseek_v1  # noqa: E402
 from parity.drawn import draw, redraw  # noqa: E402
 from safetensors.numpy import load_file, save_file  # noqa: E402
 
 from deepseek_jax import Cache, load_hf, save_hf  # noqa: E402
+from deepseek_jax.hf_config import from_hf, to_hf  # noqa: E402
 from deepseek_jax.model import transformer  # noqa: E402
 
 COMMON: dict[str, Any] = dict(vocab_size=96, hidden_size=32, num_hidden_layers=3, max_position_embeddings=256)
@@ -47,10 +48,35 @@ GQA: dict[str, Any] = COMMON | dict(intermediate_size=48, num_attention_heads=4,
 LLAMA3 = dict(rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
 LLAMA3 |= dict(original_max_position_embeddings=16)
 
+# DeepSeekMoE-16B's config.json with small numbers.
+V1: dict[str, Any] = COMMON | dict(
+    model_type="deepseek",
+    architectures=["DeepseekForCausalLM"],
+    intermediate_size=48,
+    moe_intermediate_size=24,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    n_routed_experts=16,
+    n_shared_experts=2,
+    num_experts_per_tok=6,
+    first_k_dense_replace=1,
+    moe_layer_freq=1,
+    norm_topk_prob=False,
+    scoring_func="softmax",
+    aux_loss_alpha=0.001,
+    seq_aux=True,
+    rope_theta=10000.0,
+    rope_scaling=None,
+    rms_norm_eps=1e-5,
+    hidden_act="silu",
+    tie_word_embeddings=False,
+)
+
 GOLDEN = Path(__file__).parents[1] / "checkpoint" / "golden_models.json"
 
 # name: transformers' classes, fields. Between them every code path of the released models is on.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "v1": ("Deepseek", V1),
     "v3": (
         "DeepseekV3",
         MLA
@@ -81,16 +107,23 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def peer(name: str, what: str) -> Any:
+    """Transformers' class ``Config`` or ``ForCausalLM`` of a family."""
+    return getattr(deepseek_v1 if name == "v1" else transformers, FAMILIES[name][0] + what)
+
+
 class Case:
     """A family's torch model, its folder, and a batch with padding behind the second row."""
 
     def __init__(self, name: str, folder: Path):
-        kind, fields = FAMILIES[name]
-        config = getattr(transformers, f"{kind}Config")(**fields)
+        fields = FAMILIES[name][1]
+        config = peer(name, "Config")(**fields)
         config._attn_implementation = "eager"
         self.name, self.folder = name, folder
-        self.model = getattr(transformers, f"{kind}ForCausalLM")(config).float().eval()
+        self.model = peer(name, "ForCausalLM")(config).float().eval()
         self.model.save_pretrained(folder)
+        if name == "v1":  # transformers says it in the fields of DeepSeek-OCR-2
+            (folder / "config.json").write_text(json.dumps(fields))
         self.shapes = redraw(folder)
         self.model = self.reload(torch.float32)
         rng = np.random.default_rng(0)
@@ -228,6 +261,23 @@ def test_written_files_load_there_and_come_back_to_the_byte(case, tmp_path):
     assert all(again[name].tobytes() == second[name].tobytes() for name in second)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_transformers_reads_the_same_from_the_config_we_write(name, tmp_path):
+    """Field by field, from numbers that are not its defaults; those of tokens are the tokenizer's, and not written."""
+    fields: dict[str, Any] = FAMILIES[name][1] | dict(initializer_range=0.01, rms_norm_eps=1e-4, rope_theta=5000.0)
+    if "rope_parameters" in fields:
+        fields["rope_parameters"] = fields["rope_parameters"] | dict(rope_theta=5000.0)
+    had = peer(name, "Config")(**fields)
+    written = to_hf(from_hf(fields if name == "v1" else had.to_diff_dict()))
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    wanted, found = had.to_dict(), peer(name, "Config").from_pretrained(tmp_path).to_dict()
+    assert (written["model_type"], found.pop("architectures")) == (had.model_type, [FAMILIES[name][0] + "ForCausalLM"])
+    for dropped in ("architectures", "aux_loss_alpha", "seq_aux"):  # the last two: V1's training
+        wanted.pop(dropped, None)
+    found["rope_parameters"].pop("type", None)  # the older name of rope_type
+    assert {field: found[field] for field in wanted} == wanted
+
+
 def test_mtp(tmp_path):
     """The module of depth 1 against transformers' own, which takes h after the final norm; and in the files exactly
     its tensors are unexpected to transformers."""
@@ -290,48 +340,19 @@ def mtp_tensors(mtp: Any, prefix: str) -> dict[str, np.ndarray]:
     return found
 
 
-def test_moe_16b_against_the_text_model_of_ocr2(tmp_path):
-    """V1 is not registered in transformers; its layers are those of DeepseekOcr2TextModel, which has no head."""
-    ocr = importlib.import_module("transformers.models.deepseek_ocr2.modeling_deepseek_ocr2")
-
-    fields = COMMON | dict(
-        intermediate_size=48,
-        moe_intermediate_size=24,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        n_routed_experts=16,
-        n_shared_experts=2,
-        num_experts_per_tok=6,
+@pytest.mark.parametrize("case", ["v1"], indirect=True)
+def test_moe_16bs_file_is_the_text_model_of_ocr2_and_a_head(case, tmp_path):
+    """V1 is not registered in transformers. Of what we write, transformers' own class lacks nothing and leaves over
+    the head; the names' prefix ``model.`` is the one that it strips by itself."""
+    save_hf(case.ours(), tmp_path / "ours", dtype="float32")
+    model, info = deepseek_v1.ocr.DeepseekOcr2TextModel.from_pretrained(
+        tmp_path / "ours", config=case.model.config, output_loading_info=True, dtype=torch.float32
     )
-    config = ocr.DeepseekOcr2TextConfig(**fields, mlp_layer_types=["dense", "sparse", "sparse"])
-    config._attn_implementation = "eager"
-    peer = ocr.DeepseekOcr2TextModel(config).float().eval()
-    with torch.no_grad():
-        for name, value in peer.state_dict().items():
-            value.copy_(torch.tensor(draw(name, tuple(value.shape))))
-    tensors = {"model." + name: value.numpy().copy() for name, value in peer.state_dict().items()}
-    for name in [name for name in tensors if name.endswith("experts.gate_up_proj")]:
-        layer, both, down = name.removesuffix("gate_up_proj"), tensors.pop(name), None
-        down = tensors.pop(layer + "down_proj")
-        for expert in range(16):
-            at, half = f"{layer}{expert}.", both.shape[1] // 2
-            tensors[at + "gate_proj.weight"] = both[expert, :half].copy()
-            tensors[at + "up_proj.weight"] = both[expert, half:].copy()
-            tensors[at + "down_proj.weight"] = down[expert].copy()
-    head = np.random.default_rng(3).standard_normal((96, 32)).astype(np.float32)
-    save_file(tensors | {"lm_head.weight": head}, tmp_path / "model.safetensors", {"format": "pt"})
-    released = fields | dict(model_type="deepseek", architectures=["DeepseekForCausalLM"], first_k_dense_replace=1)
-    released |= dict(norm_topk_prob=False, scoring_func="softmax", moe_layer_freq=1, rms_norm_eps=config.rms_norm_eps)
-    released |= dict(rope_theta=10000.0, rope_scaling=None, hidden_act="silu", tie_word_embeddings=False)
-    (tmp_path / "config.json").write_text(json.dumps(released))
-    tokens = np.random.default_rng(0).integers(3, 96, (2, 40)).astype(np.int32)
-    with torch.no_grad():
-        wanted = peer(torch.tensor(tokens).long()).last_hidden_state.numpy() @ head.T
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model = load_hf(tmp_path, dtype="float32")
-    found = model(jnp.asarray(tokens)).logits
-    assert np.abs(np.asarray(found) - wanted).max() <= 1e-4
+    assert not info["missing_keys"] and not info["mismatched_keys"]
+    assert info["unexpected_keys"] == {"lm_head.weight"}
+    head = torch.tensor(load_file(tmp_path / "ours" / "model.safetensors")["lm_head.weight"])
+    out = model.eval()(torch.tensor(case.tokens).long(), attention_mask=torch.tensor(case.real).long())
+    torch.testing.assert_close(out.last_hidden_state @ head.T, case.logits(), rtol=0, atol=0)
 
 
 def test_golden_files_are_what_transformers_says(case):

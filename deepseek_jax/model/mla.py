@@ -80,13 +80,10 @@ class MLA(nnx.Module):
             return jnp.concatenate([self.kv_norm(latent), pe], axis=-1)
 
     def _plain(self, q_BSHN, q_BSHR, entry_BTW, mask_BST):
-        config = self.config
-        latent_BTC, pe_BTR = jnp.split(entry_BTW, [config.kv_lora_rank], axis=-1)
+        latent_BTC, pe_BTR = jnp.split(entry_BTW, [self.config.kv_lora_rank], axis=-1)
         kv = jnp.einsum("btc,chn->bthn", latent_BTC, self.kv_b[...].astype(latent_BTC.dtype))
-        k_BTHN, v_BTHV = jnp.split(kv, [config.qk_nope_head_dim], axis=-1)
-        pe_BTHR = jnp.broadcast_to(pe_BTR[:, :, None], (*k_BTHN.shape[:3], pe_BTR.shape[-1]))
-        q, k = jnp.concatenate([q_BSHN, q_BSHR], axis=-1), jnp.concatenate([k_BTHN, pe_BTHR], axis=-1)
-        return mla_attention(q, k, v_BTHV, mask_BST, softmax_scale(config))
+        q = jnp.concatenate([q_BSHN, q_BSHR], axis=-1)
+        return mla_attention(q, kv, pe_BTR, mask_BST, softmax_scale(self.config))
 
     def _absorbed(self, q_BSHN, q_BSHR, entry_BTW, mask_BST):
         config = self.config

@@ -1,9 +1,10 @@
-"""Attention of training and prefill: keys wider than values, any mask, and a backward pass of its own.
+"""MLA's attention in training and prefill: any mask, and a backward pass of its own.
 
-``mla_attention`` computes ``softmax(q kᵀ · scale) v`` and saves the unnormalised ``exp`` of the scores, so that the
-backward pass touches the S × T matrix once per product: its row sum ``Σ dp · p`` is ``Σ dout · out`` (arXiv
+``mla_attention`` computes ``softmax(q kᵀ · scale) v`` from what the projections give: a key is a head's own part beside
+the rotated part that all heads share, and lies next to its value. It saves the unnormalised ``exp`` of the scores, so
+that the backward pass touches the S × T matrix once per product: its row sum ``Σ dp · p`` is ``Σ dout · out`` (arXiv
 2205.14135, section B.2), taken over the value width instead. In float32 on a CPU the C kernel of ``cpu.c`` does the
-same strip by strip, saving each row's ``log Σ exp`` in place of the S × T matrix.
+same strip by strip, without ever writing the keys out, and saves each row's ``log Σ exp`` in place of the S × T matrix.
 """
 
 import functools
@@ -18,44 +19,56 @@ from deepseek_kernels import cpu
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def mla_attention(
     q_BSHK: Float[Array, "B S H K"],
-    k_BTHK: Float[Array, "B T H K"],
-    v_BTHV: Float[Array, "B T H V"],
+    kv_BTHW: Float[Array, "B T H W"],
+    pe_BTR: Float[Array, "B T R"],
     mask_BST: Bool[Array, "B S T"],
     scale: float,
 ) -> Float[Array, "B S H V"]:
-    """``out[s] = Σ_t softmax_t(q[s]·k[t] · scale) v[t]`` over the t that ``mask`` allows.
+    """``out[s] = Σ_t softmax_t(q[s]·[k_nope[t] | pe[t]] · scale) v[t]`` over the t that ``mask`` allows.
 
-    Scores, softmax and sums are float32; the result has ``v``'s dtype. A query that may attend to nothing gets the
-    mean of all values. Differentiable in q, k and v.
+    ``kv`` holds ``[k_nope | v]`` of each head, so with K = N + R its width is W = N + V. Scores, softmax and sums are
+    float32; the result has ``kv``'s dtype. A query that may attend to nothing gets the mean of all values.
+    Differentiable in q, kv and pe.
     """
-    return _forward(q_BSHK, k_BTHK, v_BTHV, mask_BST, scale)[0]
+    return _forward(q_BSHK, kv_BTHW, pe_BTR, mask_BST, scale)[0]
 
 
-def mla_attention_reference(q_BSHK, k_BTHK, v_BTHV, mask_BST, scale):
+def mla_attention_reference(q_BSHK, kv_BTHW, pe_BTR, mask_BST, scale):
     """The definition, with autodiff's own gradient."""
+    k_BTHK, v_BTHV = _keys_and_values(kv_BTHW, pe_BTR, q_BSHK.shape[3])
     scores = jnp.einsum("bshk,bthk->bhst", q_BSHK, k_BTHK, preferred_element_type=jnp.float32) * scale
     p = jax.nn.softmax(jnp.where(mask_BST[:, None], scores, jnp.finfo(jnp.float32).min), axis=-1)
     return jnp.einsum("bhst,bthv->bshv", p, v_BTHV.astype(jnp.float32)).astype(v_BTHV.dtype)
 
 
-def _forward(q_BSHK, k_BTHK, v_BTHV, mask_BST, scale):
-    if cpu.usable(q_BSHK, k_BTHK, v_BTHV):
-        operands = (q_BSHK, k_BTHK, v_BTHV, mask_BST, jnp.float32(scale))
-        shapes = [(*q_BSHK.shape[:3], v_BTHV.shape[3]), q_BSHK.shape[:3]]
-        out_BSHV, log_sum_BSH = cpu.call("attention_forward", shapes, *operands)
+def _keys_and_values(kv_BTHW, pe_BTR, key_width):
+    nope_BTHN, v_BTHV = jnp.split(kv_BTHW, [key_width - pe_BTR.shape[-1]], axis=-1)
+    pe_BTHR = jnp.broadcast_to(pe_BTR[:, :, None], (*nope_BTHN.shape[:3], pe_BTR.shape[-1]))
+    return jnp.concatenate([nope_BTHN, pe_BTHR], axis=-1), v_BTHV
+
+
+def _forward(q_BSHK, kv_BTHW, pe_BTR, mask_BST, scale):
+    if cpu.usable(q_BSHK, kv_BTHW, pe_BTR):
+        operands = (q_BSHK, kv_BTHW, pe_BTR, mask_BST, jnp.float32(scale))
+        heads, values = q_BSHK.shape[:3], kv_BTHW.shape[3] - (q_BSHK.shape[3] - pe_BTR.shape[2])
+        out_BSHV, log_sum_BSH = cpu.call("attention_forward", [(*heads, values), heads], *operands)
         return out_BSHV, (operands, out_BSHV, log_sum_BSH)
-    return _xla_forward(q_BSHK, k_BTHK, v_BTHV, mask_BST, scale)
+    return _xla_forward(q_BSHK, kv_BTHW, pe_BTR, mask_BST, scale)
 
 
 def _backward(scale, residuals, dout_BSHV):
     if len(residuals) > 3:
         return _xla_backward(scale, residuals, dout_BSHV)
     operands, out_BSHV, log_sum_BSH = residuals
-    shapes = [operand.shape for operand in operands[:3]]
-    return *cpu.call("attention_backward", shapes, *operands, out_BSHV, log_sum_BSH, dout_BSHV), None
+    q_BSHK, kv_BTHW, pe_BTR = operands[:3]
+    shapes = [q_BSHK.shape, kv_BTHW.shape, (*kv_BTHW.shape[:3], pe_BTR.shape[2])]
+    results = cpu.call("attention_backward", shapes, *operands, out_BSHV, log_sum_BSH, dout_BSHV)
+    dq_BSHK, dkv_BTHW, dpe_BTHR = results
+    return dq_BSHK, dkv_BTHW, jnp.sum(dpe_BTHR, axis=2), None
 
 
-def _xla_forward(q_BSHK, k_BTHK, v_BTHV, mask_BST, scale):
+def _xla_forward(q_BSHK, kv_BTHW, pe_BTR, mask_BST, scale):
+    k_BTHK, v_BTHV = _keys_and_values(kv_BTHW, pe_BTR, q_BSHK.shape[3])
     q_BHSK, k_BHTK, v_BHTV = (jnp.swapaxes(x, 1, 2) for x in (q_BSHK, k_BTHK, v_BTHV))
     # The scale goes to q: S·K products instead of S·T.
     q_BHSK = (q_BHSK.astype(jnp.float32) * scale).astype(q_BSHK.dtype)
@@ -66,11 +79,11 @@ def _xla_forward(q_BSHK, k_BTHK, v_BTHV, mask_BST, scale):
     p = p.astype(v_BTHV.dtype)
     out_BHSV = jnp.einsum("bhst,bhtv->bhsv", p, v_BHTV, preferred_element_type=jnp.float32) * inverse_BHS1
     out_BSHV = jnp.swapaxes(out_BHSV.astype(v_BTHV.dtype), 1, 2)
-    return out_BSHV, (q_BHSK, k_BHTK, v_BHTV, p, inverse_BHS1, out_BSHV)
+    return out_BSHV, (q_BHSK, k_BHTK, v_BHTV, p, inverse_BHS1, out_BSHV, pe_BTR)
 
 
 def _xla_backward(scale, residuals, dout_BSHV):
-    q_BHSK, k_BHTK, v_BHTV, p, inverse_BHS1, out_BSHV = residuals
+    q_BHSK, k_BHTK, v_BHTV, p, inverse_BHS1, out_BSHV, pe_BTR = residuals
     dtype = q_BHSK.dtype
     dout_BHSV = jnp.swapaxes(dout_BSHV, 1, 2)
     row_BHS1 = jnp.swapaxes(jnp.sum(dout_BSHV.astype(jnp.float32) * out_BSHV, axis=-1, keepdims=True), 1, 2)
@@ -80,7 +93,9 @@ def _xla_backward(scale, residuals, dout_BSHV):
     ds = (p * (dp - row_BHS1 * inverse_BHS1)).astype(dtype)
     dq_BHSK = jnp.einsum("bhst,bhtk->bhsk", ds, k_BHTK, preferred_element_type=jnp.float32) * scale
     dk_BHTK = jnp.einsum("bhst,bhsk->bhtk", ds, q_BHSK, preferred_element_type=jnp.float32)
-    return *(jnp.swapaxes(x.astype(dtype), 1, 2) for x in (dq_BHSK, dk_BHTK, dv_BHTV)), None
+    dq_BSHK, dk_BTHK, dv_BTHV = (jnp.swapaxes(x.astype(dtype), 1, 2) for x in (dq_BHSK, dk_BHTK, dv_BHTV))
+    dnope_BTHN, dpe_BTHR = jnp.split(dk_BTHK, [dk_BTHK.shape[3] - pe_BTR.shape[2]], axis=-1)
+    return dq_BSHK, jnp.concatenate([dnope_BTHN, dv_BTHV], axis=-1), jnp.sum(dpe_BTHR, axis=2), None
 
 
 mla_attention.defvjp(_forward, _backward)

@@ -27,9 +27,10 @@ static float *floats(int64_t n) { return aligned_alloc(64, (size_t)(n > 0 ? whol
 
 // ---- the product ----
 
-// Panels of b (k × n, element (i, j) at b[i·rs + j·cs]): panel p holds columns 32p…32p+31 as [k][32], zero-padded.
-static void pack(float *to, const float *b, int64_t rs, int64_t cs, int64_t k, int64_t n) {
-  for (int64_t j0 = 0; j0 < n; j0 += COLS, to += k * COLS) {
+// Panels of b (k × n, element (i, j) at b[i·rs + j·cs]): panel p holds columns 32p…32p+31 as [k][32], zero-padded; the
+// next one begins `tall` ≥ k rows further on.
+static void pack(float *to, const float *b, int64_t rs, int64_t cs, int64_t k, int64_t n, int64_t tall) {
+  for (int64_t j0 = 0; j0 < n; j0 += COLS, to += tall * COLS) {
     int64_t width = least(COLS, n - j0);
     if (width < COLS) memset(to, 0, (size_t)(k * COLS) * sizeof(float));
     if (cs == 1) {
@@ -132,7 +133,7 @@ static void grouped_forward(void *job, int64_t task) {
   Grouped *g = job;
   int64_t start = g->start[task], count = g->count[task];
   float *b = floats(g->D * whole(g->F));
-  pack(b, g->w + g->group[task] * g->D * g->F, g->F, 1, g->D, g->F);
+  pack(b, g->w + g->group[task] * g->D * g->F, g->F, 1, g->D, g->F, g->D);
   multiply(count, g->F, g->D, g->x + start * g->D, g->D, 1, b, g->D, g->out + start * g->F, g->F, 0);
   free(b);
 }
@@ -141,7 +142,7 @@ static void grouped_dx(void *job, int64_t task) {
   Grouped *g = job;
   int64_t start = g->start[task], count = g->count[task];
   float *b = floats(g->F * whole(g->D));
-  pack(b, g->w + g->group[task] * g->D * g->F, 1, g->F, g->F, g->D);
+  pack(b, g->w + g->group[task] * g->D * g->F, 1, g->F, g->F, g->D, g->F);
   multiply(count, g->D, g->F, g->dy + start * g->F, g->F, 1, b, g->F, g->out + start * g->D, g->D, 0);
   free(b);
 }
@@ -150,7 +151,7 @@ static void grouped_dw(void *job, int64_t task) {
   Grouped *g = job;
   int64_t start = g->start[task], count = g->count[task];
   float *b = floats(count * whole(g->F));
-  pack(b, g->dy + start * g->F, g->F, 1, count, g->F);
+  pack(b, g->dy + start * g->F, g->F, 1, count, g->F, count);
   multiply(g->D, g->F, count, g->x + start * g->D, 1, g->D, b, count, g->out + g->group[task] * g->D * g->F, g->F, 0);
   free(b);
 }
@@ -178,14 +179,14 @@ static void run_grouped(Grouped *g, Work work, int64_t chunk) {
   free(g->group);
 }
 
-// ---- attention: q (B S H K), k (B T H K), v (B T H V), mask (B S T), out (B S H V), log of the sum (B S H) ----
+// ---- attention: q (B S H N+R), kv (B T H N+V), pe (B T R), mask (B S T), out (B S H V), log of the sum (B S H) ----
 
 typedef struct {
-  const float *q, *k, *v, *dout;
+  const float *q, *kv, *pe, *dout;
   const int8_t *mask;
-  float *out, *log_sum, *dq, *dk, *dv;
+  float *out, *log_sum, *dq, *dkv, *dpe;
   float scale;
-  int64_t B, S, T, H, K, V;
+  int64_t B, S, T, H, N, R, V;
 } Attention;
 
 // e^x for x ≤ 0 within 2 units in the last place: 2^n · a polynomial in the rest; 0 below -87.
@@ -269,18 +270,24 @@ static void softmax_strip(const Attention *a, float *p, const int8_t *kept, int6
   }
 }
 
+// The keys of one head, [k_nope | pe], as N + R rows of T columns.
+static void pack_keys(const Attention *a, float *to, const float *nope, const float *pe) {
+  pack(to, nope, 1, a->H * (a->N + a->V), a->N, a->T, a->N + a->R);
+  pack(to + a->N * COLS, pe, 1, a->R, a->R, a->T, a->N + a->R);
+}
+
 static void attention_forward(void *job, int64_t task) {
   const Attention *a = job;
-  int64_t b = task / a->H, h = task % a->H, wide = whole(a->T), from, to;
-  const float *k = a->k + (b * a->T * a->H + h) * a->K, *v = a->v + (b * a->T * a->H + h) * a->V;
-  float *kt = floats(a->K * wide), *vp = floats(a->T * whole(a->V)), *p = floats(QUERIES * wide);
+  int64_t b = task / a->H, h = task % a->H, wide = whole(a->T), from, to, K = a->N + a->R, W = a->N + a->V;
+  const float *kv = a->kv + (b * a->T * a->H + h) * W;
+  float *kt = floats(K * wide), *vp = floats(a->T * whole(a->V)), *p = floats(QUERIES * wide);
   int8_t *kept = malloc((size_t)(QUERIES * wide));
-  pack(kt, k, 1, a->H * a->K, a->K, a->T);
-  pack(vp, v, a->H * a->V, 1, a->T, a->V);
+  pack_keys(a, kt, kv, a->pe + b * a->T * a->R);
+  pack(vp, kv + a->N, a->H * W, 1, a->T, a->V, a->T);
   for (int64_t s = 0; s < a->S; s += QUERIES) {
     int64_t rows = least(QUERIES, a->S - s), at = (b * a->S + s) * a->H + h;
     strip_range(a, a->mask + (b * a->S + s) * a->T, rows, kept, &from, &to);
-    multiply(rows, to - from, a->K, a->q + at * a->K, a->H * a->K, 1, kt + from * a->K, a->K, p + from, wide, 0);
+    multiply(rows, to - from, K, a->q + at * K, a->H * K, 1, kt + from * K, K, p + from, wide, 0);
     softmax_strip(a, p, kept, rows, from, to, a->log_sum + at, a->H, 0);
     multiply(rows, a->V, least(to, a->T) - from, p + from, wide, 1, vp + from * COLS, a->T, a->out + at * a->V,
              a->H * a->V, 0);
@@ -290,25 +297,29 @@ static void attention_forward(void *job, int64_t task) {
 
 static void attention_backward(void *job, int64_t task) {
   const Attention *a = job;
-  int64_t b = task / a->H, h = task % a->H, wide = whole(a->T), from, to, ldk = a->H * a->K, ldv = a->H * a->V;
-  int64_t keys = (b * a->T * a->H + h) * a->K, values = (b * a->T * a->H + h) * a->V;
-  float *kt = floats(a->K * wide), *vt = floats(a->V * wide), *kp = floats(a->T * whole(a->K));
-  float *p = floats(QUERIES * wide), *ds = floats(QUERIES * wide);
-  float *qp = floats(QUERIES * whole(a->K)), *dop = floats(QUERIES * whole(a->V));
+  int64_t b = task / a->H, h = task % a->H, wide = whole(a->T), from, to, N = a->N, R = a->R, K = N + R;
+  int64_t ldk = a->H * K, ldv = a->H * a->V, ldw = a->H * (N + a->V), ldr = a->H * R;
+  const float *kv = a->kv + (b * a->T * a->H + h) * (N + a->V), *pe = a->pe + b * a->T * R;
+  float *dkv = a->dkv + (b * a->T * a->H + h) * (N + a->V), *dpe = a->dpe + (b * a->T * a->H + h) * R;
+  float *kt = floats(K * wide), *vt = floats(a->V * wide), *kp = floats(a->T * whole(N)), *rp = floats(a->T * whole(R));
+  float *p = floats(QUERIES * wide), *ds = floats(QUERIES * wide), *dop = floats(QUERIES * whole(a->V));
+  float *qn = floats(QUERIES * whole(N)), *qr = floats(QUERIES * whole(R));
   int8_t *kept = malloc((size_t)(QUERIES * wide));
-  pack(kt, a->k + keys, 1, ldk, a->K, a->T);
-  pack(vt, a->v + values, 1, ldv, a->V, a->T);
-  pack(kp, a->k + keys, ldk, 1, a->T, a->K);
+  pack_keys(a, kt, kv, pe);
+  pack(vt, kv + N, 1, ldw, a->V, a->T, a->V);
+  pack(kp, kv, ldw, 1, a->T, N, a->T);
+  pack(rp, pe, R, 1, a->T, R, a->T);
   for (int64_t t = 0; t < a->T; t++) {
-    memset(a->dk + keys + t * ldk, 0, (size_t)a->K * sizeof(float));
-    memset(a->dv + values + t * ldv, 0, (size_t)a->V * sizeof(float));
+    memset(dkv + t * ldw, 0, (size_t)(N + a->V) * sizeof(float));
+    memset(dpe + t * ldr, 0, (size_t)R * sizeof(float));
   }
   for (int64_t s = 0; s < a->S; s += QUERIES) {
     int64_t rows = least(QUERIES, a->S - s), at = (b * a->S + s) * a->H + h;
-    const float *q = a->q + at * a->K, *dout = a->dout + at * a->V, *out = a->out + at * a->V;
+    const float *q = a->q + at * K, *dout = a->dout + at * a->V, *out = a->out + at * a->V;
+    float *dq = a->dq + at * K;
     strip_range(a, a->mask + (b * a->S + s) * a->T, rows, kept, &from, &to);
     int64_t count = least(to, a->T) - from;
-    multiply(rows, to - from, a->K, q, ldk, 1, kt + from * a->K, a->K, p + from, wide, 0);
+    multiply(rows, to - from, K, q, ldk, 1, kt + from * K, K, p + from, wide, 0);
     softmax_strip(a, p, kept, rows, from, to, a->log_sum + at, a->H, 1);
     multiply(rows, to - from, a->V, dout, ldv, 1, vt + from * a->V, a->V, ds + from, wide, 0);
     for (int64_t i = 0; i < rows; i++) {
@@ -320,13 +331,16 @@ static void attention_backward(void *job, int64_t task) {
         *d = (vf)((vi)(*(vf *)(p + i * wide + t) * (*d - along) * a->scale) & on);
       }
     }
-    pack(qp, q, ldk, 1, rows, a->K);
-    pack(dop, dout, ldv, 1, rows, a->V);
-    multiply(rows, a->K, count, ds + from, wide, 1, kp + from * COLS, a->T, a->dq + at * a->K, ldk, 0);
-    multiply(count, a->K, rows, ds + from, 1, wide, qp, rows, a->dk + keys + from * ldk, ldk, 1);
-    multiply(count, a->V, rows, p + from, 1, wide, dop, rows, a->dv + values + from * ldv, ldv, 1);
+    pack(qn, q, ldk, 1, rows, N, rows);
+    pack(qr, q + N, ldk, 1, rows, R, rows);
+    pack(dop, dout, ldv, 1, rows, a->V, rows);
+    multiply(rows, N, count, ds + from, wide, 1, kp + from * COLS, a->T, dq, ldk, 0);
+    multiply(rows, R, count, ds + from, wide, 1, rp + from * COLS, a->T, dq + N, ldk, 0);
+    multiply(count, N, rows, ds + from, 1, wide, qn, rows, dkv + from * ldw, ldw, 1);
+    multiply(count, R, rows, ds + from, 1, wide, qr, rows, dpe + from * ldr, ldr, 1);
+    multiply(count, a->V, rows, p + from, 1, wide, dop, rows, dkv + N + from * ldw, ldw, 1);
   }
-  free(kt), free(vt), free(kp), free(p), free(ds), free(qp), free(dop), free(kept);
+  free(kt), free(vt), free(kp), free(rp), free(p), free(ds), free(dop), free(qn), free(qr), free(kept);
 }
 
 // ---- what XLA calls ----
@@ -354,10 +368,10 @@ static Grouped grouped_of(XLA_FFI_CallFrame *frame) {
 }
 
 static Attention attention_of(XLA_FFI_CallFrame *frame) {
-  int64_t *q = in(frame, 0)->dims, *v = in(frame, 2)->dims;
-  return (Attention){.q = in(frame, 0)->data, .k = in(frame, 1)->data, .v = in(frame, 2)->data,
+  int64_t *q = in(frame, 0)->dims, *kv = in(frame, 1)->dims, R = in(frame, 2)->dims[2], N = q[3] - R;
+  return (Attention){.q = in(frame, 0)->data, .kv = in(frame, 1)->data, .pe = in(frame, 2)->data,
                      .mask = in(frame, 3)->data, .scale = *(float *)in(frame, 4)->data,
-                     .B = q[0], .S = q[1], .H = q[2], .K = q[3], .T = v[1], .V = v[3]};
+                     .B = q[0], .S = q[1], .H = q[2], .T = kv[1], .N = N, .R = R, .V = kv[3] - N};
 }
 
 #define HANDLER(name, body)                           \
@@ -371,8 +385,8 @@ HANDLER(deepseek_grouped_forward, Grouped g = grouped_of(frame); run_grouped(&g,
 HANDLER(deepseek_grouped_dx, Grouped g = grouped_of(frame); run_grouped(&g, grouped_dx, CHUNK))
 HANDLER(deepseek_grouped_dw, Grouped g = grouped_of(frame); run_grouped(&g, grouped_dw, INT64_MAX / 2))
 HANDLER(deepseek_attention_forward, Attention a = attention_of(frame); a.out = result(frame, 0);
-        a.log_sum = result(frame, 1); run(attention_forward, &a, a.B * a.H, a.B * a.H * a.S * a.T * a.K))
+        a.log_sum = result(frame, 1); run(attention_forward, &a, a.B * a.H, a.B * a.H * a.S * a.T * (a.N + a.R)))
 HANDLER(deepseek_attention_backward, Attention a = attention_of(frame); a.out = in(frame, 5)->data;
         a.log_sum = in(frame, 6)->data; a.dout = in(frame, 7)->data; a.dq = result(frame, 0);
-        a.dk = result(frame, 1); a.dv = result(frame, 2);
-        run(attention_backward, &a, a.B * a.H, a.B * a.H * a.S * a.T * a.K))
+        a.dkv = result(frame, 1); a.dpe = result(frame, 2);
+        run(attention_backward, &a, a.B * a.H, a.B * a.H * a.S * a.T * (a.N + a.R)))

@@ -10,11 +10,11 @@ from deepseek_kernels import mla_attention, mla_attention_reference
 
 def case(dtype=jnp.float32, size=9):
     keys = jax.random.split(jax.random.key(0), 4)
-    q, k = (jax.random.normal(key, (2, size, 3, 6), dtype) for key in keys[:2])
-    v, dout = (jax.random.normal(key, (2, size, 3, 4), dtype) for key in keys[2:])
+    shapes = (2, size, 3, 7), (2, size, 3, 5 + 4), (2, size, 2), (2, size, 3, 4)  # N = 5, R = 2, V = 4
+    q, kv, pe, dout = (jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True))
     segments = jnp.asarray([[1] * 4 + [2] * (size - 4), [1] * (size - 2) + [0] * 2])
     mask = jnp.tril(jnp.ones((size, size), bool)) & (segments[:, :, None] == segments[:, None, :])
-    return (q, k, v), mask, dout
+    return (q, kv, pe), mask, dout
 
 
 def relative(a, b):
@@ -23,12 +23,14 @@ def relative(a, b):
 
 
 def test_equals_the_definition_in_numpy():
-    (q, k, v), mask, _ = case()
-    scores = np.einsum("bshk,bthk->bhst", *(np.asarray(x, np.float64) for x in (q, k))) * 0.3
+    (q, kv, pe), mask, _ = case()
+    q64, kv64, pe64 = (np.asarray(x, np.float64) for x in (q, kv, pe))
+    scores = np.einsum("bshn,bthn->bhst", q64[..., :5], kv64[..., :5])
+    scores = (scores + np.einsum("bshr,btr->bhst", q64[..., 5:], pe64)) * 0.3
     scores = np.where(np.asarray(mask)[:, None], scores, -np.inf)
     p = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    wanted = np.einsum("bhst,bthv->bshv", p / p.sum(axis=-1, keepdims=True), np.asarray(v, np.float64))
-    assert relative(mla_attention(q, k, v, mask, 0.3), wanted) < 1e-6
+    wanted = np.einsum("bhst,bthv->bshv", p / p.sum(axis=-1, keepdims=True), kv64[..., 5:])
+    assert relative(mla_attention(q, kv, pe, mask, 0.3), wanted) < 1e-6
 
 
 @pytest.mark.parametrize("size", [9, 70, 150])
@@ -38,7 +40,7 @@ def test_gradients_equal_autodiff_of_the_definition(size):
     mask = mask.at[0, 2].set(False)
 
     def loss(attention):
-        return lambda *qkv: jnp.sum(attention(*qkv, mask, 0.3) * dout)
+        return lambda *inputs: jnp.sum(attention(*inputs, mask, 0.3) * dout)
 
     ours = jax.grad(loss(mla_attention), argnums=(0, 1, 2))(*inputs)
     wanted = jax.grad(loss(mla_attention_reference), argnums=(0, 1, 2))(*inputs)
@@ -49,20 +51,22 @@ def test_gradients_equal_autodiff_of_the_definition(size):
 def test_bfloat16_stays_within_its_rounding():
     inputs, mask, dout = case(jnp.bfloat16)
     exact = tuple(x.astype(jnp.float32) for x in inputs)
-    (q, k, v), (q32, k32, v32) = inputs, exact
-    assert relative(mla_attention(q, k, v, mask, 0.3), mla_attention_reference(q32, k32, v32, mask, 0.3)) < 2**-8
+    (q, kv, pe), (q32, kv32, pe32) = inputs, exact
+    assert relative(mla_attention(q, kv, pe, mask, 0.3), mla_attention_reference(q32, kv32, pe32, mask, 0.3)) < 2**-8
 
-    def gradient(attention, qkv, dout):
-        q, k, v = qkv
-        return jax.grad(lambda v: jnp.sum(attention(q, k, v, mask, 0.3).astype(jnp.float32) * dout))(v)
+    def gradients(attention, inputs, dout):
+        loss = lambda *inputs: jnp.sum(attention(*inputs, mask, 0.3).astype(jnp.float32) * dout)  # noqa: E731
+        return jax.grad(loss, argnums=(0, 1, 2))(*inputs)
 
-    ours = gradient(mla_attention, inputs, dout)
-    assert relative(ours, gradient(mla_attention_reference, exact, dout.astype(jnp.float32))) < 2**-7
+    ours = gradients(mla_attention, inputs, dout)
+    wanted = gradients(mla_attention_reference, exact, dout.astype(jnp.float32))
+    for mine, theirs in zip(ours, wanted, strict=True):
+        assert relative(mine, theirs) < 2**-7
 
 
 @pytest.mark.parametrize("row", [0, 3])
 def test_a_query_that_may_attend_to_nothing_gets_the_mean(row):
-    (q, k, v), mask, _ = case()
+    (q, kv, pe), mask, _ = case()
     mask = mask.at[0, row].set(False)
-    out: jax.Array = mla_attention(q, k, v, mask, 0.3)
-    np.testing.assert_allclose(out[0, row], jnp.mean(v[0], axis=0), rtol=1e-5)
+    out: jax.Array = mla_attention(q, kv, pe, mask, 0.3)
+    np.testing.assert_allclose(out[0, row], jnp.mean(kv[0, ..., 5:], axis=0), rtol=1e-5)

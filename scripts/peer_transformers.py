@@ -16,7 +16,7 @@ load average stands in the result). Training is forward, backward and a fused Ad
 float32, without MTP, which the peer does not train. Decoding is greedy `generate` with its cache: the new
 tokens over the whole call, prefill included, and no token ends an answer early.
 """
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportArgumentType=false
 # (torch and transformers are in the peer's venv alone)
 
 import dataclasses

@@ -1,14 +1,14 @@
-// The CPU's kernels in float32: grouped matrix products and attention, each forward and backward.
+// The CPU's kernels in float32: grouped matrix products, routed experts and attention, each forward and backward.
 //
 // Everything is one matrix product over strided operands, `multiply`: it computes 12 × 32 tiles in registers from a
 // right operand that `pack` has laid out in panels of 32 columns. Attention keeps a strip of QUERIES rows of scores
-// and skips the columns that a strip's mask leaves out, so that causal rows cost half. Every number is summed by one
-// thread in one order: results do not depend on how many threads there are.
+// and skips the columns that a strip's mask leaves out, so that causal rows cost little more than half. Work is cut
+// into tasks for XLA's threads; every number is summed by one of them in one order, so results do not depend on how
+// many there are.
 //
 // Vectors are the compiler's (16 floats), so it builds for any processor; `cpu.py` compiles it for the one it runs on.
 #define _GNU_SOURCE
 #include <math.h>
-#include <pthread.h>
 #include <sched.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -16,12 +16,13 @@
 
 #include "xla/ffi/api/c_api.h"
 
-enum { ROWS = 12, COLS = 32, LANES = 16, QUERIES = 64, CHUNK = 192 };
+enum { ROWS = 12, COLS = 32, LANES = 16, QUERIES = 32, CHUNK = 192, PIECE = 48 };
 typedef float vf __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int32_t vi __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int8_t vb __attribute__((vector_size(LANES), aligned(1)));
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t pieces(int64_t n) { return (n + PIECE - 1) / PIECE; }
 static inline int64_t whole(int64_t n) { return (n + COLS - 1) / COLS * COLS; }
 static float *floats(int64_t n) { return aligned_alloc(64, (size_t)(n > 0 ? whole(n) : COLS) * sizeof(float)); }
 
@@ -33,7 +34,9 @@ static void pack(float *to, const float *b, int64_t rs, int64_t cs, int64_t k, i
   for (int64_t j0 = 0; j0 < n; j0 += COLS, to += tall * COLS) {
     int64_t width = least(COLS, n - j0);
     if (width < COLS) memset(to, 0, (size_t)(k * COLS) * sizeof(float));
-    if (cs == 1) {
+    if (cs == 1 && width == COLS) {  // a size that the compiler knows
+      for (int64_t i = 0; i < k; i++) memcpy(to + i * COLS, b + i * rs + j0, COLS * sizeof(float));
+    } else if (cs == 1) {
       for (int64_t i = 0; i < k; i++) memcpy(to + i * COLS, b + i * rs + j0, (size_t)width * sizeof(float));
     } else {
       for (int64_t i0 = 0; i0 < k; i0 += LANES)  // square pieces stay in the cache
@@ -91,103 +94,20 @@ static void multiply(int64_t m, int64_t n, int64_t k, const float *a, int64_t rs
       any_tile((int)least(ROWS, m - i), a + i * rs, rs, cs, k, b, c + i * ld + j, ld, least(COLS, n - j), add);
 }
 
-// ---- threads: as many as the process may use, made for the call ----
+// ---- vectors ----
 
-typedef void (*Work)(void *job, int64_t task);
-typedef struct {
-  Work work;
-  void *job;
-  int64_t count, next;
-} Queue;
-
-static void *drain(void *given) {
-  Queue *queue = given;
-  for (int64_t task; (task = __atomic_fetch_add(&queue->next, 1, __ATOMIC_RELAXED)) < queue->count;)
-    queue->work(queue->job, task);
-  return NULL;
+// The first n of 16 numbers, the rest zero.
+static inline vf load(const float *from, int64_t n) {
+  vf x = {0};
+  if (n >= LANES) return *(const vf *)from;
+  memcpy(&x, from, (size_t)n * sizeof(float));
+  return x;
 }
 
-static void run(Work work, void *job, int64_t count, int64_t products) {
-  Queue queue = {work, job, count, 0};
-  pthread_t helpers[63];
-  cpu_set_t usable;
-  int64_t threads = 1, started = 0;
-  if (products > 1 << 19 && !sched_getaffinity(0, sizeof usable, &usable))  // a thread costs some 20 µs
-    threads = least(least(CPU_COUNT(&usable), count), 64);
-  while (started < threads - 1 && !pthread_create(&helpers[started], NULL, drain, &queue)) started++;
-  drain(&queue);
-  for (int64_t i = 0; i < started; i++) pthread_join(helpers[i], NULL);
+static inline void store(float *to, vf x, int64_t n) {
+  if (n >= LANES) *(vf *)to = x;
+  else memcpy(to, &x, (size_t)n * sizeof(float));
 }
-
-// ---- grouped products: x (T D), w (E D F), y (T F), rows sorted by group ----
-
-typedef struct {
-  const float *x, *w, *dy;
-  float *out;
-  const int32_t *sizes;
-  int64_t T, E, D, F;
-  int64_t *group, *start, *count;  // per task
-} Grouped;
-
-static void grouped_forward(void *job, int64_t task) {
-  Grouped *g = job;
-  int64_t start = g->start[task], count = g->count[task];
-  float *b = floats(g->D * whole(g->F));
-  pack(b, g->w + g->group[task] * g->D * g->F, g->F, 1, g->D, g->F, g->D);
-  multiply(count, g->F, g->D, g->x + start * g->D, g->D, 1, b, g->D, g->out + start * g->F, g->F, 0);
-  free(b);
-}
-
-static void grouped_dx(void *job, int64_t task) {
-  Grouped *g = job;
-  int64_t start = g->start[task], count = g->count[task];
-  float *b = floats(g->F * whole(g->D));
-  pack(b, g->w + g->group[task] * g->D * g->F, 1, g->F, g->F, g->D, g->F);
-  multiply(count, g->D, g->F, g->dy + start * g->F, g->F, 1, b, g->F, g->out + start * g->D, g->D, 0);
-  free(b);
-}
-
-static void grouped_dw(void *job, int64_t task) {
-  Grouped *g = job;
-  int64_t start = g->start[task], count = g->count[task];
-  float *b = floats(count * whole(g->F));
-  pack(b, g->dy + start * g->F, g->F, 1, count, g->F, count);
-  multiply(g->D, g->F, count, g->x + start * g->D, 1, g->D, b, count, g->out + g->group[task] * g->D * g->F, g->F, 0);
-  free(b);
-}
-
-static void run_grouped(Grouped *g, Work work, int64_t chunk) {
-  int64_t most = g->E + g->T / chunk + 1, tasks = 0, start = 0;
-  g->group = malloc(3 * (size_t)most * sizeof(int64_t));
-  g->start = g->group + most;
-  g->count = g->start + most;
-  for (int64_t e = 0; e < g->E; e++) {
-    int64_t end = least(start + g->sizes[e], g->T);
-    do {
-      int64_t count = least(chunk, end - start);
-      if (count > 0 || work == grouped_dw) {  // a group without rows still has a gradient: zero
-        g->group[tasks] = e;
-        g->start[tasks] = start;
-        g->count[tasks++] = count;
-      }
-      start += count;
-    } while (start < end);
-  }
-  int64_t width = work == grouped_dx ? g->D : g->F;
-  if (work != grouped_dw) memset(g->out + start * width, 0, (size_t)((g->T - start) * width) * sizeof(float));
-  run(work, g, tasks, g->T * g->D * g->F);
-  free(g->group);
-}
-
-// ---- attention: q (B S H N+R), kv (B T H N+V), pe (B T R), mask (B S T), out (B S H V), log of the sum (B S H) ----
-
-typedef struct {
-  const float *q, *kv, *pe, *dout;
-  const int8_t *mask;
-  float *out, *log_sum, *dq, *dkv, *dpe;
-  float scale;
-  int64_t B, S, T, H, N, R, V;
-} Attention;
 
 // e^x for x ≤ 0 within 2 units in the last place: 2^n · a polynomial in the rest; 0 below -87.
 static inline vf exponential(vf x) {
@@ -212,16 +132,308 @@ static inline float total(vf x) {
   return sum;
 }
 
+static inline vf sigmoid(vf x) {
+  vi negative = x < 0.0f;
+  vf e = exponential((vf)(((vi)x & negative) | ((vi)-x & ~negative)));
+  return (vf)(((vi)e & negative) | ((vi)((vf){0} + 1.0f) & ~negative)) / (1.0f + e);
+}
+
+// ---- threads: XLA's own ----
+
+static int failed(XLA_FFI_CallFrame *frame, XLA_FFI_Error *error) {
+  if (error == NULL) return 0;
+  XLA_FFI_Error_Destroy_Args gone = {sizeof gone, NULL, error};
+  frame->api->XLA_FFI_Error_Destroy(&gone);
+  return 1;
+}
+
+typedef void (*Work)(void *job, int64_t task);
+typedef struct {
+  Work work;
+  void *job;
+  int64_t count, next, done, users;
+} Queue;
+
+static void leave(Queue *queue) {
+  if (!__atomic_sub_fetch(&queue->users, 1, __ATOMIC_ACQ_REL)) free(queue);
+}
+
+static void drain(void *given) {
+  Queue *queue = given;
+  for (int64_t task; (task = __atomic_fetch_add(&queue->next, 1, __ATOMIC_RELAXED)) < queue->count;) {
+    queue->work(queue->job, task);
+    __atomic_fetch_add(&queue->done, 1, __ATOMIC_RELEASE);
+  }
+  leave(queue);  // a helper may come when all is done and the caller gone
+}
+
+static int64_t threads_of(XLA_FFI_CallFrame *frame) {
+  int64_t threads = 1;
+  XLA_FFI_ThreadPool_NumThreads_Args asked = {sizeof asked, NULL, frame->ctx, &threads};
+  return failed(frame, frame->api->XLA_FFI_ThreadPool_NumThreads(&asked)) ? 1 : threads;
+}
+
+// Does every task, on as many of XLA's threads as are free; returns when all are done.
+static void run(XLA_FFI_CallFrame *frame, Work work, void *job, int64_t count, int64_t products) {
+  Queue *queue = malloc(sizeof *queue);
+  int64_t helpers = products < 1 << 17 ? 0 : least(threads_of(frame), count) - 1;  // waking one costs some 5 µs
+  *queue = (Queue){work, job, count, 0, 0, 2 + (helpers > 0 ? helpers : 0)};
+  XLA_FFI_ThreadPool_Schedule_Args helper = {sizeof helper, NULL, frame->ctx, drain, queue};
+  for (int64_t i = 0; i < helpers; i++)
+    if (failed(frame, frame->api->XLA_FFI_ThreadPool_Schedule(&helper))) leave(queue);
+  drain(queue);
+  while (__atomic_load_n(&queue->done, __ATOMIC_ACQUIRE) < count) sched_yield();
+  leave(queue);
+}
+
+// ---- grouped products: x (T D), w (E D F), y (T F), rows sorted by group ----
+
+// Rows of one group: a task.
+typedef struct {
+  int64_t group, start, count;
+} Rows;
+
+// Cuts each group's rows into tasks of at most `chunk`; a group without rows gives a task where `empty` says so.
+static Rows *cut(const int32_t *sizes, int64_t E, int64_t T, int64_t chunk, int empty, int64_t *tasks) {
+  Rows *to = malloc((size_t)(E + T / chunk + 1) * sizeof(Rows));
+  int64_t start = 0;
+  *tasks = 0;
+  for (int64_t e = 0; e < E; e++) {
+    int64_t end = least(start + sizes[e], T);
+    do {
+      int64_t count = least(chunk, end - start);
+      if (count > 0 || empty) to[(*tasks)++] = (Rows){e, start, count};
+      start += count;
+    } while (start < end);
+  }
+  return to;
+}
+
+typedef struct {
+  const float *x, *w, *dy;
+  float *out;
+  const int32_t *sizes;
+  int64_t T, E, D, F;
+  Rows *tasks;
+} Grouped;
+
+static void grouped_forward(void *job, int64_t task) {
+  Grouped *g = job;
+  Rows r = g->tasks[task];
+  float *b = floats(g->D * whole(g->F));
+  pack(b, g->w + r.group * g->D * g->F, g->F, 1, g->D, g->F, g->D);
+  multiply(r.count, g->F, g->D, g->x + r.start * g->D, g->D, 1, b, g->D, g->out + r.start * g->F, g->F, 0);
+  free(b);
+}
+
+static void grouped_dx(void *job, int64_t task) {
+  Grouped *g = job;
+  Rows r = g->tasks[task];
+  float *b = floats(g->F * whole(g->D));
+  pack(b, g->w + r.group * g->D * g->F, 1, g->F, g->F, g->D, g->F);
+  multiply(r.count, g->D, g->F, g->dy + r.start * g->F, g->F, 1, b, g->F, g->out + r.start * g->D, g->D, 0);
+  free(b);
+}
+
+// PIECE rows, from `at` on, of the gradient xᵀ dy (D × F) of a matrix that `rows` rows went through.
+static void outer(int64_t rows, int64_t D, int64_t F, const float *x, const float *dy, int64_t at, float *dw) {
+  int64_t height = least(PIECE, D - at);
+  float *b = floats(least(rows, CHUNK) * whole(F));
+  if (!rows) memset(dw + at * F, 0, (size_t)(height * F) * sizeof(float));
+  for (int64_t i = 0; i < rows; i += CHUNK) {
+    int64_t count = least(CHUNK, rows - i);
+    pack(b, dy + i * F, F, 1, count, F, count);
+    multiply(height, F, count, x + i * D + at, 1, D, b, count, dw + at * F, F, i > 0);
+  }
+  free(b);
+}
+
+static void grouped_dw(void *job, int64_t task) {
+  Grouped *g = job;
+  Rows r = g->tasks[task / pieces(g->D)];
+  outer(r.count, g->D, g->F, g->x + r.start * g->D, g->dy + r.start * g->F, task % pieces(g->D) * PIECE,
+        g->out + r.group * g->D * g->F);
+}
+
+static void run_grouped(XLA_FFI_CallFrame *frame, Grouped *g, Work work, int64_t chunk) {
+  int64_t tasks, used = 0, width = work == grouped_dx ? g->D : g->F;
+  g->tasks = cut(g->sizes, g->E, g->T, chunk, work == grouped_dw, &tasks);  // a group without rows has a gradient: zero
+  for (int64_t i = 0; i < tasks; i++) used += g->tasks[i].count;
+  if (work != grouped_dw) memset(g->out + used * width, 0, (size_t)((g->T - used) * width) * sizeof(float));
+  run(frame, work, g, work == grouped_dw ? tasks * pieces(g->D) : tasks, g->T * g->D * g->F);
+  free(g->tasks);
+}
+
+// ---- routed experts: x (T D), experts and weights (T K), wi (E D 2F), wo (E F D), y (T D) ----
+//
+// y[t] = Σ_k weights[t, k] · (silu(x wi_gate) · x wi_up) wo with the matrices of experts[t, k]. Choices are sorted by
+// expert; `gate_up` (T·K, 2F) keeps x wi in that order for the backward pass. A choice of no expert adds nothing.
+
+typedef struct {
+  const float *x, *weights, *wi, *wo, *dy;
+  const int32_t *experts;
+  float *gate_up, *y, *dx, *dweights, *dwi, *dwo;
+  int64_t T, K, E, D, F;
+  int32_t *sizes;                              // rows of each expert
+  int64_t *choice, *place;                     // of each sorted row, its choice; of each choice, its row, or -1
+  float *xs, *dys, *hidden, *dgate_up, *rows;  // by sorted row: x, dy, weighted hidden; what each adds to y or dx
+  Rows *tasks;
+  int64_t count;
+} Experts;
+
+static void sort_choices(Experts *m) {
+  int64_t choices = m->T * m->K, start = 0;
+  int64_t *next = malloc((size_t)m->E * sizeof(int64_t));
+  m->sizes = calloc((size_t)m->E, sizeof(int32_t));
+  m->choice = malloc(2 * (size_t)choices * sizeof(int64_t));
+  m->place = m->choice + choices;
+  for (int64_t c = 0; c < choices; c++)
+    if ((uint32_t)m->experts[c] < m->E) m->sizes[m->experts[c]]++;
+  for (int64_t e = 0; e < m->E; start += m->sizes[e++]) next[e] = start;
+  for (int64_t c = 0; c < choices; c++) {
+    m->place[c] = (uint32_t)m->experts[c] < m->E ? next[m->experts[c]]++ : -1;
+    if (m->place[c] >= 0) m->choice[m->place[c]] = c;
+  }
+  free(next);
+}
+
+static void gather(const Experts *m, Rows r, const float *from, float *to) {
+  for (int64_t i = r.start; i < r.start + r.count; i++)
+    memcpy(to + i * m->D, from + m->choice[i] / m->K * m->D, (size_t)m->D * sizeof(float));
+}
+
+static void experts_forward(void *job, int64_t task) {
+  Experts *m = job;
+  Rows r = m->tasks[task];
+  int64_t D = m->D, F = m->F;
+  float *b = floats(D * whole(2 * F) + F * whole(D)), *x = m->xs + r.start * D, *out = m->rows + r.start * D;
+  float *gate = m->gate_up + r.start * 2 * F, *h = m->hidden + r.start * F;
+  gather(m, r, m->x, m->xs);
+  pack(b, m->wi + r.group * D * 2 * F, 2 * F, 1, D, 2 * F, D);
+  multiply(r.count, 2 * F, D, x, D, 1, b, D, gate, 2 * F, 0);
+  for (int64_t i = 0; i < r.count; i++, gate += 2 * F) {
+    float weight = m->weights[m->choice[r.start + i]];
+    for (int64_t f = 0; f < F; f += LANES) {
+      vf g = load(gate + f, F - f), up = load(gate + F + f, F - f);
+      store(h + i * F + f, g * sigmoid(g) * up * weight, F - f);
+    }
+  }
+  pack(b, m->wo + r.group * F * D, D, 1, F, D, F);
+  multiply(r.count, D, F, h, F, 1, b, F, out, D, 0);
+  free(b);
+}
+
+// to[t] = Σ_k rows of t's choices, for PIECE tokens.
+static void add_rows(const Experts *m, int64_t piece, float *to) {
+  int64_t end = least((piece + 1) * PIECE, m->T);
+  for (int64_t t = piece * PIECE; t < end; t++) {
+    memset(to + t * m->D, 0, (size_t)m->D * sizeof(float));
+    for (int64_t k = 0; k < m->K; k++) {
+      const float *row = m->rows + m->place[t * m->K + k] * m->D;
+      if (m->place[t * m->K + k] >= 0)
+        for (int64_t d = 0; d < m->D; d++) to[t * m->D + d] += row[d];
+    }
+  }
+}
+
+static void experts_sum(void *job, int64_t task) { add_rows(job, task, ((Experts *)job)->y); }
+
+static void experts_rows_backward(void *job, int64_t task) {
+  Experts *m = job;
+  Rows r = m->tasks[task];
+  int64_t D = m->D, F = m->F;
+  float *b = floats(D * whole(F) + 2 * F * whole(D)), *dh = floats(r.count * F);
+  float *dgate_up = m->dgate_up + r.start * 2 * F, *dy = m->dys + r.start * D, *out = m->rows + r.start * D;
+  gather(m, r, m->x, m->xs);
+  gather(m, r, m->dy, m->dys);
+  pack(b, m->wo + r.group * F * D, 1, D, D, F, D);
+  multiply(r.count, F, D, dy, D, 1, b, D, dh, F, 0);
+  for (int64_t i = 0; i < r.count; i++) {
+    int64_t row = r.start + i;
+    const float *gate = m->gate_up + row * 2 * F;
+    float weight = m->weights[m->choice[row]];
+    vf along = {0};
+    for (int64_t f = 0; f < F; f += LANES) {
+      int64_t n = F - f;
+      vf g = load(gate + f, n), up = load(gate + F + f, n), d = load(dh + i * F + f, n);
+      vf s = sigmoid(g), silu = g * s;
+      along += d * silu * up;
+      d *= weight;
+      store(m->hidden + row * F + f, silu * up * weight, n);
+      store(dgate_up + i * 2 * F + f, d * up * (s + silu * (1.0f - s)), n);
+      store(dgate_up + i * 2 * F + F + f, d * silu, n);
+    }
+    m->dweights[m->choice[row]] = total(along);
+  }
+  pack(b, m->wi + r.group * D * 2 * F, 1, 2 * F, 2 * F, D, 2 * F);
+  multiply(r.count, D, 2 * F, dgate_up, 2 * F, 1, b, 2 * F, out, D, 0);
+  free(b), free(dh);
+}
+
+// First the matrices' gradients, a piece at a time, then the tokens'.
+static void experts_sums_backward(void *job, int64_t task) {
+  Experts *m = job;
+  int64_t D = m->D, F = m->F, each = pieces(D) + pieces(F), piece = task % each;
+  if (task >= m->count * each) {
+    add_rows(m, task - m->count * each, m->dx);
+    return;
+  }
+  Rows r = m->tasks[task / each];
+  const float *dgate_up = m->dgate_up + r.start * 2 * F, *dy = m->dys + r.start * D;
+  if (piece < pieces(D))
+    outer(r.count, D, 2 * F, m->xs + r.start * D, dgate_up, piece * PIECE, m->dwi + r.group * D * 2 * F);
+  else
+    outer(r.count, F, D, m->hidden + r.start * F, dy, (piece - pieces(D)) * PIECE, m->dwo + r.group * F * D);
+}
+
+static void run_experts_forward(XLA_FFI_CallFrame *frame, Experts *m) {
+  int64_t choices = m->T * m->K;
+  sort_choices(m);
+  m->xs = floats(choices * (2 * m->D + m->F));
+  m->rows = m->xs + choices * m->D;
+  m->hidden = m->rows + choices * m->D;
+  m->tasks = cut(m->sizes, m->E, choices, CHUNK, 0, &m->count);
+  run(frame, experts_forward, m, m->count, choices * m->D * m->F);
+  run(frame, experts_sum, m, pieces(m->T), choices * m->D);
+  free(m->xs), free(m->tasks), free(m->choice), free(m->sizes);
+}
+
+static void run_experts_backward(XLA_FFI_CallFrame *frame, Experts *m) {
+  int64_t choices = m->T * m->K, D = m->D, F = m->F;
+  sort_choices(m);
+  m->xs = floats(choices * 3 * (D + F));
+  m->dys = m->xs + choices * D;
+  m->rows = m->dys + choices * D;
+  m->hidden = m->rows + choices * D;
+  m->dgate_up = m->hidden + choices * F;
+  memset(m->dweights, 0, (size_t)choices * sizeof(float));
+  m->tasks = cut(m->sizes, m->E, choices, CHUNK, 0, &m->count);
+  run(frame, experts_rows_backward, m, m->count, choices * D * F);
+  free(m->tasks);
+  m->tasks = cut(m->sizes, m->E, choices, INT64_MAX / 2, 1, &m->count);
+  int64_t matrices = m->count * (pieces(D) + pieces(F));
+  run(frame, experts_sums_backward, m, matrices + pieces(m->T), choices * D * F);
+  free(m->xs), free(m->tasks), free(m->choice), free(m->sizes);
+}
+
+// ---- attention: q (B S H N+R), kv (B T H N+V), pe (B T R), mask (B S T), out (B S H V), log of the sum (B S H) ----
+
+typedef struct {
+  const float *q, *kv, *pe, *dout;
+  const int8_t *mask;
+  float *out, *log_sum, *dq, *dkv, *dpe;
+  float scale;
+  int64_t B, S, T, H, N, R, V;
+} Attention;
+
 // The columns [*from, *to) that a strip's rows may attend to: multiples of 32; all of them where a row has none.
 static void strip_range(const Attention *a, const int8_t *mask, int64_t rows, int8_t *kept, int64_t *from, int64_t *to) {
   int64_t low = a->T, high = 0, wide = whole(a->T);
   memset(kept, 0, (size_t)(rows * wide));
   for (int64_t i = 0; i < rows; i++) {
     memcpy(kept + i * wide, mask + i * a->T, (size_t)a->T);
-    int64_t first = 0, last = a->T;
-    while (first < a->T && !mask[i * a->T + first]) first++;
-    while (last > first && !mask[i * a->T + last - 1]) last--;
-    if (first == a->T) first = 0, last = a->T;
+    const int8_t *row = mask + i * a->T, *one = memchr(row, 1, (size_t)a->T), *end = memrchr(row, 1, (size_t)a->T);
+    int64_t first = one ? one - row : 0, last = one ? end - row + 1 : a->T;
     low = least(low, first);
     high = high > last ? high : last;
   }
@@ -323,8 +535,9 @@ static void attention_backward(void *job, int64_t task) {
     softmax_strip(a, p, kept, rows, from, to, a->log_sum + at, a->H, 1);
     multiply(rows, to - from, a->V, dout, ldv, 1, vt + from * a->V, a->V, ds + from, wide, 0);
     for (int64_t i = 0; i < rows; i++) {
-      float along = 0;  // Σ dp·p = Σ dout·out
-      for (int64_t j = 0; j < a->V; j++) along += dout[i * ldv + j] * out[i * ldv + j];
+      vf products = {0};
+      for (int64_t j = i * ldv, n = a->V; n > 0; j += LANES, n -= LANES) products += load(dout + j, n) * load(out + j, n);
+      float along = total(products);  // Σ dp·p = Σ dout·out
       for (int64_t t = from; t < to; t += LANES) {
         vf *d = (vf *)(ds + i * wide + t);
         vi on = __builtin_convertvector(*(const vb *)(kept + i * wide + t) != 0, vi);
@@ -374,6 +587,13 @@ static Attention attention_of(XLA_FFI_CallFrame *frame) {
                      .B = q[0], .S = q[1], .H = q[2], .T = kv[1], .N = N, .R = R, .V = kv[3] - N};
 }
 
+static Experts experts_of(XLA_FFI_CallFrame *frame) {
+  int64_t *choices = in(frame, 2)->dims, *wo = in(frame, 4)->dims;
+  return (Experts){.x = in(frame, 0)->data, .weights = in(frame, 1)->data, .experts = in(frame, 2)->data,
+                   .wi = in(frame, 3)->data, .wo = in(frame, 4)->data,
+                   .T = choices[0], .K = choices[1], .E = wo[0], .F = wo[1], .D = wo[2]};
+}
+
 #define HANDLER(name, body)                           \
   XLA_FFI_Error *name(XLA_FFI_CallFrame *frame) {     \
     if (only_asked(frame)) return NULL;               \
@@ -381,12 +601,17 @@ static Attention attention_of(XLA_FFI_CallFrame *frame) {
     return NULL;                                      \
   }
 
-HANDLER(deepseek_grouped_forward, Grouped g = grouped_of(frame); run_grouped(&g, grouped_forward, CHUNK))
-HANDLER(deepseek_grouped_dx, Grouped g = grouped_of(frame); run_grouped(&g, grouped_dx, CHUNK))
-HANDLER(deepseek_grouped_dw, Grouped g = grouped_of(frame); run_grouped(&g, grouped_dw, INT64_MAX / 2))
+HANDLER(deepseek_grouped_forward, Grouped g = grouped_of(frame); run_grouped(frame, &g, grouped_forward, CHUNK))
+HANDLER(deepseek_grouped_dx, Grouped g = grouped_of(frame); run_grouped(frame, &g, grouped_dx, CHUNK))
+HANDLER(deepseek_grouped_dw, Grouped g = grouped_of(frame); run_grouped(frame, &g, grouped_dw, INT64_MAX / 2))
+HANDLER(deepseek_experts_forward, Experts m = experts_of(frame); m.y = result(frame, 0); m.gate_up = result(frame, 1);
+        run_experts_forward(frame, &m))
+HANDLER(deepseek_experts_backward, Experts m = experts_of(frame); m.gate_up = in(frame, 5)->data;
+        m.dy = in(frame, 6)->data; m.dx = result(frame, 0); m.dweights = result(frame, 1); m.dwi = result(frame, 2);
+        m.dwo = result(frame, 3); run_experts_backward(frame, &m))
 HANDLER(deepseek_attention_forward, Attention a = attention_of(frame); a.out = result(frame, 0);
-        a.log_sum = result(frame, 1); run(attention_forward, &a, a.B * a.H, a.B * a.H * a.S * a.T * (a.N + a.R)))
+        a.log_sum = result(frame, 1); run(frame, attention_forward, &a, a.B * a.H, a.B * a.H * a.S * a.T * (a.N + a.R)))
 HANDLER(deepseek_attention_backward, Attention a = attention_of(frame); a.out = in(frame, 5)->data;
         a.log_sum = in(frame, 6)->data; a.dout = in(frame, 7)->data; a.dq = result(frame, 0);
         a.dkv = result(frame, 1); a.dpe = result(frame, 2);
-        run(attention_backward, &a, a.B * a.H, a.B * a.H * a.S * a.T * (a.N + a.R)))
+        run(frame, attention_backward, &a, a.B * a.H, a.B * a.H * a.S * a.T * (a.N + a.R)))

@@ -20,7 +20,15 @@ import jax.numpy as jnp
 
 SOURCE = Path(__file__).with_name("cpu.c")
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC", "-pthread")
-TARGETS = ("grouped_forward", "grouped_dx", "grouped_dw", "attention_forward", "attention_backward")
+TARGETS = (
+    "grouped_forward",
+    "grouped_dx",
+    "grouped_dw",
+    "experts_forward",
+    "experts_backward",
+    "attention_forward",
+    "attention_backward",
+)
 
 
 @functools.cache

@@ -77,6 +77,21 @@ def grouped_matmul(
     return _unaligned_matmul(x_TD, w_EDF, group_sizes_E)
 
 
+def weight_gradient(x: Float[Array, "*B D"], dy: Float[Array, "*B F"]) -> Float[Array, "D F"]:
+    """``Σ xᵀ dy`` over all rows: the gradient of a matrix that they went through, in ``x``'s dtype.
+
+    The same as autodiff's, which writes ``(dyᵀ x)ᵀ``: with two or more row axes XLA:CPU then transposes ``dy`` and
+    multiplies at 40 % of its speed. Float32 on a CPU takes the C kernel, which transposes nothing.
+    """
+    if cpu.usable(x, dy):
+        x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+        rows = jnp.array([len(x)], jnp.int32)
+        return cpu.call("grouped_dw", [(1, x.shape[1], dy.shape[1])], x, dy, rows)[0][0]
+    rows = tuple(range(x.ndim - 1))
+    dw = jax.lax.dot_general(x, dy, ((rows, rows), ((), ())), preferred_element_type=jnp.float32)
+    return dw.astype(x.dtype)
+
+
 def grouped_matmul_reference(x_TD, w_EDF, group_sizes_E):
     """The definition: every row times every group's matrix, the wrong ones masked. E times the arithmetic."""
     ends_E = jnp.cumsum(group_sizes_E)

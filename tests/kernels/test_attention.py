@@ -35,7 +35,7 @@ def test_equals_the_definition_in_numpy():
 
 @pytest.mark.parametrize("size", [9, 70, 150])
 def test_gradients_equal_autodiff_of_the_definition(size):
-    """Of any size: strips of 64 queries and panels of 32 columns, whole and ragged; a query that sees nothing too."""
+    """Of any size: strips of 32 queries and panels of 32 columns, whole and ragged; a query that sees nothing too."""
     inputs, mask, dout = case(size=size)
     mask = mask.at[0, 2].set(False)
 

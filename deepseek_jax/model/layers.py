@@ -1,11 +1,14 @@
 """The smallest modules: parameters with named axes, a linear map, a norm, a gated feed-forward."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from deepseek_jax.config import ModelConfig
+from deepseek_kernels import weight_gradient
 
 
 class RouterBias(nnx.Variable):
@@ -17,6 +20,32 @@ def param(config: ModelConfig, rngs: nnx.Rngs, shape: tuple[int, ...], axes: tup
     assert len(shape) == len(axes)
     value = config.initializer_range * jax.random.normal(rngs.params(), shape, jnp.float32)
     return nnx.Param(value.astype(config.param_dtype), axes=axes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def project(
+    x: Float[Array, "*B I"], w: Float[Array, "I O"], dtype: jax.typing.DTypeLike | None = None
+) -> Float[Array, "*B O"]:
+    """``x w``, summed and returned in ``dtype`` where one is given. The gradient of w is ``weight_gradient``'s."""
+    return jax.lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=dtype)
+
+
+def _project_forward(x, w, dtype):
+    return project(x, w, dtype), (x, w)
+
+
+def _project_backward(dtype, residuals, dy):
+    x, w = residuals
+    dx = jax.lax.dot_general(dy, w, (((dy.ndim - 1,), (1,)), ((), ())), preferred_element_type=dtype)
+    return dx.astype(x.dtype), weight_gradient(x, dy).astype(w.dtype)
+
+
+project.defvjp(_project_forward, _project_backward)
+
+
+def project_heads(x: Float[Array, "*B I"], w_IHN: Float[Array, "I H N"]) -> Float[Array, "*B H N"]:
+    """``x w`` to N numbers for each of H heads."""
+    return project(x, w_IHN.reshape(len(w_IHN), -1)).reshape(*x.shape[:-1], *w_IHN.shape[1:])
 
 
 class Linear(nnx.Module):
@@ -36,7 +65,7 @@ class Linear(nnx.Module):
         self.b = nnx.Param(jnp.zeros(shape[1:], config.param_dtype), axes=axes[1:]) if bias else None
 
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
-        y = x.astype(self.dtype) @ self.w[...].astype(self.dtype)
+        y = project(x.astype(self.dtype), self.w[...].astype(self.dtype))
         return y if self.b is None else y + self.b[...].astype(self.dtype)
 
 
@@ -64,5 +93,5 @@ class SwiGLU(nnx.Module):
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         wi_D2F = self.wi[...].astype(self.dtype)
         width = wi_D2F.shape[2]
-        gate_up = x @ wi_D2F.reshape(-1, 2 * width)
-        return (jax.nn.silu(gate_up[..., :width]) * gate_up[..., width:]) @ self.wo[...].astype(self.dtype)
+        gate_up = project(x, wi_D2F.reshape(-1, 2 * width))
+        return project(jax.nn.silu(gate_up[..., :width]) * gate_up[..., width:], self.wo[...].astype(self.dtype))

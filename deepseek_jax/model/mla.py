@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Float
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.attention import einsum32, masked_softmax, write_columns
-from deepseek_jax.model.layers import Linear, RMSNorm, param
+from deepseek_jax.model.layers import Linear, RMSNorm, param, project, project_heads
 from deepseek_jax.model.rope import rotate, softmax_scale
 from deepseek_kernels import mla_attention
 
@@ -58,7 +58,8 @@ class MLA(nnx.Module):
         attend = self._absorbed if absorbed else self._plain
         with jax.named_scope("attend"):
             out_BSHV: jax.Array = attend(q_BSHN, q_BSHR, entry, mask_BST)
-        y = jnp.einsum("bshv,hvd->bsd", out_BSHV, self.o[...].astype(out_BSHV.dtype))
+        o_HVD = self.o[...].astype(out_BSHV.dtype)
+        y = project(out_BSHV.reshape(*x_BSD.shape[:2], -1), o_HVD.reshape(-1, o_HVD.shape[2]))
         if self.o_bias is not None:
             y = y + self.o_bias[...].astype(y.dtype)
         return y, buffer
@@ -67,7 +68,7 @@ class MLA(nnx.Module):
         config = self.config
         with jax.named_scope("queries"):
             c = x_BSD if self.q_a is None or self.q_norm is None else self.q_norm(self.q_a(x_BSD))
-            q = jnp.einsum("bsq,qhn->bshn", c, self.q_b[...].astype(c.dtype))
+            q = project_heads(c, self.q_b[...].astype(c.dtype))
             nope, pe = jnp.split(q, [config.qk_nope_head_dim], axis=-1)
             return nope, rotate(pe, rope, interleave=config.rope_interleave)
 
@@ -81,7 +82,7 @@ class MLA(nnx.Module):
 
     def _plain(self, q_BSHN, q_BSHR, entry_BTW, mask_BST):
         latent_BTC, pe_BTR = jnp.split(entry_BTW, [self.config.kv_lora_rank], axis=-1)
-        kv = jnp.einsum("btc,chn->bthn", latent_BTC, self.kv_b[...].astype(latent_BTC.dtype))
+        kv = project_heads(latent_BTC, self.kv_b[...].astype(latent_BTC.dtype))
         q = jnp.concatenate([q_BSHN, q_BSHR], axis=-1)
         return mla_attention(q, kv, pe_BTR, mask_BST, softmax_scale(self.config))
 

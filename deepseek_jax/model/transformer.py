@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.attention import Cache, packed_mask
 from deepseek_jax.model.block import Block
-from deepseek_jax.model.layers import Linear, RMSNorm, RouterBias, param
+from deepseek_jax.model.layers import Linear, RMSNorm, RouterBias, param, project
 from deepseek_jax.model.mtp import MTP, mtp_segments
 from deepseek_jax.model.rope import rotary_tables
 from deepseek_jax.model.router import RouterStats
@@ -112,8 +112,7 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden_BSD: Float[Array, "*B D"]) -> Float[Array, "*B W"]:
         with jax.named_scope("head"):
-            w_DW = self.head_weight().astype(hidden_BSD.dtype)
-            return jnp.einsum("...d,dw->...w", hidden_BSD, w_DW, preferred_element_type=jnp.float32)
+            return project(hidden_BSD, self.head_weight().astype(hidden_BSD.dtype), jnp.float32)
 
     def _embed(self, tokens_BS):
         return self.embed[...].astype(self.config.dtype)[tokens_BS]

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from deepseek_jax.config import ModelConfig, check_types
 from deepseek_jax.model import transformer
+from deepseek_jax.model.layers import project
 from deepseek_jax.model.router import count_sequences
 
 
@@ -44,7 +45,7 @@ def score_targets(
 
     @jax.checkpoint
     def score(hidden, targets):
-        logits = jnp.einsum("bsd,dw->bsw", hidden, w_DW.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        logits = project(hidden, w_DW.astype(hidden.dtype), jnp.float32)
         logits = logits / temperature if temperature != 1.0 else logits
         log_z = jax.nn.logsumexp(logits, axis=-1)
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]

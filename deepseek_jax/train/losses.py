@@ -1,6 +1,7 @@
 """Log-probabilities without the logits, and the language-model loss with its MTP and balance parts."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from deepseek_jax.config import ModelConfig, check_types
 from deepseek_jax.model import transformer
 from deepseek_jax.model.layers import project
 from deepseek_jax.model.router import count_sequences
+from deepseek_kernels import weight_gradient
 
 
 @struct.dataclass
@@ -35,13 +37,7 @@ def score_targets(
     Logits live for one chunk, in float32, and are computed again in the backward pass: B·S·W are never held, and
     splitting the sequence leaves the rows where the mesh has put them.
     """
-    batch, size, _ = hidden_BSD.shape
-    chunk = min(chunk, size)
-    padded = -(-size // chunk) * chunk
-
-    def pieces(x):
-        x = jnp.pad(x, [(0, 0), (0, padded - size)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(batch, padded // chunk, chunk, *x.shape[2:]), 1, 0)
+    size = hidden_BSD.shape[1]
 
     @jax.checkpoint
     def score(hidden, targets):
@@ -56,9 +52,69 @@ def score_targets(
     def body(carry, piece):
         return carry, score(*piece)
 
-    _, scores = jax.lax.scan(body, None, (pieces(hidden_BSD), pieces(targets_BS)))
-    logprob, entropy = (jnp.moveaxis(x, 0, 1).reshape(batch, padded)[:, :size] for x in scores)
-    return TokenScores(logprob, entropy)
+    _, scores = jax.lax.scan(body, None, _pieces(chunk, hidden_BSD, targets_BS))
+    return TokenScores(*(_joined(x, size) for x in scores))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def cross_entropy(
+    hidden_BSD: Float[Array, "B S D"],
+    w_DW: Float[Array, "D W"],
+    targets_BS: Int[Array, "B S"],
+    weights_BS: Float[Array, "B S"],
+    chunk: int,
+) -> Float[Array, ""]:
+    """``-Σ weights · log softmax(hidden · w)`` at the targets, ``chunk`` positions of each row at a time.
+
+    Where a gradient is asked for, it is taken while a chunk's logits are there, so that they are computed once.
+    Differentiable in hidden and w.
+    """
+    return -jnp.sum(score_targets(hidden_BSD, w_DW, targets_BS, chunk=chunk).logprob_BS * weights_BS)
+
+
+def _cross_entropy_forward(hidden_BSD, w_DW, targets_BS, weights_BS, chunk):
+    w_DW = w_DW.astype(hidden_BSD.dtype)
+
+    def body(carry, piece):
+        loss, dw_DW = carry
+        hidden, targets, weights = piece
+        logits = project(hidden, w_DW, jnp.float32)
+        log_z = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        right = targets[..., None] == jnp.arange(logits.shape[-1])
+        loss += jnp.sum(weights * (log_z[..., 0] - jnp.sum(jnp.where(right, logits, 0), axis=-1)))
+        dlogits = weights[..., None] * (jnp.exp(logits - log_z) - right)
+        dhidden = jnp.einsum("bsw,dw->bsd", dlogits, w_DW, preferred_element_type=jnp.float32)
+        return (loss, dw_DW + weight_gradient(hidden.astype(jnp.float32), dlogits)), dhidden
+
+    zero = jnp.float32(0), jnp.zeros(w_DW.shape, jnp.float32)
+    (loss, dw_DW), dhidden = jax.lax.scan(body, zero, _pieces(chunk, hidden_BSD, targets_BS, weights_BS))
+    return loss, (_joined(dhidden, hidden_BSD.shape[1]), dw_DW, hidden_BSD[:0], w_DW[:0])
+
+
+def _cross_entropy_backward(chunk, residuals, dloss):
+    dhidden_BSD, dw_DW, hidden, w = residuals
+    return (dloss * dhidden_BSD).astype(hidden.dtype), (dloss * dw_DW).astype(w.dtype), None, None
+
+
+cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+
+
+def _pieces(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Each array (B S …) as (chunks B chunk …), its end padded with zeros."""
+
+    def cut(x):
+        batch, size, *rest = x.shape
+        count = -(-size // min(chunk, size))
+        x = jnp.pad(x, [(0, 0), (0, count * min(chunk, size) - size)] + [(0, 0)] * len(rest))
+        return jnp.moveaxis(x.reshape(batch, count, -1, *rest), 1, 0)
+
+    return tuple(map(cut, arrays))
+
+
+def _joined(x: jax.Array, size: int) -> jax.Array:
+    """The inverse of ``_pieces``."""
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :size]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,15 +167,15 @@ class LanguageModelLoss:
         )
         w_DW = model.head_weight()
 
-        def cross_entropy(hidden, ahead, count):
-            scores = score_targets(hidden, w_DW, shift(batch["tokens"], ahead), chunk=self.chunk)
-            return -jnp.sum(scores.logprob_BS * _target_mask(batch, ahead)) / count
+        def part(hidden, ahead, count):
+            weights_BS = _target_mask(batch, ahead) / count
+            return cross_entropy(hidden, w_DW, shift(batch["tokens"], ahead), weights_BS, self.chunk)
 
         with jax.named_scope("loss"):
-            loss = ce = cross_entropy(out.hidden, 1, norm["targets"])
+            loss = ce = part(out.hidden, 1, norm["targets"])
             parts = {"ce": ce}
             if use_mtp:
-                parts["mtp"] = cross_entropy(out.mtp_hidden, 2, norm["mtp_targets"])
+                parts["mtp"] = part(out.mtp_hidden, 2, norm["mtp_targets"])
                 weight = jnp.float32(self.mtp_weight)
                 if self.mtp_late_from:
                     weight = jnp.where(state.step >= self.mtp_late_from, self.mtp_weight_late, weight)

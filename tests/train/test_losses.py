@@ -12,7 +12,7 @@ from model.tiny import V3, config, relative_error, weights
 from train.cases import BATCH, LENGTHS, TINY, S, documents, on_device, pack, state_of
 
 from deepseek_jax.model import transformer
-from deepseek_jax.train.losses import LanguageModelLoss, score_targets
+from deepseek_jax.train.losses import LanguageModelLoss, cross_entropy, score_targets
 
 PARAMS, BIAS = weights(TINY)
 ISOLATED = LanguageModelLoss(mtp_weight_late=0.1, mtp_late_from=100, balance_weight=0.01, isolate=True, chunk=6)
@@ -81,6 +81,30 @@ def test_chunked_scores_equal_the_plain_softmax(chunk, temperature):
     assert relative_error(scores.entropy_BS, entropy) < 5e-5
     for gradient, plain in zip(gradients, expected, strict=True):
         assert relative_error(gradient, plain) < 1e-5
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7, 100])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_cross_entropy_and_its_gradient_equal_the_scores(chunk, dtype):
+    """Weighted, zero weights included, behind a factor; bfloat16 within its rounding of 2⁻⁸."""
+    rng = np.random.default_rng(chunk)
+    hidden = jnp.asarray(rng.standard_normal((2, 7, 5)), dtype)
+    w = jnp.asarray(2 * rng.standard_normal((5, 11)), dtype)
+    targets = jnp.asarray(rng.integers(0, 11, (2, 7)), jnp.int32)
+    weights = jnp.asarray(rng.uniform(size=(2, 7)) * rng.integers(0, 2, (2, 7)), jnp.float32)
+
+    def fused(hidden, w):
+        return 3 * cross_entropy(hidden, w, targets, weights, chunk)
+
+    def plain(hidden, w):
+        return -3 * jnp.sum(jax.nn.log_softmax(hidden @ w)[*np.indices((2, 7)), targets] * weights)
+
+    value, gradients = jax.value_and_grad(fused, argnums=(0, 1))(hidden, w)
+    expected, exact = jax.value_and_grad(plain, argnums=(0, 1))(*(x.astype(jnp.float32) for x in (hidden, w)))
+    assert relative_error(value, expected) < 1e-6 and relative_error(fused(hidden, w), expected) < 1e-6
+    for gradient, right in zip(gradients, exact, strict=True):
+        assert gradient.dtype == dtype
+        assert relative_error(gradient, right) < (1e-6 if dtype == jnp.float32 else 2**-8)
 
 
 def test_entropy_has_no_gradient():

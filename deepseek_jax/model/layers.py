@@ -22,16 +22,21 @@ def param(config: ModelConfig, rngs: nnx.Rngs, shape: tuple[int, ...], axes: tup
     return nnx.Param(value.astype(config.param_dtype), axes=axes)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def project(
     x: Float[Array, "*B I"], w: Float[Array, "I O"], dtype: jax.typing.DTypeLike | None = None
 ) -> Float[Array, "*B O"]:
     """``x w``, summed and returned in ``dtype`` where one is given. The gradient of w is ``weight_gradient``'s."""
+    y: jax.Array = _project(x, w, dtype)
+    return y
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _project(x, w, dtype):
     return jax.lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=dtype)
 
 
 def _project_forward(x, w, dtype):
-    return project(x, w, dtype), (x, w)
+    return _project(x, w, dtype), (x, w)
 
 
 def _project_backward(dtype, residuals, dy):
@@ -40,7 +45,7 @@ def _project_backward(dtype, residuals, dy):
     return dx.astype(x.dtype), weight_gradient(x, dy).astype(w.dtype)
 
 
-project.defvjp(_project_forward, _project_backward)
+_project.defvjp(_project_forward, _project_backward)
 
 
 def project_heads(x: Float[Array, "*B I"], w_IHN: Float[Array, "I H N"]) -> Float[Array, "*B H N"]:

@@ -56,7 +56,6 @@ def score_targets(
     return TokenScores(*(_joined(x, size) for x in scores))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def cross_entropy(
     hidden_BSD: Float[Array, "B S D"],
     w_DW: Float[Array, "D W"],
@@ -69,6 +68,12 @@ def cross_entropy(
     Where a gradient is asked for, it is taken while a chunk's logits are there, so that they are computed once.
     Differentiable in hidden and w.
     """
+    loss: jax.Array = _cross_entropy(hidden_BSD, w_DW, targets_BS, weights_BS, chunk)
+    return loss
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _cross_entropy(hidden_BSD, w_DW, targets_BS, weights_BS, chunk):
     return -jnp.sum(score_targets(hidden_BSD, w_DW, targets_BS, chunk=chunk).logprob_BS * weights_BS)
 
 
@@ -96,7 +101,7 @@ def _cross_entropy_backward(chunk, residuals, dloss):
     return (dloss * dhidden_BSD).astype(hidden.dtype), (dloss * dw_DW).astype(w.dtype), None, None
 
 
-cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
 def _pieces(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:

@@ -78,17 +78,17 @@ def _cross_entropy(hidden_BSD, w_DW, targets_BS, weights_BS, chunk):
 
 
 def _cross_entropy_forward(hidden_BSD, w_DW, targets_BS, weights_BS, chunk):
-    w_DW = w_DW.astype(hidden_BSD.dtype)
+    cast_DW = w_DW.astype(hidden_BSD.dtype)
 
     def body(carry, piece):
         loss, dw_DW = carry
         hidden, targets, weights = piece
-        logits = project(hidden, w_DW, jnp.float32)
+        logits = project(hidden, cast_DW, jnp.float32)
         log_z = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
         right = targets[..., None] == jnp.arange(logits.shape[-1])
         loss += jnp.sum(weights * (log_z[..., 0] - jnp.sum(jnp.where(right, logits, 0), axis=-1)))
         dlogits = weights[..., None] * (jnp.exp(logits - log_z) - right)
-        dhidden = jnp.einsum("bsw,dw->bsd", dlogits, w_DW, preferred_element_type=jnp.float32)
+        dhidden = jnp.einsum("bsw,dw->bsd", dlogits, cast_DW, preferred_element_type=jnp.float32)
         return (loss, dw_DW + weight_gradient(hidden.astype(jnp.float32), dlogits)), dhidden
 
     zero = jnp.float32(0), jnp.zeros(w_DW.shape, jnp.float32)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 SOURCE = Path(__file__).with_name("cpu.c")
-FLAGS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC", "-pthread")
+FLAGS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC")
 TARGETS = (
     "grouped_forward",
     "grouped_dx",

@@ -82,7 +82,12 @@ def weight_gradient(x: Float[Array, "*B D"], dy: Float[Array, "*B F"]) -> Float[
 
     The same as autodiff's, which writes ``(dyᵀ x)ᵀ``: with two or more row axes XLA:CPU then transposes ``dy`` and
     multiplies at 40 % of its speed. Float32 on a CPU takes the C kernel, which transposes nothing.
+
+    Raises:
+      ValueError: rows that do not agree.
     """
+    if x.shape[:-1] != dy.shape[:-1]:
+        raise ValueError(f"x {x.shape} and dy {dy.shape}: expected (…, D) and (…, F) with the same rows")
     if cpu.usable(x, dy):
         x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
         rows = jnp.array([len(x)], jnp.int32)

@@ -1,7 +1,7 @@
 """The routed experts of a MoE layer in one call: sort, gather, gated products, weighted sum.
 
 Around grouped products of a small model, copying rows to and from their experts and the gate cost as much as the
-products. On a CPU the C kernel of ``cpu.c`` does it all expert by expert, while the rows are in the cache.
+products. On a CPU one C kernel of ``cpu.c`` does it all.
 """
 
 import jax
@@ -27,7 +27,10 @@ def fused_experts(
     """``y[t] = Σ_k weights[t, k] · (silu(x gate) · x up) wo`` with the matrices of expert ``experts[t, k]``.
 
     Gate and up are ``wi[:, :, 0]`` and ``wi[:, :, 1]``. A choice outside 0…E-1 adds nothing. Exact and dropless;
-    differentiable in x, weights, wi and wo. Only where ``can_fuse_experts``.
+    differentiable in x, weights, wi and wo.
+
+    Raises:
+      ValueError: shapes that do not fit, or where ``can_fuse_experts`` is false.
     """
     return _forward(x_TD, weights_TK, experts_TK, wi_ED2F, wo_EFD)[0]
 
@@ -42,6 +45,15 @@ def fused_experts_reference(x_TD, weights_TK, experts_TK, wi_ED2F, wo_EFD):
 
 
 def _forward(x_TD, weights_TK, experts_TK, wi_ED2F, wo_EFD):
+    E, F, D = wo_EFD.shape
+    if x_TD.shape[1:] != (D,) or wi_ED2F.shape != (E, D, 2, F):
+        raise ValueError(
+            f"x {x_TD.shape}, wi {wi_ED2F.shape}, wo {wo_EFD.shape}: expected (T, D), (E, D, 2, F), (E, F, D)"
+        )
+    if not weights_TK.shape == experts_TK.shape == (len(x_TD), *experts_TK.shape[1:]):
+        raise ValueError(f"weights {weights_TK.shape}, experts {experts_TK.shape}: expected (T, K) with T={len(x_TD)}")
+    if not can_fuse_experts(x_TD, wi_ED2F, wo_EFD):
+        raise ValueError(f"needs float32 on a CPU and gcc; x is {x_TD.dtype}, wi {wi_ED2F.dtype}, wo {wo_EFD.dtype}")
     operands = (x_TD, weights_TK.astype(jnp.float32), experts_TK.astype(jnp.int32), wi_ED2F, wo_EFD)
     shapes = [x_TD.shape, (experts_TK.size, 2 * wo_EFD.shape[1])]
     y_TD, gate_up_PG = cpu.call("experts_forward", shapes, *operands)

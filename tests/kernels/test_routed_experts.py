@@ -1,5 +1,7 @@
 """The fused experts and the weight gradient of the C kernels against numpy in float64, forward and backward."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -99,6 +101,19 @@ def test_runs_agree_bit_for_bit():
     operands = draw((2048, 2, 16, 128, 96))
     for first, second in zip(run(fused_experts, *operands), run(fused_experts, *operands), strict=True):
         np.testing.assert_array_equal(first, second)
+
+
+def test_what_does_not_fit_is_refused_with_its_shapes():
+    fused = inspect.unwrap(fused_experts)  # without the tests' own check of shapes
+    x, weights, chosen, wi, wo, _ = (jnp.asarray(a) for a in draw(CASES["broken"]))
+    with pytest.raises(ValueError, match=r"wo \(5, 20, 32\): expected"):
+        fused(x, weights, chosen, wi, wo[:, :, 1:])
+    with pytest.raises(ValueError, match=r"weights \(49, 3\).*T=50"):
+        fused(x, weights[1:], chosen[1:], wi, wo)
+    with pytest.raises(ValueError, match="x is bfloat16"):
+        fused(x.astype(jnp.bfloat16), weights, chosen, wi, wo)
+    with pytest.raises(ValueError, match="the same rows"):
+        inspect.unwrap(weight_gradient)(x, weights[1:])
 
 
 @given(st.integers(0, 400), st.integers(1, 60), st.integers(1, 70))

@@ -59,19 +59,51 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return rate
 
 
-def make_optimizer(config: OptimizerConfig, model: ModelConfig, steps: int) -> optax.GradientTransformation:
+class Guarded(optax.GradientTransformationExtraArgs):
+    """An optimizer whose update takes ``finite`` and, where that is false, gives its state back as it was."""
+
+
+def guarded(optimizer: optax.GradientTransformation) -> Guarded:
+    """Any optimizer as a guarded one."""
+    if isinstance(optimizer, Guarded):
+        return optimizer
+
+    def update(updates, state, params=None, *, finite: jax.Array | bool = True, **extra):
+        updates, new = optax.with_extra_args_support(optimizer).update(updates, state, params, **extra)
+        return updates, keep_if(finite, new, state)
+
+    return Guarded(optimizer.init, update)
+
+
+def keep_if(finite: jax.Array | bool, new: Any, old: Any) -> Any:
+    """``new`` where ``finite`` holds, else ``old``; trees of one structure."""
+    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
+
+
+def make_optimizer(config: OptimizerConfig, model: ModelConfig, steps: int) -> Guarded:
     """Clip by global norm, then AdamW. Matrices decay; norm gains and biases do not."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            learning_rate(config, steps),
-            b1=config.b1,
-            b2=config.b2,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            mask=_decays(model),
-        ),
-    )
+    clip, moments = optax.clip_by_global_norm(config.clip_norm), _adam(config.b1, config.b2, config.eps)
+    decay = optax.add_decayed_weights(config.weight_decay, _decays(model))
+    scale = guarded(optax.scale_by_learning_rate(learning_rate(config, steps)))
+    return Guarded(*optax.chain(clip, optax.chain(moments, decay, scale)))
+
+
+def _adam(b1: float, b2: float, eps: float) -> Guarded:
+    """Adam's moments and direction, as in ``optax.scale_by_adam``.
+
+    The direction comes from the moments kept, behind a barrier: XLA would fuse it with the old ones and have to copy
+    those before it writes over them.
+    """
+
+    def update(updates, state, params=None, *, finite: jax.Array | bool = True, **extra):
+        count = optax.safe_increment(state.count)
+        mu = optax.tree.update_moment(updates, state.mu, b1, 1)
+        nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
+        new = jax.lax.optimization_barrier(keep_if(finite, optax.ScaleByAdamState(count, mu, nu), state))
+        mean, square = optax.tree.bias_correction(new.mu, b1, count), optax.tree.bias_correction(new.nu, b2, count)
+        return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mean, square), new
+
+    return Guarded(optax.scale_by_adam(b1, b2, eps).init, update)
 
 
 def _decays(model: ModelConfig) -> Any:

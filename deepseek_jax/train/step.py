@@ -10,6 +10,7 @@ import optax
 from jaxtyping import Array, Float
 
 from deepseek_jax.config import ModelConfig, check_types
+from deepseek_jax.train.optimizer import guarded, keep_if
 from deepseek_jax.train.state import TrainState
 
 Batch = dict[str, jax.Array]
@@ -63,6 +64,7 @@ def make_step(
     """
     if updates < 1:
         raise ValueError(f"updates={updates}: must be at least 1")
+    optimizer = guarded(optimizer)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         state, metrics = update(state, batch)
@@ -80,17 +82,12 @@ def make_step(
         grad_norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
         with jax.named_scope("optimizer"):
-            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
+            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, finite=finite)
+            params = keep_if(finite, optax.apply_updates(state.params, updates), state.params)
         load_LE = parts.pop("load", None)
-        after = dataclasses.replace(
-            state,
-            params=params,
-            opt_state=opt_state,
-            router_bias=_moved_bias(state, load_LE, options),
-            ema=_averaged(state.ema, params, options.ema_decay),
-        )
-        new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
+        moved = _moved_bias(state, load_LE, options), _averaged(state.ema, params, options.ema_decay)
+        router_bias, ema = keep_if(finite, moved, (state.router_bias, state.ema))
+        new = dataclasses.replace(state, params=params, opt_state=opt_state, router_bias=router_bias, ema=ema)
         metrics = {"loss": value, **parts, "grad_norm": grad_norm, "finite": finite.astype(jnp.float32)}
         if load_LE is not None:
             metrics |= load_metrics(load_LE)

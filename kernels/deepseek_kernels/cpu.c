@@ -16,20 +16,53 @@
 
 #include "xla/ffi/api/c_api.h"
 
-enum { ROWS = 12, COLS = 32, LANES = 16, QUERIES = 32, CHUNK = 192, PIECE = 48 };
+enum { ROWS = 12, COLS = 32, LANES = 16, QUERIES = 32, CHUNK = 192, TOKENS = 48, KEPT = 1 << 20 };
 typedef float vf __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int32_t vi __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int8_t vb __attribute__((vector_size(LANES), aligned(1)));
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-static inline int64_t pieces(int64_t n) { return (n + PIECE - 1) / PIECE; }
-static inline int64_t whole(int64_t n) { return (n + COLS - 1) / COLS * COLS; }
-static float *floats(int64_t n) { return aligned_alloc(64, (size_t)(n > 0 ? whole(n) : COLS) * sizeof(float)); }
+static inline int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
+static inline int64_t whole(int64_t n) { return pieces(n, COLS) * COLS; }
+
+// n numbers for a task, whose thread keeps them for its next one unless they are many.
+static __thread float *kept_numbers;
+static float *borrow(int64_t n) {
+  if (n > KEPT) return aligned_alloc(64, (size_t)whole(n) * sizeof(float));
+  if (kept_numbers == NULL) kept_numbers = aligned_alloc(64, KEPT * sizeof(float));
+  return kept_numbers;
+}
+static void give_back(float *numbers) {
+  if (numbers != kept_numbers) free(numbers);
+}
 
 // ---- the product ----
 
-// Panels of b (k × n, element (i, j) at b[i·rs + j·cs]): panel p holds columns 32p…32p+31 as [k][32], zero-padded; the
-// next one begins `tall` ≥ k rows further on.
+// Two vectors woven into each other, a0 b0 a1 b1 …: its first half and its second.
+static inline vf weave(vf a, vf b, int second) {
+#define PAIRS(i) i, i + 16, i + 1, i + 17, i + 2, i + 18, i + 3, i + 19, i + 4, i + 20, i + 5, i + 21, i + 6, i + 22, i + 7, i + 23
+#ifdef __clang__
+  return second ? __builtin_shufflevector(a, b, PAIRS(8)) : __builtin_shufflevector(a, b, PAIRS(0));
+#else
+  return second ? __builtin_shuffle(a, b, (vi){PAIRS(8)}) : __builtin_shuffle(a, b, (vi){PAIRS(0)});
+#endif
+}
+
+// to[i][j] = b[j][i] for 16 × 16 numbers.
+static void turn(float *to, int64_t ldto, const float *b, int64_t ldb) {
+  vf x[LANES], y[LANES];
+  for (int i = 0; i < LANES; i++) x[i] = *(const vf *)(b + i * ldb);
+  for (int round = 0; round < 2; round++) {
+#pragma GCC unroll 8
+    for (int i = 0; i < LANES / 2; i++) y[2 * i] = weave(x[i], x[i + 8], 0), y[2 * i + 1] = weave(x[i], x[i + 8], 1);
+#pragma GCC unroll 8
+    for (int i = 0; i < LANES / 2; i++) x[2 * i] = weave(y[i], y[i + 8], 0), x[2 * i + 1] = weave(y[i], y[i + 8], 1);
+  }
+  for (int i = 0; i < LANES; i++) *(vf *)(to + i * ldto) = x[i];
+}
+
+// Panels of b (k × n, element (i, j) at b[i·rs + j·cs], one of the strides 1): panel p holds columns 32p…32p+31 as
+// [k][32], zero-padded; the next one begins `tall` ≥ k rows further on.
 static void pack(float *to, const float *b, int64_t rs, int64_t cs, int64_t k, int64_t n, int64_t tall) {
   for (int64_t j0 = 0; j0 < n; j0 += COLS, to += tall * COLS) {
     int64_t width = least(COLS, n - j0);
@@ -39,9 +72,14 @@ static void pack(float *to, const float *b, int64_t rs, int64_t cs, int64_t k, i
     } else if (cs == 1) {
       for (int64_t i = 0; i < k; i++) memcpy(to + i * COLS, b + i * rs + j0, (size_t)width * sizeof(float));
     } else {
-      for (int64_t i0 = 0; i0 < k; i0 += LANES)  // square pieces stay in the cache
-        for (int64_t j = 0; j < width; j++)
-          for (int64_t i = i0; i < least(i0 + LANES, k); i++) to[i * COLS + j] = b[i * rs + (j0 + j) * cs];
+      for (int64_t i0 = 0; i0 < k; i0 += LANES)
+        for (int64_t j = 0; j < width; j += LANES) {
+          const float *from = b + i0 + (j0 + j) * cs;
+          if (i0 + LANES <= k && j + LANES <= width) turn(to + i0 * COLS + j, COLS, from, cs);
+          else
+            for (int64_t l = 0; l < least(LANES, width - j); l++)
+              for (int64_t i = 0; i < least(LANES, k - i0); i++) to[(i0 + i) * COLS + j + l] = from[i + l * cs];
+        }
     }
   }
 }
@@ -220,38 +258,38 @@ typedef struct {
 static void grouped_forward(void *job, int64_t task) {
   Grouped *g = job;
   Rows r = g->tasks[task];
-  float *b = floats(g->D * whole(g->F));
+  float *b = borrow(g->D * whole(g->F));
   pack(b, g->w + r.group * g->D * g->F, g->F, 1, g->D, g->F, g->D);
   multiply(r.count, g->F, g->D, g->x + r.start * g->D, g->D, 1, b, g->D, g->out + r.start * g->F, g->F, 0);
-  free(b);
+  give_back(b);
 }
 
 static void grouped_dx(void *job, int64_t task) {
   Grouped *g = job;
   Rows r = g->tasks[task];
-  float *b = floats(g->F * whole(g->D));
+  float *b = borrow(g->F * whole(g->D));
   pack(b, g->w + r.group * g->D * g->F, 1, g->F, g->F, g->D, g->F);
   multiply(r.count, g->D, g->F, g->dy + r.start * g->F, g->F, 1, b, g->F, g->out + r.start * g->D, g->D, 0);
-  free(b);
+  give_back(b);
 }
 
-// PIECE rows, from `at` on, of the gradient xᵀ dy (D × F) of a matrix that `rows` rows went through.
-static void outer(int64_t rows, int64_t D, int64_t F, const float *x, const float *dy, int64_t at, float *dw) {
-  int64_t height = least(PIECE, D - at);
-  float *b = floats(least(rows, CHUNK) * whole(F));
-  if (!rows) memset(dw + at * F, 0, (size_t)(height * F) * sizeof(float));
+// One panel of columns of the gradient xᵀ dy (D × F) of a matrix that `rows` rows went through.
+static void outer(int64_t rows, int64_t D, int64_t F, const float *x, const float *dy, int64_t panel, float *dw) {
+  int64_t at = panel * COLS, width = least(COLS, F - at);
+  float *b = borrow(CHUNK * COLS);
+  for (int64_t d = 0; d < D && !rows; d++) memset(dw + d * F + at, 0, (size_t)width * sizeof(float));
   for (int64_t i = 0; i < rows; i += CHUNK) {
     int64_t count = least(CHUNK, rows - i);
-    pack(b, dy + i * F, F, 1, count, F, count);
-    multiply(height, F, count, x + i * D + at, 1, D, b, count, dw + at * F, F, i > 0);
+    pack(b, dy + i * F + at, F, 1, count, width, count);
+    multiply(D, width, count, x + i * D, 1, D, b, count, dw + at, F, i > 0);
   }
-  free(b);
+  give_back(b);
 }
 
 static void grouped_dw(void *job, int64_t task) {
   Grouped *g = job;
-  Rows r = g->tasks[task / pieces(g->D)];
-  outer(r.count, g->D, g->F, g->x + r.start * g->D, g->dy + r.start * g->F, task % pieces(g->D) * PIECE,
+  Rows r = g->tasks[task / pieces(g->F, COLS)];
+  outer(r.count, g->D, g->F, g->x + r.start * g->D, g->dy + r.start * g->F, task % pieces(g->F, COLS),
         g->out + r.group * g->D * g->F);
 }
 
@@ -260,14 +298,15 @@ static void run_grouped(XLA_FFI_CallFrame *frame, Grouped *g, Work work, int64_t
   g->tasks = cut(g->sizes, g->E, g->T, chunk, work == grouped_dw, &tasks);  // a group without rows has a gradient: zero
   for (int64_t i = 0; i < tasks; i++) used += g->tasks[i].count;
   if (work != grouped_dw) memset(g->out + used * width, 0, (size_t)((g->T - used) * width) * sizeof(float));
-  run(frame, work, g, work == grouped_dw ? tasks * pieces(g->D) : tasks, g->T * g->D * g->F);
+  run(frame, work, g, work == grouped_dw ? tasks * pieces(g->F, COLS) : tasks, g->T * g->D * g->F);
   free(g->tasks);
 }
 
 // ---- routed experts: x (T D), experts and weights (T K), wi (E D 2F), wo (E F D), y (T D) ----
 //
 // y[t] = Σ_k weights[t, k] · (silu(x wi_gate) · x wi_up) wo with the matrices of experts[t, k]. Choices are sorted by
-// expert; `gate_up` (T·K, 2F) keeps x wi in that order for the backward pass. A choice of no expert adds nothing.
+// expert; `gate_up` (T·K, 2F) keeps x wi in that order for the backward pass. A choice of no expert adds nothing. The
+// last result of each call is room to work in: XLA has it ready, and malloc would have the pages cleared every time.
 
 typedef struct {
   const float *x, *weights, *wi, *wo, *dy;
@@ -276,7 +315,7 @@ typedef struct {
   int64_t T, K, E, D, F;
   int32_t *sizes;                              // rows of each expert
   int64_t *choice, *place;                     // of each sorted row, its choice; of each choice, its row, or -1
-  float *xs, *dys, *hidden, *dgate_up, *rows;  // by sorted row: x, dy, weighted hidden; what each adds to y or dx
+  float *rows, *xs, *dys, *hidden, *dgate_up;  // by sorted row: what it adds to y or dx; x, dy, weighted hidden
   Rows *tasks;
   int64_t count;
 } Experts;
@@ -298,17 +337,17 @@ static void sort_choices(Experts *m) {
 }
 
 static void gather(const Experts *m, Rows r, const float *from, float *to) {
-  for (int64_t i = r.start; i < r.start + r.count; i++)
-    memcpy(to + i * m->D, from + m->choice[i] / m->K * m->D, (size_t)m->D * sizeof(float));
+  for (int64_t i = 0; i < r.count; i++)
+    memcpy(to + i * m->D, from + m->choice[r.start + i] / m->K * m->D, (size_t)m->D * sizeof(float));
 }
 
 static void experts_forward(void *job, int64_t task) {
   Experts *m = job;
   Rows r = m->tasks[task];
   int64_t D = m->D, F = m->F;
-  float *b = floats(D * whole(2 * F) + F * whole(D)), *x = m->xs + r.start * D, *out = m->rows + r.start * D;
-  float *gate = m->gate_up + r.start * 2 * F, *h = m->hidden + r.start * F;
-  gather(m, r, m->x, m->xs);
+  float *b = borrow(D * whole(2 * F) + F * whole(D) + r.count * (D + F)), *x = b + D * whole(2 * F) + F * whole(D);
+  float *gate = m->gate_up + r.start * 2 * F, *h = x + r.count * D;
+  gather(m, r, m->x, x);
   pack(b, m->wi + r.group * D * 2 * F, 2 * F, 1, D, 2 * F, D);
   multiply(r.count, 2 * F, D, x, D, 1, b, D, gate, 2 * F, 0);
   for (int64_t i = 0; i < r.count; i++, gate += 2 * F) {
@@ -319,14 +358,14 @@ static void experts_forward(void *job, int64_t task) {
     }
   }
   pack(b, m->wo + r.group * F * D, D, 1, F, D, F);
-  multiply(r.count, D, F, h, F, 1, b, F, out, D, 0);
-  free(b);
+  multiply(r.count, D, F, h, F, 1, b, F, m->rows + r.start * D, D, 0);
+  give_back(b);
 }
 
-// to[t] = Σ_k rows of t's choices, for PIECE tokens.
+// to[t] = Σ_k rows of t's choices, for TOKENS tokens.
 static void add_rows(const Experts *m, int64_t piece, float *to) {
-  int64_t end = least((piece + 1) * PIECE, m->T);
-  for (int64_t t = piece * PIECE; t < end; t++) {
+  int64_t end = least((piece + 1) * TOKENS, m->T);
+  for (int64_t t = piece * TOKENS; t < end; t++) {
     memset(to + t * m->D, 0, (size_t)m->D * sizeof(float));
     for (int64_t k = 0; k < m->K; k++) {
       const float *row = m->rows + m->place[t * m->K + k] * m->D;
@@ -342,10 +381,10 @@ static void experts_rows_backward(void *job, int64_t task) {
   Experts *m = job;
   Rows r = m->tasks[task];
   int64_t D = m->D, F = m->F;
-  float *b = floats(D * whole(F) + 2 * F * whole(D)), *dh = floats(r.count * F);
-  float *dgate_up = m->dgate_up + r.start * 2 * F, *dy = m->dys + r.start * D, *out = m->rows + r.start * D;
-  gather(m, r, m->x, m->xs);
-  gather(m, r, m->dy, m->dys);
+  float *b = borrow(D * whole(F) + 2 * F * whole(D) + r.count * F), *dh = b + D * whole(F) + 2 * F * whole(D);
+  float *dgate_up = m->dgate_up + r.start * 2 * F, *dy = m->dys + r.start * D;
+  gather(m, r, m->x, m->xs + r.start * D);
+  gather(m, r, m->dy, dy);
   pack(b, m->wo + r.group * F * D, 1, D, D, F, D);
   multiply(r.count, F, D, dy, D, 1, b, D, dh, F, 0);
   for (int64_t i = 0; i < r.count; i++) {
@@ -366,54 +405,48 @@ static void experts_rows_backward(void *job, int64_t task) {
     m->dweights[m->choice[row]] = total(along);
   }
   pack(b, m->wi + r.group * D * 2 * F, 1, 2 * F, 2 * F, D, 2 * F);
-  multiply(r.count, D, 2 * F, dgate_up, 2 * F, 1, b, 2 * F, out, D, 0);
-  free(b), free(dh);
+  multiply(r.count, D, 2 * F, dgate_up, 2 * F, 1, b, 2 * F, m->rows + r.start * D, D, 0);
+  give_back(b);
 }
 
-// First the matrices' gradients, a piece at a time, then the tokens'.
+// First the matrices' gradients, a panel at a time, then the tokens'.
 static void experts_sums_backward(void *job, int64_t task) {
   Experts *m = job;
-  int64_t D = m->D, F = m->F, each = pieces(D) + pieces(F), piece = task % each;
+  int64_t D = m->D, F = m->F, wide = pieces(2 * F, COLS), each = wide + pieces(D, COLS), panel = task % each;
   if (task >= m->count * each) {
     add_rows(m, task - m->count * each, m->dx);
     return;
   }
   Rows r = m->tasks[task / each];
   const float *dgate_up = m->dgate_up + r.start * 2 * F, *dy = m->dys + r.start * D;
-  if (piece < pieces(D))
-    outer(r.count, D, 2 * F, m->xs + r.start * D, dgate_up, piece * PIECE, m->dwi + r.group * D * 2 * F);
-  else
-    outer(r.count, F, D, m->hidden + r.start * F, dy, (piece - pieces(D)) * PIECE, m->dwo + r.group * F * D);
+  if (panel < wide) outer(r.count, D, 2 * F, m->xs + r.start * D, dgate_up, panel, m->dwi + r.group * D * 2 * F);
+  else outer(r.count, F, D, m->hidden + r.start * F, dy, panel - wide, m->dwo + r.group * F * D);
 }
 
 static void run_experts_forward(XLA_FFI_CallFrame *frame, Experts *m) {
   int64_t choices = m->T * m->K;
   sort_choices(m);
-  m->xs = floats(choices * (2 * m->D + m->F));
-  m->rows = m->xs + choices * m->D;
-  m->hidden = m->rows + choices * m->D;
   m->tasks = cut(m->sizes, m->E, choices, CHUNK, 0, &m->count);
   run(frame, experts_forward, m, m->count, choices * m->D * m->F);
-  run(frame, experts_sum, m, pieces(m->T), choices * m->D);
-  free(m->xs), free(m->tasks), free(m->choice), free(m->sizes);
+  run(frame, experts_sum, m, pieces(m->T, TOKENS), choices * m->D);
+  free(m->tasks), free(m->choice), free(m->sizes);
 }
 
 static void run_experts_backward(XLA_FFI_CallFrame *frame, Experts *m) {
   int64_t choices = m->T * m->K, D = m->D, F = m->F;
   sort_choices(m);
-  m->xs = floats(choices * 3 * (D + F));
+  m->xs = m->rows + choices * D;
   m->dys = m->xs + choices * D;
-  m->rows = m->dys + choices * D;
-  m->hidden = m->rows + choices * D;
+  m->hidden = m->dys + choices * D;
   m->dgate_up = m->hidden + choices * F;
   memset(m->dweights, 0, (size_t)choices * sizeof(float));
   m->tasks = cut(m->sizes, m->E, choices, CHUNK, 0, &m->count);
   run(frame, experts_rows_backward, m, m->count, choices * D * F);
   free(m->tasks);
   m->tasks = cut(m->sizes, m->E, choices, INT64_MAX / 2, 1, &m->count);
-  int64_t matrices = m->count * (pieces(D) + pieces(F));
-  run(frame, experts_sums_backward, m, matrices + pieces(m->T), choices * D * F);
-  free(m->xs), free(m->tasks), free(m->choice), free(m->sizes);
+  int64_t matrices = m->count * (pieces(2 * F, COLS) + pieces(D, COLS));
+  run(frame, experts_sums_backward, m, matrices + pieces(m->T, TOKENS), choices * D * F);
+  free(m->tasks), free(m->choice), free(m->sizes);
 }
 
 // ---- attention: q (B S H N+R), kv (B T H N+V), pe (B T R), mask (B S T), out (B S H V), log of the sum (B S H) ----
@@ -492,8 +525,9 @@ static void attention_forward(void *job, int64_t task) {
   const Attention *a = job;
   int64_t b = task / a->H, h = task % a->H, wide = whole(a->T), from, to, K = a->N + a->R, W = a->N + a->V;
   const float *kv = a->kv + (b * a->T * a->H + h) * W;
-  float *kt = floats(K * wide), *vp = floats(a->T * whole(a->V)), *p = floats(QUERIES * wide);
-  int8_t *kept = malloc((size_t)(QUERIES * wide));
+  float *kt = borrow(K * wide + a->T * whole(a->V) + 2 * QUERIES * wide), *vp = kt + K * wide;
+  float *p = vp + a->T * whole(a->V);
+  int8_t *kept = (void *)(p + QUERIES * wide);
   pack_keys(a, kt, kv, a->pe + b * a->T * a->R);
   pack(vp, kv + a->N, a->H * W, 1, a->T, a->V, a->T);
   for (int64_t s = 0; s < a->S; s += QUERIES) {
@@ -504,7 +538,7 @@ static void attention_forward(void *job, int64_t task) {
     multiply(rows, a->V, least(to, a->T) - from, p + from, wide, 1, vp + from * COLS, a->T, a->out + at * a->V,
              a->H * a->V, 0);
   }
-  free(kt), free(vp), free(p), free(kept);
+  give_back(kt);
 }
 
 static void attention_backward(void *job, int64_t task) {
@@ -513,10 +547,12 @@ static void attention_backward(void *job, int64_t task) {
   int64_t ldk = a->H * K, ldv = a->H * a->V, ldw = a->H * (N + a->V), ldr = a->H * R;
   const float *kv = a->kv + (b * a->T * a->H + h) * (N + a->V), *pe = a->pe + b * a->T * R;
   float *dkv = a->dkv + (b * a->T * a->H + h) * (N + a->V), *dpe = a->dpe + (b * a->T * a->H + h) * R;
-  float *kt = floats(K * wide), *vt = floats(a->V * wide), *kp = floats(a->T * whole(N)), *rp = floats(a->T * whole(R));
-  float *p = floats(QUERIES * wide), *ds = floats(QUERIES * wide), *dop = floats(QUERIES * whole(a->V));
-  float *qn = floats(QUERIES * whole(N)), *qr = floats(QUERIES * whole(R));
-  int8_t *kept = malloc((size_t)(QUERIES * wide));
+  int64_t panels = whole(N) + whole(R);
+  float *kt = borrow((K + a->V + 3 * QUERIES) * wide + (a->T + QUERIES) * panels + QUERIES * whole(a->V));
+  float *vt = kt + K * wide, *kp = vt + a->V * wide, *rp = kp + a->T * whole(N), *p = rp + a->T * whole(R);
+  float *ds = p + QUERIES * wide, *dop = ds + QUERIES * wide, *qn = dop + QUERIES * whole(a->V);
+  float *qr = qn + QUERIES * whole(N);
+  int8_t *kept = (void *)(qr + QUERIES * whole(R));
   pack_keys(a, kt, kv, pe);
   pack(vt, kv + N, 1, ldw, a->V, a->T, a->V);
   pack(kp, kv, ldw, 1, a->T, N, a->T);
@@ -553,7 +589,7 @@ static void attention_backward(void *job, int64_t task) {
     multiply(count, R, rows, ds + from, 1, wide, qr, rows, dpe + from * ldr, ldr, 1);
     multiply(count, a->V, rows, p + from, 1, wide, dop, rows, dkv + N + from * ldw, ldw, 1);
   }
-  free(kt), free(vt), free(kp), free(rp), free(p), free(ds), free(dop), free(qn), free(qr), free(kept);
+  give_back(kt);
 }
 
 // ---- what XLA calls ----
@@ -605,10 +641,10 @@ HANDLER(deepseek_grouped_forward, Grouped g = grouped_of(frame); run_grouped(fra
 HANDLER(deepseek_grouped_dx, Grouped g = grouped_of(frame); run_grouped(frame, &g, grouped_dx, CHUNK))
 HANDLER(deepseek_grouped_dw, Grouped g = grouped_of(frame); run_grouped(frame, &g, grouped_dw, INT64_MAX / 2))
 HANDLER(deepseek_experts_forward, Experts m = experts_of(frame); m.y = result(frame, 0); m.gate_up = result(frame, 1);
-        run_experts_forward(frame, &m))
+        m.rows = result(frame, 2); run_experts_forward(frame, &m))
 HANDLER(deepseek_experts_backward, Experts m = experts_of(frame); m.gate_up = in(frame, 5)->data;
         m.dy = in(frame, 6)->data; m.dx = result(frame, 0); m.dweights = result(frame, 1); m.dwi = result(frame, 2);
-        m.dwo = result(frame, 3); run_experts_backward(frame, &m))
+        m.dwo = result(frame, 3); m.rows = result(frame, 4); run_experts_backward(frame, &m))
 HANDLER(deepseek_attention_forward, Attention a = attention_of(frame); a.out = result(frame, 0);
         a.log_sum = result(frame, 1); run(frame, attention_forward, &a, a.B * a.H, a.B * a.H * a.S * a.T * (a.N + a.R)))
 HANDLER(deepseek_attention_backward, Attention a = attention_of(frame); a.out = in(frame, 5)->data;

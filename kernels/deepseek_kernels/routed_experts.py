@@ -55,16 +55,18 @@ def _forward(x_TD, weights_TK, experts_TK, wi_ED2F, wo_EFD):
     if not can_fuse_experts(x_TD, wi_ED2F, wo_EFD):
         raise ValueError(f"needs float32 on a CPU and gcc; x is {x_TD.dtype}, wi {wi_ED2F.dtype}, wo {wo_EFD.dtype}")
     operands = (x_TD, weights_TK.astype(jnp.float32), experts_TK.astype(jnp.int32), wi_ED2F, wo_EFD)
-    shapes = [x_TD.shape, (experts_TK.size, 2 * wo_EFD.shape[1])]
-    y_TD, gate_up_PG = cpu.call("experts_forward", shapes, *operands)
+    choices, (_, hidden, width) = experts_TK.size, wo_EFD.shape
+    shapes = [x_TD.shape, (choices, 2 * hidden), (choices, width)]
+    y_TD, gate_up_PG, _ = cpu.call("experts_forward", shapes, *operands)
     return y_TD, (operands, gate_up_PG)
 
 
 def _backward(residuals, dy_TD):
     operands, gate_up_PG = residuals
     x_TD, weights_TK, _, wi_ED2F, wo_EFD = operands
-    shapes = [x_TD.shape, weights_TK.shape, wi_ED2F.shape, wo_EFD.shape]
-    dx_TD, dweights_TK, dwi_ED2F, dwo_EFD = cpu.call("experts_backward", shapes, *operands, gate_up_PG, dy_TD)
+    room = weights_TK.size, 3 * (wo_EFD.shape[1] + wo_EFD.shape[2])
+    shapes = [x_TD.shape, weights_TK.shape, wi_ED2F.shape, wo_EFD.shape, room]
+    dx_TD, dweights_TK, dwi_ED2F, dwo_EFD, _ = cpu.call("experts_backward", shapes, *operands, gate_up_PG, dy_TD)
     return dx_TD, dweights_TK, None, dwi_ED2F, dwo_EFD
 
 

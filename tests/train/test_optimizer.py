@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,7 +11,7 @@ from model.tiny import QWEN, relative_error, weights
 from model.tiny import config as model_config
 from train.cases import TINY
 
-from deepseek_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from deepseek_jax.train.optimizer import OptimizerConfig, guarded, learning_rate, make_optimizer
 
 
 def v3_rate(tokens: float, warm: float) -> float:
@@ -96,6 +97,21 @@ def test_clipped_adamw_equals_numpy(tiny):
         found, state = update(found, state, gradient)
     expected = adamw(params, gradients, CONFIG, [0.005, 0.01, 0.01])
     jax.tree.map(lambda a, b: np.testing.assert_array_less(relative_error(a, b), 1e-6), found, expected)
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_guarded_optimizer_keeps_its_state_where_it_is_told_to(ours):
+    """Ours, whose moments are written in place, and any of optax's."""
+    optimizer = make_optimizer(CONFIG, TINY, 10) if ours else guarded(optax.adam(0.01))
+    params = weights(TINY)[0]
+    update = jax.jit(optimizer.update, donate_argnums=1)
+    state = update(params, optimizer.init(params), params, finite=True)[1]
+    kept = jax.device_get(state)
+    for gradients in (params, jax.tree.map(lambda leaf: leaf * jnp.nan, params)):
+        state = update(gradients, state, params, finite=False)[1]
+        jax.tree.map(np.testing.assert_array_equal, state, kept)
+    moved = update(params, state, params, finite=True)[1]
+    jax.tree.map(lambda new, old: np.testing.assert_(np.any(new != old)), moved, kept)
 
 
 @pytest.mark.parametrize(

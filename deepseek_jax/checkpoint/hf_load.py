@@ -8,7 +8,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from deepseek_jax.checkpoint.hf_check import check_tensors, find_mtp
 from deepseek_jax.checkpoint.hf_names import HFTensor, LeafPath, flatten, leaf_shapes
 from deepseek_jax.checkpoint.reading import nest
-from deepseek_jax.checkpoint.safetensors import TensorFiles
+from deepseek_jax.checkpoint.safetensors import TensorFiles, TensorInfo
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.hf_config import from_hf
 from deepseek_jax.model import transformer
@@ -47,34 +47,59 @@ def load_hf(
     Raises ValueError, naming tensor or field, for whatever is missing, unknown, misshapen or damaged. An MTP module
     that config.json announces and the files lack altogether is left out with a warning.
     """
-    return load_model(Path(path), mesh=mesh, dtype=dtype, ignore_config=ignore_config)
-
-
-def load_model(
-    path: Path,
-    *,
-    mesh: Mesh | None = None,
-    dtype: Any = jnp.bfloat16,
-    ignore_config: Sequence[str] = (),
-    on_start: Callable[[int], None] = lambda total: None,
-    on_tensor: Callable[[int], None] = lambda size: None,
-) -> transformer.Transformer:
-    """``load_hf`` that reports: on_start gets the bytes that will be read, on_tensor those of each tensor read."""
-    name = dtype_name(dtype)
-    kept = name == KEPT_FP8
-    config = from_hf(path, ignore_config=ignore_config)
-    compute = "bfloat16" if kept else name
-    with TensorFiles(path) as files:
-        config = find_mtp(dataclasses.replace(config, dtype=compute, param_dtype=compute), files)
-        tensors = check_tensors(config, files, keep_fp8=kept)
-        on_start(sum(files.tensors[tensor.name].end - files.tensors[tensor.name].start for tensor in tensors))
-        leaves = _Leaves(config, tensors, mesh, compute, kept)
-        _stream(files, tensors, leaves, on_tensor)
-        arrays = leaves.finish()
+    with Released(Path(path), dtype=dtype, ignore_config=ignore_config) as released:
+        arrays = released.read(released.tensors, leaf_shapes(released.config), mesh=mesh)
     router_bias = arrays.pop(("router_bias",), None)
-    model = transformer.merge(config, nest(arrays), router_bias)
-    model.source = str(path.absolute())
+    model = transformer.merge(released.config, nest(arrays), router_bias)
+    model.source = str(Path(path).absolute())
     return model
+
+
+class Released:
+    """A released model's folder whose tensors have all been checked against its configuration (errors as in
+    ``load_hf``); the data is read when it is asked for."""
+
+    def __init__(self, path: Path, *, dtype: Any = jnp.bfloat16, ignore_config: Sequence[str] = ()):
+        name = dtype_name(dtype)
+        self._kept = name == KEPT_FP8
+        compute = "bfloat16" if self._kept else name
+        config = from_hf(path, ignore_config=ignore_config)
+        self._files = TensorFiles(path)
+        try:
+            config = dataclasses.replace(config, dtype=compute, param_dtype=compute)
+            self.config: ModelConfig = find_mtp(config, self._files)
+            self.tensors: list[HFTensor] = check_tensors(self.config, self._files, keep_fp8=self._kept)
+        except BaseException:
+            self._files.close()
+            raise
+
+    def size(self, tensors: Sequence[HFTensor]) -> int:
+        """Bytes of these tensors in the files, scales left out."""
+        found = [self._files.tensors[tensor.name] for tensor in tensors]
+        return sum(info.end - info.start for info in found)
+
+    def read(
+        self,
+        tensors: Sequence[HFTensor],
+        shapes: Mapping[LeafPath, tuple[int, ...]],
+        *,
+        mesh: Mesh | None = None,
+        on_tensor: Callable[[int], None] = lambda size: None,
+    ) -> dict[LeafPath, Any]:
+        """The leaves that these tensors fill. on_tensor gets the bytes of each tensor read.
+
+        shapes: of these leaves; less than the model's for a part of a leaf, the tensors' indices counting from its
+        start.
+        """
+        leaves = _Leaves(self.config, tensors, shapes, mesh, self._kept)
+        _stream(self._files, tensors, leaves, on_tensor)
+        return leaves.finish()
+
+    def __enter__(self) -> "Released":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._files.close()
 
 
 def dtype_name(dtype: Any) -> str:
@@ -85,6 +110,11 @@ def dtype_name(dtype: Any) -> str:
     return name
 
 
+def leaf_dtype(config: ModelConfig, path: LeafPath) -> np.dtype:
+    """Of a leaf that is not kept in FP8."""
+    return np.dtype(jnp.float32 if path == ("router_bias",) else config.param_dtype)
+
+
 class _Leaves:
     """The parameters while they fill: of each leaf a buffer on every device that this process feeds.
 
@@ -92,7 +122,14 @@ class _Leaves:
     memory: they are small, and each would need a program of its own.
     """
 
-    def __init__(self, config: ModelConfig, tensors: list[HFTensor], mesh: Mesh | None, dtype: str, kept: bool):
+    def __init__(
+        self,
+        config: ModelConfig,
+        tensors: Sequence[HFTensor],
+        shapes: Mapping[LeafPath, tuple[int, ...]],
+        mesh: Mesh | None,
+        kept: bool,
+    ):
         axes = dict(flatten(transformer.logical_axes(config))) | {("router_bias",): (None, None)}
         self.groups = {tensor.path: tensor.groups for tensor in tensors if kept and tensor.quantised}
         self.shapes: dict[LeafPath, tuple[int, ...]] = {}
@@ -104,10 +141,9 @@ class _Leaves:
             self.shapes[path], dtypes[path] = shape, np.dtype(dtype)
             self.shardings[path] = local if mesh is None else named_sharding(mesh, axes, shape)
 
-        for path, shape in leaf_shapes(config).items():
+        for path, shape in shapes.items():
             groups = self.groups.get(path)
-            wide = jnp.float32 if path == ("router_bias",) else jnp.dtype(dtype)
-            add(path, shape, FP8 if groups else wide, axes[path])
+            add(path, shape, FP8 if groups else leaf_dtype(config, path), axes[path])
             if groups:
                 lead, _ = split_shape(shape, groups)
                 add(
@@ -120,9 +156,9 @@ class _Leaves:
         self.vectors = {path: np.zeros(self.shapes[path], dtypes[path]) for path in vectors}
         large = [path for path in self.shapes if path not in vectors]
         self.buffers: dict[LeafPath, dict[Any, jax.Array]] = {path: {} for path in large}
-        for device in self.shardings[large[0]].addressable_devices:
+        for device in self.shardings[large[0]].addressable_devices if large else ():
             here = {path: (self.shardings[path].shard_shape(self.shapes[path]), dtypes[path]) for path in large}
-            for path, buffer in zip(large, _zeros(tuple(here.values()), device), strict=True):
+            for path, buffer in zip(large, _zeros(tuple(here.values()), device)(), strict=True):
                 self.buffers[path][device] = buffer
 
     def pieces(
@@ -156,9 +192,10 @@ class _Leaves:
         return arrays
 
 
-def _zeros(kinds: tuple[tuple[tuple[int, ...], np.dtype], ...], device: Any) -> list[jax.Array]:
-    """Arrays of these shapes and dtypes on one device, made by one program."""
-    return jax.jit(lambda: [jnp.zeros(*kind) for kind in kinds], out_shardings=SingleDeviceSharding(device))()
+@functools.cache
+def _zeros(kinds: tuple[tuple[tuple[int, ...], np.dtype], ...], device: Any) -> Callable[[], list[jax.Array]]:
+    """The program that makes arrays of these shapes and dtypes on one device."""
+    return jax.jit(lambda: [jnp.zeros(*kind) for kind in kinds], out_shardings=SingleDeviceSharding(device))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -181,11 +218,13 @@ def from_bits(x: jax.Array, dtype: Any) -> jax.Array:
     return jax.lax.bitcast_convert_type(x, dtype)
 
 
-def _stream(files: TensorFiles, tensors: list[HFTensor], leaves: _Leaves, on_tensor: Callable[[int], None]) -> None:
+def _stream(files: TensorFiles, tensors: Sequence[HFTensor], leaves: _Leaves, on_tensor: Callable[[int], None]) -> None:
     """Fill the leaves in the order of the files, a few tensors at a time."""
-    order = {name: i for i, name in enumerate(files.tensors)}
     queue: collections.deque = collections.deque()
     sent, touched = 0, set()
+
+    def place(info: TensorInfo) -> tuple[Path, int]:
+        return info.file, info.start
 
     def take_one() -> None:
         nonlocal sent, touched
@@ -201,7 +240,7 @@ def _stream(files: TensorFiles, tensors: list[HFTensor], leaves: _Leaves, on_ten
 
     with concurrent.futures.ThreadPoolExecutor(_WORKERS) as pool:
         try:
-            for tensor in sorted(tensors, key=lambda tensor: order[tensor.name]):
+            for tensor in sorted(tensors, key=lambda tensor: place(files.tensors[tensor.name])):
                 info = files.tensors[tensor.name]
                 queue.append((tensor, info.end - info.start, pool.submit(_send, files, tensor, leaves)))
                 while len(queue) > 2 * _WORKERS:

@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ COMPANIONS = (
 )
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # of the tokenizer, though they stand in config.json
 PARTIAL = ".partial"
+_TASK = "task"  # the file in it that names what it is to become
 QUANTISED = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
 _AHEAD = 4  # tensors made ready before they are written
 _TILE = 128
@@ -93,9 +95,9 @@ def write_model(
         released["quantization_config"] = QUANTISED
     writer = _Writer(config, params, router_bias, name)
     total = sum(map(planned_bytes, writer.plan))
-    partial = claim(path, f"{resume_as} {name} {max_shard_bytes}" if resume_as else None)
-    on_start(total)
-    try:
+    task = f"{resume_as} {name} {max_shard_bytes}" if resume_as else None
+    with filling(path, total, task) as partial:
+        on_start(total)
         present = sum(file.stat().st_size for file in partial.iterdir())
         if shutil.disk_usage(partial).free + present < total:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -113,35 +115,41 @@ def write_model(
             released |= token_ids(Path(tokenizer_from))
         (partial / "config.json").write_text(json.dumps(released, indent=2) + "\n", encoding="utf-8")
         publish(partial, path)
+
+
+@contextmanager
+def filling(path: Path, total: int, task: str | None = None) -> Iterator[Path]:
+    """``<path>.partial``, to be filled with ``total`` bytes and published.
+
+    What a killed process left there is removed, unless it was working at the same ``task``; then it goes on. An error
+    removes it where there is no task. Want of room always does, and is said in one sentence. FileExistsError where
+    ``path`` holds anything.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise FileExistsError(f"{path} exists already; choose another name or remove it")
+    partial = path.absolute().with_name(path.absolute().name + PARTIAL)
+    mark = partial / _TASK
+    if partial.exists() and (task is None or not mark.is_file() or mark.read_text(encoding="utf-8") != task):
+        shutil.rmtree(partial)
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        if task is not None and not mark.exists():  # the mark of finished work is not opened for writing
+            mark.write_text(task, encoding="utf-8")
+        yield partial
     except BaseException as error:
         number = no_room(error)
-        if resume_as is None or number is not None:
+        if task is None or number is not None:
             shutil.rmtree(partial, ignore_errors=True)
         if number is not None:
-            what = f"{os.strerror(number)}: the model's {total:,} bytes do not fit in {path.absolute().parent}"
+            what = f"{os.strerror(number)}: the model's {total:,} bytes do not fit in {partial.parent}"
             raise OSError(number, what) from error
         raise
 
 
-def claim(path: Path, task: str | None = None) -> Path:
-    """Make ``<path>.partial`` to write into. What a killed process left there is removed, unless it was working at the
-    same ``task``. FileExistsError where ``path`` holds anything."""
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise FileExistsError(f"{path} exists already; choose another name or remove it")
-    partial = path.absolute().with_name(path.absolute().name + PARTIAL)
-    mark = partial / "task"
-    if partial.exists() and (task is None or not mark.is_file() or mark.read_text(encoding="utf-8") != task):
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True, exist_ok=True)
-    if task is not None:
-        mark.write_text(task, encoding="utf-8")
-    return partial
-
-
 def publish(partial: Path, path: Path) -> None:
     """Give a finished folder its name."""
-    (partial / "task").unlink(missing_ok=True)
     os.rename(partial, path)  # an empty folder of that name gives way
+    (path / _TASK).unlink(missing_ok=True)  # last: a kill in between would have it all done again
 
 
 def copy_companions(source: Path, target: Path) -> list[str]:

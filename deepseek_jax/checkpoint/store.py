@@ -204,10 +204,8 @@ class CheckpointStore:
         """Called by Orbax's thread when all items are complete, before the folder gets its final name."""
         assert self._pending is not None
         step, arrays = self._pending
-        folder = self._unfinished(step)
         if jax.process_index() == 0:
-            content = {"files": reading.file_sizes(folder), "arrays": arrays}
-            (folder / reading.INVENTORY).write_text(json.dumps(content))
+            write_inventory(self._unfinished(step), arrays)
 
     def _fail(self, error: OSError | ValueError | RuntimeError) -> NoReturn:
         """Say a full disk in one sentence and free what the unfinished save took; raise others as is."""
@@ -230,3 +228,9 @@ class CheckpointStore:
             number,
             f"{os.strerror(number)}: the checkpoint of step {step} does not fit in {self.directory}; {kept}",
         ) from error
+
+
+def write_inventory(folder: Path, arrays: Mapping[str, list[Any]]) -> None:
+    """List the files of a complete checkpoint, and its arrays as `reading.describe_arrays` has them."""
+    content = {"files": reading.file_sizes(folder), "arrays": arrays}
+    (folder / reading.INVENTORY).write_text(json.dumps(content))

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,11 +12,10 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from deepseek_jax.checkpoint import CheckpointStore
-from deepseek_jax.checkpoint.hf_load import KEPT_FP8, load_model
-from deepseek_jax.checkpoint.hf_save import claim, copy_companions, publish, write_model
+from deepseek_jax.checkpoint import CheckpointStore, hf_convert
+from deepseek_jax.checkpoint.hf_load import KEPT_FP8, Released
+from deepseek_jax.checkpoint.hf_save import copy_companions, filling, publish, write_model
 from deepseek_jax.cli.talk import find_run, is_hf_folder
-from deepseek_jax.model import transformer
 from deepseek_jax.train.loop import CHECKPOINTS
 from deepseek_jax.workflows.stage import TOKENIZER, load_trained
 
@@ -52,22 +51,25 @@ def run_convert(arguments: Sequence[str]) -> None:
 
 
 def _to_orbax(options: _Convert) -> None:
-    """Orbax commits a checkpoint whole or not at all, so a killed conversion begins anew."""
     if options.dtype == KEPT_FP8:
         raise ValueError(f"--dtype {KEPT_FP8}: our own checkpoints hold bfloat16 or float32")
     source, target = Path(options.src), Path(options.dst)
-    partial = claim(target)
-    with _progress("reading") as (start, advance):
-        model = load_model(
-            source, dtype=options.dtype, ignore_config=options.ignore_config, on_start=start, on_tensor=advance
-        )
-    params, router_bias = transformer.split(model)
-    state = {"params": params} | ({} if router_bias is None else {"router_bias": router_bias})
-    with Console().status("writing"), CheckpointStore(partial / CHECKPOINTS, keep=1) as store:
-        store.save(0, state, loader={}, meta={"stage": "convert", "model": model.config.to_dict()}, block=True)
-    if TOKENIZER not in copy_companions(source, partial):
+    with Released(source, dtype=options.dtype, ignore_config=options.ignore_config) as released:
+        files = [source / "config.json", *source.glob("*.safetensors*")]
+        task = f"{_name_of(files)} {options.dtype} {[*options.ignore_config]} {hf_convert.LAYOUT}"
+        with filling(target, hf_convert.size_of(released), task) as partial:
+            with _progress("converting") as (start, advance):
+                hf_convert.write_checkpoint(
+                    released,
+                    partial / CHECKPOINTS / "0",
+                    meta={"stage": "convert", "model": released.config.to_dict()},
+                    on_start=start,
+                    on_tensor=advance,
+                )
+            copied = copy_companions(source, partial)
+            publish(partial, target)
+    if TOKENIZER not in copied:
         Console(stderr=True).print(f"{source} holds no {TOKENIZER}: generate and sft will ask for one in {target}")
-    publish(partial, target)
 
 
 def _to_hf(options: _Convert) -> None:
@@ -84,18 +86,22 @@ def _to_hf(options: _Convert) -> None:
             options.dtype,
             run,
             max_shard_bytes=int(options.shard_gigabytes * GIGABYTE),
-            resume_as=_name_of(run),
+            resume_as=_name_of_newest(run),
             on_start=start,
             on_tensor=advance,
         )
 
 
-def _name_of(run: Path) -> str:
-    """What tells the newest checkpoint of a run from any other: its place and its files with sizes and times."""
+def _name_of_newest(run: Path) -> str:
+    """What tells the newest checkpoint of a run from any other."""
     with CheckpointStore(run / CHECKPOINTS, keep=1) as store:
         folder = store.directory / str(store.latest_step())
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    facts = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    return _name_of([file for file in folder.rglob("*") if file.is_file()])
+
+
+def _name_of(files: Iterable[Path]) -> str:
+    """What tells these files from others: their places, sizes and times."""
+    facts = [[str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(files)]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 

@@ -1,6 +1,9 @@
 """``convert`` both ways, killed in between, and the commands that read what it wrote."""
 
+import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +14,7 @@ from checkpoint import hf_cases as cases
 from conftest import ENVIRONMENT
 from small import SPEAKER, tokenizer
 
+from deepseek_jax.checkpoint import hf_convert
 from deepseek_jax.checkpoint.hf_save import save_hf
 from deepseek_jax.checkpoint.safetensors import TensorFiles, read_header
 from deepseek_jax.cli.main import main
@@ -68,15 +72,17 @@ def test_what_cannot_be(released, converted, tmp_path, capsys):
 
 KILLED = """
 import os, signal, sys
-from deepseek_jax.checkpoint import hf_load, hf_save
+from deepseek_jax.checkpoint import hf_convert, hf_save
 from deepseek_jax.cli.main import main
-owner, name, last = (hf_save._Writer, "_make", 30) if sys.argv[1] == "save" else (hf_load._Leaves, "fill", 30)
-method, calls = getattr(owner, name), []
+hf_convert.PIECE_BYTES = 2000
+owner, name = (hf_save._Writer, "_make") if sys.argv[1] == "save" else (hf_convert, "_write")
+function, calls = getattr(owner, name), []
 def die(*args):
     calls.append(1)
-    if len(calls) == last:
+    done = function(*args)
+    if len(calls) == 30:
         os.kill(os.getpid(), signal.SIGKILL)
-    return method(*args)
+    return done
 setattr(owner, name, die)
 main(sys.argv[2:])
 """
@@ -107,10 +113,88 @@ def test_a_killed_conversion_to_safetensors_goes_on(released, converted, tmp_pat
     assert bytes_of(tmp_path / "m") == bytes_of(released)
 
 
-def test_a_killed_conversion_to_a_checkpoint_begins_anew(released, tmp_path):
-    arguments = ["convert", str(released), str(tmp_path / "run")]
-    killed("load", *arguments)
-    assert [file.name for file in tmp_path.iterdir()] == ["run.partial"]
+def chunks(folder: Path) -> dict[str, tuple[bytes, int, int]]:
+    """The pieces that are finished: bytes, file, time."""
+    files = [file for file in folder.glob("checkpoints/0/state/*/*") if ".__lock" not in file.name]
+    facts = {file: file.stat() for file in files}
+    return {
+        str(file.relative_to(folder)): (file.read_bytes(), facts[file].st_ino, facts[file].st_mtime_ns)
+        for file in files
+    }
+
+
+def test_a_killed_conversion_to_a_checkpoint_goes_on(released, tmp_path, monkeypatch, caplog, capsys):
+    monkeypatch.setattr(hf_convert, "PIECE_BYTES", 2000)
+    once, again = (["convert", str(released), str(tmp_path / name)] for name in ("once", "run"))
+    assert main(once) == 0
+    assert not caplog.records and not capsys.readouterr().err
+    killed("load", *again)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["once", "run.partial"]
     assert main(["inspect", str(tmp_path / "run")]) == 1
+    finished = chunks(tmp_path / "run.partial")
+    assert len(finished) >= 29
+    assert main(again) == 0
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["once", "run"]
+    whole, wanted = chunks(tmp_path / "run"), chunks(tmp_path / "once")
+    assert {name: whole[name] for name in finished} == finished
+    assert {name: facts[0] for name, facts in whole.items()} == {name: facts[0] for name, facts in wanted.items()}
+    assert {file.name for file in (tmp_path / "run").iterdir()} == {file.name for file in (tmp_path / "once").iterdir()}
+
+
+@pytest.mark.parametrize("change", ["time", "dtype", "ignored", "nothing"])
+def test_another_source_or_dtype_begins_anew(change, released, tmp_path, monkeypatch):
+    monkeypatch.setattr(hf_convert, "PIECE_BYTES", 2000)
+    source = shutil.copytree(released, tmp_path / "m")
+    arguments = ["convert", str(source), str(tmp_path / "run")]
+
+    def fail(*args):
+        raise InterruptedError("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hf_convert, "_write_rest", fail)
+        assert main(arguments) == 1
+    finished = chunks(tmp_path / "run.partial")
+    assert finished
+    if change == "time":
+        os.utime(source / "model.safetensors", ns=(1, 1))
+    arguments += {"dtype": ["--dtype", "float32"], "ignored": ["--ignore-config", "torch_dtype"]}.get(change, [])
     assert main(arguments) == 0
-    assert [file.name for file in tmp_path.iterdir()] == ["run"]
+    again = chunks(tmp_path / "run")
+    assert (again.keys() == finished.keys()) == (change != "dtype")  # wider numbers fill more pieces
+    assert all((again[name][1:] == finished[name][1:]) == (change == "nothing") for name in finished)
+
+
+def test_nothing_is_written_where_the_source_is_wrong(released, tmp_path, capsys):
+    source = shutil.copytree(released, tmp_path / "m")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"intermediate_size": 24}))
+    assert main(["convert", str(source), str(tmp_path / "run")]) == 1
+    assert "the files do not hold this model" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["m"]
+
+
+FULL_DISK = """
+import resource, signal, sys
+from deepseek_jax.cli.main import main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write over the limit fails with EFBIG, as on a full disk
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("limit", [4000, 64])
+def test_a_full_disk_is_one_sentence_and_nothing_is_left(limit, released, tmp_path):
+    arguments = [str(limit), "convert", str(released), str(tmp_path / "run"), "--dtype", "float32"]
+    environment = os.environ | ENVIRONMENT | {"JAX_ENABLE_COMPILATION_CACHE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", FULL_DISK, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    first, *others = done.stderr.splitlines()
+    assert re.fullmatch(rf".*: the model's [0-9,]+ bytes do not fit in {tmp_path}", first), done.stderr
+    assert others == ["(DEEPSEEK_JAX_TRACEBACK=1 shows where)"]
+    assert not list(tmp_path.iterdir())

@@ -235,10 +235,13 @@ def _reinforcement(grpo: Stage) -> str:
 
 def _samples(stages: Sequence[Stage]) -> str:
     blocks = []
-    for stage in reversed(stages):
+    for earlier, stage in reversed([*zip([None, *stages], stages, strict=False)]):
         pairs: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
         for sample in stage.samples:
             pairs.setdefault((sample["prompt"], sample["mode"]), {}).setdefault(sample["when"], sample)
+        for sample in earlier.samples if earlier else ():  # what it ended with is what this one began with
+            if sample["when"] == "after" and (pair := pairs.get((sample["prompt"], sample["mode"]))):
+                pair.setdefault("before", sample)
         if pairs:
             shown = "".join(_pair(*key, pair) for key, pair in list(pairs.items())[:SHOWN_SAMPLES])
             count = f"the first {min(SHOWN_SAMPLES, len(pairs))} of {len(pairs)} recorded, not selected"

@@ -170,6 +170,18 @@ def test_samples_stand_side_by_side_with_marks_and_dimmed_thinking(full_run: Pat
     assert f'<span class="think">&lt;think&gt;never closed {html.escape(HOSTILE)}</span>' in pairs[0]
 
 
+def test_what_a_stage_began_with_is_what_the_one_before_ended_with(full_run: Path) -> None:
+    for name, said in (("sft", "it was 3"), ("grpo", "it is 2")):
+        sample = {"prompt": "1 + 1", "answer": "2", "mode": "greedy", "when": "after", "correct": name == "grpo"}
+        other = sample | {"prompt": f"only {name}"}
+        lines = [json.dumps(line | {"completion": said}) for line in (sample, other)]
+        (full_run / name / "samples.jsonl").write_text("\n".join(lines) + "\n")
+    text = write_report(full_run).read_text(encoding="utf-8")
+    shared, alone = re.findall(r'<div class="pair">.*?</div></div>(?=<div class="pair">|</details>)', text, re.S)[:2]
+    assert shared.index("it was 3") < shared.index("it is 2") and "not recorded" not in shared
+    assert "only grpo" in alone and "not recorded" in alone
+
+
 NUMBERS = ["87.1 ± 2.1%", "93.0 ± 1.4%", "31.2 ± 2.1%", "45.0 ± 1.4%", "2.104", "6,123", "1m 02s", "512"]
 NUMBERS += ["2,312,448", "1,130,112", "48", "finished"]
 

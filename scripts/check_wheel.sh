@@ -51,7 +51,8 @@ for module in (deepseek_jax, deepseek_kernels):
 recipes = files("deepseek_jax") / "configs" / "demo"
 assert recipes.is_dir(), f"the wheel has no recipes: {recipes}"
 assert (files("deepseek_jax") / "configs" / "models" / "deepseek_v3.py").is_file(), "no recipes of released models"
-assert (files("deepseek_kernels") / "cpu.c").is_file(), "the wheel lacks the CPU kernels' source"
+source = {"cpu.c", "cpu_product.h", "cpu_grouped.h", "cpu_experts.h", "cpu_attention.h"}
+assert source <= {file.name for file in files("deepseek_kernels").iterdir()}, "the wheel lacks the CPU kernels' source"
 print("imports:", *sorted(recipe.name for recipe in recipes.iterdir() if recipe.name.endswith(".py")))
 PYTHON
 

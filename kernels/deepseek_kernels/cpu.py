@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 SOURCE = Path(__file__).with_name("cpu.c")
+HEADERS = sorted(SOURCE.parent.glob("cpu_*.h"))
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC")
 TARGETS = (
     "grouped_forward",
@@ -66,7 +67,8 @@ def _built() -> Path:
     compiler = shlex.split(os.environ.get("CC", "gcc"))
     processor = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "lags" in line), "")
     header = (Path(include) / "xla" / "ffi" / "api" / "c_api.h").read_bytes()
-    identity = [SOURCE.read_bytes(), header, repr((compiler, FLAGS, platform.machine(), processor)).encode()]
+    sources = [file.read_bytes() for file in (SOURCE, *HEADERS)]
+    identity = [*sources, header, repr((compiler, FLAGS, platform.machine(), processor)).encode()]
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "deepseek-jax"
     library = cache / f"cpu-{hashlib.sha256(b''.join(identity)).hexdigest()[:16]}.so"
     if not library.exists():

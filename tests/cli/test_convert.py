@@ -71,16 +71,15 @@ def test_what_cannot_be(released, converted, tmp_path, capsys):
 
 
 KILLED = """
-import os, signal, sys
+import itertools, os, signal, sys
 from deepseek_jax.checkpoint import hf_convert, hf_save
 from deepseek_jax.cli.main import main
 hf_convert.PIECE_BYTES = 2000
 owner, name = (hf_save._Writer, "_make") if sys.argv[1] == "save" else (hf_convert, "_write")
-function, calls = getattr(owner, name), []
-def die(*args):
-    calls.append(1)
-    done = function(*args)
-    if len(calls) == 30:
+function, calls = getattr(owner, name), itertools.count(1)
+def die(*args):  # two threads come here: each call has a number of its own
+    number, done = next(calls), function(*args)
+    if number == 30:
         os.kill(os.getpid(), signal.SIGKILL)
     return done
 setattr(owner, name, die)

@@ -134,14 +134,13 @@ def test_a_full_disk(tmp_path, monkeypatch):
 
 
 KILLED = """
-import os, signal, sys
+import itertools, os, signal, sys
 from checkpoint import hf_cases as cases
 from deepseek_jax import save_hf
 from deepseek_jax.checkpoint.hf_save import _Writer
-make, calls = _Writer._make, []
-def die(self, tensor):
-    calls.append(tensor)
-    if len(calls) == 20:
+make, calls = _Writer._make, itertools.count(1)
+def die(self, tensor):  # two threads come here: each call has a number of its own
+    if next(calls) == 20:
         os.kill(os.getpid(), signal.SIGKILL)
     return make(self, tensor)
 _Writer._make = die

@@ -166,10 +166,10 @@ class _Elsewhere(ocp.type_handlers.TypeHandler):
         return []
 
     async def deserialize(self, infos: Any, args: Any = None) -> Any:
-        raise NotImplementedError
+        raise AssertionError("used for saving alone")
 
     async def metadata(self, infos: Any) -> Any:
-        raise NotImplementedError
+        raise AssertionError("used for saving alone")
 
 
 def _write_rest(folder: Path, leaves: Mapping[LeafPath, jax.ShapeDtypeStruct], meta: Mapping[str, Any]) -> None:

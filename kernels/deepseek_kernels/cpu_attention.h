@@ -5,6 +5,8 @@
 #pragma once
 #include "cpu_product.h"
 
+enum { QUERIES = 32 };
+
 typedef struct {
   const float *q, *kv, *pe, *dout;
   const int8_t *mask;

@@ -6,6 +6,8 @@
 #pragma once
 #include "cpu_grouped.h"
 
+enum { TOKENS = 48 };
+
 typedef struct {
   const float *x, *weights, *wi, *wo, *dy;
   const int32_t *experts;

@@ -13,7 +13,7 @@
 
 #include "xla/ffi/api/c_api.h"
 
-enum { ROWS = 12, COLS = 32, LANES = 16, QUERIES = 32, CHUNK = 192, TOKENS = 48, KEPT = 1 << 20 };
+enum { ROWS = 12, COLS = 32, LANES = 16, CHUNK = 192, KEPT = 1 << 20 };
 typedef float vf __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int32_t vi __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int8_t vb __attribute__((vector_size(LANES), aligned(1)));

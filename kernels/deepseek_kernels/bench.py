@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_kernels import cpu
+from deepseek_kernels import cpu, hopper
 from deepseek_kernels.grouped_matmul import Implementation, grouped_matmul, row_alignment
 
 # name: groups, D, F, rows; and the dtype. What the demo does on a CPU, what V2-Lite and V3 do on an accelerator.
@@ -68,6 +68,8 @@ def bench_shape(name: str, shape: tuple[int, int, int, int], dtype: jnp.dtype, t
     implementations: tuple[Implementation, ...] = ("ragged_dot", "blocks")
     if cpu.available() and dtype == jnp.float32:
         implementations += ("c",)
+    if hopper.usable(dtype, width, hidden):
+        implementations += ("hopper",)
     for implementation in implementations:
         block = row_alignment(rows, groups, dtype, implementation=implementation)
         sizes = uneven_sizes(groups, rows, block)

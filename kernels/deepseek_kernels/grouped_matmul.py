@@ -2,10 +2,11 @@
 
 ``grouped_matmul(x, w, sizes)[t] = x[t] @ w[group of t]`` for rows sorted by group. Exact and dropless: no capacity.
 
-On TPU this is ``jax.lax.ragged_dot``. On GPU, where XLA lowers that to E masked dense products, the rows are cut into
-blocks of one group each and multiplied as one batch; a caller that lays its groups out on multiples of ``aligned``
-rows (see ``row_alignment``) saves the copies to and from those blocks. On CPU, float32 goes through the C kernels of
-``cpu.c``, which need no blocks; other dtypes, and machines without a compiler, through blocks.
+On TPU this is ``jax.lax.ragged_dot``. On GPU, where XLA lowers that to E masked dense products, bfloat16 goes through
+the kernels of ``hopper.py`` where the GPU is one; otherwise the rows are cut into blocks of one group each and
+multiplied as one batch. A caller that lays its groups out on multiples of ``aligned`` rows (see ``row_alignment``)
+saves the copies to and from blocks. On CPU, float32 goes through the C kernels of ``cpu.c``, which need no blocks;
+other dtypes, and machines without a compiler, through blocks.
 """
 
 import functools
@@ -15,22 +16,23 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from deepseek_kernels import cpu
+from deepseek_kernels import cpu, hopper
 
-Implementation = Literal["ragged_dot", "blocks", "c"]
+Implementation = Literal["ragged_dot", "blocks", "c", "hopper"]
 
 
 def row_alignment(
     rows: int, groups: int, dtype: jax.typing.DTypeLike, *, implementation: Implementation | None = None
 ) -> int:
-    """Rows per block for ``rows`` rows in ``groups`` groups: a power of two, at most a group's mean size.
+    """Rows per block for ``rows`` rows in ``groups`` groups: 128 for the Hopper kernels, 1 for those without blocks,
+    otherwise a power of two, at most a group's mean size.
 
     Padding a group costs half a block on average; a small block costs one more copy of its group's matrix. Measured
-    best: half a group's mean, 64 at most, on a CPU; the mean, 1024 at most, on a GPU. 1 where the implementation
-    needs no blocks.
+    best: half a group's mean, 64 at most, on a CPU; the mean, 1024 at most, on a GPU.
     """
-    if _resolve(implementation, jnp.dtype(dtype)) != "blocks":
-        return 1
+    chosen = _resolve(implementation, jnp.dtype(dtype))
+    if chosen != "blocks":
+        return hopper.ROWS if chosen == "hopper" else 1
     on_cpu = jax.default_backend() == "cpu"
     best = max(1, rows // max(groups, 1) // (2 if on_cpu else 1))
     return min(64 if on_cpu else 1024, 1 << (best.bit_length() - 1))
@@ -52,18 +54,21 @@ def grouped_matmul(
 
     Args:
       aligned: promises that every group size is a multiple of this many rows, and T too; groups may hold zero rows.
-      implementation: ``ragged_dot``, ``blocks`` or ``c``; by default the one for the platform and dtype.
+      implementation: ``ragged_dot``, ``blocks``, ``c`` or ``hopper``; by default the one for platform, dtype and
+        widths.
 
     Raises:
-      ValueError: shapes that do not fit, T not a multiple of ``aligned``, or ``c`` where it cannot run.
+      ValueError: shapes that do not fit, T not a multiple of ``aligned``, or an implementation that cannot run here.
     """
     if x_TD.ndim != 2 or w_EDF.ndim != 3 or x_TD.shape[1] != w_EDF.shape[1]:
         raise ValueError(f"x {x_TD.shape} and w {w_EDF.shape}: expected (T, D) and (E, D, F) with one D")
+    if x_TD.dtype != w_EDF.dtype:
+        raise ValueError(f"x is {x_TD.dtype} and w {w_EDF.dtype}: expected one dtype")
     if group_sizes_E.shape != w_EDF.shape[:1]:
         raise ValueError(f"group_sizes {group_sizes_E.shape} for {w_EDF.shape[0]} groups")
     if x_TD.shape[0] % aligned:
         raise ValueError(f"T={x_TD.shape[0]} is not a multiple of aligned={aligned}")
-    chosen = _resolve(implementation, x_TD.dtype)
+    chosen = _resolve(implementation, x_TD.dtype, *w_EDF.shape[1:])
     if chosen == "c":
         if not cpu.usable(x_TD, w_EDF):
             raise ValueError(f"implementation='c' needs float32 on a CPU and gcc; x is {x_TD.dtype}, w {w_EDF.dtype}")
@@ -72,9 +77,20 @@ def grouped_matmul(
         return jax.lax.ragged_dot(
             x_TD, w_EDF, group_sizes_E.astype(jnp.int32), preferred_element_type=jnp.float32
         ).astype(x_TD.dtype)
+    if chosen == "hopper":
+        if not hopper.usable(x_TD.dtype, *w_EDF.shape[1:]):
+            raise ValueError(
+                "implementation='hopper' needs bfloat16, widths that are multiples of 64 and a GPU of capability 9.0; "
+                f"x is {x_TD.dtype}, w {w_EDF.shape}"
+            )
+        if aligned % hopper.ROWS == 0:
+            return _hopper_matmul(x_TD, w_EDF, group_sizes_E)
+        return _spread_over_blocks(_hopper_matmul, x_TD, w_EDF, group_sizes_E, hopper.ROWS)
     if aligned > 1 or x_TD.shape[0] <= w_EDF.shape[0]:
-        return _aligned_matmul(x_TD, w_EDF, block_groups(group_sizes_E, x_TD.shape[0], aligned), aligned)
-    return _unaligned_matmul(x_TD, w_EDF, group_sizes_E)
+        return _block_matmul(x_TD, w_EDF, group_sizes_E, aligned)
+    block = row_alignment(x_TD.shape[0], w_EDF.shape[0], x_TD.dtype, implementation="blocks")
+    product = functools.partial(_block_matmul, block=block)
+    return _spread_over_blocks(product, x_TD, w_EDF, group_sizes_E, block)
 
 
 def weight_gradient(x: Float[Array, "*B D"], dy: Float[Array, "*B F"]) -> Float[Array, "D F"]:
@@ -113,11 +129,13 @@ def block_groups(group_sizes_E: Int[Array, "E"], rows: int, block: int) -> Int[A
     return jnp.sum(starts_N[:, None] >= ends_E[None, :], axis=1)
 
 
-def _resolve(implementation: Implementation | None, dtype: jnp.dtype) -> Implementation:
+def _resolve(implementation: Implementation | None, dtype: jnp.dtype, *widths: int) -> Implementation:
     if implementation is not None:
         return implementation
     if jax.default_backend() == "tpu":
         return "ragged_dot"
+    if hopper.usable(dtype, *widths):
+        return "hopper"
     return "c" if dtype == jnp.float32 and cpu.available() else "blocks"
 
 
@@ -139,10 +157,28 @@ def _c_backward(residuals, dy_TF):
 _c_matmul.defvjp(_c_forward, _c_backward)
 
 
-def _unaligned_matmul(x_TD, w_EDF, group_sizes_E):
+@jax.custom_vjp
+def _hopper_matmul(x_TD, w_EDF, group_sizes_E):
+    return hopper.grouped_product(x_TD, w_EDF, block_groups(group_sizes_E, x_TD.shape[0], hopper.ROWS))
+
+
+def _hopper_forward(x_TD, w_EDF, group_sizes_E):
+    return _hopper_matmul(x_TD, w_EDF, group_sizes_E), (x_TD, w_EDF, group_sizes_E)
+
+
+def _hopper_backward(residuals, dy_TF):
+    x_TD, w_EDF, group_sizes_E = residuals
+    group_N = block_groups(group_sizes_E, x_TD.shape[0], hopper.ROWS)
+    dx_TD = hopper.grouped_product(dy_TF, w_EDF, group_N, transpose=True)
+    return dx_TD, hopper.grouped_weight_gradient(x_TD, dy_TF, group_sizes_E), None
+
+
+_hopper_matmul.defvjp(_hopper_forward, _hopper_backward)
+
+
+def _spread_over_blocks(product, x_TD, w_EDF, group_sizes_E, block):
     """Spread the groups over whole blocks, multiply, and gather the rows back."""
     rows, groups = x_TD.shape[0], w_EDF.shape[0]
-    block = row_alignment(rows, groups, x_TD.dtype, implementation="blocks")
     padded_E = (group_sizes_E + block - 1) // block * block
     total = (rows + groups * (block - 1)) // block * block
     row_T = jnp.arange(rows)
@@ -152,8 +188,12 @@ def _unaligned_matmul(x_TD, w_EDF, group_sizes_E):
     slot_T = row_T + shift_E.at[group_T].get(mode="clip")
     slot_T = jnp.where(group_T < groups, slot_T, total + row_T)  # no group: dropped, and read back as zero
     spread = jnp.zeros((total, x_TD.shape[1]), x_TD.dtype).at[slot_T].set(x_TD, mode="drop", unique_indices=True)
-    y: jax.Array = _aligned_matmul(spread, w_EDF, block_groups(padded_E, total, block), block)
+    y: jax.Array = product(spread, w_EDF, padded_E)
     return y.at[slot_T].get(mode="fill", fill_value=0)
+
+
+def _block_matmul(x_TD, w_EDF, group_sizes_E, block):
+    return _aligned_matmul(x_TD, w_EDF, block_groups(group_sizes_E, x_TD.shape[0], block), block)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

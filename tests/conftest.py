@@ -11,7 +11,8 @@ from pathlib import Path
 CACHE = Path(__file__).parents[1] / ".cache" / "jax"
 
 ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
+    # On a GPU host, `TEST_ON=cuda pytest tests/kernels` runs the kernels on the card.
+    "JAX_PLATFORMS": os.environ.get("TEST_ON", "cpu"),
     "JAX_NUM_CPU_DEVICES": "8",
     "JAX_ENABLE_X64": "0",
     "JAX_ENABLE_COMPILATION_CACHE": "1",

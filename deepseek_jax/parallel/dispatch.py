@@ -42,7 +42,7 @@ def sort_by_expert(experts_TK: Int[Array, "T K"], experts: int, *, block: int) -
     tokens, top = experts_TK.shape
     choices = tokens * top
     assert experts * choices < 2**31, "a sort key would overflow int32"
-    rows = (choices + experts * (block - 1)) // block * block
+    rows = (choices + min(experts, choices) * (block - 1)) // block * block
     key_N = jnp.sort(experts_TK.reshape(-1).astype(jnp.int32) * choices + jnp.arange(choices, dtype=jnp.int32))
     expert_N, choice_N = key_N // choices, key_N % choices
     sizes_E = jnp.sum(experts_TK.reshape(-1, 1) == jnp.arange(experts), axis=0)

@@ -2,14 +2,19 @@
 
 Each row gives the median time, TFLOP/s of useful arithmetic, the share of the ceiling (one dense product of the
 platform's best size, measured in the same run) and the ratio to ``jax.lax.ragged_dot``. Group sizes are drawn from a
-softmax of normal numbers: uneven, as routing is.
+softmax of normal numbers: uneven, as routing is. ``--peer-python``, a Python with torch, adds its grouped product on a
+GPU.
 """
 
 import argparse
 import functools
+import json
+import os
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -41,13 +46,15 @@ def uneven_sizes(groups: int, rows: int, block: int, seed: int = 0) -> np.ndarra
     return (sizes + block - 1) // block * block
 
 
-def median_seconds(call: Callable[[], jax.Array], repeats: int) -> float:
+def median_seconds(call: Callable[[], object], repeats: int) -> float:
+    """Seconds of one call: on a GPU the mean of ten in a row, which hides the time that a launch takes."""
+    calls = 1 if jax.default_backend() == "cpu" else 10
     jax.block_until_ready(call())
     seconds = []
     for _ in range(repeats):
         began = time.perf_counter()
-        jax.block_until_ready(call())
-        seconds.append(time.perf_counter() - began)
+        jax.block_until_ready([call() for _ in range(calls)])
+        seconds.append((time.perf_counter() - began) / calls)
     return statistics.median(seconds)
 
 
@@ -58,18 +65,31 @@ def ceiling(dtype: jnp.dtype, size: int, repeats: int) -> float:
     return 2 * size**3 / median_seconds(lambda: product(x, x), repeats)
 
 
-def bench_shape(name: str, shape: tuple[int, int, int, int], dtype: jnp.dtype, top: float, repeats: int) -> None:
-    """Print forward and forward+backward of one shape, laid out in blocks as DeepSeekMoE does, and of ragged_dot."""
+def bench_shape(
+    name: str, shape: tuple[int, int, int, int], dtype: jnp.dtype, top: float, repeats: int, peer_python: str
+) -> None:
+    """Print forward and forward+backward of one shape, laid out in blocks as DeepSeekMoE does, of ragged_dot and of
+    the peer."""
     groups, width, hidden, rows = shape
-    flops = 2 * rows * width * hidden
-    keys = jax.random.split(jax.random.key(0), 2)
+    work = {"forward": 2 * rows * width * hidden, "forward+backward": 6 * rows * width * hidden}
+    baseline: dict[str, float] = {}
+
+    def report(kind: str, who: str, block: int, seconds: float) -> None:
+        baseline.setdefault(kind, seconds)
+        print(
+            f"{name:20} {kind:17} {who:11} block {block:4} {seconds * 1e3:9.3f} ms "
+            f"{work[kind] / seconds / 1e12:8.3f} TFLOP/s {work[kind] / seconds / top:6.1%} of dense "
+            f"{baseline[kind] / seconds:6.1f}× ragged_dot",
+            flush=True,
+        )
+
+    keys = jax.random.split(jax.random.key(0), 3)
     w = jax.random.normal(keys[0], (groups, width, hidden), dtype) / width**0.5
-    baseline = {}
-    implementations: tuple[Implementation, ...] = ("ragged_dot", "blocks")
+    implementations: list[Implementation] = ["ragged_dot", "blocks"]
     if cpu.available() and dtype == jnp.float32:
-        implementations += ("c",)
+        implementations.append("c")
     if hopper.usable(dtype, width, hidden):
-        implementations += ("hopper",)
+        implementations.append("hopper")
     for implementation in implementations:
         block = row_alignment(rows, groups, dtype, implementation=implementation)
         sizes = uneven_sizes(groups, rows, block)
@@ -79,28 +99,47 @@ def bench_shape(name: str, shape: tuple[int, int, int, int], dtype: jnp.dtype, t
         def product(x, w, counts=counts, block=block, implementation: Implementation = implementation):
             return grouped_matmul(x, w, counts, aligned=block, implementation=implementation)
 
-        gradient = jax.grad(lambda x, w: jnp.sum(product(x, w).astype(jnp.float32) ** 2), argnums=(0, 1))
-        for kind, function, work in (("forward", product, flops), ("forward+backward", gradient, 3 * flops)):
-            seconds = median_seconds(functools.partial(jax.jit(function), x, w), repeats)
-            baseline.setdefault(kind, seconds)
-            print(
-                f"{name:20} {kind:17} {implementation:11} block {block:4} {seconds * 1e3:9.3f} ms "
-                f"{work / seconds / 1e12:8.3f} TFLOP/s {work / seconds / top:6.1%} of dense "
-                f"{baseline[kind] / seconds:6.1f}× ragged_dot",
-                flush=True,
+        def both(x, w, dy, product=product):
+            y, pullback = jax.vjp(product, x, w)
+            return y, *pullback(dy)
+
+        dy = jax.random.normal(keys[2], (len(x), hidden), dtype)
+        for kind, function, operands in (("forward", product, (x, w)), ("forward+backward", both, (x, w, dy))):
+            report(
+                kind, implementation, block, median_seconds(functools.partial(jax.jit(function), *operands), repeats)
             )
+    if peer_python:
+        for kind, seconds in peer_seconds(shape, repeats, peer_python).items():
+            report(kind, "torch", 1, seconds)
+
+
+def peer_seconds(shape: tuple[int, int, int, int], repeats: int, peer_python: str) -> dict[str, float]:
+    """torch's seconds, forward and forward+backward, in a process of its own."""
+    script = Path(__file__).resolve().parents[2] / "scripts" / "peer_grouped_mm.py"
+    if not script.exists():
+        raise FileNotFoundError(f"{script}: the peer's benchmark is part of the repository, not of the package")
+    groups, width, hidden, rows = shape
+    job = {"sizes": uneven_sizes(groups, rows, 1).tolist(), "width": width, "hidden": hidden, "repeats": repeats}
+    done = subprocess.run([peer_python, str(script), json.dumps(job)], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the peer failed: {done.stderr.strip().splitlines()[-1:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=10)
-    repeats = parser.parse_args().repeats
+    parser.add_argument("--peer-python", default="", help="a Python with torch and CUDA")
+    options = parser.parse_args()
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves the peer its memory
     platform = "cpu" if jax.default_backend() == "cpu" else "gpu"
     dtype = jnp.dtype(jnp.float32 if platform == "cpu" else jnp.bfloat16)
-    top = ceiling(dtype, 1024 if platform == "cpu" else 8192, repeats)
+    if options.peer_python and platform == "cpu":
+        parser.error("--peer-python: the peer is measured on a GPU only")
+    top = ceiling(dtype, 1024 if platform == "cpu" else 8192, options.repeats)
     print(f"{jax.devices()[0].device_kind}, {dtype.name}; dense {top / 1e12:.3f} TFLOP/s; uneven groups")
     for name, shape in SHAPES[platform]:
-        bench_shape(name, shape, dtype, top, repeats)
+        bench_shape(name, shape, dtype, top, options.repeats, options.peer_python)
 
 
 if __name__ == "__main__":

@@ -80,7 +80,8 @@ def grouped_matmul(
     if chosen == "hopper":
         if not hopper.usable(x_TD.dtype, *w_EDF.shape[1:]):
             raise ValueError(
-                "implementation='hopper' needs bfloat16, widths that are multiples of 64 and a GPU of capability 9.0; "
+                "implementation='hopper' needs bfloat16, widths of 256 and further multiples of 64, and a GPU of "
+                "capability 9.0; "
                 f"x is {x_TD.dtype}, w {w_EDF.shape}"
             )
         if aligned % hopper.ROWS == 0:

@@ -1,0 +1,115 @@
+"""The Hopper kernels against the definition: on such a GPU with ``TEST_ON=cuda``, else in Mosaic GPU's interpreter."""
+
+import functools
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deepseek_kernels import grouped_matmul, hopper, row_alignment
+
+
+@pytest.fixture
+def hopper_gpu(monkeypatch):
+    if jax.default_backend() == "gpu":
+        if not hopper.usable(jnp.dtype(jnp.bfloat16)):
+            pytest.skip("this GPU is not of compute capability 9.0")
+        yield
+        return
+    if not hasattr(plgpu, "InterpretGPUParams"):
+        pytest.skip("Mosaic GPU's interpreter needs jax 0.11")
+    monkeypatch.setattr(hopper, "_available", lambda: True)
+    monkeypatch.setattr(hopper, "_processors", lambda: 2)
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):  # pyright: ignore[reportAttributeAccessIssue]
+        yield
+
+
+@functools.cache
+def compiled(aligned):
+    def run(x, w, sizes, dy):
+        product = functools.partial(grouped_matmul, aligned=aligned, implementation="hopper")
+        y, pullback = jax.vjp(lambda x, w: product(x, w, sizes), x, w)
+        return y, *pullback(dy)
+
+    return jax.jit(run)
+
+
+def draw(rows, groups, width, hidden):
+    rng = np.random.default_rng(0)
+    shapes = ((rows, width), (groups, width, hidden), (rows, hidden))
+    return [jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in shapes]
+
+
+# 320 and 448 are 2.5 and 3.5 tiles of rows of dw, 1.25 and 1.75 of columns, and more steps than are in flight.
+@pytest.mark.parametrize(("width", "hidden"), [(256, 256), (320, 448), (448, 320)])
+@pytest.mark.parametrize(
+    ("rows", "sizes", "aligned"),
+    [
+        (640, [128, 0, 384, 128], 128),  # full
+        (640, [0, 256, 0, 128], 128),  # rows of no group at the end
+        (256, [0, 0, 0, 0], 256),
+        (300, [1, 0, 200, 90], 1),  # spread over tiles first
+    ],
+)
+def test_value_and_gradients_equal_the_definition(hopper_gpu, width, hidden, rows, sizes, aligned):
+    x, w, dy = draw(rows, len(sizes), width, hidden)
+    results = compiled(aligned)(x, w, np.array(sizes, np.int32), dy)
+    x, w, dy = (np.asarray(a, np.float64) for a in (x, w, dy))
+    y, dx, dw, ends = np.zeros(dy.shape), np.zeros(x.shape), np.zeros(w.shape), np.cumsum(sizes)
+    for e, size in enumerate(sizes):
+        mine = slice(ends[e] - size, ends[e])
+        y[mine], dx[mine], dw[e] = x[mine] @ w[e], dy[mine] @ w[e].T, x[mine].T @ dy[mine]
+    for name, value, right in zip(("y", "dx", "dw"), results, (y, dx, dw), strict=True):
+        assert value.dtype == jnp.bfloat16
+        value = np.asarray(value, np.float64)
+        # Summed in float32 and rounded once: half a unit in bfloat16's last place is at most 2⁻⁸ of a number.
+        np.testing.assert_allclose(value, right, rtol=1.01 * 2**-8, atol=1e-4, err_msg=name)
+        np.testing.assert_array_equal(value[right == 0], 0)
+
+
+def test_the_default_where_it_can_run(hopper_gpu):
+    x, w, _ = draw(256, 2, 256, 320)
+    sizes = jnp.array([128, 128], jnp.int32)
+    assert row_alignment(64, 2, jnp.bfloat16) == 128 and row_alignment(64, 2, jnp.float32) <= 32
+
+    def by_default(x, w):
+        return str(jax.make_jaxpr(functools.partial(grouped_matmul, aligned=128))(x, w, sizes))
+
+    assert by_default(x, w) == str(
+        jax.make_jaxpr(functools.partial(grouped_matmul, aligned=128, implementation="hopper"))(x, w, sizes)
+    )
+    for width in (96, 192):
+        narrow = by_default(x[:, :width], w[:, :width])
+        assert "dot_general" in narrow and "dot_general" not in by_default(x, w)
+
+
+@pytest.mark.parametrize("kernel", ["product", "transposed", "weight_gradient"])
+def test_kernels_are_lowered_for_cuda_without_a_gpu(monkeypatch, kernel):
+    """Any jax that the package allows takes them through Mosaic GPU's passes."""
+    monkeypatch.setattr(hopper, "_processors", lambda: 132)
+    x, w, dy = draw(256, 2, 320, 448)
+    groups, sizes = jnp.array([0, 1], jnp.int32), jnp.array([128, 128], jnp.int32)
+    traced = {
+        "product": jax.jit(hopper.grouped_product).trace(x, w, groups),
+        "transposed": jax.jit(functools.partial(hopper.grouped_product, transpose=True)).trace(dy, w, groups),
+        "weight_gradient": jax.jit(hopper.grouped_weight_gradient).trace(x, dy, sizes),
+    }[kernel]
+    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_what_it_cannot_take_is_named(monkeypatch):
+    x, w, _ = draw(128, 1, 256, 320)
+    sizes = jnp.array([128], jnp.int32)
+    monkeypatch.setattr(hopper, "_available", lambda: False)
+    with pytest.raises(ValueError, match=r"implementation='hopper' needs bfloat16.*capability 9\.0"):
+        grouped_matmul(x, w, sizes, implementation="hopper")
+    monkeypatch.setattr(hopper, "_available", lambda: True)
+    for width in (96, 192, 250):
+        with pytest.raises(ValueError, match=rf"multiples of 64.*\(1, {width}, 320\)"):
+            grouped_matmul(x[:, :width], w[:, :width], sizes, implementation="hopper")
+    with pytest.raises(ValueError, match=r"bfloat16.*float32"):
+        grouped_matmul(x.astype(jnp.float32), w.astype(jnp.float32), sizes, implementation="hopper")
+    with pytest.raises(ValueError, match=r"x is bfloat16 and w float32"):
+        grouped_matmul(x, w.astype(jnp.float32), sizes)

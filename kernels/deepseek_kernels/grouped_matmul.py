@@ -81,9 +81,10 @@ def grouped_matmul(
         if not hopper.usable(x_TD.dtype, *w_EDF.shape[1:]):
             raise ValueError(
                 "implementation='hopper' needs bfloat16, widths of 256 and further multiples of 64, and a GPU of "
-                "capability 9.0; "
-                f"x is {x_TD.dtype}, w {w_EDF.shape}"
+                f"capability 9.0; x is {x_TD.dtype}, w {w_EDF.shape}"
             )
+        if not x_TD.shape[0]:  # not one tile
+            return jnp.zeros((0, w_EDF.shape[2]), x_TD.dtype)
         if aligned % hopper.ROWS == 0:
             return _hopper_matmul(x_TD, w_EDF, group_sizes_E)
         return _spread_over_blocks(_hopper_matmul, x_TD, w_EDF, group_sizes_E, hopper.ROWS)

@@ -85,6 +85,13 @@ def test_the_default_where_it_can_run(hopper_gpu):
         assert "dot_general" in narrow and "dot_general" not in by_default(x, w)
 
 
+def test_no_rows_at_all(monkeypatch):
+    monkeypatch.setattr(hopper, "_available", lambda: True)
+    x, w, dy = draw(0, 1, 256, 320)
+    y, dx, dw = compiled(128)(x, w, jnp.zeros(1, jnp.int32), dy)
+    assert y.shape == (0, 320) and dx.shape == (0, 256) and not np.any(dw)
+
+
 @pytest.mark.parametrize("kernel", ["product", "transposed", "weight_gradient"])
 def test_kernels_are_lowered_for_cuda_without_a_gpu(monkeypatch, kernel):
     """Any jax that the package allows takes them through Mosaic GPU's passes."""

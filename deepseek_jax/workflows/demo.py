@@ -95,7 +95,7 @@ def demo(config: DemoConfig, console: Console | None = None) -> None:
     report = write_report(run_dir)
     print_summary(run_dir, console)
     console.print(f"report: {report}   ({time.monotonic() - began:.0f} s for what was run now)")
-    console.print(f"talk to it: deepseek-jax chat {run_dir}")
+    console.print(f"ask it 23+58=, say: deepseek-jax chat {run_dir}")
 
 
 def write_expert_shares(corpus: Path, run_dir: Path, *, seq_len: int) -> None:

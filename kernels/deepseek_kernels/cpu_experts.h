@@ -48,8 +48,7 @@ static void experts_forward(void *job, int64_t task) {
   float *b = borrow(D * whole(2 * F) + F * whole(D) + r.count * (D + F)), *x = b + D * whole(2 * F) + F * whole(D);
   float *gate = m->gate_up + r.start * 2 * F, *h = x + r.count * D;
   gather(m, r, m->x, x);
-  pack(b, m->wi + r.group * D * 2 * F, 2 * F, 1, D, 2 * F, D);
-  multiply(r.count, 2 * F, D, x, D, 1, b, D, gate, 2 * F, 0);
+  multiply_rows(r.count, 2 * F, D, x, m->wi + r.group * D * 2 * F, b, gate);
   for (int64_t i = 0; i < r.count; i++, gate += 2 * F) {
     float weight = m->weights[m->choice[r.start + i]];
     for (int64_t f = 0; f < F; f += LANES) {
@@ -57,8 +56,7 @@ static void experts_forward(void *job, int64_t task) {
       store(h + i * F + f, g * sigmoid(g) * up * weight, F - f);
     }
   }
-  pack(b, m->wo + r.group * F * D, D, 1, F, D, F);
-  multiply(r.count, D, F, h, F, 1, b, F, m->rows + r.start * D, D, 0);
+  multiply_rows(r.count, D, F, h, m->wo + r.group * F * D, b, m->rows + r.start * D);
   give_back(b);
 }
 

@@ -35,8 +35,8 @@ static void grouped_forward(void *job, int64_t task) {
   Grouped *g = job;
   Rows r = g->tasks[task];
   float *b = borrow(g->D * whole(g->F));
-  pack(b, g->w + r.group * g->D * g->F, g->F, 1, g->D, g->F, g->D);
-  multiply(r.count, g->F, g->D, g->x + r.start * g->D, g->D, 1, b, g->D, g->out + r.start * g->F, g->F, 0);
+  const float *w = g->w + r.group * g->D * g->F;
+  multiply_rows(r.count, g->F, g->D, g->x + r.start * g->D, w, b, g->out + r.start * g->F);
   give_back(b);
 }
 

@@ -13,7 +13,7 @@
 
 #include "xla/ffi/api/c_api.h"
 
-enum { ROWS = 12, COLS = 32, LANES = 16, CHUNK = 192, KEPT = 1 << 20 };
+enum { ROWS = 12, COLS = 32, LANES = 16, FEW = 48, CHUNK = 192, KEPT = 1 << 20 };
 typedef float vf __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int32_t vi __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int8_t vb __attribute__((vector_size(LANES), aligned(1)));
@@ -81,13 +81,14 @@ static void pack(float *to, const float *b, int64_t rs, int64_t cs, int64_t k, i
   }
 }
 
-// c (rows × width) = or += a (rows × k) · one panel; element (i, l) of a at a[i·rs + l·cs].
+// c (rows × width) = or += a (rows × k) · one panel; element (i, l) of a at a[i·rs + l·cs], a panel's rows `step` apart.
 static inline __attribute__((always_inline)) void tile(const int rows, const float *a, int64_t rs, int64_t cs, int64_t k,
-                                                       const float *panel, float *c, int64_t ld, int64_t width, int add) {
+                                                       const float *panel, int64_t step, float *c, int64_t ld, int64_t width,
+                                                       int add) {
   vf sum[ROWS][2];
 #pragma GCC unroll 12
   for (int i = 0; i < rows; i++) sum[i][0] = sum[i][1] = (vf){0};
-  for (int64_t l = 0; l < k; l++, panel += COLS) {
+  for (int64_t l = 0; l < k; l++, panel += step) {
     vf b0 = *(const vf *)panel, b1 = *(const vf *)(panel + LANES);
 #pragma GCC unroll 12
     for (int i = 0; i < rows; i++) {
@@ -113,9 +114,9 @@ static inline __attribute__((always_inline)) void tile(const int rows, const flo
 }
 
 #define TILE(n) \
-  case n: tile(n, a, rs, cs, k, panel, c, ld, width, add); break;
-static void any_tile(int rows, const float *a, int64_t rs, int64_t cs, int64_t k, const float *panel, float *c,
-                     int64_t ld, int64_t width, int add) {
+  case n: tile(n, a, rs, cs, k, panel, step, c, ld, width, add); break;
+static void any_tile(int rows, const float *a, int64_t rs, int64_t cs, int64_t k, const float *panel, int64_t step,
+                     float *c, int64_t ld, int64_t width, int add) {
   switch (rows) {
     TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6) TILE(7) TILE(8) TILE(9) TILE(10) TILE(11) TILE(12)
   }
@@ -126,7 +127,19 @@ static void multiply(int64_t m, int64_t n, int64_t k, const float *a, int64_t rs
                      int64_t packed_k, float *c, int64_t ld, int add) {
   for (int64_t j = 0; j < n; j += COLS, b += packed_k * COLS)
     for (int64_t i = 0; i < m; i += ROWS)
-      any_tile((int)least(ROWS, m - i), a + i * rs, rs, cs, k, b, c + i * ld + j, ld, least(COLS, n - j), add);
+      any_tile((int)least(ROWS, m - i), a + i * rs, rs, cs, k, b, COLS, c + i * ld + j, ld, least(COLS, n - j), add);
+}
+
+// c (m × n) = a (m × k) · b (k × n), all rows one after the other: few read b where it lies, more pack it into `room`.
+static void multiply_rows(int64_t m, int64_t n, int64_t k, const float *a, const float *b, float *room, float *c) {
+  if (m > FEW || n % COLS) {
+    pack(room, b, n, 1, k, n, k);
+    multiply(m, n, k, a, k, 1, room, k, c, n, 0);
+    return;
+  }
+  for (int64_t j = 0; j < n; j += COLS)
+    for (int64_t i = 0; i < m; i += ROWS)
+      any_tile((int)least(ROWS, m - i), a + i * k, k, 1, k, b + j, n, c + i * n + j, n, COLS, 0);
 }
 
 // ---- vectors ----

@@ -150,11 +150,13 @@ def test_row_alignment_is_a_power_of_two_below_the_mean_group(rows, groups):
     assert row_alignment(rows, groups, jnp.float32, implementation="ragged_dot") == 1
 
 
-def test_tiles_panels_and_chunks_of_the_c_kernel():
-    """Sizes around its 12 × 32 tiles, 192-row chunks and the threads' threshold, against float64."""
+@pytest.mark.parametrize("hidden", [100, 96])
+def test_tiles_panels_and_chunks_of_the_c_kernel(hidden):
+    """Sizes around its 12 × 32 tiles, 192-row chunks, the 48 rows up to which whole panels are not packed and the
+    threads' threshold, against float64."""
     rng = np.random.default_rng(0)
-    rows, width, hidden = 450, 70, 100
-    sizes = np.array([0, 1, 12, 205, 0, 13, 200, 0], np.int32)
+    rows, width = 450, 70
+    sizes = np.array([0, 1, 12, 205, 0, 13, 48, 49, 100, 0], np.int32)
     shapes = ((rows, width), (len(sizes), width, hidden), (rows, hidden))
     x, w, dy = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
     results = compiled("c", 1)(x, w, sizes, dy)

@@ -60,11 +60,20 @@ def sample(
     what a learner can compute again. Greedy reports temperature 1.
     """
     if params.temperature == 0:
-        tokens_B = jnp.argmax(logits_BW, axis=1).astype(jnp.int32)
+        tokens_B = first_maximum(logits_BW)
         scaled_BW = logits_BW
     else:
         scaled_BW = logits_BW / params.temperature
         kept_BW = truncate_logits(scaled_BW, top_k=params.top_k, top_p=params.top_p)
-        tokens_B = jax.vmap(jax.random.categorical)(keys_B, kept_BW).astype(jnp.int32)
+        noise_BW = jax.vmap(lambda key: jax.random.gumbel(key, kept_BW.shape[1:], kept_BW.dtype))(keys_B)
+        tokens_B = first_maximum(kept_BW + noise_BW)
     logprobs_BW = jax.nn.log_softmax(scaled_BW, axis=1)
     return tokens_B, jnp.take_along_axis(logprobs_BW, tokens_B[:, None], axis=1)[:, 0]
+
+
+def first_maximum(x_BW: Float[Array, "B W"]) -> Int[Array, "B"]:
+    """``argmax(x, 1)`` of numbers that are no NaN, by two plain reductions: XLA:CPU's one, over pairs of value and
+    place, takes eight times as long."""
+    width = x_BW.shape[1]
+    largest_B1 = jnp.max(x_BW, axis=1, keepdims=True)
+    return jnp.min(jnp.where(x_BW == largest_B1, jnp.arange(width, dtype=jnp.int32), width - 1), axis=1)

@@ -88,6 +88,12 @@ def test_draws_follow_the_distribution(options):
     assert np.all(np.abs(frequency - q) <= 5 * np.sqrt(q * (1 - q) / draws))
 
 
+def test_draws_are_those_of_jax_random_categorical():
+    logits = 3 * jax.random.normal(jax.random.key(7), (200, 33)).at[:, 5].set(-jnp.inf)
+    tokens, _ = sample(logits, keys(200), SamplingParams())
+    assert tokens.tolist() == jax.vmap(jax.random.categorical)(keys(200), logits).tolist()
+
+
 def test_each_row_draws_with_its_own_key():
     logits = jnp.zeros((8, 1000))
     first, _ = sample(logits, keys(8), SamplingParams())

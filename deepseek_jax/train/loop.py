@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 import jax
 
 from deepseek_jax.checkpoint import CheckpointStore
-from deepseek_jax.train.metrics import MetricsWriter
+from deepseek_jax.train.metrics import MetricsWriter, read_metrics
 from deepseek_jax.train.preemption import Preempted, stop_signals
 from deepseek_jax.train.progress import Progress
 
@@ -97,7 +97,8 @@ def run_loop(
 ) -> State:
     """Train to `config.steps`, from the newest checkpoint in `run_dir` if there is one -> the final state.
 
-    Writes `config.json`, `metrics.jsonl`, `tensorboard/` and `checkpoints/` in `run_dir`.
+    Writes `config.json`, `metrics.jsonl`, `tensorboard/` and `checkpoints/` in `run_dir`. Every line of metrics has
+    `bad_steps`, the number of steps so far that were not finite.
 
     Args:
         state: the initial state on its devices. It is used up: donated to the first step, or deleted to make
@@ -108,7 +109,8 @@ def run_loop(
         batches: see `Batches`.
         meta: saved with every checkpoint; its "model" must equal the checkpoint's.
         evaluate: called every `eval_every` steps and at the end; its metrics join the line of that step.
-        stop_when: looks at an evaluation's metrics; True ends the run there, saved.
+        stop_when: looks at the line of a step that was evaluated; True ends the run there, saved, and a run that
+            ended so is not gone on with.
         on_log: called with step and line after each line of metrics; it may raise to end the run.
 
     Raises:
@@ -131,16 +133,17 @@ def run_loop(
                 best_mode=config.best_mode,
             )
         )
-        state = _resume(store, state, batches, meta)
+        state, bad_steps = _resume(store, state, batches, meta)
         step = int(state.step)
         _write_config(run_dir / "config.json", {"loop": asdict(config), **meta})
         writer = MetricsWriter(run_dir, after_step=step, tensorboard=config.tensorboard)
         stack.callback(writer.close)
-        log = _Log(config, store, writer, on_log, progress)
+        log = _Log(config, store, writer, bad_steps, on_log, progress)
         if progress is not None:
             stack.callback(progress.stop)
             progress.start(step)
-        while step < config.steps:
+        ended = step > 0 and stop_when is not None and _ended(run_dir, step, config, stop_when)
+        while step < config.steps and not ended:
             batch, about_batch = batches.next(state)
             state, metrics = step_fn(state, batch)
             step += 1
@@ -150,27 +153,33 @@ def run_loop(
             if evaluate is not None and config.due(config.eval_every, step):
                 found = log.evaluate(evaluate, state)
             best = found is not None and config.best_metric is not None
-            enough = found is not None and stop_when is not None and stop_when(found)
-            if best or enough or stop or config.due(config.checkpoint_every, step):
+            ended = found is not None and stop_when is not None and stop_when(found)
+            if best or ended or stop or config.due(config.checkpoint_every, step):
                 log.flush(check=True)
                 if stop or step == config.steps or log.bad_steps == 0:  # or bad steps would push out good ones
-                    store.save(step, state, loader=batches.state(), meta=meta, metrics=found)
+                    about = {**meta, "bad_steps": log.all_bad_steps}
+                    store.save(step, state, loader=batches.state(), meta=about, metrics=found)
             if stop:
                 store.wait()
                 raise Preempted(stop[0], step, store.directory)
-            if enough:
-                break
     return state
 
 
-def _resume(store: CheckpointStore, state: State, batches: Batches[State], meta: dict[str, Any]) -> State:
+def _resume(store: CheckpointStore, state: State, batches: Batches[State], meta: dict[str, Any]) -> tuple[State, int]:
+    """The state to go on from, and how many bad steps led to it."""
     if store.latest_step() is None:
-        return state
+        return state, 0
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     jax.tree.map(lambda x: x.delete(), state)  # never two states in memory
-    state, loader, _ = store.restore(abstract, meta=meta)
+    state, loader, saved = store.restore(abstract, meta=meta)
     batches.restore(loader)
-    return state
+    return state, saved.get("bad_steps", 0)
+
+
+def _ended(run_dir: Path, step: int, config: LoopConfig, stop_when: Callable[[Mapping[str, Any]], bool]) -> bool:
+    """Whether the evaluation after the restored step says that the run was to end there."""
+    last = read_metrics(run_dir)[-1:]
+    return config.due(config.eval_every, step) and any(line["step"] == step and stop_when(line) for line in last)
 
 
 def _write_config(path: Path, content: dict[str, Any]) -> None:
@@ -187,6 +196,7 @@ class _Log:
         config: LoopConfig,
         store: CheckpointStore,
         writer: MetricsWriter,
+        all_bad_steps: int,
         on_log: Callable[[int, dict[str, Any]], None] | None,
         progress: Progress | None,
     ) -> None:
@@ -196,7 +206,9 @@ class _Log:
         self._tokens: list[jax.Array] = []
         self._line: tuple[int, dict[str, Any]] | None = None
         self._last: tuple[int, dict[str, Any]] = (0, {})
-        self.bad_steps = 0
+        self.all_bad_steps = all_bad_steps
+        self.bad_steps = 0  # in a row
+        self._fatal: int | None = None  # the step after which there were too many
         self._clock: float | None = None
 
     def add(self, step: int, metrics: dict[str, Any], about_batch: Mapping[str, Any]) -> None:
@@ -233,6 +245,7 @@ class _Log:
         if self._line is None:
             if check:
                 self._count_bad_steps()
+                self._refuse_bad_steps()
             return
         step, metrics = self._line
         self._line = None
@@ -242,23 +255,29 @@ class _Log:
         if tokens:
             metrics["tokens_per_second"] = float(sum(tokens)) / (now - self._clock)
             self._tokens, self._clock = [], now
-        line = self._writer.write(step, metrics)
+        self._count_bad_steps()
+        line = self._writer.write(step, {**metrics, "bad_steps": self.all_bad_steps})
         if self._progress is not None:
             self._progress.update(step, line)
-        self._count_bad_steps()
+        self._refuse_bad_steps()
         if self._on_log is not None:
             self._on_log(step, line)
 
     def _count_bad_steps(self) -> None:
-        flags = jax.device_get(self._flags)
-        self._flags = []
-        for step, finite in flags:
+        for step, finite in jax.device_get(self._flags):
+            self.all_bad_steps += not finite
             self.bad_steps = 0 if finite else self.bad_steps + 1
-            if self.bad_steps >= self._config.max_bad_steps:
-                self._store.wait()
-                safe = self._store.latest_step()
-                kept = "there is no checkpoint yet" if safe is None else f"the last good checkpoint is step {safe}"
-                raise NonFiniteError(
-                    f"loss or gradient not finite in {self.bad_steps} steps in a row, up to step {step}; "
-                    f"{kept} in {self._store.directory}"
-                )
+            if self.bad_steps == self._config.max_bad_steps:
+                self._fatal = step
+        self._flags = []
+
+    def _refuse_bad_steps(self) -> None:
+        if self._fatal is None:
+            return
+        self._store.wait()
+        safe = self._store.latest_step()
+        kept = "there is no checkpoint yet" if safe is None else f"the last good checkpoint is step {safe}"
+        raise NonFiniteError(
+            f"loss or gradient not finite in {self._config.max_bad_steps} steps in a row, up to step {self._fatal}; "
+            f"{kept} in {self._store.directory}"
+        )

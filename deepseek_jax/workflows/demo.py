@@ -21,6 +21,7 @@ from deepseek_jax.workflows.grpo import GRPOConfig, grpo
 from deepseek_jax.workflows.pretrain import PretrainConfig, pretrain
 from deepseek_jax.workflows.recipe import load_recipe, moved
 from deepseek_jax.workflows.report import print_summary, write_report
+from deepseek_jax.workflows.report_data import EXPERT_SHARES
 from deepseek_jax.workflows.sft import SFTConfig, sft
 from deepseek_jax.workflows.stage import TOKENIZER, load_trained, read_result, write_json
 
@@ -86,10 +87,10 @@ def demo(config: DemoConfig, console: Console | None = None) -> None:
     for name, run, stage in stages:
         if read_result(run_dir / name) is not None:
             console.print(f"[bold]{name}[/bold] is done already")
-            continue
-        console.print(f"[bold]{name}[/bold] → {stage.run_dir}")
-        run(stage)
-        if name == "grpo":
+        else:
+            console.print(f"[bold]{name}[/bold] → {stage.run_dir}")
+            run(stage)
+        if name == "grpo" and not (run_dir / name / EXPERT_SHARES).exists():
             write_expert_shares(Path(corpus.folder), run_dir / name, seq_len=stages[0][2].data.seq_len)
         write_report(run_dir)
     report = write_report(run_dir)
@@ -99,7 +100,7 @@ def demo(config: DemoConfig, console: Console | None = None) -> None:
 
 
 def write_expert_shares(corpus: Path, run_dir: Path, *, seq_len: int) -> None:
-    """``experts.json``: which experts serve code, prose, digits and thinking, on held-out documents and problems."""
+    """``EXPERT_SHARES``: which experts serve code, prose, digits and thinking, on held-out documents and problems."""
     trained = load_trained(run_dir)
     if not trained.config.num_moe_layers:
         return
@@ -117,4 +118,4 @@ def write_expert_shares(corpus: Path, run_dir: Path, *, seq_len: int) -> None:
         token_kinds(tokenizer, documents, chats),
         seq_len=seq_len,
     )
-    write_json(run_dir / "experts.json", shares)
+    write_json(run_dir / EXPERT_SHARES, shares)

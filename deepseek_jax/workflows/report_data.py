@@ -11,6 +11,7 @@ import numpy as np
 
 TITLES = {"pretrain": "Pretraining", "sft": "Cold-start SFT", "grpo": "GRPO"}
 NOTHING = "\N{EN DASH}"
+EXPERT_SHARES = "experts.json"  # which experts serve which kind of token
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def read_stages(run_dir: Path) -> list[Stage]:
             _read_lines(run_dir / name / "metrics.jsonl"),
             read_json(run_dir / name / "result.json"),
             _read_lines(run_dir / name / "samples.jsonl"),
-            read_json(run_dir / name / "experts.json"),
+            read_json(run_dir / name / EXPERT_SHARES),
             read_json(run_dir / name / "config.json"),
         )
         for name in TITLES

@@ -159,6 +159,33 @@ def test_bad_steps_in_a_row_end_the_run_before_anything_is_saved(tmp_path):
 def test_single_bad_steps_are_survived(tmp_path):
     train(tmp_path, steps=8, batches=ToyBatches(bad=(2, 4, 5, 8)), max_bad_steps=3)
     assert [line["finite"] for line in read_metrics(tmp_path)] == [1, 0, 1, 0, 0, 1, 1, 0]
+    assert [line["bad_steps"] for line in read_metrics(tmp_path)] == [0, 1, 1, 2, 3, 3, 3, 4]
+
+
+def test_bad_steps_are_counted_between_lines_and_across_a_resume(tmp_path):
+    bad = ToyBatches(bad=(2, 5, 6, 11))
+    options = {"checkpoint_every": 6, "log_every": 4, "max_bad_steps": 3}
+    with pytest.raises(KeyboardInterrupt):
+        bad.hooks[9] = lambda: (_ for _ in ()).throw(KeyboardInterrupt)
+        train(tmp_path, steps=12, batches=bad, **options)
+    assert saved_steps(tmp_path) == []  # step 6 was in a streak
+    train(tmp_path, steps=12, batches=ToyBatches(bad=(2, 5, 6, 11)), **options)
+    assert [(line["step"], line["bad_steps"]) for line in read_metrics(tmp_path)] == [(4, 1), (8, 3), (12, 4)]
+
+
+def test_a_run_that_ended_by_its_evaluation_stays_ended(tmp_path):
+    def run(enough, **options):
+        callbacks = {"evaluate": lambda state: {"eval/score": int(state.step)}} | {
+            "stop_when": lambda found: found["eval/score"] >= enough
+        }
+        return int(train(tmp_path, steps=20, eval_every=4, log_every=3, callbacks=callbacks, **options).step)
+
+    assert run(enough=7) == 8 and saved_steps(tmp_path)[-1] == 8
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    assert run(enough=7, step_fn=lambda state, batch: pytest.fail("a step was taken")) == 8
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    assert run(enough=15) == 16  # more is asked now
+    assert run(enough=100) == 20
 
 
 def test_evaluation_joins_the_line_of_its_step_and_picks_the_best_checkpoint(tmp_path):

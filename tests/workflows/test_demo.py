@@ -170,6 +170,9 @@ def test_a_second_call_does_nothing(miniature, tmp_path, monkeypatch):
     after = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
     assert before.keys() == after.keys()
     assert {path for path in after if after[path] != before[path]} <= {Path("run/report.html")}
+    Path("run/grpo/experts.json").unlink()  # as a kill right after the stage would
+    demo(DemoConfig(run_dir="run", recipes=recipes), Console(file=out, width=200))
+    assert Path("run/grpo/experts.json").read_bytes() == after[Path("run/grpo/experts.json")]
 
 
 def test_a_corpus_of_another_configuration_is_refused(miniature, monkeypatch):

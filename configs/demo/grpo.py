@@ -2,7 +2,7 @@
 
 deepseek-jax grpo demo/grpo
 
-2 CPU cores: 2 to 2¾ minutes. Seventeen runs of eight seeds: greedy 35–58 % → 87–98 %, sampled 21–35 % → 82–97 %
+2 CPU cores: 2 to 2¾ minutes. Eighteen runs of eight seeds: greedy 35–58 % → 87–98 %, sampled 21–35 % → 82–97 %
 (docs/results/demo.md).
 """
 

@@ -2,7 +2,7 @@
 
 deepseek-jax pretrain demo/pretrain
 
-2 CPU cores: under 2½ minutes, 2.0–2.3 bits per byte on held-out code and prose.
+2 CPU cores: 2 to 2¾ minutes, 2.0–2.3 bits per byte on held-out code and prose.
 """
 
 from deepseek_jax.config import ModelConfig

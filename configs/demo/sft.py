@@ -2,7 +2,7 @@
 
 deepseek-jax sft demo/sft
 
-2 CPU cores: under 20 seconds, 30–140 steps; then greedy 35–49 %, sampled 21–31 % (docs/results/demo.md).
+2 CPU cores: 7–26 seconds, 30–140 steps; then greedy 35–58 %, sampled 21–35 % (docs/results/demo.md).
 """
 
 from deepseek_jax.train.loop import LoopConfig

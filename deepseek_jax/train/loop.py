@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 import jax
 
 from deepseek_jax.checkpoint import CheckpointStore
+from deepseek_jax.config import check_types
 from deepseek_jax.train.metrics import MetricsWriter, read_metrics
 from deepseek_jax.train.preemption import Preempted, stop_signals
 from deepseek_jax.train.progress import Progress
@@ -65,6 +66,7 @@ class LoopConfig:
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("steps", "log_every", "checkpoint_every", "keep", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -135,7 +137,8 @@ def run_loop(
         )
         state, bad_steps = _resume(store, state, batches, meta)
         step = int(state.step)
-        _write_config(run_dir / "config.json", {"loop": asdict(config), **meta})
+        if jax.process_index() == 0:
+            _write_config(run_dir / "config.json", {"loop": asdict(config), **meta})
         writer = MetricsWriter(run_dir, after_step=step, tensorboard=config.tensorboard)
         stack.callback(writer.close)
         log = _Log(config, store, writer, bad_steps, on_log, progress)

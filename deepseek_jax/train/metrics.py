@@ -20,17 +20,21 @@ class MetricsWriter:
     """Append a run's metrics; a line is on its way to the disk when `write` returns.
 
     Opening cuts what an earlier process wrote after `after_step`, the step that this one goes on from, and a
-    last line that a kill cut short: no step appears twice.
+    last line that a kill cut short: no step appears twice. Of several processes the first alone writes.
     """
 
     def __init__(self, run_dir: str | Path, *, after_step: int = 0, tensorboard: bool = True) -> None:
+        self._file = self._summary = None
+        if jax.process_index() > 0:
+            return
         run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / FILE_NAME
         if path.exists():
             _cut(path, after_step)
         self._file = path.open("ab", buffering=0)  # nothing left to write at close, should the disk be full
-        self._summary = SummaryWriter(str(run_dir / "tensorboard"), purge_step=after_step + 1) if tensorboard else None
+        if tensorboard:
+            self._summary = SummaryWriter(str(run_dir / "tensorboard"), purge_step=after_step + 1)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Write `{"step", "time" (unix seconds), **metrics}` and return it.
@@ -41,6 +45,8 @@ class MetricsWriter:
             OSError: the disk is full; names the file.
         """
         line = {"step": step, "time": time.time()} | {name: _plain(value) for name, value in metrics.items()}
+        if self._file is None:
+            return line
         text = (json.dumps(line, allow_nan=False) + "\n").encode()
         try:
             complete = self._file.write(text) == len(text)
@@ -56,7 +62,8 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Close the files and end TensorBoard's thread."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._summary is not None:
             self._summary.close()
 

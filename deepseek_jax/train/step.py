@@ -10,6 +10,8 @@ import optax
 from jaxtyping import Array, Float
 
 from deepseek_jax.config import ModelConfig, check_types
+from deepseek_jax.parallel.mesh import current_mesh
+from deepseek_jax.parallel.sharding import named_sharding
 from deepseek_jax.train.optimizer import guarded, keep_if
 from deepseek_jax.train.state import TrainState
 
@@ -73,6 +75,8 @@ def make_step(
             state, metrics = update(state, batch)
             finite = jnp.minimum(finite, metrics["finite"])
         kept = {name: first[name] for name in ("kl_sampler",) if name in first}
+        if options.reference_every and state.reference is None:
+            raise ValueError(f"reference_every={options.reference_every}: there is no reference without kl_weight > 0")
         reference = _refreshed(state, options.reference_every, finite > 0)
         state = dataclasses.replace(state, step=state.step + 1, reference=reference)
         return state, {**metrics, **kept, "finite": finite}
@@ -116,6 +120,11 @@ def _accumulate(config, loss, state, batch, microbatches):
     rows = len(jax.tree.leaves(batch)[0])
     if rows % microbatches:
         raise ValueError(f"microbatches={microbatches} does not divide the batch's {rows} rows")
+    if (mesh := current_mesh()) is not None:
+        try:
+            named_sharding(mesh, ("batch",), (rows // microbatches,))
+        except ValueError as error:
+            raise ValueError(f"microbatches={microbatches} of {rows} rows: {error}") from error
     # Every microbatch takes rows from all devices: row r goes to microbatch r mod n.
     stacked = jax.tree.map(
         lambda x: jnp.swapaxes(x.reshape(rows // microbatches, microbatches, *x.shape[1:]), 0, 1), batch

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
+from deepseek_jax.config import check_types
 from deepseek_jax.rl import problems as rl
 
 # Folders of tests, tables, vendored or deprecated code, and files made for one machine.
@@ -64,6 +65,7 @@ class CorpusConfig:
     heldout_per_kind: int = 256
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("arithmetic_share", "held_out_file_share"):
             value = getattr(self, name)
             if not 0.0 < value < 1.0:

@@ -35,6 +35,9 @@ class CorpusStage:
     folder: str = f"{RECIPE_DIR}/corpus"
     corpus: CorpusConfig = CorpusConfig()
 
+    def __post_init__(self) -> None:
+        check_types(self)
+
 
 @dataclasses.dataclass(frozen=True)
 class DemoConfig:

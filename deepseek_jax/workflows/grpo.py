@@ -8,6 +8,7 @@ import jax
 
 from deepseek_jax.data.chat import encode_prompt
 from deepseek_jax.data.rows import PromptLoader
+from deepseek_jax.parallel.hosts import require_one_process
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.rl.problems import read_jsonl, to_prompt
 from deepseek_jax.rl.rollout import RolloutConfig, Rollouts
@@ -53,6 +54,7 @@ def grpo(config: GRPOConfig) -> dict[str, Any]:
 
     Raises NoSignalError when almost no group of answers has unequal rewards, see ``RolloutConfig``.
     """
+    require_one_process("grpo")
     run_dir = Path(config.run_dir)
     start = load_trained(config.init_from, make_mesh(config.mesh))
     longest = max(len(encode_prompt(start.tokenizer, to_prompt(p))) for p in read_jsonl(config.prompts))

@@ -1,6 +1,7 @@
 """Pretraining on documents: tokenize, FIM, pack, train, measure bits per byte on held-out text."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,13 +9,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from deepseek_jax.config import ModelConfig
+from deepseek_jax.config import ModelConfig, check_types
 from deepseek_jax.data.fim import FimTokens, apply_fim
 from deepseek_jax.data.packing import pack_stream
 from deepseek_jax.data.rows import RowLoader, open_rows, write_rows
 from deepseek_jax.data.text import read_documents, read_objects
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.evals.text import bits_per_byte
+from deepseek_jax.parallel.hosts import first_host_first
 from deepseek_jax.train.losses import LanguageModelLoss
 from deepseek_jax.workflows.stage import (
     RESULT,
@@ -40,6 +42,9 @@ class PretrainData:
     fim_rate: float = 0.1
     skip_broken: bool = False
 
+    def __post_init__(self) -> None:
+        check_types(self)
+
 
 @dataclasses.dataclass(frozen=True)
 class PretrainConfig(StageConfig):
@@ -60,7 +65,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         raise ValueError(
             f"model.vocab_size={config.model.vocab_size} is less than the tokenizer's {tokenizer.vocab_size}"
         )
-    rows = prepare_rows(config.data, tokenizer, run_dir / "rows", seed=config.seed)
+    rows = first_host_first(lambda: prepare_rows(config.data, tokenizer, run_dir / "rows", seed=config.seed))
     loader = RowLoader(
         rows,
         batch_size=config.batch_size,
@@ -121,7 +126,8 @@ def prepare_rows(data: PretrainData, tokenizer: Tokenizer, folder: Path, *, seed
                 f"of {[made_of[name] for name in differ]}; choose another run_dir, or remove {folder}"
             )
         return folder
-    documents = list(read_documents(data.path, skip_broken=data.skip_broken))
+    skipped: Counter[str] = Counter()
+    documents = list(read_documents(data.path, skip_broken=data.skip_broken, skipped=skipped))
     rng = np.random.default_rng([seed, 1])
     fim = FimTokens.of(tokenizer)
 
@@ -131,7 +137,8 @@ def prepare_rows(data: PretrainData, tokenizer: Tokenizer, folder: Path, *, seed
             yield [tokenizer.bos_id, *ids, tokenizer.eos_id]
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    write_rows(folder, pack_stream(encoded(), data.seq_len, pad_id=tokenizer.pad_id), meta=made_of)
+    rows = pack_stream(encoded(), data.seq_len, pad_id=tokenizer.pad_id)
+    write_rows(folder, rows, meta=made_of | {"skipped": dict(skipped)})
     return folder
 
 

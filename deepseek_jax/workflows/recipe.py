@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -43,19 +44,23 @@ def load_recipe(name: str, kind: type) -> Any:
     sys.modules[module_name] = module  # tyro resolves annotations through it
     try:
         spec.loader.exec_module(module)
-    except ImportError as error:
-        raise ValueError(f"{path} is no recipe: {error}") from error
+        if not callable(getattr(module, "config", None)):
+            raise ValueError("it defines no function config()")
+        config = module.config()
     except SyntaxError as error:
         raise ValueError(f"{path} is no recipe: {error.msg} in line {error.lineno}") from error
-    if not callable(getattr(module, "config", None)):
-        raise ValueError(f"{path} is no recipe: it defines no function config()")
-    try:
-        config = module.config()
-    except TypeError as error:
-        raise ValueError(f"{path} is no recipe: {error}") from error
+    except Exception as error:  # a recipe is a program: whatever it raises is told with its line
+        raise ValueError(f"{path} is no recipe: {_said(error, path)}") from error
     if not isinstance(config, kind):
         raise ValueError(f"{path} gives a {type(config).__name__}; this command takes a {kind.__name__}")
     return config
+
+
+def _said(error: Exception, path: Path) -> str:
+    """The error, its type where that is no ValueError, and the recipe's line that it came from."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    return f"{what} in line {lines[-1]}" if lines else what
 
 
 def moved(config: Any, old: str, new: str) -> Any:

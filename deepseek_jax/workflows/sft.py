@@ -8,12 +8,14 @@ from typing import Any
 
 import jax
 
+from deepseek_jax.config import check_types
 from deepseek_jax.data.chat import encode_chat
 from deepseek_jax.data.packing import pack_samples
 from deepseek_jax.data.rows import RowLoader, open_rows, write_rows
 from deepseek_jax.data.text import read_chats
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.evals.accuracy import accuracy, answer
+from deepseek_jax.parallel.hosts import require_one_process
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.rl.problems import read_jsonl
 from deepseek_jax.train.losses import LanguageModelLoss
@@ -39,6 +41,9 @@ class SFTData:
     drop_long: bool = False
     skip_broken: bool = False
 
+    def __post_init__(self) -> None:
+        check_types(self)
+
 
 @dataclasses.dataclass(frozen=True)
 class SFTConfig(StageConfig):
@@ -61,6 +66,7 @@ class SFTConfig(StageConfig):
 
 def sft(config: SFTConfig) -> dict[str, Any]:
     """Run the stage, or go on with it; returns and writes its result."""
+    require_one_process("sft")
     run_dir = Path(config.run_dir)
     start = load_trained(config.init_from, make_mesh(config.mesh))
     rows = prepare_chats(config.data, start.tokenizer, run_dir / "rows")

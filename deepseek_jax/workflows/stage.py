@@ -44,6 +44,8 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
+        if "://" in self.run_dir:
+            raise ValueError(f"run_dir={self.run_dir!r}: runs are written to a local or mounted folder")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +102,8 @@ def train_stage(
     """
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(run_dir / TOKENIZER)
+    if jax.process_index() == 0:
+        tokenizer.save(run_dir / TOKENIZER)
     mesh = start.mesh if start else make_mesh(config.mesh)
     optimizer = make_optimizer(config.optimizer, model, config.loop.steps * updates)
     state = create_state(
@@ -154,7 +157,9 @@ def read_result(run_dir: str | Path) -> dict[str, Any] | None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write and move: a killed process leaves the old file or the new one."""
+    """Write and move: a killed process leaves the old file or the new one. Of several the first alone writes."""
+    if jax.process_index() > 0:
+        return
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)

@@ -48,6 +48,14 @@ def _keys_and_values(kv_BTHW, pe_BTR, key_width):
 
 
 def _forward(q_BSHK, kv_BTHW, pe_BTR, mask_BST, scale):
+    (B, S, H, K), T, R = q_BSHK.shape, kv_BTHW.shape[1], pe_BTR.shape[-1]
+    if kv_BTHW.shape[:3] != (B, T, H) or pe_BTR.shape != (B, T, R) or not R <= K < R + kv_BTHW.shape[3]:
+        raise ValueError(
+            f"q {q_BSHK.shape}, kv {kv_BTHW.shape}, pe {pe_BTR.shape}: "
+            "expected (B, S, H, N+R), (B, T, H, N+V), (B, T, R)"
+        )
+    if mask_BST.shape != (B, S, T) or mask_BST.dtype != jnp.bool_:
+        raise ValueError(f"mask {mask_BST.shape} of {mask_BST.dtype}: expected {(B, S, T)} of bool")
     if cpu.usable(q_BSHK, kv_BTHW, pe_BTR):
         operands = (q_BSHK, kv_BTHW, pe_BTR, mask_BST, jnp.float32(scale))
         heads, values = q_BSHK.shape[:3], kv_BTHW.shape[3] - (q_BSHK.shape[3] - pe_BTR.shape[2])

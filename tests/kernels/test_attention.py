@@ -1,5 +1,8 @@
 """``mla_attention`` against the definition and its autodiff."""
 
+import inspect
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,3 +73,14 @@ def test_a_query_that_may_attend_to_nothing_gets_the_mean(row):
     mask = mask.at[0, row].set(False)
     out: jax.Array = mla_attention(q, kv, pe, mask, 0.3)
     np.testing.assert_allclose(out[0, row], jnp.mean(kv[0, ..., 5:], axis=0), rtol=1e-5)
+
+
+def test_what_does_not_fit_is_refused_with_its_shapes():
+    (q, kv, pe), mask, _ = case()
+    attention = inspect.unwrap(mla_attention)  # without the tests' own check of shapes
+    for wrong in (mask[:1], mask[:, :, 1:], mask.astype(jnp.float32)):
+        with pytest.raises(ValueError, match=rf"mask {re.escape(str(wrong.shape))} of {wrong.dtype}: expected"):
+            attention(q, kv, pe, wrong, 0.3)
+    for arrays in ((q[:1], kv, pe), (q, kv[:, 1:], pe), (q, kv, pe[:, 1:]), (q[..., :1], kv, pe)):
+        with pytest.raises(ValueError, match=rf"q {re.escape(str(arrays[0].shape))}, kv .*, pe .*: expected"):
+            attention(*arrays, mask, 0.3)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -164,7 +165,7 @@ def test_single_bad_steps_are_survived(tmp_path):
 
 def test_bad_steps_are_counted_between_lines_and_across_a_resume(tmp_path):
     bad = ToyBatches(bad=(2, 5, 6, 11))
-    options = {"checkpoint_every": 6, "log_every": 4, "max_bad_steps": 3}
+    options: dict[str, Any] = {"checkpoint_every": 6, "log_every": 4, "max_bad_steps": 3}
     with pytest.raises(KeyboardInterrupt):
         bad.hooks[9] = lambda: (_ for _ in ()).throw(KeyboardInterrupt)
         train(tmp_path, steps=12, batches=bad, **options)
@@ -253,6 +254,8 @@ def test_on_log_sees_every_line_and_may_end_the_run(tmp_path):
         ("max_bad_steps", 0, "max_bad_steps must be at least 1"),
         ("eval_every", -1, "eval_every must be 0"),
         ("best_metric", "eval/score", "needs evaluations"),
+        ("steps", 10.5, r"LoopConfig.steps=10.5: expected int, got float"),
+        ("tensorboard", "no", r"LoopConfig.tensorboard='no': expected bool, got str"),
     ],
 )
 def test_impossible_configurations_are_refused(field, value, message):

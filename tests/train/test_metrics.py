@@ -52,7 +52,7 @@ def test_a_broken_line_is_named(tmp_path, broken):
 
 def test_a_full_disk_is_named_and_closing_is_quiet(tmp_path):
     writer = MetricsWriter(tmp_path, tensorboard=False)
-    writer._file.close()
+    writer._file.close()  # pyright: ignore[reportOptionalMemberAccess]
     with Path("/dev/full").open("ab", buffering=0) as writer._file:
         with pytest.raises(OSError, match=r"No space left on device: metrics of step 1: .*/dev/full"):
             writer.write(1, {"loss": 1.0})

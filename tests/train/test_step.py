@@ -143,6 +143,15 @@ def test_gradients_are_those_of_the_loss():
 def test_microbatches_must_divide_the_rows():
     with pytest.raises(ValueError, match="microbatches=3 does not divide the batch's 8 rows"):
         take(fresh(), microbatches=3)
+    mesh = make_mesh(MESHES["data"])
+    with pytest.raises(ValueError, match=r"microbatches=2 of 8 rows: batch of size 4 cannot be split 8 ways"):
+        take(fresh(mesh), mesh=mesh, microbatches=2)
+
+
+def test_a_refreshed_reference_must_be_there():
+    state = fresh(reference=None)
+    with pytest.raises(ValueError, match="reference_every=2: there is no reference without kl_weight > 0"):
+        take(state)
 
 
 # Bias and averages

@@ -25,9 +25,10 @@ from deepseek_jax.workflows import demo as demo_module
 from deepseek_jax.workflows.corpus import CorpusConfig
 from deepseek_jax.workflows.demo import RECIPE_DIR, CorpusStage, DemoConfig, demo, make_corpus
 from deepseek_jax.workflows.grpo import GRPOConfig
-from deepseek_jax.workflows.pretrain import PretrainConfig, pretrain
+from deepseek_jax.workflows.pretrain import PretrainConfig, PretrainData, pretrain
 from deepseek_jax.workflows.recipe import load_recipe, moved
-from deepseek_jax.workflows.stage import load_trained
+from deepseek_jax.workflows.sft import SFTData
+from deepseek_jax.workflows.stage import StageConfig, load_trained
 
 STEPS = {"pretrain": 24, "sft": 40, "grpo": 12}
 
@@ -188,3 +189,18 @@ def test_learner_and_sampler_must_be_told_the_same():
     with pytest.raises(ValueError, match="loss.max_length=63 but rollout.max_tokens=64"):
         GRPOConfig(rollout=RolloutConfig(max_tokens=64), loss=GRPOLoss(max_length=63))
     assert GRPOConfig().loss.max_length == GRPOConfig().rollout.max_tokens
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: PretrainData(seq_len="128"), "PretrainData.seq_len='128': expected int, got str"),  # pyright: ignore
+        (lambda: PretrainData(skip_broken="no"), "skip_broken='no': expected bool"),  # pyright: ignore
+        (lambda: SFTData(drop_long="no"), "SFTData.drop_long='no': expected bool"),  # pyright: ignore
+        (lambda: CorpusConfig(vocab_size=1.5), "vocab_size=1.5: expected int"),  # pyright: ignore
+        (lambda: StageConfig(run_dir="gs://bucket/run"), "run_dir='gs://bucket/run'.*local or mounted folder"),
+    ],
+)
+def test_wrong_values_in_a_recipe_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

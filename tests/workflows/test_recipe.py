@@ -80,9 +80,12 @@ def test_a_folder_here_has_recipes(tmp_path, monkeypatch):
         ("def config():\n    return 5\n", r"recipe\.py gives a int; this command takes a PretrainConfig"),
         (f"{OPTIMIZER}def config():\n    return OptimizerConfig(peak_lr='fast')\n", "peak_lr='fast': expected float"),
         (f"{OPTIMIZER}def config():\n    return OptimizerConfig(peak_learning_rate=1.0)\n", "peak_learning_rate"),
-        ("import no_such_module\n", r"recipe\.py.*no_such_module"),
+        ("import no_such_module\n", r"recipe\.py.*no_such_module.* in line 1"),
+        ("def config():\n    return missing\n", r"NameError: .*'missing'.* in line 2"),
+        ("x = {}['key']\n", r"KeyError: 'key' in line 1"),
     ],
-    ids=["no_config", "not_callable", "syntax", "wrong_kind", "wrong_type", "unknown_field", "missing_module"],
+    ids=["no_config", "not_callable", "syntax", "wrong_kind", "wrong_type", "unknown_field", "missing_module"]
+    + ["unknown_name", "missing_key"],
 )
 def test_what_is_no_recipe_is_refused(tmp_path, text, message):
     with pytest.raises(ValueError, match=message):

@@ -27,7 +27,8 @@ class _Sampling:
     """run: a folder that a stage or the demo wrote (of a demo, its last stage answers), or a released model's folder
     with config.json, safetensors and tokenizer.json.
 
-    temperature 0 is greedy; the same seed gives the same answers.
+    temperature 0 is greedy; the same seed gives the same answers. Of a trained stage: step takes a checkpoint other
+    than the newest (0), the best one for instance; ema the running mean of the parameters.
     """
 
     run: Annotated[str, tyro.conf.Positional]
@@ -36,6 +37,8 @@ class _Sampling:
     top_k: int = 0
     max_tokens: int = 128
     seed: int = 0
+    step: int = 0
+    ema: bool = False
 
     def params(self) -> SamplingParams:
         return SamplingParams(
@@ -77,14 +80,17 @@ def is_hf_folder(path: str | Path) -> bool:
     return (Path(path) / "config.json").is_file() and any(Path(path).glob("*.safetensors"))
 
 
-def _engine(path: str) -> Engine:
+def _engine(options: _Sampling) -> Engine:
+    path = options.run
     if is_hf_folder(path):
+        if options.step or options.ema:
+            raise ValueError(f"{path} is a released model: it has no other steps and no running mean")
         from deepseek_jax.checkpoint.hf_load import load_hf
 
         tokenizer = Tokenizer.from_folder(path)  # first: it fails in a moment, the weights take minutes
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16  # CPUs compute bfloat16 slowly
         return Engine(load_hf(path, dtype=dtype), tokenizer)
-    trained = load_trained(find_run(path))
+    trained = load_trained(find_run(path), step=options.step or None, ema=options.ema)
     return Engine.from_params(trained.config, trained.params, trained.router_bias, trained.tokenizer)
 
 
@@ -92,7 +98,7 @@ def run_generate(arguments: Sequence[str]) -> None:
     options = tyro.cli(_Generate, args=list(arguments), prog="deepseek-jax generate")
     if not options.prompt:
         raise ValueError("give at least one --prompt TEXT")
-    engine = _engine(options.run)
+    engine = _engine(options)
     prompts, starts = list(options.prompt), options.prompt  # what is printed in front of each answer
     if options.chat:
         prompts, starts = zip(*(_ask(engine, [_turn("user", text)]) for text in options.prompt), strict=True)
@@ -104,7 +110,7 @@ def run_chat(arguments: Sequence[str]) -> None:
     """Read questions until an empty line or the end of input. Thinking is shown dimmed."""
     options = tyro.cli(_Chat, args=list(arguments), prog="deepseek-jax chat")
     console = Console()
-    engine = _engine(options.run)
+    engine = _engine(options)
     name = options.run if is_hf_folder(options.run) else find_run(options.run)
     console.print(f"{name} · an empty line ends the talk", style="dim")
     turns: list[dict[str, str]] = []

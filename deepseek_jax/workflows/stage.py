@@ -59,27 +59,34 @@ class Trained:
     mesh: Mesh
 
 
-def load_trained(run_dir: str | Path, mesh: Mesh | None = None) -> Trained:
-    """The newest checkpoint of a stage, its parameters placed on ``mesh`` (default: one device).
+def load_trained(
+    run_dir: str | Path, mesh: Mesh | None = None, *, step: int | None = None, ema: bool = False
+) -> Trained:
+    """A checkpoint of a stage (default: the newest), its parameters, or their running mean, placed on ``mesh``
+    (default: one device).
 
-    Raises FileNotFoundError, naming the folder, where there is none.
+    Raises FileNotFoundError, naming the folder, where there is none, and ValueError where it keeps no mean.
     """
     mesh = mesh or make_mesh(devices=jax.devices()[:1])
     folder = Path(run_dir) / CHECKPOINTS
     if not folder.is_dir():
         raise FileNotFoundError(f"{run_dir} holds no {CHECKPOINTS}/: no stage has been trained there")
     with CheckpointStore(folder, keep=1) as store:
-        config = ModelConfig.from_dict(store.read_meta()["model"])
+        meta = store.read_meta(step)
+    config = ModelConfig.from_dict(meta["model"])
+    if ema and not meta["recipe"]["step"]["ema_decay"]:
+        raise ValueError(f"{run_dir} keeps no running mean of its parameters: step.ema_decay was 0")
+    name = "ema" if ema else "params"
     params, router_bias = jax.eval_shape(lambda: transformer.init(config))
     shardings = tree_shardings(mesh, transformer.logical_axes(config), params)
     place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)  # noqa: E731
-    wanted = {"params": jax.tree.map(place, params, shardings)}
+    wanted = {name: jax.tree.map(place, params, shardings)}
     if router_bias is not None:
         whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         wanted["router_bias"] = place(router_bias, whole)
-    arrays, _ = restore_params(folder, wanted)
+    arrays, _ = restore_params(folder, wanted, step=step)
     tokenizer = Tokenizer.from_file(Path(run_dir) / TOKENIZER)
-    return Trained(config, arrays["params"], arrays.get("router_bias"), tokenizer, mesh)
+    return Trained(config, arrays[name], arrays.get("router_bias"), tokenizer, mesh)
 
 
 def train_stage(

@@ -55,6 +55,12 @@ def test_generate_completes_text_and_asks_in_the_folders_template(folder, capsys
     assert capsys.readouterr().out == "<think>" + answer(asked) + "\n"
 
 
+def test_a_released_model_has_no_steps_and_no_mean(folder, capsys):
+    for option in (["--ema"], ["--step", "3"]):
+        assert main(["generate", str(folder), *option, "--prompt", "def"]) == 1
+        assert "is a released model: it has no other steps and no running mean" in capsys.readouterr().err
+
+
 def test_without_a_template_deepseeks_is_used(folder, capsys):
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": BOS, "eos_token": EOS}))
     assert main(["generate", str(folder), "--max-tokens", "6", "--chat", "--prompt", "12"]) == 0

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 from rich.console import Console
 from workflows.miniature import TESTS, run_demo
 
@@ -145,8 +146,9 @@ def test_a_stage_runs_on_a_mesh_and_goes_on_with_another(miniature, tmp_path, mo
     monkeypatch.chdir(miniature)
     base = moved(load_recipe(str(miniature / "recipes" / "pretrain.py"), PretrainConfig), RECIPE_DIR, "run")
     data = dataclasses.replace(base.data, heldout="")
-    base = dataclasses.replace(base, run_dir=str(tmp_path / "mesh"), batch_size=8, step=StepConfig(), data=data)
-    loop = dataclasses.replace(base.loop, eval_every=0, checkpoint_every=2)
+    options = StepConfig(ema_decay=0.5)
+    base = dataclasses.replace(base, run_dir=str(tmp_path / "mesh"), batch_size=8, step=options, data=data)
+    loop = dataclasses.replace(base.loop, eval_every=0, checkpoint_every=2, keep=2)
     for steps, mesh in ((2, MeshConfig(fsdp=4, data=2)), (4, MeshConfig(expert=2, tensor=2, data=2))):
         result = pretrain(dataclasses.replace(base, mesh=mesh, loop=dataclasses.replace(loop, steps=steps)))
         assert result["steps"] == steps
@@ -155,6 +157,13 @@ def test_a_stage_runs_on_a_mesh_and_goes_on_with_another(miniature, tmp_path, mo
     assert all(line["finite"] == 1 for line in lines) and lines[-1]["ce"] < lines[0]["ce"]
     trained = load_trained(tmp_path / "mesh")
     assert all(len(leaf.devices()) == 1 for leaf in jax.tree.leaves(trained.params))
+    older, mean = load_trained(tmp_path / "mesh", step=2), load_trained(tmp_path / "mesh", ema=True)
+    newest, older, mean = (ravel_pytree(model.params)[0] for model in (trained, older, mean))
+    assert np.linalg.norm(newest - mean) > 0 and np.linalg.norm(newest - older) > 0
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 3 .*\[2, 4\]"):
+        load_trained(tmp_path / "mesh", step=3)
+    with pytest.raises(ValueError, match="run/sft keeps no running mean of its parameters: step.ema_decay was 0"):
+        load_trained("run/sft", ema=True)
 
 
 def test_a_second_call_does_nothing(miniature, tmp_path, monkeypatch):

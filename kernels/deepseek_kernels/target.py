@@ -1,0 +1,38 @@
+"""What a program is compiled for: kernels are chosen by this, never by the machine that happens to trace."""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+
+Platform = Literal["cpu", "cuda", "rocm", "tpu"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """platform; chip: the compute capability of an NVIDIA GPU ("9.0"), the kind of a TPU ("TPU v5p"), "" of a CPU;
+    cores: processors of one device that a kernel may spread over, 0 where that does not matter.
+
+    >>> Target("cuda", "9.0", 132)
+    Target(platform='cuda', chip='9.0', cores=132)
+    """
+
+    platform: Platform = "cpu"
+    chip: str = ""
+    cores: int = 0
+
+    @classmethod
+    def of(cls, device: Any) -> "Target":
+        """The target that a device is, one of a topology too."""
+        if device.platform == "cpu":
+            return cls("cpu")
+        if device.platform == "tpu":
+            return cls("tpu", device.device_kind)
+        vendor: Platform = "rocm" if "rocm" in getattr(device.client, "platform_version", "") else "cuda"
+        return cls(vendor, str(device.compute_capability), int(device.core_count))
+
+    @classmethod
+    def here(cls) -> "Target":
+        """The first device of the current mesh, or else of this process: what a function is for that is told nothing."""
+        mesh = jax.sharding.get_mesh()
+        return cls.of(jax.devices()[0] if mesh.empty else mesh.devices.flat[0])

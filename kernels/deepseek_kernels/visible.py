@@ -1,0 +1,57 @@
+"""Which keys a query of attention sees, described and never drawn: S × T masks exist in the references alone."""
+
+import dataclasses
+import functools
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["q_positions_BS", "k_positions_BT", "q_segments_BS", "k_segments_BT", "lengths_B"],
+    meta_fields=["causal"],
+)
+@dataclasses.dataclass(frozen=True)
+class Visible:
+    """Query s of row b sees key t of the row where all of these hold; a query that sees no key gets zeros.
+
+    causal: the key's position is at most the query's. q_positions_BS, k_positions_BT: None for 0, 1, 2, … along the row.
+    q_segments_BS, k_segments_BT: both of one segment; None: there are none. lengths_B: the first ``lengths[b]`` keys
+    exist; None: all do. What is None is known while tracing, so that a plain causal kernel can be chosen.
+    """
+
+    q_positions_BS: jax.Array | None = None
+    k_positions_BT: jax.Array | None = None
+    q_segments_BS: jax.Array | None = None
+    k_segments_BT: jax.Array | None = None
+    lengths_B: jax.Array | None = None
+    causal: bool = True
+
+    @classmethod
+    def rows(cls, segment_ids_BS: Int[Array, "B S"] | None = None) -> Self:
+        """Each token sees itself and what stands before it in its row, of its segment where there are any."""
+        return cls(q_segments_BS=segment_ids_BS, k_segments_BT=segment_ids_BS)
+
+    @property
+    def in_row_order(self) -> bool:
+        """Whether only the order within the row counts: causal, without positions, segments and lengths."""
+        given = (self.q_positions_BS, self.k_positions_BT, self.q_segments_BS, self.k_segments_BT, self.lengths_B)
+        return self.causal and all(value is None for value in given)
+
+    def mask(self, batch: int, queries: int, keys: int) -> Bool[Array, "B S T"]:
+        """The definition, S × T: for references and tests."""
+        q_BS1 = _or_order(self.q_positions_BS, queries)[:, :, None]
+        k_B1T = _or_order(self.k_positions_BT, keys)[:, None, :]
+        mask = jnp.broadcast_to(k_B1T <= q_BS1, (batch, queries, keys)) if self.causal else jnp.bool_(True)
+        if self.q_segments_BS is not None and self.k_segments_BT is not None:
+            mask &= self.q_segments_BS[:, :, None] == self.k_segments_BT[:, None, :]
+        if self.lengths_B is not None:
+            mask &= jnp.arange(keys) < self.lengths_B[:, None, None]
+        return jnp.broadcast_to(mask, (batch, queries, keys))
+
+
+def _or_order(positions: jax.Array | None, size: int) -> jax.Array:
+    return jnp.arange(size, dtype=jnp.int32)[None] if positions is None else positions

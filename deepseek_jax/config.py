@@ -1,7 +1,8 @@
 """What a network is: one frozen dataclass for every DeepSeek and for the dense students.
 
-Field names are those of the released ``config.json`` files. Behaviour follows from the fields; no code asks for a
-model's name. Everything a user can get wrong is refused here, before anything compiles.
+Field names are those of the released ``config.json`` files; how it is computed stands in ``compute``. Behaviour follows
+from the fields; no code asks for a model's name. Everything a user can get wrong is refused here, before anything
+compiles.
 """
 
 import dataclasses
@@ -142,15 +143,9 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     initializer_range: float = 0.006
 
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    param_dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: Literal["none", "dots", "full"] = "none"
-    scan_unroll: int = 1  # layers per turn of the scan: more compile longer and run faster, on a CPU above all
-
     def __post_init__(self) -> None:
         check_types(self)
         positive = [
-            "scan_unroll",
             "vocab_size",
             "hidden_size",
             "num_hidden_layers",

@@ -37,7 +37,6 @@ def from_hf(source: Source, *, ignore_config: Iterable[str] = ()) -> ModelConfig
       source: its content, its path, or the folder that holds it.
       ignore_config: fields taken as absent (``rope_scaling.truncate`` for one inside another), whatever that does.
 
-    ``dtype`` and ``param_dtype`` stay at ModelConfig's defaults: what a file stores is not what a run computes in.
     FileNotFoundError: no such file. ValueError: not a JSON object; an unknown architecture; a required field missing;
     a field that is unknown or asks for something that is not computed here, by name and value.
     """
@@ -93,10 +92,8 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
 
 
 def canonical(config: ModelConfig) -> ModelConfig:
-    """The same network with default values in all fields that do nothing in it, and in those that only say how it is
-    run (dtype, param_dtype, remat, scan_unroll)."""
-    idle = ["dtype", "param_dtype", "remat", "scan_unroll"]
-    idle += GQA if config.attention == "mla" else [name for name in MLA if name != "attention_bias"]
+    """The same network with default values in all fields that do nothing in it."""
+    idle = [*GQA] if config.attention == "mla" else [name for name in MLA if name != "attention_bias"]
     changes: dict[str, Any] = {}
     if not config.num_moe_layers:
         idle += ["scoring", "topk_method", *GROUPS, "norm_topk_prob", "routed_scaling_factor", *EXPERTS]

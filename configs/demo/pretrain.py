@@ -5,6 +5,7 @@ deepseek-jax pretrain demo/pretrain
 2 CPU cores: 2 to 2¾ minutes, 2.0–2.3 bits per byte on held-out code and prose.
 """
 
+from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.train.loop import LoopConfig
 from deepseek_jax.train.losses import LanguageModelLoss
@@ -23,8 +24,8 @@ def config() -> PretrainConfig:
             num_experts_per_tok=2,
             moe_intermediate_size=96,
             initializer_range=0.02,
-            scan_unroll=3,
         ),
+        compute=ComputeConfig(scan_unroll=3),
         data=PretrainData(seq_len=128),
         batch_size=16,
         optimizer=OptimizerConfig(peak_lr=3e-3, warmup_steps=20),

@@ -5,6 +5,7 @@ deepseek-jax sft demo/sft
 2 CPU cores: 7–26 seconds, 30–140 steps; then greedy 35–58 %, sampled 21–35 % (docs/results/demo.md).
 """
 
+from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.train.loop import LoopConfig
 from deepseek_jax.train.losses import LanguageModelLoss
 from deepseek_jax.train.optimizer import OptimizerConfig
@@ -16,6 +17,7 @@ def config() -> SFTConfig:
     return SFTConfig(
         data=SFTData(seq_len=128),
         batch_size=8,
+        compute=ComputeConfig(scan_unroll=3),
         optimizer=OptimizerConfig(peak_lr=3e-3, warmup_steps=5, constant_until=1.0, cosine_until=1.0),
         step=StepConfig(bias_update_speed=0.003),
         loss=LanguageModelLoss(isolate=True, chunk=64),

@@ -29,6 +29,4 @@ def config() -> ModelConfig:
         topk_group=1,
         norm_topk_prob=False,
         num_nextn_predict_layers=0,
-        dtype="bfloat16",
-        param_dtype="bfloat16",
     )

@@ -40,6 +40,4 @@ def config() -> ModelConfig:
         norm_topk_prob=False,
         routed_scaling_factor=16.0,
         num_nextn_predict_layers=0,
-        dtype="bfloat16",
-        param_dtype="bfloat16",
     )

@@ -38,6 +38,4 @@ def config() -> ModelConfig:
         norm_topk_prob=True,
         routed_scaling_factor=2.5,
         num_nextn_predict_layers=1,
-        dtype="bfloat16",
-        param_dtype="bfloat16",
     )

@@ -32,6 +32,4 @@ def config() -> ModelConfig:
         num_nextn_predict_layers=0,
         rms_norm_eps=1e-5,
         initializer_range=0.02,
-        dtype="bfloat16",
-        param_dtype="bfloat16",
     )

@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from deepseek_jax.checkpoint.faults import silence_repeats, without_warnings
-from deepseek_jax.checkpoint.hf_load import Released, leaf_dtype
+from deepseek_jax.checkpoint.hf_load import Released
 from deepseek_jax.checkpoint.hf_names import ALL, HFTensor, LeafPath, leaf_shapes
 from deepseek_jax.checkpoint.reading import FORMAT_VERSION, describe_arrays, nest
 from deepseek_jax.checkpoint.store import write_inventory
@@ -54,7 +54,7 @@ class _Plan:
 def state_of(released: Released) -> dict[LeafPath, jax.ShapeDtypeStruct]:
     """The leaves of the checkpoint's state, by their path in the model."""
     shapes = leaf_shapes(released.config)
-    return {path: jax.ShapeDtypeStruct(shape, leaf_dtype(released.config, path)) for path, shape in shapes.items()}
+    return {path: jax.ShapeDtypeStruct(shape, released.leaf_dtype(path)) for path, shape in shapes.items()}
 
 
 def size_of(released: Released) -> int:

@@ -6,11 +6,10 @@ casts or dequantises it into its place of the (donated) stacked parameter. Every
 
 import collections
 import concurrent.futures
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +20,11 @@ from deepseek_jax.checkpoint.hf_check import check_tensors, find_mtp
 from deepseek_jax.checkpoint.hf_names import HFTensor, LeafPath, flatten, leaf_shapes
 from deepseek_jax.checkpoint.reading import nest
 from deepseek_jax.checkpoint.safetensors import TensorFiles, TensorInfo
+from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.hf_config import from_hf
 from deepseek_jax.model import transformer
-from deepseek_jax.parallel.sharding import named_sharding
+from deepseek_jax.parallel.sharding import ShardingRules, named_sharding
 from deepseek_kernels.block_fp8 import BLOCK, FP8, BlockScaled, scales_shape, split_shape
 
 KEPT_FP8 = "float8_e4m3"
@@ -47,12 +47,22 @@ def load_hf(
     Raises ValueError, naming tensor or field, for whatever is missing, unknown, misshapen or damaged. An MTP module
     that config.json announces and the files lack altogether is left out with a warning.
     """
-    with Released(Path(path), dtype=dtype, ignore_config=ignore_config) as released:
-        arrays = released.read(released.tensors, leaf_shapes(released.config), mesh=mesh)
-    router_bias = arrays.pop(("router_bias",), None)
-    model = transformer.merge(released.config, nest(arrays), router_bias)
+    name = dtype_name(dtype)
+    compute = ComputeConfig(dtype="float32" if name == "float32" else "bfloat16", param_dtype=cast(Any, name))
+    config, params, router_bias = read_released(path, compute, mesh, ignore_config)
+    model = transformer.merge(config, params, router_bias, compute.on(mesh))
     model.source = str(Path(path).absolute())
     return model
+
+
+def read_released(
+    path: str | Path, compute: ComputeConfig, mesh: Mesh | None, ignore_config: Sequence[str] = ()
+) -> tuple[ModelConfig, dict[str, Any], jax.Array | None]:
+    """Configuration, parameters in ``compute.param_dtype`` and routing bias of a released folder; see ``load_hf``."""
+    with Released(Path(path), dtype=compute.param_dtype, ignore_config=ignore_config) as released:
+        arrays = released.read(released.tensors, leaf_shapes(released.config), mesh=mesh, rules=compute.rules)
+    router_bias = arrays.pop(("router_bias",), None)
+    return released.config, nest(arrays), router_bias
 
 
 class Released:
@@ -61,14 +71,13 @@ class Released:
 
     def __init__(self, path: Path, *, dtype: Any = jnp.bfloat16, ignore_config: Sequence[str] = ()):
         name = dtype_name(dtype)
-        self._kept = name == KEPT_FP8
-        compute = "bfloat16" if self._kept else name
+        self.keeps_fp8 = name == KEPT_FP8
+        self.dtype = np.dtype(jnp.bfloat16 if self.keeps_fp8 else name)  # of what is not kept in FP8
         config = from_hf(path, ignore_config=ignore_config)
         self._files = TensorFiles(path)
         try:
-            config = dataclasses.replace(config, dtype=compute, param_dtype=compute)
             self.config: ModelConfig = find_mtp(config, self._files)
-            self.tensors: list[HFTensor] = check_tensors(self.config, self._files, keep_fp8=self._kept)
+            self.tensors: list[HFTensor] = check_tensors(self.config, self._files, keep_fp8=self.keeps_fp8)
         except BaseException:
             self._files.close()
             raise
@@ -84,6 +93,7 @@ class Released:
         shapes: Mapping[LeafPath, tuple[int, ...]],
         *,
         mesh: Mesh | None = None,
+        rules: ShardingRules = ShardingRules(),
         on_tensor: Callable[[int], None] = lambda size: None,
     ) -> dict[LeafPath, Any]:
         """The leaves that these tensors fill. on_tensor gets the bytes of each tensor read.
@@ -91,9 +101,13 @@ class Released:
         shapes: of these leaves; less than the model's for a part of a leaf, the tensors' indices counting from its
         start.
         """
-        leaves = _Leaves(self.config, tensors, shapes, mesh, self._kept)
+        leaves = _Leaves(self, tensors, shapes, functools.partial(_place, mesh, rules))
         _stream(self._files, tensors, leaves, on_tensor)
         return leaves.finish()
+
+    def leaf_dtype(self, path: LeafPath) -> np.dtype:
+        """Of a leaf that is not kept in FP8."""
+        return np.dtype(np.float32) if path == ("router_bias",) else self.dtype
 
     def __enter__(self) -> "Released":
         return self
@@ -110,9 +124,8 @@ def dtype_name(dtype: Any) -> str:
     return name
 
 
-def leaf_dtype(config: ModelConfig, path: LeafPath) -> np.dtype:
-    """Of a leaf that is not kept in FP8."""
-    return np.dtype(jnp.float32 if path == ("router_bias",) else config.param_dtype)
+def _place(mesh: Mesh | None, rules: ShardingRules, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> Any:
+    return SingleDeviceSharding(jax.local_devices()[0]) if mesh is None else named_sharding(mesh, axes, shape, rules)
 
 
 class _Leaves:
@@ -124,26 +137,24 @@ class _Leaves:
 
     def __init__(
         self,
-        config: ModelConfig,
+        released: Released,
         tensors: Sequence[HFTensor],
         shapes: Mapping[LeafPath, tuple[int, ...]],
-        mesh: Mesh | None,
-        kept: bool,
+        place: Callable[[tuple[str | None, ...], tuple[int, ...]], Any],
     ):
-        axes = dict(flatten(transformer.logical_axes(config))) | {("router_bias",): (None, None)}
-        self.groups = {tensor.path: tensor.groups for tensor in tensors if kept and tensor.quantised}
+        axes = dict(flatten(transformer.logical_axes(released.config))) | {("router_bias",): (None, None)}
+        self.groups = {tensor.path: tensor.groups for tensor in tensors if released.keeps_fp8 and tensor.quantised}
         self.shapes: dict[LeafPath, tuple[int, ...]] = {}
         self.shardings: dict[LeafPath, Any] = {}
         dtypes: dict[LeafPath, Any] = {}
 
         def add(path: LeafPath, shape: tuple[int, ...], dtype: Any, axes: tuple[str | None, ...]) -> None:
-            local = SingleDeviceSharding(jax.local_devices()[0])
             self.shapes[path], dtypes[path] = shape, np.dtype(dtype)
-            self.shardings[path] = local if mesh is None else named_sharding(mesh, axes, shape)
+            self.shardings[path] = place(axes, shape)
 
         for path, shape in shapes.items():
             groups = self.groups.get(path)
-            add(path, shape, FP8 if groups else leaf_dtype(config, path), axes[path])
+            add(path, shape, FP8 if groups else released.leaf_dtype(path), axes[path])
             if groups:
                 lead, _ = split_shape(shape, groups)
                 add(

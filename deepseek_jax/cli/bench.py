@@ -16,6 +16,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.inference.generate import generate, pad_prompts
 from deepseek_jax.inference.sampling import SamplingParams
@@ -50,10 +51,11 @@ class BenchConfig:
 
 def run_bench(arguments: Sequence[str]) -> None:
     options = tyro.cli(BenchConfig, args=list(arguments), prog="deepseek-jax bench")
-    model = load_recipe(options.recipe, PretrainConfig).model
+    recipe = load_recipe(options.recipe, PretrainConfig)
+    model, compute = recipe.model, recipe.compute
     ours, peers = [], []
     for _ in range(options.rounds if options.peer_python else 1):
-        ours.append(measure(model, options))
+        ours.append(measure(model, compute, options))
         if options.peer_python:
             peers.append(measure_peer(model, options))
     table = Table(title=f"{options.recipe}: tokens/s, {jax.devices()[0].device_kind} × {jax.device_count()}")
@@ -75,11 +77,11 @@ def run_bench(arguments: Sequence[str]) -> None:
     )
 
 
-def measure(model: ModelConfig, options: BenchConfig) -> dict[str, float]:
+def measure(model: ModelConfig, compute: ComputeConfig, options: BenchConfig) -> dict[str, float]:
     """Our tokens per second by kind of work."""
-    found = {f"train {options.rows}×{options.seq}": _train_speed(model, options)}
+    found = {f"train {options.rows}×{options.seq}": _train_speed(model, compute, options)}
     for batch in options.decode_batches:
-        found[f"decode, batch {batch}"] = _decode_speed(model, options, batch)
+        found[f"decode, batch {batch}"] = _decode_speed(model, compute, options, batch)
     return found
 
 
@@ -93,13 +95,12 @@ def _median_seconds(call: Callable[[], Any], repeats: int) -> float:
     return statistics.median(seconds)
 
 
-def _train_speed(model: ModelConfig, options: BenchConfig) -> float:
+def _train_speed(model: ModelConfig, compute: ComputeConfig, options: BenchConfig) -> float:
     mesh = make_mesh(devices=jax.devices()[:1])
     optimizer = make_optimizer(OptimizerConfig(), model, 100)
-    state = create_state(model, optimizer, mesh)
-    step = jax.jit(
-        make_step(model, LanguageModelLoss(chunk=options.seq // 2), optimizer, StepConfig()), donate_argnums=0
-    )
+    state = create_state(model, optimizer, mesh, compute=compute)
+    loss = LanguageModelLoss(chunk=options.seq // 2)
+    step = jax.jit(make_step(model, loss, optimizer, StepConfig(), compute=compute), donate_argnums=0)
     shape = (options.rows, options.seq)
     batch = {
         "tokens": np.random.default_rng(0).integers(0, model.vocab_size, shape, np.int32),
@@ -116,7 +117,7 @@ def _train_speed(model: ModelConfig, options: BenchConfig) -> float:
     return options.rows * options.seq / _median_seconds(call, options.repeats)
 
 
-def _decode_speed(model: ModelConfig, options: BenchConfig, batch: int) -> float:
+def _decode_speed(model: ModelConfig, compute: ComputeConfig, options: BenchConfig, batch: int) -> float:
     params, router_bias = jax.jit(lambda: transformer.init(model))()
     rng = np.random.default_rng(0)
     prompts = [rng.integers(3, model.vocab_size, options.prompt).tolist() for _ in range(batch)]
@@ -134,6 +135,7 @@ def _decode_speed(model: ModelConfig, options: BenchConfig, batch: int) -> float
             sampling=sampling,
             stop_ids=(-1,),
             pad_id=2,
+            compute=compute,
         )
         jax.block_until_ready(out)
 

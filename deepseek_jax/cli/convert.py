@@ -15,9 +15,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from deepseek_jax.checkpoint import CheckpointStore, hf_convert
 from deepseek_jax.checkpoint.hf_load import KEPT_FP8, Released
 from deepseek_jax.checkpoint.hf_save import copy_companions, filling, publish, write_model
-from deepseek_jax.cli.talk import find_run, is_hf_folder
-from deepseek_jax.train.loop import CHECKPOINTS
-from deepseek_jax.workflows.stage import TOKENIZER, load_trained
+from deepseek_jax.checkpoint.model import CHECKPOINTS, TOKENIZER, is_released, load
+from deepseek_jax.cli.talk import find_run
 
 GIGABYTE = 10**9
 
@@ -43,7 +42,7 @@ class _Convert:
 
 def run_convert(arguments: Sequence[str]) -> None:
     options = tyro.cli(_Convert, args=list(arguments), prog="deepseek-jax convert")
-    if is_hf_folder(options.src):
+    if is_released(options.src):
         _to_orbax(options)
     else:
         _to_hf(options)
@@ -76,7 +75,7 @@ def _to_hf(options: _Convert) -> None:
     if options.ignore_config:
         raise ValueError(f"--ignore-config is for a released model's config.json, and {options.src} is none")
     run = find_run(options.src)
-    trained = load_trained(run)
+    trained = load(run)
     with _progress("writing") as (start, advance):
         write_model(
             trained.config,

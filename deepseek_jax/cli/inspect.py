@@ -13,14 +13,12 @@ from rich.table import Table
 
 from deepseek_jax.checkpoint import CheckpointStore
 from deepseek_jax.checkpoint.hf_names import hf_tensors
+from deepseek_jax.checkpoint.model import CHECKPOINTS
 from deepseek_jax.cli.talk import find_run
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.costs import attention_flops, count_parameters, forward_flops
-from deepseek_jax.train.loop import CHECKPOINTS
 from deepseek_jax.workflows.pretrain import PretrainConfig
 from deepseek_jax.workflows.recipe import load_recipe
-
-BYTES = {"float32": 4, "bfloat16": 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +49,8 @@ def describe(config: ModelConfig, context: int | None = None) -> dict[str, str]:
     """Parameters, cache, arithmetic and memory as lines to print.
 
     Training is three times the forward arithmetic, over rows of ``context`` tokens in which a token attends to half
-    the row on average; decoding reads the whole ``context``, MLA in its absorbed form. Memory to train is parameters
-    and gradients as stored and two float32 moments, with the MTP module; activations are not in it. Memory to serve
+    the row on average; decoding reads the whole ``context``, MLA in its absorbed form. Memory to train is parameters,
+    gradients and two moments in float32, with the MTP module; activations are not in it. Memory to serve
     is the main model and a bfloat16 cache of ``context`` tokens. ValueError: a context that the model does not take.
     """
     longest = config.max_position_embeddings
@@ -72,15 +70,14 @@ def describe(config: ModelConfig, context: int | None = None) -> dict[str, str]:
         "parameters": f"{parameters['parameters_total']:,}",
         **({"MTP module": f"{mtp:,} parameters more"} if mtp else {}),
         "active per token": f"{parameters['parameters_active']:,}",
-        "cache per token": f"{cache:,} numbers, {cache * BYTES[config.dtype]:,} bytes in {config.dtype}",
+        "cache per token": f"{cache:,} numbers, {2 * cache:,} bytes in bfloat16",
         "arithmetic per token": f"{forward:,} FLOP forward, {3 * forward:,} training, but for attention's products",
         f"with attention, {context:,} tokens": f"{decode:,} FLOP decoding, {train:,} training",
         **{
             f"memory to serve, {name}": f"{_gigabytes(size)} + {_gigabytes(2 * cache * context)} of cache"
             for name, size in served.items()
         },
-        f"memory to train, {config.param_dtype}": f"{_gigabytes(total * (2 * BYTES[config.param_dtype] + 8))} of "
-        "parameters, gradients and moments",
+        "memory to train": f"{_gigabytes(16 * total)} of parameters, gradients and moments in float32",
     }
 
 
@@ -109,8 +106,7 @@ def _gigabytes(size: int) -> str:
 def _model_of(what: str, ignore_config: Sequence[str]) -> ModelConfig:
     path = Path(what)
     if path.suffix == ".json" or _is_released(path):
-        config = ModelConfig.from_hf(path, ignore_config=ignore_config)
-        return dataclasses.replace(config, dtype="bfloat16", param_dtype="bfloat16")
+        return ModelConfig.from_hf(path, ignore_config=ignore_config)
     if path.is_dir():
         with CheckpointStore(find_run(what) / CHECKPOINTS, keep=1) as store:
             return ModelConfig.from_dict(store.read_meta()["model"])

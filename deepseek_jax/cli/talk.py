@@ -6,18 +6,17 @@ from pathlib import Path
 from typing import Annotated
 
 import jax
-import jax.numpy as jnp
 import tyro
 from rich.console import Console
 from rich.text import Text
 
+from deepseek_jax.checkpoint.model import CHECKPOINTS, is_released, load
+from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.data.chat import encode_prompt, split_thinking
 from deepseek_jax.data.template import opens_thinking
-from deepseek_jax.data.tokenizer import THINK, Tokenizer
+from deepseek_jax.data.tokenizer import THINK
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
-from deepseek_jax.train.loop import CHECKPOINTS
-from deepseek_jax.workflows.stage import load_trained
 
 STAGES = ("grpo", "sft", "pretrain")
 
@@ -75,23 +74,11 @@ def find_run(run: str) -> Path:
     )
 
 
-def is_hf_folder(path: str | Path) -> bool:
-    """Whether this is a model as released: config.json beside safetensors."""
-    return (Path(path) / "config.json").is_file() and any(Path(path).glob("*.safetensors"))
-
-
 def _engine(options: _Sampling) -> Engine:
-    path = options.run
-    if is_hf_folder(path):
-        if options.step or options.ema:
-            raise ValueError(f"{path} is a released model: it has no other steps and no running mean")
-        from deepseek_jax.checkpoint.hf_load import load_hf
-
-        tokenizer = Tokenizer.from_folder(path)  # first: it fails in a moment, the weights take minutes
-        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16  # CPUs compute bfloat16 slowly
-        return Engine(load_hf(path, dtype=dtype), tokenizer)
-    trained = load_trained(find_run(path), step=options.step or None, ema=options.ema)
-    return Engine.from_params(trained.config, trained.params, trained.router_bias, trained.tokenizer)
+    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"  # CPUs compute bfloat16 slowly
+    path = options.run if is_released(options.run) else find_run(options.run)
+    compute = ComputeConfig(dtype=dtype, param_dtype=dtype)
+    return Engine(load(path, compute=compute, step=options.step or None, ema=options.ema))
 
 
 def run_generate(arguments: Sequence[str]) -> None:
@@ -111,7 +98,7 @@ def run_chat(arguments: Sequence[str]) -> None:
     options = tyro.cli(_Chat, args=list(arguments), prog="deepseek-jax chat")
     console = Console()
     engine = _engine(options)
-    name = options.run if is_hf_folder(options.run) else find_run(options.run)
+    name = options.run if is_released(options.run) else find_run(options.run)
     console.print(f"{name} · an empty line ends the talk", style="dim")
     turns: list[dict[str, str]] = []
     while question := _read(console):

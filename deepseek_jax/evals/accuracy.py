@@ -3,14 +3,12 @@
 import dataclasses
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
 
-from deepseek_jax.config import ModelConfig
+from deepseek_jax.checkpoint.model import Model
 from deepseek_jax.data.chat import encode_prompt
-from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.rl.problems import Problem, to_prompt
@@ -27,10 +25,7 @@ class Answered:
 
 
 def answer(
-    config: ModelConfig,
-    params: Any,
-    router_bias: jax.Array | None,
-    tokenizer: Tokenizer,
+    model: Model,
     problems: Sequence[Problem],
     *,
     max_tokens: int,
@@ -39,8 +34,8 @@ def answer(
     seed: int = 0,
 ) -> list[Answered]:
     """One completion per problem, judged by the accuracy reward: the answer behind ``</think>``, to the letter."""
-    engine = Engine.from_params(config, params, router_bias, tokenizer)
-    prompts = [encode_prompt(tokenizer, to_prompt(problem)) for problem in problems]
+    engine = Engine(model)
+    prompts = [encode_prompt(model.text, to_prompt(problem)) for problem in problems]
     width = max(map(len, prompts))
     answered = []
     for start in range(0, len(prompts), batch_size):

@@ -6,15 +6,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from deepseek_jax.config import ModelConfig
+from deepseek_jax.checkpoint.model import Model
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.model import transformer
 
 
 def expert_shares(
-    config: ModelConfig,
-    params: Any,
-    router_bias: jax.Array | None,
+    model: Model,
     samples: Mapping[str, Sequence[tuple[Sequence[int], Sequence[bool]]]],
     *,
     seq_len: int,
@@ -26,10 +24,12 @@ def expert_shares(
     are context. Returns ``{"kinds", "layers", "experts", "share": [kind][layer][expert]}``.
     """
 
+    config = model.config
+
     @jax.jit
     def experts(params, router_bias, tokens_BS, segment_ids_BS):
-        model = transformer.merge(config, params, router_bias)
-        out = model(tokens_BS, segment_ids_BS=segment_ids_BS, head=False)
+        network = transformer.merge(config, params, router_bias, model.compute)
+        out = network(tokens_BS, segment_ids_BS=segment_ids_BS, head=False)
         assert out.router is not None
         return out.router.experts_BSK
 
@@ -42,7 +42,8 @@ def expert_shares(
             for row, (ids, mine) in enumerate(part):
                 size = min(len(ids), seq_len)
                 tokens[row, :size], segments[row, :size], counts[row, :size] = ids[:size], 1, mine[:size]
-            chosen_LBSK = np.asarray(experts(params, router_bias, tokens, segments))
+            with jax.set_mesh(model.mesh):
+                chosen_LBSK = np.asarray(experts(model.params, model.router_bias, tokens, segments))
             for layer, chosen_BSK in enumerate(chosen_LBSK):
                 load_LE[layer] += np.bincount(chosen_BSK[counts > 0].ravel(), minlength=config.n_routed_experts)
         share.append((load_LE / np.maximum(load_LE.sum(axis=1, keepdims=True), 1)).tolist())

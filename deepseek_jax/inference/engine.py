@@ -2,16 +2,17 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Self
 
 import jax
 import numpy as np
 
+from deepseek_jax.checkpoint.model import Model
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.inference.generate import Generated, generate, pad_prompts
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.model import transformer
+from deepseek_jax.parallel.mesh import make_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,23 +34,22 @@ class Engine:
     Prompt widths and batches are rounded up to powers of two, so that few programs are compiled.
     """
 
-    def __init__(self, model: transformer.Transformer, tokenizer: Tokenizer):
-        params, router_bias = transformer.split(model)
-        self._set(model.config, params, router_bias, tokenizer)
-
-    @classmethod
-    def from_params(cls, config: ModelConfig, params: Any, router_bias: jax.Array | None, tokenizer: Tokenizer) -> Self:
-        """An engine over arrays that exist already, a train state's for instance; they are not copied."""
-        engine = cls.__new__(cls)
-        engine._set(config, params, router_bias, tokenizer)
-        return engine
-
-    def _set(self, config: ModelConfig, params: Any, router_bias: jax.Array | None, tokenizer: Tokenizer) -> None:
-        if tokenizer.vocab_size > config.vocab_size:
+    def __init__(self, model: Model | transformer.Transformer, tokenizer: Tokenizer | None = None):
+        """tokenizer: by default the model's own."""
+        if isinstance(model, transformer.Transformer):
+            params, router_bias = transformer.split(model)
+            mesh = make_mesh(devices=jax.devices()[:1])
+            model = Model(model.config, model.compute.on(mesh), params, router_bias, tokenizer, mesh)
+        self.model, self.tokenizer = model, tokenizer or model.text
+        if self.tokenizer.vocab_size > self.config.vocab_size:
             raise ValueError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens, the model only vocab_size={config.vocab_size}"
+                f"the tokenizer has {self.tokenizer.vocab_size} tokens, the model only "
+                f"vocab_size={self.config.vocab_size}"
             )
-        self.config, self.params, self.router_bias, self.tokenizer = config, params, router_bias, tokenizer
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
 
     def generate(
         self, prompts: Sequence[str | Sequence[int]], sampling: SamplingParams | None = None
@@ -84,17 +84,19 @@ class Engine:
             )
         rows = [*prompts, *[prompts[0]] * (_round_up(len(prompts), 1) - len(prompts))]
         tokens, positions = pad_prompts(rows, self.tokenizer.pad_id, width)
-        return generate(
-            self.config,
-            self.params,
-            self.router_bias,
-            tokens,
-            positions,
-            key,
-            sampling=dataclasses.replace(sampling, seed=0, stop_token_ids=()),  # what compiles does not depend on them
-            stop_ids=(*self.tokenizer.stop_ids, *sampling.stop_token_ids),
-            pad_id=self.tokenizer.pad_id,
-        )
+        with jax.set_mesh(self.model.mesh):
+            return generate(
+                self.config,
+                self.model.params,
+                self.model.router_bias,
+                tokens,
+                positions,
+                key,
+                sampling=dataclasses.replace(sampling, seed=0, stop_token_ids=()),  # what compiles does not need them
+                stop_ids=(*self.tokenizer.stop_ids, *sampling.stop_token_ids),
+                pad_id=self.tokenizer.pad_id,
+                compute=self.model.compute,
+            )
 
     def _completion(self, out: Generated, row: int) -> Completion:
         length, stopped = int(out.lengths_B[row]), bool(out.stopped_B[row])

@@ -10,6 +10,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Int
 
+from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.inference.sampling import SamplingParams, sample
 from deepseek_jax.model import transformer
@@ -39,7 +40,7 @@ def pad_prompts(prompts: Sequence[Sequence[int]], pad_id: int, width: int) -> tu
     return tokens, positions
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sampling", "stop_ids", "pad_id"))
+@functools.partial(jax.jit, static_argnames=("config", "compute", "sampling", "stop_ids", "pad_id"))
 def generate(
     config: ModelConfig,
     params: Any,
@@ -51,13 +52,14 @@ def generate(
     sampling: SamplingParams,
     stop_ids: tuple[int, ...],
     pad_id: int,
+    compute: ComputeConfig = ComputeConfig(),
 ) -> Generated:
     """Answer each prompt with up to ``sampling.max_tokens`` tokens, until one of ``stop_ids``.
 
     Prefill runs the plain attention over all prompts at once; each further token the absorbed one, over the latent
     cache. Row b's draws depend on ``fold_in(key, b)`` and the step alone. ``sampling.seed`` is not read: ``key`` is.
     """
-    model = transformer.merge(config, params, router_bias)
+    model = transformer.merge(config, params, router_bias, compute)
     layers = model.unrolled()
     batch, width = tokens_BP.shape
     limit = sampling.max_tokens
@@ -85,7 +87,7 @@ def generate(
         return n + 1, out.cache, token_B, done_B, position_B + 1, tokens_BN, logprobs_BN, lengths_B
 
     with jax.named_scope("prefill"):
-        cache = Cache.empty(config, batch, width + limit)
+        cache = Cache.empty(config, batch, width + limit, compute.dtype)
         out = model(tokens_BP, positions_BS=positions_BP, cache=cache, layers=layers, head=False)
         empty = jnp.full((batch, limit), pad_id, jnp.int32), jnp.zeros((batch, limit), jnp.float32)
         first = draw(out.hidden[:, -1], 0)

@@ -40,9 +40,9 @@ class Cache:
     length: jax.Array
 
     @classmethod
-    def empty(cls, config: ModelConfig, batch: int, columns: int) -> Self:
+    def empty(cls, config: ModelConfig, batch: int, columns: int, dtype: str = "float32") -> Self:
         width = config.cache_numbers_per_token_layer
-        layers = tuple(jnp.zeros((batch, columns, width), config.dtype) for _ in range(config.num_hidden_layers))
+        layers = tuple(jnp.zeros((batch, columns, width), dtype) for _ in range(config.num_hidden_layers))
         return cls(layers, jnp.full((batch, columns), -1, jnp.int32), jnp.int32(0))
 
     def claim(self, positions_BS: Int[Array, "B S"]) -> tuple[Self, Bool[Array, "B S T"]]:

@@ -5,29 +5,30 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.attention import einsum32, masked_softmax, write_columns
-from deepseek_jax.model.layers import param
+from deepseek_jax.model.layers import param, zeros
 from deepseek_jax.model.rope import rotate, softmax_scale
 
 
 class GQA(nnx.Module):
     """H query heads share ``num_key_value_heads`` key and value heads; optional biases on q, k and v (Qwen2)."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.config = config
+    def __init__(self, config: ModelConfig, compute: ComputeConfig, *, rngs: nnx.Rngs):
+        self.config, self.compute = config, compute
         D, H, G, N = (
             config.hidden_size,
             config.num_attention_heads,
             config.num_key_value_heads,
             config.head_dim,
         )
-        self.q = param(config, rngs, (D, H, N), ("embed", "heads", None))
-        self.kv = param(config, rngs, (D, 2, G, N), ("embed", None, None, None))
-        self.o = param(config, rngs, (H, N, D), ("heads", None, "embed"))
+        self.q = param(config, compute, rngs, (D, H, N), ("embed", "heads", None))
+        self.kv = param(config, compute, rngs, (D, 2, G, N), ("embed", None, None, None))
+        self.o = param(config, compute, rngs, (H, N, D), ("heads", None, "embed"))
         if config.attention_bias:
-            self.q_bias = nnx.Param(jnp.zeros((H, N), config.param_dtype), axes=("heads", None))
-            self.kv_bias = nnx.Param(jnp.zeros((2, G, N), config.param_dtype), axes=(None, None, None))
+            self.q_bias = zeros(compute, (H, N), ("heads", None))
+            self.kv_bias = zeros(compute, (2, G, N), (None, None, None))
         else:
             self.q_bias = self.kv_bias = None
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_kernels import weight_gradient
 
@@ -15,11 +16,18 @@ class RouterBias(nnx.Variable):
     """The routing bias of auxiliary-loss-free balancing: moved by a rule, never by a gradient."""
 
 
-def param(config: ModelConfig, rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
+def param(
+    config: ModelConfig, compute: ComputeConfig, rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...]
+) -> nnx.Param:
     """A weight drawn from N(0, initializer_range²), as all of V3's are, with its logical axes as metadata."""
     assert len(shape) == len(axes)
     value = config.initializer_range * jax.random.normal(rngs.params(), shape, jnp.float32)
-    return nnx.Param(value.astype(config.param_dtype), axes=axes)
+    return nnx.Param(value.astype(compute.param_dtype), axes=axes)
+
+
+def zeros(compute: ComputeConfig, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
+    """A bias that begins at zero."""
+    return nnx.Param(jnp.zeros(shape, compute.param_dtype), axes=axes)
 
 
 def project(
@@ -59,15 +67,16 @@ class Linear(nnx.Module):
     def __init__(
         self,
         config: ModelConfig,
+        compute: ComputeConfig,
         shape: tuple[int, int],
         axes: tuple[str | None, str | None],
         *,
         bias: bool = False,
         rngs: nnx.Rngs,
     ):
-        self.dtype = jnp.dtype(config.dtype)
-        self.w = param(config, rngs, shape, axes)
-        self.b = nnx.Param(jnp.zeros(shape[1:], config.param_dtype), axes=axes[1:]) if bias else None
+        self.dtype = jnp.dtype(compute.dtype)
+        self.w = param(config, compute, rngs, shape, axes)
+        self.b = zeros(compute, shape[1:], axes[1:]) if bias else None
 
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
         y = project(x.astype(self.dtype), self.w[...].astype(self.dtype))
@@ -77,9 +86,17 @@ class Linear(nnx.Module):
 class RMSNorm(nnx.Module):
     """``x / sqrt(mean(x²) + eps) · gain``, statistics in float32."""
 
-    def __init__(self, config: ModelConfig, width: int, axis: str | None = None, *, eps: float | None = None):
+    def __init__(
+        self,
+        config: ModelConfig,
+        compute: ComputeConfig,
+        width: int,
+        axis: str | None = None,
+        *,
+        eps: float | None = None,
+    ):
         self.eps = config.rms_norm_eps if eps is None else eps
-        self.gain = nnx.Param(jnp.ones(width, config.param_dtype), axes=(axis,))
+        self.gain = nnx.Param(jnp.ones(width, compute.param_dtype), axes=(axis,))
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         x32 = x.astype(jnp.float32)
@@ -90,10 +107,10 @@ class RMSNorm(nnx.Module):
 class SwiGLU(nnx.Module):
     """``down(silu(gate x) · up x)``; gate and up are one matrix (D, 2, F)."""
 
-    def __init__(self, config: ModelConfig, width: int, *, rngs: nnx.Rngs):
-        self.dtype = jnp.dtype(config.dtype)
-        self.wi = param(config, rngs, (config.hidden_size, 2, width), ("embed", None, "mlp"))
-        self.wo = param(config, rngs, (width, config.hidden_size), ("mlp", "embed"))
+    def __init__(self, config: ModelConfig, compute: ComputeConfig, width: int, *, rngs: nnx.Rngs):
+        self.dtype = jnp.dtype(compute.dtype)
+        self.wi = param(config, compute, rngs, (config.hidden_size, 2, width), ("embed", None, "mlp"))
+        self.wo = param(config, compute, rngs, (width, config.hidden_size), ("mlp", "embed"))
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         wi_D2F = self.wi[...].astype(self.dtype)

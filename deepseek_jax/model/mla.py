@@ -5,9 +5,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.attention import einsum32, masked_softmax, write_columns
-from deepseek_jax.model.layers import Linear, RMSNorm, param, project, project_heads
+from deepseek_jax.model.layers import Linear, RMSNorm, param, project, project_heads, zeros
 from deepseek_jax.model.rope import rotate, softmax_scale
 from deepseek_kernels import mla_attention
 
@@ -24,21 +25,21 @@ class MLA(nnx.Module):
     decoding is attention of H queries over the C + R cached numbers. Both forms give the same result.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.config = config
+    def __init__(self, config: ModelConfig, compute: ComputeConfig, *, rngs: nnx.Rngs):
+        self.config, self.compute = config, compute
         D, H, C, Q = config.hidden_size, config.num_attention_heads, config.kv_lora_rank, config.q_lora_rank
         N, R, V = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
         if Q:
-            self.q_a = Linear(config, (D, Q), ("embed", None), bias=config.attention_bias, rngs=rngs)
-            self.q_norm = RMSNorm(config, Q, eps=LATENT_EPS)
+            self.q_a = Linear(config, compute, (D, Q), ("embed", None), bias=config.attention_bias, rngs=rngs)
+            self.q_norm = RMSNorm(config, compute, Q, eps=LATENT_EPS)
         else:
             self.q_a = self.q_norm = None
-        self.q_b = param(config, rngs, (Q or D, H, N + R), (None if Q else "embed", "heads", None))
-        self.kv_a = Linear(config, (D, C + R), ("embed", None), bias=config.attention_bias, rngs=rngs)
-        self.kv_norm = RMSNorm(config, C, eps=LATENT_EPS)
-        self.kv_b = param(config, rngs, (C, H, N + V), (None, "heads", None))
-        self.o = param(config, rngs, (H, V, D), ("heads", None, "embed"))
-        self.o_bias = nnx.Param(jnp.zeros(D, config.param_dtype), axes=("embed",)) if config.attention_bias else None
+        self.q_b = param(config, compute, rngs, (Q or D, H, N + R), (None if Q else "embed", "heads", None))
+        self.kv_a = Linear(config, compute, (D, C + R), ("embed", None), bias=config.attention_bias, rngs=rngs)
+        self.kv_norm = RMSNorm(config, compute, C, eps=LATENT_EPS)
+        self.kv_b = param(config, compute, rngs, (C, H, N + V), (None, "heads", None))
+        self.o = param(config, compute, rngs, (H, V, D), ("heads", None, "embed"))
+        self.o_bias = zeros(compute, (D,), ("embed",)) if config.attention_bias else None
 
     def __call__(
         self,

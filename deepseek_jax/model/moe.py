@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.layers import SwiGLU, param
 from deepseek_jax.model.router import RouterStats, route, router_stats
@@ -17,13 +18,15 @@ from deepseek_kernels import can_fuse_experts, fused_experts, grouped_matmul, ro
 class DeepSeekMoE(nnx.Module):
     """``y = shared(x) + Σ_k g_k · expert_k(x)``: the shared experts as one wide SwiGLU, K of E routed, no drops."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.config = config
+    def __init__(self, config: ModelConfig, compute: ComputeConfig, *, rngs: nnx.Rngs):
+        self.config, self.compute = config, compute
         D, E, F = config.hidden_size, config.n_routed_experts, config.moe_intermediate_size
-        self.router = param(config, rngs, (D, E), ("embed", None))
-        self.wi = param(config, rngs, (E, D, 2, F), ("experts", "embed", None, "mlp"))
-        self.wo = param(config, rngs, (E, F, D), ("experts", "mlp", "embed"))
-        self.shared = SwiGLU(config, config.n_shared_experts * F, rngs=rngs) if config.n_shared_experts else None
+        self.router = param(config, compute, rngs, (D, E), ("embed", None))
+        self.wi = param(config, compute, rngs, (E, D, 2, F), ("experts", "embed", None, "mlp"))
+        self.wo = param(config, compute, rngs, (E, F, D), ("experts", "mlp", "embed"))
+        self.shared = (
+            SwiGLU(config, compute, config.n_shared_experts * F, rngs=rngs) if config.n_shared_experts else None
+        )
 
     def __call__(
         self,
@@ -46,6 +49,7 @@ class DeepSeekMoE(nnx.Module):
                 experts_BSK,
                 self.wi[...].astype(dtype),
                 self.wo[...].astype(dtype),
+                self.compute.rules,
             )
         if self.shared is not None:
             with jax.named_scope("shared_experts"):

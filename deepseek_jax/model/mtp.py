@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.block import Block
 from deepseek_jax.model.layers import Linear, RMSNorm
@@ -17,13 +18,13 @@ class MTP(nnx.Module):
     main model's hidden state after its final norm. The block is a layer of the last kind.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, compute: ComputeConfig, *, rngs: nnx.Rngs):
         width = config.hidden_size
-        self.embed_norm = RMSNorm(config, width, "embed")
-        self.hidden_norm = RMSNorm(config, width, "embed")
-        self.proj = Linear(config, (2 * width, width), (None, "embed"), rngs=rngs)
-        self.block = Block(config, moe=config.num_moe_layers > 0, rngs=rngs)
-        self.norm = RMSNorm(config, width, "embed")
+        self.embed_norm = RMSNorm(config, compute, width, "embed")
+        self.hidden_norm = RMSNorm(config, compute, width, "embed")
+        self.proj = Linear(config, compute, (2 * width, width), (None, "embed"), rngs=rngs)
+        self.block = Block(config, compute, moe=config.num_moe_layers > 0, rngs=rngs)
+        self.norm = RMSNorm(config, compute, width, "embed")
 
     def __call__(
         self,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jaxtyping import Array, Float, Int
 
+from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.attention import Cache, packed_mask
 from deepseek_jax.model.block import Block
@@ -45,15 +46,17 @@ class Transformer(nnx.Module):
     Layers of a kind are stacked and scanned. ``router_bias`` (L E) has a row for each MoE layer and one for MTP.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.config = config
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, compute: ComputeConfig = ComputeConfig()):
+        self.config, self.compute = config, compute
         D, W = config.hidden_size, config.vocab_size
-        self.embed = param(config, rngs, (W, D), ("vocab", "embed"))
-        self.dense_layers = _stack(config, config.num_dense_layers, moe=False, rngs=rngs)
-        self.moe_layers = _stack(config, config.num_moe_layers, moe=True, rngs=rngs)
-        self.norm = RMSNorm(config, D, "embed")
-        self.head = None if config.tie_word_embeddings else Linear(config, (D, W), ("embed", "vocab"), rngs=rngs)
-        self.mtp = MTP(config, rngs=rngs) if config.num_nextn_predict_layers else None
+        self.embed = param(config, compute, rngs, (W, D), ("vocab", "embed"))
+        self.dense_layers = _stack(config, compute, config.num_dense_layers, moe=False, rngs=rngs)
+        self.moe_layers = _stack(config, compute, config.num_moe_layers, moe=True, rngs=rngs)
+        self.norm = RMSNorm(config, compute, D, "embed")
+        self.head = (
+            None if config.tie_word_embeddings else Linear(config, compute, (D, W), ("embed", "vocab"), rngs=rngs)
+        )
+        self.mtp = MTP(config, compute, rngs=rngs) if config.num_nextn_predict_layers else None
         zeros = jnp.zeros((config.num_routers, config.n_routed_experts), jnp.float32)
         self.router_bias = RouterBias(zeros) if config.has_router_bias else None
         self.source: str | None = None  # the folder it was loaded from: save_hf copies the tokenizer there
@@ -90,7 +93,7 @@ class Transformer(nnx.Module):
             mask = packed_mask(segment_ids_BS)
         rope = rotary_tables(self.config, positions_BS)
         with jax.named_scope("embed"):
-            x = constrain(self._embed(tokens_BS), "batch", "sequence", None)
+            x = constrain(self._embed(tokens_BS), self.compute.rules, "batch", "sequence", None)
         context = (rope, mask, segment_ids_BS)
         if cache is None:
             x, stats = self._scan_layers(x, context)
@@ -115,7 +118,7 @@ class Transformer(nnx.Module):
             return project(hidden_BSD, self.head_weight().astype(hidden_BSD.dtype), jnp.float32)
 
     def _embed(self, tokens_BS):
-        return self.embed[...].astype(self.config.dtype)[tokens_BS]
+        return self.embed[...].astype(self.compute.dtype)[tokens_BS]
 
     def _bias(self, row: int | slice):
         return None if self.router_bias is None else self.router_bias[...][row]
@@ -140,7 +143,7 @@ class Transformer(nnx.Module):
                 return x, router
 
             x, router = jax.lax.scan(
-                _rematerialised(layer, self.config.remat), x, (state, bias), unroll=self.config.scan_unroll
+                _rematerialised(layer, self.compute.remat), x, (state, bias), unroll=self.compute.scan_unroll
             )
             if router is not None:
                 stats.append(router)
@@ -176,14 +179,14 @@ class Transformer(nnx.Module):
                 return mtp(hidden, following, rope, mask, segments, bias)
 
             graph, state = nnx.split(self.mtp)
-            run_pure = _rematerialised(lambda state, *args: run(nnx.merge(graph, state), *args), self.config.remat)
+            run_pure = _rematerialised(lambda state, *args: run(nnx.merge(graph, state), *args), self.compute.remat)
             return run_pure(state, hidden, following, mtp_segments(segment_ids_BS), self._bias(-1))
 
 
-def _stack(config: ModelConfig, count: int, *, moe: bool, rngs: nnx.Rngs) -> Block | None:
+def _stack(config: ModelConfig, compute: ComputeConfig, count: int, *, moe: bool, rngs: nnx.Rngs) -> Block | None:
     if not count:
         return None
-    make = nnx.vmap(lambda rngs: Block(config, moe=moe, rngs=rngs), in_axes=0, out_axes=0)
+    make = nnx.vmap(lambda rngs: Block(config, compute, moe=moe, rngs=rngs), in_axes=0, out_axes=0)
     return make(rngs.split(count))
 
 
@@ -204,9 +207,14 @@ def split(model: Transformer) -> tuple[dict[str, Any], jax.Array | None]:
     return nnx.to_pure_dict(params), nnx.to_pure_dict(bias).get("router_bias")
 
 
-def merge(config: ModelConfig, params: dict[str, Any], router_bias: jax.Array | None) -> Transformer:
+def merge(
+    config: ModelConfig,
+    params: dict[str, Any],
+    router_bias: jax.Array | None,
+    compute: ComputeConfig = ComputeConfig(),
+) -> Transformer:
     """The model with these arrays: the inverse of ``split``; traceable."""
-    graph, param_state, bias_state = _abstract(config)
+    graph, param_state, bias_state = _abstract(config, compute)
     param_state, bias_state = jax.tree.map(lambda leaf: leaf, (param_state, bias_state))
     nnx.replace_by_pure_dict(param_state, params)
     if router_bias is not None:
@@ -214,10 +222,12 @@ def merge(config: ModelConfig, params: dict[str, Any], router_bias: jax.Array | 
     return nnx.merge(graph, param_state, bias_state)
 
 
-def init(config: ModelConfig, seed: int | jax.Array = 0) -> tuple[dict[str, Any], jax.Array | None]:
+def init(
+    config: ModelConfig, seed: int | jax.Array = 0, compute: ComputeConfig = ComputeConfig()
+) -> tuple[dict[str, Any], jax.Array | None]:
     """Fresh parameters and a zero routing bias from an int or a key; traceable, so that ``jit`` can create them where
     they live."""
-    return split(Transformer(config, rngs=nnx.Rngs(seed)))
+    return split(Transformer(config, compute=compute, rngs=nnx.Rngs(seed)))
 
 
 def logical_axes(config: ModelConfig) -> dict[str, Any]:
@@ -228,18 +238,18 @@ def logical_axes(config: ModelConfig) -> dict[str, Any]:
         return ("layers", *named) if len(named) < len(variable.shape) else named
 
     is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
-    named = jax.tree_util.tree_map_with_path(axes, _abstract(config)[1], is_leaf=is_variable)
+    named = jax.tree_util.tree_map_with_path(axes, _abstract(config, ComputeConfig())[1], is_leaf=is_variable)
     return nnx.to_pure_dict(named)
 
 
-def abstract_arrays(config: ModelConfig) -> tuple[dict[str, Any], Any]:
+def abstract_arrays(config: ModelConfig, compute: ComputeConfig = ComputeConfig()) -> tuple[dict[str, Any], Any]:
     """``split``'s result with shapes and dtypes in place of arrays; builds nothing."""
-    _, params, bias = _abstract(config)
+    _, params, bias = _abstract(config, compute)
     shapes = functools.partial(jax.tree.map, lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
     return shapes(nnx.to_pure_dict(params)), shapes(nnx.to_pure_dict(bias)).get("router_bias")
 
 
 @functools.cache
-def _abstract(config: ModelConfig):
-    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+def _abstract(config: ModelConfig, compute: ComputeConfig):
+    model = nnx.eval_shape(lambda: Transformer(config, compute=compute, rngs=nnx.Rngs(0)))
     return nnx.split(model, nnx.Param, RouterBias)

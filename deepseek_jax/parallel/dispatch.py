@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from deepseek_jax.parallel.mesh import current_mesh
-from deepseek_jax.parallel.sharding import RULES
+from deepseek_jax.parallel.sharding import ShardingRules
 
 
 @functools.partial(
@@ -102,6 +102,7 @@ def per_token_shard(
     experts_BSK: jax.Array,
     wi_ED2F: jax.Array,
     wo_EFD: jax.Array,
+    rules: ShardingRules,
 ) -> jax.Array:
     """Run ``compute(x, weights, experts, wi, wo) -> y`` on each device's own tokens.
 
@@ -111,8 +112,8 @@ def per_token_shard(
     mesh = current_mesh()
     if mesh is None:
         return compute(x_BSD, weights_BSK, experts_BSK, wi_ED2F, wo_EFD)
-    tokens = RULES.spec(("batch", "sequence", None))
-    width = RULES.mlp
+    tokens = rules.spec(("batch", "sequence", None))
+    width = rules.mlp
 
     def local(*args):
         return jax.lax.psum(compute(*args), width)

@@ -1,15 +1,16 @@
-"""The one place where meshes are made and where the current mesh is known."""
+"""The one place where meshes are made and where the current mesh is known.
 
-import contextlib
-import contextvars
+Entry points and threads enter a model's mesh with ``jax.set_mesh``, outside jit; only this folder asks for it.
+"""
+
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from deepseek_jax.config import check_types
 
@@ -62,18 +63,7 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = 
     return Mesh(np.array(devices).reshape(tuple(sizes.values())), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-_current: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
-
-
-@contextlib.contextmanager
-def use_mesh(mesh: Mesh) -> Iterator[Mesh]:
-    """Within this context, traced model code places its activations on ``mesh``; without one it places nothing."""
-    token = _current.set(mesh)
-    try:
-        yield mesh
-    finally:
-        _current.reset(token)
-
-
-def current_mesh() -> Mesh | None:
-    return _current.get()
+def current_mesh() -> AbstractMesh | None:
+    """The mesh that ``jax.set_mesh`` has entered, inside jit too; None where there is none. It is part of jit's key."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty else mesh

@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax.parallel.mesh import current_mesh
 
@@ -49,10 +49,9 @@ class ShardingRules:
         return PartitionSpec(*parts)
 
 
-RULES = ShardingRules()
-
-
-def named_sharding(mesh: Mesh, axes: Axes, shape: tuple[int, ...], rules: ShardingRules = RULES) -> NamedSharding:
+def named_sharding(
+    mesh: Mesh | AbstractMesh, axes: Axes, shape: tuple[int, ...], rules: ShardingRules = ShardingRules()
+) -> NamedSharding:
     """Where an array of ``shape`` lives. Raises ValueError, naming axis and sizes, where a split would be uneven."""
     spec = rules.spec(axes)
     for axis, size in zip(axes, shape, strict=True):
@@ -66,12 +65,12 @@ def named_sharding(mesh: Mesh, axes: Axes, shape: tuple[int, ...], rules: Shardi
     return NamedSharding(mesh, spec)
 
 
-def tree_shardings(mesh: Mesh, axes_tree: Any, arrays_tree: Any, rules: ShardingRules = RULES) -> Any:
+def tree_shardings(mesh: Mesh, axes_tree: Any, arrays_tree: Any, rules: ShardingRules = ShardingRules()) -> Any:
     """Shardings for a pytree of arrays (or their shapes) from a tree of the same structure of logical axes."""
     return jax.tree.map(lambda array, axes: named_sharding(mesh, axes, array.shape, rules), arrays_tree, axes_tree)
 
 
-def place_batch(batch: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
+def place_batch(batch: dict[str, Any], mesh: Mesh, rules: ShardingRules = ShardingRules()) -> dict[str, jax.Array]:
     """Put the host's rows (B S), or (B 1), of a batch on the mesh, split by row and sequence.
 
     Raises ValueError where the mesh does not divide them.
@@ -80,14 +79,11 @@ def place_batch(batch: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
     def put(value: Any) -> jax.Array:
         axes = ("batch", "sequence" if value.shape[1] > 1 else None)
         local = (value.shape[0] * jax.process_count(), value.shape[1])
-        return jax.make_array_from_process_local_data(named_sharding(mesh, axes, local), value)
+        return jax.make_array_from_process_local_data(named_sharding(mesh, axes, local, rules), value)
 
     return {name: put(value) for name, value in batch.items()}
 
 
-def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+def constrain(x: jax.Array, rules: ShardingRules, *axes: str | None) -> jax.Array:
     """Tell the compiler how an activation is split on the current mesh; without a mesh, nothing."""
-    mesh = current_mesh()
-    if mesh is None:
-        return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, RULES.spec(axes)))
+    return x if current_mesh() is None else jax.lax.with_sharding_constraint(x, rules.spec(axes))

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.config import ModelConfig, check_types
+from deepseek_jax.checkpoint.model import Model
+from deepseek_jax.config import check_types
 from deepseek_jax.data.chat import encode_prompt
 from deepseek_jax.data.rows import PromptLoader
-from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.generate import Generated, pad_prompts
 from deepseek_jax.inference.sampling import SamplingParams
@@ -65,14 +65,13 @@ class Rollouts:
 
     def __init__(
         self,
-        model: ModelConfig,
-        tokenizer: Tokenizer,
+        model: Model,
         loader: PromptLoader,
         config: RolloutConfig,
         *,
         seed: int,
     ):
-        self.model, self.tokenizer, self.loader, self.config = model, tokenizer, loader, config
+        self.model, self.tokenizer, self.loader, self.config = model, model.text, loader, config
         self.key = jax.random.key(seed)
         self.quiet_steps = 0
 
@@ -81,7 +80,7 @@ class Rollouts:
         config, size = self.config, self.config.group
         problems = [make_problem(row["kind"], row["a"], row["b"]) for row in next(self.loader) for _ in range(size)]
         prompts = [encode_prompt(self.tokenizer, to_prompt(problem)) for problem in problems]
-        engine = Engine.from_params(self.model, state.params, state.router_bias, self.tokenizer)
+        engine = Engine(dataclasses.replace(self.model, params=state.params, router_bias=state.router_bias))
         sampling = SamplingParams(temperature=config.temperature, max_tokens=config.max_tokens)
         key = jax.random.fold_in(self.key, int(state.step))
         out = jax.device_get(engine.generate_ids(prompts, sampling, key, width=config.prompt_width))

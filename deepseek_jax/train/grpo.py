@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from deepseek_jax.config import ModelConfig, check_types
-from deepseek_jax.model import transformer
+from deepseek_jax.config import check_types
+from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.train.losses import score_targets, shift
 
 
@@ -68,15 +68,14 @@ class GRPOLoss:
 
     def __call__(
         self,
-        config: ModelConfig,
+        model: Transformer,
         state: Any,
-        params: Any,
         batch: dict[str, jax.Array],
         norm: dict[str, jax.Array],
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Rows are prompt and answer; ``loss_mask`` marks the answer. Beside the tokens: ``advantages`` (B, 1),
         ``old_logprobs`` (B S) of each token under the policy that sampled it, ``truncated`` (B, 1)."""
-        scores, load_LE = self._score(config, params, state.router_bias, batch)
+        scores, load_LE = self._score(model, batch)
         # Position i scores the token at i + 1; move every per-token input there.
         mask_BS = shift(self._mask(batch), 1)
         old_BS = shift(batch["old_logprobs"], 1)
@@ -90,7 +89,7 @@ class GRPOLoss:
         loss = -jnp.sum(gain_BS * weight_BS)
         kl_BS = jnp.zeros_like(mask_BS)
         if self.kl_weight:
-            reference, _ = self._score(config, state.reference, state.router_bias, batch)
+            reference, _ = self._score(state.reference, batch)
             kl_BS = k3(jax.lax.stop_gradient(reference.logprob_BS) - scores.logprob_BS)
             loss = loss + self.kl_weight * jnp.sum(kl_BS * weight_BS)
         outside = (ratio_BS * advantage_B1) > gain_BS
@@ -104,8 +103,7 @@ class GRPOLoss:
             parts["load"] = load_LE
         return loss, parts
 
-    def _score(self, config, params, router_bias, batch):
-        model = transformer.merge(config, params, router_bias)
+    def _score(self, model, batch):
         out = model(batch["tokens"], positions_BS=batch["positions"], segment_ids_BS=batch["segment_ids"], head=False)
         scores = score_targets(
             out.hidden,

@@ -16,12 +16,11 @@ from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 import jax
 
 from deepseek_jax.checkpoint import CheckpointStore
+from deepseek_jax.checkpoint.model import CHECKPOINTS
 from deepseek_jax.config import check_types
 from deepseek_jax.train.metrics import MetricsWriter, read_metrics
 from deepseek_jax.train.preemption import Preempted, stop_signals
 from deepseek_jax.train.progress import Progress
-
-CHECKPOINTS = "checkpoints"
 
 
 @runtime_checkable

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from deepseek_jax.config import ModelConfig, check_types
-from deepseek_jax.model import transformer
+from deepseek_jax.config import check_types
 from deepseek_jax.model.layers import project
 from deepseek_jax.model.router import count_sequences
+from deepseek_jax.model.transformer import Transformer
 from deepseek_kernels import weight_gradient
 
 
@@ -153,16 +153,14 @@ class LanguageModelLoss:
 
     def __call__(
         self,
-        config: ModelConfig,
+        model: Transformer,
         state: Any,
-        params: Any,
         batch: dict[str, jax.Array],
         norm: dict[str, jax.Array],
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The share of a microbatch in the batch's loss, and its parts; each part sums over microbatches."""
         batch = self._view(batch)
-        use_mtp = bool(config.num_nextn_predict_layers) and self.mtp_weight > 0
-        model = transformer.merge(config, params, state.router_bias)
+        use_mtp = bool(model.config.num_nextn_predict_layers) and self.mtp_weight > 0
         out = model(
             batch["tokens"],
             positions_BS=batch["positions"],

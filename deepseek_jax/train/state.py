@@ -10,9 +10,10 @@ import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model import transformer
-from deepseek_jax.parallel.sharding import tree_shardings
+from deepseek_jax.parallel.sharding import ShardingRules, tree_shardings
 
 
 @struct.dataclass
@@ -33,6 +34,7 @@ def create_state(
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     *,
+    compute: ComputeConfig = ComputeConfig(),
     seed: int = 0,
     params: Any = None,
     router_bias: jax.Array | None = None,
@@ -41,12 +43,14 @@ def create_state(
 ) -> TrainState:
     """A state at step 0 with each array created where the sharding rules put it.
 
-    Parameters are drawn from ``seed`` unless given (an earlier stage's); those given are copied, never donated.
+    Parameters are drawn from ``seed`` unless given (an earlier stage's); those given are copied, never donated. They
+    become float32 masters whatever they were, and so do the moments, the running mean and the gradients' sums.
     """
 
     def create(params, router_bias):
         if params is None:
             params, router_bias = transformer.init(config, seed)
+        params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
         copy = functools.partial(jax.tree.map, lambda leaf: jnp.array(leaf, copy=True))
         return TrainState(
             step=jnp.int32(0),
@@ -58,12 +62,12 @@ def create_state(
         )
 
     shapes = jax.eval_shape(create, params, router_bias)
-    return jax.jit(create, out_shardings=state_shardings(config, shapes, mesh))(params, router_bias)
+    return jax.jit(create, out_shardings=state_shardings(config, shapes, mesh, compute.rules))(params, router_bias)
 
 
-def state_shardings(config: ModelConfig, state: TrainState, mesh: Mesh) -> Any:
+def state_shardings(config: ModelConfig, state: TrainState, mesh: Mesh, rules: ShardingRules) -> Any:
     """Where each array lives: what is shaped like a parameter lies with it, the rest on every device."""
-    params = tree_shardings(mesh, transformer.logical_axes(config), state.params)
+    params = tree_shardings(mesh, transformer.logical_axes(config), state.params, rules)
     whole = NamedSharding(mesh, PartitionSpec())
     like_params = lambda tree: jax.tree.structure(tree) == jax.tree.structure(params)  # noqa: E731
 

@@ -1,6 +1,7 @@
 """One train step for every loss: accumulate over microbatches, clip, update, move the routing bias, guard."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
@@ -9,7 +10,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig, check_types
+from deepseek_jax.model import transformer
 from deepseek_jax.parallel.mesh import current_mesh
 from deepseek_jax.parallel.sharding import named_sharding
 from deepseek_jax.train.optimizer import guarded, keep_if
@@ -26,7 +29,7 @@ class Loss(Protocol):
     def normalisers(self, batch: Batch) -> dict[str, jax.Array]: ...
 
     def __call__(
-        self, config: ModelConfig, state: TrainState, params: Any, batch: Batch, norm: dict[str, jax.Array]
+        self, model: transformer.Transformer, state: TrainState, batch: Batch, norm: dict[str, jax.Array]
     ) -> tuple[jax.Array, dict[str, jax.Array]]: ...
 
 
@@ -56,6 +59,7 @@ def make_step(
     optimizer: optax.GradientTransformation,
     options: StepConfig,
     *,
+    compute: ComputeConfig = ComputeConfig(),
     updates: int = 1,
 ) -> Step:
     """The pure function ``(state, batch) -> (state, metrics)``; jit it with the state donated.
@@ -67,6 +71,7 @@ def make_step(
     if updates < 1:
         raise ValueError(f"updates={updates}: must be at least 1")
     optimizer = guarded(optimizer)
+    build = functools.partial(transformer.merge, config, compute=compute)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         state, metrics = update(state, batch)
@@ -82,7 +87,7 @@ def make_step(
         return state, {**metrics, **kept, "finite": finite}
 
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        gradients, value, parts = _accumulate(config, loss, state, batch, options.microbatches)
+        gradients, value, parts = _accumulate(build, loss, state, batch, options.microbatches, compute.rules)
         grad_norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
         with jax.named_scope("optimizer"):
@@ -111,9 +116,13 @@ def load_metrics(load_LE: Float[Array, "L E"]) -> dict[str, jax.Array]:
     }
 
 
-def _accumulate(config, loss, state, batch, microbatches):
+def _accumulate(build, loss, state, batch, microbatches, rules):
     norm = loss.normalisers(batch)
-    gradient = jax.value_and_grad(lambda params, rows: loss(config, state, params, rows, norm), has_aux=True)
+
+    def value_and_parts(params, rows):
+        return loss(build(params, state.router_bias), state, rows, norm)
+
+    gradient = jax.value_and_grad(value_and_parts, has_aux=True)
     if microbatches == 1:
         (value, parts), gradients = gradient(state.params, batch)
         return gradients, value, parts
@@ -122,7 +131,7 @@ def _accumulate(config, loss, state, batch, microbatches):
         raise ValueError(f"microbatches={microbatches} does not divide the batch's {rows} rows")
     if (mesh := current_mesh()) is not None:
         try:
-            named_sharding(mesh, ("batch",), (rows // microbatches,))
+            named_sharding(mesh, ("batch",), (rows // microbatches,), rules)
         except ValueError as error:
             raise ValueError(f"microbatches={microbatches} of {rows} rows: {error}") from error
     # Every microbatch takes rows from all devices: row r goes to microbatch r mod n.

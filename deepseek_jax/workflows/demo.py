@@ -10,10 +10,11 @@ from pathlib import Path
 
 from rich.console import Console
 
+from deepseek_jax.checkpoint.model import TOKENIZER, load
 from deepseek_jax.config import check_types
 from deepseek_jax.data.chat import encode_chat
 from deepseek_jax.data.text import read_documents, read_objects
-from deepseek_jax.data.tokenizer import Tokenizer, train_tokenizer
+from deepseek_jax.data.tokenizer import train_tokenizer
 from deepseek_jax.evals.experts import expert_shares, token_kinds
 from deepseek_jax.rl.problems import read_jsonl, to_messages
 from deepseek_jax.workflows.corpus import CorpusConfig, build_corpus
@@ -23,7 +24,7 @@ from deepseek_jax.workflows.recipe import load_recipe, moved
 from deepseek_jax.workflows.report import print_summary, write_report
 from deepseek_jax.workflows.report_data import EXPERT_SHARES
 from deepseek_jax.workflows.sft import SFTConfig, sft
-from deepseek_jax.workflows.stage import TOKENIZER, load_trained, read_result, write_json
+from deepseek_jax.workflows.stage import read_result, write_json
 
 RECIPE_DIR = "runs/demo"  # the folder that the recipes in configs/demo/ name
 
@@ -104,10 +105,10 @@ def demo(config: DemoConfig, console: Console | None = None) -> None:
 
 def write_expert_shares(corpus: Path, run_dir: Path, *, seq_len: int) -> None:
     """``EXPERT_SHARES``: which experts serve code, prose, digits and thinking, on held-out documents and problems."""
-    trained = load_trained(run_dir)
-    if not trained.config.num_moe_layers:
+    model = load(run_dir)
+    if not model.config.num_moe_layers:
         return
-    tokenizer: Tokenizer = trained.tokenizer
+    tokenizer = model.text
     documents: dict[str, list[str]] = {"code": [], "prose": []}
     for row in read_objects(corpus / "documents" / "heldout.jsonl"):
         if row["kind"] in documents and len(documents[row["kind"]]) < 32:
@@ -115,9 +116,7 @@ def write_expert_shares(corpus: Path, run_dir: Path, *, seq_len: int) -> None:
     problems = read_jsonl(corpus / "problems_heldout.jsonl")[:96]
     chats = [encode_chat(tokenizer, to_messages(problem))[0] for problem in problems]
     shares = expert_shares(
-        trained.config,
-        trained.params,
-        trained.router_bias,
+        model,
         token_kinds(tokenizer, documents, chats),
         seq_len=seq_len,
     )

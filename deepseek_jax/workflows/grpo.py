@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from deepseek_jax.checkpoint.model import load
 from deepseek_jax.data.chat import encode_prompt
 from deepseek_jax.data.rows import PromptLoader
 from deepseek_jax.parallel.hosts import require_one_process
@@ -17,7 +18,6 @@ from deepseek_jax.workflows.problems import ProblemEval, evaluate_problems
 from deepseek_jax.workflows.stage import (
     RESULT,
     StageConfig,
-    load_trained,
     read_result,
     train_stage,
     write_json,
@@ -56,8 +56,8 @@ def grpo(config: GRPOConfig) -> dict[str, Any]:
     """
     require_one_process("grpo")
     run_dir = Path(config.run_dir)
-    start = load_trained(config.init_from, make_mesh(config.mesh))
-    longest = max(len(encode_prompt(start.tokenizer, to_prompt(p))) for p in read_jsonl(config.prompts))
+    start = load(config.init_from, compute=config.compute, mesh=make_mesh(config.mesh))
+    longest = max(len(encode_prompt(start.text, to_prompt(p))) for p in read_jsonl(config.prompts))
     if longest > config.rollout.prompt_width:
         raise ValueError(
             f"rollout.prompt_width={config.rollout.prompt_width}, but {config.prompts} has a prompt of {longest} tokens"
@@ -72,11 +72,9 @@ def grpo(config: GRPOConfig) -> dict[str, Any]:
     trained, facts = train_stage(
         config,
         stage="grpo",
-        model=start.config,
-        tokenizer=start.tokenizer,
-        loss=config.loss,
-        batches=Rollouts(start.config, start.tokenizer, loader, config.rollout, seed=config.seed),
         start=start,
+        loss=config.loss,
+        batches=Rollouts(start, loader, config.rollout, seed=config.seed),
         reference=config.loss.kl_weight > 0,
         updates=config.inner_epochs,
     )

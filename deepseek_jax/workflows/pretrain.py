@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from deepseek_jax.checkpoint.model import Model
 from deepseek_jax.config import ModelConfig, check_types
 from deepseek_jax.data.fim import FimTokens, apply_fim
 from deepseek_jax.data.packing import pack_stream
@@ -17,12 +18,12 @@ from deepseek_jax.data.text import read_documents, read_objects
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.evals.text import bits_per_byte
 from deepseek_jax.parallel.hosts import first_host_first
+from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.train.losses import LanguageModelLoss
 from deepseek_jax.workflows.stage import (
     RESULT,
     LoaderBatches,
     StageConfig,
-    Trained,
     read_result,
     train_stage,
     write_json,
@@ -75,25 +76,17 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     )
     heldout = _heldout_texts(config.data)
 
-    def measure(trained: Trained) -> Mapping[str, float]:
-        return {
-            "eval/bits_per_byte": bits_per_byte(
-                trained.config,
-                trained.params,
-                trained.router_bias,
-                tokenizer,
-                heldout,
-                mesh=trained.mesh,
-                seq_len=config.data.seq_len,
-                batch_size=config.batch_size,
-            )
-        }
+    def measure(model: Model) -> Mapping[str, float]:
+        found = bits_per_byte(model, heldout, seq_len=config.data.seq_len, batch_size=config.batch_size)
+        return {"eval/bits_per_byte": found}
+
+    mesh = make_mesh(config.mesh)
+    start = Model(config.model, config.compute.on(mesh), None, None, tokenizer, mesh)
 
     trained, facts = train_stage(
         config,
         stage="pretrain",
-        model=config.model,
-        tokenizer=tokenizer,
+        start=start,
         loss=config.loss,
         batches=LoaderBatches(loader),
         evaluate=measure if heldout and config.loop.eval_every else None,

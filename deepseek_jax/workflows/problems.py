@@ -4,10 +4,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from deepseek_jax.checkpoint.model import Model
 from deepseek_jax.config import check_types
 from deepseek_jax.evals.accuracy import accuracy, accuracy_by_kind, answer
 from deepseek_jax.rl.problems import read_jsonl
-from deepseek_jax.workflows.stage import Trained, write_samples
+from deepseek_jax.workflows.stage import write_samples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,16 +24,13 @@ class ProblemEval:
         check_types(self)
 
 
-def evaluate_problems(trained: Trained, config: ProblemEval, run_dir: Path, *, stage: str, seed: int) -> dict[str, Any]:
+def evaluate_problems(model: Model, config: ProblemEval, run_dir: Path, *, stage: str, seed: int) -> dict[str, Any]:
     """Accuracy and standard error over all held-out problems, greedy and sampled at temperature 1; by kind as well."""
     problems = read_jsonl(config.path)
     found: dict[str, Any] = {"problems": len(problems), "by_kind": {}}
     for mode, temperature in (("greedy", 0.0), ("sampled", 1.0)):
         answered = answer(
-            trained.config,
-            trained.params,
-            trained.router_bias,
-            trained.tokenizer,
+            model,
             problems,
             max_tokens=config.max_tokens,
             temperature=temperature,

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from deepseek_jax.checkpoint.model import Model, load
 from deepseek_jax.config import check_types
 from deepseek_jax.data.chat import encode_chat
 from deepseek_jax.data.packing import pack_samples
@@ -24,8 +25,6 @@ from deepseek_jax.workflows.stage import (
     RESULT,
     LoaderBatches,
     StageConfig,
-    Trained,
-    load_trained,
     read_result,
     train_stage,
     write_json,
@@ -68,8 +67,8 @@ def sft(config: SFTConfig) -> dict[str, Any]:
     """Run the stage, or go on with it; returns and writes its result."""
     require_one_process("sft")
     run_dir = Path(config.run_dir)
-    start = load_trained(config.init_from, make_mesh(config.mesh))
-    rows = prepare_chats(config.data, start.tokenizer, run_dir / "rows")
+    start = load(config.init_from, compute=config.compute, mesh=make_mesh(config.mesh))
+    rows = prepare_chats(config.data, start.text, run_dir / "rows")
     loader = RowLoader(
         rows,
         batch_size=config.batch_size,
@@ -79,12 +78,9 @@ def sft(config: SFTConfig) -> dict[str, Any]:
     )
     asked = read_jsonl(config.check_problems)[: config.check_count] if config.loop.eval_every else []
 
-    def measure(trained: Trained) -> Mapping[str, float]:
+    def measure(model: Model) -> Mapping[str, float]:
         answered = answer(
-            trained.config,
-            trained.params,
-            trained.router_bias,
-            trained.tokenizer,
+            model,
             asked,
             max_tokens=config.problems.max_tokens,
             temperature=1.0,
@@ -96,11 +92,9 @@ def sft(config: SFTConfig) -> dict[str, Any]:
     trained, facts = train_stage(
         config,
         stage="sft",
-        model=start.config,
-        tokenizer=start.tokenizer,
+        start=start,
         loss=config.loss,
         batches=LoaderBatches(loader),
-        start=start,
         evaluate=measure if asked else None,
         stop_when=lambda found: found.get("eval/accuracy_held_in", 0.0) >= config.enough_accuracy,
     )

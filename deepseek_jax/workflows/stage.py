@@ -11,23 +11,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
-from deepseek_jax.checkpoint import CheckpointStore, restore_params
-from deepseek_jax.config import ModelConfig, check_types
-from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.checkpoint.model import Model
+from deepseek_jax.compute import ComputeConfig
+from deepseek_jax.config import check_types
 from deepseek_jax.evals.accuracy import Answered
-from deepseek_jax.model import transformer
 from deepseek_jax.model.costs import count_parameters
-from deepseek_jax.parallel.mesh import MeshConfig, make_mesh, use_mesh
-from deepseek_jax.parallel.sharding import place_batch, tree_shardings
-from deepseek_jax.train.loop import CHECKPOINTS, Batches, LoopConfig, run_loop
+from deepseek_jax.parallel.mesh import MeshConfig
+from deepseek_jax.parallel.sharding import place_batch
+from deepseek_jax.train.loop import Batches, LoopConfig, run_loop
 from deepseek_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from deepseek_jax.train.progress import Progress
 from deepseek_jax.train.state import TrainState, create_state
 from deepseek_jax.train.step import Loss, StepConfig, make_step
 
-TOKENIZER = "tokenizer.json"
 RESULT = "result.json"
 
 
@@ -41,6 +38,7 @@ class StageConfig:
     step: StepConfig = StepConfig()
     loop: LoopConfig = LoopConfig(steps=100)
     mesh: MeshConfig = MeshConfig()
+    compute: ComputeConfig = ComputeConfig()
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -48,106 +46,67 @@ class StageConfig:
             raise ValueError(f"run_dir={self.run_dir!r}: runs are written to a local or mounted folder")
 
 
-@dataclasses.dataclass(frozen=True)
-class Trained:
-    """A model at the end of a stage, on a mesh."""
-
-    config: ModelConfig
-    params: Any
-    router_bias: jax.Array | None
-    tokenizer: Tokenizer
-    mesh: Mesh
-
-
-def load_trained(
-    run_dir: str | Path, mesh: Mesh | None = None, *, step: int | None = None, ema: bool = False
-) -> Trained:
-    """A checkpoint of a stage (default: the newest), its parameters, or their running mean, placed on ``mesh``
-    (default: one device).
-
-    Raises FileNotFoundError, naming the folder, where there is none, and ValueError where it keeps no mean.
-    """
-    mesh = mesh or make_mesh(devices=jax.devices()[:1])
-    folder = Path(run_dir) / CHECKPOINTS
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{run_dir} holds no {CHECKPOINTS}/: no stage has been trained there")
-    with CheckpointStore(folder, keep=1) as store:
-        meta = store.read_meta(step)
-    config = ModelConfig.from_dict(meta["model"])
-    if ema and not meta["recipe"]["step"]["ema_decay"]:
-        raise ValueError(f"{run_dir} keeps no running mean of its parameters: step.ema_decay was 0")
-    name = "ema" if ema else "params"
-    params, router_bias = jax.eval_shape(lambda: transformer.init(config))
-    shardings = tree_shardings(mesh, transformer.logical_axes(config), params)
-    place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)  # noqa: E731
-    wanted = {name: jax.tree.map(place, params, shardings)}
-    if router_bias is not None:
-        whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-        wanted["router_bias"] = place(router_bias, whole)
-    arrays, _ = restore_params(folder, wanted, step=step)
-    tokenizer = Tokenizer.from_file(Path(run_dir) / TOKENIZER)
-    return Trained(config, arrays[name], arrays.get("router_bias"), tokenizer, mesh)
-
-
 def train_stage(
     config: StageConfig,
     *,
     stage: str,
-    model: ModelConfig,
-    tokenizer: Tokenizer,
+    start: Model,
     loss: Loss,
     batches: Batches[TrainState],
-    start: Trained | None = None,
     reference: bool = False,
     updates: int = 1,
-    evaluate: Callable[[Trained], Mapping[str, float]] | None = None,
+    evaluate: Callable[[Model], Mapping[str, float]] | None = None,
     stop_when: Callable[[Mapping[str, Any]], bool] | None = None,
-) -> tuple[Trained, dict[str, Any]]:
-    """Train from ``start`` (None: fresh parameters) and return the model with the facts of the run.
+) -> tuple[Model, dict[str, Any]]:
+    """Train from ``start`` (its ``params`` None: fresh ones) and return the model with the facts of the run.
 
     ``updates``: optimiser updates per batch (GRPO's μ).
     """
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
-        tokenizer.save(run_dir / TOKENIZER)
-    mesh = start.mesh if start else make_mesh(config.mesh)
+        start.text.save(run_dir)
+    model, compute, mesh = start.config, start.compute, start.mesh
     optimizer = make_optimizer(config.optimizer, model, config.loop.steps * updates)
     state = create_state(
         model,
         optimizer,
         mesh,
+        compute=compute,
         seed=config.seed,
-        params=start.params if start else None,
-        router_bias=start.router_bias if start else None,
+        params=start.params,
+        router_bias=start.router_bias,
         ema=config.step.ema_decay > 0,
         reference=reference,
     )
-    step = make_step(model, loss, optimizer, config.step, updates=updates)
+    step = make_step(model, loss, optimizer, config.step, compute=compute, updates=updates)
     rate = learning_rate(config.optimizer, config.loop.steps * updates)
 
     def placed_step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
-        with use_mesh(mesh):
-            new, metrics = step(state, batch)
+        new, metrics = step(state, batch)
         tokens = jnp.sum(batch["segment_ids"] > 0)
         return new, {**metrics, "lr": jnp.asarray(rate(state.step * updates)), "tokens": tokens}
 
     jitted = jax.jit(placed_step, donate_argnums=0)
-    trained = lambda state: Trained(model, state.params, state.router_bias, tokenizer, mesh)  # noqa: E731
-    settings = {"stage": stage, "model": model.to_dict(), "tokenizer_fingerprint": tokenizer.fingerprint}
+
+    def trained(state: TrainState) -> Model:
+        return dataclasses.replace(start, params=state.params, router_bias=state.router_bias)
+
+    settings = {"stage": stage, "model": model.to_dict(), "tokenizer_fingerprint": start.text.fingerprint}
     began = time.monotonic()
     first = int(state.step)
-    state = run_loop(
-        run_dir=run_dir,
-        config=config.loop,
-        state=state,
-        step_fn=lambda state, batch: jitted(state, place_batch(batch, mesh)),
-        batches=batches,
-        meta={**settings, "recipe": dataclasses.asdict(config)},
-        evaluate=None if evaluate is None else lambda state: evaluate(trained(state)),
-        stop_when=stop_when,
-        progress=Progress(stage, config.loop.steps),
-    )
+    with jax.set_mesh(mesh):
+        state = run_loop(
+            run_dir=run_dir,
+            config=config.loop,
+            state=state,
+            step_fn=lambda state, batch: jitted(state, place_batch(batch, mesh, compute.rules)),
+            batches=batches,
+            meta={**settings, "recipe": dataclasses.asdict(config)},
+            evaluate=None if evaluate is None else lambda state: evaluate(trained(state)),
+            stop_when=stop_when,
+            progress=Progress(stage, config.loop.steps),
+        )
     return trained(state), {
         "seconds": time.monotonic() - began,
         "steps": int(state.step),

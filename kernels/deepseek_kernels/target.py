@@ -1,6 +1,7 @@
 """What a program is compiled for: kernels are chosen by this, never by the machine that happens to trace."""
 
 import dataclasses
+import typing
 from typing import Any, Literal
 
 import jax
@@ -13,7 +14,7 @@ class Target:
     """platform; chip: the compute capability of an NVIDIA GPU ("9.0"), the kind of a TPU ("TPU v5p"), "" of a CPU;
     cores: processors of one device that a kernel may spread over, 0 where that does not matter.
 
-    >>> Target("cuda", "9.0", 132)
+    >>> Target.parse("cuda:9.0:132")
     Target(platform='cuda', chip='9.0', cores=132)
     """
 
@@ -32,7 +33,25 @@ class Target:
         return cls(vendor, str(device.compute_capability), int(device.core_count))
 
     @classmethod
+    def parse(cls, text: str) -> "Target":
+        """``PLATFORM[:CHIP[:CORES]]``, as ``str`` writes it. ValueError for another platform or number."""
+        platform, chip, cores, *more = [*text.split(":"), "", ""]
+        if platform not in typing.get_args(Platform) or any(more) or not (cores or "0").isdecimal():
+            allowed = ", ".join(typing.get_args(Platform))
+            raise ValueError(f"target={text!r}: expected PLATFORM[:CHIP[:CORES]] with one of {allowed}, or auto")
+        return cls(typing.cast(Platform, platform), chip, int(cores or 0))
+
+    def __str__(self) -> str:
+        return ":".join([self.platform, self.chip, str(self.cores)]).removesuffix(":0").rstrip(":")
+
+    @classmethod
     def here(cls) -> "Target":
-        """The first device of the current mesh, or else of this process: what a function is for that is told nothing."""
-        mesh = jax.sharding.get_mesh()
-        return cls.of(jax.devices()[0] if mesh.empty else mesh.devices.flat[0])
+        """What a function is for that is told nothing: the current mesh's devices, or else this process' first."""
+        device = jax.devices()[0]
+        mesh = jax.sharding.get_abstract_mesh()
+        known = None if mesh.empty else mesh.abstract_device
+        if known is None or known.device_kind == device.device_kind:
+            return cls.of(device)
+        if known.platform not in ("cpu", "tpu"):
+            raise ValueError(f"the mesh is for {known}, of which only a device here would tell more: pass target=…")
+        return cls(known.platform, known.device_kind if known.platform == "tpu" else "")

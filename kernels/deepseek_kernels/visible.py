@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Int
 class Visible:
     """Query s of row b sees key t of the row where all of these hold; a query that sees no key gets zeros.
 
-    causal: the key's position is at most the query's. q_positions_BS, k_positions_BT: None for 0, 1, 2, … along the row.
+    causal: the key's position is at most the query's. q_positions_BS, k_positions_BT: None for 0, 1, 2, … in the row.
     q_segments_BS, k_segments_BT: both of one segment; None: there are none. lengths_B: the first ``lengths[b]`` keys
     exist; None: all do. What is None is known while tracing, so that a plain causal kernel can be chosen.
     """

@@ -11,7 +11,7 @@ from model import oracle
 from model.tiny import V1, V2, V3, config, float64, relative_error, weights
 
 from deepseek_jax.model.moe import DeepSeekMoE
-from deepseek_jax.parallel.mesh import MeshConfig, make_mesh, use_mesh
+from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
 
 CONFIGS = {
     "v1": config(V1),
@@ -90,7 +90,7 @@ def test_gradients_equal_those_of_all_experts_computed(gradients):
 def test_a_mesh_changes_nothing(gradients):
     """Rows over data and expert, widths over tensor: value, gradients and load stay the same."""
     *_, params, x, _, make, ((value, stats), grads) = gradients
-    with use_mesh(make_mesh(MeshConfig(data=2, expert=2, tensor=2))):
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, expert=2, tensor=2))):
         (on_mesh, mesh_stats), mesh_grads = make()(params, x)
     np.testing.assert_allclose(on_mesh, value, rtol=1e-5)
     np.testing.assert_array_equal(mesh_stats.load_E, stats.load_E)

@@ -9,7 +9,7 @@ from model import oracle
 from model.tiny import QWEN, V1, V2_LITE, V3, config, float64, relative_error, weights
 
 from deepseek_jax.model.transformer import Transformer, init, logical_axes, merge, split
-from deepseek_jax.parallel.sharding import RULES
+from deepseek_jax.parallel.sharding import ShardingRules
 
 SHAPES = {"v1": config(V1), "v2_lite": config(V2_LITE), "v3": config(V3), "dense": config(QWEN)}
 
@@ -34,7 +34,7 @@ def test_every_parameter_has_logical_axes_with_rules(tiny):
     )
     for path, (shape, names) in jax.tree_util.tree_leaves_with_path(named, is_leaf=lambda x: isinstance(x, tuple)):
         assert len(shape) == len(names), path
-        RULES.spec(names)
+        ShardingRules().spec(names)
         stacked = jax.tree_util.keystr(path[:1]) in ("['dense_layers']", "['moe_layers']")
         assert (names[0] == "layers") == stacked, path
 

@@ -11,8 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deepseek_jax.checkpoint.model import Model
+from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig, RopeScaling
 from deepseek_jax.model import transformer
+from deepseek_jax.parallel.mesh import make_mesh
 
 V3: dict[str, Any] = dict(
     vocab_size=40,
@@ -96,6 +99,12 @@ def weights(config: ModelConfig, seed: int = 0) -> tuple[dict[str, Any], jax.Arr
 
     params = jax.tree_util.tree_map_with_path(draw, params)
     return params, None if bias is None else jnp.asarray(0.3 * rng.standard_normal(bias.shape), jnp.float32)
+
+
+def whole(config: ModelConfig, params: Any, bias: Any, tokenizer: Any = None, mesh: Any = None) -> Model:
+    """These arrays as a model, by default on one device."""
+    mesh = mesh or make_mesh(devices=jax.devices()[:1])
+    return Model(config, ComputeConfig().on(mesh), params, bias, tokenizer, mesh)
 
 
 def layer(stack: dict[str, Any], index: int) -> dict[str, Any]:

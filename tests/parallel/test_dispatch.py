@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek_jax.parallel.dispatch import combine_rows, gather_rows, per_token_shard, sort_by_expert
-from deepseek_jax.parallel.mesh import MeshConfig, make_mesh, use_mesh
+from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
 
 T, K, E, D = 10, 3, 6, 4
 sort = jax.jit(sort_by_expert, static_argnames=("experts", "block"))
@@ -134,7 +134,7 @@ def test_each_device_computes_its_own_tokens(mesh):
         return jax.jit(jax.value_and_grad(functools.partial(loss, run=run), (0, 1, 2, 3)))(*arrays)
 
     value, right = grads(compute)
-    with use_mesh(make_mesh(mesh)):
+    with jax.set_mesh(make_mesh(mesh)):
         on_mesh, mesh_grads = grads(functools.partial(per_token_shard, compute))
     np.testing.assert_allclose(on_mesh, value, rtol=1e-4)
     for grad, expected in zip(mesh_grads, right, strict=True):

@@ -4,7 +4,7 @@ import jax
 import pytest
 from jax.sharding import AxisType
 
-from deepseek_jax.parallel.mesh import AXES, MeshConfig, current_mesh, make_mesh, use_mesh
+from deepseek_jax.parallel.mesh import AXES, MeshConfig, current_mesh, make_mesh
 
 
 def test_data_takes_the_devices_that_the_other_axes_leave():
@@ -56,15 +56,14 @@ def test_a_wrong_size_is_refused(values, named):
         MeshConfig(**values)
 
 
-def test_the_current_mesh_is_set_inside_the_context_only():
+def test_the_current_mesh_is_the_one_that_was_set_inside_jit_too():
     first, second = make_mesh(), make_mesh(MeshConfig(fsdp=2))
+    seen = []
+    look = jax.jit(lambda x: seen.append(current_mesh()) or x)
     assert current_mesh() is None
-    with use_mesh(first) as mesh:
-        assert current_mesh() is mesh is first
-        with use_mesh(second):
-            assert current_mesh() is second
-        assert current_mesh() is first
-        with pytest.raises(RuntimeError), use_mesh(second):
-            raise RuntimeError
-        assert current_mesh() is first
+    for mesh in (first, second, first):
+        with jax.set_mesh(mesh):
+            assert current_mesh() == mesh.abstract_mesh
+            look(0)
+    assert seen == [first.abstract_mesh, second.abstract_mesh]  # part of jit's key: another one is another program
     assert current_mesh() is None

@@ -8,9 +8,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from model.tiny import QWEN, V3, config, weights
 
 from deepseek_jax.model.transformer import logical_axes
-from deepseek_jax.parallel.mesh import MeshConfig, make_mesh, use_mesh
+from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
 from deepseek_jax.parallel.sharding import (
-    RULES,
     ShardingRules,
     constrain,
     named_sharding,
@@ -20,25 +19,25 @@ from deepseek_jax.parallel.sharding import (
 
 
 def test_rules_give_the_partition():
-    assert RULES.spec(("embed", "mlp")) == PartitionSpec(("fsdp",), ("tensor",))
-    assert RULES.spec(("layers", "experts", "embed", None, "mlp")) == PartitionSpec(
+    assert ShardingRules().spec(("embed", "mlp")) == PartitionSpec(("fsdp",), ("tensor",))
+    assert ShardingRules().spec(("layers", "experts", "embed", None, "mlp")) == PartitionSpec(
         None, ("expert",), ("fsdp",), None, ("tensor",)
     )
-    assert RULES.spec(("batch", "sequence")) == PartitionSpec(("data", "fsdp", "expert"), ("context",))
-    assert RULES.spec(()) == PartitionSpec()
+    assert ShardingRules().spec(("batch", "sequence")) == PartitionSpec(("data", "fsdp", "expert"), ("context",))
+    assert ShardingRules().spec(()) == PartitionSpec()
 
 
 def test_axes_that_collide_are_refused():
     with pytest.raises(ValueError, match="'heads' and 'mlp'.*both claim the mesh axis 'tensor'"):
-        RULES.spec(("heads", "mlp"))
+        ShardingRules().spec(("heads", "mlp"))
     with pytest.raises(ValueError, match="'batch' and 'embed'.*'fsdp'"):
-        RULES.spec(("batch", None, "embed"))
+        ShardingRules().spec(("batch", None, "embed"))
     assert ShardingRules(heads=()).spec(("heads", "mlp")) == PartitionSpec(None, ("tensor",))
 
 
 def test_an_unknown_axis_is_refused_by_name():
     with pytest.raises(ValueError, match="'width'"):
-        RULES.spec(("embed", "width"))
+        ShardingRules().spec(("embed", "width"))
 
 
 def test_an_uneven_split_is_refused_with_axis_and_sizes():
@@ -91,8 +90,8 @@ def test_a_batch_that_the_mesh_does_not_divide_is_refused():
 
 def test_constrain_places_on_the_current_mesh_and_does_nothing_without():
     x = jnp.zeros((8, 4, 6))
-    assert constrain(x, "batch", "sequence", None) is x
+    assert constrain(x, ShardingRules(), "batch", "sequence", None) is x
     mesh = make_mesh(MeshConfig(data=4, context=2))
-    with use_mesh(mesh):
-        y = jax.jit(lambda x: constrain(x + 1, "batch", "sequence", None))(x)
+    with jax.set_mesh(mesh):
+        y = jax.jit(lambda x: constrain(x + 1, ShardingRules(), "batch", "sequence", None))(x)
     assert isinstance(y.sharding, NamedSharding) and y.sharding.shard_shape(y.shape) == (2, 2, 6)

@@ -12,7 +12,7 @@ from model.tiny import V3, config, weights
 from train.cases import BATCH, TINY, on_device
 
 from deepseek_jax.model.router import route
-from deepseek_jax.parallel.mesh import MeshConfig, make_mesh, use_mesh
+from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
 from deepseek_jax.parallel.sharding import place_batch
 from deepseek_jax.train.losses import LanguageModelLoss
 from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer

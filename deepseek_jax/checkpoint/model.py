@@ -1,0 +1,115 @@
+"""A model that travels whole: what ``load`` returns, what every stage starts from, ends with and saves."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from deepseek_jax.checkpoint.hf_load import read_released
+from deepseek_jax.checkpoint.reading import restore_params
+from deepseek_jax.checkpoint.store import CheckpointStore
+from deepseek_jax.compute import ComputeConfig
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.model import transformer
+from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.parallel.sharding import tree_shardings
+
+CHECKPOINTS = "checkpoints"  # the folder of a run that holds them
+TOKENIZER = "tokenizer.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What a network is, how it is computed, its arrays and where they live, and how it reads and writes text.
+
+    tokenizer: with its chat template and stop ids; None where a released folder has none.
+    """
+
+    config: ModelConfig
+    compute: ComputeConfig
+    params: Any
+    router_bias: jax.Array | None
+    tokenizer: Tokenizer | None
+    mesh: Mesh
+
+    def network(self) -> transformer.Transformer:
+        """The network as a module; no array is copied."""
+        return transformer.merge(self.config, self.params, self.router_bias, self.compute)
+
+    def __call__(self, tokens_BS: jax.Array, **options: Any) -> transformer.ModelOutput:
+        """``Transformer.__call__`` on the model's mesh."""
+        with jax.set_mesh(self.mesh):
+            return self.network()(tokens_BS, **options)
+
+    @property
+    def text(self) -> Tokenizer:
+        """The tokenizer. ValueError where there is none."""
+        if self.tokenizer is None:
+            raise ValueError(f"this model came without {TOKENIZER}, which reading and writing text takes")
+        return self.tokenizer
+
+
+def is_released(path: str | Path) -> bool:
+    """Whether this is a model as released: config.json beside safetensors."""
+    return (Path(path) / "config.json").is_file() and any(Path(path).glob("*.safetensors"))
+
+
+def load(
+    path: str | Path,
+    *,
+    compute: ComputeConfig = ComputeConfig(),
+    mesh: Mesh | None = None,
+    step: int | None = None,
+    ema: bool = False,
+    ignore_config: tuple[str, ...] = (),
+) -> Model:
+    """The model in a run's folder or in a released one, its parameters in ``compute.param_dtype`` on ``mesh``.
+
+    Args:
+      mesh: by default one device.
+      step, ema: of a run, a checkpoint other than the newest, and the running mean in place of the parameters.
+      ignore_config: of a released folder, fields of config.json to pass over, see ``hf_config.from_hf``.
+
+    Raises FileNotFoundError where there is neither, ValueError for what is damaged, unknown or not to be had.
+    """
+    path, mesh = Path(path), mesh or make_mesh(devices=jax.devices()[:1])
+    compute = compute.on(mesh)
+    if is_released(path):
+        if step is not None or ema:
+            raise ValueError(f"{path} is a released model: it has no other steps and no running mean")
+        tokenizer = Tokenizer.from_folder(path) if (path / TOKENIZER).is_file() else None  # fails sooner than weights
+        return Model(*_released(path, compute, mesh, ignore_config), tokenizer, mesh)
+    if ignore_config:
+        raise ValueError(f"ignore_config={ignore_config}: it is for a released model's config.json, and {path} is none")
+    return Model(*_run(path, compute, mesh, step, ema), Tokenizer.from_folder(path), mesh)
+
+
+def _released(path: Path, compute: ComputeConfig, mesh: Mesh, ignore_config: tuple[str, ...]):
+    config, params, router_bias = read_released(path, compute, mesh, ignore_config)
+    return config, compute, params, router_bias
+
+
+def _run(path: Path, compute: ComputeConfig, mesh: Mesh, step: int | None, ema: bool):
+    folder = path / CHECKPOINTS
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{path} holds no {CHECKPOINTS}/, nor config.json beside safetensors")
+    if compute.param_dtype == "float8_e4m3":
+        raise ValueError(f"param_dtype={compute.param_dtype!r}: {path} holds float32 parameters")
+    with CheckpointStore(folder, keep=1) as store:
+        meta = store.read_meta(step)
+    config = ModelConfig.from_dict(meta["model"])
+    if ema and not meta.get("recipe", {}).get("step", {}).get("ema_decay"):
+        raise ValueError(f"{path} keeps no running mean of its parameters: step.ema_decay was 0")
+    name = "ema" if ema else "params"
+    params, router_bias = transformer.abstract_arrays(config)
+    shardings = tree_shardings(mesh, transformer.logical_axes(config), params, compute.rules)
+    place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)  # noqa: E731
+    wanted = {name: jax.tree.map(place, params, shardings)}
+    if router_bias is not None:
+        wanted["router_bias"] = place(router_bias, NamedSharding(mesh, PartitionSpec()))
+    arrays, _ = restore_params(folder, wanted, step=step)
+    params = jax.tree.map(lambda leaf: leaf.astype(compute.param_dtype), arrays[name])
+    return config, compute, params, arrays.get("router_bias")

@@ -1,0 +1,56 @@
+"""How a network is computed: nothing here changes what it is, so a checkpoint does not record it."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+from jax.sharding import Mesh
+
+from deepseek_jax.config import check_types
+from deepseek_jax.parallel.sharding import ShardingRules
+from deepseek_kernels.target import Target
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputeConfig:
+    """What a run may change from one day to the next.
+
+    dtype: of activations and products; sums, norms' statistics, softmax, router and losses are float32 always.
+    param_dtype: of parameters at rest, for inference; a ``TrainState`` keeps float32 masters whatever it says.
+      ``float8_e4m3`` keeps the FP8 matrices of a checkpoint that has them as they are.
+    remat: what a layer keeps for its backward pass: with ``none`` everything, ``dots`` its products, ``full`` nothing.
+    scan_unroll: layers per turn of the scan: more compile longer and run faster, on a CPU above all.
+    target: what kernels are chosen for, spelled as ``Target.parse`` reads it; ``auto``: the mesh's first device.
+    attention, decode_attention, experts, grouped_matmul: implementations by name; ``auto``: the registry's choice.
+    rules: which mesh axes split which logical axis.
+    """
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    param_dtype: Literal["float32", "bfloat16", "float8_e4m3"] = "float32"
+    remat: Literal["none", "dots", "full"] = "none"
+    scan_unroll: int = 1
+    target: str = "auto"
+    attention: str = "auto"
+    decode_attention: str = "auto"
+    experts: str = "auto"
+    grouped_matmul: str = "auto"
+    rules: ShardingRules = ShardingRules()
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if self.scan_unroll < 1:
+            raise ValueError(f"scan_unroll={self.scan_unroll}: must be positive")
+        if self.target != "auto":
+            Target.parse(self.target)
+
+    def on(self, mesh: Mesh | None) -> "ComputeConfig":
+        """The same with the target spelled out: the one given, else the first device of ``mesh`` or of this process."""
+        if self.target != "auto":
+            return self
+        target = Target.of(jax.devices()[0] if mesh is None else mesh.devices.flat[0])
+        return dataclasses.replace(self, target=str(target))
+
+    @property
+    def kernels(self) -> Target:
+        """What kernels are chosen for. While ``target`` is ``auto``: the device that Python finds itself before."""
+        return Target.here() if self.target == "auto" else Target.parse(self.target)

@@ -33,6 +33,16 @@ class Target:
 
     @classmethod
     def here(cls) -> "Target":
-        """The first device of the current mesh, or else of this process: what a function is for that is told nothing."""
-        mesh = jax.sharding.get_mesh()
-        return cls.of(jax.devices()[0] if mesh.empty else mesh.devices.flat[0])
+        """The first device of the current mesh, or else of this process: what a function is for that is told nothing.
+
+        Raises:
+          ValueError: inside jit, under a mesh of devices that are not this process's: their target must be named.
+        """
+        mesh, own = jax.sharding.get_abstract_mesh(), jax.devices()[0]
+        kind = None if mesh.empty else mesh.abstract_device
+        if kind is None or kind.device_kind == own.device_kind:
+            return cls.of(own)
+        try:
+            return cls.of(jax.sharding.get_mesh().devices.flat[0])
+        except ValueError:  # a trace knows the mesh's shape and kind of device alone
+            raise ValueError(f"target=None inside jit, under a mesh of {kind.device_kind}: name the target") from None

@@ -17,13 +17,16 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from deepseek_jax.data.tokenizer import END_THINK, THINK
+from deepseek_jax.rl.rewards import accuracy_reward
+from deepseek_jax.rl.tasks import Row, Task, TaskConfig
 
 KINDS = ("add", "sub", "mul")
 HELD_OUT_SHARE = 0.15
@@ -184,9 +187,16 @@ def read_jsonl(path: str | Path) -> list[Problem]:
 
 def _parse_line(line: bytes) -> Problem:
     fields = json.loads(line.decode("utf-8"))
+    if not isinstance(fields, dict):
+        raise ValueError(f"expected a JSON object, got {line[:80]!r}")
+    return check_problem(fields)
+
+
+def check_problem(fields: Mapping[str, Any]) -> Problem:
+    """The problem with these fields and maybe others. ValueError where one of `Problem` is missing or not right."""
     names = [field.name for field in dataclasses.fields(Problem)]
-    if not isinstance(fields, dict) or set(fields) != set(names):
-        raise ValueError(f"expected a JSON object with the fields {', '.join(names)}, got {line[:80]!r}")
+    if not set(names) <= set(fields):
+        raise ValueError(f"expected the fields {', '.join(names)}, got {', '.join(map(str, fields)) or 'none'}")
     if not isinstance(fields["kind"], str):
         raise ValueError(f"kind must be a string, got {fields['kind']!r}")
     if type(fields["a"]) is not int or type(fields["b"]) is not int:  # True is an int to isinstance
@@ -196,3 +206,15 @@ def _parse_line(line: bytes) -> Problem:
         if fields[name] != getattr(right, name):
             raise ValueError(f"{name} is {fields[name]!r}, but this problem's is {getattr(right, name)!r}")
     return right
+
+
+def make(config: TaskConfig) -> Task:
+    """The task: rows are `Problem`s, and right is the answer to the letter."""
+    for name in ("prompt", "answer", "template"):
+        if getattr(config, name):
+            raise ValueError(f"task.{name}={getattr(config, name)!r}: the task arithmetic asks its own problems")
+
+    def accuracy(completion: str, row: Row) -> float:
+        return accuracy_reward(completion, check_problem(row).answer)
+
+    return Task(lambda row: to_prompt(check_problem(row)), accuracy, system=config.system)

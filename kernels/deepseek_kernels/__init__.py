@@ -1,6 +1,6 @@
 """Kernels as functions of arrays, each beside its plain-``jnp`` reference. Imports jax alone."""
 
-from deepseek_kernels.attention import mla_attention, mla_attention_reference
+from deepseek_kernels.attention import attention_reference, gqa_attention, mla_attention, mla_decode
 from deepseek_kernels.block_fp8 import BlockScaled, dequantise, dequantise_reference, quantise
 from deepseek_kernels.grouped_matmul import grouped_matmul, grouped_matmul_reference
 from deepseek_kernels.product import product, weight_gradient
@@ -17,16 +17,18 @@ __all__ = [
     "InStack",
     "Target",
     "Visible",
+    "attention_reference",
     "can_fuse_experts",
     "choose",
     "dequantise",
     "dequantise_reference",
     "fused_experts",
     "fused_experts_reference",
+    "gqa_attention",
     "grouped_matmul",
     "grouped_matmul_reference",
     "mla_attention",
-    "mla_attention_reference",
+    "mla_decode",
     "product",
     "quantise",
     "table",

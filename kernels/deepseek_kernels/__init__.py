@@ -5,7 +5,7 @@ from deepseek_kernels.block_fp8 import BlockScaled, dequantise, dequantise_refer
 from deepseek_kernels.grouped_matmul import grouped_matmul, grouped_matmul_reference
 from deepseek_kernels.product import product, weight_gradient
 from deepseek_kernels.registry import Choice, choose, table
-from deepseek_kernels.routed_experts import can_fuse_experts, fused_experts, fused_experts_reference
+from deepseek_kernels.routed_experts import routed_experts
 from deepseek_kernels.target import Target
 from deepseek_kernels.visible import Visible
 from deepseek_kernels.weights import Columns, InStack
@@ -18,12 +18,9 @@ __all__ = [
     "Target",
     "Visible",
     "attention_reference",
-    "can_fuse_experts",
     "choose",
     "dequantise",
     "dequantise_reference",
-    "fused_experts",
-    "fused_experts_reference",
     "gqa_attention",
     "grouped_matmul",
     "grouped_matmul_reference",
@@ -31,6 +28,7 @@ __all__ = [
     "mla_decode",
     "product",
     "quantise",
+    "routed_experts",
     "table",
     "weight_gradient",
 ]

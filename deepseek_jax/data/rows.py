@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -17,7 +17,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from deepseek_jax.data.loader import BatchLoader, LoaderOptions
 from deepseek_jax.data.packing import Row, segment_positions
-from deepseek_jax.data.text import read_objects
+from deepseek_jax.data.text import PathLike, Record, read_rows
 
 FORMAT = 1
 _ROWS = "rows.array_record"
@@ -160,9 +160,19 @@ class RowLoader(BatchLoader[Row]):
         super().__init__(source, fingerprint=source.meta["fingerprint"], batch_fn=None, **options)
 
 
-class PromptLoader(BatchLoader[list[dict[str, Any]]]):
-    """Lists of B/P problems from a JSONL file, one object a line; the fingerprint is that of the file."""
+class PromptLoader(BatchLoader[list[Record]]):
+    """Lists of B/P rows of JSONL or Parquet files, which are held in memory as `rows`: questions are few and short.
 
-    def __init__(self, path: str | os.PathLike[str], **options: Unpack[LoaderOptions]):
-        fingerprint = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-        super().__init__(read_objects(path), fingerprint=fingerprint, batch_fn=list, **options)
+    The fingerprint is that of the files' bytes, in their order.
+    """
+
+    def __init__(self, paths: PathLike | Sequence[PathLike], **options: Unpack[LoaderOptions]):
+        paths = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+        digests = []
+        for path in paths:
+            with open(path, "rb") as file:
+                digests.append(hashlib.file_digest(file, "sha256"))
+        # One file's digest stands for itself: runs that were saved with it go on.
+        joined = digests[0] if len(digests) == 1 else hashlib.sha256(b"".join(d.digest() for d in digests))
+        self.rows = list(read_rows(paths))
+        super().__init__(self.rows, fingerprint=joined.hexdigest(), batch_fn=list, **options)

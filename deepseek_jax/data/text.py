@@ -1,4 +1,4 @@
-"""Reads documents and chats from files; a broken line is named by file and line."""
+"""Reads documents, chats and rows of any columns from files; a broken line is named by file and line."""
 
 import gzip
 import json
@@ -6,7 +6,7 @@ import logging
 import os
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,24 +36,20 @@ def read_documents(
     def document(value: Any) -> str:
         if not isinstance(value, dict) or text_field not in value:
             raise ValueError(f'no field "{text_field}"; each line must be {{"{text_field}": "..."}}')
-        return _check_text(value[text_field], text_field)
+        return check_text(value[text_field], text_field)
 
     for path in map(Path, _as_list(paths)):
-        if path.name.endswith(_JSONL):
-            records = _json_lines(path)
-        elif path.suffix == ".parquet":
-            records = _parquet_rows(path, text_field)
-        elif path.suffix == ".txt":
+        if path.suffix == ".txt":
             records = iter([(1, lambda path=path: {text_field: path.read_bytes().decode("utf-8")})])
         else:
-            raise ValueError(f"{path}: unknown kind of file; .jsonl, .jsonl.gz, .parquet and .txt can be read")
+            records = _records(path, text_field, also=", .txt")
         yield from _good(path, records, document, skip_broken, skipped)
 
 
 def read_chats(
     paths: PathLike | Iterable[PathLike], *, skip_broken: bool = False, skipped: Counter[str] | None = None
 ) -> Iterator[list[dict[str, str]]]:
-    """Conversations of .jsonl or .jsonl.gz: {"messages": [{"role", "content"}, ...]} a line.
+    """Conversations of .jsonl, .jsonl.gz or .parquet: {"messages": [{"role", "content"}, ...]} a line or row.
 
     Broken lines are treated as in `read_documents`.
     """
@@ -63,22 +59,42 @@ def read_chats(
             raise ValueError('no field "messages"; each line must be {"messages": [{"role": ..., "content": ...}]}')
         check_messages(value["messages"])
         for message in value["messages"]:
-            _check_text(message["content"], "content")
+            check_text(message["content"], "content")
         return value["messages"]
 
     for path in map(Path, _as_list(paths)):
-        yield from _good(path, _json_lines(path), chat, skip_broken, skipped)
+        yield from _good(path, _records(path, "messages"), chat, skip_broken, skipped)
 
 
-def read_objects(path: PathLike) -> list[dict[str, Any]]:
-    """All objects of a .jsonl or .jsonl.gz file; a broken line is a ValueError "FILE:LINE: what is wrong"."""
+class Record(dict[str, Any]):
+    """A row by column; `where` says which it is: "FILE:LINE", or "FILE:ROW" of a Parquet file, counted from 1."""
 
-    def record(value: Any) -> dict[str, Any]:
-        if not isinstance(value, dict):
-            raise ValueError(f"a {type(value).__name__}; each line must be an object")
-        return value
+    __slots__ = ("where",)
 
-    return list(_good(Path(path), _json_lines(Path(path)), record, False, None))
+    def __init__(self, columns: Mapping[str, Any], where: str):
+        super().__init__(columns)
+        self.where = where
+
+
+def read_rows(paths: PathLike | Iterable[PathLike]) -> Iterator[Record]:
+    """Rows of .jsonl, .jsonl.gz and .parquet with whatever columns they have, one at a time.
+
+    A broken line, and one that is no JSON object, is a ValueError "FILE:LINE: what is wrong".
+    """
+    for path in map(Path, _as_list(paths)):
+        for number, parse in _records(path):
+            try:
+                columns = parse()
+                if not isinstance(columns, dict):
+                    raise ValueError(f"a {type(columns).__name__}; each line must be an object")
+            except ValueError as error:
+                raise ValueError(f"{path}:{number}: {error}") from error
+            yield Record(columns, f"{path}:{number}")
+
+
+def read_objects(path: PathLike) -> list[Record]:
+    """All of a file's rows, see `read_rows`."""
+    return list(read_rows(path))
 
 
 # A record that is not parsed yet: its line number, and a function that parses it or raises ValueError.
@@ -104,9 +120,16 @@ def _good(
         logger.warning("%s: skipped %d broken lines", path, broken)
 
 
+def _records(path: Path, column: str | None = None, *, also: str = "") -> _Records:
+    """The records of a file by the kind that its name says; of Parquet, `column` alone."""
+    if path.name.endswith(_JSONL):
+        return _json_lines(path)
+    if path.suffix == ".parquet":
+        return _parquet_rows(path, column)
+    raise ValueError(f"{path}: unknown kind of file; {', '.join(_JSONL)}, .parquet{also} can be read")
+
+
 def _json_lines(path: Path) -> _Records:
-    if not path.name.endswith(_JSONL):
-        raise ValueError(f"{path}: unknown kind of file; .jsonl and .jsonl.gz can be read")
     number = 0
     with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
         try:
@@ -124,7 +147,7 @@ def _parse_json(line: bytes) -> Any:
         raise ValueError(f"not JSON ({error.msg} at column {error.colno}); one JSON object a line") from error
 
 
-def _parquet_rows(path: Path, column: str) -> _Records:
+def _parquet_rows(path: Path, column: str | None) -> _Records:
     import pyarrow
     import pyarrow.parquet
 
@@ -134,16 +157,18 @@ def _parquet_rows(path: Path, column: str) -> _Records:
         raise ValueError(f"{path}: not a whole Parquet file ({error})") from error
     with file:
         names = file.schema_arrow.names
-        if column not in names:
+        if column is not None and column not in names:
             raise ValueError(f'{path}: no column "{column}"; it has {", ".join(names)}')
         number = 0
-        for batch in file.iter_batches(batch_size=1024, columns=[column]):
-            for value in batch.column(0):
+        for batch in file.iter_batches(batch_size=1024, columns=None if column is None else [column]):
+            columns = list(zip(batch.schema.names, batch.columns, strict=True))
+            for index in range(batch.num_rows):
                 number += 1
-                yield number, lambda value=value: {column: value.as_py()}
+                yield number, lambda columns=columns, index=index: {name: at[index].as_py() for name, at in columns}
 
 
-def _check_text(value: Any, field: str) -> str:
+def check_text(value: Any, field: str) -> str:
+    """`value`, if it is text that a tokenizer can take; ValueError if not."""
     if not isinstance(value, str):
         raise ValueError(f'"{field}" is of type {type(value).__name__}; it must be text')
     value.encode("utf-8")  # JSON can spell half a surrogate pair, which is no text

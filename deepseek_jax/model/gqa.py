@@ -1,15 +1,17 @@
 """Grouped-query attention with rotary positions: V1 (every head its own keys) and the dense students."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.model.attention import einsum32, masked_softmax, write_columns
 from deepseek_jax.model.layers import param, zeros
 from deepseek_jax.model.rope import rotate, softmax_scale
+from deepseek_kernels import Visible, gqa_attention, product
 
 
 class GQA(nnx.Module):
@@ -36,32 +38,25 @@ class GQA(nnx.Module):
         self,
         x_BSD: Float[Array, "B S D"],
         rope,
-        mask_BST: Bool[Array, "B S T"],
-        cache: tuple[jax.Array, jax.Array] | None = None,
+        visible: Visible,
+        memory: Any = None,
         *,
         absorbed: bool = False,
-    ) -> tuple[Float[Array, "B S D"], jax.Array | None]:
-        """Attend over this row, or over ``cache = (buffer, length)``. There is nothing to absorb: one form."""
+    ) -> tuple[Float[Array, "B S D"], Any]:
+        """Attend over this row, or over all that ``memory`` holds. There is nothing to absorb: one form."""
         del absorbed
-        config, dtype = self.config, x_BSD.dtype
-        groups, width = config.num_key_value_heads, config.head_dim
-        q_BSHN = jnp.einsum("bsd,dhn->bshn", x_BSD, self.q[...].astype(dtype))
-        kv = jnp.einsum("bsd,dxgn->bsxgn", x_BSD, self.kv[...].astype(dtype))
+        config, compute, dtype = self.config, self.compute, x_BSD.dtype
+        q_BSHN = product("bsd,dhn->bshn", x_BSD, self.q[...], target=compute.kernels)
+        kv = product("bsd,dxgn->bsxgn", x_BSD, self.kv[...], target=compute.kernels)
         if self.q_bias is not None and self.kv_bias is not None:
             q_BSHN, kv = q_BSHN + self.q_bias[...].astype(dtype), kv + self.kv_bias[...].astype(dtype)
         q_BSHN = rotate(q_BSHN, rope, interleave=config.rope_interleave)
-        k_BSGN = rotate(kv[:, :, 0], rope, interleave=config.rope_interleave)
-        kv = jnp.stack([k_BSGN, kv[:, :, 1]], axis=2)
-        buffer = None
-        if cache is not None:
-            flat = kv.reshape(*kv.shape[:2], -1)
-            buffer = write_columns(cache[0], flat, cache[1])
-            kv = buffer.reshape(*buffer.shape[:2], 2, groups, width)
-        k_BTGN, v_BTGN = kv[:, :, 0], kv[:, :, 1]
-        q_BSGMN = q_BSHN.reshape(*q_BSHN.shape[:2], groups, -1, width)
+        k_BTGN, v_BTGN = rotate(kv[:, :, 0], rope, interleave=config.rope_interleave), kv[:, :, 1]
+        if memory is not None:
+            entry = jnp.stack([k_BTGN, v_BTGN], axis=2)
+            memory, kept = memory.write(entry.reshape(*entry.shape[:2], -1))
+            k_BTGN, v_BTGN = jnp.moveaxis(kept.reshape(*kept.shape[:2], *entry.shape[2:]), 2, 0)
         with jax.named_scope("attend"):
-            scores = einsum32("bsgmn,btgn->bgmst", q_BSGMN, k_BTGN) * softmax_scale(config)
-            merged = scores.reshape(scores.shape[0], -1, *scores.shape[3:])
-            p = masked_softmax(merged, mask_BST).astype(dtype).reshape(scores.shape)
-            out = jnp.einsum("bgmst,btgn->bsgmn", p, v_BTGN).reshape(q_BSHN.shape)
-        return jnp.einsum("bshn,hnd->bsd", out, self.o[...].astype(dtype)), buffer
+            kernel = {"target": compute.kernels, "implementation": compute.attention}
+            out = gqa_attention(q_BSHN, k_BTGN, v_BTGN, visible, softmax_scale(config), **kernel)
+        return product("bshn,hnd->bsd", out, self.o[...], target=compute.kernels), memory

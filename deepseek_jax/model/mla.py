@@ -1,16 +1,17 @@
 """Multi-head latent attention (V2 section 2.1, V3 equations 1–11)."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.model.attention import einsum32, masked_softmax, write_columns
-from deepseek_jax.model.layers import Linear, RMSNorm, param, project, project_heads, zeros
+from deepseek_jax.model.layers import Linear, RMSNorm, param, zeros
 from deepseek_jax.model.rope import rotate, softmax_scale
-from deepseek_kernels import mla_attention
+from deepseek_kernels import Columns, Visible, mla_attention, mla_decode, product
 
 LATENT_EPS = 1e-6  # of the two latents' norms, whatever rms_norm_eps says: so in the released code
 
@@ -45,54 +46,52 @@ class MLA(nnx.Module):
         self,
         x_BSD: Float[Array, "B S D"],
         rope,
-        mask_BST: Bool[Array, "B S T"],
-        cache: tuple[jax.Array, jax.Array] | None = None,
+        visible: Visible,
+        memory: Any = None,
         *,
         absorbed: bool = False,
-    ) -> tuple[Float[Array, "B S D"], jax.Array | None]:
-        """Attend over this row, or over ``cache = (buffer, length)`` with the new columns written to it."""
+    ) -> tuple[Float[Array, "B S D"], Any]:
+        """Attend over this row, or over all that ``memory`` holds once the new tokens are written to it."""
         q_BSHN, q_BSHR = self._queries(x_BSD, rope)
         entry = self._entry(x_BSD, rope)
-        buffer = None
-        if cache is not None:
-            entry = buffer = write_columns(*cache[:1], entry, cache[1])
+        if memory is not None:
+            memory, entry = memory.write(entry)
         attend = self._absorbed if absorbed else self._plain
         with jax.named_scope("attend"):
-            out_BSHV: jax.Array = attend(q_BSHN, q_BSHR, entry, mask_BST)
-        o_HVD = self.o[...].astype(out_BSHV.dtype)
-        y = project(out_BSHV.reshape(*x_BSD.shape[:2], -1), o_HVD.reshape(-1, o_HVD.shape[2]))
+            out_BSHV: jax.Array = attend(q_BSHN, q_BSHR, entry, visible)
+        y = product("bshv,hvd->bsd", out_BSHV, self.o[...], target=self.compute.kernels)
         if self.o_bias is not None:
             y = y + self.o_bias[...].astype(y.dtype)
-        return y, buffer
+        return y, memory
 
     def _queries(self, x_BSD, rope):
         config = self.config
         with jax.named_scope("queries"):
             c = x_BSD if self.q_a is None or self.q_norm is None else self.q_norm(self.q_a(x_BSD))
-            q = project_heads(c, self.q_b[...].astype(c.dtype))
+            q = product("bsq,qhn->bshn", c, self.q_b[...], target=self.compute.kernels)
             nope, pe = jnp.split(q, [config.qk_nope_head_dim], axis=-1)
             return nope, rotate(pe, rope, interleave=config.rope_interleave)
 
     def _entry(self, x_BSD, rope):
-        """What the cache keeps of each token: the normalised latent, then the rotated shared key."""
+        """What a memory keeps of each token: the normalised latent, then the rotated shared key."""
         config = self.config
         with jax.named_scope("latent"):
             latent, pe = jnp.split(self.kv_a(x_BSD), [config.kv_lora_rank], axis=-1)
             pe = rotate(pe[:, :, None], rope, interleave=config.rope_interleave)[:, :, 0]
             return jnp.concatenate([self.kv_norm(latent), pe], axis=-1)
 
-    def _plain(self, q_BSHN, q_BSHR, entry_BTW, mask_BST):
+    def _plain(self, q_BSHN, q_BSHR, entry_BTW, visible):
         latent_BTC, pe_BTR = jnp.split(entry_BTW, [self.config.kv_lora_rank], axis=-1)
-        kv = project_heads(latent_BTC, self.kv_b[...].astype(latent_BTC.dtype))
+        kv = product("btc,chw->bthw", latent_BTC, self.kv_b[...], target=self.compute.kernels)
         q = jnp.concatenate([q_BSHN, q_BSHR], axis=-1)
-        return mla_attention(q, kv, pe_BTR, mask_BST, softmax_scale(self.config))
+        kernel = {"target": self.compute.kernels, "implementation": self.compute.attention}
+        return mla_attention(q, kv, pe_BTR, visible, softmax_scale(self.config), **kernel)
 
-    def _absorbed(self, q_BSHN, q_BSHR, entry_BTW, mask_BST):
-        config = self.config
-        up_CHN, up_CHV = jnp.split(self.kv_b[...].astype(q_BSHN.dtype), [config.qk_nope_head_dim], axis=-1)
-        q_BSHW = jnp.concatenate([jnp.einsum("bshn,chn->bshc", q_BSHN, up_CHN), q_BSHR], axis=-1)
-        scores = einsum32("bshw,btw->bhst", q_BSHW, entry_BTW)
-        p = masked_softmax(scores * softmax_scale(config), mask_BST).astype(entry_BTW.dtype)
-        # The rotated keys ride along and are dropped: cheaper than a copy of the cache without them.
-        context_BHSC = jnp.einsum("bhst,btw->bhsw", p, entry_BTW)[..., : config.kv_lora_rank]
-        return jnp.einsum("bhsc,chv->bshv", context_BHSC, up_CHV)
+    def _absorbed(self, q_BSHN, q_BSHR, entry_BTW, visible):
+        N, V, C = self.config.qk_nope_head_dim, self.config.v_head_dim, self.config.kv_lora_rank
+        target, kv_b = self.compute.kernels, self.kv_b[...]
+        q_BSHC = product("bshn,chn->bshc", q_BSHN, Columns(kv_b, 0, N), target=target)
+        q_BSHW = jnp.concatenate([q_BSHC, q_BSHR], axis=-1)
+        kernel = {"target": target, "implementation": self.compute.decode_attention}
+        context_BSHC = mla_decode(q_BSHW, entry_BTW, visible, softmax_scale(self.config), values=C, **kernel)
+        return product("bshc,chv->bshv", context_BSHC, Columns(kv_b, N, N + V), target=target)

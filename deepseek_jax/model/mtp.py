@@ -1,12 +1,14 @@
 """Multi-token prediction, depth 1 (V3 section 2.2)."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.model.block import Block
+from deepseek_jax.model.block import Block, Context
 from deepseek_jax.model.layers import Linear, RMSNorm
 from deepseek_jax.model.router import RouterStats
 
@@ -30,14 +32,17 @@ class MTP(nnx.Module):
         self,
         hidden_BSD: Float[Array, "B S D"],
         next_embedding_BSD: Float[Array, "B S D"],
-        rope,
-        mask_BSS: Bool[Array, "B S S"],
-        segment_ids_BS: Int[Array, "B S"],
+        context: Context,
         bias_E: Float[Array, "E"] | None,
-    ) -> tuple[Float[Array, "B S D"], RouterStats | None]:
+        *,
+        memory: Any = None,
+        chosen_BSK: Int[Array, "B S K"] | None = None,
+        absorbed: bool = False,
+    ) -> tuple[Float[Array, "B S D"], RouterStats | None, Any]:
         both = jnp.concatenate([self.embed_norm(next_embedding_BSD), self.hidden_norm(hidden_BSD)], axis=-1)
-        x, stats, _ = self.block(self.proj(both), rope, mask_BSS, segment_ids_BS, bias_E)
-        return self.norm(x), stats
+        options = {"memory": memory, "chosen_BSK": chosen_BSK, "absorbed": absorbed}
+        x, stats, memory = self.block(self.proj(both), context, bias_E, **options)
+        return self.norm(x), stats, memory
 
 
 def mtp_segments(segment_ids_BS: Int[Array, "B S"]) -> Int[Array, "B S"]:

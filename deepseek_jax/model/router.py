@@ -38,6 +38,7 @@ def route(
     x_TD: Float[Array, "T D"],
     w_DE: Float[Array, "D E"],
     bias_E: Float[Array, "E"] | None,
+    chosen_TK: Int[Array, "T K"] | None = None,
 ) -> Routing:
     """Affinities ``s``, the top K experts, and their gate values.
 
@@ -46,6 +47,8 @@ def route(
     two best sum highest (noaux_tc, V3 equation 16 and section 2.1.2). The bias decides who is chosen, never the
     weight: ``g = s`` of the chosen, divided by its sum with ``norm_topk_prob``, times ``routed_scaling_factor``.
     Ties go to the lower index.
+
+    chosen_TK: experts to take instead, those that a sampler took for instance; -1 leaves the choice to the router.
     """
     logits = jnp.einsum("td,de->te", x_TD.astype(jnp.float32), w_DE.astype(jnp.float32))
     scores = jax.nn.sigmoid(logits) if config.scoring == "sigmoid" else jax.nn.softmax(logits, axis=-1)
@@ -57,6 +60,8 @@ def route(
     elif config.topk_method == "group_limited_greedy":
         choice = limit_to_groups(config, choice, best=1)
     experts_TK = jax.lax.top_k(choice, config.num_experts_per_tok)[1]
+    if chosen_TK is not None:
+        experts_TK = jnp.where(chosen_TK >= 0, chosen_TK, experts_TK)
     weights_TK = jnp.take_along_axis(scores, experts_TK, axis=1)
     if config.norm_topk_prob:
         weights_TK = weights_TK / (jnp.sum(weights_TK, axis=1, keepdims=True) + 1e-20)

@@ -1,6 +1,5 @@
-"""The whole network: embedding, dense layers, MoE layers, norm, head, and the MTP module."""
+"""The whole network: embedding, dense layers, MoE layers, norm, head, and the MTP module, each callable by itself."""
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -11,13 +10,13 @@ from jaxtyping import Array, Float, Int
 
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.model.attention import Cache, packed_mask
-from deepseek_jax.model.block import Block
-from deepseek_jax.model.layers import Linear, RMSNorm, RouterBias, param, project
+from deepseek_jax.model.block import Block, Context
+from deepseek_jax.model.layers import Linear, RMSNorm, RouterBias, param
 from deepseek_jax.model.mtp import MTP, mtp_segments
 from deepseek_jax.model.rope import rotary_tables
 from deepseek_jax.model.router import RouterStats
 from deepseek_jax.parallel.sharding import constrain
+from deepseek_kernels import Visible, product
 
 
 @struct.dataclass
@@ -26,14 +25,14 @@ class ModelOutput:
 
     logits: (B S W) float32, or None where the caller applies the head itself. hidden: (B S D) after the final norm.
     mtp_hidden: (B S D), the head's input for the token after the next. router: statistics per MoE layer, L first, the
-    MTP module's last. cache: the cache with the new columns.
+    MTP module's last. memories: those given, with the new tokens.
     """
 
     logits: jax.Array | None
     hidden: jax.Array
     mtp_hidden: jax.Array | None
     router: RouterStats | None
-    cache: Cache | None
+    memories: Any
 
 
 class Transformer(nnx.Module):
@@ -43,19 +42,31 @@ class Transformer(nnx.Module):
     >>> model(jnp.zeros((1, 8), jnp.int32)).logits.shape
     (1, 8, 512)
 
-    Layers of a kind are stacked and scanned. ``router_bias`` (L E) has a row for each MoE layer and one for MTP.
+    Layers of a kind are stacked and scanned; with ``stacked=False`` they are modules of their own, one after the other,
+    as a sampler wants them. ``router_bias`` (L E) has a row for each MoE layer and one for MTP.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, compute: ComputeConfig = ComputeConfig()):
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        compute: ComputeConfig = ComputeConfig(),
+        stacked: bool = True,
+    ):
         self.config, self.compute = config, compute
         D, W = config.hidden_size, config.vocab_size
         self.embed = param(config, compute, rngs, (W, D), ("vocab", "embed"))
-        self.dense_layers = _stack(config, compute, config.num_dense_layers, moe=False, rngs=rngs)
-        self.moe_layers = _stack(config, compute, config.num_moe_layers, moe=True, rngs=rngs)
+        kinds = [False] * config.num_dense_layers + [True] * config.num_moe_layers
+        if stacked:
+            self.dense_layers = _stack(config, compute, config.num_dense_layers, moe=False, rngs=rngs)
+            self.moe_layers = _stack(config, compute, config.num_moe_layers, moe=True, rngs=rngs)
+            self.layers = None
+        else:
+            self.layers = nnx.List([Block(config, compute, moe=moe, rngs=rngs) for moe in kinds])
         self.norm = RMSNorm(config, compute, D, "embed")
-        self.head = (
-            None if config.tie_word_embeddings else Linear(config, compute, (D, W), ("embed", "vocab"), rngs=rngs)
-        )
+        tied = config.tie_word_embeddings
+        self.head = None if tied else Linear(config, compute, (D, W), ("embed", "vocab"), rngs=rngs)
         self.mtp = MTP(config, compute, rngs=rngs) if config.num_nextn_predict_layers else None
         zeros = jnp.zeros((config.num_routers, config.n_routed_experts), jnp.float32)
         self.router_bias = RouterBias(zeros) if config.has_router_bias else None
@@ -67,8 +78,9 @@ class Transformer(nnx.Module):
         *,
         positions_BS: Int[Array, "B S"] | None = None,
         segment_ids_BS: Int[Array, "B S"] | None = None,
-        cache: Cache | None = None,
-        layers: list[Block] | None = None,
+        visible: Visible | None = None,
+        memories: Any = None,
+        chosen_LBSK: Int[Array, "L B S K"] | None = None,
         absorbed: bool = False,
         mtp: bool = False,
         head: bool = True,
@@ -76,111 +88,171 @@ class Transformer(nnx.Module):
         """Run the network on rows of tokens.
 
         Args:
-          positions_BS: defaults to 0…S-1; with a cache, -1 marks padding.
-          segment_ids_BS: attention, load and balance loss keep to each segment; 0 is padding. Default: all one.
-          cache: continue these rows; ``absorbed`` picks MLA's weight-absorbed form, and ``layers`` hands in
-            ``unrolled()``'s result, which a loop makes once outside.
-          mtp: run the MTP module too (training); not with a cache.
+          positions_BS, segment_ids_BS, visible: see ``context``.
+          memories, chosen_LBSK, absorbed: see ``run_layers``.
+          mtp: run the MTP module too (training); not with memories.
           head: compute logits.
+        """
+        context = self.context(tokens_BS, positions_BS=positions_BS, segment_ids_BS=segment_ids_BS, visible=visible)
+        main = None if chosen_LBSK is None else chosen_LBSK[: self.config.num_moe_layers]
+        x, stats, memories = self.run_layers(
+            self.embedded(tokens_BS), context, memories=memories, chosen_LBSK=main, absorbed=absorbed
+        )
+        hidden, mtp_hidden = self.norm(x), None
+        if mtp:
+            if self.mtp is None or memories is not None:
+                raise ValueError("mtp=True needs num_nextn_predict_layers=1 and no memories")
+            chosen_BSK = None if chosen_LBSK is None else chosen_LBSK[self.config.num_moe_layers]
+            mtp_hidden, mtp_stats, _ = self.predict_next(hidden, tokens_BS, context, chosen_BSK=chosen_BSK)
+            stats = joined([stats, jax.tree.map(lambda leaf: leaf[None], mtp_stats)])
+        return ModelOutput(self.logits(hidden) if head else None, hidden, mtp_hidden, stats, memories)
+
+    # The phases, which a pipeline stage, a cached decode and speculation put together in their own ways.
+
+    def context(
+        self,
+        tokens_BS: Int[Array, "B S"],
+        *,
+        positions_BS: Int[Array, "B S"] | None = None,
+        segment_ids_BS: Int[Array, "B S"] | None = None,
+        visible: Visible | None = None,
+    ) -> Context:
+        """What all layers need to know of these rows.
+
+        Args:
+          positions_BS: of the rotation; defaults to 0…S-1.
+          segment_ids_BS: load and balance loss keep to each segment; 0 is padding. Default: one segment.
+          visible: what attention may look at. Default: the row up to the token itself, within its segment.
         """
         if positions_BS is None:
             positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1], dtype=jnp.int32), tokens_BS.shape)
-        if cache is not None:
-            segment_ids_BS = (positions_BS >= 0).astype(jnp.int32)
-            cache, mask = cache.claim(positions_BS)
-        else:
-            segment_ids_BS = jnp.ones_like(tokens_BS) if segment_ids_BS is None else segment_ids_BS
-            mask = packed_mask(segment_ids_BS)
-        rope = rotary_tables(self.config, positions_BS)
+        visible = Visible.rows(segment_ids_BS) if visible is None else visible
+        segment_ids_BS = jnp.ones_like(tokens_BS) if segment_ids_BS is None else segment_ids_BS
+        return Context(rotary_tables(self.config, positions_BS), visible, segment_ids_BS)
+
+    def embedded(self, tokens_BS: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+        """The tokens' embeddings in the compute dtype."""
         with jax.named_scope("embed"):
-            x = constrain(self._embed(tokens_BS), self.compute.rules, "batch", "sequence", None)
-        context = (rope, mask, segment_ids_BS)
-        if cache is None:
-            x, stats = self._scan_layers(x, context)
-        else:
-            x, stats, cache = self._cached_layers(x, context, cache, layers or self.unrolled(), absorbed)
-        hidden, mtp_hidden = self.norm(x), None
-        if mtp:
-            if self.mtp is None or cache is not None:
-                raise ValueError("mtp=True needs num_nextn_predict_layers=1 and no cache")
-            mtp_hidden, mtp_stats = self._run_mtp(hidden, tokens_BS, context)
-            if mtp_stats is not None:
-                stats.append(jax.tree.map(lambda leaf: leaf[None], mtp_stats))
-        router = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *stats) if stats else None
-        return ModelOutput(self.logits(hidden) if head else None, hidden, mtp_hidden, router, cache)
+            x = self.embed[...].astype(self.compute.dtype)[tokens_BS]
+            return constrain(x, self.compute.rules, "batch", "sequence", None)
+
+    def run_layers(
+        self,
+        x_BSD: Float[Array, "B S D"],
+        context: Context,
+        *,
+        first: int = 0,
+        count: int | None = None,
+        memories: Any = None,
+        chosen_LBSK: Int[Array, "L B S K"] | None = None,
+        absorbed: bool = False,
+    ) -> tuple[Float[Array, "B S D"], RouterStats | None, Any]:
+        """Run ``count`` layers from the ``first`` on (default: all) -> (x, statistics of the MoE layers, memories).
+
+        Args:
+          memories: a tuple with a ``Memory`` for each layer run; where layers are scanned, one for each stack, whose
+            leaves have the layers in front.
+          chosen_LBSK: experts of each MoE layer run, in place of the router's choice; see ``router.route``.
+          absorbed: MLA's weight-absorbed form.
+        """
+        dense, stats, kept = self.config.num_dense_layers, [], []
+        last = self.config.num_hidden_layers if count is None else first + count
+        for start, size, layers, moe in self._runs():
+            low, high = max(first, start), min(last, start + size)
+            if low >= high:
+                continue
+            bias = chosen = None
+            if moe:
+                bias = None if self.router_bias is None else self.router_bias[...][low - dense : high - dense]
+                at = low - max(first, dense)
+                chosen = None if chosen_LBSK is None else chosen_LBSK[at : at + high - low]
+            memory = None if memories is None else memories[len(kept)]
+            if self.layers is None:
+                part = _slice(layers, low - start, high - start, size)
+                x_BSD, router, memory = self._scanned(part, x_BSD, context, (bias, memory, chosen), absorbed)
+            else:
+                bias_E, chosen_BSK = (None if x is None else x[0] for x in (bias, chosen))
+                options = {"memory": memory, "chosen_BSK": chosen_BSK, "absorbed": absorbed}
+                x_BSD, router, memory = layers(x_BSD, context, bias_E, **options)
+                router = jax.tree.map(lambda leaf: leaf[None], router)
+            kept.append(memory)
+            stats.append(router)
+        return x_BSD, joined(stats), None if memories is None else tuple(kept)
+
+    def predict_next(
+        self,
+        hidden_BSD: Float[Array, "B S D"],
+        tokens_BS: Int[Array, "B S"],
+        context: Context,
+        *,
+        memory: Any = None,
+        chosen_BSK: Int[Array, "B S K"] | None = None,
+        absorbed: bool = False,
+    ) -> tuple[Float[Array, "B S D"], RouterStats | None, Any]:
+        """The MTP module on the main model's hidden states and the tokens of the same rows -> (the head's input for the
+        token after the next, statistics, memory). A row's last token has no next one and counts as padding."""
+        following_BSD = self.embedded(jnp.roll(tokens_BS, -1, axis=1))
+        segments_BS = mtp_segments(context.segment_ids_BS)
+        context = Context(context.rope, context.visible, segments_BS)
+        bias_E = None if self.router_bias is None else self.router_bias[...][-1]
+        graph, state = nnx.split(self.mtp)
+
+        def run(state, hidden, following, context, *more):
+            bias_E, memory, chosen_BSK = more
+            options = {"memory": memory, "chosen_BSK": chosen_BSK, "absorbed": absorbed}
+            return nnx.merge(graph, state)(hidden, following, context, bias_E, **options)
+
+        with jax.named_scope("mtp"):
+            run = _rematerialised(run, self.compute.remat)
+            return run(state, hidden_BSD, following_BSD, context, bias_E, memory, chosen_BSK)
 
     def head_weight(self) -> Float[Array, "D W"]:
         """The output head's matrix: its own, or the embedding's transpose where they are tied."""
         return self.embed[...].T if self.head is None else self.head.w[...]
 
     def logits(self, hidden_BSD: Float[Array, "*B D"]) -> Float[Array, "*B W"]:
+        """float32, summed in float32."""
         with jax.named_scope("head"):
-            return project(hidden_BSD, self.head_weight().astype(hidden_BSD.dtype), jnp.float32)
+            target = self.compute.kernels
+            return product("...d,dw->...w", hidden_BSD, self.head_weight(), dtype=jnp.float32, target=target)
 
-    def _embed(self, tokens_BS):
-        return self.embed[...].astype(self.compute.dtype)[tokens_BS]
+    def _runs(self):
+        """What runs in one go, in order: (the first layer's number, how many, their module, whether they are MoE)."""
+        dense, moe = self.config.num_dense_layers, self.config.num_moe_layers
+        if self.layers is not None:
+            yield from ((i, 1, layer, i >= dense) for i, layer in enumerate(self.layers))
+        else:
+            if dense:
+                yield 0, dense, self.dense_layers, False
+            if moe:
+                yield dense, moe, self.moe_layers, True
 
-    def _bias(self, row: int | slice):
-        return None if self.router_bias is None else self.router_bias[...][row]
+    def _scanned(self, layers, x_BSD, context, inputs, absorbed):
+        graph, state = nnx.split(layers)
 
-    def _stacks(self):
-        """The stacks of layers in order, each with its rows of the routing bias."""
-        for layers, bias in (
-            (self.dense_layers, None),
-            (self.moe_layers, self._bias(slice(self.config.num_moe_layers))),
-        ):
-            if layers is not None:
-                yield *nnx.split(layers), bias
+        def layer(x, inputs):
+            state, (bias_E, memory, chosen_BSK) = inputs
+            options = {"memory": memory, "chosen_BSK": chosen_BSK, "absorbed": absorbed}
+            x, router, memory = nnx.merge(graph, state)(x, context, bias_E, **options)
+            return x, (router, memory)
 
-    def _scan_layers(self, x, context):
-        stats = []
-        rope, mask, segment_ids_BS = context
-        for graph, state, bias in self._stacks():
+        body = _rematerialised(layer, self.compute.remat)
+        x_BSD, (router, memory) = jax.lax.scan(body, x_BSD, (state, inputs), unroll=self.compute.scan_unroll)
+        return x_BSD, router, memory
 
-            def layer(x, params, graph=graph):
-                state, bias_E = params
-                x, router, _ = nnx.merge(graph, state)(x, rope, mask, segment_ids_BS, bias_E)
-                return x, router
 
-            x, router = jax.lax.scan(
-                _rematerialised(layer, self.compute.remat), x, (state, bias), unroll=self.compute.scan_unroll
-            )
-            if router is not None:
-                stats.append(router)
-        return x, stats
+def joined(stats: list[RouterStats | None]) -> RouterStats | None:
+    """The statistics of several runs of layers, one behind the other; None where no layer routes."""
+    found = [part for part in stats if part is not None]
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *found) if found else None
 
-    def unrolled(self) -> list[Block]:
-        """The layers one by one, taken out of their stacks."""
-        layers = []
-        for graph, state, _ in self._stacks():
-            count = len(jax.tree.leaves(state)[0])
-            layers += [nnx.merge(graph, jax.tree.map(lambda leaf, i=i: leaf[i], state)) for i in range(count)]
+
+def _slice(layers, low, high, size):
+    """The layers low…high-1 of a stack of them."""
+    if (low, high) == (0, size):
         return layers
-
-    def _cached_layers(self, x, context, cache, layers, absorbed):
-        """Layer by layer without a scan, so that each cache buffer is updated in place."""
-        stats, buffers = [], []
-        for i, (layer, buffer) in enumerate(zip(layers, cache.layers, strict=True)):
-            router_row = i - self.config.num_dense_layers
-            bias_E = self._bias(router_row) if router_row >= 0 else None
-            x, router, buffer = layer(x, *context, bias_E, (buffer, cache.length), absorbed=absorbed)
-            buffers.append(buffer)
-            if router is not None:
-                stats.append(jax.tree.map(lambda leaf: leaf[None], router))
-        return x, stats, dataclasses.replace(cache, layers=tuple(buffers), length=cache.length + x.shape[1])
-
-    def _run_mtp(self, hidden, tokens_BS, context):
-        assert self.mtp is not None
-        rope, mask, segment_ids_BS = context
-        with jax.named_scope("mtp"):
-            following = self._embed(jnp.roll(tokens_BS, -1, axis=1))
-
-            def run(mtp, hidden, following, segments, bias):
-                return mtp(hidden, following, rope, mask, segments, bias)
-
-            graph, state = nnx.split(self.mtp)
-            run_pure = _rematerialised(lambda state, *args: run(nnx.merge(graph, state), *args), self.compute.remat)
-            return run_pure(state, hidden, following, mtp_segments(segment_ids_BS), self._bias(-1))
+    graph, state = nnx.split(layers)
+    return nnx.merge(graph, jax.tree.map(lambda leaf: leaf[low:high], state))
 
 
 def _stack(config: ModelConfig, compute: ComputeConfig, count: int, *, moe: bool, rngs: nnx.Rngs) -> Block | None:
@@ -213,13 +285,28 @@ def merge(
     router_bias: jax.Array | None,
     compute: ComputeConfig = ComputeConfig(),
 ) -> Transformer:
-    """The model with these arrays: the inverse of ``split``; traceable."""
-    graph, param_state, bias_state = _abstract(config, compute)
+    """The model with these arrays: the inverse of ``split``; traceable. ``unstack``'s are taken as well."""
+    stacked = "layers" not in params
+    graph, param_state, bias_state = _abstract(config, compute, stacked)
     param_state, bias_state = jax.tree.map(lambda leaf: leaf, (param_state, bias_state))
+    if not stacked:
+        params = params | {"layers": dict(enumerate(params["layers"]))}
     nnx.replace_by_pure_dict(param_state, params)
     if router_bias is not None:
         nnx.replace_by_pure_dict(bias_state, {"router_bias": router_bias})
     return nnx.merge(graph, param_state, bias_state)
+
+
+def unstack(params: dict[str, Any]) -> dict[str, Any]:
+    """The same parameters with the layers taken out of their stacks: ``layers``, a tuple in the network's order."""
+    stacks = [params[name] for name in ("dense_layers", "moe_layers") if name in params]
+    layers = [jax.tree.map(lambda leaf, i=i: leaf[i], stack) for stack in stacks for i in range(_count(stack))]
+    rest = {name: tree for name, tree in params.items() if name not in ("dense_layers", "moe_layers")}
+    return rest | {"layers": tuple(layers)}
+
+
+def _count(stack: dict[str, Any]) -> int:
+    return len(jax.tree.leaves(stack)[0])
 
 
 def init(
@@ -250,6 +337,6 @@ def abstract_arrays(config: ModelConfig, compute: ComputeConfig = ComputeConfig(
 
 
 @functools.cache
-def _abstract(config: ModelConfig, compute: ComputeConfig):
-    model = nnx.eval_shape(lambda: Transformer(config, compute=compute, rngs=nnx.Rngs(0)))
+def _abstract(config: ModelConfig, compute: ComputeConfig, stacked: bool = True):
+    model = nnx.eval_shape(lambda: Transformer(config, compute=compute, rngs=nnx.Rngs(0), stacked=stacked))
     return nnx.split(model, nnx.Param, RouterBias)

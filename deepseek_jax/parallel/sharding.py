@@ -27,6 +27,8 @@ class ShardingRules:
     mlp: tuple[str, ...] = ("tensor",)
     vocab: tuple[str, ...] = ("tensor",)
     experts: tuple[str, ...] = ("expert",)
+    expert_embed: tuple[str, ...] = ("fsdp",)
+    expert_mlp: tuple[str, ...] = ("tensor",)
     layers: tuple[str, ...] = ()
 
     def spec(self, axes: Axes) -> PartitionSpec:

@@ -1,5 +1,6 @@
-"""Reinforcement learning from rules: the problems that are asked and the rewards that answers earn.
+"""Reinforcement learning from rules: what is asked and what answers earn.
 
-`problems` enumerates arithmetic problems with worked traces and splits them into held-in and held-out;
-`rewards` scores a completion's text. Neither knows of models or of the workflow that uses it.
+`tasks` turns rows of a file into questions and knows what is right (`gsm8k`, `countdown`, `arithmetic`: modules that
+are imported by name); `grader` turns completions into rewards, the package's or a user's, the latter in processes
+that may hang (`workers`). None of these knows of models or of the workflow that uses it; `rollout` samples.
 """

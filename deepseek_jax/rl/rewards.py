@@ -32,9 +32,9 @@ def accuracy_reward(completion: str, answer: str) -> float:
     return float(parts is not None and parts[1].strip(_WHITESPACE) == answer)
 
 
-def format_reward(completion: str, answer: str) -> float:
+def format_reward(completion: str, row: object = None) -> float:
     """1 if the text is `<think>`, something, `</think>` and a one-line answer, right or wrong; else 0."""
-    del answer
+    del row
     parts = _split(completion)
     if parts is None or not parts[0].startswith(THINK):
         return 0.0

@@ -7,6 +7,7 @@ the tiles in turn. A tile's rows are of one group, so that its matrix is read wh
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -14,27 +15,41 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from deepseek_kernels.target import Target
+
 ROWS = 128  # of a tile; what a group's rows are padded to
 _COLUMNS = 256  # of a tile
 _HALF = _COLUMNS // 2  # what one warp group multiplies
 _STEP = 64  # terms of a sum that one product takes
 _STAGES = 4  # steps in shared memory at once: 4 · (128 + 256) · 64 · 2 bytes = 192 of 227 KiB
-_STORE = 64  # columns that a warp group hands over at once: 2 · 128 · 64 · 2 bytes = 32 KiB more
+_STORE = 128  # bytes of a row that a warp group hands over at once: 2 · 128 · 128 = 32 KiB more
 _BAND = 8  # tiles of rows taken side by side: what they read of a matrix stays in the second-level cache
-_LAYOUT = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # 64 bfloat16 are 128 bytes
+_CORES = 132  # of an H100 and an H200
 
 
-def usable(dtype: jnp.dtype, *widths: int) -> bool:
-    """Whether the kernels take matrices of these widths: bfloat16, multiples of 64 from 256, on a GPU of capability
-    9.0. Narrower than a tile, an H200 gave zeros for a width of 64."""
-    fit = all(width % _STEP == 0 and width >= _COLUMNS for width in widths)
-    return dtype == jnp.bfloat16 and fit and _available()
+def refuses(target: Target, dtype: Any, *, widths: tuple[int, ...] = (), **_: Any) -> str:
+    """Why the kernels cannot run; "" where they can. Narrower than a tile, an H200 gave zeros for a width of 64."""
+    if (target.platform, target.chip) != ("cuda", "9.0"):
+        return f"it needs cuda of capability 9.0, not {target.platform} {target.chip}".rstrip()
+    if dtype != jnp.bfloat16:
+        return f"it needs bfloat16, not {dtype.name}"
+    if any(width % _STEP or width < _COLUMNS for width in widths):
+        return f"it needs widths of {_COLUMNS} and further multiples of {_STEP}, not {widths}"
+    return ""
 
 
 def grouped_product(
-    x_TD: Float[Array, "T D"], w: Float[Array, "E _ _"], group_N: Int[Array, "N"], *, transpose: bool = False
+    x_TD: Float[Array, "T D"],
+    w: Float[Array, "E _ _"],
+    group_N: Int[Array, "N"],
+    *,
+    cores: int,
+    transpose: bool = False,
 ) -> Float[Array, "T F"]:
-    """``y[t] = x[t] @ w[g]``, or ``x[t] @ w[g]ᵀ``, for ``g`` the group of t's tile of rows; zero where that is E."""
+    """``y[t] = x[t] @ w[g]``, or ``x[t] @ w[g]ᵀ``, for ``g`` the group of t's tile of rows; zero where that is E.
+
+    cores: of the target, 0 for an H100's.
+    """
     (rows, depth), groups, columns = x_TD.shape, len(w), w.shape[1 if transpose else 2]
 
     def tile(position, group_N, x, w, y):
@@ -46,13 +61,19 @@ def grouped_product(
 
     out = jax.ShapeDtypeStruct((rows, columns), x_TD.dtype)
     grid = 1, rows // ROWS, pl.cdiv(columns, _COLUMNS)
-    return _tiled(tile, grid, out, transpose_rhs=transpose)(group_N.astype(jnp.int32), x_TD, w)
+    return _tiled(tile, grid, out, cores, transpose_rhs=transpose)(group_N.astype(jnp.int32), x_TD, w)
 
 
 def grouped_weight_gradient(
-    x_TD: Float[Array, "T D"], dy_TF: Float[Array, "T F"], group_sizes_E: Int[Array, "E"]
+    x_TD: Float[Array, "T D"],
+    dy_TF: Float[Array, "T F"],
+    group_sizes_E: Int[Array, "E"],
+    *,
+    cores: int,
+    dtype: Any = jnp.float32,
 ) -> Float[Array, "E D F"]:
-    """``dw[e] = Σ x[t]ᵀ dy[t]`` over the rows of group e; sizes are multiples of ``ROWS``."""
+    """``dw[e] = Σ x[t]ᵀ dy[t]`` over the rows of group e; sizes are multiples of ``ROWS``. The sums, float32, are
+    written in ``dtype``: as they are, or rounded once to bfloat16."""
     (rows, width), hidden, groups = x_TD.shape, dy_TF.shape[1], len(group_sizes_E)
 
     def tile(position, ends_E, x, dy, dw):
@@ -62,15 +83,16 @@ def grouped_weight_gradient(
         down, across = pl.ds(i * ROWS, ROWS), pl.ds(j * _COLUMNS, _COLUMNS)
         return x.at[mine, down], dy.at[mine, across], dw.at[e, down, across], (ends_E[e] - start) // _STEP
 
-    out = jax.ShapeDtypeStruct((groups, width, hidden), x_TD.dtype)
+    out = jax.ShapeDtypeStruct((groups, width, hidden), dtype)
     grid = groups, pl.cdiv(width, ROWS), pl.cdiv(hidden, _COLUMNS)
-    return _tiled(tile, grid, out, transpose_lhs=True)(jnp.cumsum(group_sizes_E, dtype=jnp.int32), x_TD, dy_TF)
+    return _tiled(tile, grid, out, cores, transpose_lhs=True)(jnp.cumsum(group_sizes_E, dtype=jnp.int32), x_TD, dy_TF)
 
 
 def _tiled(
     tile: Callable[..., tuple],
     grid: tuple[int, int, int],
     out: jax.ShapeDtypeStruct,
+    cores: int,
     *,
     transpose_lhs: bool = False,
     transpose_rhs: bool = False,
@@ -80,8 +102,9 @@ def _tiled(
     ``tile(position, index, lhs, rhs, out)`` gives for a place in the grid its rows of lhs, columns of rhs, part of out
     and the number of steps, 0 for a tile of zeros. What sticks out of an array is read as zero and not written.
     """
+    columns = _STORE // out.dtype.itemsize
     operands = [
-        plgpu.BlockSpec(block, step, transforms=_LAYOUT, delay_release=1)
+        plgpu.BlockSpec(block, step, transforms=_swizzled(jnp.bfloat16), delay_release=1)
         for block, step in (_step_of(ROWS, transpose_lhs), _step_of(_COLUMNS, not transpose_rhs))
     ]
 
@@ -99,7 +122,7 @@ def _tiled(
 
     def kernel(index, lhs, rhs, out_ref):
         stages = pipeline(_STAGES, lambda *_: None, lambda _: None).get_allocations(lhs, rhs)
-        stored = plgpu.SMEM((2, ROWS, _STORE), out.dtype, transforms=_LAYOUT)
+        stored = plgpu.SMEM((2, ROWS, columns), out.dtype, transforms=_swizzled(out.dtype))
         multiplied = plgpu.Barrier(num_arrivals=2)
         body = functools.partial(tiles, index, lhs, rhs, out_ref)
         pl.run_scoped(body, stages, stored, multiplied, collective_axes="warpgroup")
@@ -128,11 +151,11 @@ def _tiled(
                 run(sums)
                 values = sums[...].astype(out.dtype)
                 pl.when(steps > 0)(lambda: plgpu.barrier_arrive(multiplied))
-                for first in range(0, _HALF, _STORE):
+                for first in range(0, _HALF, columns):
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    stored[warpgroup] = values[:, first : first + _STORE]
+                    stored[warpgroup] = values[:, first : first + columns]
                     plgpu.commit_smem()
-                    target = out_part.at[:, mine].at[:, first : first + _STORE]
+                    target = out_part.at[:, mine].at[:, first : first + columns]
                     plgpu.copy_smem_to_gmem(stored.at[warpgroup], target)
 
             pipeline(steps, multiply, compute)(lhs_part, rhs_part, allocations=stages)
@@ -144,7 +167,7 @@ def _tiled(
     return plgpu.kernel(
         kernel,
         out_type=out,
-        grid=(_processors(),),
+        grid=(cores or _CORES,),
         grid_names=("block",),
         num_threads=3,
         thread_name="warpgroup",
@@ -157,10 +180,6 @@ def _step_of(size: int, terms_first: bool):
     return ((_STEP, size), lambda k: (k, 0)) if terms_first else ((size, _STEP), lambda k: (0, k))
 
 
-@functools.cache
-def _available() -> bool:
-    return jax.default_backend() == "gpu" and jax.local_devices()[0].compute_capability == "9.0"
-
-
-def _processors() -> int:
-    return jax.local_devices()[0].core_count
+def _swizzled(dtype: Any):
+    """Rows of 128 bytes, in tiles of 8 rows: what products read and copies write without two lanes in one bank."""
+    return plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(128)

@@ -46,6 +46,7 @@ class Target:
 
     @classmethod
     def here(cls) -> "Target":
+<<<<<<< HEAD
         """What a function is for that is told nothing: the current mesh's devices, or else this process' first."""
         device = jax.devices()[0]
         mesh = jax.sharding.get_abstract_mesh()
@@ -55,3 +56,18 @@ class Target:
         if known.platform not in ("cpu", "tpu"):
             raise ValueError(f"the mesh is for {known}, of which only a device here would tell more: pass target=…")
         return cls(known.platform, known.device_kind if known.platform == "tpu" else "")
+=======
+        """The first device of the current mesh, or else of this process: what a function is for that is told nothing.
+
+        Raises:
+          ValueError: inside jit, under a mesh of devices that are not this process's: their target must be named.
+        """
+        mesh, own = jax.sharding.get_abstract_mesh(), jax.devices()[0]
+        kind = None if mesh.empty else mesh.abstract_device
+        if kind is None or kind.device_kind == own.device_kind:
+            return cls.of(own)
+        try:
+            return cls.of(jax.sharding.get_mesh().devices.flat[0])
+        except ValueError:  # a trace knows the mesh's shape and kind of device alone
+            raise ValueError(f"target=None inside jit, under a mesh of {kind.device_kind}: name the target") from None
+>>>>>>> wt-b

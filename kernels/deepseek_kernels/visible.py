@@ -18,9 +18,9 @@ from jaxtyping import Array, Bool, Int
 class Visible:
     """Query s of row b sees key t of the row where all of these hold; a query that sees no key gets zeros.
 
-    causal: the key's position is at most the query's. q_positions_BS, k_positions_BT: None for 0, 1, 2, … in the row.
-    q_segments_BS, k_segments_BT: both of one segment; None: there are none. lengths_B: the first ``lengths[b]`` keys
-    exist; None: all do. What is None is known while tracing, so that a plain causal kernel can be chosen.
+    causal: the key's position is at most the query's. q_positions_BS, k_positions_BT: None for 0, 1, 2, … along the
+    row. q_segments_BS, k_segments_BT: both of one segment; None: there are none. lengths_B: the first ``lengths[b]``
+    keys exist; None: all do. What is None is known while tracing, so that a plain causal kernel can be chosen.
     """
 
     q_positions_BS: jax.Array | None = None
@@ -40,6 +40,24 @@ class Visible:
         """Whether only the order within the row counts: causal, without positions, segments and lengths."""
         given = (self.q_positions_BS, self.k_positions_BT, self.q_segments_BS, self.k_segments_BT, self.lengths_B)
         return self.causal and all(value is None for value in given)
+
+    @property
+    def below_diagonal(self) -> bool:
+        """Whether a query sees no key that stands behind it in the row, whatever segments and lengths say."""
+        return self.causal and self.q_positions_BS is None and self.k_positions_BT is None
+
+    def check(self, batch: int, queries: int, keys: int) -> None:
+        """ValueError for arrays that are not of these sizes; one row may stand for all."""
+        sizes = {"q": queries, "k": keys}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is None or field.name == "causal":
+                continue
+            shape = (batch, sizes[field.name[0]]) if field.name != "lengths_B" else (batch,)
+            if value.shape not in (shape, (1, *shape[1:])):
+                raise ValueError(f"visible.{field.name} {value.shape}: expected {shape}")
+        if (self.q_segments_BS is None) != (self.k_segments_BT is None):
+            raise ValueError("visible: segments of queries and of keys are given both or not at all")
 
     def mask(self, batch: int, queries: int, keys: int) -> Bool[Array, "B S T"]:
         """The definition, S × T: for references and tests."""

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from deepseek_jax.data.packing import Row
@@ -155,3 +157,14 @@ def test_broken_problems_are_named(tmp_path: Path) -> None:
     path.write_text("")
     with pytest.raises(ValueError, match="0 rows make no batch"):
         PromptLoader(path, batch_size=1, seed=0)
+
+
+def test_rows_of_several_files_and_kinds(tmp_path: Path, problems: Path) -> None:
+    other = tmp_path / "more.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"id": [ROWS, ROWS + 1], "prompt": ["?", "!"]}), other)
+    loader = PromptLoader([problems, other], batch_size=ROWS + 2, seed=0)
+    assert [row["id"] for row in loader.rows] == list(range(ROWS + 2))
+    assert sorted(row.where for row in next(loader)) == sorted(row.where for row in loader.rows)
+    assert loader.rows[-1].where == f"{other}:2"
+    with pytest.raises(ValueError, match="fingerprint"):
+        PromptLoader([other, problems], batch_size=ROWS + 2, seed=0).restore(loader.state())

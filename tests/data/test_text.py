@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from deepseek_jax.data.text import read_chats, read_documents
+from deepseek_jax.data.text import read_chats, read_documents, read_objects, read_rows
 
 TEXTS = ["one\ntwo", "ünï 数", "", "four"]
 
@@ -105,5 +105,36 @@ def test_chats(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     skipped: Counter[str] = Counter()
     assert list(read_chats(path, skip_broken=True, skipped=skipped)) == [CHAT, CHAT]
     assert skipped == {str(path): 2} and "skipped 2" in caplog.text
+    assert list(read_chats(write(tmp_path / "c.parquet", [CHAT, CHAT], field="messages"))) == [CHAT, CHAT]
     with pytest.raises(ValueError, match="unknown kind of file"):
-        list(read_chats(tmp_path / "c.parquet"))
+        list(read_chats(tmp_path / "c.txt"))
+
+
+ROWS = [
+    {"question": "ünï\u2028数", "n": [1, 2], "chat": [{"role": "user", "content": "hi"}], "x": None},
+    {"question": "two\nlines", "n": [], "chat": [], "x": 0.5},
+]
+
+
+def test_rows_of_any_columns_know_where_they_stand(tmp_path: Path) -> None:
+    lines = [json.dumps(row, ensure_ascii=False).encode() for row in ROWS]
+    paths = [write(tmp_path / "a.jsonl", [lines[0], b"", lines[1]]), write(tmp_path / "b.jsonl.gz", lines)]
+    paths.append(tmp_path / "c.parquet")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), paths[-1])
+    found = list(read_rows(paths))
+    assert found == ROWS * 3
+    numbers = [(0, 1), (0, 3), (1, 1), (1, 2), (2, 1), (2, 2)]
+    assert [row.where for row in found] == [f"{paths[file]}:{number}" for file, number in numbers]
+    assert read_objects(paths[-1]) == ROWS
+
+
+def test_rows_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    for line, message in ((b"[1]", "a list; each line must be an object"), (b'{"a', "not JSON"), (b"\xff", "0xff")):
+        with pytest.raises(ValueError, match=rf"a\.jsonl:2: .*{message}"):
+            list(read_rows(write(tmp_path / "a.jsonl", ["good", line])))
+    many = pyarrow.array([b"x"] * 1500 + [b"\xff"]).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"a": many}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet:1501: .*0xff"):
+        list(read_rows(tmp_path / "a.parquet"))
+    with pytest.raises(ValueError, match=r"a\.csv: unknown kind of file; \.jsonl, \.jsonl\.gz, \.parquet can be read"):
+        list(read_rows(tmp_path / "a.csv"))

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from deepseek_jax.rl import problems as rl
+from deepseek_jax.rl import arithmetic as rl
 
 EXAMPLES = [
     ("add", 47, 38, "47+38=", "7+8=15,4+3+1=08", "85"),
@@ -100,7 +100,7 @@ def test_steps_of_traces_are_never_held_out():
 
 def test_split_does_not_depend_on_the_process():
     code = (
-        "from deepseek_jax.rl.problems import is_held_out as f\n"
+        "from deepseek_jax.rl.arithmetic import is_held_out as f\n"
         "print(*[int(f(a, b)) for a in range(100) for b in range(100)], sep='')"
     )
     outputs = set()
@@ -175,8 +175,8 @@ GOOD = '{"kind": "add", "a": 47, "b": 38, "prompt": "47+38=", "answer": "85", "t
     [
         ('{"kind": "add"', "Expecting"),
         ("", "Expecting value"),
-        ("[1, 2]", "expected a JSON object with the fields kind, a, b"),
-        ('{"kind": "add", "a": 47}', "expected a JSON object with the fields"),
+        ("[1, 2]", "expected a JSON object, got"),
+        ('{"kind": "add", "a": 47}', "expected the fields kind, a, b, prompt, answer, trace, got kind, a"),
         (GOOD.replace("47,", "true,"), "operands must be integers, got a=True"),
         (GOOD.replace('"add"', '"pow"'), "unknown kind of problem 'pow'"),
         (GOOD.replace('"add"', "[]"), "kind must be a string, got []"),

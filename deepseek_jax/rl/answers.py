@@ -1,0 +1,59 @@
+r"""The final answer of a completion, compared with the right one as text or as a number.
+
+What counts is what stands behind the last `</think>` (all of a completion that has no markers; nothing where the
+thinking never ends), and in it the last `\boxed{...}`, else the rest of the line behind the last `####`, else all.
+The cost is linear in the length.
+"""
+
+import re
+from decimal import Decimal
+
+from deepseek_jax.data.tokenizer import END_THINK, THINK
+
+_BOXED, _MARK = "\\boxed{", "####"
+# ASCII digits, with or without commas between thousands; a sign behind a digit is an operation's.
+_NUMBER = re.compile(r"(?:(?<![0-9])[-+])?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)")
+
+
+def final_answer(completion: str) -> tuple[str, bool]:
+    """The answer's text and whether it was marked as such, by a box or `####`."""
+    _, end, reply = completion.rpartition(END_THINK)
+    if not end and THINK in reply:
+        return "", False
+    boxed = _last_boxed(reply)
+    if boxed is not None:
+        return boxed.strip(), True
+    _, mark, rest = reply.rpartition(_MARK)
+    return (rest.lstrip().partition("\n")[0].strip(), True) if mark else (reply.strip(), False)
+
+
+def _last_boxed(text: str) -> str | None:
+    start = text.rfind(_BOXED)
+    if start < 0:
+        return None
+    start, depth = start + len(_BOXED), 1
+    for match in re.compile("[{}]").finditer(text, start):
+        depth += 1 if match.group() == "{" else -1
+        if depth == 0:
+            return text[start : match.start()]
+    return None
+
+
+def to_number(text: str) -> Decimal | None:
+    """The number that `text` is, a dollar or percent sign and a full stop aside; None where it is something else."""
+    found = _NUMBER.fullmatch(text.strip().removeprefix("$").removesuffix(".").removesuffix("%").strip())
+    return Decimal(found.group().replace(",", "")) if found else None
+
+
+def is_right(completion: str, answer: str) -> bool:
+    """Whether the final answer is `answer`.
+
+    A number is compared by value with the last number of the final answer, so "so 1,072.0 clips." is 1072; any
+    other text must be the final answer to the letter, white space around it aside.
+    """
+    said, _ = final_answer(completion)
+    number = to_number(answer)
+    if number is None:
+        return said == answer.strip()
+    numbers = _NUMBER.findall(said)
+    return bool(numbers) and Decimal(numbers[-1].replace(",", "")) == number

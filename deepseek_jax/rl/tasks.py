@@ -1,0 +1,202 @@
+"""Tasks: what a row of the user's file asks, and what a right answer to it is.
+
+    config = TaskConfig(name="gsm8k", path=("train.jsonl",))
+    task = make_task(config)
+    loader = PromptLoader(config.path, batch_size=16, seed=0)
+    task.check(loader.rows)                          # every row can be asked, or ValueError "FILE:LINE: why not"
+    with Grader(rewards or task.rewards, task=task) as grader:
+        rows = next(loader)
+        chats = [task.messages(row) for row in rows]  # [{"role", "content"}, ...], a user's turn last
+        ...                                           # sample completions, one for each row
+        grades = grader.grade(completions, rows)      # grades.total (n,), grades.metrics()
+
+A task of the package is a module with `make(config: TaskConfig) -> Task`, imported when it is asked for and not
+before. A user's is a function `(row) -> str | list of messages` in a file, `mine.py:ask`; it is graded as "rows" is.
+"""
+
+import dataclasses
+import importlib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from deepseek_jax.config import check_types
+from deepseek_jax.data.chat import check_messages
+from deepseek_jax.data.text import check_text
+from deepseek_jax.rl.answers import is_right
+from deepseek_jax.rl.reward_worker import describe, load_function
+
+Row = Mapping[str, Any]
+Messages = list[dict[str, str]]
+Reward = Callable[[str, Row], float | None]
+
+# By name, the modules of the package's tasks.
+TASKS = {name: f"deepseek_jax.rl.{name}" for name in ("arithmetic", "countdown", "gsm8k")}
+_FILE = re.compile(r"(.+\.py):([^:/]+)")
+# "{{" and "}}" are braces, "{}" is itself (as in \boxed{}), and anything else in braces is a column.
+_FIELD = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskConfig:
+    """Which task, and which columns of which files it reads. "" is the task's own default.
+
+    name: rows, gsm8k, countdown, arithmetic, or `file.py:function`, a function from a row to text or messages.
+    path: files of rows, .jsonl, .jsonl.gz or .parquet. prompt: the column that is asked, text or a list of
+    {"role", "content"}. answer: the column with the right answer. system: text that opens each conversation.
+    template: the user's turn, made of columns: "{question}\\nAnswer in {unit}." ("{{", "}}": braces).
+    """
+
+    name: str = "rows"
+    path: tuple[str, ...] = ()
+    prompt: str = ""
+    answer: str = ""
+    system: str = ""
+    template: str = ""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What is asked and what is right; both functions raise ValueError for a row that they cannot use.
+
+    ask: a row as messages, or as the text of a single one; `messages` checks it. accuracy: the reward of that name,
+    1 or 0, or None for a row without an answer; it runs in this process, so it must not hang. rewards: the
+    specifications (see ``Grader``) that grade by default. system: text that opens each conversation.
+    """
+
+    ask: Callable[[Row], Any]
+    accuracy: Reward
+    rewards: tuple[str, ...] = ("accuracy=1.0", "format=0.2")
+    system: str = ""
+
+    def messages(self, row: Row) -> Messages:
+        """The conversation to be answered. ValueError "FILE:LINE: what" for a row that gives none."""
+        try:
+            asked = self.ask(row)
+            messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+            check_messages(messages)
+            if messages[-1]["role"] != "user":
+                raise ValueError(
+                    f"its last message has role {messages[-1]['role']!r}; to be answered, it must be 'user'"
+                )
+            for message in messages:
+                check_text(message["content"], "content")
+        except ValueError as error:
+            raise ValueError(f"{where(row)}: {error}") from error
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return [*system, *map(dict, messages)]
+
+    def check(self, rows: Iterable[Row]) -> None:
+        """ValueError for the first row that cannot be asked."""
+        for row in rows:
+            self.messages(row)
+
+
+def make_task(config: TaskConfig) -> Task:
+    """The task that `config` names. ValueError for a name, file or function that there is not."""
+    if config.name == "rows":
+        return make_rows_task(config)
+    if config.name in TASKS:
+        return importlib.import_module(TASKS[config.name]).make(config)
+    if (found := split_function(config.name)) is not None:
+        return _make_file_task(config, *found)
+    raise ValueError(f"task.name={config.name!r}: expected rows, {', '.join(TASKS)} or file.py:function")
+
+
+def where(row: Row) -> str:
+    """Which row it is, for messages."""
+    return getattr(row, "where", "a row")
+
+
+def column(row: Row, name: str) -> Any:
+    """The row's value; ValueError where there is no such column, with the columns that there are."""
+    if name not in row:
+        raise ValueError(f'no column "{name}"; it has {", ".join(map(str, row)) or "none"}')
+    return row[name]
+
+
+def fill(template: str, row: Row) -> str:
+    """`template` with the row's text and numbers in the place of {column}."""
+
+    def value(match: re.Match[str]) -> str:
+        if match.group(1) is None:
+            return match.group()[0]
+        found = column(row, match.group(1))
+        numbers = isinstance(found, list) and all(isinstance(item, int | float) for item in found)
+        if not isinstance(found, str | int | float) and not numbers:
+            raise ValueError(f'"{match.group(1)}" is of type {type(found).__name__}; a template takes text and numbers')
+        return str(found)
+
+    return _FIELD.sub(value, template)
+
+
+def make_rows_task(
+    config: TaskConfig,
+    *,
+    prompt: str = "prompt",
+    template: str = "",
+    answer: Callable[[str], str] = lambda text: text,
+) -> Task:
+    """A question from one column, or from several through a template, and its answer from another.
+
+    `prompt` and `template` are what is used where the configuration has none ("{prompt}" in the latter is the
+    column that asks); `answer` takes the right answer out of its column's text, or raises ValueError.
+    """
+    if config.template and config.prompt:
+        raise ValueError(
+            f"task.template makes the question of columns by name: task.prompt={config.prompt!r} is not used"
+        )
+    asked_by = config.prompt or prompt
+    written = config.template or template.replace("{prompt}", f"{{{asked_by}}}")
+
+    def ask(row: Row) -> Any:
+        return fill(written, row) if written else _conversation(column(row, asked_by), asked_by)
+
+    return Task(ask, _answer_reward(config.answer or "answer", answer), system=config.system)
+
+
+def _conversation(value: Any, name: str) -> Any:
+    if not isinstance(value, str | list):
+        raise ValueError(f'"{name}" is of type {type(value).__name__}; it must be text or a list of messages')
+    return value
+
+
+def _answer_reward(name: str, extract: Callable[[str], str]) -> Reward:
+    def accuracy(completion: str, row: Row) -> float | None:
+        value = column(row, name)
+        if value is None or value == "":
+            return None
+        if not isinstance(value, str | int | float) or isinstance(value, bool):
+            raise ValueError(f'"{name}" is of type {type(value).__name__}; it must be text or a number')
+        return float(is_right(completion, extract(str(value))))
+
+    return accuracy
+
+
+def _make_file_task(config: TaskConfig, file: str, function: str) -> Task:
+    if config.prompt or config.template:
+        raise ValueError(f"task.name={config.name!r} makes the question: task.prompt and task.template are not used")
+    call = load_function(file, function, arguments=1)
+
+    def ask(row: Row) -> Any:
+        try:
+            return call(row)
+        except Exception as error:  # a user's function: whatever it raises is told with its line
+            raise ValueError(f"{function}: {describe(error, file)}") from error
+
+    return Task(ask, _answer_reward(config.answer or "answer", lambda text: text), system=config.system)
+
+
+def split_function(name: str) -> tuple[str, str] | None:
+    """File and function of "file.py:function"; None where it is no such thing. ValueError for a missing file."""
+    found = _FILE.fullmatch(name)
+    if found is None:
+        return None
+    file, function = found.groups()
+    if not Path(file).is_file():
+        raise ValueError(f"{name}: there is no file {file}")
+    return file, function

@@ -1,0 +1,176 @@
+"""One product with a weight, ``einsum(equation, x, w)``, and its gradients.
+
+The weight comes as it is stored (see weights.py) and is brought to x's dtype inside. Its gradient leaves the product as
+the float32 sum that it is and is rounded to the stored dtype alone: float32 masters lose nothing to bfloat16 compute.
+"""
+
+import functools
+import math
+import string
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from deepseek_kernels import cpu
+from deepseek_kernels.registry import choose
+from deepseek_kernels.target import Target
+from deepseek_kernels.weights import Weight, stored_gradient
+
+
+def product(
+    equation: str,
+    x: Float[Array, "..."],
+    w: Weight,
+    *,
+    dtype: Any = None,
+    precision: Any = None,
+    target: Target | None = None,
+    implementation: str = "auto",
+) -> Float[Array, "..."]:
+    """``einsum(equation, x, w)`` in x's dtype with float32 sums, returned in ``dtype``, by default x's.
+
+    ``"bsd,dhn->bshn"``, ``"bshv,hvd->bsd"``, ``"...d,df->...f"``, ``"bshn,chn->bshc"``: every letter of one operand
+    alone stands in the result, none twice in one place; ``...`` stands for x's first axes.
+
+    Args:
+      w: an array of any dtype, a BlockScaled, an InStack or Columns. The first and stacks of the first have gradients.
+      precision: of this product and of its gradients', as in ``jnp.einsum``.
+      implementation: ``c`` or ``dot``: what computes the weight's gradient.
+
+    Raises:
+      ValueError: an equation that is not of this kind or does not fit the shapes, or an implementation that cannot run.
+    """
+    name = choose("product", target or Target.here(), x.dtype, implementation=implementation).name
+    form = _parse(equation, x.shape, tuple(w.shape))
+    return _product(x, w, form, None if dtype is None else jnp.dtype(dtype), precision, name)
+
+
+def weight_gradient(
+    x: Float[Array, "*B D"],
+    dy: Float[Array, "*B F"],
+    *,
+    precision: Any = None,
+    target: Target | None = None,
+    implementation: str = "auto",
+) -> Float[Array, "D F"]:
+    """``Σ xᵀ dy`` over all rows, in float32: the gradient of a matrix that they went through.
+
+    The same as autodiff's, which writes ``(dyᵀ x)ᵀ``: with two or more row axes XLA:CPU then transposes ``dy`` and
+    multiplies at 40 % of its speed. Float32 on a CPU takes the C kernel, which transposes nothing.
+
+    Raises:
+      ValueError: rows that do not agree, or an implementation that cannot run.
+    """
+    if x.shape[:-1] != dy.shape[:-1]:
+        raise ValueError(f"x {x.shape} and dy {dy.shape}: expected (…, D) and (…, F) with the same rows")
+    dtype = jnp.promote_types(x.dtype, dy.dtype)
+    name = choose("product", target or Target.here(), dtype, implementation=implementation).name
+    return _weight_gradient(x, dy, precision, name)
+
+
+def _weight_gradient(x, dy, precision, name):
+    if name == "c":
+        x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+        return cpu.call("grouped_dw", [(1, x.shape[1], dy.shape[1])], x, dy, jnp.array([len(x)], jnp.int32))[0][0]
+    rows = tuple(range(x.ndim - 1))
+    return jax.lax.dot_general(x, dy, ((rows, rows), ((), ())), precision=precision, preferred_element_type=jnp.float32)
+
+
+class _Form(NamedTuple):
+    """The letters of x, w and the result, and of w those that are summed and those that are new."""
+
+    x: str
+    w: str
+    out: str
+    summed: str
+    new: str
+
+    @property
+    def rows(self) -> str:
+        return self.x[: len(self.x) - len(self.summed)]
+
+    @property
+    def one_matrix(self) -> bool:
+        """x's last letters are summed, the result's last are new, and both lie together in w, in either order."""
+        return self.x == self.rows + self.summed and self.out == self.rows + self.new
+
+    @property
+    def plain(self) -> bool:
+        return self.one_matrix and self.w == self.summed + self.new
+
+    @property
+    def transposed(self) -> bool:
+        return self.one_matrix and self.w == self.new + self.summed
+
+
+def _parse(equation: str, x_shape: tuple[int, ...], w_shape: tuple[int, ...]) -> _Form:
+    where = f"product {equation!r} of x {x_shape} and w {w_shape}"
+    operands, arrow, out = equation.replace(" ", "").partition("->")
+    x, comma, w = operands.partition(",")
+    if not arrow or not comma:
+        raise ValueError(f"{where}: expected 'x letters,w letters->letters'")
+    if x.startswith("...") and out.startswith("..."):
+        spare = [letter for letter in string.ascii_uppercase if letter not in x + w + out]
+        first = "".join(spare[: max(0, len(x_shape) - len(x) + 3)])
+        x, out = first + x[3:], first + out[3:]
+    if (len(x), len(w)) != (len(x_shape), len(w_shape)) or not (x + w + out).isalpha():
+        raise ValueError(f"{where}: expected one letter for each axis")
+    if any(len(set(letters)) < len(letters) for letters in (x, w, out)):
+        raise ValueError(f"{where}: a letter stands twice in one place")
+    if (set(x) ^ set(w)) - set(out) or set(out) - set(x + w):
+        raise ValueError(f"{where}: the result must have every letter of one operand alone, and no other than theirs")
+    sizes = dict(zip(x, x_shape, strict=True))
+    if any(sizes.get(letter, size) != size for letter, size in zip(w, w_shape, strict=True)):
+        raise ValueError(f"{where}: a letter has two sizes")
+    summed = "".join(letter for letter in w if letter in x and letter not in out)
+    return _Form(x, w, out, summed, "".join(letter for letter in w if letter not in x))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def _product(x, w, form, dtype, precision, name):
+    wide = None if dtype is None else jnp.promote_types(x.dtype, dtype)
+    values = w.astype(x.dtype)
+    if form.plain:
+        rows = x.shape[: len(form.rows)]
+        x, matrix = x.reshape(*rows, -1), _matrix(values, len(form.summed))
+        y = jax.lax.dot_general(
+            x, matrix, (((x.ndim - 1,), (0,)), ((), ())), precision=precision, preferred_element_type=wide
+        ).reshape(*rows, *values.shape[len(form.summed) :])
+    else:
+        y = jnp.einsum(f"{form.x},{form.w}->{form.out}", x, values, precision=precision, preferred_element_type=wide)
+    return y if dtype is None else y.astype(dtype)
+
+
+def _forward(x, w, form, dtype, precision, name):
+    return _product(x, w, form, dtype, precision, name), (x, w)
+
+
+def _backward(form, dtype, precision, name, residuals, dy):
+    x, w = residuals
+    dy, values = dy.astype(x.dtype), w.astype(x.dtype)
+    rows = x.shape[: len(form.rows)]
+    if form.plain:
+        flat, matrix = dy.reshape(*rows, -1), _matrix(values, len(form.summed))
+        dx = jax.lax.dot_general(flat, matrix, (((flat.ndim - 1,), (1,)), ((), ())), precision=precision)
+        dx = dx.reshape(x.shape)
+    else:
+        dx = jnp.einsum(f"{form.out},{form.w}->{form.x}", dy, values, precision=precision)
+
+    def gradient():
+        if not form.plain and not form.transposed:
+            return jnp.einsum(
+                f"{form.x},{form.out}->{form.w}", x, dy, precision=precision, preferred_element_type=jnp.float32
+            )
+        sides = x.reshape(*rows, -1), dy.reshape(*rows, -1)
+        return _weight_gradient(*(sides if form.plain else sides[::-1]), precision, name).reshape(w.shape)
+
+    return dx, stored_gradient(w, gradient)
+
+
+def _matrix(values, summed):
+    return values.reshape(math.prod(values.shape[:summed]), -1)
+
+
+_product.defvjp(_forward, _backward)

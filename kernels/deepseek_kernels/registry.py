@@ -1,0 +1,136 @@
+"""Which implementation of an operation runs on which target, in which dtype, and why not a faster one: one table.
+
+Only what is said here decides: no kernel asks which machine traces it. ``python -m deepseek_kernels`` prints the table.
+"""
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any, get_args
+
+import jax.numpy as jnp
+
+from deepseek_kernels import attention_cudnn, cpu, hopper
+from deepseek_kernels.target import Platform, Target
+
+ANYWHERE: tuple[Platform, ...] = get_args(Platform)
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """name: the implementation. rows: what a group's rows should start on multiples of. reason: why it is a slow one,
+    "" where it is not."""
+
+    name: str
+    rows: int = 1
+    reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """platforms: where it is chosen by itself if it does not refuse; elsewhere it must be named. refuses: why it cannot
+    run, "" where it can. rows: the alignment. slow: the reason where no faster one of the platform has refused."""
+
+    name: str
+    platforms: tuple[Platform, ...] = ANYWHERE
+    refuses: Callable[..., str] = lambda target, dtype, **facts: ""
+    rows: Callable[..., int] = lambda target, **facts: 1
+    slow: str = ""
+
+
+def _needs_c(target: Target, dtype: Any, **_) -> str:
+    if target.platform != "cpu":
+        return f"it needs a CPU, not {target.platform}"
+    if dtype != jnp.float32:
+        return f"it needs float32, not {dtype.name}"
+    return "" if cpu.available() else "it needs Linux and a C compiler: gcc, or what CC names"
+
+
+def _block_rows(target: Target, *, rows: int, groups: int, **_) -> int:
+    """A power of two, at most a group's mean size: padding a group costs half a block on average, a small block one
+    more copy of its group's matrix. Measured best: half the mean, 64 at most, on a CPU; the mean, 1024 at most, on a
+    GPU."""
+    on_cpu = target.platform == "cpu"
+    best = max(1, rows // max(groups, 1) // (2 if on_cpu else 1))
+    return min(64 if on_cpu else 1024, 1 << (best.bit_length() - 1))
+
+
+_C = Implementation("c", ("cpu",), _needs_c)
+_CUDNN = Implementation("cudnn", ("cuda",), attention_cudnn.refuses)
+_BLOCKWISE = Implementation("blockwise", slow="plain XLA, there is no kernel for this target")
+_REFERENCE = Implementation("reference", ())
+
+# The first that is chosen by itself on the platform and does not refuse is taken.
+TABLE: dict[str, tuple[Implementation, ...]] = {
+    # XLA's product; with "c" the weight's gradient by the C kernel.
+    "product": (_C, Implementation("dot")),
+    "grouped_matmul": (
+        _C,
+        Implementation("hopper", ("cuda",), hopper.refuses, lambda target, **_: hopper.ROWS),
+        Implementation("ragged_dot", ("tpu",)),
+        Implementation("blocks", rows=_block_rows, slow="batched XLA products over padded blocks"),
+        _REFERENCE,
+    ),
+    "routed_experts": (
+        Implementation("fused", ("cpu",), _needs_c),
+        Implementation("sorted"),
+        Implementation("plain", ()),
+    ),
+    "mla_attention": (_C, _CUDNN, _BLOCKWISE, _REFERENCE),
+    "gqa_attention": (_CUDNN, _BLOCKWISE, _REFERENCE),
+    "mla_decode": (_BLOCKWISE, _REFERENCE),
+}
+
+
+def choose(operation: str, target: Target, dtype: Any, *, implementation: str = "auto", **facts: Any) -> Choice:
+    """The implementation of an operation for a target, a dtype and the facts that the operation's rules read.
+
+    facts: of grouped_matmul ``rows, groups, widths``; of mla_attention and gqa_attention ``in_row_order, queries, keys,
+    key_width, value_width``; of the others none. A slow choice is logged once, with its reason.
+
+    Raises:
+      ValueError: an operation or implementation that does not exist, or one that cannot run there.
+    """
+    if operation not in TABLE:
+        raise ValueError(f"operation={operation!r}: expected one of {', '.join(TABLE)}")
+    dtype, rows = jnp.dtype(dtype), TABLE[operation]
+    if implementation != "auto":
+        named = next((row for row in rows if row.name == implementation), None)
+        if named is None:
+            names = ", ".join(["auto", *(row.name for row in rows)])
+            raise ValueError(f"implementation={implementation!r} of {operation}: expected one of {names}")
+        if why := named.refuses(target, dtype, **facts):
+            raise ValueError(f"implementation={implementation!r} of {operation} cannot run on {target}: {why}")
+        return Choice(named.name, named.rows(target, **facts))
+    refusals = []
+    for row in rows:
+        if target.platform not in row.platforms:
+            continue
+        if why := row.refuses(target, dtype, **facts):
+            refusals.append(f"not {row.name}: {why}")
+            continue
+        choice = Choice(row.name, row.rows(target, **facts), "; ".join(refusals) or row.slow)
+        _say(operation, target, dtype.name, choice.name, choice.reason)
+        return choice
+    raise AssertionError(f"no implementation of {operation} for {target}")
+
+
+@functools.cache
+def _say(operation: str, target: Target, dtype: str, name: str, reason: str) -> None:
+    """Once per case: a slower path is never taken in silence."""
+    if reason:
+        logging.getLogger("deepseek_kernels").info("%s in %s on %s: %s, %s", operation, dtype, target, name, reason)
+
+
+# V2-Lite's training step: what the printed table is about.
+_TYPICAL: dict[str, dict[str, Any]] = {
+    "grouped_matmul": {"rows": 6 * 4096, "groups": 64, "widths": (2048, 2816)},
+    "mla_attention": {"in_row_order": True, "queries": 4096, "keys": 4096, "key_width": 192, "value_width": 128},
+    "gqa_attention": {"in_row_order": True, "queries": 4096, "keys": 4096, "key_width": 128, "value_width": 128},
+}
+
+
+def table(target: Target, dtype: Any) -> dict[str, Choice]:
+    """What every operation runs as on a target, at the shapes of V2-Lite's training step."""
+    return {operation: choose(operation, target, dtype, **_TYPICAL.get(operation, {})) for operation in TABLE}

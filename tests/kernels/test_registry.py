@@ -1,0 +1,87 @@
+"""Operation → implementation for each target, and what is said where a slow one is taken."""
+
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deepseek_kernels import Target, choose, cpu, registry, table
+
+CPU, H100, A100, TPU = Target("cpu"), Target("cuda", "9.0", 132), Target("cuda", "8.0"), Target("tpu", "TPU v5p")
+OPERATIONS = ["product", "grouped_matmul", "routed_experts", "mla_attention", "gqa_attention", "mla_decode"]
+
+EXPECTED = {  # in the order of OPERATIONS
+    (CPU, "float32"): ["c", "c", "fused", "c", "blockwise", "blockwise"],
+    (CPU, "bfloat16"): ["dot", "blocks", "sorted", "blockwise", "blockwise", "blockwise"],
+    (H100, "bfloat16"): ["dot", "hopper", "sorted", "cudnn", "cudnn", "blockwise"],
+    (H100, "float32"): ["dot", "blocks", "sorted", "blockwise", "blockwise", "blockwise"],
+    (A100, "bfloat16"): ["dot", "blocks", "sorted", "blockwise", "cudnn", "blockwise"],
+    (TPU, "bfloat16"): ["dot", "ragged_dot", "sorted", "blockwise", "blockwise", "blockwise"],
+    (TPU, "float32"): ["dot", "ragged_dot", "sorted", "blockwise", "blockwise", "blockwise"],
+}
+
+
+def names(target, dtype):
+    found = table(target, dtype)
+    assert list(found) == OPERATIONS
+    return [choice.name for choice in found.values()]
+
+
+@pytest.mark.parametrize(("target", "dtype"), EXPECTED, ids=str)
+def test_each_operation_has_its_implementation(target, dtype):
+    assert names(target, dtype) == EXPECTED[target, dtype]
+
+
+def test_a_cpu_without_a_compiler_runs_plain_programs(monkeypatch):
+    monkeypatch.setattr(cpu, "available", lambda: False)
+    assert names(CPU, "float32") == EXPECTED[CPU, "bfloat16"]
+    choice = table(CPU, "float32")["grouped_matmul"]
+    assert "C compiler" in choice.reason and choice.rows == 64
+
+
+def test_rows_and_reasons():
+    assert table(H100, "bfloat16")["grouped_matmul"].rows == 128
+    assert table(H100, "bfloat16")["grouped_matmul"].reason == ""
+    assert "capability 9.0, not cuda 8.0" in table(A100, "bfloat16")["grouped_matmul"].reason
+    narrow = choose("grouped_matmul", H100, jnp.bfloat16, rows=64, groups=4, widths=(96, 256))
+    assert narrow.name == "blocks" and "not (96, 256)" in narrow.reason
+
+
+def test_cudnn_takes_plain_causal_rows_alone():
+    facts = {"in_row_order": True, "queries": 64, "keys": 64, "key_width": 192, "value_width": 128}
+    assert choose("mla_attention", H100, jnp.bfloat16, **facts).name == "cudnn"
+    for other in ({"in_row_order": False}, {"queries": 32}, {"value_width": 64}, {"key_width": 260}):
+        choice = choose("mla_attention", H100, jnp.bfloat16, **{**facts, **other})
+        assert choice.name == "blockwise" and "not cudnn: it needs" in choice.reason
+        with pytest.raises(ValueError, match="'cudnn' of mla_attention cannot run on .*9.0.*: it needs"):
+            choose("mla_attention", H100, jnp.bfloat16, implementation="cudnn", **{**facts, **other})
+
+
+def test_what_does_not_exist_or_cannot_run_is_named():
+    with pytest.raises(ValueError, match="implementation='pallas' of product: expected one of auto, c, dot"):
+        choose("product", CPU, jnp.float32, implementation="pallas")
+    with pytest.raises(ValueError, match="operation='addition': expected one of product, "):
+        choose("addition", CPU, jnp.float32)
+    with pytest.raises(ValueError, match="'c' of product cannot run on Target.*tpu.*: it needs a CPU, not tpu"):
+        choose("product", TPU, jnp.float32, implementation="c")
+    with pytest.raises(ValueError, match="'fused' of routed_experts cannot run on .*float32, not bfloat16"):
+        choose("routed_experts", CPU, jnp.bfloat16, implementation="fused")
+
+
+def test_a_slow_choice_is_said_once(caplog):
+    registry._say.cache_clear()
+    with caplog.at_level(logging.INFO, "deepseek_kernels"):
+        for _ in range(2):
+            table(A100, "bfloat16")
+    said = [record.getMessage() for record in caplog.records if "grouped_matmul" in record.getMessage()]
+    assert len(said) == 1 and "blocks, not hopper: it needs cuda of capability 9.0" in said[0]
+
+
+def test_the_target_of_this_process_and_of_a_mesh():
+    assert Target.here() == CPU
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), "x")
+    with jax.set_mesh(mesh):
+        assert Target.here() == CPU
+        assert jax.jit(lambda x: x * len(Target.here().platform))(1) == 3

@@ -1,0 +1,258 @@
+"""Tasks: what each makes of a row, what it takes for right, and what it says of a row that it cannot use."""
+
+import json
+import os
+import subprocess
+import sys
+from fractions import Fraction
+from itertools import permutations, product
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deepseek_jax.data.text import Record
+from deepseek_jax.rl.answers import is_right
+from deepseek_jax.rl.arithmetic import make_problem
+from deepseek_jax.rl.countdown import reaches
+from deepseek_jax.rl.rewards import accuracy_reward
+from deepseek_jax.rl.tasks import TASKS, Task, TaskConfig, make_task
+
+ROW = Record({"question": "1+1?", "unit": "m", "answer": "2", "n": 3, "nums": [1, 2]}, "rows.jsonl:4")
+
+
+def user(content: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": content}]
+
+
+def test_a_column_a_template_or_a_chat_is_asked():
+    assert make_task(TaskConfig(prompt="question")).messages(ROW) == user("1+1?")
+    assert make_task(TaskConfig()).messages({"prompt": "?"}) == user("?")
+    template = r"{question} In {unit}, {n} of {nums}: \boxed{} or {{x}}"
+    asked = make_task(TaskConfig(template=template, system="Be brief.")).messages(ROW)
+    assert asked == [
+        {"role": "system", "content": "Be brief."},
+        *user(r"1+1? In m, 3 of [1, 2]: \boxed{} or {x}"),
+    ]
+    chat = [*user("hi"), {"role": "assistant", "content": "ho"}, *user("and?")]
+    assert make_task(TaskConfig(prompt="chat")).messages({"chat": chat}) == chat
+
+
+@pytest.mark.parametrize(
+    ("config", "row", "message"),
+    [
+        ({}, {}, r'no column "prompt"; it has question, unit, answer, n, nums'),
+        ({"template": "{question} {unti}"}, {}, r'no column "unti"; it has'),
+        ({"template": "{chat}"}, {"chat": user("x")}, '"chat" is of type list; a template takes text and numbers'),
+        ({"prompt": "n"}, {}, '"n" is of type int; it must be text or a list of messages'),
+        ({"prompt": "unit"}, {"unit": None}, '"unit" is of type NoneType'),
+        ({"prompt": "nums"}, {}, 'message 0 must have exactly the keys "role" and "content"'),
+        ({"prompt": "chat"}, {"chat": [{"role": "assistant", "content": "x"}]}, "last message has role 'assistant'"),
+        ({"prompt": "unit"}, {"unit": "\ud800"}, "surrogates not allowed"),
+        (
+            {"name": "gsm8k"},
+            {"question": None},
+            '"question" is of type NoneType',
+        ),
+        ({"name": "countdown"}, {}, 'no column "target"'),
+        (
+            {"name": "countdown"},
+            {"nums": [1, "2"], "target": 3},
+            r'"nums" is \[1, .2.\]; it must be a list of integers',
+        ),
+        ({"name": "countdown"}, {"target": 3.5}, '"target" is 3.5; it must be an integer'),
+        ({"name": "arithmetic"}, {}, "expected the fields kind, a, b, prompt, answer, trace, got question"),
+    ],
+)
+def test_a_row_that_gives_no_question_is_named(config, row, message):
+    with pytest.raises(ValueError, match=rf"^rows\.jsonl:4: .*{message}"):
+        make_task(TaskConfig(**config)).check([Record(ROW | row, ROW.where)])
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"name": "gsm9k"}, "task.name='gsm9k': expected rows, arithmetic, countdown, gsm8k or file.py:function"),
+        ({"name": "none.py:ask"}, r"none\.py:ask: there is no file none\.py"),
+        ({"prompt": "q", "template": "{q}"}, "task.prompt='q' is not used"),
+        ({"name": "arithmetic", "answer": "x"}, "task.answer='x': the task arithmetic asks its own problems"),
+    ],
+)
+def test_a_task_that_makes_no_sense_is_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        make_task(TaskConfig(**config))
+
+
+def test_a_users_file_asks(tmp_path: Path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from beside import ASK\n"
+        "def text(row): return ASK + row['question']\n"
+        "def chat(row): return [{'role': 'user', 'content': row['question']}]\n"
+        "def broken(row):\n    return row['q']\n"
+        "def two(row, more): pass\n"
+    )
+    (tmp_path / "beside.py").write_text("ASK = 'Q: '\n")
+    assert make_task(TaskConfig(name=f"{path}:text")).messages(ROW) == user("Q: 1+1?")
+    task = make_task(TaskConfig(name=f"{path}:chat", system="s", answer="n"))
+    assert task.messages(ROW)[1:] == user("1+1?") and task.accuracy("3", ROW) == 1
+    with pytest.raises(ValueError, match=r"rows\.jsonl:4: broken: KeyError: 'q' \(mine\.py:5\)"):
+        make_task(TaskConfig(name=f"{path}:broken")).messages(ROW)
+    with pytest.raises(ValueError, match=r"two\(row, more\) is called with 1 arguments"):
+        make_task(TaskConfig(name=f"{path}:two"))
+    with pytest.raises(ValueError, match=r"no function none; it has text, chat, broken, two"):
+        make_task(TaskConfig(name=f"{path}:none"))
+    with pytest.raises(ValueError, match="makes the question"):
+        make_task(TaskConfig(name=f"{path}:text", prompt="x"))
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "right"),
+    [
+        ("72", "72", True),
+        ("<think>71 or 73</think>\nSo she sold 1,072.0 clips.", "1072", True),
+        ("It is 72, not 71", "72", False),
+        ("<think>so 72", "72", False),
+        ("<think>x</think>", "72", False),
+        (r"<think>\boxed{71}</think>first 70, \boxed{72 \text{clips}}, not 3", "72", True),
+        (r"\boxed{71} or \boxed{72", "72", True),  # nothing is boxed at last: the last number
+        ("3 apples\n#### $72.\nbecause of 5", "72", True),
+        ("47-38", "38", True),
+        ("it is -38", "-38", True),
+        ("1,0000", "10000", False),
+        ("the cat", "cat", False),
+        (r"so \boxed{cat}", "cat", True),
+        ("#### x + 1 ", "x + 1", True),
+        ("cat\u2028", "cat", True),
+        ("٧٢", "72", False),
+        ("no number", "72", False),
+        ("50%", "50", True),
+        (".5", "0.5", True),
+    ],
+)
+def test_final_answers(completion, answer, right):
+    assert is_right(completion, answer) == right
+
+
+def test_long_completions_are_compared_at_once():
+    for text in (
+        "1,000" * 400_000,
+        "\\boxed{" * 300_000,
+        "9" * 2_000_000,
+        "{" * 2_000_000 + "#### 1,000" + ",000" * 99,
+    ):
+        assert not is_right(text, "3")
+
+
+def test_gsm8k():
+    task = make_task(TaskConfig(name="gsm8k"))
+    row = {"question": "How many?", "answer": "There are 1,071+1.\n#### 1,072"}
+    assert task.messages(row) == user("How many?\nGive the final answer alone, as #### NUMBER.")
+    assert [task.accuracy(text, row) for text in ("#### 1072", "<think>x</think>1,072", "1071", "")] == [1, 1, 0, 0]
+    with pytest.raises(ValueError, match="no #### with a number"):
+        task.accuracy("1", {"answer": "1"})
+    named = make_task(TaskConfig(name="gsm8k", prompt="q", answer="a"))
+    assert (
+        named.messages({"q": "Why?"})[0]["content"].startswith("Why?\n") and named.accuracy("2", {"a": "#### 2"}) == 1
+    )
+
+
+def test_answers_of_rows():
+    task = make_task(TaskConfig(answer="a"))
+    assert [task.accuracy("3", {"a": value}) for value in ("3", 3, 3.0, 4, "", None)] == [1, 1, 1, 0, None, None]
+    with pytest.raises(ValueError, match='no column "a"; it has b'):
+        task.accuracy("3", {"b": 3})
+    with pytest.raises(ValueError, match='"a" is of type list; it must be text or a number'):
+        task.accuracy("3", {"a": [3]})
+
+
+def test_countdown():
+    task = make_task(TaskConfig(name="countdown"))
+    row = {"nums": [3, 8, 5], "target": 49}
+    asked = task.messages(row)[0]["content"]
+    assert "Make 49 from the numbers [3, 8, 5]" in asked and asked.endswith("#### EXPRESSION.")
+    assert task.accuracy("<think>hm</think>(3 + 5) * 8\n#### (3 + 8) * 5 - 6", row) == 0
+    assert task.accuracy("<think>hm</think>let me see\n8 * 5 + 3 * 3", row) == 0
+    row["target"] = 43
+    for text in ("8*5+3", "so\n8×5+3 = 43", "#### (3+8*5)", r"\boxed{3 + 8*5}"):
+        assert task.accuracy(f"<think>hm</think>{text}", row) == 1
+    other = make_task(TaskConfig(name="countdown", prompt="n", answer="t", template="{n} to {t}"))
+    assert other.messages({"n": [1, 2], "t": 3}) == user("[1, 2] to 3") and other.accuracy("1+2", {"n": [1, 2], "t": 3})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "3",
+        "1+1+1",
+        "1+2+0",
+        "1+2=4",
+        "-1+4",
+        "1**2+2",
+        "3//1",
+        "__import__('os')",
+        "1+2 or 5",
+        "0x1+2",
+        "1,2",
+        "1_+2",
+        "",
+    ]
+    + [
+        "(" * 400 + "1+2" + ")" * 400,
+        "1+2" + " " * 10_000,
+        "2/0+1",
+        "(1+2",
+        "9**9**9",
+        "2(1)",
+        "1.0+2",
+        "1+2\n",
+        "01+2",
+    ],
+)
+def test_what_is_no_way_to_three(text):
+    assert not reaches(text, [1, 2], 3)
+
+
+@given(st.lists(st.integers(1, 30), min_size=3, max_size=3), st.integers(-50, 900))
+def test_countdown_agrees_with_plain_fractions(numbers, target):
+    """Every expression (a o b) o c and a o (b o c), evaluated by Python itself with Fractions."""
+    for order, (first, second) in product(list(permutations(numbers))[::2], product("+-*/", repeat=2)):
+        for form in ("({0}{3}{1}){4}{2}", "{0}{3}({1}{4}{2})"):
+            try:
+                value = eval(form.format(*(f"Fraction({n})" for n in order), first, second), {"Fraction": Fraction})
+            except ZeroDivisionError:
+                value = None
+            text = form.format(*order, first, second)
+            assert reaches(text, numbers, target) == (value == target)
+            if value is not None and value.denominator == 1:
+                assert reaches(text, numbers, int(value)) and not reaches(text, [*numbers, 1], int(value))
+
+
+@pytest.mark.parametrize("completion", ["<think>7+8=15</think>85", "<think>x</think>85.", "85", "<think>x</think>085"])
+def test_arithmetic_is_right_to_the_letter(completion):
+    problem = make_problem("add", 47, 38)
+    row = json.loads(json.dumps(vars(problem) | {"more": 1}))
+    task = make_task(TaskConfig(name="arithmetic"))
+    assert task.messages(row) == user("47+38=")
+    assert task.accuracy(completion, row) == accuracy_reward(completion, "85")
+    with pytest.raises(ValueError, match="answer is '86', but this problem's is '85'"):
+        task.accuracy(completion, row | {"answer": "86"})
+
+
+def test_other_tasks_do_not_bring_arithmetic(tmp_path: Path):
+    (tmp_path / "mine.py").write_text("def ask(row): return 'x'\ndef score(completion, row): return 1\n")
+    code = (
+        "import sys\n"
+        "from deepseek_jax.rl.tasks import TaskConfig, make_task\n"
+        "from deepseek_jax.rl.grader import Grader\n"
+        "for name in ('rows', 'gsm8k', 'countdown', 'mine.py:ask'):\n"
+        "    with Grader(('accuracy', 'format', 'mine.py:score'), task=make_task(TaskConfig(name=name))): pass\n"
+        "print([n for n in sys.modules if 'arithmetic' in n or 'problems' in n or 'workflows' in n])"
+    )
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.strip() == "[]"
+    assert isinstance(make_task(TaskConfig(name="arithmetic")), Task) and "arithmetic" in TASKS

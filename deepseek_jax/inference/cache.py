@@ -63,9 +63,7 @@ class Cache:
     lengths_B: jax.Array
 
     @classmethod
-    def empty(
-        cls, config: ModelConfig, compute: ComputeConfig, batch: int, columns: int, *, mtp: bool = False
-    ) -> Self:
+    def empty(cls, config: ModelConfig, compute: ComputeConfig, batch: int, columns: int, *, mtp: bool = False) -> Self:
         """No token yet, in ``compute.dtype``; rows are split over the mesh as a batch is."""
         shape = (batch, columns, config.cache_numbers_per_token_layer)
 
@@ -99,7 +97,7 @@ class Cache:
         return Visible(q_positions_BS=self.positions(size), lengths_B=self.lengths_B + size)
 
     def grown(self, memories: tuple[Memory, ...], count_B: Int[Array, "B"], mtp: Memory | None = None) -> Self:
-        """With what the layers wrote, of which the first ``count_B[b]`` tokens count; later ones write over the rest."""
+        """With what the layers wrote, of which the first ``count_B[b]`` tokens count: later ones write over others."""
         slot: dict[str, Any] = {} if mtp is None else {"mtp": mtp.buffer_BTW}
         layers = tuple(memory.buffer_BTW for memory in memories)
         return dataclasses.replace(self, layers=layers, lengths_B=self.lengths_B + count_B, **slot)

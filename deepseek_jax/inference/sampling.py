@@ -69,7 +69,7 @@ def sample(
     width = logits_BW.shape[1]
     greedy_B = temperature_B == 0
     scaled_BW = logits_BW / jnp.where(greedy_B, 1.0, temperature_B)[:, None]
-    cut_B = ~greedy_B & ((top_p_B < 1) | ((0 < top_k_B) & (top_k_B < width)))
+    cut_B = ~greedy_B & ((top_p_B < 1) | ((top_k_B > 0) & (top_k_B < width)))
 
     def noisy(scaled_BW):
         kept_BW = jax.lax.cond(

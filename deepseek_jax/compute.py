@@ -20,6 +20,8 @@ class ComputeConfig:
       ``float8_e4m3`` keeps the FP8 matrices of a checkpoint that has them as they are.
     remat: what a layer keeps for its backward pass: with ``none`` everything, ``dots`` its products, ``full`` nothing.
     scan_unroll: layers per turn of the scan: more compile longer and run faster, on a CPU above all.
+    scan_decode: scan the layers of a kind when decoding too. It compiles once for all layers and copies each one's cache
+      and weights out of their stacks at every token.
     target: what kernels are chosen for, spelled as ``Target.parse`` reads it; ``auto``: the mesh's first device.
     attention, decode_attention, experts, grouped_matmul: implementations by name; ``auto``: the registry's choice.
     rules: which mesh axes split which logical axis.
@@ -29,6 +31,7 @@ class ComputeConfig:
     param_dtype: Literal["float32", "bfloat16", "float8_e4m3"] = "float32"
     remat: Literal["none", "dots", "full"] = "none"
     scan_unroll: int = 1
+    scan_decode: bool = False
     target: str = "auto"
     attention: str = "auto"
     decode_attention: str = "auto"

@@ -18,8 +18,10 @@ from rich.table import Table
 
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.inference.generate import generate, pad_prompts
+from deepseek_jax.inference.generate import generate
+from deepseek_jax.inference.requests import make_requests
 from deepseek_jax.inference.sampling import SamplingParams
+from deepseek_jax.inference.weights import sampling_config, sampling_weights
 from deepseek_jax.model import transformer
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.train.losses import LanguageModelLoss
@@ -118,26 +120,17 @@ def _train_speed(model: ModelConfig, compute: ComputeConfig, options: BenchConfi
 
 
 def _decode_speed(model: ModelConfig, compute: ComputeConfig, options: BenchConfig, batch: int) -> float:
+    mesh = make_mesh(devices=jax.devices()[:1])
+    compute = compute.on(mesh)
     params, router_bias = jax.jit(lambda: transformer.init(model))()
+    weights = sampling_weights(params, router_bias, config=model, compute=compute, mesh=mesh)
     rng = np.random.default_rng(0)
     prompts = [rng.integers(3, model.vocab_size, options.prompt).tolist() for _ in range(batch)]
-    tokens, positions = pad_prompts(prompts, 2, options.prompt)
     sampling = SamplingParams(temperature=0.0, max_tokens=options.new_tokens)
+    requests = make_requests(prompts, sampling, pad_id=2)
 
     def call() -> None:
-        out = generate(
-            model,
-            params,
-            router_bias,
-            tokens,
-            positions,
-            jax.random.key(0),
-            sampling=sampling,
-            stop_ids=(-1,),
-            pad_id=2,
-            compute=compute,
-        )
-        jax.block_until_ready(out)
+        jax.block_until_ready(generate(sampling_config(model), compute, *weights, requests))
 
     return batch * options.new_tokens / _median_seconds(call, max(3, options.repeats // 2))
 

@@ -1,18 +1,23 @@
-"""Prompts in, completions out: the generator with a tokenizer around it."""
+"""Prompts in, completions out: the generator with weights and a tokenizer around it."""
 
 import dataclasses
+import math
+import threading
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 from deepseek_jax.checkpoint.model import Model
-from deepseek_jax.config import ModelConfig
 from deepseek_jax.data.tokenizer import Tokenizer
-from deepseek_jax.inference.generate import Generated, generate, pad_prompts
+from deepseek_jax.inference.generate import Generated, generate
+from deepseek_jax.inference.requests import make_requests
 from deepseek_jax.inference.sampling import SamplingParams
+from deepseek_jax.inference.weights import sampling_config, sampling_rules, sampling_weights
 from deepseek_jax.model import transformer
 from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.parallel.sharding import ShardingRules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,77 +31,113 @@ class Completion:
 
 
 class Engine:
-    """Answers batches of prompts with a model.
+    """Answers batches of prompts with a model, from any thread.
 
     >>> engine = Engine(model, tokenizer)  # doctest: +SKIP
     >>> engine.generate(["def add(a, b):"], SamplingParams(max_tokens=16))[0].text  # doctest: +SKIP
 
-    Prompt widths and batches are rounded up to powers of two, so that few programs are compiled.
+    Weights are brought to the form that decoding reads at first use, and then by ``update`` alone. Prompts, answers,
+    cache and batch are rounded up to powers of two: within those, nothing that a call can ask for compiles anew.
     """
 
-    def __init__(self, model: Model | transformer.Transformer, tokenizer: Tokenizer | None = None):
-        """tokenizer: by default the model's own."""
+    def __init__(
+        self,
+        model: Model | transformer.Transformer,
+        tokenizer: Tokenizer | None = None,
+        *,
+        rules: ShardingRules | None = None,
+    ):
+        """tokenizer: by default the model's own. rules: how the weights are split, by default ``sampling_rules``."""
         if isinstance(model, transformer.Transformer):
             params, router_bias = transformer.split(model)
             mesh = make_mesh(devices=jax.devices()[:1])
             model = Model(model.config, model.compute.on(mesh), params, router_bias, tokenizer, mesh)
-        self.model, self.tokenizer = model, tokenizer or model.text
+        self.config, self.mesh, self.tokenizer = model.config, model.mesh, tokenizer or model.text
+        self.compute = dataclasses.replace(model.compute, rules=rules or sampling_rules(model.compute.rules))
         if self.tokenizer.vocab_size > self.config.vocab_size:
             raise ValueError(
                 f"the tokenizer has {self.tokenizer.vocab_size} tokens, the model only "
                 f"vocab_size={self.config.vocab_size}"
             )
+        self._given: tuple[Any, jax.Array | None] | None = (model.params, model.router_bias)
+        self._weights: tuple[Any, jax.Array | None] | None = None
+        self._lock = threading.Lock()
 
-    @property
-    def config(self) -> ModelConfig:
-        return self.model.config
+    def update(self, params: dict[str, Any], router_bias: jax.Array | None) -> None:
+        """Answer with these arrays from now on; a copy is made, so a train step may give them away.
+
+        The former weights are let go before the new ones are made.
+        """
+        with self._lock:
+            self._given, self._weights = (params, router_bias), None
+            self._make()
+
+    def _make(self) -> tuple[Any, jax.Array | None]:
+        if self._weights is None:
+            assert self._given is not None
+            options: dict[str, Any] = {"config": self.config, "compute": self.compute, "mesh": self.mesh}
+            with jax.set_mesh(self.mesh):
+                self._weights = sampling_weights(*self._given, **options)
+            self._given = None
+        return self._weights
 
     def generate(
-        self, prompts: Sequence[str | Sequence[int]], sampling: SamplingParams | None = None
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[Completion]:
         """Complete each prompt: text, with the begin-of-sentence token put in front where the tokenizer has one, or
         token ids as they are.
 
-        An answer ends with one of the tokenizer's ``stop_ids`` or of ``sampling.stop_token_ids``.
+        sampling: for all, or one for each prompt. With one for all, equal prompts get answers of their own; with one
+        for each, the answer is the one that prompt and seed get alone. An answer ends with one of the tokenizer's
+        ``stop_ids`` or of ``stop_token_ids``.
 
         Raises ValueError for an empty prompt, and where prompt and answer would pass max_position_embeddings.
         """
-        sampling = sampling or SamplingParams()
         ids = [
             [*self.tokenizer.bos_ids, *self.tokenizer.encode(prompt)] if isinstance(prompt, str) else list(prompt)
             for prompt in prompts
         ]
         if not ids:
             return []
-        out = jax.device_get(self.generate_ids(ids, sampling, jax.random.key(sampling.seed)))
+        out = jax.device_get(self.generate_ids(ids, sampling or SamplingParams()))
         return [self._completion(out, row) for row in range(len(ids))]
 
     def generate_ids(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, key: jax.Array, *, width: int = 0
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams | Sequence[SamplingParams],
+        key: jax.Array | None = None,
+        *,
+        width: int = 0,
+        experts: bool = False,
     ) -> Generated:
-        """The arrays behind ``generate``; rows past ``len(prompts)`` are filling. width: of the prompts' rows."""
-        longest = max(map(len, prompts))
-        width = width or _round_up(longest, 16)
-        if longest + sampling.max_tokens > self.config.max_position_embeddings:
-            raise ValueError(
-                f"a prompt of {longest} tokens and max_tokens={sampling.max_tokens} pass "
-                f"max_position_embeddings={self.config.max_position_embeddings}"
-            )
-        rows = [*prompts, *[prompts[0]] * (_round_up(len(prompts), 1) - len(prompts))]
-        tokens, positions = pad_prompts(rows, self.tokenizer.pad_id, width)
-        with jax.set_mesh(self.model.mesh):
-            return generate(
-                self.config,
-                self.model.params,
-                self.model.router_bias,
-                tokens,
-                positions,
-                key,
-                sampling=dataclasses.replace(sampling, seed=0, stop_token_ids=()),  # what compiles does not need them
-                stop_ids=(*self.tokenizer.stop_ids, *sampling.stop_token_ids),
-                pad_id=self.tokenizer.pad_id,
-                compute=self.model.compute,
-            )
+        """The arrays behind ``generate``; rows past ``len(prompts)`` are filling.
+
+        key: prompt i draws with ``fold_in(key, i)`` instead of the seeds. width: of the prompts' rows. experts: return
+        those chosen, too.
+        """
+        each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
+        for prompt, params in zip(prompts, each, strict=False):
+            if len(prompt) + params.max_tokens > self.config.max_position_embeddings:
+                raise ValueError(
+                    f"a prompt of {len(prompt)} tokens and max_tokens={params.max_tokens} pass "
+                    f"max_position_embeddings={self.config.max_position_embeddings}"
+                )
+        requests = make_requests(
+            prompts,
+            sampling,
+            key,
+            stop_ids=self.tokenizer.stop_ids,
+            pad_id=self.tokenizer.pad_id,
+            width=width,
+            ways=math.prod(self.mesh.shape[axis] for axis in self.compute.rules.batch),
+        )
+        with self._lock:
+            weights = self._make()
+        with jax.set_mesh(self.mesh):
+            return generate(sampling_config(self.config), self.compute, *weights, requests, experts=experts)
 
     def _completion(self, out: Generated, row: int) -> Completion:
         length, stopped = int(out.lengths_B[row]), bool(out.stopped_B[row])
@@ -109,8 +150,3 @@ class Engine:
     def decode(self, ids: Sequence[int]) -> str:
         """Text with ``<think>`` and other special tokens spelled out."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=False)
-
-
-def _round_up(n: int, least: int) -> int:
-    """The next power of two, at least ``least``."""
-    return max(least, 1 << (n - 1).bit_length())

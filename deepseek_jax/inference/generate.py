@@ -1,109 +1,134 @@
 """Batched generation as one pure function: prefill the prompts, then decode in a loop on the device."""
 
+import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
-from jaxtyping import Array, Int
 
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.inference.sampling import SamplingParams, sample
+from deepseek_jax.inference.cache import Cache, write_rows
+from deepseek_jax.inference.requests import Requests
+from deepseek_jax.inference.sampling import sample
 from deepseek_jax.model import transformer
-from deepseek_jax.model.attention import Cache
+from deepseek_jax.parallel.sharding import constrain
+from deepseek_kernels import Visible
 
 
 @struct.dataclass
 class Generated:
     """tokens_BN: the answers, the stop token included, ``pad`` behind it. logprobs_BN: of each token, 0 behind the end.
-    lengths_B: tokens of each answer. stopped_B: whether it ended by itself, not by the limit."""
+    lengths_B: tokens of each answer. stopped_B: whether it ended by itself, not by the limit. experts_LBTK: where asked
+    for, the experts that each MoE layer chose for token t of prompt and answer together, -1 where none was run: of an
+    answer's last token, and behind it."""
 
     tokens_BN: jax.Array
     logprobs_BN: jax.Array
     lengths_B: jax.Array
     stopped_B: jax.Array
+    experts_LBTK: jax.Array | None = None
 
 
-def pad_prompts(prompts: Sequence[Sequence[int]], pad_id: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Right-align prompts in rows of ``width``: tokens and positions (B P), position -1 on the padding."""
-    tokens = np.full((len(prompts), width), pad_id, np.int32)
-    positions = np.full((len(prompts), width), -1, np.int32)
-    for row, ids in enumerate(prompts):
-        if not 0 < len(ids) <= width:
-            raise ValueError(f"prompt {row} has {len(ids)} tokens: expected 1…{width}")
-        tokens[row, width - len(ids) :] = ids
-        positions[row, width - len(ids) :] = np.arange(len(ids))
-    return tokens, positions
-
-
-@functools.partial(jax.jit, static_argnames=("config", "compute", "sampling", "stop_ids", "pad_id"))
+@functools.partial(jax.jit, static_argnames=("config", "compute", "experts"))
 def generate(
     config: ModelConfig,
+    compute: ComputeConfig,
     params: Any,
     router_bias: jax.Array | None,
-    tokens_BP: Int[Array, "B P"],
-    positions_BP: Int[Array, "B P"],
-    key: jax.Array,
+    requests: Requests,
     *,
-    sampling: SamplingParams,
-    stop_ids: tuple[int, ...],
-    pad_id: int,
-    compute: ComputeConfig = ComputeConfig(),
+    experts: bool = False,
 ) -> Generated:
-    """Answer each prompt with up to ``sampling.max_tokens`` tokens, until one of ``stop_ids``.
+    """Answer each request until one of its stop ids or its limit.
 
-    Prefill runs the plain attention over all prompts at once; each further token the absorbed one, over the latent
-    cache. Row b's draws depend on ``fold_in(key, b)`` and the step alone. ``sampling.seed`` is not read: ``key`` is.
+    Prefill runs the plain attention over all prompts at once; each further token the absorbed one, over the cache.
+    On a mesh each device answers its rows of the batch. Compiled for the shapes alone: see ``Requests``.
+
+    Args:
+      params, router_bias: as ``sampling_weights`` makes them, or a model's own (stacks, with ``compute.scan_decode``).
+      experts: return the chosen experts too.
     """
-    model = transformer.merge(config, params, router_bias, compute)
-    layers = model.unrolled()
+    if experts and not config.num_moe_layers:
+        raise ValueError(f"experts=True, but n_routed_experts={config.n_routed_experts}: there is nothing to choose")
+    network = transformer.merge(config, params, router_bias, compute)
+    requests = jax.tree.map(lambda x: _split(x, compute) if x.ndim else x, requests)
+    tokens_BP, length_B = requests.tokens_BP, requests.lengths_B
     batch, width = tokens_BP.shape
-    limit = sampling.max_tokens
-    row_keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch))
-    stops = jnp.asarray(stop_ids, jnp.int32)
-
-    def draw(hidden_BD, n):
-        keys = jax.vmap(lambda row_key: jax.random.fold_in(row_key, n))(row_keys)
-        return sample(model.logits(hidden_BD), keys, sampling)
-
-    def record(n, token_B, logprob_B, done_B, tokens_BN, logprobs_BN):
-        token_B = jnp.where(done_B, pad_id, token_B)
-        logprob_B = jnp.where(done_B, 0.0, logprob_B)
-        tokens_BN = jax.lax.dynamic_update_slice(tokens_BN, token_B[:, None], (0, n))
-        logprobs_BN = jax.lax.dynamic_update_slice(logprobs_BN, logprob_B[:, None], (0, n))
-        return token_B, done_B | jnp.any(token_B[:, None] == stops, axis=1), tokens_BN, logprobs_BN
+    with jax.named_scope("prefill"):
+        cache = Cache.empty(config, compute, batch, requests.columns)
+        out = network(tokens_BP, visible=Visible(), memories=cache.memories(first=True), head=False)
+        cache = cache.grown(out.memories, length_B)
+        chosen_BTX = None
+        if experts:
+            seen_BP = jnp.arange(width) < length_B[:, None]
+            chosen_BTX = jnp.full((batch, requests.columns, _numbers(out)), -1, jnp.int32)
+            chosen_BTX = write_rows(_split(chosen_BTX, compute), _chosen(out, seen_BP), jnp.zeros_like(length_B))
+        hidden_BD = jnp.take_along_axis(out.hidden, (length_B - 1)[:, None, None], axis=1)[:, 0]
+        answered = _nothing(requests, compute)
+        token_B, done_B, answered = _draw(network, requests, 0, hidden_BD, requests.limit_B < 1, answered)
 
     def decode(carry):
-        n, cache, token_B, done_B, position_B, tokens_BN, logprobs_BN, lengths_B = carry
-        lengths_B = lengths_B + ~done_B
-        position_B1 = jnp.where(done_B, -1, position_B)[:, None]
-        out = model(token_B[:, None], positions_BS=position_B1, cache=cache, layers=layers, absorbed=True, head=False)
-        drawn = draw(out.hidden[:, 0], n)
-        token_B, done_B, tokens_BN, logprobs_BN = record(n, *drawn, done_B, tokens_BN, logprobs_BN)
-        return n + 1, out.cache, token_B, done_B, position_B + 1, tokens_BN, logprobs_BN, lengths_B
+        n, cache, token_B, done_B, answered, chosen_BTX = carry
+        options: dict[str, Any] = {"positions_BS": cache.positions(1), "visible": cache.visible(1)}
+        out = network(token_B[:, None], memories=cache.memories(), absorbed=True, head=False, **options)
+        if chosen_BTX is not None:
+            chosen_BTX = write_rows(chosen_BTX, _chosen(out, ~done_B[:, None]), cache.lengths_B)
+        cache = cache.grown(out.memories, (~done_B).astype(jnp.int32))
+        token_B, done_B, answered = _draw(network, requests, n, out.hidden[:, 0], done_B, answered)
+        return n + 1, cache, token_B, done_B, answered, chosen_BTX
 
-    with jax.named_scope("prefill"):
-        cache = Cache.empty(config, batch, width + limit, compute.dtype)
-        out = model(tokens_BP, positions_BS=positions_BP, cache=cache, layers=layers, head=False)
-        empty = jnp.full((batch, limit), pad_id, jnp.int32), jnp.zeros((batch, limit), jnp.float32)
-        first = draw(out.hidden[:, -1], 0)
-        token_B, done_B, tokens_BN, logprobs_BN = record(0, *first, jnp.zeros(batch, bool), *empty)
-    lengths_B = jnp.ones(batch, jnp.int32)
-    carry = (
-        jnp.int32(1),
-        out.cache,
-        token_B,
-        done_B,
-        positions_BP[:, -1] + 1,
-        tokens_BN,
-        logprobs_BN,
-        lengths_B,
-    )
     with jax.named_scope("decode"):
-        carry = jax.lax.while_loop(lambda carry: (carry[0] < limit) & ~jnp.all(carry[3]), decode, carry)
-    *_, done_B, _, tokens_BN, logprobs_BN, lengths_B = carry
-    return Generated(tokens_BN, logprobs_BN, lengths_B, done_B)
+        carry = (jnp.int32(1), cache, token_B, done_B, answered, chosen_BTX)
+        *_, answered, chosen_BTX = jax.lax.while_loop(lambda carry: ~jnp.all(carry[3]), decode, carry)
+    if chosen_BTX is None:
+        return answered
+    split_BTLK = chosen_BTX.reshape(batch, requests.columns, config.num_moe_layers, -1)
+    return dataclasses.replace(answered, experts_LBTK=jnp.moveaxis(split_BTLK, 2, 0))
+
+
+def _nothing(requests: Requests, compute: ComputeConfig) -> Generated:
+    batch, room = len(requests.limit_B), requests.answers
+    tokens_BN = jnp.broadcast_to(requests.pad, (batch, room))
+    nothing = (tokens_BN, jnp.zeros((batch, room), jnp.float32), jnp.zeros(batch, jnp.int32), jnp.zeros(batch, bool))
+    return Generated(*(_split(x, compute) for x in nothing))
+
+
+def _draw(network: transformer.Transformer, requests: Requests, n, hidden_BD, done_B, answered: Generated):
+    """Draw token ``n`` of each answer that is not done -> (tokens, which are done now, the answers with them)."""
+    keys_B = jax.vmap(lambda key, row: jax.random.fold_in(jax.random.fold_in(key, row), n))(
+        requests.keys_B, requests.rows_B
+    )
+    how = (requests.temperature_B, requests.top_p_B, requests.top_k_B)
+    token_B, logprob_B = sample(network.logits(hidden_BD), keys_B, *how)
+    token_B = jnp.where(done_B, requests.pad, token_B)
+    logprob_B = jnp.where(done_B, 0.0, logprob_B)
+    stopped_B = answered.stopped_B | (~done_B & jnp.any(token_B[:, None] == requests.stops_BX, axis=1))
+    lengths_B = answered.lengths_B + ~done_B
+    answered = dataclasses.replace(
+        answered,
+        tokens_BN=jax.lax.dynamic_update_slice(answered.tokens_BN, token_B[:, None], (0, n)),
+        logprobs_BN=jax.lax.dynamic_update_slice(answered.logprobs_BN, logprob_B[:, None], (0, n)),
+        lengths_B=lengths_B,
+        stopped_B=stopped_B,
+    )
+    return token_B, stopped_B | (lengths_B >= requests.limit_B), answered
+
+
+def _split(x, compute: ComputeConfig):
+    """Rows over the batch's devices."""
+    return constrain(x, compute.rules, "batch", *[None] * (x.ndim - 1))
+
+
+def _numbers(out: transformer.ModelOutput) -> int:
+    layers, _, _, top = out.router.experts_BSK.shape
+    return layers * top
+
+
+def _chosen(out: transformer.ModelOutput, seen_BS):
+    """The experts of all layers beside each other (B S L·K); -1 for what is padding."""
+    chosen_BSLK = jnp.moveaxis(out.router.experts_BSK, 0, 2)
+    chosen_BSX = chosen_BSLK.reshape(*chosen_BSLK.shape[:2], -1)
+    return jnp.where(seen_BS[:, :, None], chosen_BSX, -1)

@@ -36,37 +36,49 @@ class SamplingParams:
             raise ValueError(f"max_tokens={self.max_tokens}: must be at least 1")
 
 
-def truncate_logits(logits_BW: Float[Array, "B W"], *, top_k: int, top_p: float) -> Float[Array, "B W"]:
+def truncate_logits(
+    logits_BW: Float[Array, "B W"], top_k_B: Int[Array, "B"], top_p_B: Float[Array, "B"]
+) -> Float[Array, "B W"]:
     """Set to -inf what top-k, then top-p, leave out. The most likely token always stays; ties at the edge stay too."""
     width = logits_BW.shape[1]
-    if 0 < top_k < width:
-        edge_B1 = jax.lax.top_k(logits_BW, top_k)[0][:, -1:]
-        logits_BW = jnp.where(logits_BW >= edge_B1, logits_BW, -jnp.inf)
-    if top_p < 1:
-        sorted_BW = jnp.sort(logits_BW, axis=1, descending=True)
-        p_BW = jax.nn.softmax(sorted_BW, axis=1)
-        before_BW = jnp.cumsum(p_BW, axis=1) - p_BW
-        edge_B1 = jnp.min(jnp.where(before_BW < top_p, sorted_BW, jnp.inf), axis=1, keepdims=True)
-        logits_BW = jnp.where(logits_BW >= edge_B1, logits_BW, -jnp.inf)
-    return logits_BW
+    sorted_BW = jnp.sort(logits_BW, axis=1, descending=True)
+    last_B = jnp.where(top_k_B > 0, jnp.minimum(top_k_B, width), width) - 1
+    edge_B1 = jnp.take_along_axis(sorted_BW, last_B[:, None], axis=1)
+    sorted_BW = jnp.where(sorted_BW >= edge_B1, sorted_BW, -jnp.inf)
+    p_BW = jax.nn.softmax(sorted_BW, axis=1)
+    before_BW = jnp.cumsum(p_BW, axis=1) - p_BW
+    top_p_B1 = top_p_B[:, None]
+    likely_B1 = jnp.min(jnp.where(before_BW < top_p_B1, sorted_BW, jnp.inf), axis=1, keepdims=True)
+    edge_B1 = jnp.where(top_p_B1 < 1, jnp.maximum(edge_B1, likely_B1), edge_B1)
+    return jnp.where(logits_BW >= edge_B1, logits_BW, -jnp.inf)
 
 
 def sample(
-    logits_BW: Float[Array, "B W"], keys_B: jax.Array, params: SamplingParams
+    logits_BW: Float[Array, "B W"],
+    keys_B: jax.Array,
+    temperature_B: Float[Array, "B"],
+    top_p_B: Float[Array, "B"],
+    top_k_B: Int[Array, "B"],
 ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
-    """Draw a token per row with the row's own key.
+    """Draw a token per row with the row's own key, each row in its own way, as ``SamplingParams`` describes them.
 
-    Returns the tokens and their log-probabilities under ``softmax(logits / temperature)``, before top-k and top-p:
-    what a learner can compute again. Greedy reports temperature 1.
+    Noise is drawn and logits are sorted only where a row asks for it. Returns the tokens and their log-probabilities
+    under ``softmax(logits / temperature)``, before top-k and top-p: what a learner can compute again. Greedy reports
+    temperature 1.
     """
-    if params.temperature == 0:
-        tokens_B = first_maximum(logits_BW)
-        scaled_BW = logits_BW
-    else:
-        scaled_BW = logits_BW / params.temperature
-        kept_BW = truncate_logits(scaled_BW, top_k=params.top_k, top_p=params.top_p)
-        noise_BW = jax.vmap(lambda key: jax.random.gumbel(key, kept_BW.shape[1:], kept_BW.dtype))(keys_B)
-        tokens_B = first_maximum(kept_BW + noise_BW)
+    width = logits_BW.shape[1]
+    greedy_B = temperature_B == 0
+    scaled_BW = logits_BW / jnp.where(greedy_B, 1.0, temperature_B)[:, None]
+    cut_B = ~greedy_B & ((top_p_B < 1) | ((top_k_B > 0) & (top_k_B < width)))
+
+    def noisy(scaled_BW):
+        kept_BW = jax.lax.cond(
+            jnp.any(cut_B), lambda x_BW: truncate_logits(x_BW, top_k_B, top_p_B), lambda x_BW: x_BW, scaled_BW
+        )
+        noise_BW = jax.vmap(lambda key: jax.random.gumbel(key, (width,), scaled_BW.dtype))(keys_B)
+        return jnp.where(greedy_B[:, None], scaled_BW, kept_BW + noise_BW)
+
+    tokens_B = first_maximum(jax.lax.cond(jnp.all(greedy_B), lambda x_BW: x_BW, noisy, scaled_BW))
     logprobs_BW = jax.nn.log_softmax(scaled_BW, axis=1)
     return tokens_B, jnp.take_along_axis(logprobs_BW, tokens_B[:, None], axis=1)[:, 0]
 

@@ -1,11 +1,11 @@
 """Kernels as functions of arrays, each beside its plain-``jnp`` reference. Imports jax alone."""
 
-from deepseek_kernels.attention import mla_attention, mla_attention_reference
+from deepseek_kernels.attention import attention_reference, gqa_attention, mla_attention, mla_decode
 from deepseek_kernels.block_fp8 import BlockScaled, dequantise, dequantise_reference, quantise
 from deepseek_kernels.grouped_matmul import grouped_matmul, grouped_matmul_reference
 from deepseek_kernels.product import product, weight_gradient
 from deepseek_kernels.registry import Choice, choose, table
-from deepseek_kernels.routed_experts import can_fuse_experts, fused_experts, fused_experts_reference
+from deepseek_kernels.routed_experts import routed_experts
 from deepseek_kernels.target import Target
 from deepseek_kernels.visible import Visible
 from deepseek_kernels.weights import Columns, InStack
@@ -17,18 +17,18 @@ __all__ = [
     "InStack",
     "Target",
     "Visible",
-    "can_fuse_experts",
+    "attention_reference",
     "choose",
     "dequantise",
     "dequantise_reference",
-    "fused_experts",
-    "fused_experts_reference",
+    "gqa_attention",
     "grouped_matmul",
     "grouped_matmul_reference",
     "mla_attention",
-    "mla_attention_reference",
+    "mla_decode",
     "product",
     "quantise",
+    "routed_experts",
     "table",
     "weight_gradient",
 ]

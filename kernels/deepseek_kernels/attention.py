@@ -1,109 +1,160 @@
-"""MLA's attention in training and prefill: any mask, and a backward pass of its own.
+"""Attention of every kind: MLA's over keys and values, MLA's over its cached entries, and grouped heads'.
 
-``mla_attention`` computes ``softmax(q kᵀ · scale) v`` from what the projections give: a key is a head's own part beside
-the rotated part that all heads share, and lies next to its value. It saves the unnormalised ``exp`` of the scores, so
-that the backward pass touches the S × T matrix once per product: its row sum ``Σ dp · p`` is ``Σ dout · out`` (arXiv
-2205.14135, section B.2), taken over the value width instead. In float32 on a CPU the C kernel of ``cpu.c`` does the
-same strip by strip, without ever writing the keys out, and saves each row's ``log Σ exp`` in place of the S × T matrix.
+Which keys a query sees is described (``Visible``), never drawn. Each function computes
+``out[s] = Σ_t softmax_t(q[s]·k[t] · scale) v[t]`` over the visible t, in one of the registry's implementations; scores,
+softmax and sums are float32, the result has the values' dtype, and a query that sees no key gets zeros.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
-from deepseek_kernels import cpu
+from deepseek_kernels import attention_blockwise, attention_cudnn
+from deepseek_kernels.registry import choose
+from deepseek_kernels.target import Target
+from deepseek_kernels.visible import Visible
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def mla_attention(
     q_BSHK: Float[Array, "B S H K"],
     kv_BTHW: Float[Array, "B T H W"],
     pe_BTR: Float[Array, "B T R"],
-    mask_BST: Bool[Array, "B S T"],
+    visible: Visible,
     scale: float,
+    *,
+    target: Target | None = None,
+    implementation: str = "auto",
 ) -> Float[Array, "B S H V"]:
-    """``out[s] = Σ_t softmax_t(q[s]·[k_nope[t] | pe[t]] · scale) v[t]`` over the t that ``mask`` allows.
+    """MLA in training and prefill: a head's key is its own part beside the rotated part that all heads share.
 
-    ``kv`` holds ``[k_nope | v]`` of each head, so with K = N + R its width is W = N + V. Scores, softmax and sums are
-    float32; the result has ``kv``'s dtype. A query that may attend to nothing gets the mean of all values.
-    Differentiable in q, kv and pe.
+    ``kv`` holds ``[k_nope | v]`` of each head, so with K = N + R its width is W = N + V. Differentiable in all three.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit, or an implementation that cannot run on the target.
     """
-    return _forward(q_BSHK, kv_BTHW, pe_BTR, mask_BST, scale)[0]
-
-
-def mla_attention_reference(q_BSHK, kv_BTHW, pe_BTR, mask_BST, scale):
-    """The definition, with autodiff's own gradient."""
-    k_BTHK, v_BTHV = _keys_and_values(kv_BTHW, pe_BTR, q_BSHK.shape[3])
-    scores = jnp.einsum("bshk,bthk->bhst", q_BSHK, k_BTHK, preferred_element_type=jnp.float32) * scale
-    p = jax.nn.softmax(jnp.where(mask_BST[:, None], scores, jnp.finfo(jnp.float32).min), axis=-1)
-    return jnp.einsum("bhst,bthv->bshv", p, v_BTHV.astype(jnp.float32)).astype(v_BTHV.dtype)
-
-
-def _keys_and_values(kv_BTHW, pe_BTR, key_width):
-    nope_BTHN, v_BTHV = jnp.split(kv_BTHW, [key_width - pe_BTR.shape[-1]], axis=-1)
-    pe_BTHR = jnp.broadcast_to(pe_BTR[:, :, None], (*nope_BTHN.shape[:3], pe_BTR.shape[-1]))
-    return jnp.concatenate([nope_BTHN, pe_BTHR], axis=-1), v_BTHV
-
-
-def _forward(q_BSHK, kv_BTHW, pe_BTR, mask_BST, scale):
-    (B, S, H, K), T, R = q_BSHK.shape, kv_BTHW.shape[1], pe_BTR.shape[-1]
-    if kv_BTHW.shape[:3] != (B, T, H) or pe_BTR.shape != (B, T, R) or not R <= K < R + kv_BTHW.shape[3]:
+    (B, S, H, K), T, R, W = q_BSHK.shape, kv_BTHW.shape[1], pe_BTR.shape[-1], kv_BTHW.shape[-1]
+    if kv_BTHW.shape[:3] != (B, T, H) or pe_BTR.shape != (B, T, R) or not R <= K < R + W:
         raise ValueError(
             f"q {q_BSHK.shape}, kv {kv_BTHW.shape}, pe {pe_BTR.shape}: "
             "expected (B, S, H, N+R), (B, T, H, N+V), (B, T, R)"
         )
-    if mask_BST.shape != (B, S, T) or mask_BST.dtype != jnp.bool_:
-        raise ValueError(f"mask {mask_BST.shape} of {mask_BST.dtype}: expected {(B, S, T)} of bool")
-    if cpu.usable(q_BSHK, kv_BTHW, pe_BTR):
-        operands = (q_BSHK, kv_BTHW, pe_BTR, mask_BST, jnp.float32(scale))
-        heads, values = q_BSHK.shape[:3], kv_BTHW.shape[3] - (q_BSHK.shape[3] - pe_BTR.shape[2])
-        out_BSHV, log_sum_BSH = cpu.call("attention_forward", [(*heads, values), heads], *operands)
-        return out_BSHV, (operands, out_BSHV, log_sum_BSH)
-    return _xla_forward(q_BSHK, kv_BTHW, pe_BTR, mask_BST, scale)
+    visible.check(B, S, T)
+    name = _choose("mla_attention", (q_BSHK, kv_BTHW, pe_BTR), K, W - K + R, visible, target, implementation)
+    if name == "c":
+        return _c(q_BSHK, kv_BTHW, pe_BTR, visible, scale)
+    nope_BTHN, v_BTHV = jnp.split(kv_BTHW, [K - R], axis=-1)
+    # Through float32, which costs nothing, so that the gradient of what all heads share is summed in it.
+    pe_BTHR = jnp.broadcast_to(pe_BTR.astype(jnp.float32)[:, :, None], (B, T, H, R)).astype(pe_BTR.dtype)
+    return _attend(name, q_BSHK, jnp.concatenate([nope_BTHN, pe_BTHR], axis=-1), v_BTHV, visible, scale)
 
 
-def _backward(scale, residuals, dout_BSHV):
-    if len(residuals) > 3:
-        return _xla_backward(scale, residuals, dout_BSHV)
-    operands, out_BSHV, log_sum_BSH = residuals
-    q_BSHK, kv_BTHW, pe_BTR = operands[:3]
-    shapes = [q_BSHK.shape, kv_BTHW.shape, (*kv_BTHW.shape[:3], pe_BTR.shape[2])]
-    results = cpu.call("attention_backward", shapes, *operands, out_BSHV, log_sum_BSH, dout_BSHV)
-    dq_BSHK, dkv_BTHW, dpe_BTHR = results
-    return dq_BSHK, dkv_BTHW, jnp.sum(dpe_BTHR, axis=2), None
+def gqa_attention(
+    q_BSHN: Float[Array, "B S H N"],
+    k_BTGN: Float[Array, "B T G N"],
+    v_BTGV: Float[Array, "B T G V"],
+    visible: Visible,
+    scale: float,
+    *,
+    target: Target | None = None,
+    implementation: str = "auto",
+) -> Float[Array, "B S H V"]:
+    """Grouped-query attention: query head h reads head ``h // (H/G)`` of keys and values. Differentiable in q, k and v.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit, or an implementation that cannot run on the target.
+    """
+    (B, S, H, N), (T, G, V) = q_BSHN.shape, v_BTGV.shape[1:]
+    if k_BTGN.shape != (B, T, G, N) or v_BTGV.shape[0] != B or H % G:
+        raise ValueError(
+            f"q {q_BSHN.shape}, k {k_BTGN.shape}, v {v_BTGV.shape}: expected (B, S, H, N), (B, T, G, N), (B, T, G, V) "
+            "with H a multiple of G"
+        )
+    visible.check(B, S, T)
+    name = _choose("gqa_attention", (q_BSHN, k_BTGN, v_BTGV), N, V, visible, target, implementation)
+    return _attend(name, q_BSHN, k_BTGN, v_BTGV, visible, scale)
 
 
-def _xla_forward(q_BSHK, kv_BTHW, pe_BTR, mask_BST, scale):
-    k_BTHK, v_BTHV = _keys_and_values(kv_BTHW, pe_BTR, q_BSHK.shape[3])
-    q_BHSK, k_BHTK, v_BHTV = (jnp.swapaxes(x, 1, 2) for x in (q_BSHK, k_BTHK, v_BTHV))
-    # The scale goes to q: S·K products instead of S·T.
-    q_BHSK = (q_BHSK.astype(jnp.float32) * scale).astype(q_BSHK.dtype)
-    scores = jnp.einsum("bhsk,bhtk->bhst", q_BHSK, k_BHTK, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask_BST[:, None], scores, jnp.finfo(jnp.float32).min)
-    p = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
-    inverse_BHS1 = 1.0 / jnp.sum(p, axis=-1, keepdims=True)
-    p = p.astype(v_BTHV.dtype)
-    out_BHSV = jnp.einsum("bhst,bhtv->bhsv", p, v_BHTV, preferred_element_type=jnp.float32) * inverse_BHS1
-    out_BSHV = jnp.swapaxes(out_BHSV.astype(v_BTHV.dtype), 1, 2)
-    return out_BSHV, (q_BHSK, k_BHTK, v_BHTV, p, inverse_BHS1, out_BSHV, pe_BTR)
+def mla_decode(
+    q_BSHW: Float[Array, "B S H W"],
+    entry_BTW: Float[Array, "B T W"],
+    visible: Visible,
+    scale: float,
+    *,
+    values: int,
+    target: Target | None = None,
+    implementation: str = "auto",
+) -> Float[Array, "B S H C"]:
+    """Absorbed MLA: every head attends to the cached entries ``[c | k_rope]`` themselves, whose first ``values``
+    numbers are the values too.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit, or an implementation that cannot run on the target.
+    """
+    (B, S, _, W), T = q_BSHW.shape, entry_BTW.shape[1]
+    if entry_BTW.shape != (B, T, W) or not 0 < values <= W:
+        raise ValueError(
+            f"q {q_BSHW.shape}, entry {entry_BTW.shape}, values={values}: expected (B, S, H, W), (B, T, W), 1…W"
+        )
+    visible.check(B, S, T)
+    name = _choose("mla_decode", (q_BSHW, entry_BTW), W, values, visible, target, implementation)
+    entry_BT1W = entry_BTW[:, :, None]
+    # The rotated keys ride along as values and are dropped: cheaper than a copy of the cache without them.
+    return _attend(name, q_BSHW, entry_BT1W, entry_BT1W, visible, scale)[..., :values]
 
 
-def _xla_backward(scale, residuals, dout_BSHV):
-    q_BHSK, k_BHTK, v_BHTV, p, inverse_BHS1, out_BSHV, pe_BTR = residuals
-    dtype = q_BHSK.dtype
-    dout_BHSV = jnp.swapaxes(dout_BSHV, 1, 2)
-    row_BHS1 = jnp.swapaxes(jnp.sum(dout_BSHV.astype(jnp.float32) * out_BSHV, axis=-1, keepdims=True), 1, 2)
-    scaled = (dout_BHSV * inverse_BHS1).astype(dtype)
-    dv_BHTV = jnp.einsum("bhst,bhsv->bhtv", p, scaled, preferred_element_type=jnp.float32)
-    dp = jnp.einsum("bhsv,bhtv->bhst", scaled, v_BHTV, preferred_element_type=jnp.float32)
-    ds = (p * (dp - row_BHS1 * inverse_BHS1)).astype(dtype)
-    dq_BHSK = jnp.einsum("bhst,bhtk->bhsk", ds, k_BHTK, preferred_element_type=jnp.float32) * scale
-    dk_BHTK = jnp.einsum("bhst,bhsk->bhtk", ds, q_BHSK, preferred_element_type=jnp.float32)
-    dq_BSHK, dk_BTHK, dv_BTHV = (jnp.swapaxes(x.astype(dtype), 1, 2) for x in (dq_BHSK, dk_BHTK, dv_BHTV))
-    dnope_BTHN, dpe_BTHR = jnp.split(dk_BTHK, [dk_BTHK.shape[3] - pe_BTR.shape[2]], axis=-1)
-    return dq_BSHK, jnp.concatenate([dnope_BTHN, dv_BTHV], axis=-1), jnp.sum(dpe_BTHR, axis=2), None
+def attention_reference(q_BSHK, k_BTGK, v_BTGV, visible, scale):
+    """The definition, S × T scores and all, with autodiff's own gradient."""
+    (B, S, H, K), (T, G, V) = q_BSHK.shape, v_BTGV.shape[1:]
+    q_BSGMK = q_BSHK.reshape(B, S, G, H // G, K)
+    scores = jnp.einsum("bsgmk,btgk->bgmst", q_BSGMK, k_BTGK, preferred_element_type=jnp.float32) * scale
+    mask = visible.mask(B, S, T)[:, None, None]
+    p = jnp.where(mask, jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1), 0)
+    return jnp.einsum("bgmst,btgv->bsgmv", p, v_BTGV.astype(jnp.float32)).reshape(B, S, H, V).astype(v_BTGV.dtype)
 
 
-mla_attention.defvjp(_forward, _backward)
+def _choose(operation, operands, key_width, value_width, visible, target, implementation) -> str:
+    dtypes = {operand.dtype for operand in operands}
+    if len(dtypes) > 1:
+        raise ValueError(f"{operation} of {', '.join(sorted(map(str, dtypes)))}: expected one dtype")
+    facts: dict[str, Any] = {"in_row_order": visible.in_row_order, "key_width": key_width, "value_width": value_width}
+    facts |= {"queries": operands[0].shape[1], "keys": operands[1].shape[1]}
+    target = target or Target.here()
+    return choose(operation, target, dtypes.pop(), implementation=implementation, **facts).name
+
+
+def _attend(name, q_BSHK, k_BTGK, v_BTGV, visible, scale):
+    if name == "c":
+        return _c(q_BSHK, k_BTGK, v_BTGV, visible, scale)
+    if name == "cudnn":
+        return attention_cudnn.causal(q_BSHK, k_BTGK, v_BTGV, scale)
+    if name == "blockwise":
+        return attention_blockwise.attend(q_BSHK, k_BTGK, v_BTGV, visible, scale)
+    assert name == "reference", name
+    return attention_reference(q_BSHK, k_BTGK, v_BTGV, visible, scale)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _c(q_BSHK, keys, rest, visible, scale):
+    """The C kernel: of MLA's kv and pe, or of grouped keys and values."""
+    return _c_forward(q_BSHK, keys, rest, visible, scale)[0]
+
+
+def _c_forward(q_BSHK, keys, rest, visible, scale):
+    from deepseek_kernels import attention_cpu
+
+    out_BSHV, log_sum_BSH = attention_cpu.forward(q_BSHK, keys, rest, visible, scale)
+    return out_BSHV, (q_BSHK, keys, rest, visible, out_BSHV, log_sum_BSH)
+
+
+def _c_backward(scale, residuals, dout_BSHV):
+    from deepseek_kernels import attention_cpu
+
+    q_BSHK, keys, rest, visible, out_BSHV, log_sum_BSH = residuals
+    gradients = attention_cpu.backward(q_BSHK, keys, rest, visible, scale, out_BSHV, log_sum_BSH, dout_BSHV)
+    return *gradients, None
+
+
+_c.defvjp(_c_forward, _c_backward)

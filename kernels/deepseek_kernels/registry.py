@@ -78,7 +78,7 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         Implementation("plain", ()),
     ),
     "mla_attention": (_C, _CUDNN, _BLOCKWISE, _REFERENCE),
-    "gqa_attention": (_CUDNN, _BLOCKWISE, _REFERENCE),
+    "gqa_attention": (_C, _CUDNN, _BLOCKWISE, _REFERENCE),
     "mla_decode": (_BLOCKWISE, _REFERENCE),
 }
 

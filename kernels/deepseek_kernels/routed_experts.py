@@ -1,7 +1,8 @@
-"""The routed experts of a MoE layer in one call: sort, gather, gated products, weighted sum.
+"""The routed experts of a MoE layer in one call: ``y[t] = Σ_k weights[t, k] · expert_{experts[t, k]}(x[t])``.
 
-Around grouped products of a small model, copying rows to and from their experts and the gate cost as much as the
-products. On a CPU one C kernel of ``cpu.c`` does it all.
+``sorted``: rows are sorted by expert, gathered, multiplied as groups, gated and summed. ``fused``: on a CPU one C
+kernel does it all, since around the products of a small model copying rows and the gate cost as much as the products.
+``plain``: every expert on every token, the definition, at E / K times the arithmetic.
 """
 
 import jax
@@ -9,65 +10,100 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from deepseek_kernels import cpu
+from deepseek_kernels.experts_sorted import combine_rows, gather_rows, sort_by_expert
+from deepseek_kernels.grouped_matmul import grouped_matmul
+from deepseek_kernels.product import product
+from deepseek_kernels.registry import choose
+from deepseek_kernels.target import Target
+from deepseek_kernels.weights import Weight, stored_gradient
 
 
-def can_fuse_experts(x_TD: jax.Array, wi_ED2F: jax.Array, wo_EFD: jax.Array) -> bool:
-    """Whether ``fused_experts`` can run: float32, on a CPU, with gcc."""
-    return cpu.usable(x_TD, wi_ED2F, wo_EFD)
-
-
-@jax.custom_vjp
-def fused_experts(
+def routed_experts(
     x_TD: Float[Array, "T D"],
     weights_TK: Float[Array, "T K"],
     experts_TK: Int[Array, "T K"],
-    wi_ED2F: Float[Array, "E D 2 F"],
-    wo_EFD: Float[Array, "E F D"],
+    wi_ED2F: Weight,
+    wo_EFD: Weight,
+    *,
+    target: Target | None = None,
+    implementation: str = "auto",
+    grouped: str = "auto",
 ) -> Float[Array, "T D"]:
     """``y[t] = Σ_k weights[t, k] · (silu(x gate) · x up) wo`` with the matrices of expert ``experts[t, k]``.
 
-    Gate and up are ``wi[:, :, 0]`` and ``wi[:, :, 1]``. A choice outside 0…E-1 adds nothing. Exact and dropless;
-    differentiable in x, weights, wi and wo.
+    Gate and up are ``wi[:, :, 0]`` and ``wi[:, :, 1]``; both weights come as they are stored (weights.py). A choice
+    outside 0…E-1 adds nothing and its weight has no gradient. Exact and dropless; differentiable in x, weights, wi, wo.
+
+    Args:
+      implementation: ``sorted``, ``fused`` or ``plain``.
+      grouped: the sorted one's ``grouped_matmul``.
 
     Raises:
-      ValueError: shapes that do not fit, or where ``can_fuse_experts`` is false.
+      ValueError: shapes that do not fit, or an implementation that cannot run on the target.
     """
-    return _forward(x_TD, weights_TK, experts_TK, wi_ED2F, wo_EFD)[0]
-
-
-def fused_experts_reference(x_TD, weights_TK, experts_TK, wi_ED2F, wo_EFD):
-    """The definition: every expert on every token. E / K times the arithmetic."""
-    gate_up_TE2F = jnp.einsum("td,edgf->tegf", x_TD, wi_ED2F)
-    h_TEF = jax.nn.silu(gate_up_TE2F[:, :, 0]) * gate_up_TE2F[:, :, 1]
-    y_TED = jnp.einsum("tef,efd->ted", h_TEF, wo_EFD)
-    chosen_TKE = experts_TK[..., None] == jnp.arange(len(wi_ED2F))
-    return jnp.einsum("ted,tk,tke->td", y_TED, weights_TK, chosen_TKE.astype(x_TD.dtype))
-
-
-def _forward(x_TD, weights_TK, experts_TK, wi_ED2F, wo_EFD):
-    E, F, D = wo_EFD.shape
-    if x_TD.shape[1:] != (D,) or wi_ED2F.shape != (E, D, 2, F):
+    (E, F, D), tokens = wo_EFD.shape, len(x_TD)
+    if x_TD.shape[1:] != (D,) or tuple(wi_ED2F.shape) != (E, D, 2, F):
         raise ValueError(
             f"x {x_TD.shape}, wi {wi_ED2F.shape}, wo {wo_EFD.shape}: expected (T, D), (E, D, 2, F), (E, F, D)"
         )
-    if not weights_TK.shape == experts_TK.shape == (len(x_TD), *experts_TK.shape[1:]):
-        raise ValueError(f"weights {weights_TK.shape}, experts {experts_TK.shape}: expected (T, K) with T={len(x_TD)}")
-    if not can_fuse_experts(x_TD, wi_ED2F, wo_EFD):
-        raise ValueError(f"needs float32 on a CPU and gcc; x is {x_TD.dtype}, wi {wi_ED2F.dtype}, wo {wo_EFD.dtype}")
-    operands = (x_TD, weights_TK.astype(jnp.float32), experts_TK.astype(jnp.int32), wi_ED2F, wo_EFD)
+    if not weights_TK.shape == experts_TK.shape == (tokens, *experts_TK.shape[1:]):
+        raise ValueError(f"weights {weights_TK.shape}, experts {experts_TK.shape}: expected (T, K) with T={tokens}")
+    target = target or Target.here()
+    name = choose("routed_experts", target, x_TD.dtype, implementation=implementation).name
+    operands = x_TD, weights_TK, experts_TK, wi_ED2F, wo_EFD
+    if name == "fused":
+        return _fused(x_TD, weights_TK.astype(jnp.float32), experts_TK.astype(jnp.int32), wi_ED2F, wo_EFD)
+    return _plain(*operands, target) if name == "plain" else _sorted(*operands, target, grouped)
+
+
+def _plain(x_TD, weights_TK, experts_TK, wi_ED2F, wo_EFD, target):
+    h_TEF = _gate(product("td,edgf->tegf", x_TD, wi_ED2F, target=target))
+    y_TED = product("tef,efd->ted", h_TEF, wo_EFD, target=target)
+    chosen_TKE = experts_TK[..., None] == jnp.arange(y_TED.shape[1])
+    weights_TE = jnp.sum(jnp.where(chosen_TKE, weights_TK[..., None].astype(jnp.float32), 0), axis=1)
+    return jnp.einsum("ted,te->td", y_TED.astype(jnp.float32), weights_TE).astype(x_TD.dtype)
+
+
+def _sorted(x_TD, weights_TK, experts_TK, wi_ED2F, wo_EFD, target, grouped):
+    E, F, D = wo_EFD.shape
+    facts = {"rows": experts_TK.size, "groups": E}
+    aligned = max(
+        choose("grouped_matmul", target, x_TD.dtype, implementation=grouped, widths=widths, **facts).rows
+        for widths in ((D, 2 * F), (F, D))
+    )
+    layout = sort_by_expert(experts_TK, E, block=aligned)
+    options = {"aligned": aligned, "target": target, "implementation": grouped}
+    x_PD = gather_rows(x_TD, layout)
+    h_PF = _gate(grouped_matmul(x_PD, wi_ED2F, layout.group_sizes_E, **options))
+    return combine_rows(grouped_matmul(h_PF, wo_EFD, layout.group_sizes_E, **options), weights_TK, layout)
+
+
+def _gate(gate_up):
+    """``silu(gate) · up`` of (…, 2, F)."""
+    return jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
+
+
+@jax.custom_vjp
+def _fused(x_TD, weights_TK, experts_TK, wi_ED2F, wo_EFD):
+    return _forward(x_TD, weights_TK, experts_TK, wi_ED2F, wo_EFD)[0]
+
+
+def _forward(x_TD, weights_TK, experts_TK, wi_ED2F, wo_EFD):
     choices, (_, hidden, width) = experts_TK.size, wo_EFD.shape
+    operands = x_TD, weights_TK, experts_TK, *(w.astype(jnp.float32) for w in (wi_ED2F, wo_EFD))
     shapes = [x_TD.shape, (choices, 2 * hidden), (choices, width)]
     y_TD, gate_up_PG, _ = cpu.call("experts_forward", shapes, *operands)
-    return y_TD, (operands, gate_up_PG)
+    return y_TD, (x_TD, weights_TK, experts_TK, wi_ED2F, wo_EFD, gate_up_PG)
 
 
 def _backward(residuals, dy_TD):
-    operands, gate_up_PG = residuals
-    x_TD, weights_TK, _, wi_ED2F, wo_EFD = operands
+    x_TD, weights_TK, experts_TK, wi_ED2F, wo_EFD, gate_up_PG = residuals
+    operands = x_TD, weights_TK, experts_TK, *(w.astype(jnp.float32) for w in (wi_ED2F, wo_EFD))
     room = weights_TK.size, 3 * (wo_EFD.shape[1] + wo_EFD.shape[2])
     shapes = [x_TD.shape, weights_TK.shape, wi_ED2F.shape, wo_EFD.shape, room]
     dx_TD, dweights_TK, dwi_ED2F, dwo_EFD, _ = cpu.call("experts_backward", shapes, *operands, gate_up_PG, dy_TD)
-    return dx_TD, dweights_TK, None, dwi_ED2F, dwo_EFD
+    dwi, dwo = stored_gradient(wi_ED2F, lambda: dwi_ED2F), stored_gradient(wo_EFD, lambda: dwo_EFD)
+    return dx_TD, dweights_TK, None, dwi, dwo
 
 
-fused_experts.defvjp(_forward, _backward)
+_fused.defvjp(_forward, _backward)

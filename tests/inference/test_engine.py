@@ -1,13 +1,15 @@
 """The engine: text in, text out, the same for a prompt by itself and in a batch."""
 
+import concurrent.futures
 import dataclasses
 
 import jax
 import numpy as np
 import pytest
-from model.tiny import weights
+from model.tiny import weights, whole
 from small import SPEAKER, tokenizer
 
+from deepseek_jax.inference import engine as module
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.model import transformer
@@ -57,7 +59,7 @@ def test_the_end_of_sentence_stops(engine):
     first, eos = engine.generate(["def"], GREEDY)[0].token_ids[0], tokenizer().eos_id
     params, bias = weights(SPEAKER)
     w = params["head"]["w"].at[:, [first, eos]].set(params["head"]["w"][:, [eos, first]])
-    other = Engine.from_params(SPEAKER, params | {"head": {"w": w}}, bias, tokenizer())
+    other = Engine(whole(SPEAKER, params | {"head": {"w": w}}, bias, tokenizer()))
     (answer,) = other.generate(["def"], GREEDY)
     assert (answer.token_ids, answer.text, answer.finish_reason) == ([eos], "", "stop")
 
@@ -71,10 +73,47 @@ def test_a_seed_reproduces_its_answers(engine):
     assert sampled[0][0] != sampled[0][1]
 
 
+def test_a_prompt_with_its_own_seed_is_answered_the_same_in_any_company(engine):
+    sampled = SamplingParams(max_tokens=8, seed=3)
+    (alone,) = engine.generate(["def"], sampled)
+    company = [GREEDY, dataclasses.replace(sampled, seed=4), sampled, dataclasses.replace(sampled, max_tokens=4)]
+    together = engine.generate(["a", "def", "def", "def"], company)
+    assert together[2].token_ids == alone.token_ids != together[1].token_ids
+    assert together[3].token_ids == alone.token_ids[:4]
+    np.testing.assert_allclose(together[2].logprobs, alone.logprobs, atol=1e-5)
+    assert together[0].token_ids == engine.generate(["a"], GREEDY)[0].token_ids
+
+
+def test_weights_are_made_once_and_then_by_update_alone(monkeypatch):
+    made = []
+    original = module.sampling_weights
+    monkeypatch.setattr(module, "sampling_weights", lambda *a, **k: made.append(1) or original(*a, **k))
+    params, bias = weights(SPEAKER)
+    engine = Engine(whole(SPEAKER, params, bias, tokenizer()))
+    assert not made
+    first = engine.generate(["def"], GREEDY)
+    assert engine.generate(["def"], GREEDY) == first and len(made) == 1
+    engine.update(params | {"embed": params["embed"][::-1]}, bias)
+    other = engine.generate(["def"], GREEDY)
+    assert other != first and engine.generate(["def"], GREEDY) == other and len(made) == 2
+    engine.update(params, bias)
+    assert engine.generate(["def"], GREEDY) == first
+
+
+def test_any_thread_may_ask(engine):
+    """``jax.set_mesh`` holds for the thread that entered it: the engine enters the mesh in each call."""
+    expected = engine.generate(["def"], GREEDY)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: engine.generate(["def"], GREEDY), range(4)))
+    assert found == [expected] * 4
+
+
 def test_what_cannot_be_answered_is_refused(engine):
     with pytest.raises(ValueError, match="prompt of 60 tokens and max_tokens=8 pass max_position_embeddings=64"):
         engine.generate([[1] * 60], GREEDY)
     with pytest.raises(ValueError, match="prompt 1 has 0 tokens"):
         engine.generate([[1], []], GREEDY)
+    with pytest.raises(ValueError, match="2 prompts, but 1 sampling parameters"):
+        engine.generate([[1], [2]], [GREEDY])
     with pytest.raises(ValueError, match="tokenizer has 294 tokens, the model only vocab_size=40"):
-        Engine.from_params(dataclasses.replace(SPEAKER, vocab_size=40), *weights(SPEAKER), tokenizer())
+        Engine(whole(dataclasses.replace(SPEAKER, vocab_size=40), *weights(SPEAKER), tokenizer()))

@@ -1,5 +1,6 @@
 """Generation against the full forward pass, in one batch of prompts of different length."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,9 +9,14 @@ import numpy as np
 import pytest
 from model.tiny import V1, V3, config, weights
 
-from deepseek_jax.inference.generate import generate, pad_prompts
+from deepseek_jax.compute import ComputeConfig
+from deepseek_jax.inference.generate import generate
+from deepseek_jax.inference.requests import make_requests
 from deepseek_jax.inference.sampling import SamplingParams
+from deepseek_jax.inference.weights import sampling_config, sampling_rules, sampling_weights
 from deepseek_jax.model import transformer
+from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
+from deepseek_jax.parallel.sharding import ShardingRules
 
 MODELS = {"v3": config(V3, num_hidden_layers=2), "v1": config(V1, num_hidden_layers=2)}
 TINY = MODELS["v3"]
@@ -18,13 +24,30 @@ PROMPTS = [[5, 9, 2, 7], [3], [8, 8, 1, 30, 22, 4, 17], [11, 6]]
 WIDTH, NEW, PAD = 8, 10, 0
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NEW)
 SAMPLED = SamplingParams(temperature=0.8, top_k=20, max_tokens=NEW)
+ONE = make_mesh(devices=jax.devices()[:1])
 
 
-def run(prompts=PROMPTS, *, tiny=TINY, sampling=GREEDY, seed=0, stop=(-1,)):
-    tokens, positions = map(jnp.asarray, pad_prompts(prompts, PAD, WIDTH))
-    key = jax.random.key(seed)
-    out = generate(tiny, *weights(tiny), tokens, positions, key, sampling=sampling, stop_ids=stop, pad_id=PAD)
-    return jax.device_get(out)
+@functools.cache
+def prepared(tiny, compute, mesh):
+    with jax.set_mesh(mesh):
+        return sampling_weights(*weights(tiny), config=tiny, compute=compute, mesh=mesh)
+
+
+def run(prompts=PROMPTS, *, tiny=TINY, sampling=GREEDY, seed=0, stop=(), scan=False, mesh=ONE, experts=False):
+    compute = ComputeConfig(scan_decode=scan, rules=sampling_rules(ShardingRules())).on(mesh)
+    requests = make_requests(
+        prompts, sampling, jax.random.key(seed), stop_ids=stop, pad_id=PAD, width=WIDTH, ways=mesh.size
+    )
+    with jax.set_mesh(mesh):
+        out = generate(sampling_config(tiny), compute, *prepared(tiny, compute, mesh), requests, experts=experts)
+    return out if mesh is not ONE else trimmed(out, len(prompts))
+
+
+def trimmed(out, rows):
+    """On the host, without what fills the buckets."""
+    cut = {"tokens_BN": out.tokens_BN[:rows, :NEW], "logprobs_BN": out.logprobs_BN[:rows, :NEW]}
+    cut |= {"lengths_B": out.lengths_B[:rows], "stopped_B": out.stopped_B[:rows]}
+    return jax.device_get(dataclasses.replace(out, **cut))
 
 
 @functools.cache
@@ -41,10 +64,10 @@ def logprobs_of(rows, tiny=TINY, temperature=1.0):
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_greedy_is_the_argmax_of_the_full_forward_step_by_step(name):
+@pytest.mark.parametrize("name, scan", [("v3", False), ("v3", True), ("v1", False)])
+def test_greedy_is_the_argmax_of_the_full_forward_step_by_step(name, scan):
     tiny = MODELS[name]
-    out = run(tiny=tiny)
+    out = run(tiny=tiny, scan=scan)
     rows = [[*prompt, *answer.tolist()] for prompt, answer in zip(PROMPTS, out.tokens_BN, strict=True)]
     logprobs = logprobs_of(rows, tiny)
     for row, prompt in enumerate(PROMPTS):
@@ -66,7 +89,7 @@ def test_answers_end_with_a_stop_token():
     """The row whose third token is the stop token ends there; the others go on as before."""
     whole = run()
     stop = int(whole.tokens_BN[2, 2])
-    out = run(stop=(-1, stop))
+    out = run(stop=(stop,))
     for row in range(4):
         answer = whole.tokens_BN[row].tolist()
         length = answer.index(stop) + 1 if stop in answer else NEW
@@ -105,13 +128,91 @@ def test_log_probabilities_are_those_of_the_full_forward():
         assert np.all(ranks < 20) and np.any(ranks > 0)
 
 
-def test_prompts_are_aligned_on_the_right():
-    tokens, positions = pad_prompts([[7], [4, 5, 6]], 2, 4)
-    assert tokens.tolist() == [[2, 2, 2, 7], [2, 4, 5, 6]]
-    assert positions.tolist() == [[-1, -1, -1, 0], [-1, 0, 1, 2]]
+def test_another_setting_or_length_compiles_nothing():
+    run(sampling=SamplingParams(temperature=0.5, top_p=0.9, max_tokens=9), seed=1, stop=(4,))
+    programs = generate._cache_size()
+    settings = [
+        SamplingParams(temperature=0.0, max_tokens=10),
+        SamplingParams(temperature=1.3, top_k=5, max_tokens=7),
+        SamplingParams(top_p=0.3, max_tokens=8, stop_token_ids=(1, 2)),
+        [SamplingParams(temperature=t, seed=9, max_tokens=9) for t in (0.0, 0.4, 2.0)],
+    ]
+    for seed, sampling in enumerate(settings):
+        run([[1] * (seed + 1), [2, 3], [4] * 7], sampling=sampling, seed=seed, stop=range(seed))
+    assert generate._cache_size() == programs
+    run(sampling=SamplingParams(max_tokens=17))  # the next bucket
+    assert generate._cache_size() == programs + 1
 
 
-@pytest.mark.parametrize("prompt, size", [([], 0), ([1] * 5, 5)])
-def test_prompts_that_do_not_fit_are_refused(prompt, size):
-    with pytest.raises(ValueError, match=rf"prompt 1 has {size} tokens: expected 1…4"):
-        pad_prompts([[1], prompt], 2, 4)
+def test_the_limit_is_each_rows_own_and_what_fills_the_batch_is_not_answered():
+    limits = [3, 1, 10]
+    out = run(PROMPTS[:3], sampling=[dataclasses.replace(GREEDY, max_tokens=limit) for limit in limits])
+    whole = run().tokens_BN
+    assert out.lengths_B.tolist() == limits and not np.any(out.stopped_B)
+    for row, limit in enumerate(limits):
+        assert out.tokens_BN[row].tolist() == [*whole[row, :limit].tolist(), *[PAD] * (NEW - limit)]
+
+
+def test_a_learner_that_takes_the_samplers_experts_routes_and_scores_the_same():
+    """Also where its own router would choose others: with another bias, the experts and log-probabilities stay."""
+    out = run(sampling=SAMPLED, seed=3, experts=True, stop=(7,))
+    assert out.experts_LBTK is not None
+    params, bias = weights(TINY)
+    size = WIDTH + NEW
+    tokens = np.zeros((4, size), np.int32)
+    run_BT = np.zeros((4, size), bool)
+    for row, prompt in enumerate(PROMPTS):
+        ids = [*prompt, *out.tokens_BN[row, : out.lengths_B[row]].tolist()]
+        tokens[row, : len(ids)], run_BT[row, : len(ids) - 1] = ids, True
+    chosen = out.experts_LBTK[:, :, :size]
+    assert np.all((chosen >= 0) == run_BT[None, :, :, None])
+
+    @jax.jit
+    def learn(bias, chosen):
+        network = transformer.merge(TINY, params, bias)
+        seen = network(jnp.asarray(tokens), chosen_LBSK=chosen)
+        return seen.router.experts_BSK, jax.nn.log_softmax(seen.logits / 0.8)
+
+    own, _ = learn(bias, None)
+    np.testing.assert_array_equal(own[:, run_BT], chosen[:, run_BT])
+    changed = bias + 5 * jax.random.normal(jax.random.key(1), bias.shape)
+    other, _ = learn(changed, None)
+    assert np.mean(other[:, run_BT] != chosen[:, run_BT]) > 0.3
+    taken, logprobs = learn(changed, jnp.asarray(chosen))
+    np.testing.assert_array_equal(taken[:, run_BT], chosen[:, run_BT])
+    for row, prompt in enumerate(PROMPTS):
+        n = int(out.lengths_B[row])
+        at = len(prompt) - 1 + np.arange(n)
+        np.testing.assert_allclose(logprobs[row, at, out.tokens_BN[row, :n]], out.logprobs_BN[row, :n], atol=1e-5)
+
+
+def test_experts_of_a_network_without_any_are_refused():
+    dense = config(V1, n_routed_experts=0, first_k_dense_replace=2, num_hidden_layers=2)
+    with pytest.raises(ValueError, match="experts=True, but n_routed_experts=0"):
+        run(tiny=dense, experts=True)
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(fsdp=2, expert=2, tensor=2)], ids=["data", "all"])
+def test_each_device_answers_its_rows(mesh):
+    """On eight devices each decodes B / ways rows, in the compiled loop too, and the answers are one device's."""
+    mesh = make_mesh(mesh)
+    ways, prompts = mesh.size // mesh.shape["tensor"], PROMPTS * 3 + PROMPTS[:1]
+    compute = ComputeConfig(rules=sampling_rules(ShardingRules())).on(mesh)
+    requests = make_requests(prompts, SAMPLED, jax.random.key(3), pad_id=PAD, width=WIDTH, ways=ways)
+    batch, width = 16, TINY.cache_numbers_per_token_layer
+    assert requests.tokens_BP.shape[0] == batch
+    with jax.set_mesh(mesh):
+        made = prepared(TINY, compute, mesh)
+        program = generate.lower(sampling_config(TINY), compute, *made, requests, experts=True).compile()
+        out = generate(sampling_config(TINY), compute, *made, requests, experts=True)
+    assert out.tokens_BN.addressable_shards[0].data.shape == (batch // ways, requests.answers)
+    text = program.as_text()
+    buffer = f"f32[{{}},{requests.columns},{width}]"
+    assert buffer.format(batch // ways) in text and buffer.format(batch) not in text
+    loop = [line for line in text.splitlines() if "while/body" in line]
+    assert loop and not [line for line in loop if "all-gather" in line]
+    expected = run(prompts, sampling=SAMPLED, seed=3, experts=True)
+    found = trimmed(out, len(prompts))
+    np.testing.assert_array_equal(found.tokens_BN, expected.tokens_BN)
+    np.testing.assert_allclose(found.logprobs_BN, expected.logprobs_BN, atol=1e-5)
+    np.testing.assert_array_equal(found.experts_LBTK, expected.experts_LBTK)

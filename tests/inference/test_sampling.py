@@ -7,6 +7,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from jax.extend.core import jaxprs_in_params
 
 from deepseek_jax.inference.sampling import SamplingParams, sample, truncate_logits
 
@@ -36,25 +37,43 @@ def kept_by_hand(logits, top_k, top_p) -> tuple[set[int], float]:
     return kept, margin
 
 
+def truncate(logits, top_k, top_p):
+    rows = len(logits)
+    return truncate_logits(logits, jnp.full(rows, top_k, jnp.int32), jnp.full(rows, top_p, jnp.float32))
+
+
+def draw(logits, keys, *params: SamplingParams):
+    """All rows in one way, or each in its own."""
+    each = params if len(params) > 1 else params * len(logits)
+    columns = zip(*((p.temperature, p.top_p, p.top_k) for p in each), strict=True)
+    dtypes = (jnp.float32, jnp.float32, jnp.int32)
+    return sample(logits, keys, *(jnp.array(column, dtype) for column, dtype in zip(columns, dtypes, strict=True)))
+
+
 @given(LOGITS, st.integers(0, W + 1), st.sampled_from([0.05, 0.3, 0.5, 0.9, 0.999, 1.0]))
 def test_truncation_equals_numpy(logits, top_k, top_p):
     expected, margin = kept_by_hand(logits, top_k, top_p)
     assume(margin > 1e-4)
-    found = np.asarray(truncate_logits(jnp.asarray(logits)[None], top_k=top_k, top_p=top_p))[0]
+    found = np.asarray(truncate(jnp.asarray(logits)[None], top_k, top_p))[0]
     kept = np.flatnonzero(np.isfinite(found))
     assert set(kept.tolist()) == expected
     np.testing.assert_array_equal(found[kept], logits[kept])
 
 
 def test_the_most_likely_token_always_stays():
-    found = truncate_logits(jnp.asarray([[0.0, 9.0, 1.0]]), top_k=1, top_p=1e-6)
+    found = truncate(jnp.asarray([[0.0, 9.0, 1.0]]), 1, 1e-6)
     assert np.isfinite(np.asarray(found)).tolist() == [[False, True, False]]
 
 
-def test_rows_are_cut_by_themselves():
-    logits = jnp.asarray([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0]])
-    found = np.isfinite(np.asarray(truncate_logits(logits, top_k=2, top_p=1.0)))
-    assert found.tolist() == [[True, True, False], [False, True, True]]
+def test_rows_are_cut_by_themselves_and_each_in_its_own_way():
+    logits = jnp.asarray([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0]] * 2)
+    found = truncate_logits(logits, jnp.array([2, 2, 0, 0]), jnp.array([1.0, 1.0, 1.0, 0.7]))
+    assert np.isfinite(np.asarray(found)).tolist() == [
+        [True, True, False],
+        [False, True, True],
+        [True, True, True],
+        [False, True, True],
+    ]
 
 
 def keys(count: int, seed: int = 0) -> jax.Array:
@@ -64,7 +83,7 @@ def keys(count: int, seed: int = 0) -> jax.Array:
 def test_greedy_takes_the_first_of_the_best():
     logits = jnp.asarray([[1.0, 4.0, 4.0, 0.0], [2.0, 2.0, 2.0, 2.0]])
     for top_k in (0, 1):
-        tokens, logprobs = sample(logits, keys(2), SamplingParams(temperature=0.0, top_k=top_k))
+        tokens, logprobs = draw(logits, keys(2), SamplingParams(temperature=0.0, top_k=top_k))
         assert tokens.tolist() == [1, 0] and tokens.dtype == jnp.int32
         expected = [4 - np.log(np.exp([1.0, 4.0, 4.0, 0.0]).sum()), -np.log(4)]
         np.testing.assert_allclose(logprobs, expected, rtol=1e-6)
@@ -77,7 +96,7 @@ def test_draws_follow_the_distribution(options):
     """Frequencies over 20,000 draws lie within five standard errors; log-probabilities are those before the cut."""
     params, draws = SamplingParams(**options), 20_000
     logits = np.array([1.0, -0.5, 2.0, 0.3, -2.0, 1.5, 0.1])
-    tokens, logprobs = sample(jnp.broadcast_to(jnp.float32(logits), (draws, W)), keys(draws), params)
+    tokens, logprobs = draw(jnp.broadcast_to(jnp.float32(logits), (draws, W)), keys(draws), params)
     scaled = logits / params.temperature
     p = np.exp(scaled) / np.exp(scaled).sum()
     np.testing.assert_allclose(logprobs, np.log(p)[np.asarray(tokens)], rtol=1e-5)
@@ -90,18 +109,50 @@ def test_draws_follow_the_distribution(options):
 
 def test_draws_are_those_of_jax_random_categorical():
     logits = 3 * jax.random.normal(jax.random.key(7), (200, 33)).at[:, 5].set(-jnp.inf)
-    tokens, _ = sample(logits, keys(200), SamplingParams())
+    tokens, _ = draw(logits, keys(200), SamplingParams())
     assert tokens.tolist() == jax.vmap(jax.random.categorical)(keys(200), logits).tolist()
+
+
+def test_rows_of_every_kind_in_one_batch_are_as_by_themselves():
+    """Greedy, plain, cut by top-k and by top-p: each row's token and log-probability are those of its kind alone."""
+    kinds = [
+        SamplingParams(temperature=0.0, top_k=2),
+        SamplingParams(temperature=0.7),
+        SamplingParams(top_k=3),
+        SamplingParams(temperature=1.5, top_p=0.6),
+    ]
+    logits = 2 * jax.random.normal(jax.random.key(3), (64, 33))
+    tokens, logprobs = draw(logits, keys(64), *kinds * 16)
+    for kind, params in enumerate(kinds):
+        alone = draw(logits[kind::4], keys(64)[kind::4], params)
+        assert tokens[kind::4].tolist() == alone[0].tolist()
+        np.testing.assert_array_equal(logprobs[kind::4], alone[1])
+
+
+def test_nothing_is_sorted_and_no_noise_is_drawn_where_no_row_asks():
+    """Both stand in a branch of a conditional that the others do not enter."""
+    args = (jnp.zeros((2, 8)), keys(2), jnp.ones(2), jnp.ones(2), jnp.zeros(2, jnp.int32))
+
+    def operations(jaxpr):
+        """Names of what always runs."""
+        for eqn in jaxpr.eqns:
+            yield eqn.primitive.name
+            if eqn.primitive.name != "cond":
+                for inner in jaxprs_in_params(eqn.params):
+                    yield from operations(inner)
+
+    always = set(operations(jax.make_jaxpr(sample)(*args).jaxpr))
+    assert "cond" in always and not always & {"sort", "cumsum", "random_bits", "top_k"}
 
 
 def test_each_row_draws_with_its_own_key():
     logits = jnp.zeros((8, 1000))
-    first, _ = sample(logits, keys(8), SamplingParams())
-    again, _ = sample(logits, keys(8), SamplingParams())
-    other, _ = sample(logits, keys(8, seed=1), SamplingParams())
+    first, _ = draw(logits, keys(8), SamplingParams())
+    again, _ = draw(logits, keys(8), SamplingParams())
+    other, _ = draw(logits, keys(8, seed=1), SamplingParams())
     assert first.tolist() == again.tolist() != other.tolist()
     assert len(set(first.tolist())) > 4
-    reversed_rows, _ = sample(logits, keys(8)[::-1], SamplingParams())
+    reversed_rows, _ = draw(logits, keys(8)[::-1], SamplingParams())
     assert reversed_rows.tolist() == first.tolist()[::-1]
 
 

@@ -1,5 +1,6 @@
-"""The fused experts and the weight gradient of the C kernels against numpy in float64, forward and backward."""
+"""The routed experts in every implementation, and the C weight gradient, against numpy in float64."""
 
+import functools
 import inspect
 
 import jax
@@ -9,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepseek_kernels import can_fuse_experts, fused_experts, fused_experts_reference, weight_gradient
+from deepseek_kernels import BlockScaled, InStack, Target, routed_experts, weight_gradient
+from deepseek_kernels.block_fp8 import FP8, scales_shape
 
 CASES = {  # tokens, K, experts, D, F: whole and broken vectors, tiles and tasks
     "whole": (64, 2, 4, 64, 32),
@@ -50,10 +52,22 @@ def definition(x, weights, chosen, wi, wo, dy):
     return y, dx, dweights, dwi, dwo
 
 
-def run(function, x, weights, chosen, wi, wo, dy):
-    operands = [jnp.asarray(a, jnp.float32) for a in (x, weights, wi, wo)]
-    y, pullback = jax.vjp(lambda x, weights, wi, wo: function(x, weights, chosen, wi, wo), *operands)
-    return y, *pullback(jnp.asarray(dy, jnp.float32))
+IMPLEMENTATIONS = ["fused", "sorted", "plain"]
+
+
+@functools.cache
+def compiled(implementation, grouped):
+    def both(x, weights, chosen, wi, wo, dy):
+        function = functools.partial(routed_experts, implementation=implementation, grouped=grouped)
+        y, pullback = jax.vjp(lambda x, weights, wi, wo: function(x, weights, chosen, wi, wo), x, weights, wi, wo)
+        return y, *pullback(dy)
+
+    return jax.jit(both)
+
+
+def run(implementation, x, weights, chosen, wi, wo, dy, grouped="auto"):
+    x, weights, wi, wo, dy = (jnp.asarray(a, jnp.float32) for a in (x, weights, wi, wo, dy))
+    return compiled(implementation, grouped)(x, weights, jnp.asarray(chosen), wi, wo, dy)
 
 
 def check(found, right):
@@ -63,26 +77,78 @@ def check(found, right):
         assert np.linalg.norm(value - expected) <= 2e-6 * np.linalg.norm(expected), name
 
 
-@pytest.mark.parametrize("function", [fused_experts, fused_experts_reference], ids=["fused", "reference"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_value_and_gradients_equal_the_definition(case, function):
-    assert can_fuse_experts(*[jnp.zeros(1)] * 3)
+def test_value_and_gradients_equal_the_definition(case, implementation):
     operands = draw(case)
-    check(run(function, *operands), definition(*operands))
+    check(run(implementation, *operands), definition(*operands))
 
 
-def test_choices_of_no_expert_add_nothing():
+@pytest.mark.parametrize("grouped", ["c", "blocks", "ragged_dot"])
+def test_choices_of_no_expert_add_nothing(grouped):
+    """In any implementation, whatever lies in the buffer beside the experts' rows."""
     x, weights, chosen, wi, wo, dy = draw(CASES["broken"])
     chosen[::7, 0], chosen[::5, 1], chosen[3] = -1, len(wi), 1 << 30
-    found = run(fused_experts, x, weights, chosen, wi, wo, dy)
-    check(found, definition(x, weights, chosen, wi, wo, dy))
-    assert not np.any(found[0][3]) and not np.any(found[2][3])
+    right = definition(x, weights, chosen, wi, wo, dy)
+    for implementation in IMPLEMENTATIONS if grouped == "c" else ["sorted"]:
+        found = run(implementation, x, weights, chosen, wi, wo, dy, grouped)
+        check(found, right)
+        assert not np.any(found[0][3]) and not np.any(np.asarray(found[2])[right[2] == 0])
+
+
+def test_no_choice_of_any_expert():
+    x, weights, chosen, wi, wo, dy = draw(CASES["whole"])
+    for implementation in IMPLEMENTATIONS:
+        found = run(implementation, x, weights, np.full_like(chosen, -1), wi, wo, dy)
+        assert not any(np.any(part) for part in found)
+
+
+def test_weights_are_taken_as_they_are_stored():
+    """bfloat16 tokens with float32 masters, a layer of a stack, scaled blocks: sorted, as on an accelerator."""
+    x, weights, chosen, wi, wo, dy = (jnp.asarray(a) for a in draw(CASES["whole"]))
+    x, dy = x.astype(jnp.bfloat16), dy.astype(jnp.bfloat16)
+    cast = [np.asarray(w.astype(jnp.bfloat16), np.float32) for w in (wi, wo)]
+    right = definition(*(np.asarray(a, np.float64) for a in (x, weights)), chosen, *cast, np.asarray(dy, np.float64))
+    both = compiled("sorted", "blocks")
+    found = both(x, weights, chosen, wi, wo, dy)
+    assert [part.dtype.name for part in found] == ["bfloat16", "bfloat16", "float32", "float32", "float32"]
+    for value, expected in zip(found, right, strict=True):
+        assert np.linalg.norm(np.asarray(value, np.float64) - expected) <= 2**-7 * np.linalg.norm(expected)
+    stacks = [InStack(jnp.stack([0 * w, w]), jnp.int32(1)) for w in (wi, wo)]
+    np.testing.assert_array_equal(both(x, weights, chosen, *stacks, dy)[0], found[0])
+    groups = ((1, 128), (1, 1), (1, 128)), ((1, 128), (1, 128))
+    for implementation in IMPLEMENTATIONS:
+        tokens = x.astype(jnp.float32) if implementation == "fused" else x
+        scaled = [_scaled(w, g) for w, g in zip((wi, wo), groups, strict=True)]
+        function = functools.partial(routed_experts, implementation=implementation, grouped="blocks")
+        y, pullback = jax.vjp(lambda x, function=function: function(x, weights, chosen, *scaled), tokens)  # noqa: B023
+        plain = function(tokens, weights, chosen, *(w.astype(tokens.dtype) for w in scaled))
+        np.testing.assert_allclose(np.asarray(y, np.float32), np.asarray(plain, np.float32), atol=1e-6)
+        assert np.all(np.isfinite(np.asarray(pullback(y)[0], np.float32)))
+
+
+def _scaled(w, groups):
+    return BlockScaled((64 * w).astype(FP8), jnp.full(scales_shape(w.shape, groups), 1 / 64), groups)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_sorted_program_holds_no_row_of_every_choice_beside_its_buffers(dtype):
+    """(T, K, D) in any dtype, forward and backward."""
+    T, K, E, D, F = 64, 4, 8, 24, 16
+    shapes = ((T, D), dtype), ((T, K), jnp.float32), ((T, K), jnp.int32), ((E, D, 2, F), dtype), ((E, F, D), dtype)
+    operands = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+
+    def loss(x, weights, chosen, wi, wo):
+        return jnp.sum(routed_experts(x, weights, chosen, wi, wo, target=Target("tpu")).astype(jnp.float32))
+
+    text = str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 3, 4)))(*operands))
+    assert f"[{T},{K},{D}]" not in text and f"[{T},{D}]" in text
 
 
 def test_experts_without_tokens_have_no_gradient():
     x, weights, chosen, wi, wo, dy = draw(CASES["whole"])
     chosen[:] = [2, 0]
-    found = run(fused_experts, x, weights, chosen, wi, wo, dy)
+    found = run("fused", x, weights, chosen, wi, wo, dy)
     check(found, definition(x, weights, chosen, wi, wo, dy))
     assert not np.any(found[3][1]) and not np.any(found[4][3])
 
@@ -90,30 +156,30 @@ def test_experts_without_tokens_have_no_gradient():
 def test_gates_far_from_zero():
     """Sigmoids of 0 and 1 to the last place, and what is not finite stays so."""
     x, weights, chosen, wi, wo, dy = draw(CASES["broken"])
-    check(run(fused_experts, 200 * x, weights, chosen, wi, wo, dy), definition(200 * x, weights, chosen, wi, wo, dy))
+    check(run("fused", 200 * x, weights, chosen, wi, wo, dy), definition(200 * x, weights, chosen, wi, wo, dy))
     x[4, 5] = np.nan
-    y = run(fused_experts, x, weights, chosen, wi, wo, dy)[0]
+    y = run("fused", x, weights, chosen, wi, wo, dy)[0]
     assert np.all(np.isnan(y[4])) and np.all(np.isfinite(np.delete(y, 4, axis=0)))
 
 
 def test_runs_agree_bit_for_bit():
     """Whichever thread takes which task."""
     operands = draw((2048, 2, 16, 128, 96))
-    for first, second in zip(run(fused_experts, *operands), run(fused_experts, *operands), strict=True):
+    for first, second in zip(run("fused", *operands), run("fused", *operands), strict=True):
         np.testing.assert_array_equal(first, second)
 
 
 def test_what_does_not_fit_is_refused_with_its_shapes():
-    fused = inspect.unwrap(fused_experts)  # without the tests' own check of shapes
+    fused = functools.partial(
+        inspect.unwrap(routed_experts), implementation="fused"
+    )  # without the tests' own check of shapes
     x, weights, chosen, wi, wo, _ = (jnp.asarray(a) for a in draw(CASES["broken"]))
     with pytest.raises(ValueError, match=r"wo \(5, 20, 32\): expected"):
         fused(x, weights, chosen, wi, wo[:, :, 1:])
     with pytest.raises(ValueError, match=r"weights \(49, 3\).*T=50"):
         fused(x, weights[1:], chosen[1:], wi, wo)
-    with pytest.raises(ValueError, match="x is bfloat16"):
+    with pytest.raises(ValueError, match="'fused' of routed_experts cannot run.*float32, not bfloat16"):
         fused(x.astype(jnp.bfloat16), weights, chosen, wi, wo)
-    with pytest.raises(ValueError, match="the same rows"):
-        inspect.unwrap(weight_gradient)(x, weights[1:])
 
 
 @given(st.integers(0, 400), st.integers(1, 60), st.integers(1, 70))
@@ -122,5 +188,3 @@ def test_weight_gradient(tokens, width, hidden):
     x, dy = rng.standard_normal((tokens, width)), rng.standard_normal((tokens, hidden))
     found = weight_gradient(jnp.asarray(x, jnp.float32), jnp.asarray(dy, jnp.float32))
     np.testing.assert_allclose(found, x.T @ dy, rtol=0, atol=1e-4)  # sums of up to 400 products of size 1
-    half = weight_gradient(jnp.asarray(x, jnp.bfloat16), jnp.asarray(dy, jnp.bfloat16))
-    assert half.dtype == jnp.bfloat16

@@ -10,6 +10,7 @@ from flax import nnx
 from model import oracle
 from model.tiny import V1, V2, V3, config, float64, relative_error, weights
 
+from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.model.moe import DeepSeekMoE
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
 
@@ -30,7 +31,7 @@ def inputs(tiny):
 
 
 def forward(tiny, params, bias, x):
-    graph, state = nnx.split(nnx.eval_shape(lambda: DeepSeekMoE(tiny, rngs=nnx.Rngs(0))))
+    graph, state = nnx.split(nnx.eval_shape(lambda: DeepSeekMoE(tiny, ComputeConfig(), rngs=nnx.Rngs(0))))
     nnx.replace_by_pure_dict(state, params)
     return nnx.merge(graph, state)(x, bias, jnp.asarray(SEGMENTS))
 

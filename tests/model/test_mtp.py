@@ -9,9 +9,11 @@ from flax import nnx
 from model import oracle
 from model.tiny import V3, config, float64, relative_error, weights
 
-from deepseek_jax.model.attention import packed_mask
+from deepseek_jax.compute import ComputeConfig
+from deepseek_jax.model.block import Context
 from deepseek_jax.model.mtp import MTP, mtp_segments
 from deepseek_jax.model.rope import rotary_tables
+from deepseek_kernels import Visible
 
 TINY = config(V3)
 PARAMS, BIAS = weights(TINY)
@@ -22,14 +24,15 @@ SIZE = 7
 
 @functools.cache
 def compiled():
-    graph, state = nnx.split(nnx.eval_shape(lambda: MTP(TINY, rngs=nnx.Rngs(0))))
+    graph, state = nnx.split(nnx.eval_shape(lambda: MTP(TINY, ComputeConfig(), rngs=nnx.Rngs(0))))
 
     def run(params, hidden, following, segments, bias):
         fresh = jax.tree.map(lambda leaf: leaf, state)
         nnx.replace_by_pure_dict(fresh, params)
         positions = jnp.arange(SIZE, dtype=jnp.int32)[None]
         module = nnx.merge(graph, fresh)
-        return module(hidden, following, rotary_tables(TINY, positions), packed_mask(segments), segments, bias)
+        context = Context(rotary_tables(TINY, positions), Visible.rows(segments), segments)
+        return module(hidden, following, context, bias)[:2]
 
     return jax.jit(run)
 

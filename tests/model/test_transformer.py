@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from model import oracle
-from model.tiny import QWEN, V1, V2_LITE, V3, config, float64, relative_error, weights
+from model.tiny import QWEN, V1, V2_LITE, V3, Columns, config, float64, relative_error, weights
 
-from deepseek_jax.model.attention import Cache
-from deepseek_jax.model.transformer import merge
+from deepseek_jax.compute import ComputeConfig
+from deepseek_jax.model.transformer import abstract_arrays, joined, merge, unstack
+from deepseek_kernels import Visible
 
 TINY = config(V3)
 # Two rows of three and two sequences, with padding before, between and behind them.
@@ -21,17 +22,17 @@ TOKENS = np.random.default_rng(0).integers(0, TINY.vocab_size, SEGMENTS.shape).a
 
 
 @functools.cache
-def compiled(tiny, mtp=False):
+def compiled(tiny, mtp=False, compute=ComputeConfig()):
     def run(params, bias, tokens, positions, segments):
-        model = merge(tiny, params, bias)
+        model = merge(tiny, params, bias, compute)
         return model(tokens, positions_BS=positions, segment_ids_BS=segments, mtp=mtp)
 
     return jax.jit(run)
 
 
-def forward(tiny=TINY, tokens=TOKENS, positions=POSITIONS, segments=SEGMENTS):
+def forward(tiny=TINY, tokens=TOKENS, positions=POSITIONS, segments=SEGMENTS, compute=ComputeConfig()):
     mtp = tiny.num_nextn_predict_layers > 0
-    return compiled(tiny, mtp)(*weights(tiny), tokens, positions, segments)
+    return compiled(tiny, mtp, compute)(*weights(tiny), tokens, positions, segments)
 
 
 def sequences(segments=SEGMENTS):
@@ -49,17 +50,17 @@ def expected(tiny):
 
 
 @pytest.mark.parametrize(
-    "tiny",
-    [TINY, config(V2_LITE, scan_unroll=2), config(QWEN)],
+    ("tiny", "unroll"),
+    [(TINY, 1), (config(V2_LITE), 2), (config(QWEN), 1)],
     ids=["v3", "v2_lite_unrolled", "dense_tied_bias"],
 )
-def test_packed_rows_equal_the_equations_of_each_sequence(tiny):
-    out = forward(tiny)
+def test_packed_rows_equal_the_equations_of_each_sequence(tiny, unroll):
+    out = forward(tiny, compute=ComputeConfig(scan_unroll=unroll))
     rows = list(zip(sequences(), expected(tiny), strict=True))
     for name in ("hidden", "logits"):
         value = np.concatenate([getattr(out, name)[row, columns] for (row, columns), _ in rows])
         assert relative_error(value, np.concatenate([right[name] for _, right in rows])) < 1e-5, name
-    assert out.logits.dtype == jnp.float32 and out.cache is None
+    assert out.logits.dtype == jnp.float32 and out.memories is None
     if tiny.num_nextn_predict_layers:
         value = np.concatenate([out.mtp_hidden[row, columns[:-1]] for (row, columns), _ in rows])
         right = np.concatenate([right["mtp_hidden"] for _, right in rows if "mtp_hidden" in right])
@@ -111,46 +112,62 @@ def test_the_future_changes_nothing():
         assert np.all(np.abs(changed.mtp_hidden[:, column - 1] - base.mtp_hidden[:, column - 1]).max(-1) > 1e-3)
 
 
-# The cache
+# Memories
 
 LENGTHS, PREFILL, COLUMNS = (9, 7, 6), 5, 12
 
 
-def generate(tiny, *, prefill_absorbed, decode_absorbed):
+def generate(tiny, *, prefill_absorbed, decode_absorbed, stacked=False):
     """Logits of three rows of different lengths: first a chunk, padded on the left, then token by token."""
-
     params, bias = weights(tiny)
+    params = params if stacked else unstack(params)
 
     @functools.partial(jax.jit, static_argnames="absorbed")
-    def step(tokens, positions, cache, absorbed):
-        return merge(tiny, params, bias)(tokens, positions_BS=positions, cache=cache, absorbed=absorbed)
+    def step(tokens, positions, columns, memories, absorbed):
+        start = memories[0].length.reshape(-1)[0]
+        columns = jax.lax.dynamic_update_slice(columns, positions, (0, start))
+        hidden = jnp.where(columns < 0, 99, columns)  # the future of every query
+        return columns, merge(tiny, params, bias)(
+            tokens,
+            positions_BS=positions,
+            segment_ids_BS=(positions >= 0).astype(jnp.int32),
+            visible=Visible(q_positions_BS=positions, k_positions_BT=hidden),
+            memories=memories,
+            absorbed=absorbed,
+        )
 
     rng, total = np.random.default_rng(1), max(LENGTHS)
     tokens = rng.integers(0, tiny.vocab_size, (len(LENGTHS), total)).astype(np.int32)
     positions = np.stack([np.maximum(np.arange(total) - (total - n), -1) for n in LENGTHS]).astype(np.int32)
-    out = step(
-        tokens[:, :PREFILL],
-        positions[:, :PREFILL],
-        Cache.empty(tiny, len(LENGTHS), COLUMNS),
-        prefill_absorbed,
-    )
+    empty = Columns.empty(tiny, len(LENGTHS), COLUMNS)
+    memories = (empty,) * tiny.num_hidden_layers
+    if stacked:
+        counts = [count for count in (tiny.num_dense_layers, tiny.num_moe_layers) if count]
+        memories = tuple(jax.tree.map(lambda leaf, n=n: jnp.stack([leaf] * n), empty) for n in counts)
+    columns = jnp.full((len(LENGTHS), COLUMNS), -1, jnp.int32)
+    columns, out = step(tokens[:, :PREFILL], positions[:, :PREFILL], columns, memories, prefill_absorbed)
     logits, load = [out.logits], out.router.load_E if out.router else 0
     for t in range(PREFILL, total):
-        out = step(tokens[:, t : t + 1], positions[:, t : t + 1], out.cache, decode_absorbed)
+        part = tokens[:, t : t + 1], positions[:, t : t + 1]
+        columns, out = step(*part, columns, out.memories, decode_absorbed)
         logits.append(out.logits)
         load = load + (out.router.load_E if out.router else 0)
-    assert out.cache.length == total
     return tokens, np.concatenate(logits, axis=1), load
 
 
 @pytest.mark.parametrize(
-    ("tiny", "prefill_absorbed", "decode_absorbed"),
-    [(TINY, False, True), (config(V2_LITE), True, False), (config(V1), False, False)],
-    ids=["mla_plain_then_absorbed", "mla_absorbed_then_plain_yarn_bias", "gqa"],
+    ("tiny", "options"),
+    [
+        (TINY, dict(prefill_absorbed=False, decode_absorbed=True)),
+        (TINY, dict(prefill_absorbed=False, decode_absorbed=True, stacked=True)),
+        (config(V2_LITE), dict(prefill_absorbed=True, decode_absorbed=False)),
+        (config(V1), dict(prefill_absorbed=False, decode_absorbed=False)),
+    ],
+    ids=["mla_plain_then_absorbed", "scanned", "mla_absorbed_then_plain_yarn_bias", "gqa"],
 )
-def test_prefill_then_decode_equals_the_full_forward_at_every_position(tiny, prefill_absorbed, decode_absorbed):
-    tokens, logits, load = generate(tiny, prefill_absorbed=prefill_absorbed, decode_absorbed=decode_absorbed)
-    # The full forward: each row at the start of a row of twelve, in the scanned, uncached program.
+def test_prefill_then_decode_equals_the_full_forward_at_every_position(tiny, options):
+    tokens, logits, load = generate(tiny, **options)
+    # The full forward: each row at the start of a row of twelve, in the scanned program without memories.
     plain = dataclasses.replace(tiny, num_nextn_predict_layers=0)
     params, bias = weights(tiny)
     params = {name: value for name, value in params.items() if name != "mtp"}
@@ -165,6 +182,39 @@ def test_prefill_then_decode_equals_the_full_forward_at_every_position(tiny, pre
     np.testing.assert_array_equal(load, full.router.load_E)  # padding on the left is in no load
 
 
+def test_runs_of_layers_one_after_the_other_are_the_network():
+    """A pipeline's stages: cut within the MoE layers, which the second run continues with its own rows of the bias."""
+    tiny = config(V3, num_hidden_layers=4)
+
+    def stages(params, bias):
+        model = merge(tiny, params, bias)
+        context, x = model.context(jnp.asarray(TOKENS)), model.embedded(jnp.asarray(TOKENS))
+        found = []
+        for first, count in ((0, 2), (2, 1), (3, 1)):
+            x, stats, _ = model.run_layers(x, context, first=first, count=count)
+            found.append(stats)
+        return model.norm(x), joined(found).load_E, model(jnp.asarray(TOKENS), head=False)
+
+    for params in (weights(tiny)[0], unstack(weights(tiny)[0])):
+        hidden, load_LE, whole = jax.jit(stages)(params, weights(tiny)[1])
+        assert relative_error(hidden, whole.hidden) < 1e-6
+        np.testing.assert_array_equal(load_LE, whole.router.load_E)
+
+
+def test_experts_that_a_sampler_chose_are_taken():
+    """Every layer's, MTP's too, in another order; -1 leaves a choice to the router."""
+    base = forward()
+    chosen = base.router.experts_BSK[..., ::-1].at[:, 0, :3].set(-1)
+    model = merge(TINY, *weights(TINY))
+    options = dict(positions_BS=jnp.asarray(POSITIONS), segment_ids_BS=jnp.asarray(SEGMENTS), mtp=True)
+    same = jax.jit(lambda chosen: model(jnp.asarray(TOKENS), chosen_LBSK=chosen, **options))(chosen)
+    assert relative_error(same.logits, base.logits) < 1e-5
+    assert relative_error(same.mtp_hidden, base.mtp_hidden) < 1e-5
+    other = jax.jit(lambda chosen: model(jnp.asarray(TOKENS), chosen_LBSK=chosen, **options))((chosen + 1) % 8)
+    np.testing.assert_array_equal(other.router.experts_BSK, (chosen + 1) % 8)
+    assert relative_error(other.logits, base.logits) > 0.1
+
+
 # Training
 
 
@@ -174,7 +224,7 @@ def test_remat_modes_give_the_same_loss_and_gradients():
     probe = np.random.default_rng(2).standard_normal((2, *SEGMENTS.shape, tiny.hidden_size)).astype(np.float32)
 
     def loss(params, remat):
-        model = merge(dataclasses.replace(tiny, remat=remat), params, bias)
+        model = merge(tiny, params, bias, ComputeConfig(remat=remat))
         tokens, positions, segments = map(jnp.asarray, (TOKENS, POSITIONS, SEGMENTS))
         out = model(tokens, positions_BS=positions, segment_ids_BS=segments, mtp=True, head=False)
         assert out.logits is None and out.router is not None
@@ -195,8 +245,7 @@ def _trained(grads):
 
 
 def test_bfloat16_computes_close_to_float64():
-    tiny = config(V3, dtype="bfloat16")
-    out = compiled(tiny, True)(*weights(TINY), TOKENS, POSITIONS, SEGMENTS)
+    out = forward(compute=ComputeConfig(dtype="bfloat16"))
     assert out.hidden.dtype == out.mtp_hidden.dtype == jnp.bfloat16 and out.logits.dtype == jnp.float32
     errors = [
         relative_error(out.logits[row, column], right["logits"][i])
@@ -205,8 +254,8 @@ def test_bfloat16_computes_close_to_float64():
     ]
     # Four blocks of roundings of 2⁻⁸; here and there a rounding also picks another expert.
     assert np.median(errors) < 0.04 and max(errors) < 1
-    assert jax.tree.leaves(weights(config(V3, param_dtype="bfloat16"))[0])[0].dtype == jnp.bfloat16
-    assert Cache.empty(tiny, 1, 1).layers[0].dtype == jnp.bfloat16
+    stored, _ = abstract_arrays(TINY, ComputeConfig(param_dtype="bfloat16"))
+    assert {leaf.dtype for leaf in jax.tree.leaves(stored)} == {jnp.dtype(jnp.bfloat16)}
 
 
 def test_mtp_where_there_is_none_is_refused():

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
 from deepseek_jax.checkpoint.model import Model
 from deepseek_jax.compute import ComputeConfig
@@ -105,6 +106,22 @@ def whole(config: ModelConfig, params: Any, bias: Any, tokenizer: Any = None, me
     """These arrays as a model, by default on one device."""
     mesh = mesh or make_mesh(devices=jax.devices()[:1])
     return Model(config, ComputeConfig().on(mesh), params, bias, tokenizer, mesh)
+
+
+@struct.dataclass
+class Columns:
+    """A ``Memory`` of the simplest kind: S columns behind the first ``length``."""
+
+    buffer_BTW: jax.Array
+    length: jax.Array
+
+    @classmethod
+    def empty(cls, config: ModelConfig, batch: int, columns: int) -> "Columns":
+        return cls(jnp.zeros((batch, columns, config.cache_numbers_per_token_layer)), jnp.int32(0))
+
+    def write(self, entry_BSW):
+        buffer = jax.lax.dynamic_update_slice(self.buffer_BTW, entry_BSW, (0, self.length, 0))
+        return Columns(buffer, self.length + entry_BSW.shape[1]), buffer
 
 
 def layer(stack: dict[str, Any], index: int) -> dict[str, Any]:

@@ -1,0 +1,103 @@
+"""What the engine keeps of the tokens it has seen: a buffer for each layer, and rows that have lengths of their own.
+
+The network knows of it only that a memory takes new entries and returns all there are (``Memory.write``).
+"""
+
+import dataclasses
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int, Num
+
+from deepseek_jax.compute import ComputeConfig
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.parallel.sharding import constrain
+from deepseek_kernels import Visible
+
+
+@struct.dataclass
+class Memory:
+    """One layer's part of the cache; of layers that are scanned one for them all, with the layers in front.
+
+    buffer_BTW: column t holds what attention keeps of the row's token t. start_B: the column of the next token; None
+    where nothing has been written yet, so that what is new is all there is to see, and no empty column is looked at.
+    """
+
+    buffer_BTW: jax.Array
+    start_B: jax.Array | None
+
+    def write(self, entry_BSW: Float[Array, "B S W"]) -> tuple[Self, Float[Array, "B T W"]]:
+        """Put S new tokens behind each row's others -> (the memory with them, all entries of each row)."""
+        entry_BSW = entry_BSW.astype(self.buffer_BTW.dtype)
+        if self.start_B is None:
+            buffer_BTW = jax.lax.dynamic_update_slice(self.buffer_BTW, entry_BSW, (0, 0, 0))
+            return dataclasses.replace(self, buffer_BTW=buffer_BTW), entry_BSW
+        buffer_BTW = write_rows(self.buffer_BTW, entry_BSW, self.start_B)
+        return dataclasses.replace(self, buffer_BTW=buffer_BTW), buffer_BTW
+
+
+def write_rows(
+    buffer_BTW: Num[Array, "B T W"], entry_BSW: Num[Array, "B S W"], start_B: Int[Array, "B"]
+) -> Num[Array, "B T W"]:
+    """Put S columns into each row from the row's own ``start`` on; what lies past the last column is dropped."""
+
+    def write(buffer_TW, entry_SW, start):
+        columns = start + jnp.arange(len(entry_SW), dtype=jnp.int32)
+        return buffer_TW.at[columns].set(entry_SW, mode="drop", unique_indices=True, indices_are_sorted=True)
+
+    return jax.vmap(write)(buffer_BTW, entry_BSW, start_B)
+
+
+@struct.dataclass
+class Cache:
+    """Rows b of ``lengths_B[b]`` tokens each, on the left of T columns.
+
+    layers: a buffer (B T W) for each layer, so that a step writes in place instead of copying a stack; with
+    ``scan_decode`` one (L B T W) for each stack of layers. mtp: the MTP module's (B T W), where it was asked for.
+    """
+
+    layers: tuple[jax.Array, ...]
+    mtp: jax.Array | None
+    lengths_B: jax.Array
+
+    @classmethod
+    def empty(cls, config: ModelConfig, compute: ComputeConfig, batch: int, columns: int, *, mtp: bool = False) -> Self:
+        """No token yet, in ``compute.dtype``; rows are split over the mesh as a batch is."""
+        shape = (batch, columns, config.cache_numbers_per_token_layer)
+
+        def buffer(*stack: int) -> jax.Array:
+            zeros = jnp.zeros((*stack, *shape), compute.dtype)
+            return constrain(zeros, compute.rules, *[None] * len(stack), "batch", None, None)
+
+        stacks = [count for count in (config.num_dense_layers, config.num_moe_layers) if count]
+        scanned = compute.scan_decode
+        layers = tuple(map(buffer, stacks)) if scanned else tuple(buffer() for _ in range(config.num_hidden_layers))
+        return cls(layers, buffer() if mtp else None, jnp.zeros(batch, jnp.int32))
+
+    def memories(self, *, first: bool = False) -> tuple[Memory, ...]:
+        """What the network's layers take. first: nothing has been written yet."""
+        return tuple(self._memory(buffer, first) for buffer in self.layers)
+
+    def mtp_memory(self, *, first: bool = False) -> Memory:
+        """The same for the MTP module."""
+        assert self.mtp is not None, "the cache was made without a slot for the MTP module"
+        return self._memory(self.mtp, first)
+
+    def _memory(self, buffer: jax.Array, first: bool) -> Memory:
+        return Memory(buffer, None if first else jnp.broadcast_to(self.lengths_B, buffer.shape[:-2]))
+
+    def positions(self, size: int) -> Int[Array, "B S"]:
+        """Of each row's next ``size`` tokens."""
+        return self.lengths_B[:, None] + jnp.arange(size, dtype=jnp.int32)
+
+    def visible(self, size: int) -> Visible:
+        """Each of the next ``size`` tokens sees its row up to itself."""
+        return Visible(q_positions_BS=self.positions(size), lengths_B=self.lengths_B + size)
+
+    def grown(self, memories: tuple[Memory, ...], count_B: Int[Array, "B"], mtp: Memory | None = None) -> Self:
+        """With what the layers wrote, of which the first ``count_B[b]`` tokens count: later ones write over others."""
+        slot: dict[str, Any] = {} if mtp is None else {"mtp": mtp.buffer_BTW}
+        layers = tuple(memory.buffer_BTW for memory in memories)
+        return dataclasses.replace(self, layers=layers, lengths_B=self.lengths_B + count_B, **slot)

@@ -1,0 +1,113 @@
+"""Prompts and how each is to be answered, as arrays: what may differ between two calls and compile nothing.
+
+Shapes alone are compiled for, and they come in powers of two.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from flax import struct
+
+from deepseek_jax.inference.sampling import SamplingParams
+
+
+@struct.dataclass
+class Requests:
+    """A row for each prompt; rows behind the last prompt have limit 0 and are never run on.
+
+    tokens_BP: prompts on the left, ``pad`` behind. lengths_B: theirs. keys_B, rows_B: row b draws its token n with
+    ``fold_in(fold_in(keys[b], rows[b]), n)``. stops_BX: ids that end an answer, -1 behind them. limit_B: tokens of an
+    answer at most. answers, columns: room for an answer, and for prompt and answer together.
+    """
+
+    tokens_BP: np.ndarray | jax.Array
+    lengths_B: np.ndarray | jax.Array
+    keys_B: jax.Array
+    rows_B: np.ndarray | jax.Array
+    temperature_B: np.ndarray | jax.Array
+    top_p_B: np.ndarray | jax.Array
+    top_k_B: np.ndarray | jax.Array
+    limit_B: np.ndarray | jax.Array
+    stops_BX: np.ndarray | jax.Array
+    pad: np.ndarray | jax.Array
+    answers: int = struct.field(pytree_node=False)
+    columns: int = struct.field(pytree_node=False)
+
+
+def make_requests(
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingParams | Sequence[SamplingParams],
+    key: jax.Array | None = None,
+    *,
+    stop_ids: Sequence[int] = (),
+    pad_id: int = 0,
+    width: int = 0,
+    ways: int = 1,
+) -> Requests:
+    """Requests to answer ``prompts``.
+
+    Args:
+      sampling: for all prompts, of which the i-th then draws with ``fold_in(key, i)``; or one for each, with which it
+        draws what it would draw alone, whatever stands beside it.
+      key: instead of the seeds.
+      stop_ids: beside those of ``sampling``.
+      width: of the prompts' rows, instead of the next power of two.
+      ways: the batch is a multiple of it.
+
+    Raises ValueError for a prompt without tokens or wider than ``width``.
+    """
+    shared = isinstance(sampling, SamplingParams)
+    each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
+    if len(each) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts, but {len(each)} sampling parameters: expected one, or one for each")
+    longest = width or max(map(len, prompts))
+    limits = [params.max_tokens for params in each]
+    batch = -(-round_up(len(prompts)) // ways) * ways
+    tokens_BP, lengths_B = pad_prompts(prompts, pad_id, width or round_up(longest, 16))
+    stops = [(*stop_ids, *params.stop_token_ids) for params in each]
+    stops_BX = np.full((batch, round_up(max(map(len, stops)), 4)), -1, np.int32)
+    for row, ids in enumerate(stops):
+        stops_BX[row, : len(ids)] = ids
+    rows = batch - len(prompts)
+    return Requests(
+        tokens_BP=np.pad(tokens_BP, ((0, rows), (0, 0)), constant_values=pad_id),
+        lengths_B=np.pad(lengths_B, (0, rows), constant_values=1),
+        keys_B=_keys([params.seed for params in each] if key is None else key, batch),
+        rows_B=np.arange(batch, dtype=np.uint32) * np.uint32(shared or key is not None),
+        temperature_B=np.array([params.temperature for params in each] + [0.0] * rows, np.float32),
+        top_p_B=np.array([params.top_p for params in each] + [1.0] * rows, np.float32),
+        top_k_B=np.array([params.top_k for params in each] + [0] * rows, np.int32),
+        limit_B=np.array(limits + [0] * rows, np.int32),
+        stops_BX=stops_BX,
+        pad=np.int32(pad_id),
+        answers=round_up(max(limits), 16),
+        columns=max(tokens_BP.shape[1], round_up(longest + max(limits), 16)),
+    )
+
+
+def pad_prompts(prompts: Sequence[Sequence[int]], pad_id: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts on the left of rows of ``width`` -> (tokens (B P), lengths (B))."""
+    tokens_BP = np.full((len(prompts), width), pad_id, np.int32)
+    for row, ids in enumerate(prompts):
+        if not 0 < len(ids) <= width:
+            raise ValueError(f"prompt {row} has {len(ids)} tokens: expected 1…{width}")
+        tokens_BP[row, : len(ids)] = ids
+    return tokens_BP, np.array([len(ids) for ids in prompts], np.int32)
+
+
+def round_up(n: int, least: int = 1) -> int:
+    """The next power of two, at least ``least``."""
+    return max(least, 1 << (n - 1).bit_length())
+
+
+def _keys(seeds: Sequence[int] | jax.Array, batch: int) -> jax.Array:
+    """A key for each row, put together on the host: nothing is compiled for another number of prompts."""
+    if isinstance(seeds, jax.Array):
+        keys = [seeds]
+    else:
+        made = {seed: jax.random.key(seed) for seed in dict.fromkeys(seeds)}
+        keys = [made[seed] for seed in seeds]
+    data = [np.asarray(jax.random.key_data(key)) for key in keys]
+    data += data[:1] * (batch - len(data))
+    return jax.random.wrap_key_data(np.stack(data), impl=jax.random.key_impl(keys[0]))

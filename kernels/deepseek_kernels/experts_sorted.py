@@ -1,0 +1,106 @@
+"""Carrying tokens to their experts and back, without dropping any.
+
+Every choice (token t, its k-th expert) gets a slot in a buffer of P rows that is sorted by expert, each expert's
+rows starting on a multiple of the kernel's block. Forward and backward are gathers only: scatters with repeated rows
+are slow on every backend. A choice outside the experts has no slot: it adds nothing and gets no gradient.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["slot_TK", "choice_P", "group_sizes_E"],
+    meta_fields=["block"],
+)
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where each choice lies in the buffer sorted by expert.
+
+    slot_TK: buffer row of each choice, P for a choice of no expert. choice_P: the choice ``t·K + k`` in each buffer
+    row, T·K where the row is padding. group_sizes_E: rows per expert, multiples of ``block``.
+    """
+
+    slot_TK: jax.Array
+    choice_P: jax.Array
+    group_sizes_E: jax.Array
+    block: int
+
+
+def sort_by_expert(experts_TK: Int[Array, "T K"], experts: int, *, block: int) -> Layout:
+    """Lay the choices out by expert, in token order within an expert, each expert padded to whole blocks."""
+    tokens, top = experts_TK.shape
+    choices = tokens * top
+    assert (experts + 1) * choices < 2**31, "a sort key would overflow int32"
+    rows = (choices + min(experts, choices) * (block - 1)) // block * block
+    chosen_N = experts_TK.reshape(-1).astype(jnp.int32)
+    chosen_N = jnp.where((chosen_N >= 0) & (chosen_N < experts), chosen_N, experts)  # no expert: sorted last
+    key_N = jnp.sort(chosen_N * choices + jnp.arange(choices, dtype=jnp.int32))
+    expert_N, choice_N = key_N // choices, key_N % choices
+    sizes_E = jnp.sum(chosen_N[:, None] == jnp.arange(experts), axis=0)
+    ends_E = jnp.cumsum(sizes_E)
+    padded_E = (sizes_E + block - 1) // block * block
+    shift_E = jnp.cumsum(padded_E) - padded_E - (ends_E - sizes_E)
+    order_N = jnp.arange(choices)
+    # Past the buffer, each elsewhere: dropped when written.
+    slot_N = jnp.where(expert_N < experts, order_N + shift_E.at[expert_N].get(mode="clip"), rows + order_N)
+    slot_TK = jnp.zeros(choices, jnp.int32).at[choice_N].set(slot_N.astype(jnp.int32), unique_indices=True)
+    choice_P = jnp.full(rows, choices, jnp.int32).at[slot_N].set(choice_N, mode="drop", unique_indices=True)
+    slot_TK = jnp.minimum(slot_TK.reshape(tokens, top), rows)
+    return Layout(slot_TK, choice_P, padded_E.astype(jnp.int32), block)
+
+
+@jax.custom_vjp
+def gather_rows(x_TD: Float[Array, "T D"], layout: Layout) -> Float[Array, "P D"]:
+    """Copy each token's row into the slots of its choices. Padding rows repeat the last token: ``combine_rows`` does
+    not read them, and hands them no gradient."""
+    return x_TD.at[layout.choice_P // layout.slot_TK.shape[1]].get(mode="clip")
+
+
+def _gather_rows_fwd(x_TD, layout):
+    return gather_rows(x_TD, layout), layout
+
+
+def _gather_rows_bwd(layout, dy_PD):
+    dx_TD = sum(row_TD.astype(jnp.float32) for row_TD in _chosen(dy_PD, layout))
+    return dx_TD.astype(dy_PD.dtype), None
+
+
+gather_rows.defvjp(_gather_rows_fwd, _gather_rows_bwd)
+
+
+@jax.custom_vjp
+def combine_rows(y_PD: Float[Array, "P D"], weights_TK: Float[Array, "T K"], layout: Layout) -> Float[Array, "T D"]:
+    """``out[t] = Σ_k weights[t, k] · y[slot[t, k]]``, summed in float32 one choice after another: K gathers that fuse
+    into one pass, where a sum over an axis K would write the rows out in float32 first."""
+    weights_TK = weights_TK.astype(jnp.float32)
+    parts = (row_TD * weights_TK[:, k : k + 1] for k, row_TD in enumerate(_chosen(y_PD, layout)))
+    return sum(parts).astype(y_PD.dtype)
+
+
+def _combine_rows_fwd(y_PD, weights_TK, layout):
+    return combine_rows(y_PD, weights_TK, layout), (y_PD, weights_TK, layout)
+
+
+def _combine_rows_bwd(residuals, dout_TD):
+    y_PD, weights_TK, layout = residuals
+    top = weights_TK.shape[1]
+    weight_P = weights_TK.reshape(-1).at[layout.choice_P].get(mode="fill", fill_value=0)
+    dy_PD = dout_TD.at[layout.choice_P // top].get(mode="clip") * weight_P[:, None]
+    wide_TD = dout_TD.astype(jnp.float32)
+    dweights_TK = jnp.stack([jnp.sum(row_TD * wide_TD, axis=1) for row_TD in _chosen(y_PD, layout)], axis=1)
+    return dy_PD.astype(y_PD.dtype), dweights_TK.astype(weights_TK.dtype), None
+
+
+combine_rows.defvjp(_combine_rows_fwd, _combine_rows_bwd)
+
+
+def _chosen(y_PD, layout):
+    """(T, D) for each k: the row of every token's k-th choice, zeros for a choice of no expert."""
+    for k in range(layout.slot_TK.shape[1]):
+        yield y_PD.at[layout.slot_TK[:, k]].get(mode="fill", fill_value=0)

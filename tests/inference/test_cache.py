@@ -1,0 +1,85 @@
+"""The cache: rows of their own lengths, written in pieces, and the MTP module's slot."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from model.tiny import QWEN, V3, config, weights
+
+from deepseek_jax.compute import ComputeConfig
+from deepseek_jax.inference.cache import Cache, write_rows
+from deepseek_jax.model import transformer
+
+LENGTHS, COLUMNS = (5, 2, 7), 12
+MODELS = {"v3": config(V3), "qwen": config(QWEN)}
+
+
+def test_columns_are_written_where_each_row_ends():
+    rng = np.random.default_rng(0)
+    buffer, entry = rng.standard_normal((3, 5, 2), np.float32), rng.standard_normal((3, 2, 2), np.float32)
+    expected = buffer.copy()
+    expected[0, 1:3], expected[1, 0:2], expected[2, 4] = entry[0], entry[1], entry[2, 0]
+    found = write_rows(jnp.asarray(buffer), jnp.asarray(entry), jnp.array([1, 0, 4]))
+    np.testing.assert_array_equal(found, expected)  # the last row's second column would be past the end
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_pieces_through_the_cache_are_the_whole_row(name, scanned):
+    """Rows of different lengths go in as a first piece with filling behind it and then in pieces of two; the hidden
+    states, and the MTP module's, are those of the pass over each whole row."""
+    tiny, compute = MODELS[name], ComputeConfig(scan_decode=scanned, target="cpu")
+    mtp = tiny.num_nextn_predict_layers > 0
+    tokens = jnp.asarray(np.random.default_rng(1).integers(0, tiny.vocab_size, (3, COLUMNS), np.int32))
+
+    @jax.jit
+    def whole(params, bias):
+        network = transformer.merge(tiny, params, bias, compute)
+        out = network(tokens, mtp=mtp, head=False)
+        return out.hidden, out.mtp_hidden
+
+    @jax.jit
+    def pieces(params, bias):
+        params = params if scanned else transformer.unstack(params)
+        network = transformer.merge(tiny, params, bias, compute)
+        cache = Cache.empty(tiny, compute, 3, COLUMNS, mtp=mtp)
+        assert (cache.mtp is not None) == mtp
+        count_B, found = jnp.array(LENGTHS), []
+        for size, first in ((7, True), (2, False), (2, False)):
+            at_BS = jnp.minimum(cache.positions(size + 1), COLUMNS - 1)
+            piece = jnp.take_along_axis(tokens, at_BS, axis=1)
+            context = network.context(piece[:, :-1], positions_BS=cache.positions(size), visible=cache.visible(size))
+            x, _, memories = network.run_layers(
+                network.embedded(piece[:, :-1]), context, memories=cache.memories(first=first), absorbed=not first
+            )
+            hidden, slot, guess = network.norm(x), None, x
+            if mtp:
+                memory = cache.mtp_memory(first=first)
+                guess, _, slot = guess_next(network, hidden, piece, context, memory)
+            found.append((cache.positions(size), count_B, hidden, guess))
+            cache = cache.grown(memories, count_B, slot)
+            count_B = jnp.full(3, 2)
+        return found
+
+    def guess_next(network, hidden, piece, context, memory):
+        """``predict_next`` with the tokens that follow known, the last one's too."""
+        bias = None if network.router_bias is None else network.router_bias[...][-1]
+        return network.mtp(hidden, network.embedded(piece[:, 1:]), context, bias, memory=memory)
+
+    hidden, mtp_hidden = whole(*weights(tiny))
+    for positions, count, found, guess in pieces(*weights(tiny)):
+        for row in range(3):
+            where = positions[row, : count[row]]
+            np.testing.assert_allclose(found[row, : count[row]], hidden[row, where], rtol=1e-4, atol=1e-4)
+            if mtp:
+                where = where[where < COLUMNS - 1]
+                np.testing.assert_allclose(guess[row, : len(where)], mtp_hidden[row, where], rtol=1e-4, atol=1e-4)
+
+
+def test_buffers_hold_what_a_token_takes_and_no_slot_that_is_not_asked_for():
+    for dtype in ("float32", "bfloat16"):
+        cache = Cache.empty(config(), ComputeConfig(dtype=dtype), 2, 16)
+        assert [(buffer.shape, buffer.dtype) for buffer in cache.layers] == [((2, 16, 12), dtype)] * 3
+        assert cache.mtp is None and cache.lengths_B.tolist() == [0, 0]
+    stacks = Cache.empty(config(), ComputeConfig(scan_decode=True), 2, 16).layers
+    assert [stack.shape for stack in stacks] == [(1, 2, 16, 12), (2, 2, 16, 12)]

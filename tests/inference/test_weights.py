@@ -1,0 +1,71 @@
+"""Weights for sampling: what they hold, where they lie, and that they are copies."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from model.tiny import V2, V3, config, relative_error, weights
+
+from deepseek_jax.compute import ComputeConfig
+from deepseek_jax.inference.weights import sampling_config, sampling_rules, sampling_weights
+from deepseek_jax.model import transformer
+from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
+from deepseek_jax.parallel.sharding import ShardingRules, tree_shardings
+
+TINY = config(V3)
+
+
+def make(tiny=TINY, mesh=None, params=None, **compute):
+    mesh = mesh or make_mesh(devices=jax.devices()[:1])
+    compute = ComputeConfig(**compute).on(mesh)
+    given = weights(tiny) if params is None else (params, weights(tiny)[1])
+    return sampling_weights(*given, config=tiny, compute=compute, mesh=mesh)
+
+
+def test_products_take_the_compute_dtype_and_what_is_read_in_float32_stays():
+    params, bias = make(dtype="bfloat16")
+    given, given_bias = weights(TINY)
+    assert "mtp" not in params and len(params["layers"]) == 3
+    np.testing.assert_array_equal(bias, given_bias[:2])
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = jax.tree_util.keystr(path)
+        assert leaf.dtype == (jnp.float32 if "gain" in name or "router" in name else jnp.bfloat16), name
+    for layer, (stack, index) in enumerate((("dense_layers", 0), ("moe_layers", 0), ("moe_layers", 1))):
+        for (path, leaf), original in zip(
+            jax.tree_util.tree_leaves_with_path(params["layers"][layer]), jax.tree.leaves(given[stack]), strict=True
+        ):
+            np.testing.assert_array_equal(leaf, original[index].astype(leaf.dtype), err_msg=str(path))
+
+
+@pytest.mark.parametrize("tiny", [TINY, config(V2)], ids=["v3", "v2"])
+@pytest.mark.parametrize("scanned", [False, True])
+def test_the_network_computes_the_same_with_them(tiny, scanned):
+    compute = ComputeConfig(dtype="bfloat16", scan_decode=scanned)
+    tokens = jnp.arange(12, dtype=jnp.int32).reshape(2, 6)
+    run = jax.jit(lambda tiny, *w: transformer.merge(tiny, *w, compute)(tokens).logits, static_argnums=0)
+    made = make(tiny, dtype="bfloat16", scan_decode=scanned)
+    found, expected = run(sampling_config(tiny), *made), run(tiny, *weights(tiny))
+    assert relative_error(found, expected) <= (0 if scanned else 0.03)  # unrolled, bfloat16 is rounded elsewhere
+
+
+def test_a_train_step_may_give_away_what_they_were_made_from():
+    params = jax.tree.map(jnp.copy, weights(TINY)[0])
+    made, _ = make(params=params)
+    jax.tree.map(lambda leaf: leaf.delete(), params)
+    np.testing.assert_array_equal(made["embed"], weights(TINY)[0]["embed"])
+
+
+def test_on_a_mesh_only_heads_widths_and_vocabulary_stay_split():
+    mesh = make_mesh(MeshConfig(fsdp=2, expert=2, tensor=2))
+    tiny = dataclasses.replace(TINY, vocab_size=40)
+    given, _ = weights(tiny)
+    params = jax.device_put(given, tree_shardings(mesh, transformer.logical_axes(tiny), given))
+    made, bias = make(tiny, mesh, params, rules=sampling_rules(ShardingRules()))
+    layer = made["layers"][1]
+    assert layer["mlp"]["wi"].addressable_shards[0].data.shape == (8, 16, 2, 6)
+    assert layer["attention"]["q_b"].addressable_shards[0].data.shape == (10, 1, 10)
+    assert made["embed"].addressable_shards[0].data.shape == (20, 16)
+    assert bias.sharding.is_fully_replicated
+    np.testing.assert_array_equal(layer["mlp"]["wi"], given["moe_layers"]["mlp"]["wi"][0])

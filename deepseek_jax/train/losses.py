@@ -10,10 +10,9 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from deepseek_jax.config import check_types
-from deepseek_jax.model.layers import project
 from deepseek_jax.model.router import count_sequences
 from deepseek_jax.model.transformer import Transformer
-from deepseek_kernels import weight_gradient
+from deepseek_kernels import product, weight_gradient
 
 
 @struct.dataclass
@@ -41,7 +40,7 @@ def score_targets(
 
     @jax.checkpoint
     def score(hidden, targets):
-        logits = project(hidden, w_DW.astype(hidden.dtype), jnp.float32)
+        logits = product("bsd,dw->bsw", hidden, w_DW, dtype=jnp.float32)
         logits = logits / temperature if temperature != 1.0 else logits
         log_z = jax.nn.logsumexp(logits, axis=-1)
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
@@ -83,7 +82,7 @@ def _cross_entropy_forward(hidden_BSD, w_DW, targets_BS, weights_BS, chunk):
     def body(carry, piece):
         loss, dw_DW = carry
         hidden, targets, weights = piece
-        logits = project(hidden, cast_DW, jnp.float32)
+        logits = product("bsd,dw->bsw", hidden, cast_DW, dtype=jnp.float32)
         log_z = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
         right = targets[..., None] == jnp.arange(logits.shape[-1])
         loss += jnp.sum(weights * (log_z[..., 0] - jnp.sum(jnp.where(right, logits, 0), axis=-1)))

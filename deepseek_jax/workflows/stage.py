@@ -2,10 +2,10 @@
 
 import dataclasses
 import json
+import operator
 import os
-import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from deepseek_jax.checkpoint.model import Model
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import check_types
-from deepseek_jax.evals.accuracy import Answered
 from deepseek_jax.model.costs import count_parameters
 from deepseek_jax.parallel.mesh import MeshConfig
 from deepseek_jax.parallel.sharding import place_batch
@@ -44,6 +43,14 @@ class StageConfig:
         check_types(self)
         if "://" in self.run_dir:
             raise ValueError(f"run_dir={self.run_dir!r}: runs are written to a local or mounted folder")
+
+
+def require_fields(config: StageConfig, *names: str) -> None:
+    """ValueError with those of these fields, such as "data.path", that are empty."""
+    empty = [name for name in names if not operator.attrgetter(name)(config)]
+    if empty:
+        flags = ", ".join("--" + name.replace("_", "-") for name in empty)
+        raise ValueError(f"{', '.join(empty)} must be given: {flags}, or in a recipe")
 
 
 def train_stage(
@@ -129,30 +136,6 @@ def write_json(path: Path, content: Any) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)
-
-
-def write_samples(path: Path, stage: str, when: str, mode: str, answered: Iterable[Answered]) -> None:
-    """Append completions to ``samples.jsonl``, once: what an earlier try wrote of the same kind is replaced."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    others = [line for line in lines if (json.loads(line)["when"], json.loads(line)["mode"]) != (when, mode)]
-    new = [
-        json.dumps(
-            {
-                "stage": stage,
-                "when": when,
-                "mode": mode,
-                "prompt": item.problem.prompt,
-                "completion": item.completion,
-                "answer": item.problem.answer,
-                "correct": item.correct,
-            },
-            ensure_ascii=False,
-        )
-        for item in answered
-    ]
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("\n".join([*others, *new]) + "\n", encoding="utf-8")
-    shutil.move(temporary, path)
 
 
 class LoaderBatches:

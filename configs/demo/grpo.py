@@ -18,7 +18,7 @@ from deepseek_jax.workflows.grpo import GRPOConfig
 def config() -> GRPOConfig:
     return GRPOConfig(
         rollout=RolloutConfig(prompts=16, group=8, prompt_width=9, max_tokens=26),
-        loss=GRPOLoss(max_length=26, chunk=18),
+        loss=GRPOLoss(chunk=18),
         compute=ComputeConfig(scan_unroll=3),
         optimizer=OptimizerConfig(peak_lr=3e-4, warmup_steps=5, constant_until=0.6, cosine_until=1.0, weight_decay=0.0),
         step=StepConfig(microbatches=2, bias_update_speed=0.001),

@@ -1,6 +1,7 @@
 """Answers sampled from the policy that is being trained, rewarded, as batches for ``GRPOLoss``."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -141,12 +142,15 @@ def rollout_batch(
     advantages = np.asarray(
         group_advantages(jnp.asarray(rewards_PG), scale="std" if config.advantage == "std" else "none")
     )
+    same = functools.partial(np.full, (len(prompts), 1), dtype=np.float32)
     return {
         "tokens": np.concatenate([tokens_BP, out.tokens_BN], axis=1).astype(np.int32),
         "segment_ids": (positions >= 0).astype(np.int32),
         "positions": np.maximum(positions, 0),
         "loss_mask": np.concatenate([nothing, answer_BN], axis=1).astype(np.float32),
-        "old_logprobs": np.concatenate([nothing, out.logprobs_BN], axis=1).astype(np.float32),
+        "sampler_logprobs": np.concatenate([nothing, out.logprobs_BN], axis=1).astype(np.float32),
         "advantages": advantages.reshape(-1, 1).astype(np.float32),
         "truncated": (~np.asarray(out.stopped_B))[:, None].astype(np.float32),
+        "temperature": same(config.temperature),
+        "max_tokens": same(config.max_tokens),
     }

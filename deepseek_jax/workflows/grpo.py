@@ -14,6 +14,8 @@ from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.rl.problems import read_jsonl, to_prompt
 from deepseek_jax.rl.rollout import RolloutConfig, Rollouts
 from deepseek_jax.train.grpo import GRPOLoss
+from deepseek_jax.train.reference import Reference
+from deepseek_jax.train.scoring import Scorer
 from deepseek_jax.workflows.problems import ProblemEval, evaluate_problems
 from deepseek_jax.workflows.stage import (
     RESULT,
@@ -28,7 +30,9 @@ from deepseek_jax.workflows.stage import (
 class GRPOConfig(StageConfig):
     """A GRPO run from the stage in ``init_from``; a step's batch is ``rollout.prompts × rollout.group`` answers.
 
-    inner_epochs: updates on each batch (μ).
+    minibatches, inner_epochs: a batch is split into so many parts with an update each, and gone through so often (μ).
+    The learning rate counts updates. reference_every: with a ``loss.kl_weight``, the reference becomes the policy every
+    so many steps (0: never).
     """
 
     run_dir: str = "runs/demo/grpo"
@@ -36,17 +40,15 @@ class GRPOConfig(StageConfig):
     prompts: str = "runs/demo/corpus/problems_train.jsonl"
     rollout: RolloutConfig = RolloutConfig()
     loss: GRPOLoss = GRPOLoss()
+    minibatches: int = 1
     inner_epochs: int = 1
+    reference_every: int = 0
     problems: ProblemEval = ProblemEval()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for ours, theirs in (("temperature", "temperature"), ("max_length", "max_tokens")):
-            if getattr(self.loss, ours) != getattr(self.rollout, theirs):
-                raise ValueError(
-                    f"loss.{ours}={getattr(self.loss, ours)} but rollout.{theirs}={getattr(self.rollout, theirs)}: "
-                    "the learner must see the answers as they were sampled"
-                )
+        if self.reference_every and not self.loss.kl_weight:
+            raise ValueError(f"reference_every={self.reference_every}: without loss.kl_weight there is no reference")
 
 
 def grpo(config: GRPOConfig) -> dict[str, Any]:
@@ -69,14 +71,27 @@ def grpo(config: GRPOConfig) -> dict[str, Any]:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
+    reference = None
+    if config.loss.kl_weight:
+        reference = Reference(start.params, start.router_bias, path=config.init_from, every=config.reference_every)
+    scorer = Scorer(
+        start.config,
+        start.compute,
+        chunk=config.loss.chunk,
+        microbatches=config.step.microbatches,
+        old=config.inner_epochs * config.minibatches > 1,
+        reference=reference,
+    )
     trained, facts = train_stage(
         config,
         stage="grpo",
         start=start,
         loss=config.loss,
         batches=Rollouts(start, loader, config.rollout, seed=config.seed),
-        reference=config.loss.kl_weight > 0,
-        updates=config.inner_epochs,
+        prepare=scorer,
+        reference=reference,
+        epochs=config.inner_epochs,
+        minibatches=config.minibatches,
     )
     found = evaluate_problems(trained, config.problems, run_dir, stage="grpo", seed=config.seed)
     write_json(run_dir / RESULT, facts | found)

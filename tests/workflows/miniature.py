@@ -90,7 +90,6 @@ from deepseek_jax.rl.rollout import RolloutConfig
 from deepseek_jax.train.grpo import GRPOLoss
 from deepseek_jax.train.loop import LoopConfig
 from deepseek_jax.train.optimizer import OptimizerConfig
-from deepseek_jax.train.step import StepConfig
 from deepseek_jax.workflows.grpo import GRPOConfig
 from deepseek_jax.workflows.problems import ProblemEval
 
@@ -98,9 +97,9 @@ from deepseek_jax.workflows.problems import ProblemEval
 def config():
     return GRPOConfig(
         rollout=RolloutConfig(prompts=2, group=4, prompt_width=9, max_tokens=20, patience=0),
-        loss=GRPOLoss(max_length=20, chunk=16, kl_weight=0.01),
+        loss=GRPOLoss(chunk=16, kl_weight=0.01),
         optimizer=OptimizerConfig(peak_lr=1e-3, warmup_steps=0, constant_until=1.0, cosine_until=1.0),
-        step=StepConfig(reference_every=4),
+        reference_every=4,
         loop=LoopConfig(steps=12, log_every=1, checkpoint_every=3),
         inner_epochs=2,
         problems=ProblemEval(max_tokens=20, batch_size=8),

@@ -12,6 +12,8 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Self
 
+from deepseek_jax import hf_config
+
 
 def from_dict(cls: type, values: dict[str, Any]) -> Any:
     """Build a (nested) configuration dataclass from plain values, refusing unknown fields by name."""
@@ -267,13 +269,13 @@ class ModelConfig:
     def from_hf(
         source: Mapping[str, Any] | str | os.PathLike[str], *, ignore_config: Iterable[str] = ()
     ) -> "ModelConfig":
-        """The network that a released model's ``config.json`` describes: see ``hf_config.from_hf``."""
-        from deepseek_jax import hf_config  # which needs this module
-
-        return hf_config.from_hf(source, ignore_config=ignore_config)
+        """The network that a released model's ``config.json`` describes, canonical: see ``hf_config.fields_of``."""
+        return ModelConfig.from_dict(hf_config.fields_of(source, ignore_config=ignore_config)).canonical()
 
     def to_hf(self) -> dict[str, Any]:
-        """The content of a ``config.json`` for this network: see ``hf_config.to_hf``."""
-        from deepseek_jax import hf_config
+        """The content of a ``config.json`` for this network: see ``hf_config.content_of``."""
+        return hf_config.content_of(self.canonical().to_dict())
 
-        return hf_config.to_hf(self)
+    def canonical(self) -> "ModelConfig":
+        """The same network with default values in all fields that do nothing in it: see ``hf_config.essential``."""
+        return ModelConfig.from_dict(hf_config.essential(self.to_dict()))

@@ -8,19 +8,31 @@ deepseek-jax grpo demo/grpo
 
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.rl.rollout import RolloutConfig
+from deepseek_jax.rl.tasks import TaskConfig
 from deepseek_jax.train.grpo import GRPOLoss
 from deepseek_jax.train.loop import LoopConfig
 from deepseek_jax.train.optimizer import OptimizerConfig
 from deepseek_jax.train.step import StepConfig
 from deepseek_jax.workflows.grpo import GRPOConfig
+from deepseek_jax.workflows.task_eval import TaskEval
 
 
 def config() -> GRPOConfig:
+    corpus = "runs/demo/corpus"
     return GRPOConfig(
-        rollout=RolloutConfig(prompts=16, group=8, prompt_width=9, max_tokens=26),
-        loss=GRPOLoss(max_length=26, chunk=18),
+        run_dir="runs/demo/grpo",
+        init_from="runs/demo/sft",
+        task=TaskConfig(name="arithmetic", path=(f"{corpus}/problems_train.jsonl",)),
+        rollout=RolloutConfig(prompts=16, group=8, max_prompt=9, max_tokens=26),
+        loss=GRPOLoss(chunk=18),
         compute=ComputeConfig(scan_unroll=3),
         optimizer=OptimizerConfig(peak_lr=3e-4, warmup_steps=5, constant_until=0.6, cosine_until=1.0, weight_decay=0.0),
         step=StepConfig(microbatches=2, bias_update_speed=0.001),
         loop=LoopConfig(steps=400, log_every=5, checkpoint_every=50),
+        evaluation=TaskEval(
+            task=TaskConfig(name="arithmetic", path=(f"{corpus}/problems_heldout.jsonl",)),
+            max_tokens=32,
+            batch_size=128,
+            by="kind",
+        ),
     )

@@ -5,22 +5,38 @@ deepseek-jax sft demo/sft
 2 CPU cores: 7–26 seconds, 30–140 steps; then greedy 35–58 %, sampled 21–35 % (docs/results/demo.md).
 """
 
+import dataclasses
+
 from deepseek_jax.compute import ComputeConfig
+from deepseek_jax.rl.tasks import TaskConfig
 from deepseek_jax.train.loop import LoopConfig
 from deepseek_jax.train.losses import LanguageModelLoss
 from deepseek_jax.train.optimizer import OptimizerConfig
 from deepseek_jax.train.step import StepConfig
 from deepseek_jax.workflows.sft import SFTConfig, SFTData
+from deepseek_jax.workflows.task_eval import TaskEval
 
 
 def config() -> SFTConfig:
+    corpus = "runs/demo/corpus"
+    questions = TaskEval(
+        task=TaskConfig(name="arithmetic", path=(f"{corpus}/problems_heldout.jsonl",)),
+        max_tokens=32,
+        batch_size=128,
+        by="kind",
+    )
+    held_in = TaskConfig(name="arithmetic", path=(f"{corpus}/problems_train.jsonl",))
     return SFTConfig(
-        data=SFTData(seq_len=128),
+        run_dir="runs/demo/sft",
+        init_from="runs/demo/pretrain",
+        data=SFTData(path=(f"{corpus}/sft.jsonl",), seq_len=128),
         batch_size=8,
         compute=ComputeConfig(scan_unroll=3),
         optimizer=OptimizerConfig(peak_lr=3e-3, warmup_steps=5, constant_until=1.0, cosine_until=1.0),
         step=StepConfig(bias_update_speed=0.003),
         loss=LanguageModelLoss(isolate=True, chunk=64),
-        check_count=256,
+        check=dataclasses.replace(questions, task=held_in, count=256),
+        enough_accuracy=0.25,
+        evaluation=questions,
         loop=LoopConfig(steps=400, log_every=10, checkpoint_every=100, eval_every=10),
     )

@@ -1,13 +1,12 @@
 """The commands that run stages."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
 import tyro
 from rich.console import Console
 
-from deepseek_jax.workflows.demo import CorpusStage, DemoConfig, demo, make_corpus
 from deepseek_jax.workflows.grpo import GRPOConfig, grpo
 from deepseek_jax.workflows.pretrain import PretrainConfig, pretrain
 from deepseek_jax.workflows.recipe import load_recipe
@@ -17,11 +16,20 @@ from deepseek_jax.workflows.sft import SFTConfig, sft
 Config = TypeVar("Config")
 
 
-def parse_recipe(command: str, kind: type[Config], arguments: Sequence[str]) -> Config:
-    """The recipe named first, or demo/COMMAND, with the overrides behind it."""
+def parse_recipe(
+    command: str, kind: type[Config], arguments: Sequence[str], *, emptied: Mapping[str, Any] | None = None
+) -> Config:
+    """The recipe named first, or demo/COMMAND, with the overrides behind it.
+
+    emptied: fields that may be given several times, and what they are before the first: tyro alone would add to the
+    recipe's.
+    """
     named = bool(arguments) and not arguments[0].startswith("-")
     recipe = arguments[0] if named else f"demo/{command}"
-    default = load_recipe(recipe, kind)
+    default: Any = load_recipe(recipe, kind)
+    for field, empty in (emptied or {}).items():
+        if any(argument.partition("=")[0] == f"--{field}" for argument in arguments):
+            default = dataclasses.replace(default, **{field: empty})
     return tyro.cli(kind, args=list(arguments[named:]), default=default, prog=f"deepseek-jax {command} {recipe}")
 
 
@@ -43,17 +51,21 @@ def run_sft(arguments: Sequence[str]) -> None:
 
 
 def run_grpo(arguments: Sequence[str]) -> None:
-    config = parse_recipe("grpo", GRPOConfig, arguments)
+    config = parse_recipe("grpo", GRPOConfig, arguments, emptied={"reward": ()})
     _finish(config.run_dir, grpo(config))
 
 
 def run_corpus(arguments: Sequence[str]) -> None:
+    from deepseek_jax.workflows.demo import CorpusStage, make_corpus  # no other stage needs the demo
+
     config = parse_recipe("corpus", CorpusStage, arguments)
     meta = make_corpus(config)
     _finish(config.folder, {name: meta[name] for name in ("train", "heldout", "source_files")})
 
 
 def run_demo(arguments: Sequence[str]) -> None:
+    from deepseek_jax.workflows.demo import DemoConfig, demo
+
     demo(tyro.cli(DemoConfig, args=list(arguments), prog="deepseek-jax demo"))
 
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -163,10 +163,17 @@ class RowLoader(BatchLoader[Row]):
 class PromptLoader(BatchLoader[list[Record]]):
     """Lists of B/P rows of JSONL or Parquet files, which are held in memory as `rows`: questions are few and short.
 
-    The fingerprint is that of the files' bytes, in their order.
+    keep: leaves out the rows that it is False for; `dropped` counts them. The fingerprint is that of the files' bytes,
+    in their order, and of which rows are left.
     """
 
-    def __init__(self, paths: PathLike | Sequence[PathLike], **options: Unpack[LoaderOptions]):
+    def __init__(
+        self,
+        paths: PathLike | Sequence[PathLike],
+        *,
+        keep: Callable[[Record], bool] = lambda row: True,
+        **options: Unpack[LoaderOptions],
+    ):
         paths = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
         digests = []
         for path in paths:
@@ -174,5 +181,9 @@ class PromptLoader(BatchLoader[list[Record]]):
                 digests.append(hashlib.file_digest(file, "sha256"))
         # One file's digest stands for itself: runs that were saved with it go on.
         joined = digests[0] if len(digests) == 1 else hashlib.sha256(b"".join(d.digest() for d in digests))
-        self.rows = list(read_rows(paths))
+        rows = list(read_rows(paths))
+        kept = [index for index, row in enumerate(rows) if keep(row)]
+        self.rows, self.dropped = [rows[index] for index in kept], len(rows) - len(kept)
+        if self.dropped:
+            joined.update(json.dumps(kept).encode())
         super().__init__(self.rows, fingerprint=joined.hexdigest(), batch_fn=list, **options)

@@ -47,20 +47,25 @@ def read_documents(
 
 
 def read_chats(
-    paths: PathLike | Iterable[PathLike], *, skip_broken: bool = False, skipped: Counter[str] | None = None
-) -> Iterator[list[dict[str, str]]]:
+    paths: PathLike | Iterable[PathLike],
+    *,
+    then: Callable[[list[dict[str, str]]], T] = lambda messages: messages,
+    skip_broken: bool = False,
+    skipped: Counter[str] | None = None,
+) -> Iterator[T]:
     """Conversations of .jsonl, .jsonl.gz or .parquet: {"messages": [{"role", "content"}, ...]} a line or row.
 
-    Broken lines are treated as in `read_documents`.
+    then: what is made of each. Broken lines, and those that it raises ValueError for, are treated as in
+    `read_documents`.
     """
 
-    def chat(value: Any) -> list[dict[str, str]]:
+    def chat(value: Any) -> T:
         if not isinstance(value, dict) or "messages" not in value:
             raise ValueError('no field "messages"; each line must be {"messages": [{"role": ..., "content": ...}]}')
         check_messages(value["messages"])
         for message in value["messages"]:
             check_text(message["content"], "content")
-        return value["messages"]
+        return then(value["messages"])
 
     for path in map(Path, _as_list(paths)):
         yield from _good(path, _records(path, "messages"), chat, skip_broken, skipped)

@@ -1,4 +1,4 @@
-"""How many problems a model answers right, greedily and sampled."""
+"""How many questions of a task a model answers right, greedily and sampled."""
 
 import dataclasses
 from collections import defaultdict
@@ -8,47 +8,44 @@ import jax
 import numpy as np
 
 from deepseek_jax.checkpoint.model import Model
-from deepseek_jax.data.chat import encode_prompt
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
-from deepseek_jax.rl.problems import Problem, to_prompt
-from deepseek_jax.rl.rewards import accuracy_reward
+from deepseek_jax.rl.asking import Question, ask, read_answers
+from deepseek_jax.rl.tasks import Row, Task
 
 
 @dataclasses.dataclass(frozen=True)
 class Answered:
-    """One problem and what the model made of it."""
+    """One question and what the model made of it."""
 
-    problem: Problem
+    question: Question
     completion: str
     correct: bool
 
 
 def answer(
     model: Model,
-    problems: Sequence[Problem],
+    task: Task,
+    rows: Sequence[Row],
     *,
     max_tokens: int,
     temperature: float,
     batch_size: int,
     seed: int = 0,
 ) -> list[Answered]:
-    """One completion per problem, judged by the accuracy reward: the answer behind ``</think>``, to the letter."""
+    """One completion per row, right where it has ended and the task's accuracy is 1."""
     engine = Engine(model)
-    prompts = [encode_prompt(model.text, to_prompt(problem)) for problem in problems]
-    width = max(map(len, prompts))
+    sampling = SamplingParams(temperature=temperature, max_tokens=max_tokens)
+    questions = [ask(task, model.text, row) for row in rows]
     answered = []
-    for start in range(0, len(prompts), batch_size):
-        part = prompts[start : start + batch_size]
-        rows = part + [part[0]] * (batch_size - len(part))
-        sampling = SamplingParams(temperature=temperature, max_tokens=max_tokens)
+    for start in range(0, len(rows), batch_size):
+        part = questions[start : start + batch_size]
+        filled = [question.prompt for question in part] + [part[0].prompt] * (batch_size - len(part))
         key = jax.random.fold_in(jax.random.key(seed), start)
-        out = jax.device_get(engine.generate_ids(rows, sampling, key, width=width))
-        for row, problem in enumerate(problems[start : start + batch_size]):
-            length = int(out.lengths_B[row]) - int(out.stopped_B[row])
-            text = engine.decode(out.tokens_BN[row, :length].tolist())
-            right = bool(out.stopped_B[row]) and accuracy_reward(text, problem.answer) == 1.0
-            answered.append(Answered(problem, text, right))
+        out = jax.device_get(engine.generate_ids(filled, sampling, key))
+        for question, said in zip(part, read_answers(model.text, part, out), strict=True):
+            right = said.ended and task.accuracy(said.text, question.row) == 1.0
+            answered.append(Answered(question, said.text, right))
     return answered
 
 
@@ -58,8 +55,9 @@ def accuracy(answered: Sequence[Answered]) -> tuple[float, float]:
     return p, float(np.sqrt(p * (1 - p) / len(answered)))
 
 
-def accuracy_by_kind(answered: Sequence[Answered]) -> dict[str, float]:
-    kinds = defaultdict(list)
+def accuracy_by(answered: Sequence[Answered], column: str) -> dict[str, float]:
+    """The share for each value that the rows have in ``column``."""
+    groups = defaultdict(list)
     for item in answered:
-        kinds[item.problem.kind].append(item.correct)
-    return {kind: float(np.mean(right)) for kind, right in kinds.items()}
+        groups[str(item.question.row[column])].append(item.correct)
+    return {value: float(np.mean(right)) for value, right in groups.items()}

@@ -215,6 +215,9 @@ def make(config: TaskConfig) -> Task:
             raise ValueError(f"task.{name}={getattr(config, name)!r}: the task arithmetic asks its own problems")
 
     def accuracy(completion: str, row: Row) -> float:
-        return accuracy_reward(completion, check_problem(row).answer)
+        return accuracy_reward(completion, right(row))
 
-    return Task(lambda row: to_prompt(check_problem(row)), accuracy, system=config.system)
+    def right(row: Row) -> str:
+        return check_problem(row).answer
+
+    return Task(lambda row: to_prompt(check_problem(row)), accuracy, right, system=config.system)

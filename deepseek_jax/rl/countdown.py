@@ -38,7 +38,7 @@ def make(config: TaskConfig) -> Task:
         said, marked = final_answer(completion)
         return float(reaches(said if marked else said.rpartition("\n")[2], *read(row)))
 
-    return Task(ask, accuracy, system=config.system)
+    return Task(ask, accuracy, lambda row: str(read(row)[1]), system=config.system)
 
 
 def reaches(text: str, numbers: Sequence[int], target: int) -> bool:

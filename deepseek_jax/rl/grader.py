@@ -124,12 +124,18 @@ class Grader:
         for name in self._here:
             self._grade_here(name, [""] * len(rows), rows)
 
-    def grade(self, completions: Sequence[str], rows: Sequence[Row]) -> Grades:
-        """The rewards of each completion, which answers the row at its place."""
-        if len(completions) != len(rows) or not rows:
+    def grade(self, completions: Sequence[str], rows: Sequence[Row], *, ended: Sequence[bool] | None = None) -> Grades:
+        """The rewards of each completion, which answers the row at its place.
+
+        ended: whether it ended by itself (by default all). The package's rewards take one that was cut off for an
+        empty text, whatever it says so far; a function of a file gets it as it stands.
+        """
+        ended = [True] * len(rows) if ended is None else ended
+        if not len(completions) == len(rows) == len(ended) or not rows:
             raise ValueError(f"{len(completions)} completions of {len(rows)} rows: expected as many, at least one")
         failures = {name: Counter[str]() for name in self._functions}
-        scores = {name: self._grade_here(name, completions, rows) for name in self._here}
+        whole = [text if end else "" for text, end in zip(completions, ended, strict=True)]
+        scores = {name: self._grade_here(name, whole, rows) for name in self._here}
         scores |= self._grade_there(completions, rows, failures)
         rewards = {spec.name: np.array(scores[spec.name], np.float64) for spec in self._specs}  # None becomes NaN
         total_N = np.array([self._total(scores, index) for index in range(len(rows))])

@@ -1,12 +1,9 @@
 """Rule rewards as in DeepSeek-R1-Zero (arXiv 2501.12948): is the answer right, is the form kept.
 
-Each reward is a pure function of the right answer and the completion's text: `<think>` and `</think>`
-included, the end-of-sentence token left out. It is 1 or 0, and its cost is linear in the length. Texts are
+Each reward is a pure function of the completion's text, `<think>` and `</think>` included, the end-of-sentence token
+left out, and of what is right. It is 1 or 0, and its cost is linear in the length. Texts are
 compared, never parsed as numbers: a digit of another script, a sign or a leading zero is a wrong answer.
 """
-
-import math
-from collections.abc import Callable, Mapping
 
 from deepseek_jax.data.tokenizer import END_THINK, THINK
 
@@ -40,24 +37,3 @@ def format_reward(completion: str, row: object = None) -> float:
         return 0.0
     thinking, reply = parts[0].removeprefix(THINK), parts[1].strip(_WHITESPACE)
     return float(not _is_blank(thinking) and not _is_blank(reply) and len(reply.splitlines()) == 1)
-
-
-REWARDS: dict[str, Callable[[str, str], float]] = {"accuracy": accuracy_reward, "format": format_reward}
-
-
-def check_weights(weights: Mapping[str, float]) -> None:
-    """ValueError for a reward that does not exist, a weight that is not finite, or none at all."""
-    if not weights:
-        raise ValueError(f"no reward is chosen: give weights for some of {', '.join(REWARDS)}")
-    for name, weight in weights.items():
-        if name not in REWARDS:
-            raise ValueError(f"unknown reward {name!r}: choose from {', '.join(REWARDS)}")
-        if not math.isfinite(weight):
-            raise ValueError(f"the weight of reward {name!r} is {weight}: it must be finite")
-
-
-def score(completion: str, answer: str, weights: Mapping[str, float]) -> dict[str, float]:
-    """Each chosen reward by name, unweighted, and "total" = Σ weight · reward."""
-    check_weights(weights)
-    rewards = {name: REWARDS[name](completion, answer) for name in weights}
-    return rewards | {"total": math.fsum(weight * rewards[name] for name, weight in weights.items())}

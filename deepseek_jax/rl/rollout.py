@@ -1,8 +1,9 @@
 """Answers sampled from the policy that is being trained, rewarded, as batches for ``GRPOLoss``."""
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -10,15 +11,20 @@ import numpy as np
 
 from deepseek_jax.checkpoint.model import Model
 from deepseek_jax.config import check_types
-from deepseek_jax.data.chat import encode_prompt
+from deepseek_jax.data.loader import LoaderOptions
 from deepseek_jax.data.rows import PromptLoader
 from deepseek_jax.inference.engine import Engine
-from deepseek_jax.inference.generate import Generated, pad_prompts
+from deepseek_jax.inference.generate import Generated
 from deepseek_jax.inference.sampling import SamplingParams
-from deepseek_jax.rl.problems import make_problem, to_prompt
-from deepseek_jax.rl.rewards import score
+from deepseek_jax.rl.asking import ask, read_answers
+from deepseek_jax.rl.grader import Grader
+from deepseek_jax.rl.tasks import Row, Task, where
 from deepseek_jax.train.grpo import group_advantages
 from deepseek_jax.train.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+_LEAST_WIDTH = 128  # shorter rows share one program
 
 
 class NoSignalError(RuntimeError):
@@ -27,18 +33,20 @@ class NoSignalError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class RolloutConfig:
-    """prompts: problems per step. group: answers per problem. advantage: ``std`` or ``none``, see
-    ``group_advantages``. A run stops when under ``min_signal`` of the groups have unequal rewards for ``patience``
-    steps in a row (0: never)."""
+    """prompts: questions per step. group: answers per question. max_tokens, temperature: of the answers, which the
+    learner scores as they were sampled. max_prompt: the longest prompt in tokens (0: what max_tokens leaves of the
+    model's max_position_embeddings); a longer one ends the run before training, or is left out with ``drop_long``.
+    reward_seconds: what a call of a reward from a file may take. advantage: see ``group_advantages``. A run stops when
+    under ``min_signal`` of the groups have unequal rewards for ``patience`` steps in a row (0: never)."""
 
     prompts: int = 16
     group: int = 8
-    prompt_width: int = 16
-    max_tokens: int = 32
+    max_prompt: int = 0
+    drop_long: bool = False
+    max_tokens: int = 256
     temperature: float = 1.0
-    accuracy_weight: float = 1.0
-    format_weight: float = 0.2
-    advantage: str = "std"
+    reward_seconds: float = 10.0
+    advantage: Literal["std", "none"] = "std"
     min_signal: float = 0.1
     patience: int = 20
 
@@ -46,61 +54,90 @@ class RolloutConfig:
         check_types(self)
         if self.prompts < 1 or self.group < 2:
             raise ValueError(f"prompts={self.prompts}, group={self.group}: expected at least 1 and 2")
-        if self.advantage not in ("std", "none"):
-            raise ValueError(f"advantage={self.advantage!r}: expected 'std' or 'none'")
+        if self.max_prompt < 0 or self.max_tokens < 1:
+            raise ValueError(f"max_prompt={self.max_prompt}, max_tokens={self.max_tokens}: expected at least 0 and 1")
         if self.temperature <= 0:
             raise ValueError(f"temperature={self.temperature}: rollouts are sampled, so it must be positive")
 
-    @property
-    def weights(self) -> dict[str, float]:
-        return {"accuracy": self.accuracy_weight, "format": self.format_weight}
+    def prompt_limit(self, positions: int) -> int:
+        """The longest prompt for a model of so many positions. ValueError where they do not hold the answer as well."""
+        limit = self.max_prompt or positions - self.max_tokens
+        if limit < 1 or limit + self.max_tokens > positions:
+            raise ValueError(
+                f"rollout.max_prompt={self.max_prompt}, rollout.max_tokens={self.max_tokens}: together they must fit "
+                f"into the model's max_position_embeddings={positions}"
+            )
+        return limit
+
+
+def open_questions(
+    task: Task, model: Model, path: Sequence[str], config: RolloutConfig, **options: Unpack[LoaderOptions]
+) -> PromptLoader:
+    """A loader of the rows in ``path`` whose prompts fit. ValueError "FILE:LINE: ..." for the first that does not."""
+    limit = config.prompt_limit(model.config.max_position_embeddings)
+
+    def fits(row: Row) -> bool:
+        length = len(ask(task, model.text, row).prompt)
+        if length > limit and not config.drop_long:
+            raise ValueError(
+                f"{where(row)}: a prompt of {length} tokens, where rollout.max_prompt={config.max_prompt} and "
+                f"rollout.max_tokens={config.max_tokens} allow {limit}; --rollout.drop-long leaves such rows out"
+            )
+        return length <= limit
+
+    loader = PromptLoader(path, keep=fits, **options)
+    if loader.dropped:
+        logger.warning(
+            "left out %d rows, whose prompts have over %d tokens; %d stay", loader.dropped, limit, len(loader.rows)
+        )
+    return loader
 
 
 class Rollouts:
-    """Batches for GRPO: each call samples a group of answers to the next problems with the state's own parameters.
+    """Batches for GRPO: each call samples a group of answers to the next questions with the state's own parameters.
 
-    A batch is a pure function of (parameters, loader position, seed), so a run that was killed inside a rollout
-    repeats it exactly.
+    A batch is a function of (parameters, loader position, seed) alone, as far as the rewards are: so a run that was
+    killed inside a rollout repeats it exactly. An answer that was cut off by ``max_tokens`` is an empty text for the
+    package's rewards, as it has not come to its end; rewards from files see it as it stands.
     """
 
     def __init__(
-        self,
-        model: Model,
-        loader: PromptLoader,
-        config: RolloutConfig,
-        *,
-        seed: int,
+        self, model: Model, task: Task, grader: Grader, loader: PromptLoader, config: RolloutConfig, *, seed: int
     ):
-        self.model, self.tokenizer, self.loader, self.config = model, model.text, loader, config
+        self.engine, self.tokenizer, self.positions = Engine(model), model.text, model.config.max_position_embeddings
+        self.task, self.grader, self.loader, self.config = task, grader, loader, config
         self.key = jax.random.key(seed)
         self.quiet_steps = 0
 
     def next(self, state: TrainState) -> tuple[dict[str, np.ndarray], dict[str, float]]:
         """The next batch and its metrics. Raises NoSignalError, see RolloutConfig."""
-        config, size = self.config, self.config.group
-        problems = [make_problem(row["kind"], row["a"], row["b"]) for row in next(self.loader) for _ in range(size)]
-        prompts = [encode_prompt(self.tokenizer, to_prompt(problem)) for problem in problems]
-        engine = Engine(dataclasses.replace(self.model, params=state.params, router_bias=state.router_bias))
+        config = self.config
+        asked = [ask(self.task, self.tokenizer, row) for row in next(self.loader)]
+        questions = [question for question in asked for _ in range(config.group)]
+        prompts = [question.prompt for question in questions]
+        self.engine.update(state.params, state.router_bias)
         sampling = SamplingParams(temperature=config.temperature, max_tokens=config.max_tokens)
         key = jax.random.fold_in(self.key, int(state.step))
-        out = jax.device_get(engine.generate_ids(prompts, sampling, key, width=config.prompt_width))
-        out = jax.tree.map(lambda x: x[: len(prompts)], out)
-        rewards = [
-            score(self._text(engine, out, row), problem.answer, config.weights) for row, problem in enumerate(problems)
-        ]
-        total_PG = np.array([reward["total"] for reward in rewards], np.float32).reshape(-1, size)
-        batch = rollout_batch(prompts, out, total_PG, self.tokenizer.pad_id, config)
+        out = jax.device_get(self.engine.generate_ids(prompts, sampling, key))
+        answers = read_answers(self.tokenizer, questions, out)
+        ended = [answer.ended for answer in answers]
+        rows = [question.row for question in questions]
+        grades = self.grader.grade([answer.text for answer in answers], rows, ended=ended)
+        total_PG = grades.total_N.astype(np.float32).reshape(-1, config.group)
+        most = config.prompt_limit(self.positions) + config.max_tokens
+        batch = rollout_batch(prompts, out, pad_id=self.tokenizer.pad_id, most=most)
         signal = float(np.mean(np.ptp(total_PG, axis=1) > 1e-6))
         self._watch(signal)
         metrics = {
-            "reward": float(total_PG.mean()),
-            "reward_accuracy": float(np.mean([reward["accuracy"] for reward in rewards])),
-            "reward_format": float(np.mean([reward["format"] for reward in rewards])),
-            "response_length": float(np.mean(out.lengths_B)),
-            "truncated": float(np.mean(~out.stopped_B)),
+            **grades.metrics(),
+            "response_length": float(np.mean(out.lengths_B[: len(prompts)])),
+            "truncated": 1 - float(np.mean(ended)),
             "signal_groups": signal,
         }
-        return batch, metrics
+        same = {"temperature": config.temperature, "max_tokens": config.max_tokens}
+        advantages = np.asarray(group_advantages(jnp.asarray(total_PG), scale=config.advantage))
+        batch["advantages"] = advantages.reshape(-1, 1).astype(np.float32)
+        return batch | {name: np.full((len(prompts), 1), value, np.float32) for name, value in same.items()}, metrics
 
     def state(self) -> dict[str, Any]:
         return {"loader": self.loader.state(), "quiet_steps": self.quiet_steps}
@@ -109,44 +146,40 @@ class Rollouts:
         self.loader.restore(state["loader"])
         self.quiet_steps = state["quiet_steps"]
 
-    def _text(self, engine: Engine, out: Generated, row: int) -> str:
-        """The answer without its end of sentence; one cut short has none, and whatever it says earns nothing for it."""
-        length = int(out.lengths_B[row]) - int(out.stopped_B[row])
-        return engine.decode(out.tokens_BN[row, :length].tolist()) if out.stopped_B[row] else ""
-
     def _watch(self, signal: float) -> None:
         self.quiet_steps = self.quiet_steps + 1 if signal < self.config.min_signal else 0
         if self.config.patience and self.quiet_steps >= self.config.patience:
             raise NoSignalError(
                 f"fewer than {self.config.min_signal:.0%} of the groups had unequal rewards for {self.quiet_steps} "
-                "steps: every answer to a problem is right, or every one is wrong. Start from a model that answers "
-                "some problems some of the time (more or less SFT), or choose other problems."
+                "steps: all answers to a question earn the same. Start from a model that answers some questions some "
+                "of the time (more or less SFT), choose other questions, or a reward that tells answers apart."
             )
 
 
-def rollout_batch(
-    prompts: Sequence[Sequence[int]],
-    out: Generated,
-    rewards_PG: np.ndarray,
-    pad_id: int,
-    config: RolloutConfig,
-) -> dict[str, np.ndarray]:
-    """Prompt and answer side by side, as sampled; ``loss_mask`` is 1 on the answer, its stop token included."""
-    tokens_BP, positions_BP = pad_prompts(prompts, pad_id, config.prompt_width)
-    index_BN = np.broadcast_to(np.arange(out.tokens_BN.shape[1]), out.tokens_BN.shape)
-    answer_BN = index_BN < np.asarray(out.lengths_B)[:, None]
-    positions_BN = np.where(answer_BN, positions_BP[:, -1:] + 1 + index_BN, -1)
-    positions = np.concatenate([positions_BP, positions_BN], axis=1).astype(np.int32)
-    nothing = np.zeros(tokens_BP.shape, np.float32)
-    advantages = np.asarray(
-        group_advantages(jnp.asarray(rewards_PG), scale="std" if config.advantage == "std" else "none")
-    )
-    return {
-        "tokens": np.concatenate([tokens_BP, out.tokens_BN], axis=1).astype(np.int32),
-        "segment_ids": (positions >= 0).astype(np.int32),
-        "positions": np.maximum(positions, 0),
-        "loss_mask": np.concatenate([nothing, answer_BN], axis=1).astype(np.float32),
-        "old_logprobs": np.concatenate([nothing, out.logprobs_BN], axis=1).astype(np.float32),
-        "advantages": advantages.reshape(-1, 1).astype(np.float32),
-        "truncated": (~np.asarray(out.stopped_B))[:, None].astype(np.float32),
+def rollout_batch(prompts: Sequence[Sequence[int]], out: Generated, *, pad_id: int, most: int) -> dict[str, np.ndarray]:
+    """Each row a prompt, its answer as sampled and padding; ``loss_mask`` is 1 on the answer, its stop token included.
+
+    The width S is that of the longest row, rounded up to a power of two from 128 on, at most ``most``: other lengths
+    compile few programs.
+    """
+    count, lengths_B = len(prompts), np.asarray(out.lengths_B)
+    longest = max(len(prompt) + int(length) for prompt, length in zip(prompts, lengths_B, strict=False))
+    shape = count, min(max(_LEAST_WIDTH, 1 << (longest - 1).bit_length()), most)
+    batch = {
+        "tokens": np.full(shape, pad_id, np.int32),
+        "segment_ids": np.zeros(shape, np.int32),
+        "positions": np.zeros(shape, np.int32),
+        "loss_mask": np.zeros(shape, np.float32),
+        "sampler_logprobs": np.zeros(shape, np.float32),
+        "truncated": (~np.asarray(out.stopped_B[:count], bool))[:, None].astype(np.float32),
     }
+    for row, prompt in enumerate(prompts):
+        begin, length = len(prompt), int(lengths_B[row])
+        end = begin + length
+        batch["tokens"][row, :begin] = prompt
+        batch["tokens"][row, begin:end] = out.tokens_BN[row, :length]
+        batch["segment_ids"][row, :end] = 1
+        batch["positions"][row, :end] = np.arange(end)
+        batch["loss_mask"][row, begin:end] = 1
+        batch["sampler_logprobs"][row, begin:end] = out.logprobs_BN[row, :length]
+    return batch

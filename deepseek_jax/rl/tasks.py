@@ -7,7 +7,7 @@
     with Grader(rewards or task.rewards, task=task) as grader:
         rows = next(loader)
         chats = [task.messages(row) for row in rows]  # [{"role", "content"}, ...], a user's turn last
-        ...                                           # sample completions, one for each row
+        ...                                           # sample completions, one for each row (`rollout` does)
         grades = grader.grade(completions, rows)      # grades.total (n,), grades.metrics()
 
 A task of the package is a module with `make(config: TaskConfig) -> Task`, imported when it is asked for and not
@@ -64,12 +64,14 @@ class Task:
     """What is asked and what is right; both functions raise ValueError for a row that they cannot use.
 
     ask: a row as messages, or as the text of a single one; `messages` checks it. accuracy: the reward of that name,
-    1 or 0, or None for a row without an answer; it runs in this process, so it must not hang. rewards: the
-    specifications (see ``Grader``) that grade by default. system: text that opens each conversation.
+    1 or 0, or None for a row without an answer; it runs in this process, so it must not hang. right: the answer as
+    text, None where the row has none. rewards: the specifications (see ``Grader``) that grade by default. system:
+    text that opens each conversation.
     """
 
     ask: Callable[[Row], Any]
     accuracy: Reward
+    right: Callable[[Row], str | None]
     rewards: tuple[str, ...] = ("accuracy=1.0", "format=0.2")
     system: str = ""
 
@@ -156,7 +158,7 @@ def make_rows_task(
     def ask(row: Row) -> Any:
         return fill(written, row) if written else _conversation(column(row, asked_by), asked_by)
 
-    return Task(ask, _answer_reward(config.answer or "answer", answer), system=config.system)
+    return Task(ask, *_answers(config.answer or "answer", answer), system=config.system)
 
 
 def _conversation(value: Any, name: str) -> Any:
@@ -165,16 +167,20 @@ def _conversation(value: Any, name: str) -> Any:
     return value
 
 
-def _answer_reward(name: str, extract: Callable[[str], str]) -> Reward:
-    def accuracy(completion: str, row: Row) -> float | None:
+def _answers(name: str, extract: Callable[[str], str]) -> tuple[Reward, Callable[[Row], str | None]]:
+    def right(row: Row) -> str | None:
         value = column(row, name)
         if value is None or value == "":
             return None
         if not isinstance(value, str | int | float) or isinstance(value, bool):
             raise ValueError(f'"{name}" is of type {type(value).__name__}; it must be text or a number')
-        return float(is_right(completion, extract(str(value))))
+        return extract(str(value))
 
-    return accuracy
+    def accuracy(completion: str, row: Row) -> float | None:
+        answer = right(row)
+        return None if answer is None else float(is_right(completion, answer))
+
+    return accuracy, right
 
 
 def _make_file_task(config: TaskConfig, file: str, function: str) -> Task:
@@ -188,7 +194,7 @@ def _make_file_task(config: TaskConfig, file: str, function: str) -> Task:
         except Exception as error:  # a user's function: whatever it raises is told with its line
             raise ValueError(f"{function}: {describe(error, file)}") from error
 
-    return Task(ask, _answer_reward(config.answer or "answer", lambda text: text), system=config.system)
+    return Task(ask, *_answers(config.answer or "answer", lambda text: text), system=config.system)
 
 
 def split_function(name: str) -> tuple[str, str] | None:

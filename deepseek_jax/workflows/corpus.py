@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from deepseek_jax.config import check_types
-from deepseek_jax.rl import problems as rl
+from deepseek_jax.rl import arithmetic as rl
 
 # Folders of tests, tables, vendored or deprecated code, and files made for one machine.
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "distutils"}

@@ -1,52 +1,58 @@
-"""Reinforcement learning with GRPO on problems with rule rewards, as R1-Zero does it."""
+"""Reinforcement learning with GRPO on the questions of any task with rule rewards, as R1-Zero does it."""
 
 import dataclasses
 from pathlib import Path
 from typing import Any
 
-import jax
+import tyro
 
 from deepseek_jax.checkpoint.model import load
-from deepseek_jax.data.chat import encode_prompt
-from deepseek_jax.data.rows import PromptLoader
+from deepseek_jax.data.text import read_rows
 from deepseek_jax.parallel.hosts import require_one_process
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.rl.problems import read_jsonl, to_prompt
-from deepseek_jax.rl.rollout import RolloutConfig, Rollouts
+from deepseek_jax.rl.grader import Grader
+from deepseek_jax.rl.rollout import RolloutConfig, Rollouts, open_questions
+from deepseek_jax.rl.tasks import Task, TaskConfig, make_task
 from deepseek_jax.train.grpo import GRPOLoss
-from deepseek_jax.workflows.problems import ProblemEval, evaluate_problems
+from deepseek_jax.train.reference import Reference
+from deepseek_jax.train.scoring import Scorer
 from deepseek_jax.workflows.stage import (
     RESULT,
     StageConfig,
     read_result,
+    require_fields,
     train_stage,
     write_json,
 )
+from deepseek_jax.workflows.task_eval import Exam, TaskEval, open_exam
 
 
 @dataclasses.dataclass(frozen=True)
 class GRPOConfig(StageConfig):
-    """A GRPO run from the stage in ``init_from``; a step's batch is ``rollout.prompts × rollout.group`` answers.
+    """A GRPO run from the model in ``init_from``, a run or a released folder, on the rows of ``task.path``.
 
-    inner_epochs: updates on each batch (μ).
+    A step's batch is ``rollout.prompts × rollout.group`` answers. reward: NAME[=WEIGHT], or file.py:function[=WEIGHT]
+    for a function (completion, row) -> number or None; given once or more, else the task's own. minibatches,
+    inner_epochs: a batch is split into so many parts with an update each, and gone through so often (μ); the learning
+    rate counts updates. reference_every: with a ``loss.kl_weight``, the reference becomes the policy every so many
+    steps (0: never). evaluation: questions to ask at each ``loop.eval_every`` and at the end.
     """
 
-    run_dir: str = "runs/demo/grpo"
-    init_from: str = "runs/demo/sft"
-    prompts: str = "runs/demo/corpus/problems_train.jsonl"
+    run_dir: str = "runs/grpo"
+    init_from: str = ""
+    task: TaskConfig = TaskConfig()
+    reward: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     rollout: RolloutConfig = RolloutConfig()
     loss: GRPOLoss = GRPOLoss()
+    minibatches: int = 1
     inner_epochs: int = 1
-    problems: ProblemEval = ProblemEval()
+    reference_every: int = 0
+    evaluation: TaskEval = TaskEval()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for ours, theirs in (("temperature", "temperature"), ("max_length", "max_tokens")):
-            if getattr(self.loss, ours) != getattr(self.rollout, theirs):
-                raise ValueError(
-                    f"loss.{ours}={getattr(self.loss, ours)} but rollout.{theirs}={getattr(self.rollout, theirs)}: "
-                    "the learner must see the answers as they were sampled"
-                )
+        if self.reference_every and not self.loss.kl_weight:
+            raise ValueError(f"reference_every={self.reference_every}: without loss.kl_weight there is no reference")
 
 
 def grpo(config: GRPOConfig) -> dict[str, Any]:
@@ -55,29 +61,45 @@ def grpo(config: GRPOConfig) -> dict[str, Any]:
     Raises NoSignalError when almost no group of answers has unequal rewards, see ``RolloutConfig``.
     """
     require_one_process("grpo")
-    run_dir = Path(config.run_dir)
+    require_fields(config, "init_from", "task.path")
+    task, exam = make_task(config.task), open_exam(config.evaluation, seed=config.seed)
+    with Grader(config.reward or task.rewards, task=task, time_limit=config.rollout.reward_seconds) as grader:
+        rows = list(read_rows(config.task.path))  # what is wrong with them is known before a model is read
+        task.check(rows)
+        grader.check(rows)
+        found = _train(config, task, grader, exam)
+    write_json(Path(config.run_dir) / RESULT, found)
+    return read_result(config.run_dir) or {}
+
+
+def _train(config: GRPOConfig, task: Task, grader: Grader, exam: Exam | None) -> dict[str, Any]:
+    if config.loop.eval_every and exam is None:
+        raise ValueError(f"loop.eval_every={config.loop.eval_every}: nothing to evaluate without evaluation.task.path")
     start = load(config.init_from, compute=config.compute, mesh=make_mesh(config.mesh))
-    longest = max(len(encode_prompt(start.text, to_prompt(p))) for p in read_jsonl(config.prompts))
-    if longest > config.rollout.prompt_width:
-        raise ValueError(
-            f"rollout.prompt_width={config.rollout.prompt_width}, but {config.prompts} has a prompt of {longest} tokens"
-        )
-    loader = PromptLoader(
-        config.prompts,
-        batch_size=config.rollout.prompts,
-        seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+    loader = open_questions(
+        task, start, config.task.path, config.rollout, batch_size=config.rollout.prompts, seed=config.seed
+    )
+    reference = None
+    if config.loss.kl_weight:
+        reference = Reference(start.params, start.router_bias, path=config.init_from, every=config.reference_every)
+    scorer = Scorer(
+        start.config,
+        start.compute,
+        chunk=config.loss.chunk,
+        microbatches=config.step.microbatches,
+        old=config.inner_epochs * config.minibatches > 1,
+        reference=reference,
     )
     trained, facts = train_stage(
         config,
         stage="grpo",
         start=start,
         loss=config.loss,
-        batches=Rollouts(start, loader, config.rollout, seed=config.seed),
-        reference=config.loss.kl_weight > 0,
-        updates=config.inner_epochs,
+        batches=Rollouts(start, task, grader, loader, config.rollout, seed=config.seed),
+        prepare=scorer,
+        reference=reference,
+        epochs=config.inner_epochs,
+        minibatches=config.minibatches,
+        evaluate=exam.metrics if exam and config.loop.eval_every else None,
     )
-    found = evaluate_problems(trained, config.problems, run_dir, stage="grpo", seed=config.seed)
-    write_json(run_dir / RESULT, facts | found)
-    return read_result(run_dir) or {}
+    return facts | (exam.result(trained, Path(config.run_dir), stage="grpo") if exam else {})

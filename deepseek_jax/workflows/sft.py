@@ -1,6 +1,7 @@
 """Supervised fine-tuning on chats: loss on the answers only, attention kept within each sample."""
 
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,32 +12,35 @@ import jax
 from deepseek_jax.checkpoint.model import Model, load
 from deepseek_jax.config import check_types
 from deepseek_jax.data.chat import encode_chat
-from deepseek_jax.data.packing import pack_samples
+from deepseek_jax.data.packing import Row, pack_samples
 from deepseek_jax.data.rows import RowLoader, open_rows, write_rows
 from deepseek_jax.data.text import read_chats
 from deepseek_jax.data.tokenizer import Tokenizer
-from deepseek_jax.evals.accuracy import accuracy, answer
-from deepseek_jax.parallel.hosts import require_one_process
+from deepseek_jax.evals.accuracy import accuracy
+from deepseek_jax.evals.text import row_loss
+from deepseek_jax.parallel.hosts import first_host_first, require_one_process
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.rl.problems import read_jsonl
 from deepseek_jax.train.losses import LanguageModelLoss
-from deepseek_jax.workflows.problems import ProblemEval, evaluate_problems
 from deepseek_jax.workflows.stage import (
     RESULT,
     LoaderBatches,
     StageConfig,
     read_result,
+    require_fields,
     train_stage,
     write_json,
 )
+from deepseek_jax.workflows.task_eval import Exam, TaskEval, open_exam
 
 
 @dataclasses.dataclass(frozen=True)
 class SFTData:
-    """path: JSONL of ``messages``. drop_long: leave samples longer than ``seq_len`` out, counted, and go on."""
+    """path: files of ``messages``, JSONL or Parquet. heldout: such files, whose loss is measured. seq_len: tokens of a
+    packed row. drop_long: leave samples longer than that out, counted, and go on."""
 
-    path: tuple[str, ...] = ("runs/demo/corpus/sft.jsonl",)
-    seq_len: int = 128
+    path: tuple[str, ...] = ()
+    heldout: tuple[str, ...] = ()
+    seq_len: int = 1024
     drop_long: bool = False
     skip_broken: bool = False
 
@@ -46,29 +50,33 @@ class SFTData:
 
 @dataclasses.dataclass(frozen=True)
 class SFTConfig(StageConfig):
-    """A fine-tuning run from the stage in ``init_from``.
+    """A fine-tuning run from the model in ``init_from``, a run or a released folder, by its own chat template.
 
-    check_problems: held-in problems whose sampled accuracy each evaluation measures; the stage ends early when
-    it reaches ``enough_accuracy`` (1: never), so that reinforcement learning has something left to learn.
+    evaluation: questions to ask at the end, greedily and sampled. check: questions whose sampled accuracy each
+    ``loop.eval_every`` measures beside the loss of ``data.heldout``; the stage ends early when it reaches
+    ``enough_accuracy`` (1: never), so that reinforcement learning has something left to learn.
     """
 
-    run_dir: str = "runs/demo/sft"
+    run_dir: str = "runs/sft"
     batch_size: int = 8
-    init_from: str = "runs/demo/pretrain"
+    init_from: str = ""
     data: SFTData = SFTData()
     loss: LanguageModelLoss = LanguageModelLoss(isolate=True)
-    check_problems: str = "runs/demo/corpus/problems_train.jsonl"
-    check_count: int = 128
-    enough_accuracy: float = 0.25
-    problems: ProblemEval = ProblemEval()
+    check: TaskEval = TaskEval()
+    enough_accuracy: float = 1.0
+    evaluation: TaskEval = TaskEval()
 
 
 def sft(config: SFTConfig) -> dict[str, Any]:
     """Run the stage, or go on with it; returns and writes its result."""
-    require_one_process("sft")
+    require_fields(config, "init_from", "data.path")
     run_dir = Path(config.run_dir)
+    check, exam = (open_exam(questions, seed=config.seed) for questions in (config.check, config.evaluation))
+    if check or exam:
+        require_one_process("sft with evaluation or check")
     start = load(config.init_from, compute=config.compute, mesh=make_mesh(config.mesh))
-    rows = prepare_chats(config.data, start.text, run_dir / "rows")
+    heldout = _packed(config.data, config.data.heldout, start.text, Counter()) if config.data.heldout else []
+    rows = first_host_first(lambda: prepare_chats(config.data, start.text, run_dir / "rows"))
     loader = RowLoader(
         rows,
         batch_size=config.batch_size,
@@ -76,39 +84,58 @@ def sft(config: SFTConfig) -> dict[str, Any]:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    asked = read_jsonl(config.check_problems)[: config.check_count] if config.loop.eval_every else []
-
-    def measure(model: Model) -> Mapping[str, float]:
-        answered = answer(
-            model,
-            asked,
-            max_tokens=config.problems.max_tokens,
-            temperature=1.0,
-            batch_size=config.problems.batch_size,
-            seed=config.seed,
-        )
-        return {"eval/accuracy_held_in": accuracy(answered)[0]}
-
     trained, facts = train_stage(
         config,
         stage="sft",
         start=start,
         loss=config.loss,
         batches=LoaderBatches(loader),
-        evaluate=measure if asked else None,
-        stop_when=lambda found: found.get("eval/accuracy_held_in", 0.0) >= config.enough_accuracy,
+        evaluate=_measure(config, heldout, check),
+        stop_when=lambda found: found.get("eval/accuracy_held_in", 0.0) >= config.enough_accuracy < 1,
     )
-    found = evaluate_problems(trained, config.problems, run_dir, stage="sft", seed=config.seed)
+    found = {"heldout_loss": _loss(trained, heldout, config)} if heldout else {}
+    found |= exam.result(trained, run_dir, stage="sft") if exam else {}
     write_json(run_dir / RESULT, facts | found)
     return read_result(run_dir) or {}
 
 
+def _measure(config: SFTConfig, heldout: list[Row], check: Exam | None):
+    if not config.loop.eval_every:
+        return None
+    if not heldout and check is None:
+        raise ValueError(
+            f"loop.eval_every={config.loop.eval_every}: nothing to evaluate without data.heldout or check.task.path"
+        )
+
+    def measure(model: Model) -> Mapping[str, float]:
+        found = {"eval/loss": _loss(model, heldout, config)} if heldout else {}
+        if check is not None:
+            found["eval/accuracy_held_in"], _ = accuracy(check.answers(model, "sampled"))
+        return found
+
+    return measure
+
+
+def _loss(model: Model, rows: list[Row], config: SFTConfig) -> float:
+    """Nats per token of what assistants say."""
+    options = {"isolate": config.loss.isolate, "chunk": config.loss.chunk}
+    nats, targets = row_loss(model, rows, batch_size=config.batch_size, **options)
+    return nats / max(targets, 1)
+
+
+def _packed(data: SFTData, path: tuple[str, ...], tokenizer: Tokenizer, skipped: Counter[str]) -> list[Row]:
+    encode = functools.partial(encode_chat, tokenizer)
+    samples = list(read_chats(path, then=encode, skip_broken=data.skip_broken, skipped=skipped))
+    return pack_samples(samples, data.seq_len, pad_id=tokenizer.pad_id, drop_long=data.drop_long, skipped=skipped)
+
+
 def prepare_chats(data: SFTData, tokenizer: Tokenizer, folder: Path) -> Path:
     """Encode and pack the chats into rows on disk, once; rows of other data or settings are refused by name."""
+    how = {name: value for name, value in dataclasses.asdict(data).items() if name != "heldout"}
     made_of = {
         "vocab_size": tokenizer.vocab_size,
         "tokenizer_fingerprint": tokenizer.fingerprint,
-        "data": dataclasses.asdict(data) | {"path": list(data.path)},
+        "data": how | {"path": list(data.path)},
     }
     if folder.exists():
         meta = open_rows(folder).meta
@@ -117,9 +144,7 @@ def prepare_chats(data: SFTData, tokenizer: Tokenizer, folder: Path) -> Path:
             raise ValueError(f"{folder} was packed with another {', '.join(differ)}; choose another run_dir")
         return folder
     skipped: Counter[str] = Counter()
-    chats = read_chats(data.path, skip_broken=data.skip_broken, skipped=skipped)
-    samples = [encode_chat(tokenizer, messages) for messages in chats]
-    rows = pack_samples(samples, data.seq_len, pad_id=tokenizer.pad_id, drop_long=data.drop_long, skipped=skipped)
+    rows = _packed(data, data.path, tokenizer, skipped)
     folder.parent.mkdir(parents=True, exist_ok=True)
     write_rows(folder, rows, meta=made_of | {"skipped": dict(skipped)})
     return folder

@@ -1,9 +1,9 @@
 """Time the kernels beside what they replace: ``python -m deepseek_kernels.bench``.
 
 Each row gives the median time, TFLOP/s of useful arithmetic, the share of the ceiling (one dense product of the
-platform's best size, measured in the same run) and the ratio to ``jax.lax.ragged_dot``. Group sizes are drawn from a
-softmax of normal numbers: uneven, as routing is. ``--peer-python``, a Python with torch, adds its grouped product on a
-GPU.
+platform's best size, measured in the same run) and the ratio to the first row of its kind: ``jax.lax.ragged_dot`` for
+grouped products, the definition for attention, blockwise where that does not fit. Group sizes are drawn from a softmax
+of normal numbers: uneven, as routing is. ``--peer-python``, a Python with torch, adds its grouped product on a GPU.
 """
 
 import argparse
@@ -20,8 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_kernels import cpu, hopper
-from deepseek_kernels.grouped_matmul import Implementation, grouped_matmul, row_alignment
+from deepseek_kernels.attention import mla_attention
+from deepseek_kernels.grouped_matmul import grouped_matmul
+from deepseek_kernels.registry import TABLE, Choice, choose
+from deepseek_kernels.target import Target
+from deepseek_kernels.visible import Visible
 
 # name: groups, D, F, rows; and the dtype. What the demo does on a CPU, what V2-Lite and V3 do on an accelerator.
 SHAPES = {
@@ -37,6 +40,38 @@ SHAPES = {
     ),
 }
 
+# name: batch, tokens, heads, N, R and V of causal MLA.
+ATTENTION = {
+    "cpu": (("demo, attention", (16, 256, 4, 32, 16, 32)),),
+    "gpu": (("V2-Lite, 4k", (8, 4096, 16, 128, 64, 128)), ("V2-Lite, 32k", (1, 32768, 16, 128, 64, 128))),
+}
+
+
+class Report:
+    """Prints one row after another, with ratios to the first of each kind."""
+
+    def __init__(self, name: str, work: dict[str, float], top: float):
+        self.name, self.work, self.top = name, work, top
+        self.baseline: dict[str, tuple[str, float]] = {}
+
+    def __call__(self, kind: str, who: str, seconds: float, detail: str = "") -> None:
+        first, its = self.baseline.setdefault(kind, (who, seconds))
+        rate = self.work[kind] / seconds
+        print(
+            f"{self.name:20} {kind:17} {who:11} {detail:10} {seconds * 1e3:9.3f} ms {rate / 1e12:8.3f} TFLOP/s "
+            f"{rate / self.top:6.1%} of dense {its / seconds:6.1f}× {first}",
+            flush=True,
+        )
+
+
+def can_run(operation: str, target: Target, dtype: jnp.dtype, **facts: object) -> dict[str, Choice]:
+    """What can run an operation here, by name."""
+    found = {}
+    for row in TABLE[operation]:
+        if not row.refuses(target, dtype, **facts):
+            found[row.name] = choose(operation, target, dtype, implementation=row.name, **facts)
+    return found
+
 
 def uneven_sizes(groups: int, rows: int, block: int, seed: int = 0) -> np.ndarray:
     """Rows per group, padded to whole blocks: a softmax of normal numbers times ``rows``."""
@@ -48,7 +83,7 @@ def uneven_sizes(groups: int, rows: int, block: int, seed: int = 0) -> np.ndarra
 
 def median_seconds(call: Callable[[], object], repeats: int) -> float:
     """Seconds of one call: on a GPU the mean of ten in a row, which hides the time that a launch takes."""
-    calls = 1 if jax.default_backend() == "cpu" else 10
+    calls = 1 if Target.here().platform == "cpu" else 10
     jax.block_until_ready(call())
     seconds = []
     for _ in range(repeats):
@@ -65,52 +100,57 @@ def ceiling(dtype: jnp.dtype, size: int, repeats: int) -> float:
     return 2 * size**3 / median_seconds(lambda: product(x, x), repeats)
 
 
-def bench_shape(
+def both(function: Callable[..., jax.Array], dout: jax.Array, *inputs: jax.Array) -> tuple[jax.Array, ...]:
+    """Forward and backward."""
+    out, pullback = jax.vjp(function, *inputs)
+    return out, *pullback(dout)
+
+
+def bench_grouped(
     name: str, shape: tuple[int, int, int, int], dtype: jnp.dtype, top: float, repeats: int, peer_python: str
 ) -> None:
-    """Print forward and forward+backward of one shape, laid out in blocks as DeepSeekMoE does, of ragged_dot and of
-    the peer."""
+    """Print forward and forward+backward of one shape, laid out in blocks as DeepSeekMoE does, and of the peer."""
     groups, width, hidden, rows = shape
-    work = {"forward": 2 * rows * width * hidden, "forward+backward": 6 * rows * width * hidden}
-    baseline: dict[str, float] = {}
-
-    def report(kind: str, who: str, block: int, seconds: float) -> None:
-        baseline.setdefault(kind, seconds)
-        print(
-            f"{name:20} {kind:17} {who:11} block {block:4} {seconds * 1e3:9.3f} ms "
-            f"{work[kind] / seconds / 1e12:8.3f} TFLOP/s {work[kind] / seconds / top:6.1%} of dense "
-            f"{baseline[kind] / seconds:6.1f}× ragged_dot",
-            flush=True,
-        )
-
+    report = Report(name, {"forward": 2 * rows * width * hidden, "forward+backward": 6 * rows * width * hidden}, top)
     keys = jax.random.split(jax.random.key(0), 3)
     w = jax.random.normal(keys[0], (groups, width, hidden), dtype) / width**0.5
-    implementations: list[Implementation] = ["ragged_dot", "blocks"]
-    if cpu.available() and dtype == jnp.float32:
-        implementations.append("c")
-    if hopper.usable(dtype, width, hidden):
-        implementations.append("hopper")
-    for implementation in implementations:
-        block = row_alignment(rows, groups, dtype, implementation=implementation)
+    choices = can_run("grouped_matmul", Target.here(), dtype, rows=rows, groups=groups, widths=(width, hidden))
+    del choices["reference"]
+    for who in sorted(choices, key=lambda who: who != "ragged_dot"):
+        block = choices[who].rows
         sizes = uneven_sizes(groups, rows, block)
         x = jax.random.normal(keys[1], (int(sizes.sum()), width), dtype)
-        counts = jnp.asarray(sizes, jnp.int32)
-
-        def product(x, w, counts=counts, block=block, implementation: Implementation = implementation):
-            return grouped_matmul(x, w, counts, aligned=block, implementation=implementation)
-
-        def both(x, w, dy, product=product):
-            y, pullback = jax.vjp(product, x, w)
-            return y, *pullback(dy)
-
         dy = jax.random.normal(keys[2], (len(x), hidden), dtype)
-        for kind, function, operands in (("forward", product, (x, w)), ("forward+backward", both, (x, w, dy))):
-            report(
-                kind, implementation, block, median_seconds(functools.partial(jax.jit(function), *operands), repeats)
-            )
+        product = functools.partial(
+            grouped_matmul, group_sizes_E=jnp.asarray(sizes, jnp.int32), aligned=block, implementation=who
+        )
+        time_both(report, who, lambda x, w, product=product: product(x, w), dy, (x, w), repeats, f"block {block:4}")
     if peer_python:
         for kind, seconds in peer_seconds(shape, repeats, peer_python).items():
-            report(kind, "torch", 1, seconds)
+            report(kind, "torch", seconds)
+
+
+def bench_attention(name: str, shape: tuple[int, ...], dtype: jnp.dtype, top: float, repeats: int) -> None:
+    """Print causal MLA, forward and forward+backward; the triangle alone counts as work."""
+    B, S, H, N, R, V = shape
+    work = B * H * S**2 * (N + R + V)
+    report = Report(name, {"forward": work, "forward+backward": 3.5 * work}, top)
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = (B, S, H, N + R), (B, S, H, N + V), (B, S, R), (B, S, H, V)
+    *inputs, dout = (jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True))
+    facts = {"in_row_order": True, "queries": S, "keys": S, "key_width": N + R, "value_width": V}
+    for who in reversed(can_run("mla_attention", Target.here(), dtype, **facts)):
+        if who == "reference" and B * H * S**2 > 2**32:
+            continue
+        attention = functools.partial(mla_attention, visible=Visible(), scale=(N + R) ** -0.5, implementation=who)
+        time_both(report, who, attention, dout, inputs, repeats)
+
+
+def time_both(report, who, function, dout, inputs, repeats: int, detail: str = "") -> None:
+    forward = functools.partial(jax.jit(function), *inputs)
+    report("forward", who, median_seconds(forward, repeats), detail)
+    backward = functools.partial(jax.jit(functools.partial(both, function)), dout, *inputs)
+    report("forward+backward", who, median_seconds(backward, repeats), detail)
 
 
 def peer_seconds(shape: tuple[int, int, int, int], repeats: int, peer_python: str) -> dict[str, float]:
@@ -132,14 +172,16 @@ def main() -> None:
     parser.add_argument("--peer-python", default="", help="a Python with torch and CUDA")
     options = parser.parse_args()
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves the peer its memory
-    platform = "cpu" if jax.default_backend() == "cpu" else "gpu"
+    platform = "cpu" if Target.here().platform == "cpu" else "gpu"
     dtype = jnp.dtype(jnp.float32 if platform == "cpu" else jnp.bfloat16)
     if options.peer_python and platform == "cpu":
         parser.error("--peer-python: the peer is measured on a GPU only")
     top = ceiling(dtype, 1024 if platform == "cpu" else 8192, options.repeats)
     print(f"{jax.devices()[0].device_kind}, {dtype.name}; dense {top / 1e12:.3f} TFLOP/s; uneven groups")
     for name, shape in SHAPES[platform]:
-        bench_shape(name, shape, dtype, top, options.repeats, options.peer_python)
+        bench_grouped(name, shape, dtype, top, options.repeats, options.peer_python)
+    for name, shape in ATTENTION[platform]:
+        bench_attention(name, shape, dtype, top, options.repeats)
 
 
 if __name__ == "__main__":

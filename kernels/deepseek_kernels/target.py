@@ -46,17 +46,6 @@ class Target:
 
     @classmethod
     def here(cls) -> "Target":
-<<<<<<< HEAD
-        """What a function is for that is told nothing: the current mesh's devices, or else this process' first."""
-        device = jax.devices()[0]
-        mesh = jax.sharding.get_abstract_mesh()
-        known = None if mesh.empty else mesh.abstract_device
-        if known is None or known.device_kind == device.device_kind:
-            return cls.of(device)
-        if known.platform not in ("cpu", "tpu"):
-            raise ValueError(f"the mesh is for {known}, of which only a device here would tell more: pass target=…")
-        return cls(known.platform, known.device_kind if known.platform == "tpu" else "")
-=======
         """The first device of the current mesh, or else of this process: what a function is for that is told nothing.
 
         Raises:
@@ -70,4 +59,3 @@ class Target:
             return cls.of(jax.sharding.get_mesh().devices.flat[0])
         except ValueError:  # a trace knows the mesh's shape and kind of device alone
             raise ValueError(f"target=None inside jit, under a mesh of {kind.device_kind}: name the target") from None
->>>>>>> wt-b

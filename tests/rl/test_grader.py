@@ -16,7 +16,7 @@ import pytest
 from deepseek_jax.data.text import Record
 from deepseek_jax.rl.grader import Grader, RewardSpec, parse_reward
 from deepseek_jax.rl.rewards import accuracy_reward, format_reward
-from deepseek_jax.rl.tasks import TaskConfig, make_task
+from deepseek_jax.rl.tasks import Task, TaskConfig, make_task
 
 MINE = """
 import os, sys, time, subprocess
@@ -68,8 +68,8 @@ def rows(count: int) -> list[Record]:
 
 
 @contextlib.contextmanager
-def grader(*specs: str) -> Iterator[Grader]:
-    with Grader(specs, time_limit=1.0, workers=2) as made:
+def grader(*specs: str, task: Task | None = None) -> Iterator[Grader]:
+    with Grader(specs, task=task, time_limit=1.0, workers=2) as made:
         yield made
 
 
@@ -147,16 +147,22 @@ def test_the_packages_rewards_and_their_sum():
             grader.grade(["x"], given[:2])
 
 
-def test_arithmetic_is_graded_as_before():
+def test_what_was_cut_off_is_no_answer_but_a_users_function_reads_it(mine: Path):
+    row = {"answer": "14", "length": 2}
+    with grader("accuracy", f"{mine}:digits", task=make_task(TaskConfig())) as made:
+        grades = made.grade(["14", "14"], [row, row], ended=[True, False])
+    assert grades.rewards["accuracy"].tolist() == [1, 0] and grades.rewards["mine.digits"].tolist() == [1, 1]
+
+
+def test_arithmetic_is_graded_by_its_rules():
     from deepseek_jax.rl.arithmetic import make_problem
-    from deepseek_jax.rl.rewards import score
 
     problem = make_problem("sub", 52, 38)
     texts = ["<think>x</think>14", "<think>x</think>41", "14", "", "<think>x</think> 14\n", "<think>x</think>+14"]
     with Grader(("accuracy=1.0", "format=0.2"), task=make_task(TaskConfig(name="arithmetic"))) as grader:
         grades = grader.grade(texts, [vars(problem)] * len(texts))
-    weights = {"accuracy": 1.0, "format": 0.2}
-    assert grades.total_N.tolist() == [score(text, problem.answer, weights)["total"] for text in texts]
+    expected = [accuracy_reward(text, problem.answer) + 0.2 * format_reward(text) for text in texts]
+    assert grades.total_N.tolist() == expected
     assert grades.rewards["accuracy"].tolist() == [accuracy_reward(text, problem.answer) for text in texts]
     assert grades.rewards["format"].tolist() == [format_reward(text) for text in texts]
 

@@ -1,11 +1,10 @@
-import math
 import unicodedata
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from deepseek_jax.rl.rewards import REWARDS, accuracy_reward, check_weights, format_reward, score
+from deepseek_jax.rl.rewards import accuracy_reward, format_reward
 
 GOOD = "<think>7+8=15,4+3+1=08</think>85"
 MARKERS = ("<think>", "</think>")
@@ -106,31 +105,3 @@ def test_anything_beside_the_answer_costs_accuracy(number, thinking, extra):
 def test_digits_of_other_scripts_do_not_count(digits):
     plain = "".join(str(unicodedata.digit(digit)) for digit in digits)
     assert accuracy_reward(f"<think>x</think>{digits}", plain) == 0.0
-
-
-@given(st.floats(-5, 5), st.floats(-5, 5))
-def test_total_is_the_weighted_sum(accuracy, form):
-    weights = {"accuracy": accuracy, "format": form}
-    assert score(GOOD, "85", weights) == {"accuracy": 1.0, "format": 1.0, "total": accuracy + form}
-    assert score(GOOD, "86", weights) == {"accuracy": 0.0, "format": 1.0, "total": form}
-    assert score(GOOD, "85", {"accuracy": accuracy}) == {"accuracy": 1.0, "total": accuracy}
-
-
-@pytest.mark.parametrize(
-    ("weights", "message"),
-    [
-        ({}, "no reward is chosen"),
-        ({"acuracy": 1.0}, "unknown reward 'acuracy': choose from accuracy, format"),
-        ({"format": math.nan}, "weight of reward 'format' is nan"),
-        ({"format": math.inf}, "must be finite"),
-    ],
-)
-def test_wrong_weights_are_named(weights, message):
-    with pytest.raises(ValueError, match=message):
-        check_weights(weights)
-    with pytest.raises(ValueError, match=message):
-        score(GOOD, "85", weights)
-
-
-def test_names_of_rewards():
-    assert set(REWARDS) == {"accuracy", "format"}

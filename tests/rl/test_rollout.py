@@ -13,6 +13,7 @@ from deepseek_jax.data.chat import encode_prompt
 from deepseek_jax.data.rows import PromptLoader
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.generate import Generated
+from deepseek_jax.model import transformer
 from deepseek_jax.rl import problems as rl
 from deepseek_jax.rl.rollout import NoSignalError, RolloutConfig, Rollouts, rollout_batch
 from deepseek_jax.train.grpo import GRPOLoss
@@ -85,8 +86,10 @@ def test_a_batch_holds_prompts_answers_and_advantages(path, monkeypatch):
         text = tokenizer().decode(batch["tokens"][row, answer].tolist())
         assert text.endswith("0x" if kind == WRONG else problem.answer)
         assert (batch["tokens"][row, answer[-1]] == tokenizer().eos_id) == (kind != CUT)
-        np.testing.assert_allclose(batch["old_logprobs"][row, answer], -0.1 * batch["tokens"][row, answer], rtol=1e-6)
-    assert not np.any(batch["old_logprobs"] * (1 - batch["loss_mask"]))
+        np.testing.assert_allclose(
+            batch["sampler_logprobs"][row, answer], -0.1 * batch["tokens"][row, answer], rtol=1e-6
+        )
+    assert not np.any(batch["sampler_logprobs"] * (1 - batch["loss_mask"]))
     assert batch["truncated"].ravel().tolist() == [kind == CUT for kind in kinds]
     rewards = np.array([TOTAL[int(kind)] for kind in kinds]).reshape(3, 4)
     std = rewards.std(axis=1, keepdims=True)
@@ -120,13 +123,17 @@ def test_learner_and_sampler_agree(path):
     """KL under 1e-6 in float32: prefill and absorbed decoding over the cache against the packed training pass."""
     batch, metrics = rollouts(path).next(state())
     assert metrics["response_length"] > 10
-    loss = GRPOLoss(temperature=CONFIG.temperature, max_length=CONFIG.max_tokens, chunk=8)
+    loss = GRPOLoss(chunk=8)
     placed = {name: jnp.asarray(value) for name, value in batch.items()}
-    run = jax.jit(lambda state, batch: loss(SPEAKER, state, state.params, batch, loss.normalisers(batch))[1])
+    run = jax.jit(
+        lambda state, batch: loss(
+            transformer.merge(SPEAKER, state.params, state.router_bias), batch, loss.normalisers(batch), state.step
+        )[1]
+    )
     parts = run(state(), placed)
     assert 0 <= parts["kl_sampler"] < 1e-6 and parts["clip_fraction"] == 0
     # The metric sees what is wrong: at another temperature, or one token further, they do not agree.
-    shifted = placed | {"old_logprobs": jnp.roll(placed["old_logprobs"], 1, axis=1)}
+    shifted = placed | {"sampler_logprobs": jnp.roll(placed["sampler_logprobs"], 1, axis=1)}
     assert run(state(), shifted)["kl_sampler"] > 1e-2
 
 

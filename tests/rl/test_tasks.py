@@ -149,6 +149,7 @@ def test_gsm8k():
     task = make_task(TaskConfig(name="gsm8k"))
     row = {"question": "How many?", "answer": "There are 1,071+1.\n#### 1,072"}
     assert task.messages(row) == user("How many?\nGive the final answer alone, as #### NUMBER.")
+    assert task.right(row) == "1,072"
     assert [task.accuracy(text, row) for text in ("#### 1072", "<think>x</think>1,072", "1071", "")] == [1, 1, 0, 0]
     with pytest.raises(ValueError, match="no #### with a number"):
         task.accuracy("1", {"answer": "1"})
@@ -161,6 +162,7 @@ def test_gsm8k():
 def test_answers_of_rows():
     task = make_task(TaskConfig(answer="a"))
     assert [task.accuracy("3", {"a": value}) for value in ("3", 3, 3.0, 4, "", None)] == [1, 1, 1, 0, None, None]
+    assert [task.right({"a": value}) for value in ("x", 3, None)] == ["x", "3", None]
     with pytest.raises(ValueError, match='no column "a"; it has b'):
         task.accuracy("3", {"b": 3})
     with pytest.raises(ValueError, match='"a" is of type list; it must be text or a number'):
@@ -175,6 +177,7 @@ def test_countdown():
     assert task.accuracy("<think>hm</think>(3 + 5) * 8\n#### (3 + 8) * 5 - 6", row) == 0
     assert task.accuracy("<think>hm</think>let me see\n8 * 5 + 3 * 3", row) == 0
     row["target"] = 43
+    assert task.right(row) == "43"
     for text in ("8*5+3", "so\n8×5+3 = 43", "#### (3+8*5)", r"\boxed{3 + 8*5}"):
         assert task.accuracy(f"<think>hm</think>{text}", row) == 1
     other = make_task(TaskConfig(name="countdown", prompt="n", answer="t", template="{n} to {t}"))
@@ -234,7 +237,7 @@ def test_arithmetic_is_right_to_the_letter(completion):
     problem = make_problem("add", 47, 38)
     row = json.loads(json.dumps(vars(problem) | {"more": 1}))
     task = make_task(TaskConfig(name="arithmetic"))
-    assert task.messages(row) == user("47+38=")
+    assert task.messages(row) == user("47+38=") and task.right(row) == "85"
     assert task.accuracy(completion, row) == accuracy_reward(completion, "85")
     with pytest.raises(ValueError, match="answer is '86', but this problem's is '85'"):
         task.accuracy(completion, row | {"answer": "86"})

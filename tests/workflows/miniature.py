@@ -16,6 +16,7 @@ from deepseek_jax.workflows.demo import CorpusStage
 
 def config():
     return CorpusStage(
+        folder="runs/demo/corpus",
         corpus=CorpusConfig(
             vocab_size=300,
             kinds=("add",),
@@ -38,6 +39,7 @@ from deepseek_jax.workflows.pretrain import PretrainConfig, PretrainData
 
 def config():
     return PretrainConfig(
+        run_dir="runs/demo/pretrain",
         model=ModelConfig(
             vocab_size=300,
             hidden_size=16,
@@ -55,7 +57,12 @@ def config():
             max_position_embeddings=128,
             initializer_range=0.1,
         ),
-        data=PretrainData(seq_len=32),
+        data=PretrainData(
+            path=("runs/demo/corpus/documents/train.jsonl",),
+            heldout="runs/demo/corpus/documents/heldout.jsonl",
+            tokenizer="runs/demo/corpus/tokenizer.json",
+            seq_len=32,
+        ),
         batch_size=4,
         optimizer=OptimizerConfig(peak_lr=1e-2, warmup_steps=3),
         step=StepConfig(microbatches=2, ema_decay=0.9),
@@ -68,21 +75,26 @@ from deepseek_jax.train.loop import LoopConfig
 from deepseek_jax.train.losses import LanguageModelLoss
 from deepseek_jax.train.optimizer import OptimizerConfig
 from deepseek_jax.train.step import StepConfig
-from deepseek_jax.workflows.problems import ProblemEval
+from deepseek_jax.rl.tasks import TaskConfig
 from deepseek_jax.workflows.sft import SFTConfig, SFTData
+from deepseek_jax.workflows.task_eval import TaskEval
 
 
 def config():
+    held_in, heldout = (
+        TaskConfig("arithmetic", path=(f"runs/demo/corpus/problems_{side}.jsonl",)) for side in ("train", "heldout")
+    )
     return SFTConfig(
-        data=SFTData(seq_len=96),
+        run_dir="runs/demo/sft",
+        init_from="runs/demo/pretrain",
+        data=SFTData(path=("runs/demo/corpus/sft.jsonl",), heldout=("runs/demo/corpus/sft.jsonl",), seq_len=96),
         batch_size=4,
         optimizer=OptimizerConfig(peak_lr=1e-2, warmup_steps=3, constant_until=1.0, cosine_until=1.0),
         step=StepConfig(bias_update_speed=0.003),
         loss=LanguageModelLoss(isolate=True, chunk=32),
         loop=LoopConfig(steps=40, log_every=1, checkpoint_every=6, eval_every=20),
-        check_count=8,
-        enough_accuracy=1.0,
-        problems=ProblemEval(max_tokens=20, batch_size=8),
+        check=TaskEval(held_in, count=8, max_tokens=20, batch_size=8),
+        evaluation=TaskEval(heldout, max_tokens=20, batch_size=8),
     )
 """,
     "grpo": """
@@ -90,20 +102,26 @@ from deepseek_jax.rl.rollout import RolloutConfig
 from deepseek_jax.train.grpo import GRPOLoss
 from deepseek_jax.train.loop import LoopConfig
 from deepseek_jax.train.optimizer import OptimizerConfig
-from deepseek_jax.train.step import StepConfig
+from deepseek_jax.rl.tasks import TaskConfig
 from deepseek_jax.workflows.grpo import GRPOConfig
-from deepseek_jax.workflows.problems import ProblemEval
+from deepseek_jax.workflows.task_eval import TaskEval
 
 
 def config():
+    held_in, heldout = (
+        TaskConfig("arithmetic", path=(f"runs/demo/corpus/problems_{side}.jsonl",)) for side in ("train", "heldout")
+    )
     return GRPOConfig(
-        rollout=RolloutConfig(prompts=2, group=4, prompt_width=9, max_tokens=20, patience=0),
-        loss=GRPOLoss(max_length=20, chunk=16, kl_weight=0.01),
+        run_dir="runs/demo/grpo",
+        init_from="runs/demo/sft",
+        task=held_in,
+        rollout=RolloutConfig(prompts=2, group=4, max_prompt=9, max_tokens=20, patience=0),
+        loss=GRPOLoss(chunk=16, kl_weight=0.01),
         optimizer=OptimizerConfig(peak_lr=1e-3, warmup_steps=0, constant_until=1.0, cosine_until=1.0),
-        step=StepConfig(reference_every=4),
-        loop=LoopConfig(steps=12, log_every=1, checkpoint_every=3),
+        reference_every=4,
+        loop=LoopConfig(steps=12, log_every=1, checkpoint_every=3, eval_every=6),
         inner_epochs=2,
-        problems=ProblemEval(max_tokens=20, batch_size=8),
+        evaluation=TaskEval(heldout, max_tokens=20, batch_size=8, by="kind"),
     )
 """,
 }

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from deepseek_jax.data.text import read_chats, read_documents
-from deepseek_jax.rl import problems as rl
+from deepseek_jax.rl import arithmetic as rl
 from deepseek_jax.workflows import corpus
 from deepseek_jax.workflows.corpus import CorpusConfig, build_corpus, find_held_out_pairs
 

@@ -17,7 +17,7 @@ from workflows.miniature import TESTS, run_demo
 
 from deepseek_jax.data.rows import open_rows
 from deepseek_jax.parallel.mesh import MeshConfig
-from deepseek_jax.rl import problems as rl
+from deepseek_jax.rl import arithmetic as rl
 from deepseek_jax.rl.rollout import RolloutConfig
 from deepseek_jax.train.grpo import GRPOLoss
 from deepseek_jax.train.metrics import read_metrics

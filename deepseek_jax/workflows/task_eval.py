@@ -1,0 +1,110 @@
+"""Accuracy on the rows of a task, beside training and at the end of a stage, with samples to look at."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from deepseek_jax.checkpoint.model import Model
+from deepseek_jax.config import check_types
+from deepseek_jax.data.text import read_rows
+from deepseek_jax.evals.accuracy import Answered, accuracy, accuracy_by, answer
+from deepseek_jax.rl.tasks import TaskConfig, column, make_task, where
+
+MODES = {"greedy": 0.0, "sampled": 1.0}  # by name, the temperature
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskEval:
+    """Questions of a task to a model; none without ``task.path``.
+
+    count: the first so many rows (0: all). max_tokens: of an answer. keep_samples: completions of each mode to write
+    down. by: a column whose values the accuracy is split by.
+    """
+
+    task: TaskConfig = TaskConfig()
+    count: int = 0
+    max_tokens: int = 256
+    batch_size: int = 64
+    keep_samples: int = 24
+    by: str = ""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if min(self.count, self.keep_samples) < 0 or min(self.max_tokens, self.batch_size) < 1:
+            raise ValueError(
+                f"count={self.count}, keep_samples={self.keep_samples}, max_tokens={self.max_tokens}, "
+                f"batch_size={self.batch_size}: expected at least 0, 0, 1 and 1"
+            )
+
+
+class Exam:
+    """A ``TaskEval`` whose rows have been read: each can be asked and has an answer to compare with, or ValueError."""
+
+    def __init__(self, config: TaskEval, *, seed: int):
+        self.config, self.seed, self.task = config, seed, make_task(config.task)
+        self.rows = list(islice(read_rows(config.task.path), config.count or None))
+        if not self.rows:
+            raise ValueError(f"{', '.join(config.task.path)}: no rows to ask")
+        self.task.check(self.rows)
+        for row in self.rows:
+            try:
+                if config.by:
+                    column(row, config.by)
+                if self.task.accuracy("", row) is None:
+                    raise ValueError("it has no answer to compare with")
+            except ValueError as error:
+                raise ValueError(f"{where(row)}: {error}") from error
+
+    def answers(self, model: Model, mode: str) -> list[Answered]:
+        """What the model says to each row, ``greedy`` or ``sampled`` at temperature 1."""
+        config = self.config
+        options = {"max_tokens": config.max_tokens, "batch_size": config.batch_size, "seed": self.seed}
+        return answer(model, self.task, self.rows, temperature=MODES[mode], **options)
+
+    def metrics(self, model: Model) -> dict[str, float]:
+        """``eval/accuracy_greedy`` and ``eval/accuracy_sampled``, each with its standard error."""
+        found = {}
+        for mode in MODES:
+            name = f"eval/accuracy_{mode}"
+            found[name], found[f"{name}_stderr"] = accuracy(self.answers(model, mode))
+        return found
+
+    def result(self, model: Model, run_dir: Path, *, stage: str) -> dict[str, Any]:
+        """The accuracies at the end of a stage, and by ``config.by``; samples go to ``samples.jsonl``."""
+        found: dict[str, Any] = {"problems": len(self.rows)}
+        for mode in MODES:
+            answered = self.answers(model, mode)
+            found[f"accuracy_{mode}"], found[f"accuracy_{mode}_stderr"] = accuracy(answered)
+            if self.config.by:
+                by_kind = found.setdefault("by_kind", {})
+                for value, share in accuracy_by(answered, self.config.by).items():
+                    by_kind.setdefault(value, {})[mode] = share
+            kept = answered[: self.config.keep_samples]
+            samples = [self._sample(item) | {"stage": stage, "when": "after", "mode": mode} for item in kept]
+            write_samples(run_dir / "samples.jsonl", samples)
+        return found
+
+    def _sample(self, item: Answered) -> dict[str, Any]:
+        right = self.task.right(item.question.row)
+        return {"prompt": item.question.text, "completion": item.completion, "answer": right, "correct": item.correct}
+
+
+def open_exam(config: TaskEval, *, seed: int) -> Exam | None:
+    return Exam(config, seed=seed) if config.task.path else None
+
+
+def write_samples(path: Path, samples: Iterable[dict[str, Any]]) -> None:
+    """Append completions to ``samples.jsonl``, once: what an earlier try wrote of the same kind is replaced."""
+    samples = list(samples)
+    kinds = {(sample["when"], sample["mode"]) for sample in samples}
+    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+    earlier = [json.loads(line) for line in lines if line]
+    kept = [sample for sample in earlier if (sample["when"], sample["mode"]) not in kinds]
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in [*kept, *samples])
+    os.replace(temporary, path)

@@ -15,7 +15,6 @@ from deepseek_jax.data.packing import Row, pack_stream
 from deepseek_jax.model import transformer
 from deepseek_jax.parallel.sharding import place_batch
 from deepseek_jax.train.losses import LanguageModelLoss
-from deepseek_jax.train.state import TrainState
 
 
 @functools.cache
@@ -26,9 +25,8 @@ def _negative_log_likelihood(config: ModelConfig, compute: ComputeConfig, isolat
     @jax.jit
     def sums(params, router_bias, batch):
         norm = loss.normalisers(batch)
-        state = TrainState(jnp.int32(0), None, None, router_bias)
         network = transformer.merge(config, params, router_bias, compute)
-        return loss(network, state, batch, norm)[1]["ce"] * norm["targets"], norm["targets"]
+        return loss(network, batch, norm, jnp.int32(0))[1]["ce"] * norm["targets"], norm["targets"]
 
     return sums
 

@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax.parallel.mesh import current_mesh
@@ -89,3 +90,19 @@ def place_batch(batch: dict[str, Any], mesh: Mesh, rules: ShardingRules = Shardi
 def constrain(x: jax.Array, rules: ShardingRules, *axes: str | None) -> jax.Array:
     """Tell the compiler how an activation is split on the current mesh; without a mesh, nothing."""
     return x if current_mesh() is None else jax.lax.with_sharding_constraint(x, rules.spec(axes))
+
+
+def split_rows(arrays: Any, parts: int, rules: ShardingRules, name: str) -> Any:
+    """Each array (B …) as (parts B/parts …): row r goes to part r mod parts, so that every device has some of each.
+
+    Raises ValueError, calling the number of parts ``name``, where they or the mesh do not divide the rows.
+    """
+    rows = len(jax.tree.leaves(arrays)[0])
+    if rows % parts:
+        raise ValueError(f"{name}={parts} does not divide the batch's {rows} rows")
+    if (mesh := current_mesh()) is not None:
+        try:
+            named_sharding(mesh, ("batch",), (rows // parts,), rules)
+        except ValueError as error:
+            raise ValueError(f"{name}={parts} of {rows} rows: {error}") from error
+    return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(rows // parts, parts, *x.shape[1:]), 0, 1), arrays)

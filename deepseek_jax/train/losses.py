@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +28,7 @@ def score_targets(
     targets_BS: Int[Array, "B S"],
     *,
     chunk: int,
-    temperature: float = 1.0,
+    temperature_B1: Float[Array, "B 1"] | None = None,
 ) -> TokenScores:
     """``log softmax(hidden · w / temperature)`` at the targets, ``chunk`` positions of each row at a time.
 
@@ -37,11 +36,12 @@ def score_targets(
     splitting the sequence leaves the rows where the mesh has put them.
     """
     size = hidden_BSD.shape[1]
+    divisor_B11 = None if temperature_B1 is None else temperature_B1[..., None]
 
     @jax.checkpoint
     def score(hidden, targets):
         logits = product("bsd,dw->bsw", hidden, w_DW, dtype=jnp.float32)
-        logits = logits / temperature if temperature != 1.0 else logits
+        logits = logits if divisor_B11 is None else logits / divisor_B11
         log_z = jax.nn.logsumexp(logits, axis=-1)
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         p = jax.lax.stop_gradient(jnp.exp(logits - log_z[..., None]))
@@ -153,9 +153,9 @@ class LanguageModelLoss:
     def __call__(
         self,
         model: Transformer,
-        state: Any,
         batch: dict[str, jax.Array],
         norm: dict[str, jax.Array],
+        step: Int[Array, ""],
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The share of a microbatch in the batch's loss, and its parts; each part sums over microbatches."""
         batch = self._view(batch)
@@ -180,7 +180,7 @@ class LanguageModelLoss:
                 parts["mtp"] = part(out.mtp_hidden, 2, norm["mtp_targets"])
                 weight = jnp.float32(self.mtp_weight)
                 if self.mtp_late_from:
-                    weight = jnp.where(state.step >= self.mtp_late_from, self.mtp_weight_late, weight)
+                    weight = jnp.where(step >= self.mtp_late_from, self.mtp_weight_late, weight)
                 loss = loss + weight * parts["mtp"]
             if out.router is not None:
                 parts["balance"] = jnp.sum(out.router.balance) / norm["sequences"]

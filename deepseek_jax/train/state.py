@@ -1,7 +1,6 @@
 """Everything a train step reads and writes, as one pytree of arrays."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -14,19 +13,22 @@ from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model import transformer
 from deepseek_jax.parallel.sharding import ShardingRules, tree_shardings
+from deepseek_kernels import BlockScaled
 
 
 @struct.dataclass
 class TrainState:
-    """step: steps taken, non-finite ones included. router_bias: (L E) or None. ema, reference: copies of the parameters
-    or None: their running mean, and the policy that GRPO's KL term holds on to."""
+    """step: steps taken, non-finite ones included. router_bias: (L E) or None. ema: the parameters' mean, or None.
+
+    Parameters are float32 masters, and what is shaped like them is float32 too, but for moments that the optimizer is
+    asked to keep in less.
+    """
 
     step: jax.Array
     params: Any
     opt_state: Any
     router_bias: jax.Array | None
     ema: Any = None
-    reference: Any = None
 
 
 def create_state(
@@ -39,30 +41,34 @@ def create_state(
     params: Any = None,
     router_bias: jax.Array | None = None,
     ema: bool = False,
-    reference: bool = False,
 ) -> TrainState:
     """A state at step 0 with each array created where the sharding rules put it.
 
     Parameters are drawn from ``seed`` unless given (an earlier stage's); those given are copied, never donated. They
-    become float32 masters whatever they were, and so do the moments, the running mean and the gradients' sums.
+    become float32 masters whatever they were, bfloat16 or block-scaled FP8.
     """
 
     def create(params, router_bias):
         if params is None:
             params, router_bias = transformer.init(config, seed)
-        params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
-        copy = functools.partial(jax.tree.map, lambda leaf: jnp.array(leaf, copy=True))
+        params = float32_copy(params)
         return TrainState(
             step=jnp.int32(0),
             params=params,
             opt_state=optimizer.init(params),
             router_bias=router_bias,
-            ema=copy(params) if ema else None,
-            reference=copy(params) if reference else None,
+            ema=float32_copy(params) if ema else None,
         )
 
     shapes = jax.eval_shape(create, params, router_bias)
     return jax.jit(create, out_shardings=state_shardings(config, shapes, mesh, compute.rules))(params, router_bias)
+
+
+@jax.jit
+def float32_copy(arrays: Any) -> Any:
+    """The same numbers in float32 and in memory of their own, which may be donated; FP8 weights are dequantised."""
+    scaled = lambda leaf: isinstance(leaf, BlockScaled)  # noqa: E731
+    return jax.tree.map(lambda leaf: jnp.array(leaf.astype(jnp.float32), copy=True), arrays, is_leaf=scaled)
 
 
 def state_shardings(config: ModelConfig, state: TrainState, mesh: Mesh, rules: ShardingRules) -> Any:
@@ -81,5 +87,4 @@ def state_shardings(config: ModelConfig, state: TrainState, mesh: Mesh, rules: S
         opt_state=jax.tree.map(place, state.opt_state, is_leaf=like_params),
         router_bias=place(state.router_bias),
         ema=place(state.ema),
-        reference=place(state.reference),
     )

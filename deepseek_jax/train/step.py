@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,7 @@ from jaxtyping import Array, Float
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig, check_types
 from deepseek_jax.model import transformer
-from deepseek_jax.parallel.mesh import current_mesh
-from deepseek_jax.parallel.sharding import named_sharding
+from deepseek_jax.parallel.sharding import split_rows
 from deepseek_jax.train.optimizer import guarded, keep_if
 from deepseek_jax.train.state import TrainState
 
@@ -29,21 +28,19 @@ class Loss(Protocol):
     def normalisers(self, batch: Batch) -> dict[str, jax.Array]: ...
 
     def __call__(
-        self, model: transformer.Transformer, state: TrainState, batch: Batch, norm: dict[str, jax.Array]
+        self, model: transformer.Transformer, batch: Batch, norm: dict[str, jax.Array], step: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
     """microbatches: parts of a batch whose gradients are added up. bias_update_speed: V3's γ, 0 from step
-    ``bias_frozen_from`` on (0: never). ema_decay: of the parameters' running mean, 0 for none. reference_every: GRPO's
-    reference becomes the policy every so many steps, 0 for never."""
+    ``bias_frozen_from`` on (0: never). ema_decay: of the parameters' running mean, 0 for none."""
 
     microbatches: int = 1
     bias_update_speed: float = 0.001
     bias_frozen_from: int = 0
     ema_decay: float = 0.0
-    reference_every: int = 0
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -60,31 +57,33 @@ def make_step(
     options: StepConfig,
     *,
     compute: ComputeConfig = ComputeConfig(),
-    updates: int = 1,
+    epochs: int = 1,
+    minibatches: int = 1,
 ) -> Step:
     """The pure function ``(state, batch) -> (state, metrics)``; jit it with the state donated.
 
-    An update whose loss or gradient is not finite leaves parameters, moments, bias and running mean as they were and
-    reports ``finite`` 0. ``updates``: how often the same batch is used (GRPO's μ); metrics are the last update's, but
-    ``kl_sampler`` the first's, where policy and sampler still have the same parameters.
+    A batch is split into ``minibatches``, and gone through ``epochs`` times: as many updates of the parameters, in one
+    step; metrics are their mean, ``finite`` their least. An update whose loss or gradient is not finite leaves
+    parameters, moments, bias and running mean as they were and reports ``finite`` 0.
     """
-    if updates < 1:
-        raise ValueError(f"updates={updates}: must be at least 1")
+    if epochs < 1 or minibatches < 1:
+        raise ValueError(f"epochs={epochs}, minibatches={minibatches}: must be at least 1")
     optimizer = guarded(optimizer)
     build = functools.partial(transformer.merge, config, compute=compute)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        state, metrics = update(state, batch)
-        first, finite = metrics, metrics["finite"]
-        for _ in range(updates - 1):
+        if epochs * minibatches == 1:
             state, metrics = update(state, batch)
-            finite = jnp.minimum(finite, metrics["finite"])
-        kept = {name: first[name] for name in ("kl_sampler",) if name in first}
-        if options.reference_every and state.reference is None:
-            raise ValueError(f"reference_every={options.reference_every}: there is no reference without kl_weight > 0")
-        reference = _refreshed(state, options.reference_every, finite > 0)
-        state = dataclasses.replace(state, step=state.step + 1, reference=reference)
-        return state, {**metrics, **kept, "finite": finite}
+        else:
+            missing = [name for name in getattr(loss, "several_updates_need", ()) if name not in batch]
+            if missing:
+                raise ValueError(f"{epochs * minibatches} updates per batch need {', '.join(missing)} in the batch")
+            parts = split_rows(batch, minibatches, compute.rules, "minibatches")
+            epoch = lambda state, _: jax.lax.scan(update, state, parts)  # noqa: E731
+            state, every = jax.lax.scan(epoch, state, length=epochs)
+            metrics = {name: jnp.mean(value, axis=(0, 1)) for name, value in every.items()}
+            metrics["finite"] = jnp.min(every["finite"])
+        return dataclasses.replace(state, step=state.step + 1), metrics
 
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         gradients, value, parts = _accumulate(build, loss, state, batch, options.microbatches, compute.rules)
@@ -120,24 +119,13 @@ def _accumulate(build, loss, state, batch, microbatches, rules):
     norm = loss.normalisers(batch)
 
     def value_and_parts(params, rows):
-        return loss(build(params, state.router_bias), state, rows, norm)
+        return loss(build(params, state.router_bias), rows, norm, state.step)
 
     gradient = jax.value_and_grad(value_and_parts, has_aux=True)
     if microbatches == 1:
         (value, parts), gradients = gradient(state.params, batch)
         return gradients, value, parts
-    rows = len(jax.tree.leaves(batch)[0])
-    if rows % microbatches:
-        raise ValueError(f"microbatches={microbatches} does not divide the batch's {rows} rows")
-    if (mesh := current_mesh()) is not None:
-        try:
-            named_sharding(mesh, ("batch",), (rows // microbatches,), rules)
-        except ValueError as error:
-            raise ValueError(f"microbatches={microbatches} of {rows} rows: {error}") from error
-    # Every microbatch takes rows from all devices: row r goes to microbatch r mod n.
-    stacked = jax.tree.map(
-        lambda x: jnp.swapaxes(x.reshape(rows // microbatches, microbatches, *x.shape[1:]), 0, 1), batch
-    )
+    stacked = split_rows(batch, microbatches, rules, "microbatches")
 
     def add(total, rows):
         (value, parts), gradients = gradient(state.params, rows)
@@ -165,11 +153,3 @@ def _averaged(ema, params, decay):
     if ema is None:
         return None
     return jax.tree.map(lambda mean, new: mean * decay + new.astype(mean.dtype) * (1 - decay), ema, params)
-
-
-def _refreshed(state: TrainState, every: int, finite: jax.Array) -> Any:
-    """The policy takes the reference's place at every ``every``-th step, if that step was good."""
-    if state.reference is None or not every:
-        return state.reference
-    now = finite & ((state.step + 1) % every == 0)
-    return jax.tree.map(lambda old, new: jnp.where(now, new, old), state.reference, state.params)

@@ -21,8 +21,9 @@ from deepseek_jax.parallel.sharding import place_batch
 from deepseek_jax.train.loop import Batches, LoopConfig, run_loop
 from deepseek_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from deepseek_jax.train.progress import Progress
+from deepseek_jax.train.reference import Reference
 from deepseek_jax.train.state import TrainState, create_state
-from deepseek_jax.train.step import Loss, StepConfig, make_step
+from deepseek_jax.train.step import Batch, Loss, StepConfig, make_step
 
 RESULT = "result.json"
 
@@ -60,20 +61,24 @@ def train_stage(
     start: Model,
     loss: Loss,
     batches: Batches[TrainState],
-    reference: bool = False,
-    updates: int = 1,
+    prepare: Callable[[TrainState, Batch], Batch] | None = None,
+    reference: Reference | None = None,
+    epochs: int = 1,
+    minibatches: int = 1,
     evaluate: Callable[[Model], Mapping[str, float]] | None = None,
     stop_when: Callable[[Mapping[str, Any]], bool] | None = None,
 ) -> tuple[Model, dict[str, Any]]:
     """Train from ``start`` (its ``params`` None: fresh ones) and return the model with the facts of the run.
 
-    ``updates``: optimiser updates per batch (GRPO's μ).
+    prepare: adds to each batch on the devices, before its step, what the loss reads beside it; ``reference``, if it
+    moves, is saved with the state. epochs, minibatches: see ``make_step``.
     """
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
         start.text.save(run_dir)
     model, compute, mesh = start.config, start.compute, start.mesh
+    updates = epochs * minibatches
     optimizer = make_optimizer(config.optimizer, model, config.loop.steps * updates)
     state = create_state(
         model,
@@ -84,17 +89,23 @@ def train_stage(
         params=start.params,
         router_bias=start.router_bias,
         ema=config.step.ema_decay > 0,
-        reference=reference,
     )
-    step = make_step(model, loss, optimizer, config.step, compute=compute, updates=updates)
+    step = make_step(model, loss, optimizer, config.step, compute=compute, epochs=epochs, minibatches=minibatches)
     rate = learning_rate(config.optimizer, config.loop.steps * updates)
 
-    def placed_step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
+    def measured(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         new, metrics = step(state, batch)
         tokens = jnp.sum(batch["segment_ids"] > 0)
         return new, {**metrics, "lr": jnp.asarray(rate(state.step * updates)), "tokens": tokens}
 
-    jitted = jax.jit(placed_step, donate_argnums=0)
+    jitted = jax.jit(measured, donate_argnums=0)
+
+    def placed_step(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, dict[str, jax.Array]]:
+        placed = place_batch(dict(batch), mesh, compute.rules)
+        state, metrics = jitted(state, placed if prepare is None else prepare(state, placed))
+        if reference is not None:
+            reference.follow(state, metrics["finite"])
+        return state, metrics
 
     def trained(state: TrainState) -> Model:
         return dataclasses.replace(start, params=state.params, router_bias=state.router_bias)
@@ -107,7 +118,7 @@ def train_stage(
             run_dir=run_dir,
             config=config.loop,
             state=state,
-            step_fn=lambda state, batch: jitted(state, place_batch(batch, mesh, compute.rules)),
+            step_fn=placed_step,
             batches=batches,
             meta={**settings, "recipe": dataclasses.asdict(config)},
             evaluate=None if evaluate is None else lambda state: evaluate(trained(state)),

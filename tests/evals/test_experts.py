@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from model.tiny import V3, config, weights
+from model.tiny import V3, config, weights, whole
 from small import tokenizer
 
 from deepseek_jax.data.chat import encode_chat
@@ -21,7 +21,7 @@ def test_shares_count_the_tokens_of_a_kind():
     documents = [(rng.integers(0, 40, n).tolist(), (rng.random(n) < 0.6).tolist()) for n in lengths]
     samples = {"some": documents, "none": [(documents[0][0], [False] * 5)]}
     params, bias = weights(TINY)
-    found = expert_shares(TINY, params, bias, samples, seq_len=SIZE, batch_size=2)
+    found = expert_shares(whole(TINY, params, bias), samples, seq_len=SIZE, batch_size=2)
 
     @jax.jit
     def forward(params, bias, tokens):

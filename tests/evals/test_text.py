@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model.tiny import weights
-from small import ONE_DEVICE, SPEAKER, tokenizer
+from model.tiny import weights, whole
+from small import SPEAKER, tokenizer
 
 from deepseek_jax.data.packing import pack_stream
 from deepseek_jax.evals.text import bits_per_byte, row_loss
@@ -17,6 +17,7 @@ from deepseek_jax.model import transformer
 TEXTS = ["def add(a, b):\n    return a + b\n", "12+34=46\n", "größer als ünïcode ½\n" * 2]
 SIZE = 16
 PARAMS, BIAS = weights(SPEAKER)
+MODEL = whole(SPEAKER, PARAMS, BIAS)
 
 
 def rows_of(texts=TEXTS):
@@ -49,7 +50,7 @@ def test_row_loss_equals_a_loop_over_tokens():
     """Seven rows in batches of four: the last is filled up with nothing."""
     rows = rows_of()
     assert len(rows) % 4
-    nats, targets = row_loss(SPEAKER, PARAMS, BIAS, rows, mesh=ONE_DEVICE, batch_size=4, chunk=5)
+    nats, targets = row_loss(MODEL, rows, batch_size=4, chunk=5)
     expected = by_hand(rows)
     assert targets == expected[1]
     assert nats == pytest.approx(expected[0], rel=1e-5)
@@ -57,17 +58,14 @@ def test_row_loss_equals_a_loop_over_tokens():
 
 def test_isolated_rows_do_not_see_the_document_before():
     rows = rows_of(["a" * 5, "b" * 5])[:1]
-    joined, isolated = (
-        row_loss(SPEAKER, PARAMS, BIAS, rows, mesh=ONE_DEVICE, batch_size=1, isolate=isolate)
-        for isolate in (False, True)
-    )
+    joined, isolated = (row_loss(MODEL, rows, batch_size=1, isolate=isolate) for isolate in (False, True))
     assert joined[1] == isolated[1] and abs(joined[0] - isolated[0]) > 1e-3
 
 
 def test_bits_per_byte_of_a_model_that_knows_nothing():
     """Every token costs log2 W bits; the bytes shrink with the tokens that are no targets."""
     params = PARAMS | {"head": {"w": jnp.zeros_like(PARAMS["head"]["w"])}}
-    found = bits_per_byte(SPEAKER, params, BIAS, tokenizer(), TEXTS, mesh=ONE_DEVICE, seq_len=SIZE, batch_size=4)
+    found = bits_per_byte(whole(SPEAKER, params, BIAS, tokenizer()), TEXTS, seq_len=SIZE, batch_size=4)
     tokens = sum(len(tokenizer().encode(text)) + 2 for text in TEXTS)
     size = sum(len(text.encode()) for text in TEXTS)
     assert found == pytest.approx(math.log2(SPEAKER.vocab_size) * tokens / size, rel=1e-5)
@@ -76,6 +74,6 @@ def test_bits_per_byte_of_a_model_that_knows_nothing():
 def test_rows_without_targets_count_for_nothing():
     rows = rows_of()
     empty = {name: np.zeros_like(value) for name, value in rows[0].items()}
-    plain = row_loss(SPEAKER, PARAMS, BIAS, rows[:4], mesh=ONE_DEVICE, batch_size=4)
-    filled = row_loss(SPEAKER, PARAMS, BIAS, [*rows[:4], *[empty] * 5], mesh=ONE_DEVICE, batch_size=4)
+    plain = row_loss(MODEL, rows[:4], batch_size=4)
+    filled = row_loss(MODEL, [*rows[:4], *[empty] * 5], batch_size=4)
     assert filled == plain

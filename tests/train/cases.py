@@ -50,10 +50,9 @@ LENGTHS = [[5, 7, 4], [16], [9], [2, 3, 1, 2, 6], [10, 6], [], [4, 4, 4, 4], [3,
 BATCH = pack([documents(seed, lengths) for seed, lengths in enumerate(LENGTHS)])
 
 
-def state_of(params=None, step: int = 0) -> TrainState:
-    """A state for calling a loss by itself."""
-    tiny, bias = weights(TINY)
-    return TrainState(step=jnp.int32(step), params=params or tiny, opt_state=None, router_bias=bias)
+def state_of(params, opt_state) -> TrainState:
+    """A state that has taken no step."""
+    return TrainState(step=jnp.int32(0), params=params, opt_state=opt_state, router_bias=weights(TINY)[1])
 
 
 def on_device(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:

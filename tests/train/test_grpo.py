@@ -10,16 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from model.tiny import weights
+from model.tiny import relative_error, weights
 from train.cases import TINY, on_device, state_of
 
+from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.model import transformer
-from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
+from deepseek_jax.parallel.sharding import tree_shardings
 from deepseek_jax.train.grpo import GRPOLoss, group_advantages, k3
-from deepseek_jax.train.state import TrainState, create_state
+from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer
+from deepseek_jax.train.reference import Reference, fingerprint
+from deepseek_jax.train.scoring import Scorer, score_batch
 from deepseek_jax.train.step import StepConfig, make_step
 
 WIDTH = 6  # of the table's vocabulary
@@ -74,7 +79,7 @@ def test_k3_estimates_the_divergence():
 # The loss
 
 
-def make_batch(vocab: int, seed: int = 0) -> dict[str, np.ndarray]:
+def make_batch(vocab: int, seed: int = 0, temperature: float = 1.0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     answers, truncated = np.ravel(ANSWERS), np.ravel(TRUNCATED)
     index = np.broadcast_to(np.arange(COLUMNS), (9, COLUMNS))
@@ -88,8 +93,11 @@ def make_batch(vocab: int, seed: int = 0) -> dict[str, np.ndarray]:
         "positions": np.where(inside, index - start, 0).astype(np.int32),
         "loss_mask": answer,
         "old_logprobs": (answer * rng.uniform(-4, -0.5, inside.shape)).astype(np.float32),
+        "sampler_logprobs": (answer * rng.uniform(-4, -0.5, inside.shape)).astype(np.float32),
         "advantages": advantages.astype(np.float32),
         "truncated": truncated[:, None].astype(np.float32),
+        "temperature": np.full((9, 1), temperature, np.float32),
+        "max_tokens": np.full((9, 1), 6, np.float32),
     }
 
 
@@ -97,7 +105,7 @@ def by_hand(loss: GRPOLoss, batch, logits, reference) -> dict[str, float]:
     """Answer by answer and token by token (DeepSeekMath equation 3, Dr. GRPO, DAPO)."""
 
     def logprob(logits, row, t):
-        z = np.asarray(logits, np.float64)[row, t - 1] / loss.temperature
+        z = np.asarray(logits, np.float64)[row, t - 1] / batch["temperature"][row, 0]
         z = z - z.max()
         return (z - np.log(np.exp(z).sum()))[batch["tokens"][row, t]], z - np.log(np.exp(z).sum())
 
@@ -109,11 +117,12 @@ def by_hand(loss: GRPOLoss, batch, logits, reference) -> dict[str, float]:
         tokens = []
         for t in np.flatnonzero(batch["loss_mask"][row]):
             new, distribution = logprob(logits, row, t)
-            ratio = np.exp(new - batch["old_logprobs"][row, t])
+            old = batch["old_logprobs"][row, t] if "old_logprobs" in batch else new
+            ratio = np.exp(new - old)
             clipped = min(max(ratio, 1 - loss.clip_low), 1 + loss.clip_high)
             gain = min(ratio * advantage, clipped * advantage)
             other = np.exp(logprob(reference, row, t)[0] - new) if loss.kl_weight else 1.0
-            back = 1 / ratio
+            back = np.exp(batch["sampler_logprobs"][row, t] - old)
             tokens.append(
                 {
                     "term": gain - loss.kl_weight * (other - np.log(other) - 1),
@@ -130,7 +139,7 @@ def by_hand(loss: GRPOLoss, batch, logits, reference) -> dict[str, float]:
         return dict.fromkeys(("loss", *PARTS), 0.0)
     objective = {
         "grpo": np.mean([np.mean(row) for row in terms]),
-        "dr_grpo": np.sum([np.sum(row) for row in terms]) / (len(terms) * loss.max_length),
+        "dr_grpo": np.sum([np.sum(row) for row in terms]) / (len(terms) * batch["max_tokens"][0, 0]),
         "dapo": np.sum([np.sum(row) for row in terms]) / len(every),
     }[loss.normalise]
     return {"loss": -objective} | {name: float(np.mean([token[name] for token in every])) for name in PARTS}
@@ -139,22 +148,18 @@ def by_hand(loss: GRPOLoss, batch, logits, reference) -> dict[str, float]:
 PARTS = ("kl_reference", "kl_sampler", "clip_fraction", "entropy")
 
 
-@pytest.fixture
-def table(monkeypatch):
-    """In place of a network: `params` is the table of logits itself, position by position."""
+class Table(transformer.Transformer):
+    """In place of a network: the table of logits itself, position by position."""
 
-    class Table:
-        def __init__(self, logits):
-            self.logits = logits
+    def __init__(self, table):
+        self.compute, self.table = ComputeConfig(), nnx.data(table)
 
-        def __call__(self, tokens_BS, **given):
-            assert tokens_BS.shape == self.logits.shape[:2] and not given["head"]
-            return types.SimpleNamespace(hidden=self.logits, router=None)
+    def __call__(self, tokens_BS, **given):
+        assert tokens_BS.shape == self.table.shape[:2] and not given["head"]
+        return types.SimpleNamespace(hidden=self.table, router=None)
 
-        def head_weight(self):
-            return jnp.eye(WIDTH)
-
-    monkeypatch.setattr(transformer, "merge", lambda config, params, router_bias: Table(params))
+    def head_weight(self):
+        return jnp.eye(WIDTH)
 
 
 def draw_logits(seed: int = 1):
@@ -162,24 +167,25 @@ def draw_logits(seed: int = 1):
 
 
 def table_loss(loss, logits, reference, batch):
-    state = TrainState(jnp.int32(0), None, None, None, reference=reference)
-    return loss(TINY, state, logits, batch, loss.normalisers(batch))
+    if reference is not None:
+        batch = batch | {"reference_logprobs": score_batch(Table(reference), batch, chunk=4)}
+    return loss(Table(logits), batch, loss.normalisers(batch), jnp.int32(0))
 
 
 VARIANTS = [
-    GRPOLoss(normalise=normalise, kl_weight=kl, mask_truncated=masked, max_length=6, chunk=4)
+    GRPOLoss(normalise=normalise, kl_weight=kl, mask_truncated=masked, chunk=4)
     for normalise, kl, masked in itertools.product(("grpo", "dr_grpo", "dapo"), (0.0, 0.5), (False, True))
 ] + [
-    GRPOLoss(clip_low=0.1, clip_high=0.6, temperature=0.7),
-    GRPOLoss(clip_low=0.9, clip_high=10.0, kl_weight=0.04, temperature=1.5),  # R1's first stage
+    GRPOLoss(clip_low=0.1, clip_high=0.6),
+    GRPOLoss(clip_low=0.9, clip_high=10.0, kl_weight=0.04),  # R1's first stage
     GRPOLoss(clip_low=0.0, clip_high=0.0),
 ]
 
 
 @pytest.mark.parametrize("loss", VARIANTS, ids=lambda loss: f"{loss.normalise}-{loss.kl_weight}-{loss.mask_truncated}")
-def test_loss_equals_numpy(table, loss):
+def test_loss_equals_numpy(loss):
     logits, reference = draw_logits()
-    batch = make_batch(WIDTH)
+    batch = make_batch(WIDTH, temperature=0.7)
     value, parts = table_loss(loss, logits, reference if loss.kl_weight else None, on_device(batch))
     expected = by_hand(loss, batch, logits, reference)
     assert value == pytest.approx(np.asarray(expected["loss"]), rel=2e-5)
@@ -189,7 +195,7 @@ def test_loss_equals_numpy(table, loss):
 
 
 @pytest.mark.parametrize("loss", [VARIANTS[2], VARIANTS[7], VARIANTS[11]], ids=lambda loss: loss.normalise)
-def test_gradient_equals_finite_differences(table, loss):
+def test_gradient_equals_finite_differences(loss):
     logits, reference = draw_logits()
     batch = make_batch(WIDTH)
     gradient = jax.grad(lambda x: table_loss(loss, x, reference, on_device(batch))[0])(logits)
@@ -207,7 +213,7 @@ def test_gradient_equals_finite_differences(table, loss):
     assert np.count_nonzero(np.abs(expected) > 1e-4) >= 3
 
 
-def test_answers_without_signal_give_no_gradient(table):
+def test_answers_without_signal_give_no_gradient():
     """An all-equal group's advantage is 0; truncated answers count for nothing where they are masked."""
     logits, _ = draw_logits()
     batch = on_device(make_batch(WIDTH))
@@ -218,7 +224,7 @@ def test_answers_without_signal_give_no_gradient(table):
 
 
 @pytest.mark.parametrize("normalise", ["grpo", "dr_grpo", "dapo"])
-def test_nothing_but_truncated_answers_is_zero_not_nan(table, normalise):
+def test_nothing_but_truncated_answers_is_zero_not_nan(normalise):
     logits, reference = draw_logits()
     batch = make_batch(WIDTH) | {"truncated": np.ones((9, 1), np.float32)}
     loss = GRPOLoss(mask_truncated=True, kl_weight=0.1, normalise=normalise)
@@ -228,7 +234,7 @@ def test_nothing_but_truncated_answers_is_zero_not_nan(table, normalise):
     assert all(float(part) == 0 for part in parts.values())
 
 
-def test_on_policy_gradient_is_the_policy_gradient(table):
+def test_on_policy_gradient_is_the_policy_gradient():
     """Where π = π_old nothing is clipped, and the gradient is -A ∇log π over tokens (dapo)."""
     logits, _ = draw_logits()
     batch = make_batch(WIDTH)
@@ -241,22 +247,27 @@ def test_on_policy_gradient_is_the_policy_gradient(table):
         old[row, t] = log_p[row, t - 1, token]
         one_hot = np.eye(WIDTH)[token]
         expected[row, t - 1] = -batch["advantages"][row, 0] * (one_hot - np.exp(log_p[row, t - 1])) / tokens
-    batch = on_device(batch | {"old_logprobs": old})
+    batch = on_device(batch | {"old_logprobs": old, "sampler_logprobs": old})
     run = lambda x: table_loss(GRPOLoss(normalise="dapo"), x, None, batch)  # noqa: E731
     (_, parts), gradient = jax.value_and_grad(run, has_aux=True)(logits)
     np.testing.assert_allclose(gradient, expected, atol=1e-6)
+    assert parts["kl_sampler"] < 1e-12 and parts["clip_fraction"] == 0
+    # With one update a batch the old policy is the policy itself: the same without a pass that scores it.
+    del batch["old_logprobs"]
+    (_, parts), same = jax.value_and_grad(run, has_aux=True)(logits)
+    np.testing.assert_allclose(same, expected, atol=1e-6)
     assert parts["kl_sampler"] < 1e-12 and parts["clip_fraction"] == 0
 
 
 # On a network
 
 
-REAL = GRPOLoss(kl_weight=0.3, clip_high=0.4, mask_truncated=True, temperature=0.8, chunk=4)
+REAL = GRPOLoss(kl_weight=0.3, clip_high=0.4, mask_truncated=True, chunk=4)
 
 
 def real_batch():
     """Eight answers, so that they split into four microbatches."""
-    return {name: value[1:] for name, value in make_batch(TINY.vocab_size).items()}
+    return {name: value[1:] for name, value in make_batch(TINY.vocab_size, temperature=0.8).items()}
 
 
 def test_loss_of_a_network_equals_numpy_for_any_split():
@@ -264,6 +275,8 @@ def test_loss_of_a_network_equals_numpy_for_any_split():
     other, _ = weights(TINY, 1)
     batch, optimizer = real_batch(), optax.trace(0.0)  # its state is the gradient
     placed = on_device(batch)
+    policy = Reference(other, bias, path="other")
+    scorer = Scorer(TINY, ComputeConfig(), chunk=4, microbatches=2, reference=policy)
 
     @jax.jit
     def forward(params):
@@ -275,8 +288,8 @@ def test_loss_of_a_network_equals_numpy_for_any_split():
     found: dict[int, Any] = {}
     for microbatches in (1, 4):
         step = make_step(TINY, REAL, optimizer, StepConfig(microbatches=microbatches, bias_update_speed=0.5))
-        state = dataclasses.replace(state_of(params), opt_state=optimizer.init(params), reference=other)
-        found[microbatches] = jax.device_get(jax.jit(step)(state, placed))
+        state = state_of(params, optimizer.init(params))
+        found[microbatches] = jax.device_get(jax.jit(step)(state, scorer(state, placed)))
     for state, metrics in found.values():
         assert metrics["finite"] == 1
         for name in ("loss", *PARTS):
@@ -294,14 +307,89 @@ def test_loss_of_a_network_equals_numpy_for_any_split():
     jax.tree_util.tree_map_with_path(check, found[4][0].opt_state.trace, found[1][0].opt_state.trace)
 
 
-def test_without_kl_no_reference_is_kept():
+class Stepwise:
+    """Plain gradient descent on GRPO's loss, update by update, in Python."""
+
+    def __init__(self, loss):
+        self.loss = loss
+        self.gradient = jax.jit(jax.grad(self.value, has_aux=True))
+
+    def value(self, params, batch):
+        model = transformer.merge(TINY, params, weights(TINY)[1])
+        return self.loss(model, batch, self.loss.normalisers(batch), jnp.int32(0))
+
+    def descend(self, params, batch, rate):
+        gradients, parts = self.gradient(params, batch)
+        return jax.tree.map(lambda p, g: p - rate * g, params, gradients), parts
+
+
+def test_several_updates_are_so_many_steps_on_the_parts_of_a_batch():
+    """Two epochs of two minibatches against four updates by hand; old stays the policy before the first."""
+    loss, rate = GRPOLoss(chunk=4, clip_low=0.02, clip_high=0.02, normalise="dapo"), 0.3
+    params, _ = weights(TINY)
+    batch = on_device(real_batch())
+    del batch["old_logprobs"]
+    optimizer = optax.sgd(rate)
+    state = state_of(params, optimizer.init(params))
+    step = make_step(TINY, loss, optimizer, StepConfig(bias_update_speed=0.0), epochs=2, minibatches=2)
+    with pytest.raises(ValueError, match="4 updates per batch need old_logprobs in the batch"):
+        jax.eval_shape(step, state, batch)
+    batch = Scorer(TINY, ComputeConfig(), chunk=4, microbatches=2, old=True)(state, batch)
+    found, metrics = jax.device_get(jax.jit(step)(state, batch))
+    by_hand, expected, every = Stepwise(loss), params, []
+    for part in (0, 1, 0, 1):
+        expected, parts = by_hand.descend(expected, {name: x[part::2] for name, x in batch.items()}, rate)
+        every.append(jax.device_get(parts))
+    jax.tree.map(lambda a, b: np.testing.assert_array_less(relative_error(a, b), 1e-5), found.params, expected)
+    for name in ("kl_sampler", "clip_fraction", "entropy"):
+        assert metrics[name] == pytest.approx(np.mean([parts[name] for parts in every]), rel=1e-4), name
+    assert every[0]["clip_fraction"] == 0 < every[-1]["clip_fraction"]
+    assert metrics["finite"] == 1 and found.step == 1
+
+
+def test_the_rate_counts_updates():
+    """A schedule of four updates is through after one batch of four."""
+    config = OptimizerConfig(peak_lr=1.0, warmup_steps=4, constant_until=1.0, cosine_until=1.0)
+    optimizer, params = make_optimizer(config, TINY, 4), weights(TINY)[0]
+    step = make_step(TINY, GRPOLoss(chunk=4), optimizer, StepConfig(), epochs=2, minibatches=2)
+    batch = on_device(real_batch())
+    state = jax.jit(step)(state_of(params, optimizer.init(params)), batch)[0]
+    counts = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.dtype == jnp.int32]
+    assert state.step == 1 and {int(count) for count in counts} == {4}
+
+
+# The reference
+
+
+def test_a_reference_stays_or_follows_and_is_never_the_state_itself():
     params, bias = weights(TINY)
-    mesh = make_mesh(devices=jax.devices()[:1])
-    state = create_state(TINY, optax.sgd(0.1), mesh, params=params, router_bias=bias)
-    assert state.reference is None
-    loss, batch = GRPOLoss(), on_device(real_batch())
-    shapes = jax.eval_shape(lambda: loss(TINY, state, params, batch, loss.normalisers(batch)))
-    assert shapes[0].shape == ()
+    moved = jax.tree.map(lambda leaf: leaf + 1, params)
+    fixed, moving = (Reference(params, bias, path="runs/sft", every=every) for every in (0, 2))
+    assert fixed.params is params and fixed.meta == {
+        "every": 0,
+        "path": "runs/sft",
+        "fingerprint": fingerprint((params, bias)),
+    }
+    for step, finite, follows in ((1, 1.0, False), (2, 0.0, False), (4, 1.0, True)):
+        state = dataclasses.replace(state_of(moved, None), step=jnp.int32(step))
+        for reference in (fixed, moving):
+            reference.follow(state, jnp.float32(finite))
+        np.testing.assert_array_equal(moving.params["embed"], moved["embed"] if follows else params["embed"])
+        assert fixed.params is params
+    for leaf in jax.tree.leaves(moving.arrays):
+        leaf.delete()
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((params, moved, bias)))
+
+
+def test_a_fingerprint_names_the_numbers_alone():
+    params, _ = weights(TINY)
+    mesh = make_mesh(MeshConfig(fsdp=4, data=2))
+    placed = jax.device_put(params, tree_shardings(mesh, transformer.logical_axes(TINY), params))
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    assert fingerprint(params) == fingerprint(placed) == fingerprint(half)
+    embed = params["embed"]
+    for other in (embed.at[3, 2].add(0.01), embed[::-1], embed.at[:, ::2].set(embed[:, 1::2])):
+        assert fingerprint(params | {"embed": other}) != fingerprint(params)
 
 
 @pytest.mark.parametrize(
@@ -309,8 +397,7 @@ def test_without_kl_no_reference_is_kept():
     [
         ({"clip_low": -0.1}, "clip_low=-0.1"),
         ({"kl_weight": -1.0}, "kl_weight=-1.0"),
-        ({"max_length": 0}, "max_length=0"),
-        ({"temperature": 0.0}, "temperature=0.0"),
+        ({"chunk": 0}, "chunk=0"),
         ({"normalise": "mean"}, "normalise='mean'.*'grpo', 'dr_grpo', 'dapo'"),
     ],
 )

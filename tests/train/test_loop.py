@@ -117,7 +117,7 @@ def test_a_second_signal_does_not_wait(tmp_path, capfd):
 
 def start_toy(run_dir: Path, steps: int) -> subprocess.Popen:
     root = Path(__file__).parents[2]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (root, root / "kernels", root / "tests")))}
     command = [sys.executable, "-W", "error", "-m", "train.toy", str(run_dir), str(steps), "0.005"]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from model.tiny import V3, config, relative_error, weights
-from train.cases import BATCH, LENGTHS, TINY, S, documents, on_device, pack, state_of
+from train.cases import BATCH, LENGTHS, TINY, S, documents, on_device, pack
 
 from deepseek_jax.model import transformer
 from deepseek_jax.train.losses import LanguageModelLoss, cross_entropy, score_targets
@@ -24,9 +24,9 @@ TERMS = ("ce", "mtp", "balance")
 def compiled(loss):
     """One program for the loss, its parts, and the gradient of a combination of loss and terms."""
 
-    def run(params, state, batch, norm, cotangent):
+    def run(params, step, batch, norm, cotangent):
         def values(params):
-            value, parts = loss(TINY, state, params, batch, norm)
+            value, parts = loss(transformer.merge(TINY, params, BIAS), batch, norm, step)
             return jnp.stack([value, *(parts[name] for name in TERMS)]), parts
 
         found, gradient, parts = jax.vjp(values, params, has_aux=True)
@@ -40,7 +40,7 @@ def evaluate(loss, batch, *, gradient_of="loss", step=0):
     rows = len(batch["tokens"])
     batch = on_device({name: np.pad(value, ((0, max(0, 8 - rows)), (0, 0))) for name, value in batch.items()})
     cotangent = jnp.float32([name == gradient_of for name in ("loss", *TERMS)])
-    return jax.device_get(compiled(loss)(PARAMS, state_of(step=step), batch, loss.normalisers(batch), cotangent))
+    return jax.device_get(compiled(loss)(PARAMS, jnp.int32(step), batch, loss.normalisers(batch), cotangent))
 
 
 def gradient_of(name, batch, loss=ISOLATED):
@@ -63,19 +63,21 @@ def plain_scores(hidden, w, targets, temperature):
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 4, 7, 8, 100])
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("temperature", [None, 0.7])
 def test_chunked_scores_equal_the_plain_softmax(chunk, temperature):
     rng = np.random.default_rng(chunk)
     hidden = jnp.asarray(rng.standard_normal((2, 7, 5)), jnp.float32)
     w = jnp.asarray(2 * rng.standard_normal((5, 11)), jnp.float32)
     targets = jnp.asarray(rng.integers(0, 11, (2, 7)), jnp.int32)
+    divisor = None if temperature is None else jnp.float32([[temperature], [1.0]])
 
     def total(hidden, w):
-        scores = score_targets(hidden, w, targets, chunk=chunk, temperature=temperature)
+        scores = score_targets(hidden, w, targets, chunk=chunk, temperature_B1=divisor)
         return jnp.sum(scores.logprob_BS), scores
 
     (_, scores), gradients = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(hidden, w)
-    logprob, entropy, expected = plain_scores(hidden, w, targets, temperature)
+    divisor = 1.0 if divisor is None else np.asarray(divisor)[..., None]
+    logprob, entropy, expected = plain_scores(hidden, w, targets, divisor)
     assert scores.logprob_BS.dtype == jnp.float32
     assert relative_error(scores.logprob_BS, logprob) < 1e-6
     assert relative_error(scores.entropy_BS, entropy) < 5e-5
@@ -132,10 +134,8 @@ def test_all_logits_are_never_held_at_once(chunk, holds_all):
     wide = config(V3, num_hidden_layers=2, vocab_size=4096)
     loss = LanguageModelLoss(chunk=chunk, isolate=True)
     params, bias = jax.eval_shape(lambda: transformer.init(wide))
-    state = dataclasses.replace(state_of(), params=params, router_bias=bias)
-    batch = on_device(BATCH)
-    gradient = jax.grad(lambda p, s, b: loss(wide, s, p, b, loss.normalisers(b)), has_aux=True, allow_int=False)
-    found = largest_array(jax.make_jaxpr(gradient)(params, state, batch).jaxpr)
+    run = lambda p, b, x: loss(transformer.merge(wide, p, b), x, loss.normalisers(x), jnp.int32(0))  # noqa: E731
+    found = largest_array(jax.make_jaxpr(jax.grad(run, has_aux=True))(params, bias, on_device(BATCH)).jaxpr)
     assert (found >= len(LENGTHS) * S * wide.vocab_size) == holds_all
 
 

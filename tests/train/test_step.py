@@ -11,9 +11,10 @@ import pytest
 from model.tiny import V3, config, weights
 from train.cases import BATCH, TINY, on_device
 
+from deepseek_jax.model import transformer
 from deepseek_jax.model.router import route
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
-from deepseek_jax.parallel.sharding import place_batch
+from deepseek_jax.parallel.sharding import ShardingRules, place_batch
 from deepseek_jax.train.losses import LanguageModelLoss
 from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer
 from deepseek_jax.train.state import TrainState, create_state, state_shardings
@@ -23,28 +24,29 @@ PARAMS, BIAS = weights(TINY)
 LOSS = LanguageModelLoss(balance_weight=0.01, isolate=True, chunk=8)
 # A great eps keeps Adam's step a smooth function of the gradient: comparing signs of noise would prove nothing.
 OPTIMIZER = make_optimizer(OptimizerConfig(peak_lr=0.01, warmup_steps=0, eps=0.01), TINY, 100)
-OPTIONS = StepConfig(bias_update_speed=0.01, bias_frozen_from=3, ema_decay=0.75, reference_every=2)
+OPTIONS = StepConfig(bias_update_speed=0.01, bias_frozen_from=3, ema_decay=0.75)
 ONE = make_mesh(devices=jax.devices()[:1])
 
 
 def fresh(mesh=ONE, **changes) -> TrainState:
-    state = create_state(TINY, OPTIMIZER, mesh, params=PARAMS, router_bias=BIAS, ema=True, reference=True)
+    state = create_state(TINY, OPTIMIZER, mesh, params=PARAMS, router_bias=BIAS, ema=True)
     return dataclasses.replace(state, **changes)
 
 
 @functools.cache
 def compiled(mesh=ONE, microbatches=1, loss=LOSS):
     step = make_step(TINY, loss, OPTIMIZER, dataclasses.replace(OPTIONS, microbatches=microbatches))
+    jitted = jax.jit(step, donate_argnums=0)
 
-    def placed(state, batch):
-        with use_mesh(mesh):
-            return step(state, batch)
+    def on_mesh(state, batch):
+        with jax.set_mesh(mesh):
+            return jitted(state, place_batch(batch, mesh))
 
-    return jax.jit(placed, donate_argnums=0)
+    return on_mesh
 
 
 def take(state, batch=BATCH, mesh=ONE, **options):
-    return jax.device_get(compiled(mesh, **options)(state, place_batch(batch, mesh)))
+    return jax.device_get(compiled(mesh, **options)(state, batch))
 
 
 @functools.cache
@@ -117,21 +119,20 @@ def test_the_state_keeps_its_places():
     """So that the next step fits the compiled one, and a checkpoint goes back to where it was."""
     mesh = make_mesh(MESHES["tensor_fsdp_data"])
     state = fresh(mesh)
-    wanted = jax.tree.leaves(state_shardings(TINY, state, mesh))
+    wanted = jax.tree.leaves(state_shardings(TINY, state, mesh, ShardingRules()))
     assert [leaf.sharding for leaf in jax.tree.leaves(state)] == wanted
     matrix, moment = state.params["dense_layers"]["mlp"]["wi"], moments(state)["dense_layers"]["mlp"]["wi"]
     assert matrix.sharding == moment.sharding and not matrix.sharding.is_fully_replicated
-    after, _ = compiled(mesh, microbatches=2)(state, place_batch(BATCH, mesh))
+    after, _ = compiled(mesh, microbatches=2)(state, BATCH)
     for leaf, sharding in zip(jax.tree.leaves(after), wanted, strict=True):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
 
 
 def test_gradients_are_those_of_the_loss():
     batch = on_device(BATCH)
-    state = fresh()
-    value, gradient = jax.jit(jax.value_and_grad(lambda p: LOSS(TINY, state, p, batch, LOSS.normalisers(batch))[0]))(
-        PARAMS
-    )
+    norm = LOSS.normalisers(batch)
+    run = lambda p: LOSS(transformer.merge(TINY, p, BIAS), batch, norm, jnp.int32(0))[0]  # noqa: E731
+    value, gradient = jax.jit(jax.value_and_grad(run))(PARAMS)
     state, metrics = whole()
     norm = np.sqrt(sum(np.sum(np.float64(leaf) ** 2) for leaf in jax.tree.leaves(gradient)))
     assert metrics["loss"] == pytest.approx(float(value), rel=1e-6)
@@ -146,12 +147,6 @@ def test_microbatches_must_divide_the_rows():
     mesh = make_mesh(MESHES["data"])
     with pytest.raises(ValueError, match=r"microbatches=2 of 8 rows: batch of size 4 cannot be split 8 ways"):
         take(fresh(mesh), mesh=mesh, microbatches=2)
-
-
-def test_a_refreshed_reference_must_be_there():
-    state = fresh(reference=None)
-    with pytest.raises(ValueError, match="reference_every=2: there is no reference without kl_weight > 0"):
-        take(state)
 
 
 # Bias and averages
@@ -169,11 +164,11 @@ def test_bias_moves_towards_the_mean_load():
     assert metrics["max_vio"] == pytest.approx(np.mean(load.max(axis=1) * 8 - 1), rel=1e-5)
 
 
-def test_average_reference_and_freezing_follow_their_steps():
+def test_average_and_freezing_follow_their_steps():
     states, before = [], jax.device_get(fresh())
     state = fresh()
     for _ in range(4):
-        state, _ = compiled()(state, place_batch(BATCH, ONE))
+        state, _ = compiled()(state, BATCH)
         states.append(jax.device_get(state))
     assert [int(state.step) for state in states] == [1, 2, 3, 4]
     ema = before.params
@@ -181,10 +176,6 @@ def test_average_reference_and_freezing_follow_their_steps():
         ema = jax.tree.map(lambda mean, new: 0.75 * mean + 0.25 * np.float64(new), ema, state.params)
         assert_close(state.ema, ema)
     same = lambda a, b: all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))  # noqa: E731
-    assert same(states[0].reference, before.params)
-    assert_close(states[1].reference, states[1].params)
-    assert same(states[2].reference, states[1].reference)
-    assert_close(states[3].reference, states[3].params)
     moved = [not same(a.router_bias, b.router_bias) for a, b in zip([before, *states], states, strict=False)]
     assert moved == [True, True, True, False]
 
@@ -199,7 +190,7 @@ def test_states_are_donated_but_what_they_start_from_is_not():
 
 def test_fresh_parameters_follow_the_seed_on_any_mesh():
     states = [create_state(TINY, OPTIMIZER, mesh, seed=3) for mesh in (ONE, make_mesh(MESHES["fsdp_data"]))]
-    assert states[0].ema is None and states[0].reference is None
+    assert states[0].ema is None
     assert not np.any(states[0].router_bias)
     for a, b in zip(*(jax.tree.leaves(state.params) for state in states), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)
@@ -216,10 +207,10 @@ class RoutingOnly:
     def normalisers(self, batch):
         return {}
 
-    def __call__(self, config, state, params, batch, norm):
-        routing = route(config, batch["x"], jnp.asarray(self.router), state.router_bias[0])
-        load = jnp.sum(jax.nn.one_hot(routing.experts_TK, config.n_routed_experts), axis=(0, 1))
-        return jnp.sum(params["w"]), {"load": load[None]}
+    def __call__(self, model, batch, norm, step):
+        routing = route(model.config, batch["x"], jnp.asarray(self.router), model.router_bias[...][0])
+        load = jnp.sum(jax.nn.one_hot(routing.experts_TK, model.config.n_routed_experts), axis=(0, 1))
+        return jnp.sum(model.norm.gain[...]), {"load": load[None]}
 
 
 def test_bias_balances_skewed_routing_within_200_updates():
@@ -232,8 +223,9 @@ def test_bias_balances_skewed_routing_within_200_updates():
 
     def violations(speed):
         step = make_step(wide, loss, optax.sgd(0.0), StepConfig(bias_update_speed=speed))
-        params = {"w": jnp.zeros(1)}
-        state = TrainState(jnp.int32(0), params, optax.sgd(0.0).init(params), jnp.zeros((1, 16)))
+        params, bias = weights(wide)
+        assert bias is not None
+        state = TrainState(jnp.int32(0), params, optax.sgd(0.0).init(params), jnp.zeros_like(bias))
 
         def update(state, key):
             x = jax.random.normal(key, (4096, 8)).at[:, 0].set(1.0)
@@ -264,14 +256,14 @@ class NaNGradient:
     def normalisers(self, batch):
         return self.inner.normalisers(batch)
 
-    def __call__(self, config, state, params, batch, norm):
-        loss, parts = self.inner(config, state, params, batch, norm)
-        return loss + jnp.sqrt(0.0 * jnp.sum(params["norm"]["gain"])), parts
+    def __call__(self, model, batch, norm, step):
+        loss, parts = self.inner(model, batch, norm, step)
+        return loss + jnp.sqrt(0.0 * jnp.sum(model.norm.gain[...])), parts
 
 
 @pytest.mark.parametrize("case", ["gradient", "loss", "infinite_loss", "parameter"])
 def test_what_is_not_finite_changes_nothing(case):
-    state, batch, loss = fresh(step=jnp.int32(1)), BATCH, LOSS  # the step at which the reference would follow
+    state, batch, loss = fresh(step=jnp.int32(1)), BATCH, LOSS
     if case == "gradient":
         loss = NaNGradient(LOSS)
     elif case == "parameter":

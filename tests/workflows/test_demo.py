@@ -18,8 +18,6 @@ from workflows.miniature import TESTS, run_demo
 from deepseek_jax.data.rows import open_rows
 from deepseek_jax.parallel.mesh import MeshConfig
 from deepseek_jax.rl import arithmetic as rl
-from deepseek_jax.rl.rollout import RolloutConfig
-from deepseek_jax.train.grpo import GRPOLoss
 from deepseek_jax.train.metrics import read_metrics
 from deepseek_jax.train.step import StepConfig
 from deepseek_jax.workflows import demo as demo_module
@@ -192,12 +190,9 @@ def test_a_corpus_of_another_configuration_is_refused(miniature, monkeypatch):
         make_corpus(dataclasses.replace(config, folder="run/corpus", corpus=CorpusConfig(vocab_size=301)))
 
 
-def test_learner_and_sampler_must_be_told_the_same():
-    with pytest.raises(ValueError, match="loss.temperature=1.0 but rollout.temperature=0.5"):
-        GRPOConfig(rollout=RolloutConfig(temperature=0.5, max_tokens=64), loss=GRPOLoss(max_length=64))
-    with pytest.raises(ValueError, match="loss.max_length=63 but rollout.max_tokens=64"):
-        GRPOConfig(rollout=RolloutConfig(max_tokens=64), loss=GRPOLoss(max_length=63))
-    assert GRPOConfig().loss.max_length == GRPOConfig().rollout.max_tokens
+def test_a_reference_that_moves_takes_a_kl_term():
+    with pytest.raises(ValueError, match="reference_every=3: without loss.kl_weight there is no reference"):
+        GRPOConfig(reference_every=3)
 
 
 @pytest.mark.parametrize(

@@ -28,11 +28,9 @@ def write(folder: Path, text: str) -> str:
 
 @pytest.mark.parametrize("name", DEMO)
 def test_the_demos_recipes_load_by_name(name):
-    config = load_recipe(name, DEMO[name])
+    load_recipe(name, DEMO[name])
     docstring = find_recipe(name).read_text(encoding="utf-8").split('"""')[1]
     assert f"deepseek-jax {name.split('/')[1]} {name}" in docstring
-    if name == "demo/grpo":
-        assert config.rollout.max_tokens == config.loss.max_length
 
 
 def test_the_demos_stages_fit_together():

@@ -1,0 +1,80 @@
+"""Log-probabilities of a batch's tokens under a network: the old policy's, a reference's, later a teacher's."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from deepseek_jax.compute import ComputeConfig
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.model import transformer
+from deepseek_jax.model.transformer import Transformer
+from deepseek_jax.parallel.sharding import split_rows
+from deepseek_jax.train.losses import TokenScores, score_targets, shift
+from deepseek_jax.train.reference import Reference
+from deepseek_jax.train.state import TrainState
+
+Batch = dict[str, jax.Array]
+
+
+def score_tokens(model: Transformer, batch: Batch, chunk: int) -> tuple[TokenScores, jax.Array | None]:
+    """The scores at position i of the token at i + 1, and the routers' loads (L E) where there are experts.
+
+    ``temperature`` (B 1), where the batch has it, divides the logits, as the sampler's did.
+    """
+    out = model(batch["tokens"], positions_BS=batch["positions"], segment_ids_BS=batch["segment_ids"], head=False)
+    targets_BS = shift(batch["tokens"], 1)
+    temperature_B1 = batch.get("temperature")
+    scores = score_targets(out.hidden, model.head_weight(), targets_BS, chunk=chunk, temperature_B1=temperature_B1)
+    return scores, None if out.router is None else out.router.load_E
+
+
+def score_batch(model: Transformer, batch: Batch, *, chunk: int, microbatches: int = 1) -> Float[Array, "B S"]:
+    """Each token's log-probability in its own column, 0 in the first; ``microbatches`` parts, one after another."""
+
+    def score(rows):
+        return jnp.pad(score_tokens(model, rows, chunk)[0].logprob_BS, ((0, 0), (1, 0)))[:, :-1]
+
+    read = ("tokens", "positions", "segment_ids", "temperature")
+    batch = {name: batch[name] for name in read if name in batch}
+    if microbatches == 1:
+        return score(batch)
+    parts = jax.lax.map(score, split_rows(batch, microbatches, model.compute.rules, "microbatches"))
+    return jnp.swapaxes(parts, 0, 1).reshape(batch["tokens"].shape)
+
+
+class Scorer:
+    """Adds to a rollout's batch what its loss compares the policy with.
+
+    Args:
+      old: add ``old_logprobs``, the policy's before the batch's updates: needed where there is more than one.
+      reference: add its ``reference_logprobs``.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        compute: ComputeConfig,
+        *,
+        chunk: int,
+        microbatches: int = 1,
+        old: bool = False,
+        reference: Reference | None = None,
+    ):
+        self.old, self.reference = old, reference
+
+        @jax.jit
+        def score(params, router_bias, batch):
+            network = transformer.merge(config, params, router_bias, compute)
+            return score_batch(network, batch, chunk=chunk, microbatches=microbatches)
+
+        self._score: Callable[..., jax.Array] = score
+
+    def __call__(self, state: TrainState, batch: Batch) -> Batch:
+        found = {}
+        if self.old:
+            found["old_logprobs"] = self._score(state.params, state.router_bias, batch)
+        if self.reference is not None:
+            found["reference_logprobs"] = self._score(self.reference.params, self.reference.router_bias, batch)
+        return batch | found

@@ -8,7 +8,7 @@ PEER := .venv-peer
 PYTHON ?= python3
 ACCELERATOR ?= $(shell cat $(VENV)/accelerator 2>/dev/null || echo cpu)
 ARGS ?=
-# Large pages for large buffers (deepseek_jax/cli/main.py says why).
+# Large pages for large buffers: XLA on a CPU allocates its temporary ones anew in every step (docs/results/speed.md).
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 BIN := $(VENV)/bin

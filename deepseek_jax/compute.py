@@ -6,8 +6,8 @@ from typing import Literal
 import jax
 from jax.sharding import Mesh
 
-from deepseek_jax.config import check_types
 from deepseek_jax.parallel.sharding import ShardingRules
+from deepseek_jax.typed import check_types
 from deepseek_kernels.target import Target
 
 
@@ -20,8 +20,8 @@ class ComputeConfig:
       ``float8_e4m3`` keeps the FP8 matrices of a checkpoint that has them as they are.
     remat: what a layer keeps for its backward pass: with ``none`` everything, ``dots`` its products, ``full`` nothing.
     scan_unroll: layers per turn of the scan: more compile longer and run faster, on a CPU above all.
-    scan_decode: scan the layers of a kind when decoding too. It compiles once for all layers and copies each one's cache
-      and weights out of their stacks at every token.
+    scan_decode: scan the layers of a kind when decoding too, which compiles once for all layers and copies each one's
+      cache and weights out of their stacks at every token.
     target: what kernels are chosen for, spelled as ``Target.parse`` reads it; ``auto``: the mesh's first device.
     attention, decode_attention, experts, grouped_matmul: implementations by name; ``auto``: the registry's choice.
     rules: which mesh axes split which logical axis.

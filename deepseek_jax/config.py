@@ -7,57 +7,11 @@ compiles.
 
 import dataclasses
 import os
-import types
-import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Self
 
-
-def from_dict(cls: type, values: dict[str, Any]) -> Any:
-    """Build a (nested) configuration dataclass from plain values, refusing unknown fields by name."""
-    hints = typing.get_type_hints(cls)
-    unknown = sorted(set(values) - set(hints))
-    _require(not unknown, f"{cls.__name__} has no field {', '.join(unknown)}; it has {', '.join(hints)}")
-    built = {}
-    for name, value in values.items():
-        hint = hints[name]
-        if dataclasses.is_dataclass(hint) and isinstance(value, dict):
-            value = from_dict(typing.cast(type, hint), value)
-        elif typing.get_origin(hint) is tuple and isinstance(value, list):
-            value = tuple(value)
-        built[name] = value
-    return cls(**built)
-
-
-def check_types(config: Any) -> None:
-    """Refuse a field whose value is not of its annotated type (an int is accepted where a float is asked for)."""
-    for name, hint in typing.get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        _require(
-            _is_a(value, hint),
-            f"{type(config).__name__}.{name}={value!r}: expected {_spell(hint)}, got {type(value).__name__}",
-        )
-
-
-def _is_a(value: Any, hint: Any) -> bool:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return value in args and not isinstance(value, bool)
-    if origin in (types.UnionType, typing.Union):
-        return any(_is_a(value, arg) for arg in args)
-    if origin is tuple:
-        return isinstance(value, tuple) and all(_is_a(item, args[0]) for item in value)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-def _spell(hint: Any) -> str:
-    if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(map(repr, typing.get_args(hint)))
-    return getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint)
+from deepseek_jax import hf_config
+from deepseek_jax.typed import check_types, from_dict
 
 
 def _require(condition: bool, message: str) -> None:
@@ -267,13 +221,13 @@ class ModelConfig:
     def from_hf(
         source: Mapping[str, Any] | str | os.PathLike[str], *, ignore_config: Iterable[str] = ()
     ) -> "ModelConfig":
-        """The network that a released model's ``config.json`` describes: see ``hf_config.from_hf``."""
-        from deepseek_jax import hf_config  # which needs this module
-
-        return hf_config.from_hf(source, ignore_config=ignore_config)
+        """The network that a released model's ``config.json`` describes, canonical: see ``hf_config.fields_of``."""
+        return ModelConfig.from_dict(hf_config.fields_of(source, ignore_config=ignore_config)).canonical()
 
     def to_hf(self) -> dict[str, Any]:
-        """The content of a ``config.json`` for this network: see ``hf_config.to_hf``."""
-        from deepseek_jax import hf_config
+        """The content of a ``config.json`` for this network: see ``hf_config.content_of``."""
+        return hf_config.content_of(self.canonical().to_dict())
 
-        return hf_config.to_hf(self)
+    def canonical(self) -> "ModelConfig":
+        """The same network with default values in all fields that do nothing in it: see ``hf_config.essential``."""
+        return ModelConfig.from_dict(hf_config.essential(self.to_dict()))

@@ -1,10 +1,9 @@
-"""``config.json`` of the released models to ``ModelConfig`` and back.
+"""``config.json`` of the released models to the fields of a ``ModelConfig`` and back: plain values both.
 
 Every field of a ``config.json`` is read, or stands in a table of ``hf_families`` as changing nothing (for some values
 or for all), or is refused by name.
 """
 
-import dataclasses
 import json
 import math
 import os
@@ -12,7 +11,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from deepseek_jax.config import ModelConfig, RopeScaling
 from deepseek_jax.hf_families import (
     EXPERTS,
     FAMILIES,
@@ -30,8 +28,8 @@ from deepseek_jax.hf_families import (
 Source = Mapping[str, Any] | str | os.PathLike[str]
 
 
-def from_hf(source: Source, *, ignore_config: Iterable[str] = ()) -> ModelConfig:
-    """The network that a ``config.json`` describes.
+def fields_of(source: Source, *, ignore_config: Iterable[str] = ()) -> dict[str, Any]:
+    """The network that a ``config.json`` describes, as fields of ModelConfig, which has yet to check their values.
 
     Args:
       source: its content, its path, or the folder that holds it.
@@ -61,50 +59,48 @@ def from_hf(source: Source, *, ignore_config: Iterable[str] = ()) -> ModelConfig
     settings = dict(family.fixed) | {name: values[name] for name in reads}
     if not settings["n_routed_experts"]:
         settings["first_k_dense_replace"] = settings["num_hidden_layers"]
-    return canonical(ModelConfig(**settings, **_rotary(found)))
+    return settings | _rotary(found)
 
 
-def to_hf(config: ModelConfig) -> dict[str, Any]:
-    """The content of a ``config.json`` from which ``from_hf`` and transformers make this network.
+def content_of(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a ``config.json`` from which ``fields_of`` and transformers make this network: all fields of a
+    ModelConfig, those that do nothing at their defaults.
 
     Token ids, stored types and quantisation are the caller's to add. YaRN is written with both ``mscale`` and
     ``mscale_all_dim``; where one is zero, transformers and the released code multiply cosines by different factors
     from the same file, so ``attention_factor`` is written too, which makes transformers follow the released code.
     ValueError: no released architecture computes this; names the fields.
     """
-    config = canonical(config)
-    model_type = _nearest_type(config)
+    model_type = _nearest_type(fields)
     family = FAMILIES[model_type]
     content: dict[str, Any] = {"architectures": [family.architecture], "model_type": model_type}
     content |= {name: allowed[0] for name, allowed in family.only.items()}
-    content |= {name: getattr(config, name) for name in family.reads}
-    if config.attention == "mla":
-        content |= {"q_lora_rank": config.q_lora_rank or None, "num_key_value_heads": config.num_attention_heads}
-    content |= {"rope_theta": config.rope_theta, "rope_scaling": _spell_scaling(config.rope_scaling)}
-    lost = [name for name, value in family.fixed.items() if getattr(config, name) != value]
+    content |= {name: fields[name] for name in family.reads}
+    if fields["attention"] == "mla":
+        content |= {"q_lora_rank": fields["q_lora_rank"] or None, "num_key_value_heads": fields["num_attention_heads"]}
+    content |= {"rope_theta": fields["rope_theta"], "rope_scaling": _spell_scaling(fields["rope_scaling"])}
+    lost = [name for name, value in family.fixed.items() if fields[name] != value]
     lost += [name for name in family.reads if name in family.only and content[name] not in family.only[name]]
-    if config.num_nextn_predict_layers and not config.num_moe_layers:
+    if fields["num_nextn_predict_layers"] and not fields["n_routed_experts"]:
         lost.append("n_routed_experts")  # the module behind the last layer would have experts
     if lost:
-        spelled = ", ".join(f"{name}={getattr(config, name)!r}" for name in lost)
+        spelled = ", ".join(f"{name}={fields[name]!r}" for name in lost)
         raise ValueError(f"no released architecture computes this: {model_type}, the nearest, cannot say {spelled}")
     return content
 
 
-def canonical(config: ModelConfig) -> ModelConfig:
-    """The same network with default values in all fields that do nothing in it."""
-    idle = [*GQA] if config.attention == "mla" else [name for name in MLA if name != "attention_bias"]
+def essential(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Of ModelConfig's fields those that do something in the network."""
+    idle = [*GQA] if fields["attention"] == "mla" else [name for name in MLA if name != "attention_bias"]
     changes: dict[str, Any] = {}
-    if not config.num_moe_layers:
+    if not fields["n_routed_experts"] or fields["first_k_dense_replace"] >= fields["num_hidden_layers"]:
         idle += ["scoring", "topk_method", *GROUPS, "norm_topk_prob", "routed_scaling_factor", *EXPERTS]
-        changes = {"n_routed_experts": 0, "first_k_dense_replace": config.num_hidden_layers}
-    elif config.topk_method == "greedy":
+        changes = {"n_routed_experts": 0, "first_k_dense_replace": fields["num_hidden_layers"]}
+    elif fields["topk_method"] == "greedy":
         changes = dict.fromkeys(GROUPS, 1)
-    scaling = config.rope_scaling
-    used = {name: getattr(scaling, name) for name in SCALING[scaling.type]}
-    changes["rope_scaling"] = RopeScaling(scaling.type, **used)
-    defaults = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
-    return dataclasses.replace(config, **({name: defaults[name] for name in idle} | changes))
+    scaling = fields["rope_scaling"]
+    changes["rope_scaling"] = {name: scaling[name] for name in ("type", *SCALING[scaling["type"]])}
+    return {name: value for name, value in fields.items() if name not in idle} | changes
 
 
 def _read(source: Source) -> dict[str, Any]:
@@ -236,10 +232,10 @@ def _rotary(found: Mapping[str, Any]) -> dict[str, Any]:
         if any(value != next(iter(what.values())) for value in what.values()):
             raise ValueError(f"config.json contradicts itself: {', '.join(f'{k}={v!r}' for k, v in what.items())}")
     theta = next(iter(thetas.values()), 10000.0)  # transformers and all released code
-    return {"rope_theta": theta, "rope_scaling": next(iter(scalings.values()), RopeScaling())}
+    return {"rope_theta": theta, "rope_scaling": next(iter(scalings.values()), {"type": "none"})}
 
 
-def _scaling(where: str, fields: Mapping[str, Any]) -> RopeScaling:
+def _scaling(where: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     """One ``rope_scaling`` object. ``mscale`` and ``mscale_all_dim`` mean what they mean in the released code, see
     ``SCALING``; ``attention_factor``, which that code does not know, may only repeat what follows from them."""
     given = {name: value for name, value in fields.items() if value is not None}
@@ -260,37 +256,37 @@ def _scaling(where: str, fields: Mapping[str, Any]) -> RopeScaling:
         raise ValueError(f"config.json: {', '.join(unknown)} unknown with type {kind}; ignore_config can name it")
     if missing:
         raise ValueError(f"config.json: {', '.join(missing)} missing (type {kind})")
-    scaling = RopeScaling(kind, **values)  # pyright: ignore[reportArgumentType]
-    known = repeated is None or isinstance(repeated, int | float)
-    if not known or repeated is not None and not math.isclose(repeated, _amplitude(scaling), rel_tol=1e-6):
-        raise ValueError(
-            f"config.json: {where}.attention_factor={repeated!r}, but mscale={scaling.mscale} and mscale_all_dim="
-            f"{scaling.mscale_all_dim} make it {_amplitude(scaling)}"
-        )
-    return scaling
+    if repeated is not None and all(isinstance(value, int | float) for value in values.values()):
+        amplitude = _amplitude(values)
+        if not (isinstance(repeated, int | float) and math.isclose(repeated, amplitude, rel_tol=1e-6)):
+            raise ValueError(
+                f"config.json: {where}.attention_factor={repeated!r}, but mscale={values['mscale']} and mscale_all_dim="
+                f"{values['mscale_all_dim']} make it {amplitude}"
+            )
+    return {"type": kind} | values
 
 
-def _amplitude(scaling: RopeScaling) -> float:
+def _amplitude(scaling: Mapping[str, Any]) -> float:
     """What the released code multiplies cosines and sines by: ``m(mscale) / m(mscale_all_dim)``, ``m(x) = 0.1 x ln
     factor + 1``."""
-    grown = math.log(max(scaling.factor, 1.0))
-    return (0.1 * scaling.mscale * grown + 1) / (0.1 * scaling.mscale_all_dim * grown + 1)
+    grown = math.log(max(scaling["factor"], 1.0))
+    return (0.1 * scaling["mscale"] * grown + 1) / (0.1 * scaling["mscale_all_dim"] * grown + 1)
 
 
-def _nearest_type(config: ModelConfig) -> str:
-    if config.attention == "gqa" and config.n_routed_experts:
+def _nearest_type(fields: Mapping[str, Any]) -> str:
+    if fields["attention"] == "gqa" and fields["n_routed_experts"]:
         return "deepseek"
-    if config.attention == "gqa":
-        return "qwen2" if config.attention_bias else "llama"
-    return "deepseek_v3" if config.scoring == "sigmoid" else "deepseek_v2"
+    if fields["attention"] == "gqa":
+        return "qwen2" if fields["attention_bias"] else "llama"
+    return "deepseek_v3" if fields["scoring"] == "sigmoid" else "deepseek_v2"
 
 
-def _spell_scaling(scaling: RopeScaling) -> dict[str, Any] | None:
-    if scaling.type == "none":
+def _spell_scaling(scaling: Mapping[str, Any]) -> dict[str, Any] | None:
+    if scaling["type"] == "none":
         return None
     # The old key, which the released MLA code asks for, and the one that Llama 3.1 came with.
-    content: dict[str, Any] = {"type" if scaling.type == "yarn" else "rope_type": scaling.type}
-    content |= {name: getattr(scaling, name) for name in SCALING[scaling.type]}
-    if scaling.type == "yarn" and not (scaling.mscale and scaling.mscale_all_dim):
+    content: dict[str, Any] = {"type" if scaling["type"] == "yarn" else "rope_type": scaling["type"]}
+    content |= {name: scaling[name] for name in SCALING[scaling["type"]]}
+    if scaling["type"] == "yarn" and not (scaling["mscale"] and scaling["mscale_all_dim"]):
         content["attention_factor"] = _amplitude(scaling)
     return content

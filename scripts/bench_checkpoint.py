@@ -56,7 +56,6 @@ def write_random(folder: Path, config, fp8: bool) -> None:
     from deepseek_jax.checkpoint.hf_names import hf_tensors
     from deepseek_jax.checkpoint.hf_save import QUANTISED
     from deepseek_jax.checkpoint.safetensors_writing import Planned, write_folder
-    from deepseek_jax.hf_config import to_hf
 
     plan = []
     for tensor in hf_tensors(config):
@@ -78,7 +77,7 @@ def write_random(folder: Path, config, fp8: bool) -> None:
 
     folder.mkdir()
     write_folder(folder, plan, produce, max_shard_bytes=10**9)
-    released = to_hf(config) | {"torch_dtype": "bfloat16"} | ({"quantization_config": QUANTISED} if fp8 else {})
+    released = config.to_hf() | {"torch_dtype": "bfloat16"} | ({"quantization_config": QUANTISED} if fp8 else {})
     (folder / "config.json").write_text(json.dumps(released))
 
 

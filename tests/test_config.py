@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from model.tiny import QWEN, V1, V2, V2_LITE, V3
 
-from deepseek_jax.config import ModelConfig, RopeScaling, from_dict
+from deepseek_jax.config import ModelConfig, RopeScaling
+from deepseek_jax.typed import from_dict
 
 REFUSED = [
     # field and value that are wrong; what the message must name

@@ -22,7 +22,6 @@ from deepseek_jax.checkpoint.reading import nest
 from deepseek_jax.checkpoint.safetensors import TensorFiles, TensorInfo
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.hf_config import from_hf
 from deepseek_jax.model import transformer
 from deepseek_jax.parallel.sharding import ShardingRules, named_sharding
 from deepseek_kernels.block_fp8 import BLOCK, FP8, BlockScaled, scales_shape, split_shape
@@ -42,7 +41,7 @@ def load_hf(
     Args:
       dtype: bfloat16 or float32, of parameters and arithmetic; FP8 checkpoints are dequantised to it. "float8_e4m3"
         keeps their FP8 matrices and scales as they are (``BlockScaled``), for inference in bfloat16.
-      ignore_config: fields of config.json to pass over, see ``hf_config.from_hf``.
+      ignore_config: fields of config.json to pass over, see ``hf_config.fields_of``.
 
     Raises ValueError, naming tensor or field, for whatever is missing, unknown, misshapen or damaged. An MTP module
     that config.json announces and the files lack altogether is left out with a warning.
@@ -73,7 +72,7 @@ class Released:
         name = dtype_name(dtype)
         self.keeps_fp8 = name == KEPT_FP8
         self.dtype = np.dtype(jnp.bfloat16 if self.keeps_fp8 else name)  # of what is not kept in FP8
-        config = from_hf(path, ignore_config=ignore_config)
+        config = ModelConfig.from_hf(path, ignore_config=ignore_config)
         self._files = TensorFiles(path)
         try:
             self.config: ModelConfig = find_mtp(config, self._files)

@@ -24,7 +24,6 @@ from deepseek_jax.checkpoint.hf_load import KEPT_FP8, dtype_name, from_bits, to_
 from deepseek_jax.checkpoint.hf_names import HFTensor, flatten, hf_tensors, mtp_copies
 from deepseek_jax.checkpoint.safetensors_writing import Planned, planned_bytes, write_folder
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.hf_config import to_hf
 from deepseek_jax.model import transformer
 from deepseek_kernels.block_fp8 import FP8, BlockScaled, quantise
 
@@ -90,7 +89,7 @@ def write_model(
     resume_as: names these very arrays; finished files that a killed call with the same name left are kept.
     """
     name = dtype_name(dtype)
-    released = to_hf(config) | {"torch_dtype": "bfloat16" if name == KEPT_FP8 else name}
+    released = config.to_hf() | {"torch_dtype": "bfloat16" if name == KEPT_FP8 else name}
     if name == KEPT_FP8:
         released["quantization_config"] = QUANTISED
     writer = _Writer(config, params, router_bias, name)

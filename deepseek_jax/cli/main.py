@@ -41,12 +41,9 @@ COMMANDS = {
     "bench": "bench",
 }
 
-COMPUTING = ("demo", "pretrain", "sft", "grpo", "generate", "chat", "bench")
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status. A user's mistake is one line on standard error and status 1."""
-    as_process = arguments is None
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE)
@@ -56,8 +53,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"deepseek-jax: no command {command!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     _keep_compiled_programs()
-    if as_process and command in COMPUTING:
-        _use_large_pages()
     try:
         from deepseek_jax.parallel.hosts import join_hosts
 
@@ -81,19 +76,6 @@ def _keep_compiled_programs() -> None:
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "deepseek-jax" / "jax"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
-
-
-def _use_large_pages() -> None:
-    """Start again with glibc asking for large pages wherever a buffer is large; it reads that once, at the start.
-
-    XLA on a CPU allocates its temporary buffers anew in every step, some 100 MB in the demo's: in small pages the
-    faults alone took a third of it. Where GLIBC_TUNABLES says something about it already, that stays.
-    """
-    given = os.environ.get("GLIBC_TUNABLES", "")
-    if sys.platform == "linux" and "glibc.malloc.hugetlb" not in given:
-        os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (given, "glibc.malloc.hugetlb=1")))
-        sys.stdout.flush()
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 if __name__ == "__main__":

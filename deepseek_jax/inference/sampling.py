@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from deepseek_jax.config import check_types
+from deepseek_jax.typed import check_types
 
 
 @dataclasses.dataclass(frozen=True)

@@ -45,8 +45,8 @@ class DeepSeekMoE(nnx.Module):
 
         def experts(x_BSD, weights_BSK, experts_BSK, wi_ED2F, wo_EFD):
             kernel = {"implementation": compute.experts, "grouped": compute.grouped_matmul, "target": compute.kernels}
-            rows = (x.reshape(-1, x.shape[2]) for x in (x_BSD, weights_BSK, experts_BSK))
-            return routed_experts(*rows, wi_ED2F, wo_EFD, **kernel).reshape(x_BSD.shape)
+            x_TD, weights_TK, experts_TK = (x.reshape(-1, x.shape[2]) for x in (x_BSD, weights_BSK, experts_BSK))
+            return routed_experts(x_TD, weights_TK, experts_TK, wi_ED2F, wo_EFD, **kernel).reshape(x_BSD.shape)
 
         with jax.named_scope("experts"):
             y = exchange(experts, x_BSD, weights_BSK, experts_BSK, self.wi[...], self.wo[...], compute.rules)

@@ -191,6 +191,7 @@ class Transformer(nnx.Module):
     ) -> tuple[Float[Array, "B S D"], RouterStats | None, Any]:
         """The MTP module on the main model's hidden states and the tokens of the same rows -> (the head's input for the
         token after the next, statistics, memory). A row's last token has no next one and counts as padding."""
+        assert self.mtp is not None
         following_BSD = self.embedded(jnp.roll(tokens_BS, -1, axis=1))
         segments_BS = mtp_segments(context.segment_ids_BS)
         context = Context(context.rope, context.visible, segments_BS)
@@ -199,8 +200,8 @@ class Transformer(nnx.Module):
 
         def run(state, hidden, following, context, *more):
             bias_E, memory, chosen_BSK = more
-            options = {"memory": memory, "chosen_BSK": chosen_BSK, "absorbed": absorbed}
-            return nnx.merge(graph, state)(hidden, following, context, bias_E, **options)
+            module: MTP = nnx.merge(graph, state)
+            return module(hidden, following, context, bias_E, memory=memory, chosen_BSK=chosen_BSK, absorbed=absorbed)
 
         with jax.named_scope("mtp"):
             run = _rematerialised(run, self.compute.remat)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from deepseek_jax.config import check_types
+from deepseek_jax.typed import check_types
 
 
 @dataclasses.dataclass(frozen=True)

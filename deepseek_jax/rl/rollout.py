@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.checkpoint.model import Model
-from deepseek_jax.config import check_types
 from deepseek_jax.data.loader import LoaderOptions
 from deepseek_jax.data.rows import PromptLoader
 from deepseek_jax.inference.engine import Engine
@@ -21,6 +20,7 @@ from deepseek_jax.rl.grader import Grader
 from deepseek_jax.rl.tasks import Row, Task, where
 from deepseek_jax.train.grpo import group_advantages
 from deepseek_jax.train.state import TrainState
+from deepseek_jax.typed import check_types
 
 logger = logging.getLogger(__name__)
 

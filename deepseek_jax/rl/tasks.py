@@ -21,11 +21,11 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from deepseek_jax.config import check_types
 from deepseek_jax.data.chat import check_messages
 from deepseek_jax.data.text import check_text
 from deepseek_jax.rl.answers import is_right
 from deepseek_jax.rl.reward_worker import describe, load_function
+from deepseek_jax.typed import check_types
 
 Row = Mapping[str, Any]
 Messages = list[dict[str, str]]

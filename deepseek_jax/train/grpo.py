@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from deepseek_jax.config import check_types
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.train.losses import shift
 from deepseek_jax.train.scoring import score_tokens
+from deepseek_jax.typed import check_types
 
 
 def group_advantages(rewards_PG: Float[Array, "P G"], *, scale: Literal["std", "none"] = "std") -> Float[Array, "P G"]:

@@ -17,10 +17,10 @@ import jax
 
 from deepseek_jax.checkpoint import CheckpointStore
 from deepseek_jax.checkpoint.model import CHECKPOINTS
-from deepseek_jax.config import check_types
 from deepseek_jax.train.metrics import MetricsWriter, read_metrics
 from deepseek_jax.train.preemption import Preempted, stop_signals
 from deepseek_jax.train.progress import Progress
+from deepseek_jax.typed import check_types
 
 
 @runtime_checkable

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from deepseek_jax.config import check_types
 from deepseek_jax.model.router import count_sequences
 from deepseek_jax.model.transformer import Transformer
+from deepseek_jax.typed import check_types
 from deepseek_kernels import product, weight_gradient
 
 

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from deepseek_jax.config import ModelConfig, check_types
+from deepseek_jax.config import ModelConfig
 from deepseek_jax.model import transformer
+from deepseek_jax.typed import check_types
 
 
 @dataclasses.dataclass(frozen=True)

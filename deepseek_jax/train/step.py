@@ -11,11 +11,12 @@ import optax
 from jaxtyping import Array, Float
 
 from deepseek_jax.compute import ComputeConfig
-from deepseek_jax.config import ModelConfig, check_types
+from deepseek_jax.config import ModelConfig
 from deepseek_jax.model import transformer
 from deepseek_jax.parallel.sharding import split_rows
 from deepseek_jax.train.optimizer import guarded, keep_if
 from deepseek_jax.train.state import TrainState
+from deepseek_jax.typed import check_types
 
 Batch = dict[str, jax.Array]
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]

@@ -23,8 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
-from deepseek_jax.config import check_types
 from deepseek_jax.rl import arithmetic as rl
+from deepseek_jax.typed import check_types
 
 # Folders of tests, tables, vendored or deprecated code, and files made for one machine.
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "distutils"}

@@ -11,12 +11,12 @@ from pathlib import Path
 from rich.console import Console
 
 from deepseek_jax.checkpoint.model import TOKENIZER, load
-from deepseek_jax.config import check_types
 from deepseek_jax.data.chat import encode_chat
 from deepseek_jax.data.text import read_documents, read_objects
 from deepseek_jax.data.tokenizer import train_tokenizer
 from deepseek_jax.evals.experts import expert_shares, token_kinds
 from deepseek_jax.rl.arithmetic import read_jsonl, to_messages
+from deepseek_jax.typed import check_types
 from deepseek_jax.workflows.corpus import CorpusConfig, build_corpus
 from deepseek_jax.workflows.grpo import GRPOConfig, grpo
 from deepseek_jax.workflows.pretrain import PretrainConfig, pretrain

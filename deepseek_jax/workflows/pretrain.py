@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from deepseek_jax.checkpoint.model import Model
-from deepseek_jax.config import ModelConfig, check_types
+from deepseek_jax.config import ModelConfig
 from deepseek_jax.data.fim import FimTokens, apply_fim
 from deepseek_jax.data.packing import pack_stream
 from deepseek_jax.data.rows import RowLoader, open_rows, write_rows
@@ -20,6 +20,7 @@ from deepseek_jax.evals.text import bits_per_byte
 from deepseek_jax.parallel.hosts import first_host_first
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.train.losses import LanguageModelLoss
+from deepseek_jax.typed import check_types
 from deepseek_jax.workflows.stage import (
     RESULT,
     LoaderBatches,

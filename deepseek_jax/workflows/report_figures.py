@@ -4,11 +4,8 @@ Colours are CSS variables of the page, so that one picture serves a light and a 
 span several stages: each gets a panel of equal width with its own step axis, since their lengths differ.
 """
 
-import base64
 import html
 import math
-import struct
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +15,8 @@ WIDTH, HEIGHT = 360, 214
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 34, 34
 PLOT_WIDTH = WIDTH - LEFT - RIGHT
 MAX_POINTS = 320  # of a line: more cannot be told apart at this width
-UNDER_RGB, OVER_RGB = (47, 127, 193), (224, 112, 26)  # readable on light and dark, and to the colour-blind
+UNDER, OVER = "#2f7fc1", "#e0701a"  # readable on light and dark, and to the colour-blind
+SHADES = 20  # of each of the two: no step between them can be seen, and cells of one are one path
 
 
 @dataclass(frozen=True)
@@ -82,12 +80,9 @@ def heat_map(ratio_EC: np.ndarray, panels: Sequence[Panel], *, limit: float, num
     row = max(2.0, min(18.0, 270 / experts))
     bottom = TOP + row * experts
     depth = np.clip(np.log(np.maximum(ratio_EC, 1e-9)) / math.log(limit), -1, 1)
-    rgba = np.empty((experts, columns, 4), np.uint8)
-    rgba[..., :3] = np.where(depth[..., None] < 0, UNDER_RGB, OVER_RGB)
-    rgba[..., 3] = np.round(np.abs(depth) * 205)  # never opaque, so that a number on it stays readable
     parts = [
-        f'<image x="{LEFT}" y="{TOP}" width="{PLOT_WIDTH}" height="{row * experts:.1f}" '
-        f'preserveAspectRatio="none" href="data:image/png;base64,{base64.b64encode(_png(rgba)).decode()}"/>',
+        f'<g class="heat" transform="translate({LEFT} {TOP + row / 2}) scale({PLOT_WIDTH / columns:.4f} {row})">',
+        f"{_cells(np.round(depth * SHADES).astype(int))}</g>",
         f'<rect class="frame" x="{LEFT}" y="{TOP}" width="{PLOT_WIDTH}" height="{row * experts:.1f}"/>',
         _text(2, 11, "expert", "start"),
     ]
@@ -127,6 +122,15 @@ def table(heads: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> st
     )
     rows_html = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
     return f'<div class="wide"><table>{rows_html}</table></div>'
+
+
+def _cells(shade_EC: np.ndarray) -> str:
+    """One path a shade, in units of a cell; none is opaque, so that a number on it stays readable."""
+    return "".join(
+        f'<path stroke="{UNDER if shade < 0 else OVER}" opacity="{0.8 * abs(shade) / SHADES:.2f}" '
+        f'd="{"".join(f"M{column} {row}h1" for row, column in np.argwhere(shade_EC == shade))}"/>'
+        for shade in np.unique(shade_EC[shade_EC != 0])
+    )
 
 
 def _step_axis(panels: Sequence[Panel], bottom: float) -> list[str]:
@@ -216,16 +220,3 @@ def number(value: float) -> str:
 
 def _text(x: float, y: float, text: str, anchor: str, css: str = "label") -> str:
     return f'<text class="{css}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{html.escape(text)}</text>'
-
-
-def _png(rgba: np.ndarray) -> bytes:
-    """A PNG file of an (H, W, 4) uint8 array."""
-    height, width, _ = rgba.shape
-    rows = b"".join(b"\0" + row.tobytes() for row in rgba)
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 6, 0, 0, 0)
-    compressed = zlib.compress(rows, 9)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", compressed) + chunk(b"IEND", b"")

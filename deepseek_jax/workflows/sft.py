@@ -10,7 +10,6 @@ from typing import Any
 import jax
 
 from deepseek_jax.checkpoint.model import Model, load
-from deepseek_jax.config import check_types
 from deepseek_jax.data.chat import encode_chat
 from deepseek_jax.data.packing import Row, pack_samples
 from deepseek_jax.data.rows import RowLoader, open_rows, write_rows
@@ -21,6 +20,7 @@ from deepseek_jax.evals.text import row_loss
 from deepseek_jax.parallel.hosts import first_host_first, require_one_process
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.train.losses import LanguageModelLoss
+from deepseek_jax.typed import check_types
 from deepseek_jax.workflows.stage import (
     RESULT,
     LoaderBatches,

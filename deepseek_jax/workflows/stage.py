@@ -14,7 +14,6 @@ import jax.numpy as jnp
 
 from deepseek_jax.checkpoint.model import Model
 from deepseek_jax.compute import ComputeConfig
-from deepseek_jax.config import check_types
 from deepseek_jax.model.costs import count_parameters
 from deepseek_jax.parallel.mesh import MeshConfig
 from deepseek_jax.parallel.sharding import place_batch
@@ -24,6 +23,7 @@ from deepseek_jax.train.progress import Progress
 from deepseek_jax.train.reference import Reference
 from deepseek_jax.train.state import TrainState, create_state
 from deepseek_jax.train.step import Batch, Loss, StepConfig, make_step
+from deepseek_jax.typed import check_types
 
 RESULT = "result.json"
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_jax.checkpoint.model import Model
-from deepseek_jax.config import check_types
 from deepseek_jax.data.text import read_rows
 from deepseek_jax.evals.accuracy import Answered, accuracy, accuracy_by, answer
 from deepseek_jax.rl.tasks import TaskConfig, column, make_task, where
+from deepseek_jax.typed import check_types
 
 MODES = {"greedy": 0.0, "sampled": 1.0}  # by name, the temperature
 

@@ -12,7 +12,6 @@ from model.tiny import QWEN, V1, V2, V3, config, weights
 
 from deepseek_jax.checkpoint.reading import named_leaves
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.hf_config import to_hf
 from deepseek_jax.model import transformer
 from deepseek_jax.model.transformer import Transformer
 
@@ -149,5 +148,5 @@ def write(folder: Path, config: ModelConfig, tensors: dict[str, np.ndarray], **s
         header[name] = {"dtype": _NAMES[array.dtype], "shape": array.shape, "data_offsets": [start, len(data)]}
     raw = json.dumps(header).encode()
     (folder / "model.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw + data)
-    (folder / "config.json").write_text(json.dumps(to_hf(config) | settings))
+    (folder / "config.json").write_text(json.dumps(config.to_hf() | settings))
     return folder

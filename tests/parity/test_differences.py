@@ -10,7 +10,6 @@ import pytest
 from model.tiny import V2, V3, config
 
 from deepseek_jax import ModelConfig, RopeScaling, load_hf
-from deepseek_jax.hf_config import to_hf
 from deepseek_jax.model.mla import LATENT_EPS
 from deepseek_jax.model.rope import rotary_tables
 from deepseek_jax.model.router import limit_to_groups
@@ -26,7 +25,8 @@ def cosine_at_zero(mscale: dict[str, float]) -> tuple[float, float, float]:
     """(ours, theirs, theirs from the config.json that we write): the amplitude of the rotary tables for these fields of
     rope_scaling, factor 40."""
     module = importlib.import_module("transformers.models.deepseek_v3.modeling_deepseek_v3")
-    fields = to_hf(config(V3, rope_scaling=RopeScaling("yarn", factor=40.0, original_max_position_embeddings=64)))
+    scaling = RopeScaling("yarn", factor=40.0, original_max_position_embeddings=64)
+    fields = config(V3, rope_scaling=scaling).to_hf()
     fields.pop("rope_scaling", None)
     rope = dict(rope_type="yarn", type="yarn", rope_theta=10000.0, factor=40.0, original_max_position_embeddings=64)
     ours = ModelConfig.from_hf(fields | {"rope_parameters": rope | mscale})
@@ -36,7 +36,7 @@ def cosine_at_zero(mscale: dict[str, float]) -> tuple[float, float, float]:
         return float(rotary(torch.zeros(1, 1, 1), torch.zeros(1, 1, dtype=torch.long))[0][0, 0, 0])
 
     cos, _ = rotary_tables(ours, jnp.zeros((1, 1), jnp.int32))
-    return float(cos[0, 0, 0, 0]), theirs(fields | {"rope_parameters": rope | mscale}), theirs(to_hf(ours))
+    return float(cos[0, 0, 0, 0]), theirs(fields | {"rope_parameters": rope | mscale}), theirs(ours.to_hf())
 
 
 def temperature(mscale: float) -> float:
@@ -80,7 +80,7 @@ def test_groups_are_masked_with_minus_infinity():
 def test_v2_with_normalised_weights_is_refused():
     """transformers reads norm_topk_prob and ignores it; codes for V2 disagree on scaling after normalising."""
     with pytest.raises(ValueError, match="norm_topk_prob"):
-        ModelConfig.from_hf(to_hf(config(V2)) | {"norm_topk_prob": True})
+        ModelConfig.from_hf(config(V2).to_hf() | {"norm_topk_prob": True})
 
 
 @pytest.mark.parametrize(("kind", "base"), [("DeepseekV2", V2), ("DeepseekV3", V3)])
@@ -88,7 +88,7 @@ def test_the_latents_norms_have_an_eps_of_their_own(kind, base, tmp_path):
     """The released code gives the norms of the latents no eps, so its default holds whatever ``rms_norm_eps`` says;
     transformers keeps that, and so do we. Servers that read ``rms_norm_eps`` there too get the same from released
     models, whose files say 1e-6; from a file that says otherwise (0.1 here) they make another network."""
-    fields = to_hf(config(base, rms_norm_eps=0.1, num_nextn_predict_layers=0))
+    fields = config(base, rms_norm_eps=0.1, num_nextn_predict_layers=0).to_hf()
     cls = getattr(transformers, f"{kind}ForCausalLM")
     cls(getattr(transformers, f"{kind}Config")(**fields)).float().save_pretrained(tmp_path)
     redraw(tmp_path)

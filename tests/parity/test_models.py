@@ -23,7 +23,7 @@ from parity.drawn import draw, redraw  # noqa: E402
 from safetensors.numpy import load_file, save_file  # noqa: E402
 
 from deepseek_jax import Cache, load_hf, save_hf  # noqa: E402
-from deepseek_jax.hf_config import from_hf, to_hf  # noqa: E402
+from deepseek_jax.config import ModelConfig  # noqa: E402
 from deepseek_jax.model import transformer  # noqa: E402
 
 COMMON: dict[str, Any] = dict(vocab_size=96, hidden_size=32, num_hidden_layers=3, max_position_embeddings=256)
@@ -268,7 +268,7 @@ def test_transformers_reads_the_same_from_the_config_we_write(name, tmp_path):
     if "rope_parameters" in fields:
         fields["rope_parameters"] = fields["rope_parameters"] | dict(rope_theta=5000.0)
     had = peer(name, "Config")(**fields)
-    written = to_hf(from_hf(fields if name == "v1" else had.to_diff_dict()))
+    written = ModelConfig.from_hf(fields if name == "v1" else had.to_diff_dict()).to_hf()
     (tmp_path / "config.json").write_text(json.dumps(written))
     wanted, found = had.to_dict(), peer(name, "Config").from_pretrained(tmp_path).to_dict()
     assert (written["model_type"], found.pop("architectures")) == (had.model_type, [FAMILIES[name][0] + "ForCausalLM"])

@@ -190,9 +190,12 @@ def test_a_corpus_of_another_configuration_is_refused(miniature, monkeypatch):
         make_corpus(dataclasses.replace(config, folder="run/corpus", corpus=CorpusConfig(vocab_size=301)))
 
 
-def test_a_reference_that_moves_takes_a_kl_term():
-    with pytest.raises(ValueError, match="reference_every=3: without loss.kl_weight there is no reference"):
-        GRPOConfig(reference_every=3)
+def test_learner_and_sampler_must_be_told_the_same():
+    with pytest.raises(ValueError, match="loss.temperature=1.0 but rollout.temperature=0.5"):
+        GRPOConfig(rollout=RolloutConfig(temperature=0.5, max_tokens=64), loss=GRPOLoss(max_length=64))
+    with pytest.raises(ValueError, match="loss.max_length=63 but rollout.max_tokens=64"):
+        GRPOConfig(rollout=RolloutConfig(max_tokens=64), loss=GRPOLoss(max_length=63))
+    assert GRPOConfig().loss.max_length == GRPOConfig().rollout.max_tokens
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,9 @@
 """The report of a demo run, made from synthetic runs: what it must show, and what it must survive."""
 
-import base64
 import html
 import io
 import json
 import re
-import struct
-import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from deepseek_jax.workflows.report import print_summary, write_report
-from deepseek_jax.workflows.report_figures import UNDER_RGB, Line, Panel, heat_map, line_chart
+from deepseek_jax.workflows.report_figures import OVER, UNDER, Line, Panel, heat_map, line_chart
 
 LAYERS, EXPERTS = 2, 4
 HOSTILE = "</pre><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)>"
@@ -123,12 +120,11 @@ def test_report_is_one_file_that_needs_nothing_else(full_run: Path) -> None:
     assert path == full_run / "report.html" and not (full_run / "report.html.partial").exists()
     text = path.read_text(encoding="utf-8")
     page = Page(text)
-    assert not page.names() & {"script", "link", "iframe", "object", "embed", "base", "img"}
+    assert not page.names() & {"script", "link", "iframe", "object", "embed", "base", "img", "image"}
     for tag, attributes in page.tags:
         for name, value in attributes.items():
             assert not name.startswith("on"), (tag, name)
-            if name in {"src", "href", "xlink:href", "action", "data"}:
-                assert (value or "").startswith("data:image/png;base64,"), (tag, value)
+            assert name not in {"src", "href", "xlink:href", "action", "data"}, (tag, value)
     style = "".join(re.findall(r"<style>(.*?)</style>", text, re.S))
     assert "url(" not in style and "@import" not in style and "prefers-color-scheme: dark" in style
 
@@ -156,7 +152,7 @@ def test_every_section_and_chart_is_there(full_run: Path) -> None:
     for title in charts:
         card = re.search(rf"<figure><h3>{re.escape(title)}</h3>(.*?)</figure>", text, re.S)
         assert card and "<svg" in card[1] and re.search(r"<figcaption>.+\.</figcaption>", card[1]), title
-    assert "nan" not in re.sub(r"base64,[^\"]*", "", text).lower(), "a NaN loss must leave a gap"
+    assert "nan" not in text.lower(), "a NaN loss must leave a gap"
     assert "the most marked is expert 2 with 3.6× for digits" in text
     assert "not complete" not in text and "Not measured yet" not in text
 
@@ -243,13 +239,9 @@ def test_line_chart_puts_values_where_the_axis_says() -> None:
 
 def test_heat_map_colours_say_under_and_over() -> None:
     svg = heat_map(np.array([[1.0, 0.25], [9.0, 0.0]]), [Panel("a", 0), Panel("b", 0)], limit=4, numbers=True)
-    encoded = re.findall(r"base64,([^\"]+)", svg)[0]
-    png = base64.b64decode(encoded)
-    assert png[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">II", png[16:24]) == (2, 2)
-    start = png.index(b"IDAT") + 4
-    (length,) = struct.unpack(">I", png[start - 8 : start - 4])
-    rows = np.frombuffer(zlib.decompress(png[start : start + length]), np.uint8).reshape(2, 9)[:, 1:]
-    rgba = rows.reshape(2, 2, 4)
-    assert rgba[0, 0, 3] == 0, "the fair share has no colour"
-    assert tuple(rgba[0, 1, :3]) == UNDER_RGB and rgba[0, 1, 3] == rgba[1, 0, 3] == rgba[1, 1, 3] == 205
+    cells = {}
+    for colour, opacity, path in re.findall(r'<path stroke="([^"]+)" opacity="([^"]+)" d="([^"]+)"/>', svg):
+        for column, row in re.findall(r"M(\d+) (\d+)h1", path):
+            cells[int(row), int(column)] = colour, float(opacity)
+    assert cells == {(0, 1): (UNDER, 0.8), (1, 0): (OVER, 0.8), (1, 1): (UNDER, 0.8)}, "the fair share has no colour"
     assert re.findall(r'class="cell"[^>]*>([\d.]+)<', svg) == ["1.0", "0.2", "9.0", "0.0"]

@@ -15,7 +15,7 @@ typedef struct {
   int64_t B, S, T, H, N, R, V;
 } Attention;
 
-// The columns [*from, *to) that a strip's rows may attend to: multiples of 32; all of them where a row has none.
+// The columns [*from, *to) that a strip's rows may attend to: multiples of COLS; all of them where a row has none.
 static void strip_range(const Attention *a, const int8_t *mask, int64_t rows, int8_t *kept, int64_t *from, int64_t *to) {
   int64_t low = a->T, high = 0, wide = whole(a->T);
   memset(kept, 0, (size_t)(rows * wide));

@@ -1,8 +1,8 @@
 // What the CPU's kernels share: one matrix product over strided operands, vectors, and XLA's threads.
 //
-// `multiply` computes 12 × 32 tiles in registers from a right operand that `pack` has laid out in panels of 32 columns.
-// Work is cut into tasks for XLA's threads; every number is summed by one of them in one order, so results do not depend
-// on how many there are. Vectors are the compiler's (16 floats), so it builds for any processor.
+// `multiply` computes ROWS × COLS tiles in registers from a right operand that `pack` has laid out in panels of COLS
+// columns. Work is cut into tasks for XLA's threads; every number is summed by one of them in one order, so results do
+// not depend on how many there are. Vectors are the compiler's, so it builds for any processor.
 #pragma once
 #define _GNU_SOURCE
 #include <math.h>
@@ -13,7 +13,22 @@
 
 #include "xla/ffi/api/c_api.h"
 
-enum { ROWS = 12, COLS = 32, LANES = 16, FEW = 48, CHUNK = 192, KEPT = 1 << 20 };
+// A tile's sums are 2 · ROWS vectors. With two of the right operand and one of the left they must fit the registers:
+// 27 of 32, or 15 of 16. A vector wider than a register would be spilled in every step, six times slower than no kernel.
+#if defined __AVX512F__
+#define LANES 16
+#define ROWS 12
+#elif defined __AVX2__
+#define LANES 8
+#define ROWS 6
+#elif defined __ARM_NEON
+#define LANES 4
+#define ROWS 12
+#else
+#define LANES 4
+#define ROWS 6
+#endif
+enum { COLS = 2 * LANES, FEW = 48, CHUNK = 192, KEPT = 1 << 20 };
 typedef float vf __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int32_t vi __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int8_t vb __attribute__((vector_size(LANES), aligned(1)));
@@ -36,30 +51,38 @@ static void give_back(float *numbers) {
 // ---- the product ----
 
 // Two vectors woven into each other, a0 b0 a1 b1 …: its first half and its second.
+#define PAIRS_4(i) i, i + LANES, i + 1, i + 1 + LANES
+#define PAIRS_8(i) PAIRS_4(i), PAIRS_4(i + 2)
+#define PAIRS_16(i) PAIRS_8(i), PAIRS_8(i + 4)
+#define PAIRS_OF(lanes, i) PAIRS_##lanes(i)
+#define PAIRS(lanes, i) PAIRS_OF(lanes, i)
 static inline vf weave(vf a, vf b, int second) {
-#define PAIRS(i) i, i + 16, i + 1, i + 17, i + 2, i + 18, i + 3, i + 19, i + 4, i + 20, i + 5, i + 21, i + 6, i + 22, i + 7, i + 23
 #ifdef __clang__
-  return second ? __builtin_shufflevector(a, b, PAIRS(8)) : __builtin_shufflevector(a, b, PAIRS(0));
+  return second ? __builtin_shufflevector(a, b, PAIRS(LANES, LANES / 2)) : __builtin_shufflevector(a, b, PAIRS(LANES, 0));
 #else
-  return second ? __builtin_shuffle(a, b, (vi){PAIRS(8)}) : __builtin_shuffle(a, b, (vi){PAIRS(0)});
+  return second ? __builtin_shuffle(a, b, (vi){PAIRS(LANES, LANES / 2)}) : __builtin_shuffle(a, b, (vi){PAIRS(LANES, 0)});
 #endif
 }
 
-// to[i][j] = b[j][i] for 16 × 16 numbers.
+// to[i][j] = b[j][i] for LANES × LANES numbers: log2(LANES) times each row is woven with the one half of them on.
 static void turn(float *to, int64_t ldto, const float *b, int64_t ldb) {
   vf x[LANES], y[LANES];
   for (int i = 0; i < LANES; i++) x[i] = *(const vf *)(b + i * ldb);
-  for (int round = 0; round < 2; round++) {
+#pragma GCC unroll 4
+  for (int woven = 1; woven < LANES; woven *= 2) {
 #pragma GCC unroll 8
-    for (int i = 0; i < LANES / 2; i++) y[2 * i] = weave(x[i], x[i + 8], 0), y[2 * i + 1] = weave(x[i], x[i + 8], 1);
-#pragma GCC unroll 8
-    for (int i = 0; i < LANES / 2; i++) x[2 * i] = weave(y[i], y[i + 8], 0), x[2 * i + 1] = weave(y[i], y[i + 8], 1);
+    for (int i = 0; i < LANES / 2; i++) {
+      y[2 * i] = weave(x[i], x[i + LANES / 2], 0);
+      y[2 * i + 1] = weave(x[i], x[i + LANES / 2], 1);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) x[i] = y[i];
   }
   for (int i = 0; i < LANES; i++) *(vf *)(to + i * ldto) = x[i];
 }
 
-// Panels of b (k × n, element (i, j) at b[i·rs + j·cs], one of the strides 1): panel p holds columns 32p…32p+31 as
-// [k][32], zero-padded; the next one begins `tall` ≥ k rows further on.
+// Panels of b (k × n, element (i, j) at b[i·rs + j·cs], one of the strides 1): panel p holds its COLS columns as
+// [k][COLS], zero-padded; the next one begins `tall` ≥ k rows further on.
 static void pack(float *to, const float *b, int64_t rs, int64_t cs, int64_t k, int64_t n, int64_t tall) {
   for (int64_t j0 = 0; j0 < n; j0 += COLS, to += tall * COLS) {
     int64_t width = least(COLS, n - j0);
@@ -118,7 +141,10 @@ static inline __attribute__((always_inline)) void tile(const int rows, const flo
 static void any_tile(int rows, const float *a, int64_t rs, int64_t cs, int64_t k, const float *panel, int64_t step,
                      float *c, int64_t ld, int64_t width, int add) {
   switch (rows) {
-    TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6) TILE(7) TILE(8) TILE(9) TILE(10) TILE(11) TILE(12)
+    TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6)
+#if ROWS == 12
+    TILE(7) TILE(8) TILE(9) TILE(10) TILE(11) TILE(12)
+#endif
   }
 }
 
@@ -144,7 +170,7 @@ static void multiply_rows(int64_t m, int64_t n, int64_t k, const float *a, const
 
 // ---- vectors ----
 
-// The first n of 16 numbers, the rest zero.
+// The first n of LANES numbers, the rest zero.
 static inline vf load(const float *from, int64_t n) {
   vf x = {0};
   if (n >= LANES) return *(const vf *)from;

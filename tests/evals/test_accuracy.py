@@ -1,40 +1,38 @@
 """Accuracy: who is right, in batches that do not come out even."""
 
-import jax
+import dataclasses
+
 import numpy as np
 import pytest
-from model.tiny import weights
+from model.tiny import weights, whole
 from small import SPEAKER, tokenizer
 
 from deepseek_jax.data.chat import encode_prompt
-from deepseek_jax.evals.accuracy import Answered, accuracy, accuracy_by_kind, answer
+from deepseek_jax.evals.accuracy import Answered, accuracy, accuracy_by, answer
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.generate import Generated
-from deepseek_jax.rl import problems as rl
+from deepseek_jax.rl import arithmetic
+from deepseek_jax.rl.asking import Question
+from deepseek_jax.rl.tasks import TaskConfig, make_task
 
-PROBLEMS = rl.sample_problems(np.random.default_rng(0), 7, rl.KINDS, held_out=True)
-
-
-def ask(problems=PROBLEMS, *, batch_size=3, temperature=0.0, seed=0):
-    return answer(
-        SPEAKER,
-        *weights(SPEAKER),
-        tokenizer(),
-        problems,
-        max_tokens=12,
-        temperature=temperature,
-        batch_size=batch_size,
-        seed=seed,
-    )
+PROBLEMS = arithmetic.sample_problems(np.random.default_rng(0), 7, arithmetic.KINDS, held_out=True)
+ROWS = [dataclasses.asdict(problem) for problem in PROBLEMS]
+MODEL = whole(SPEAKER, *weights(SPEAKER), tokenizer())
 
 
-def test_right_answers_are_counted_problem_by_problem(monkeypatch):
+def ask(rows=ROWS, *, batch_size=3, temperature=0.0, seed=0):
+    task = make_task(TaskConfig(name="arithmetic"))
+    options = {"max_tokens": 12, "temperature": temperature, "batch_size": batch_size, "seed": seed}
+    return answer(MODEL, task, rows, **options)
+
+
+def test_right_answers_are_counted_row_by_row(monkeypatch):
     """The engine answers problem i: right, with a wrong number, or right but without an end, in turns."""
-    prompts = [encode_prompt(tokenizer(), rl.to_prompt(problem)) for problem in PROBLEMS]
-    widths = set()
+    prompts = [encode_prompt(tokenizer(), arithmetic.to_prompt(problem)) for problem in PROBLEMS]
+    sizes = set()
 
-    def generate_ids(self, rows, sampling, key, *, width):
-        widths.add((len(rows), width))
+    def generate_ids(self, rows, sampling, key):
+        sizes.add(len(rows))
         tokens = np.zeros((len(rows), sampling.max_tokens), np.int32)
         lengths, stopped = [], []
         for row, prompt in enumerate(rows):
@@ -49,10 +47,11 @@ def test_right_answers_are_counted_problem_by_problem(monkeypatch):
 
     monkeypatch.setattr(Engine, "generate_ids", generate_ids)
     answered = ask()
-    assert [item.problem for item in answered] == PROBLEMS
+    assert [item.question.row for item in answered] == ROWS
+    assert [item.question.text for item in answered] == [problem.prompt for problem in PROBLEMS]
     assert [item.correct for item in answered] == [True, False, False, True, False, False, True]
     assert answered[0].completion == "</think>" + PROBLEMS[0].answer
-    assert widths == {(3, max(map(len, prompts)))}  # one shape: one program
+    assert sizes == {3}  # one shape: one program
 
 
 def test_greedy_answers_do_not_depend_on_the_batch():
@@ -67,15 +66,11 @@ def test_sampled_answers_follow_the_seed():
 
 
 def test_accuracy_has_the_error_of_a_proportion():
-    answered = [Answered(PROBLEMS[i], "", i < 2) for i in range(7)]
+    answered = [Answered(Question(ROWS[i], "", [], ""), "", i < 2) for i in range(7)]
     share, error = accuracy(answered)
     assert share == pytest.approx(2 / 7)
     assert error == pytest.approx(np.std([1, 1, 0, 0, 0, 0, 0]) / np.sqrt(7))
-    kinds = {kind: [p.kind for p in PROBLEMS[:2]].count(kind) for kind in rl.KINDS}
-    total = {kind: [p.kind for p in PROBLEMS].count(kind) for kind in rl.KINDS}
-    assert accuracy_by_kind(answered) == pytest.approx({kind: kinds[kind] / total[kind] for kind in rl.KINDS})
-
-
-def test_parameters_stay_usable():
-    ask()
-    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(weights(SPEAKER)))
+    kinds = {kind: [p.kind for p in PROBLEMS[:2]].count(kind) for kind in arithmetic.KINDS}
+    total = {kind: [p.kind for p in PROBLEMS].count(kind) for kind in arithmetic.KINDS}
+    expected = {kind: kinds[kind] / total[kind] for kind in arithmetic.KINDS}
+    assert accuracy_by(answered, "kind") == pytest.approx(expected)

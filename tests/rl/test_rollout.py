@@ -7,35 +7,41 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from model.tiny import weights, whole
 from small import SPEAKER, state, tokenizer
 
 from deepseek_jax.data.chat import encode_prompt
 from deepseek_jax.data.rows import PromptLoader
+from deepseek_jax.data.template import ChatTemplate
+from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.generate import Generated
-from deepseek_jax.model import transformer
-from deepseek_jax.rl import problems as rl
-from deepseek_jax.rl.rollout import NoSignalError, RolloutConfig, Rollouts, rollout_batch
+from deepseek_jax.rl import arithmetic
+from deepseek_jax.rl.asking import ask, read_answers
+from deepseek_jax.rl.grader import Grader
+from deepseek_jax.rl.rollout import NoSignalError, RolloutConfig, Rollouts, open_questions, rollout_batch
+from deepseek_jax.rl.tasks import TaskConfig, make_task
 from deepseek_jax.train.grpo import GRPOLoss
 
-CONFIG = RolloutConfig(prompts=3, group=4, prompt_width=12, max_tokens=20, format_weight=0.5, temperature=1.3)
-PROBLEMS = rl.sample_problems(np.random.default_rng(0), 7, rl.KINDS, held_out=False)
+CONFIG = RolloutConfig(prompts=3, group=4, max_prompt=12, max_tokens=20, temperature=1.3)
+PROBLEMS = arithmetic.sample_problems(np.random.default_rng(0), 7, arithmetic.KINDS, held_out=False)
+TASK = make_task(TaskConfig(name="arithmetic"))
+MODEL = whole(SPEAKER, *weights(SPEAKER), tokenizer())
 
 
 @pytest.fixture
 def path(tmp_path):
-    rl.write_jsonl(tmp_path / "problems.jsonl", PROBLEMS)
+    arithmetic.write_jsonl(tmp_path / "problems.jsonl", PROBLEMS)
     return tmp_path / "problems.jsonl"
 
 
-def rollouts(path, config=CONFIG, seed=5) -> Rollouts:
-    loader = PromptLoader(path, batch_size=config.prompts, seed=1)
-    return Rollouts(SPEAKER, tokenizer(), loader, config, seed=seed)
+def rollouts(path, config=CONFIG, seed=5, rewards=("accuracy", "format=0.5")) -> Rollouts:
+    loader = open_questions(TASK, MODEL, (str(path),), config, batch_size=config.prompts, seed=1)
+    return Rollouts(MODEL, TASK, Grader(rewards, task=TASK), loader, config, seed=seed)
 
 
-def asked(path, steps: int) -> list[list[rl.Problem]]:
-    loader = PromptLoader(path, batch_size=CONFIG.prompts, seed=1)
-    return [[rl.make_problem(row["kind"], row["a"], row["b"]) for row in next(loader)] for _ in range(steps)]
+def prompt_of(problem: arithmetic.Problem) -> list[int]:
+    return encode_prompt(tokenizer(), arithmetic.to_prompt(problem))
 
 
 # What a sampler would have to say: right and well formed, wrong, right without thinking, cut short though right.
@@ -46,14 +52,13 @@ def scripted(monkeypatch, scripts):
     """The engine answers each problem's group as its script says."""
     calls = iter(scripts)
 
-    def generate_ids(self, prompts, sampling, key, *, width):
+    def generate_ids(self, prompts, sampling, key):
         kinds = [kind for group in next(calls) for kind in group]
-        assert len(prompts) == len(kinds) and width == CONFIG.prompt_width
+        assert len(prompts) == len(kinds)
         tokens = np.full((len(prompts), sampling.max_tokens), tokenizer().pad_id, np.int32)
         lengths, stopped = [], []
         for row, (prompt, kind) in enumerate(zip(prompts, kinds, strict=True)):
-            problem = next(p for p in PROBLEMS if encode_prompt(tokenizer(), rl.to_prompt(p)) == prompt)
-            answer = "0x" if kind == WRONG else problem.answer
+            answer = "0x" if kind == WRONG else next(p for p in PROBLEMS if prompt_of(p) == prompt).answer
             ids = [tokenizer().think_id, *tokenizer().encode("so"), tokenizer().end_think_id]
             ids = ids * (kind != BARE) + tokenizer().encode(answer) + [tokenizer().eos_id] * (kind != CUT)
             tokens[row, : len(ids)] = ids
@@ -63,6 +68,7 @@ def scripted(monkeypatch, scripts):
         return Generated(tokens, logprobs, np.array(lengths, np.int32), np.array(stopped))  # pyright: ignore
 
     monkeypatch.setattr(Engine, "generate_ids", generate_ids)
+    monkeypatch.setattr(Engine, "update", lambda *arrays: None)
 
 
 SCRIPT = [[RIGHT, WRONG, BARE, CUT], [RIGHT] * 4, [WRONG, WRONG, WRONG, RIGHT]]
@@ -72,23 +78,22 @@ TOTAL = {RIGHT: 1.5, WRONG: 0.5, BARE: 0.0, CUT: 0.0}
 def test_a_batch_holds_prompts_answers_and_advantages(path, monkeypatch):
     scripted(monkeypatch, [SCRIPT])
     batch, metrics = rollouts(path).next(state())
-    problems = [problem for problem in asked(path, 1)[0] for _ in range(4)]
+    asked = next(PromptLoader(path, batch_size=3, seed=1))
+    problems = [arithmetic.check_problem(row) for row in asked for _ in range(4)]
     kinds = np.ravel(SCRIPT)
     for row, (problem, kind) in enumerate(zip(problems, kinds, strict=True)):
         real = np.flatnonzero(batch["segment_ids"][row])
-        prompt = encode_prompt(tokenizer(), rl.to_prompt(problem))
-        # One stretch from the prompt, which ends at column 11, to the last token of the answer.
-        assert real.tolist() == list(range(12 - len(prompt), real[-1] + 1))
-        assert batch["tokens"][row, real[: len(prompt)]].tolist() == prompt
+        prompt = prompt_of(problem)
+        assert real.tolist() == list(range(len(real)))
+        assert batch["tokens"][row, : len(prompt)].tolist() == prompt
         assert batch["positions"][row, real].tolist() == list(range(len(real)))
         answer = real[len(prompt) :]
         assert np.flatnonzero(batch["loss_mask"][row]).tolist() == answer.tolist()
         text = tokenizer().decode(batch["tokens"][row, answer].tolist())
         assert text.endswith("0x" if kind == WRONG else problem.answer)
         assert (batch["tokens"][row, answer[-1]] == tokenizer().eos_id) == (kind != CUT)
-        np.testing.assert_allclose(
-            batch["sampler_logprobs"][row, answer], -0.1 * batch["tokens"][row, answer], rtol=1e-6
-        )
+        expected = -0.1 * batch["tokens"][row, answer]
+        np.testing.assert_allclose(batch["sampler_logprobs"][row, answer], expected, rtol=1e-6)
     assert not np.any(batch["sampler_logprobs"] * (1 - batch["loss_mask"]))
     assert batch["truncated"].ravel().tolist() == [kind == CUT for kind in kinds]
     rewards = np.array([TOTAL[int(kind)] for kind in kinds]).reshape(3, 4)
@@ -104,9 +109,9 @@ def test_a_batch_holds_prompts_answers_and_advantages(path, monkeypatch):
         "signal_groups": 2 / 3,
     }
     assert metrics == pytest.approx(shares)
-    lengths = {name: (value.shape, value.dtype) for name, value in batch.items()}
-    assert {shape for shape, _ in lengths.values()} == {(12, 32), (12, 1)}
-    assert {name for name, (shape, _) in lengths.items() if shape == (12, 1)} == {"advantages", "truncated"}
+    per_row = {name for name, value in batch.items() if value.shape == (12, 1)}
+    assert per_row == {"advantages", "truncated", "temperature", "max_tokens"}
+    assert {value.shape for name, value in batch.items() if name not in per_row} == {(12, 32)}  # 12 + 20 at most
 
 
 def test_advantages_without_scaling(path, monkeypatch):
@@ -119,22 +124,31 @@ def test_advantages_without_scaling(path, monkeypatch):
     )
 
 
+def test_a_users_reward_sees_what_was_cut_off_and_the_row(path, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("def said(completion, row): return row['answer'] in completion\n")
+    scripted(monkeypatch, [SCRIPT])
+    run = rollouts(path, rewards=("accuracy", f"{tmp_path}/mine.py:said=2"))
+    with run.grader:
+        _, metrics = run.next(state())
+    assert metrics["reward_accuracy"] == 6 / 12 and metrics["reward_mine.said"] == 8 / 12
+    assert metrics["reward"] == pytest.approx((6 + 2 * 8) / 12) and metrics["reward_errors"] == 0
+
+
 def test_learner_and_sampler_agree(path):
     """KL under 1e-6 in float32: prefill and absorbed decoding over the cache against the packed training pass."""
     batch, metrics = rollouts(path).next(state())
     assert metrics["response_length"] > 10
     loss = GRPOLoss(chunk=8)
     placed = {name: jnp.asarray(value) for name, value in batch.items()}
-    run = jax.jit(
-        lambda state, batch: loss(
-            transformer.merge(SPEAKER, state.params, state.router_bias), batch, loss.normalisers(batch), state.step
-        )[1]
-    )
-    parts = run(state(), placed)
+    run = jax.jit(lambda batch: loss(MODEL.network(), batch, loss.normalisers(batch), jnp.int32(0))[1])
+    parts = run(placed)
     assert 0 <= parts["kl_sampler"] < 1e-6 and parts["clip_fraction"] == 0
     # The metric sees what is wrong: at another temperature, or one token further, they do not agree.
-    shifted = placed | {"sampler_logprobs": jnp.roll(placed["sampler_logprobs"], 1, axis=1)}
-    assert run(state(), shifted)["kl_sampler"] > 1e-2
+    for name, wrong in (
+        ("temperature", placed["temperature"] * 0.8),
+        ("sampler_logprobs", jnp.roll(placed["sampler_logprobs"], 1, axis=1)),
+    ):
+        assert run(placed | {name: wrong})["kl_sampler"] > 1e-3
 
 
 def test_a_restored_run_samples_the_same_batch(path):
@@ -159,7 +173,8 @@ def test_a_step_samples_anew(path):
     for step in (0, 1):
         fresh = rollouts(path)  # at the same position of the loader
         batches.append(fresh.next(state(step))[0])
-    np.testing.assert_array_equal(batches[0]["tokens"][:, :12], batches[1]["tokens"][:, :12])
+    prompts = [np.where(batch["loss_mask"] > 0, 0, batch["tokens"])[:, :6] for batch in batches]
+    np.testing.assert_array_equal(*prompts)
     assert not np.array_equal(batches[0]["tokens"], batches[1]["tokens"])
 
 
@@ -186,10 +201,50 @@ def test_a_run_may_be_told_not_to_stop(path, monkeypatch):
         assert run.next(state())[1]["signal_groups"] == 0
 
 
-def test_prompts_wider_than_the_batch_are_refused():
-    out = Generated(*(np.zeros((1, 2)) for _ in range(4)))  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="prompt 0 has 13 tokens: expected 1…12"):
-        rollout_batch([[1] * 13], out, np.zeros((1, 1)), 2, CONFIG)
+def test_prompts_that_are_too_long_are_named_or_left_out(path, tmp_path, caplog):
+    long = arithmetic.make_problem("mul", 7, 48)
+    rows = [dataclasses.asdict(problem) for problem in (PROBLEMS[0], long, PROBLEMS[1])]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lengths = [len(prompt_of(arithmetic.check_problem(row))) for row in rows]
+    limit = max(lengths) - 1
+    kept = [row["prompt"] for row, length in zip(rows, lengths, strict=True) if length <= limit]
+    assert 0 < len(kept) < 3
+    options = {"batch_size": 1, "seed": 0}
+    config = RolloutConfig(max_prompt=limit, max_tokens=20)
+    with pytest.raises(ValueError, match=rf"problems\.jsonl:\d: a prompt of {limit + 1} tokens.*allow {limit}; --roll"):
+        open_questions(TASK, MODEL, (str(path),), config, **options)
+    found = open_questions(TASK, MODEL, (str(path),), dataclasses.replace(config, drop_long=True), **options)
+    assert [row["prompt"] for row in found.rows] == kept and f"left out {3 - len(kept)} rows" in caplog.text
+    with pytest.raises(ValueError, match="fingerprint"):  # other rows, other batches
+        PromptLoader(path, **options).restore(found.state())
+
+
+def test_the_limit_is_what_the_positions_leave():
+    assert RolloutConfig(max_tokens=20).prompt_limit(64) == 44
+    assert RolloutConfig(max_tokens=20, max_prompt=7).prompt_limit(64) == 7
+    for config in (RolloutConfig(max_tokens=64), RolloutConfig(max_prompt=45, max_tokens=20)):
+        with pytest.raises(ValueError, match="max_position_embeddings=64"):
+            config.prompt_limit(64)
+
+
+@pytest.mark.parametrize(("longest", "most", "width"), [(9, 35, 35), (9, 999, 128), (129, 999, 256), (600, 700, 700)])
+def test_widths_come_in_few_sizes(longest, most, width):
+    one = np.ones((2, 1))
+    out = Generated(one, one, np.array([1, 1]), np.array([True, False]))  # pyright: ignore[reportArgumentType]
+    batch = rollout_batch([[1] * (longest - 1), [1]], out, pad_id=0, most=most)
+    assert batch["tokens"].shape == (2, width) and batch["segment_ids"].sum(axis=1).tolist() == [longest, 2]
+
+
+def test_an_answer_begins_with_the_thinking_that_the_prompt_has_opened():
+    template = ChatTemplate("{% for m in messages %}{{ m['content'] }}{% endfor %}<｜Assistant｜><think>\n", {})
+    opened = Tokenizer(tokenizer()._special, template=template)
+    row = dataclasses.asdict(PROBLEMS[0])
+    ids = tokenizer().encode("so</think>", allow_special=True)
+    out = Generated(np.array([ids]), np.zeros((1, len(ids))), np.array([len(ids)]), np.array([False]))  # pyright: ignore
+    for text, start in ((opened, "<think>"), (tokenizer(), "")):
+        question = ask(TASK, text, row)
+        assert question.text == PROBLEMS[0].prompt
+        assert read_answers(text, [question], out)[0].text == f"{start}so</think>"
 
 
 @pytest.mark.parametrize(
@@ -197,7 +252,8 @@ def test_prompts_wider_than_the_batch_are_refused():
     [
         ({"group": 1}, "group=1: expected at least 1 and 2"),
         ({"prompts": 0}, "prompts=0"),
-        ({"advantage": "mean"}, "advantage='mean': expected 'std' or 'none'"),
+        ({"max_tokens": 0}, "max_tokens=0"),
+        ({"advantage": "mean"}, "advantage='mean': expected one of 'std', 'none'"),
         ({"temperature": 0.0}, "temperature=0.0.*must be positive"),
         ({"patience": None}, "patience=None.*int"),
     ],

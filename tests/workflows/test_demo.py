@@ -18,8 +18,6 @@ from workflows.miniature import TESTS, run_demo
 from deepseek_jax.data.rows import open_rows
 from deepseek_jax.parallel.mesh import MeshConfig
 from deepseek_jax.rl import arithmetic as rl
-from deepseek_jax.rl.rollout import RolloutConfig
-from deepseek_jax.train.grpo import GRPOLoss
 from deepseek_jax.train.metrics import read_metrics
 from deepseek_jax.train.step import StepConfig
 from deepseek_jax.workflows import demo as demo_module

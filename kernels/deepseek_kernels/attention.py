@@ -3,8 +3,7 @@
 ``mla_attention`` computes ``softmax(q kᵀ · scale) v`` from what the projections give: a key is a head's own part beside
 the rotated part that all heads share, and lies next to its value. It saves the unnormalised ``exp`` of the scores, so
 that the backward pass touches the S × T matrix once per product: its row sum ``Σ dp · p`` is ``Σ dout · out`` (arXiv
-2205.14135, section B.2), taken over the value width instead. In float32 on a CPU the C kernel of ``cpu.c`` does the
-same strip by strip, without ever writing the keys out, and saves each row's ``log Σ exp`` in place of the S × T matrix.
+2205.14135, section B.2), taken over the value width instead.
 """
 
 import functools
@@ -12,8 +11,6 @@ import functools
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
-
-from deepseek_kernels import cpu
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -56,23 +53,11 @@ def _forward(q_BSHK, kv_BTHW, pe_BTR, mask_BST, scale):
         )
     if mask_BST.shape != (B, S, T) or mask_BST.dtype != jnp.bool_:
         raise ValueError(f"mask {mask_BST.shape} of {mask_BST.dtype}: expected {(B, S, T)} of bool")
-    if cpu.usable(q_BSHK, kv_BTHW, pe_BTR):
-        operands = (q_BSHK, kv_BTHW, pe_BTR, mask_BST, jnp.float32(scale))
-        heads, values = q_BSHK.shape[:3], kv_BTHW.shape[3] - (q_BSHK.shape[3] - pe_BTR.shape[2])
-        out_BSHV, log_sum_BSH = cpu.call("attention_forward", [(*heads, values), heads], *operands)
-        return out_BSHV, (operands, out_BSHV, log_sum_BSH)
     return _xla_forward(q_BSHK, kv_BTHW, pe_BTR, mask_BST, scale)
 
 
 def _backward(scale, residuals, dout_BSHV):
-    if len(residuals) > 3:
-        return _xla_backward(scale, residuals, dout_BSHV)
-    operands, out_BSHV, log_sum_BSH = residuals
-    q_BSHK, kv_BTHW, pe_BTR = operands[:3]
-    shapes = [q_BSHK.shape, kv_BTHW.shape, (*kv_BTHW.shape[:3], pe_BTR.shape[2])]
-    results = cpu.call("attention_backward", shapes, *operands, out_BSHV, log_sum_BSH, dout_BSHV)
-    dq_BSHK, dkv_BTHW, dpe_BTHR = results
-    return dq_BSHK, dkv_BTHW, jnp.sum(dpe_BTHR, axis=2), None
+    return _xla_backward(scale, residuals, dout_BSHV)
 
 
 def _xla_forward(q_BSHK, kv_BTHW, pe_BTR, mask_BST, scale):

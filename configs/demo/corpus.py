@@ -10,4 +10,4 @@ from deepseek_jax.workflows.demo import CorpusStage
 
 
 def config() -> CorpusStage:
-    return CorpusStage(corpus=CorpusConfig(vocab_size=512, arithmetic_share=0.5))
+    return CorpusStage(folder="runs/demo/corpus", corpus=CorpusConfig(vocab_size=512, arithmetic_share=0.5))

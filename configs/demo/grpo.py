@@ -13,10 +13,15 @@ from deepseek_jax.train.loop import LoopConfig
 from deepseek_jax.train.optimizer import OptimizerConfig
 from deepseek_jax.train.step import StepConfig
 from deepseek_jax.workflows.grpo import GRPOConfig
+from deepseek_jax.workflows.problems import ProblemEval
 
 
 def config() -> GRPOConfig:
     return GRPOConfig(
+        run_dir="runs/demo/grpo",
+        init_from="runs/demo/sft",
+        prompts="runs/demo/corpus/problems_train.jsonl",
+        problems=ProblemEval(path="runs/demo/corpus/problems_heldout.jsonl"),
         rollout=RolloutConfig(prompts=16, group=8, prompt_width=9, max_tokens=26),
         loss=GRPOLoss(max_length=26, chunk=18),
         compute=ComputeConfig(scan_unroll=3),

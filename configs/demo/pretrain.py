@@ -16,6 +16,7 @@ from deepseek_jax.workflows.pretrain import PretrainConfig, PretrainData
 
 def config() -> PretrainConfig:
     return PretrainConfig(
+        run_dir="runs/demo/pretrain",
         model=ModelConfig(
             vocab_size=512,
             hidden_size=128,
@@ -26,7 +27,12 @@ def config() -> PretrainConfig:
             initializer_range=0.02,
         ),
         compute=ComputeConfig(scan_unroll=3),
-        data=PretrainData(seq_len=128),
+        data=PretrainData(
+            path=("runs/demo/corpus/documents/train.jsonl",),
+            heldout="runs/demo/corpus/documents/heldout.jsonl",
+            tokenizer="runs/demo/corpus/tokenizer.json",
+            seq_len=128,
+        ),
         batch_size=16,
         optimizer=OptimizerConfig(peak_lr=3e-3, warmup_steps=20),
         step=StepConfig(microbatches=2, bias_update_speed=0.003),

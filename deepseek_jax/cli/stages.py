@@ -18,11 +18,11 @@ Config = TypeVar("Config")
 
 
 def parse_recipe(command: str, kind: type[Config], arguments: Sequence[str]) -> Config:
-    """The recipe named first, or demo/COMMAND, with the overrides behind it."""
-    named = bool(arguments) and not arguments[0].startswith("-")
-    recipe = arguments[0] if named else f"demo/{command}"
-    default = load_recipe(recipe, kind)
-    return tyro.cli(kind, args=list(arguments[named:]), default=default, prog=f"deepseek-jax {command} {recipe}")
+    """The recipe named first, or the stage's own defaults, with the overrides behind it."""
+    if not arguments or arguments[0].startswith("-"):
+        return tyro.cli(kind, args=list(arguments), prog=f"deepseek-jax {command}")
+    recipe, *overrides = arguments
+    return tyro.cli(kind, args=overrides, default=load_recipe(recipe, kind), prog=f"deepseek-jax {command} {recipe}")
 
 
 def _finish(run_dir: str, result: dict[str, Any]) -> None:
@@ -61,7 +61,7 @@ def run_demo(arguments: Sequence[str]) -> None:
 class _Report:
     """Write a run's report.html again and print its numbers."""
 
-    run: Annotated[str, tyro.conf.Positional] = "runs/demo"
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 
 
 def run_report(arguments: Sequence[str]) -> None:

@@ -19,6 +19,7 @@ from deepseek_jax.workflows.stage import (
     RESULT,
     StageConfig,
     read_result,
+    require,
     train_stage,
     write_json,
 )
@@ -26,14 +27,14 @@ from deepseek_jax.workflows.stage import (
 
 @dataclasses.dataclass(frozen=True)
 class GRPOConfig(StageConfig):
-    """A GRPO run from the stage in ``init_from``; a step's batch is ``rollout.prompts × rollout.group`` answers.
+    """A GRPO run; a step's batch is ``rollout.prompts × rollout.group`` answers.
 
-    inner_epochs: updates on each batch (μ).
+    init_from: a run or a released model's folder. inner_epochs: updates on each batch (μ).
     """
 
-    run_dir: str = "runs/demo/grpo"
-    init_from: str = "runs/demo/sft"
-    prompts: str = "runs/demo/corpus/problems_train.jsonl"
+    run_dir: str = "runs/grpo"
+    init_from: str = ""
+    prompts: str = ""
     rollout: RolloutConfig = RolloutConfig()
     loss: GRPOLoss = GRPOLoss()
     inner_epochs: int = 1
@@ -55,6 +56,7 @@ def grpo(config: GRPOConfig) -> dict[str, Any]:
     Raises NoSignalError when almost no group of answers has unequal rewards, see ``RolloutConfig``.
     """
     require_one_process("grpo")
+    require(config, "init_from", "prompts")
     run_dir = Path(config.run_dir)
     start = load(config.init_from, compute=config.compute, mesh=make_mesh(config.mesh))
     longest = max(len(encode_prompt(start.text, to_prompt(p))) for p in read_jsonl(config.prompts))

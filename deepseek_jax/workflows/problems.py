@@ -13,9 +13,10 @@ from deepseek_jax.workflows.stage import write_samples
 
 @dataclasses.dataclass(frozen=True)
 class ProblemEval:
-    """path: held-out problems. max_tokens: of an answer. keep_samples: completions of each mode to write down."""
+    """path: held-out problems, empty for none. max_tokens: of an answer. keep_samples: completions of each mode to
+    write down."""
 
-    path: str = "runs/demo/corpus/problems_heldout.jsonl"
+    path: str = ""
     max_tokens: int = 32
     batch_size: int = 128
     keep_samples: int = 24
@@ -26,6 +27,8 @@ class ProblemEval:
 
 def evaluate_problems(model: Model, config: ProblemEval, run_dir: Path, *, stage: str, seed: int) -> dict[str, Any]:
     """Accuracy and standard error over all held-out problems, greedy and sampled at temperature 1; by kind as well."""
+    if not config.path:
+        return {}
     problems = read_jsonl(config.path)
     found: dict[str, Any] = {"problems": len(problems), "by_kind": {}}
     for mode, temperature in (("greedy", 0.0), ("sampled", 1.0)):

@@ -26,6 +26,7 @@ from deepseek_jax.workflows.stage import (
     LoaderBatches,
     StageConfig,
     read_result,
+    require,
     train_stage,
     write_json,
 )
@@ -35,7 +36,7 @@ from deepseek_jax.workflows.stage import (
 class SFTData:
     """path: JSONL of ``messages``. drop_long: leave samples longer than ``seq_len`` out, counted, and go on."""
 
-    path: tuple[str, ...] = ("runs/demo/corpus/sft.jsonl",)
+    path: tuple[str, ...] = ()
     seq_len: int = 128
     drop_long: bool = False
     skip_broken: bool = False
@@ -46,18 +47,19 @@ class SFTData:
 
 @dataclasses.dataclass(frozen=True)
 class SFTConfig(StageConfig):
-    """A fine-tuning run from the stage in ``init_from``.
+    """A fine-tuning run.
 
-    check_problems: held-in problems whose sampled accuracy each evaluation measures; the stage ends early when
+    init_from: a run or a released model's folder.
+    check_problems: held-in problems whose sampled accuracy each evaluation measures, if any; the stage ends early when
     it reaches ``enough_accuracy`` (1: never), so that reinforcement learning has something left to learn.
     """
 
-    run_dir: str = "runs/demo/sft"
+    run_dir: str = "runs/sft"
     batch_size: int = 8
-    init_from: str = "runs/demo/pretrain"
+    init_from: str = ""
     data: SFTData = SFTData()
     loss: LanguageModelLoss = LanguageModelLoss(isolate=True)
-    check_problems: str = "runs/demo/corpus/problems_train.jsonl"
+    check_problems: str = ""
     check_count: int = 128
     enough_accuracy: float = 0.25
     problems: ProblemEval = ProblemEval()
@@ -66,6 +68,7 @@ class SFTConfig(StageConfig):
 def sft(config: SFTConfig) -> dict[str, Any]:
     """Run the stage, or go on with it; returns and writes its result."""
     require_one_process("sft")
+    require(config, "init_from", "data.path")
     run_dir = Path(config.run_dir)
     start = load(config.init_from, compute=config.compute, mesh=make_mesh(config.mesh))
     rows = prepare_chats(config.data, start.text, run_dir / "rows")
@@ -76,7 +79,8 @@ def sft(config: SFTConfig) -> dict[str, Any]:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    asked = read_jsonl(config.check_problems)[: config.check_count] if config.loop.eval_every else []
+    checked = config.check_problems and config.loop.eval_every
+    asked = read_jsonl(config.check_problems)[: config.check_count] if checked else []
 
     def measure(model: Model) -> Mapping[str, float]:
         answered = answer(

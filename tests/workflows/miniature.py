@@ -16,6 +16,7 @@ from deepseek_jax.workflows.demo import CorpusStage
 
 def config():
     return CorpusStage(
+        folder="runs/demo/corpus",
         corpus=CorpusConfig(
             vocab_size=300,
             kinds=("add",),
@@ -55,7 +56,13 @@ def config():
             max_position_embeddings=128,
             initializer_range=0.1,
         ),
-        data=PretrainData(seq_len=32),
+        run_dir="runs/demo/pretrain",
+        data=PretrainData(
+            path=("runs/demo/corpus/documents/train.jsonl",),
+            heldout="runs/demo/corpus/documents/heldout.jsonl",
+            tokenizer="runs/demo/corpus/tokenizer.json",
+            seq_len=32,
+        ),
         batch_size=4,
         optimizer=OptimizerConfig(peak_lr=1e-2, warmup_steps=3),
         step=StepConfig(microbatches=2, ema_decay=0.9),
@@ -74,7 +81,10 @@ from deepseek_jax.workflows.sft import SFTConfig, SFTData
 
 def config():
     return SFTConfig(
-        data=SFTData(seq_len=96),
+        run_dir="runs/demo/sft",
+        init_from="runs/demo/pretrain",
+        check_problems="runs/demo/corpus/problems_train.jsonl",
+        data=SFTData(path=("runs/demo/corpus/sft.jsonl",), seq_len=96),
         batch_size=4,
         optimizer=OptimizerConfig(peak_lr=1e-2, warmup_steps=3, constant_until=1.0, cosine_until=1.0),
         step=StepConfig(bias_update_speed=0.003),
@@ -82,7 +92,7 @@ def config():
         loop=LoopConfig(steps=40, log_every=1, checkpoint_every=6, eval_every=20),
         check_count=8,
         enough_accuracy=1.0,
-        problems=ProblemEval(max_tokens=20, batch_size=8),
+        problems=ProblemEval(path="runs/demo/corpus/problems_heldout.jsonl", max_tokens=20, batch_size=8),
     )
 """,
     "grpo": """
@@ -97,13 +107,16 @@ from deepseek_jax.workflows.problems import ProblemEval
 
 def config():
     return GRPOConfig(
+        run_dir="runs/demo/grpo",
+        init_from="runs/demo/sft",
+        prompts="runs/demo/corpus/problems_train.jsonl",
         rollout=RolloutConfig(prompts=2, group=4, prompt_width=9, max_tokens=20, patience=0),
         loss=GRPOLoss(max_length=20, chunk=16, kl_weight=0.01),
         optimizer=OptimizerConfig(peak_lr=1e-3, warmup_steps=0, constant_until=1.0, cosine_until=1.0),
         step=StepConfig(reference_every=4),
         loop=LoopConfig(steps=12, log_every=1, checkpoint_every=3),
         inner_epochs=2,
-        problems=ProblemEval(max_tokens=20, batch_size=8),
+        problems=ProblemEval(path="runs/demo/corpus/problems_heldout.jsonl", max_tokens=20, batch_size=8),
     )
 """,
 }

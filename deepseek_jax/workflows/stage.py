@@ -1,6 +1,7 @@
 """What every training stage does around its own step: devices, state, the loop, the result."""
 
 import dataclasses
+import functools
 import json
 import operator
 import os
@@ -132,6 +133,13 @@ def train_stage(
         **count_parameters(model),
         "cache_numbers_per_token_layer": model.cache_numbers_per_token_layer,
     }
+
+
+def require(config: Any, *names: str) -> None:
+    """ValueError for the first of these fields ("data.path") that is empty."""
+    for name in names:
+        if not functools.reduce(getattr, name.split("."), config):
+            raise ValueError(f"{name} is empty: give --{name.replace('_', '-')}, or a recipe that has it")
 
 
 def read_result(run_dir: str | Path) -> dict[str, Any] | None:

@@ -5,8 +5,6 @@ import functools
 import logging
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -36,21 +34,6 @@ def silence_repeats() -> None:
             before(unraisable)
 
     sys.unraisablehook = hook
-
-
-@contextmanager
-def without_warnings() -> Iterator[None]:
-    """Drop Orbax's warnings meanwhile: it finds fault with a save that is meant to write no arrays."""
-    logger = logging.getLogger("absl")
-    logger.addFilter(_at_least_errors)
-    try:
-        yield
-    finally:
-        logger.removeFilter(_at_least_errors)
-
-
-def _at_least_errors(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.ERROR
 
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:

@@ -7,9 +7,9 @@ casts or dequantises it into its place of the (donated) stacked parameter. Every
 import collections
 import concurrent.futures
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from deepseek_jax.checkpoint.safetensors import TensorFiles, TensorInfo
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model import transformer
-from deepseek_jax.parallel.sharding import ShardingRules, named_sharding
+from deepseek_jax.parallel.sharding import named_sharding
 from deepseek_kernels.block_fp8 import BLOCK, FP8, BlockScaled, scales_shape, split_shape
 
 KEPT_FP8 = "float8_e4m3"
@@ -33,86 +33,27 @@ _IN_FLIGHT = 2**28  # bytes sent to the devices before they are waited for
 _Sent = tuple[LeafPath, Any, Any, np.ndarray]  # leaf, device, piece, where the piece starts in the device's buffer
 
 
-def load_hf(
-    path: str | Path, *, mesh: Mesh | None = None, dtype: Any = jnp.bfloat16, ignore_config: Sequence[str] = ()
-) -> transformer.Transformer:
-    """The model in a folder with ``config.json`` and safetensors, its parameters on ``mesh`` (default: one device).
-
-    Args:
-      dtype: bfloat16 or float32, of parameters and arithmetic; FP8 checkpoints are dequantised to it. "float8_e4m3"
-        keeps their FP8 matrices and scales as they are (``BlockScaled``), for inference in bfloat16.
-      ignore_config: fields of config.json to pass over, see ``hf_config.fields_of``.
-
-    Raises ValueError, naming tensor or field, for whatever is missing, unknown, misshapen or damaged. An MTP module
-    that config.json announces and the files lack altogether is left out with a warning.
-    """
-    name = dtype_name(dtype)
-    compute = ComputeConfig(dtype="float32" if name == "float32" else "bfloat16", param_dtype=cast(Any, name))
-    config, params, router_bias = read_released(path, compute, mesh, ignore_config)
-    model = transformer.merge(config, params, router_bias, compute.on(mesh))
-    model.source = str(Path(path).absolute())
-    return model
-
-
 def read_released(
-    path: str | Path, compute: ComputeConfig, mesh: Mesh | None, ignore_config: Sequence[str] = ()
+    path: str | Path, compute: ComputeConfig, mesh: Mesh, ignore_config: Sequence[str] = ()
 ) -> tuple[ModelConfig, dict[str, Any], jax.Array | None]:
-    """Configuration, parameters in ``compute.param_dtype`` and routing bias of a released folder; see ``load_hf``."""
-    with Released(Path(path), dtype=compute.param_dtype, ignore_config=ignore_config) as released:
-        arrays = released.read(released.tensors, leaf_shapes(released.config), mesh=mesh, rules=compute.rules)
+    """Configuration, parameters in ``compute.param_dtype`` on ``mesh``, and routing bias of a released folder.
+
+    FP8 checkpoints are dequantised; with ``param_dtype="float8_e4m3"`` their matrices stay as they are
+    (``BlockScaled``). ValueError, naming tensor or field, for whatever is missing, unknown, misshapen or damaged. An
+    MTP module that config.json announces and the files lack altogether is left out with a warning.
+    """
+    keep_fp8 = compute.param_dtype == KEPT_FP8
+    config = ModelConfig.from_hf(path, ignore_config=ignore_config)
+    place = functools.partial(named_sharding, mesh, rules=compute.rules)
+    with TensorFiles(path) as files:
+        config = find_mtp(config, files)
+        tensors = check_tensors(config, files, keep_fp8=keep_fp8)
+        dtype = np.dtype(jnp.bfloat16 if keep_fp8 else compute.param_dtype)  # of what is not kept in FP8
+        leaves = _Leaves(config, tensors, dtype, keep_fp8, place)
+        _stream(files, tensors, leaves)
+        arrays = leaves.finish()
     router_bias = arrays.pop(("router_bias",), None)
-    return released.config, nest(arrays), router_bias
-
-
-class Released:
-    """A released model's folder whose tensors have all been checked against its configuration (errors as in
-    ``load_hf``); the data is read when it is asked for."""
-
-    def __init__(self, path: Path, *, dtype: Any = jnp.bfloat16, ignore_config: Sequence[str] = ()):
-        name = dtype_name(dtype)
-        self.keeps_fp8 = name == KEPT_FP8
-        self.dtype = np.dtype(jnp.bfloat16 if self.keeps_fp8 else name)  # of what is not kept in FP8
-        config = ModelConfig.from_hf(path, ignore_config=ignore_config)
-        self._files = TensorFiles(path)
-        try:
-            self.config: ModelConfig = find_mtp(config, self._files)
-            self.tensors: list[HFTensor] = check_tensors(self.config, self._files, keep_fp8=self.keeps_fp8)
-        except BaseException:
-            self._files.close()
-            raise
-
-    def size(self, tensors: Sequence[HFTensor]) -> int:
-        """Bytes of these tensors in the files, scales left out."""
-        found = [self._files.tensors[tensor.name] for tensor in tensors]
-        return sum(info.end - info.start for info in found)
-
-    def read(
-        self,
-        tensors: Sequence[HFTensor],
-        shapes: Mapping[LeafPath, tuple[int, ...]],
-        *,
-        mesh: Mesh | None = None,
-        rules: ShardingRules = ShardingRules(),
-        on_tensor: Callable[[int], None] = lambda size: None,
-    ) -> dict[LeafPath, Any]:
-        """The leaves that these tensors fill. on_tensor gets the bytes of each tensor read.
-
-        shapes: of these leaves; less than the model's for a part of a leaf, the tensors' indices counting from its
-        start.
-        """
-        leaves = _Leaves(self, tensors, shapes, functools.partial(_place, mesh, rules))
-        _stream(self._files, tensors, leaves, on_tensor)
-        return leaves.finish()
-
-    def leaf_dtype(self, path: LeafPath) -> np.dtype:
-        """Of a leaf that is not kept in FP8."""
-        return np.dtype(np.float32) if path == ("router_bias",) else self.dtype
-
-    def __enter__(self) -> "Released":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._files.close()
+    return config, nest(arrays), router_bias
 
 
 def dtype_name(dtype: Any) -> str:
@@ -121,10 +62,6 @@ def dtype_name(dtype: Any) -> str:
     if name not in DTYPES:
         raise ValueError(f"dtype={name!r}: must be one of {', '.join(DTYPES)}")
     return name
-
-
-def _place(mesh: Mesh | None, rules: ShardingRules, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> Any:
-    return SingleDeviceSharding(jax.local_devices()[0]) if mesh is None else named_sharding(mesh, axes, shape, rules)
 
 
 class _Leaves:
@@ -136,13 +73,14 @@ class _Leaves:
 
     def __init__(
         self,
-        released: Released,
+        config: ModelConfig,
         tensors: Sequence[HFTensor],
-        shapes: Mapping[LeafPath, tuple[int, ...]],
+        dtype: np.dtype,
+        keep_fp8: bool,
         place: Callable[[tuple[str | None, ...], tuple[int, ...]], Any],
     ):
-        axes = dict(flatten(transformer.logical_axes(released.config))) | {("router_bias",): (None, None)}
-        self.groups = {tensor.path: tensor.groups for tensor in tensors if released.keeps_fp8 and tensor.quantised}
+        axes = dict(flatten(transformer.logical_axes(config))) | {("router_bias",): (None, None)}
+        self.groups = {tensor.path: tensor.groups for tensor in tensors if keep_fp8 and tensor.quantised}
         self.shapes: dict[LeafPath, tuple[int, ...]] = {}
         self.shardings: dict[LeafPath, Any] = {}
         dtypes: dict[LeafPath, Any] = {}
@@ -151,9 +89,10 @@ class _Leaves:
             self.shapes[path], dtypes[path] = shape, np.dtype(dtype)
             self.shardings[path] = place(axes, shape)
 
-        for path, shape in shapes.items():
+        for path, shape in leaf_shapes(config).items():
             groups = self.groups.get(path)
-            add(path, shape, FP8 if groups else released.leaf_dtype(path), axes[path])
+            wide = np.float32 if path == ("router_bias",) else dtype
+            add(path, shape, FP8 if groups else wide, axes[path])
             if groups:
                 lead, _ = split_shape(shape, groups)
                 add(
@@ -228,7 +167,7 @@ def from_bits(x: jax.Array, dtype: Any) -> jax.Array:
     return jax.lax.bitcast_convert_type(x, dtype)
 
 
-def _stream(files: TensorFiles, tensors: Sequence[HFTensor], leaves: _Leaves, on_tensor: Callable[[int], None]) -> None:
+def _stream(files: TensorFiles, tensors: Sequence[HFTensor], leaves: _Leaves) -> None:
     """Fill the leaves in the order of the files, a few tensors at a time."""
     queue: collections.deque = collections.deque()
     sent, touched = 0, set()
@@ -246,7 +185,6 @@ def _stream(files: TensorFiles, tensors: Sequence[HFTensor], leaves: _Leaves, on
         if sent > _IN_FLIGHT:
             leaves.wait(touched)
             sent, touched = 0, set()
-        on_tensor(size)
 
     with concurrent.futures.ThreadPoolExecutor(_WORKERS) as pool:
         try:

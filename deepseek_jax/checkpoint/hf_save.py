@@ -22,23 +22,13 @@ import numpy as np
 from deepseek_jax.checkpoint.faults import no_room
 from deepseek_jax.checkpoint.hf_load import KEPT_FP8, dtype_name, from_bits, to_bits
 from deepseek_jax.checkpoint.hf_names import HFTensor, flatten, hf_tensors, mtp_copies
+from deepseek_jax.checkpoint.model import Model
 from deepseek_jax.checkpoint.safetensors_writing import Planned, planned_bytes, write_folder
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.data.model_folder import TextFiles
 from deepseek_jax.model import transformer
 from deepseek_kernels.block_fp8 import FP8, BlockScaled, quantise
 
-COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # of the tokenizer, though they stand in config.json
 PARTIAL = ".partial"
 _TASK = "task"  # the file in it that names what it is to become
 QUANTISED = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
@@ -47,52 +37,53 @@ _TILE = 128
 
 
 def save_hf(
-    model: transformer.Transformer,
+    model: Model | transformer.Transformer,
     path: str | Path,
     *,
     dtype: Any = "bfloat16",
     max_shard_bytes: int = 5 * 10**9,
     tokenizer_from: str | Path | None = None,
 ) -> None:
-    """Write a folder that transformers, vLLM and ``load_hf`` read.
+    """Write a folder that transformers, vLLM and ``load`` read, a ``Model``'s tokenizer and template with it.
 
     Args:
       dtype: "bfloat16", "float32" or "float8_e4m3": matrices in FP8 with scales for blocks of 128 × 128 and the rest in
         bfloat16, as V3 is released. What was loaded in FP8 is written byte for byte. The routing bias is float32.
       max_shard_bytes: of one file; a larger tensor has one to itself.
-      tokenizer_from: a folder whose tokenizer, chat template and generation_config.json are copied, and the ids of its
-        config.json's special tokens; by default the one that the model was loaded from, if any.
+      tokenizer_from: a folder whose files about text are written in place of the model's own. A ``Transformer``'s own
+        are those of the folder that it was loaded from, if any.
 
     Raises FileExistsError where ``path`` is taken, OSError where the disk is too small, in one sentence; neither leaves
     anything behind. ValueError for arguments, and for a model that lies on several hosts.
     """
-    config, (params, router_bias) = model.config, transformer.split(model)
-    source = tokenizer_from if tokenizer_from is not None else model.source
-    write_model(config, params, router_bias, Path(path), dtype, source, max_shard_bytes=max_shard_bytes)
+    if isinstance(model, transformer.Transformer):
+        tokenizer_from, model = tokenizer_from or model.source, Model.of(model)
+    text = None if tokenizer_from is None else TextFiles.read(Path(tokenizer_from))
+    write_model(model, Path(path), dtype, text=text, max_shard_bytes=max_shard_bytes)
 
 
 def write_model(
-    config: ModelConfig,
-    params: dict[str, Any],
-    router_bias: jax.Array | None,
+    model: Model,
     path: Path,
     dtype: Any,
-    tokenizer_from: str | Path | None,
     *,
+    text: TextFiles | None = None,
     max_shard_bytes: int = 5 * 10**9,
     resume_as: str | None = None,
     on_start: Callable[[int], None] = lambda total: None,
     on_tensor: Callable[[int], None] = lambda size: None,
 ) -> None:
-    """``save_hf`` of plain arrays that reports: on_start gets the bytes to write, on_tensor those of each tensor.
+    """``save_hf`` that reports: on_start gets the bytes to write, on_tensor those of each tensor.
 
-    resume_as: names these very arrays; finished files that a killed call with the same name left are kept.
+    text: the files about it, by default those of the model's tokenizer. resume_as: names these very arrays; finished
+    files that a killed call with the same name left are kept.
     """
+    text = model.tokenizer.files if text is None and model.tokenizer is not None else text
     name = dtype_name(dtype)
-    released = config.to_hf() | {"torch_dtype": "bfloat16" if name == KEPT_FP8 else name}
+    released = model.config.to_hf() | {"torch_dtype": "bfloat16" if name == KEPT_FP8 else name}
     if name == KEPT_FP8:
         released["quantization_config"] = QUANTISED
-    writer = _Writer(config, params, router_bias, name)
+    writer = _Writer(model.config, model.params, model.router_bias, name)
     total = sum(map(planned_bytes, writer.plan))
     task = f"{resume_as} {name} {max_shard_bytes}" if resume_as else None
     with filling(path, total, task) as partial:
@@ -109,9 +100,9 @@ def write_model(
                 on_tensor=on_tensor,
                 resume=resume_as is not None,
             )
-        if tokenizer_from is not None:
-            copy_companions(Path(tokenizer_from), partial)
-            released |= token_ids(Path(tokenizer_from))
+        if text is not None:
+            text.write(partial)
+            released |= text.ids
         (partial / "config.json").write_text(json.dumps(released, indent=2) + "\n", encoding="utf-8")
         publish(partial, path)
 
@@ -149,27 +140,6 @@ def publish(partial: Path, path: Path) -> None:
     """Give a finished folder its name."""
     os.rename(partial, path)  # an empty folder of that name gives way
     (path / _TASK).unlink(missing_ok=True)  # last: a kill in between would have it all done again
-
-
-def copy_companions(source: Path, target: Path) -> list[str]:
-    """Copy the files about text of a model's folder; returns their names. FileNotFoundError: no such folder."""
-    if not source.is_dir():
-        raise FileNotFoundError(f"{source}: no such folder to copy the tokenizer from")
-    present = [name for name in COMPANIONS if (source / name).is_file()]
-    for name in present:
-        shutil.copyfile(source / name, target / name)
-    templates = "additional_chat_templates"
-    if (source / templates).is_dir():
-        shutil.copytree(source / templates, target / templates, dirs_exist_ok=True)
-        present.append(templates)
-    return present
-
-
-def token_ids(source: Path) -> dict[str, Any]:
-    """What a folder's config.json says of the special tokens; nothing where it has none."""
-    config = source / "config.json"
-    fields = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    return {name: fields[name] for name in TOKEN_IDS if name in fields}
 
 
 class _Writer:

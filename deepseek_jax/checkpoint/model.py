@@ -1,24 +1,26 @@
 """A model that travels whole: what ``load`` returns, what every stage starts from, ends with and saves."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from deepseek_jax.checkpoint.hf_load import read_released
+from deepseek_jax.checkpoint.hf_load import KEPT_FP8, dtype_name, read_released
 from deepseek_jax.checkpoint.reading import restore_params
 from deepseek_jax.checkpoint.store import CheckpointStore
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.data.model_folder import TOKENIZER
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.model import transformer
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.sharding import tree_shardings
 
 CHECKPOINTS = "checkpoints"  # the folder of a run that holds them
-TOKENIZER = "tokenizer.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +36,13 @@ class Model:
     router_bias: jax.Array | None
     tokenizer: Tokenizer | None
     mesh: Mesh
+
+    @classmethod
+    def of(cls, network: transformer.Transformer, tokenizer: Tokenizer | None = None) -> "Model":
+        """A module as a model on one device; no array is copied."""
+        params, router_bias = transformer.split(network)
+        mesh = _one_device()
+        return cls(network.config, network.compute.on(mesh), params, router_bias, tokenizer, mesh)
 
     def network(self) -> transformer.Transformer:
         """The network as a module; no array is copied."""
@@ -73,30 +82,49 @@ def load(
       step, ema: of a run, a checkpoint other than the newest, and the running mean in place of the parameters.
       ignore_config: of a released folder, fields of config.json to pass over, see ``hf_config.from_hf``.
 
+    An MTP module that a released config.json announces and the files lack altogether is left out with a warning.
+
     Raises FileNotFoundError where there is neither, ValueError for what is damaged, unknown or not to be had.
     """
-    path, mesh = Path(path), mesh or make_mesh(devices=jax.devices()[:1])
+    path, mesh = Path(path), mesh or _one_device()
     compute = compute.on(mesh)
     if is_released(path):
         if step is not None or ema:
             raise ValueError(f"{path} is a released model: it has no other steps and no running mean")
         tokenizer = Tokenizer.from_folder(path) if (path / TOKENIZER).is_file() else None  # fails sooner than weights
-        return Model(*_released(path, compute, mesh, ignore_config), tokenizer, mesh)
+        config, params, router_bias = read_released(path, compute, mesh, ignore_config)
+        return Model(config, compute, params, router_bias, tokenizer, mesh)
     if ignore_config:
         raise ValueError(f"ignore_config={ignore_config}: it is for a released model's config.json, and {path} is none")
-    return Model(*_run(path, compute, mesh, step, ema), Tokenizer.from_folder(path), mesh)
+    return _load_run(path, compute, mesh, step, ema)
 
 
-def _released(path: Path, compute: ComputeConfig, mesh: Mesh, ignore_config: tuple[str, ...]):
-    config, params, router_bias = read_released(path, compute, mesh, ignore_config)
-    return config, compute, params, router_bias
+def load_hf(
+    path: str | Path, *, mesh: Mesh | None = None, dtype: Any = jnp.bfloat16, ignore_config: Sequence[str] = ()
+) -> transformer.Transformer:
+    """``load`` for who wants the network alone, as a module.
+
+    Args:
+      dtype: bfloat16 or float32, of parameters and arithmetic; FP8 checkpoints are dequantised to it. "float8_e4m3"
+        keeps their FP8 matrices and scales as they are (``BlockScaled``), for inference in bfloat16.
+    """
+    name = dtype_name(dtype)
+    compute = ComputeConfig(dtype="float32" if name == "float32" else "bfloat16", param_dtype=cast(Any, name))
+    network = load(path, compute=compute, mesh=mesh, ignore_config=tuple(ignore_config)).network()
+    network.source = str(Path(path).absolute())
+    return network
 
 
-def _run(path: Path, compute: ComputeConfig, mesh: Mesh, step: int | None, ema: bool):
+def _one_device() -> Mesh:
+    return make_mesh(devices=jax.local_devices()[:1])
+
+
+def _load_run(path: Path, compute: ComputeConfig, mesh: Mesh, step: int | None, ema: bool) -> Model:
     folder = path / CHECKPOINTS
     if not folder.is_dir():
         raise FileNotFoundError(f"{path} holds no {CHECKPOINTS}/, nor config.json beside safetensors")
-    if compute.param_dtype == "float8_e4m3":
+    tokenizer = Tokenizer.from_folder(path)
+    if compute.param_dtype == KEPT_FP8:
         raise ValueError(f"param_dtype={compute.param_dtype!r}: {path} holds float32 parameters")
     with CheckpointStore(folder, keep=1) as store:
         meta = store.read_meta(step)
@@ -104,12 +132,11 @@ def _run(path: Path, compute: ComputeConfig, mesh: Mesh, step: int | None, ema: 
     if ema and not meta.get("recipe", {}).get("step", {}).get("ema_decay"):
         raise ValueError(f"{path} keeps no running mean of its parameters: step.ema_decay was 0")
     name = "ema" if ema else "params"
-    params, router_bias = transformer.abstract_arrays(config)
+    params, router_bias = transformer.abstract_arrays(config, compute)
     shardings = tree_shardings(mesh, transformer.logical_axes(config), params, compute.rules)
     place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)  # noqa: E731
     wanted = {name: jax.tree.map(place, params, shardings)}
     if router_bias is not None:
         wanted["router_bias"] = place(router_bias, NamedSharding(mesh, PartitionSpec()))
     arrays, _ = restore_params(folder, wanted, step=step)
-    params = jax.tree.map(lambda leaf: leaf.astype(compute.param_dtype), arrays[name])
-    return config, compute, params, arrays.get("router_bias")
+    return Model(config, compute, arrays[name], arrays.get("router_bias"), tokenizer, mesh)

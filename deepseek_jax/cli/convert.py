@@ -1,4 +1,4 @@
-"""``convert``: a released model's folder to our own checkpoint and back."""
+"""``convert``: a run, or a released model's folder, to a released model's folder."""
 
 import dataclasses
 import hashlib
@@ -12,94 +12,74 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from deepseek_jax.checkpoint import CheckpointStore, hf_convert
-from deepseek_jax.checkpoint.hf_load import KEPT_FP8, Released
-from deepseek_jax.checkpoint.hf_save import copy_companions, filling, publish, write_model
-from deepseek_jax.checkpoint.model import CHECKPOINTS, TOKENIZER, is_released, load
-from deepseek_jax.cli.talk import find_run
+from deepseek_jax.checkpoint import CheckpointStore
+from deepseek_jax.checkpoint.hf_load import KEPT_FP8
+from deepseek_jax.checkpoint.hf_save import write_model
+from deepseek_jax.checkpoint.model import CHECKPOINTS, is_released, load
+from deepseek_jax.cli.talk import find_model
+from deepseek_jax.compute import ComputeConfig
+from deepseek_jax.data.model_folder import read_json_object
 
 GIGABYTE = 10**9
 
 
 @dataclasses.dataclass(frozen=True)
 class _Convert:
-    """Convert between a released model's folder (config.json and safetensors) and this project's own checkpoints, in
-    the direction that SRC calls for. Killed on the way it leaves nothing but DST.partial; run again, it goes on.
+    """Write a model as released ones are: config.json, safetensors, tokenizer and chat template, as transformers, vLLM
+    and every command here read it. The whole model is in memory meanwhile. Killed on the way it leaves nothing but
+    DST.partial; run again, it goes on."""
 
-    src: a released model's folder, or one that a stage or the demo wrote.
-    dst: the folder to write; it must not exist.
-    dtype: of the weights written; float8_e4m3 only to a released model's format.
-    shard_gigabytes: how large one safetensors file may become.
-    """
-
-    src: Annotated[str, tyro.conf.Positional]
-    dst: Annotated[str, tyro.conf.Positional]
+    src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
+    """A folder that a stage or the demo wrote, or a released model's, to have its weights in another dtype."""
+    dst: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
+    """The folder to write; it must not exist."""
     dtype: Literal["bfloat16", "float32", "float8_e4m3"] = "bfloat16"
+    """Of the weights written; float8_e4m3: matrices in blocks with scales, as V3 is released."""
     shard_gigabytes: float = 5.0
+    """How large one safetensors file may become."""
+    step: int = 0
+    """Of a run, a checkpoint other than the newest (0)."""
+    ema: bool = False
+    """Of a run, the running mean of the parameters in their place."""
     ignore_config: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """A field of config.json to pass over; give it several times for more."""
+    """A field of a released config.json to take as absent; give it several times for more."""
 
 
 def run_convert(arguments: Sequence[str]) -> None:
     options = tyro.cli(_Convert, args=list(arguments), prog="deepseek-jax convert")
-    if is_released(options.src):
-        _to_orbax(options)
-    else:
-        _to_hf(options)
-    Console().print(f"→ {options.dst}")
-
-
-def _to_orbax(options: _Convert) -> None:
-    if options.dtype == KEPT_FP8:
-        raise ValueError(f"--dtype {KEPT_FP8}: our own checkpoints hold bfloat16 or float32")
-    source, target = Path(options.src), Path(options.dst)
-    with Released(source, dtype=options.dtype, ignore_config=options.ignore_config) as released:
-        files = [source / "config.json", *source.glob("*.safetensors*")]
-        task = f"{_name_of(files)} {options.dtype} {[*options.ignore_config]} {hf_convert.LAYOUT}"
-        with filling(target, hf_convert.size_of(released), task) as partial:
-            with _progress("converting") as (start, advance):
-                hf_convert.write_checkpoint(
-                    released,
-                    partial / CHECKPOINTS / "0",
-                    meta={"stage": "convert", "model": released.config.to_dict()},
-                    on_start=start,
-                    on_tensor=advance,
-                )
-            copied = copy_companions(source, partial)
-            publish(partial, target)
-    if TOKENIZER not in copied:
-        Console(stderr=True).print(f"{source} holds no {TOKENIZER}: generate and sft will ask for one in {target}")
-
-
-def _to_hf(options: _Convert) -> None:
-    if options.ignore_config:
-        raise ValueError(f"--ignore-config is for a released model's config.json, and {options.src} is none")
-    run = find_run(options.src)
-    trained = load(run)
+    source = find_model(options.src)
+    compute = ComputeConfig(param_dtype=_read_as(source, options.dtype))
+    model = load(
+        source, compute=compute, step=options.step or None, ema=options.ema, ignore_config=options.ignore_config
+    )
     with _progress("writing") as (start, advance):
         write_model(
-            trained.config,
-            trained.params,
-            trained.router_bias,
+            model,
             Path(options.dst),
             options.dtype,
-            run,
             max_shard_bytes=int(options.shard_gigabytes * GIGABYTE),
-            resume_as=_name_of_newest(run),
+            resume_as=f"{_name_of(source, options.step)} {options.ema} {[*options.ignore_config]}",
             on_start=start,
             on_tensor=advance,
         )
+    Console().print(f"→ {options.dst}")
 
 
-def _name_of_newest(run: Path) -> str:
-    """What tells the newest checkpoint of a run from any other."""
-    with CheckpointStore(run / CHECKPOINTS, keep=1) as store:
-        folder = store.directory / str(store.latest_step())
-    return _name_of([file for file in folder.rglob("*") if file.is_file()])
+def _read_as(source: Path, dtype: str) -> Literal["bfloat16", "float32", "float8_e4m3"]:
+    """The dtype in which nothing is lost that ``dtype`` would keep."""
+    if dtype != KEPT_FP8:
+        return "bfloat16" if dtype == "bfloat16" else "float32"
+    kept = is_released(source) and read_json_object(source / "config.json").get("quantization_config")
+    return KEPT_FP8 if kept else "float32"
 
 
-def _name_of(files: Iterable[Path]) -> str:
-    """What tells these files from others: their places, sizes and times."""
+def _name_of(source: Path, step: int) -> str:
+    """What tells these weights from others: their files' places, sizes and times."""
+    if is_released(source):
+        files: Iterable[Path] = [source / "config.json", *source.glob("*.safetensors*")]
+    else:
+        with CheckpointStore(source / CHECKPOINTS, keep=1) as store:
+            files = (store.directory / str(step or store.latest_step())).rglob("*")
     facts = [[str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(files)]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 

@@ -23,15 +23,13 @@ from deepseek_jax.workflows.recipe import load_recipe
 
 @dataclasses.dataclass(frozen=True)
 class _Inspect:
-    """What a model costs.
+    """What a model costs: parameters, cache, arithmetic and memory, before it is built."""
 
-    what: a released model's folder or config.json, a folder that a stage or the demo wrote, or a recipe of a model or
-    of pretraining (models/deepseek_v3, demo/pretrain). context: tokens in the cache, and in a row of training; by
-    default 4096, or the most that the model takes if that is less.
-    """
-
-    what: Annotated[str, tyro.conf.Positional] = "demo/pretrain"
+    what: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH|RECIPE")] = "demo/pretrain"
+    """A released model's folder or config.json, a folder that a stage or the demo wrote, or a recipe of a model or of
+    pretraining (models/deepseek_v3, demo/pretrain)."""
     context: int | None = None
+    """Tokens in the cache, and in a row of training; by default 4096, or the most that the model takes."""
     ignore_config: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A field of config.json to take as absent; give it several times for more."""
 

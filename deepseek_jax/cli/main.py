@@ -19,12 +19,13 @@ from raw text to answers
 using a model
   generate PATH --prompt complete a prompt
   chat PATH              talk to it in the terminal
-  convert SRC DST        a released model's folder to a run's checkpoint, and back
+  convert PATH DST       write it as released ones are: safetensors, tokenizer, chat template
   inspect PATH|RECIPE    parameters, cache and arithmetic per token
   bench                  train and decode speed beside transformers
 
-RECIPE is a name such as demo/pretrain or a Python file with a function config(); RUN is a folder that a stage or
-the demo wrote; PATH is a RUN or a released model's folder. Every field of a recipe can be set:
+RECIPE is a name such as demo/pretrain or a Python file with a function config(); without one a stage has its defaults
+and says what is missing. RUN is a folder that a stage or the demo wrote; PATH is a RUN or a released model's folder,
+and so is what sft and grpo start from (--init-from PATH). Every field of a recipe can be set:
 --optimizer.peak-lr 3e-4 --loop.steps 100."""
 
 COMMANDS = {

@@ -19,18 +19,19 @@ Config = TypeVar("Config")
 def parse_recipe(
     command: str, kind: type[Config], arguments: Sequence[str], *, emptied: Mapping[str, Any] | None = None
 ) -> Config:
-    """The recipe named first, or demo/COMMAND, with the overrides behind it.
+    """The recipe named first, or the stage's own defaults, with the overrides behind it.
 
     emptied: fields that may be given several times, and what they are before the first: tyro alone would add to the
     recipe's.
     """
-    named = bool(arguments) and not arguments[0].startswith("-")
-    recipe = arguments[0] if named else f"demo/{command}"
+    if not arguments or arguments[0].startswith("-"):
+        return tyro.cli(kind, args=list(arguments), prog=f"deepseek-jax {command}")
+    recipe, *overrides = arguments
     default: Any = load_recipe(recipe, kind)
     for field, empty in (emptied or {}).items():
-        if any(argument.partition("=")[0] == f"--{field}" for argument in arguments):
+        if any(override.partition("=")[0] == f"--{field}" for override in overrides):
             default = dataclasses.replace(default, **{field: empty})
-    return tyro.cli(kind, args=list(arguments[named:]), default=default, prog=f"deepseek-jax {command} {recipe}")
+    return tyro.cli(kind, args=overrides, default=default, prog=f"deepseek-jax {command} {recipe}")
 
 
 def _finish(run_dir: str, result: dict[str, Any]) -> None:
@@ -73,7 +74,7 @@ def run_demo(arguments: Sequence[str]) -> None:
 class _Report:
     """Write a run's report.html again and print its numbers."""
 
-    run: Annotated[str, tyro.conf.Positional] = "runs/demo"
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 
 
 def run_report(arguments: Sequence[str]) -> None:

@@ -12,32 +12,40 @@ from rich.text import Text
 
 from deepseek_jax.checkpoint.model import CHECKPOINTS, is_released, load
 from deepseek_jax.compute import ComputeConfig
-from deepseek_jax.data.chat import encode_prompt, split_thinking
-from deepseek_jax.data.template import opens_thinking
+from deepseek_jax.data.chat import encode_prompt, prompt_opens_thinking, split_thinking
 from deepseek_jax.data.tokenizer import THINK
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
+from deepseek_kernels.target import Target
 
 STAGES = ("grpo", "sft", "pretrain")
 
 
+def _computed() -> ComputeConfig:
+    """bfloat16, but for CPUs, which compute it slowly."""
+    dtype = "float32" if Target.of(jax.devices()[0]).platform == "cpu" else "bfloat16"
+    return ComputeConfig(dtype=dtype, param_dtype=dtype)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Sampling:
-    """run: a folder that a stage or the demo wrote (of a demo, its last stage answers), or a released model's folder
-    with config.json, safetensors and tokenizer.json.
-
-    temperature 0 is greedy; the same seed gives the same answers. Of a trained stage: step takes a checkpoint other
-    than the newest (0), the best one for instance; ema the running mean of the parameters.
-    """
-
-    run: Annotated[str, tyro.conf.Positional]
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
+    """A folder that a stage or the demo wrote (of a demo, its last stage answers), or a released model's, with
+    config.json, safetensors and tokenizer.json."""
     temperature: float = 0.0
+    """0 always takes the likeliest token; the same seed gives the same answers."""
     top_p: float = 1.0
+    """Leave out what lies beyond this share of the probability."""
     top_k: int = 0
+    """Choose among this many of the likeliest tokens; 0 for all."""
     max_tokens: int = 128
+    """Of an answer."""
     seed: int = 0
     step: int = 0
+    """Of a run, a checkpoint other than the newest (0): the best one, for instance."""
     ema: bool = False
+    """Of a run, the running mean of the parameters."""
+    compute: ComputeConfig = dataclasses.field(default_factory=_computed)
 
     def params(self) -> SamplingParams:
         return SamplingParams(
@@ -51,7 +59,8 @@ class _Sampling:
 
 @dataclasses.dataclass(frozen=True)
 class _Generate(_Sampling):
-    __doc__ = _Sampling.__doc__
+    """Complete texts, or answer questions (--chat)."""
+
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """What to complete; give it several times for a batch."""
     chat: bool = False
@@ -60,7 +69,7 @@ class _Generate(_Sampling):
 
 @dataclasses.dataclass(frozen=True)
 class _Chat(_Sampling):
-    __doc__ = _Sampling.__doc__
+    """Talk with a model until an empty line; its thinking is shown dimmed."""
 
 
 def find_run(run: str) -> Path:
@@ -74,11 +83,14 @@ def find_run(run: str) -> Path:
     )
 
 
+def find_model(path: str) -> Path:
+    """A released model's folder as it is, or a run's, see ``find_run``."""
+    return Path(path) if is_released(path) else find_run(path)
+
+
 def _engine(options: _Sampling) -> Engine:
-    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"  # CPUs compute bfloat16 slowly
-    path = options.run if is_released(options.run) else find_run(options.run)
-    compute = ComputeConfig(dtype=dtype, param_dtype=dtype)
-    return Engine(load(path, compute=compute, step=options.step or None, ema=options.ema))
+    path = find_model(options.run)
+    return Engine(load(path, compute=options.compute, step=options.step or None, ema=options.ema))
 
 
 def run_generate(arguments: Sequence[str]) -> None:
@@ -98,8 +110,7 @@ def run_chat(arguments: Sequence[str]) -> None:
     options = tyro.cli(_Chat, args=list(arguments), prog="deepseek-jax chat")
     console = Console()
     engine = _engine(options)
-    name = options.run if is_released(options.run) else find_run(options.run)
-    console.print(f"{name} · an empty line ends the talk", style="dim")
+    console.print(f"{find_model(options.run)} · an empty line ends the talk", style="dim")
     turns: list[dict[str, str]] = []
     while question := _read(console):
         turns.append(_turn("user", question))
@@ -121,15 +132,9 @@ def _turn(role: str, content: str) -> dict[str, str]:
 
 
 def _ask(engine: Engine, turns: Sequence[dict[str, str]]) -> tuple[list[int], str]:
-    """The prompt's ids, and how the answer begins: with ``<think>`` where the prompt has opened it already.
-
-    A model's own template is used where it came with one, else DeepSeek's format.
-    """
+    """The prompt's ids, and how the answer begins: with ``<think>`` where the prompt has opened it already."""
     tokenizer = engine.tokenizer
-    if tokenizer.template is None:
-        return encode_prompt(tokenizer, turns), ""
-    text = tokenizer.template.render(turns)
-    return tokenizer.encode(text, allow_special=True), THINK if opens_thinking(text) else ""
+    return encode_prompt(tokenizer, turns), THINK if prompt_opens_thinking(tokenizer, turns) else ""
 
 
 def _read(console: Console) -> str:

@@ -1,13 +1,67 @@
-"""The small JSON files about text beside a released model's weights: special tokens, stop tokens, chat template."""
+"""The files about text beside a model's weights: special tokens, stop tokens, chat template. They travel with it."""
 
+import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from deepseek_jax.data.template import ChatTemplate
 
+TOKENIZER = "tokenizer.json"
+COMPANIONS = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+_MORE_TEMPLATES = "additional_chat_templates"
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+@dataclasses.dataclass(frozen=True)
+class TextFiles:
+    """files: their bytes by name, tokenizer.json among them. ids: what the model's config.json says of special tokens,
+    which is about text though it stands there."""
+
+    files: Mapping[str, bytes]
+    ids: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path) -> "TextFiles":
+        """All that a model's folder, or a run's, has of them. FileNotFoundError: no such folder."""
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder}: no such folder to take the tokenizer from")
+        found = [folder / name for name in (TOKENIZER, *COMPANIONS)]
+        found += sorted((folder / _MORE_TEMPLATES).glob("*.jinja"))
+        files = {file.relative_to(folder).as_posix(): file.read_bytes() for file in found if file.is_file()}
+        ids: dict[str, Any] = {}
+        for name in ("config.json", "generation_config.json"):
+            if not ids:  # a run's config.json says nothing of them
+                ids = {key: value for key, value in read_json_object(folder / name).items() if key in TOKEN_IDS}
+        return cls(files, ids)
+
+    def write(self, folder: Path) -> None:
+        """Each file whole or not at all, tokenizer.json last. Without a generation_config.json the ids make one."""
+        files = dict(self.files)
+        if self.ids and "generation_config.json" not in files:
+            files["generation_config.json"] = json_bytes(self.ids)
+        for name in sorted(files, key=TOKENIZER.__eq__):
+            file = folder / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            partial = file.with_name(file.name + ".partial")
+            partial.write_bytes(files[name])
+            os.replace(partial, file)
+
+
+def json_bytes(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(dict(content), indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
@@ -34,8 +88,9 @@ def token_text(config: Mapping[str, Any], name: str) -> str | None:
 
 
 def read_stop_ids(folder: Path) -> list[int]:
-    """`eos_token_id` of generation_config.json: none, a number or a list."""
+    """`eos_token_id` of generation_config.json, or without that file of config.json: none, a number or a list."""
     file = folder / "generation_config.json"
+    file = file if file.is_file() else folder / "config.json"
     ids = read_json_object(file).get("eos_token_id")
     ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
     if not all(type(i) is int and i >= 0 for i in ids):

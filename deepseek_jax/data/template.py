@@ -48,6 +48,11 @@ class ChatTemplate:
         self._templates = [_compile(text) for text in self._sources]
         self._tokens = dict(tokens)
 
+    @property
+    def source(self) -> str:
+        """The jinja2 text."""
+        return self._sources[0]
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],

@@ -11,7 +11,15 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
-from deepseek_jax.data.model_folder import read_json_object, read_stop_ids, read_template, token_text
+from deepseek_jax.data.model_folder import (
+    TOKENIZER,
+    TextFiles,
+    json_bytes,
+    read_json_object,
+    read_stop_ids,
+    read_template,
+    token_text,
+)
 from deepseek_jax.data.template import ChatTemplate
 
 # The bar is U+FF5C and the underscore U+2581, as in DeepSeek's released tokenizers.
@@ -43,6 +51,22 @@ _LAST = (THINK, END_THINK, FIM_HOLE, FIM_BEGIN, FIM_END, USER, ASSISTANT, EOT, *
 SPECIAL_TOKENS = _FIRST + _LAST
 PAD_ID = 2
 
+# DeepSeek's format as a chat template, for who reads a model that was trained here: it writes what data/chat.py writes
+# as ids, but that special tokens count wherever they stand. System messages open the conversation, and all
+# assistants' turns but one that ends it lose their thinking.
+DEEPSEEK_TEMPLATE = f"""\
+{{{{ bos_token }}}}
+{{{{- messages | selectattr('role', 'equalto', 'system') | map(attribute='content') | join('\\n\\n') }}}}
+{{%- for message in messages %}}
+    {{%- if message.role == 'user' %}}
+        {{{{- '{USER}' + message.content }}}}
+    {{%- elif message.role == 'assistant' %}}
+        {{{{- '{ASSISTANT}' + (message.content if loop.last else message.content.split('{END_THINK}')[-1]) }}}}
+        {{{{- eos_token }}}}
+    {{%- endif %}}
+{{%- endfor %}}
+{{%- if add_generation_prompt %}}{{{{- '{ASSISTANT}' }}}}{{% endif %}}"""
+
 # R1's pre-tokenizer, but that every digit stands alone (R1 takes up to three together).
 _DIGIT = r"\p{N}"
 _CJK = "[一-龥぀-ゟ゠-ヿ]+"
@@ -63,6 +87,7 @@ class Tokenizer:
 
     bos, eos, pad: how those tokens are spelled, None where the tokenizer has none; without `pad`, EOS pads.
     stop_ids: what ends an answer beside EOS. template: the model's chat template, where it came with one.
+    files: what `save` writes; by default made of all that.
     """
 
     def __init__(
@@ -74,6 +99,7 @@ class Tokenizer:
         pad: str | None = PAD,
         stop_ids: Iterable[int] = (),
         template: ChatTemplate | None = None,
+        files: TextFiles | None = None,
     ):
         self._special = backend
         self._bos, self._eos, self._pad = bos, eos, pad
@@ -85,32 +111,39 @@ class Tokenizer:
         # The same merges without any added token: what encodes text that nobody vouches for.
         plain = json.loads(serialised) | {"added_tokens": []}
         self._plain = tokenizers.Tokenizer.from_str(json.dumps(plain))
-
-    @classmethod
-    def from_file(cls, path: str | os.PathLike[str]) -> "Tokenizer":
-        """Reads a `tokenizer.json`, or the one in the folder `path`; ValueError when there is none."""
-        return cls(cls._read(path))
+        self.files: TextFiles = self._own_files() if files is None else files
 
     @classmethod
     def from_folder(cls, path: str | os.PathLike[str]) -> "Tokenizer":
-        """Reads what a released model's folder says of text: tokenizer.json, tokenizer_config.json, the chat template.
+        """Reads what a model's folder says of text: tokenizer.json, tokenizer_config.json, the chat template.
+
+        path: a folder that a model was released in or that a stage wrote, or its tokenizer.json. Under any other name
+        a file in that format is read alone.
 
         BOS, EOS and PAD are those of the config; without that file, DeepSeek's. `eos_token_id` of
         generation_config.json, a number or a list, ends answers too. ValueError names what is wrong: no
         tokenizer.json, a token that the vocabulary lacks, a template that is no template.
         """
-        folder = Path(path)
-        backend = cls._read(folder / "tokenizer.json")
-        config = read_json_object(folder / "tokenizer_config.json") or {"bos_token": BOS, "eos_token": EOS}
+        file = Path(path)
+        file = file if file.suffix == ".json" else file / TOKENIZER
+        backend = cls._read(file)
+        if file.name != TOKENIZER:
+            return cls(backend)
+        folder = file.parent
+        config = read_json_object(folder / "tokenizer_config.json")
+        if not config:
+            config = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD if backend.token_to_id(PAD) else None}
         names = {name: token_text(config, f"{name}_token") for name in ("bos", "eos", "pad")}
         for name, token in names.items():
             if token is not None and backend.token_to_id(token) is None:
                 raise ValueError(f"{folder}: {name}_token={token!r} is not in tokenizer.json")
-        return cls(backend, **names, stop_ids=read_stop_ids(folder), template=read_template(folder, config))
+        template, files = read_template(folder, config), TextFiles.read(folder)
+        if files.files.keys() == {TOKENIZER} and not files.ids:  # of an older run, say
+            files = None
+        return cls(backend, **names, stop_ids=read_stop_ids(folder), template=template, files=files)
 
     @staticmethod
-    def _read(path: str | os.PathLike[str]) -> tokenizers.Tokenizer:
-        file = _tokenizer_file(path)
+    def _read(file: Path) -> tokenizers.Tokenizer:
         if not file.is_file():
             raise ValueError(f"{file}: no such tokenizer file; a tokenizer.json or a folder holding one is needed")
         text = file.read_text(encoding="utf-8")
@@ -125,14 +158,28 @@ class Tokenizer:
         except Exception as error:  # the library raises no narrower one
             raise ValueError(f"{file}: no tokenizer.json ({error})") from error
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Writes `path` (a name ending in .json, or a folder to hold tokenizer.json) whole or not at all."""
-        file = _tokenizer_file(path)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(file.name + ".partial")
-        partial.write_text(self._special.to_str(pretty=True), encoding="utf-8")
-        os.replace(partial, file)
-        return file
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Writes all that `from_folder` and transformers' AutoTokenizer read, byte for byte what came from a folder;
+        returns the tokenizer.json."""
+        self.files.write(Path(folder))
+        return Path(folder) / TOKENIZER
+
+    def _own_files(self) -> TextFiles:
+        """The files of a tokenizer that came without any; DeepSeek's format where it has the tokens and no template."""
+        names = {"bos_token": self._bos, "eos_token": self._eos, "pad_token": self._pad}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | names
+        if self.template is not None:
+            config["chat_template"] = self.template.source
+        elif self.has_chat_tokens:
+            config["chat_template"] = DEEPSEEK_TEMPLATE
+        files = {
+            TOKENIZER: self._special.to_str(pretty=True).encode(),
+            "tokenizer_config.json": json_bytes({name: value for name, value in config.items() if value is not None}),
+        }
+        ids: dict[str, Any] = {f"{name}_id": self.token_id(token) for name, token in names.items() if token is not None}
+        if self.stop_ids:
+            ids["eos_token_id"] = self.stop_ids[0] if len(self.stop_ids) == 1 else [*self.stop_ids]
+        return TextFiles(files, ids)
 
     @cached_property
     def vocab_size(self) -> int:
@@ -169,6 +216,12 @@ class Tokenizer:
         if self._pad is None:
             return 0 if self._eos is None else self.eos_id
         return self.token_id(self._pad)
+
+    @cached_property
+    def has_chat_tokens(self) -> bool:
+        """Whether DeepSeek's format can be written."""
+        tokens = (self._bos, self._eos, USER, ASSISTANT)
+        return all(token is not None and self._special.token_to_id(token) is not None for token in tokens)
 
     @cached_property
     def think_id(self) -> int:
@@ -243,11 +296,6 @@ class Tokenizer:
         among them, are visible markup and stay.
         """
         return self._special.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
-
-
-def _tokenizer_file(path: str | os.PathLike[str]) -> Path:
-    path = Path(path)
-    return path if path.suffix == ".json" else path / "tokenizer.json"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -33,7 +33,7 @@ RECIPE_DIR = "runs/demo"  # the folder that the recipes in configs/demo/ name
 class CorpusStage:
     """The demo's corpus and tokenizer, written to ``folder``."""
 
-    folder: str = f"{RECIPE_DIR}/corpus"
+    folder: str = "runs/corpus"
     corpus: CorpusConfig = CorpusConfig()
 
     def __post_init__(self) -> None:
@@ -64,7 +64,7 @@ def make_corpus(config: CorpusStage) -> dict:
         return meta
     meta = build_corpus(folder, config.corpus)
     texts = read_documents(folder / "documents" / "train.jsonl")
-    train_tokenizer(texts, config.corpus.vocab_size).save(tokenizer_path)
+    train_tokenizer(texts, config.corpus.vocab_size).save(folder)
     return meta
 
 

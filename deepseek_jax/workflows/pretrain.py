@@ -26,6 +26,7 @@ from deepseek_jax.workflows.stage import (
     LoaderBatches,
     StageConfig,
     read_result,
+    require,
     train_stage,
     write_json,
 )
@@ -34,12 +35,13 @@ from deepseek_jax.workflows.stage import (
 @dataclasses.dataclass(frozen=True)
 class PretrainData:
     """path: files of text (.jsonl, .parquet, .txt). heldout: a file of documents with a ``kind``, of which code and
-    prose are measured; empty for none. tokenizer: a tokenizer.json. fim_rate: documents rearranged as
+    prose are measured; empty for none. tokenizer: a tokenizer.json, or the folder of a
+    model that has one. fim_rate: documents rearranged as
     prefix-suffix-middle (V3 section 4.1). skip_broken: leave broken lines out, counted, instead of stopping."""
 
-    path: tuple[str, ...] = ("runs/demo/corpus/documents/train.jsonl",)
-    heldout: str = "runs/demo/corpus/documents/heldout.jsonl"
-    tokenizer: str = "runs/demo/corpus/tokenizer.json"
+    path: tuple[str, ...] = ()
+    heldout: str = ""
+    tokenizer: str = ""
     seq_len: int = 128
     fim_rate: float = 0.1
     skip_broken: bool = False
@@ -52,7 +54,7 @@ class PretrainData:
 class PretrainConfig(StageConfig):
     """A pretraining run."""
 
-    run_dir: str = "runs/demo/pretrain"
+    run_dir: str = "runs/pretrain"
     batch_size: int = 8
     data: PretrainData = PretrainData()
     model: ModelConfig = ModelConfig()
@@ -61,8 +63,9 @@ class PretrainConfig(StageConfig):
 
 def pretrain(config: PretrainConfig) -> dict[str, Any]:
     """Run the stage, or go on with it; returns and writes its result."""
+    require(config, "data.path", "data.tokenizer")
     run_dir = Path(config.run_dir)
-    tokenizer = Tokenizer.from_file(config.data.tokenizer)
+    tokenizer = Tokenizer.from_folder(config.data.tokenizer)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(
             f"model.vocab_size={config.model.vocab_size} is less than the tokenizer's {tokenizer.vocab_size}"
@@ -128,7 +131,7 @@ def prepare_rows(data: PretrainData, tokenizer: Tokenizer, folder: Path, *, seed
     def encoded() -> Iterator[list[int]]:
         for index in rng.permutation(len(documents)):
             ids = apply_fim(tokenizer.encode(documents[index]), rng=rng, rate=data.fim_rate, tokens=fim)
-            yield [tokenizer.bos_id, *ids, tokenizer.eos_id]
+            yield [*tokenizer.bos_ids, *ids, tokenizer.eos_id]
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     rows = pack_stream(encoded(), data.seq_len, pad_id=tokenizer.pad_id)

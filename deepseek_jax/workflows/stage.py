@@ -1,8 +1,8 @@
 """What every training stage does around its own step: devices, state, the loop, the result."""
 
 import dataclasses
+import functools
 import json
-import operator
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -44,14 +44,6 @@ class StageConfig:
         check_types(self)
         if "://" in self.run_dir:
             raise ValueError(f"run_dir={self.run_dir!r}: runs are written to a local or mounted folder")
-
-
-def require_fields(config: StageConfig, *names: str) -> None:
-    """ValueError with those of these fields, such as "data.path", that are empty."""
-    empty = [name for name in names if not operator.attrgetter(name)(config)]
-    if empty:
-        flags = ", ".join("--" + name.replace("_", "-") for name in empty)
-        raise ValueError(f"{', '.join(empty)} must be given: {flags}, or in a recipe")
 
 
 def train_stage(
@@ -132,6 +124,13 @@ def train_stage(
         **count_parameters(model),
         "cache_numbers_per_token_layer": model.cache_numbers_per_token_layer,
     }
+
+
+def require(config: Any, *names: str) -> None:
+    """ValueError for the first of these fields ("data.path") that is empty."""
+    for name in names:
+        if not functools.reduce(getattr, name.split("."), config):
+            raise ValueError(f"{name} is empty: give --{name.replace('_', '-')}, or a recipe that has it")
 
 
 def read_result(run_dir: str | Path) -> dict[str, Any] | None:

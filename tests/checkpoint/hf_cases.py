@@ -9,12 +9,16 @@ import jax
 import ml_dtypes
 import numpy as np
 from model.tiny import QWEN, V1, V2, V3, config, weights
+from small import tokenizer
 
 from deepseek_jax.checkpoint.reading import named_leaves
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.data.model_folder import COMPANIONS, TOKENIZER
+from deepseek_jax.data.tokenizer import BOS, EOS, PAD
 from deepseek_jax.model import transformer
 from deepseek_jax.model.transformer import Transformer
 
+LLAMA = config(QWEN, attention_bias=False, tie_word_embeddings=False, vocab_size=300, max_position_embeddings=64)
 FAMILIES = {
     "v1": config(V1),
     "v2": config(V2),
@@ -31,6 +35,21 @@ _NAMES |= {np.dtype(np.float64): "F64", np.dtype(np.int32): "I32"}
 
 def model(config: ModelConfig, seed: int = 0) -> Transformer:
     return transformer.merge(config, *weights(config, seed))
+
+
+def with_tokenizer(folder: Path, template: str) -> Path:
+    """A released folder of a tiny dense Llama whose tokenizer, stop ids and chat template are its own."""
+    write(folder, LLAMA, released(LLAMA), bos_token_id=0, eos_token_id=[1, 5])
+    tokenizer().save(folder)
+    config = {"bos_token": {"content": BOS}, "eos_token": EOS, "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"pad_token": PAD}))
+    (folder / "generation_config.json").write_text('{"eos_token_id":[1, 5],   "top_p": 0.95}')
+    (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+def files_about_text(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in (TOKENIZER, *COMPANIONS) if (folder / name).exists()}
 
 
 def arrays(model: Transformer) -> dict[Any, np.ndarray]:

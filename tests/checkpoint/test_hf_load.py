@@ -36,7 +36,7 @@ def test_every_family_loads_what_was_written(family, tmp_path):
 
 def test_bfloat16_is_the_default_and_rounds_once(tmp_path):
     loaded = load_hf(cases.write(tmp_path, TINY, cases.released(TINY)))
-    assert (loaded.config.dtype, loaded.config.param_dtype) == ("bfloat16", "bfloat16")
+    assert (loaded.compute.dtype, loaded.compute.param_dtype) == ("bfloat16", "bfloat16")
     for path, value in cases.arrays(cases.model(TINY)).items():
         expected = value if path == ("bias",) else value.astype(ml_dtypes.bfloat16)
         np.testing.assert_array_equal(cases.arrays(loaded)[path], expected, err_msg=str(path))
@@ -71,7 +71,10 @@ def test_kept_fp8_computes_the_same(fp8):
     )
     tokens = jnp.arange(12, dtype=jnp.int32).reshape(2, 6)
     run = jax.jit(
-        lambda p, b: (out := transformer.merge(wide.config, p, b)(tokens, mtp=True)) and (out.logits, out.mtp_hidden)
+        lambda p, b: (
+            (out := transformer.merge(wide.config, p, b, wide.compute)(tokens, mtp=True))
+            and (out.logits, out.mtp_hidden)
+        )
     )
     for a, b in zip(run(*transformer.split(kept)), run(*transformer.split(wide)), strict=True):
         np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=0.05, atol=0.05)
@@ -85,6 +88,7 @@ def test_kept_fp8_computes_the_same(fp8):
             sampling=SamplingParams(max_tokens=6),
             stop_ids=(1,),
             pad_id=2,
+            compute=wide.compute,
         )
         for m in (kept, wide)
     ]

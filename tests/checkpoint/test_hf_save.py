@@ -15,7 +15,7 @@ import pytest
 from checkpoint import hf_cases as cases
 from conftest import ENVIRONMENT
 
-from deepseek_jax import load_hf, save_hf
+from deepseek_jax import load, load_hf, save_hf
 from deepseek_jax.checkpoint import hf_save
 from deepseek_jax.checkpoint.safetensors import TensorFiles
 
@@ -83,27 +83,22 @@ def test_fp8_out_of_wide_weights(tmp_path):
         assert np.all(error <= np.abs(value) * 2**-4 + 1e-3), name
 
 
-def test_the_files_about_text_come_along(tmp_path):
-    folder = cases.write(tmp_path / "m", TINY, cases.released(TINY))
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "modeling_deepseek.py"):
-        (folder / name).write_text(name)
-    fields = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(fields | {"eos_token_id": [100001, 7], "pad_token_id": None}))
-    loaded = load_hf(folder)
+@pytest.mark.parametrize("read", [load, load_hf])
+def test_the_files_about_text_come_along(read, tmp_path):
+    folder = cases.with_tokenizer(tmp_path / "m", "{{ messages[0].content }}")
+    (folder / "modeling_deepseek.py").write_text("no code")
+    loaded = read(folder)
     save_hf(loaded, tmp_path / "own")
     written = json.loads((tmp_path / "own" / "config.json").read_text())
-    assert written["eos_token_id"] == [100001, 7] and written["pad_token_id"] is None
-    assert (tmp_path / "own" / "tokenizer.json").read_text() == "tokenizer.json"
-    assert (tmp_path / "own" / "generation_config.json").exists() and not (
-        tmp_path / "own" / "modeling_deepseek.py"
-    ).exists()
+    assert (written["bos_token_id"], written["eos_token_id"]) == (0, [1, 5])
+    texts = cases.files_about_text(folder)
+    assert len(texts) == 4 and cases.files_about_text(tmp_path / "own") == texts
+    assert not (tmp_path / "own" / "modeling_deepseek.py").exists()
     other = tmp_path / "other"
     other.mkdir()
-    (other / "chat_template.jinja").write_text("x")
+    (other / "tokenizer.model").write_bytes(b"\xff")  # a tokenizer that is not read here is copied too
     save_hf(loaded, tmp_path / "given", tokenizer_from=other)
-    assert (tmp_path / "given" / "chat_template.jinja").exists() and not (
-        tmp_path / "given" / "tokenizer.json"
-    ).exists()
+    assert cases.files_about_text(tmp_path / "given") == {"tokenizer.model": b"\xff"}
     with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
         save_hf(loaded, tmp_path / "x", tokenizer_from=tmp_path / "nowhere")
     assert not list(tmp_path.glob("x*"))
@@ -150,7 +145,8 @@ save_hf(cases.model(cases.FAMILIES["v3"]), sys.argv[1], max_shard_bytes=4000)
 
 def test_a_killed_save_leaves_nothing_that_looks_whole(tmp_path):
     tests = Path(__file__).parents[1]
-    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": str(tests)}
+    sources = os.pathsep.join(map(str, (tests, tests.parent, tests.parent / "kernels")))
+    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": sources}
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "m")], env=environment, check=False)
     assert done.returncode == -signal.SIGKILL
     assert [file.name for file in tmp_path.iterdir()] == ["m.partial"]

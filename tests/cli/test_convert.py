@@ -1,4 +1,4 @@
-"""``convert`` both ways, killed in between, and the commands that read what it wrote."""
+"""``convert``: a run, or a released model in another dtype, to a released folder; killed in between, and what is wrong."""
 
 import json
 import os
@@ -9,167 +9,161 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ml_dtypes
+import numpy as np
 import pytest
 from checkpoint import hf_cases as cases
+from checkpoint.test_model import TEMPLATE, run_of
 from conftest import ENVIRONMENT
+from model.tiny import weights, whole
 from small import SPEAKER, tokenizer
 
-from deepseek_jax.checkpoint import hf_convert
-from deepseek_jax.checkpoint.hf_save import save_hf
+from deepseek_jax.checkpoint.model import load
 from deepseek_jax.checkpoint.safetensors import TensorFiles, read_header
 from deepseek_jax.cli.main import main
 
 TESTS = Path(__file__).parents[1]
+SOURCES = os.pathsep.join(map(str, (TESTS, TESTS.parent, TESTS.parent / "kernels")))
 
 
 @pytest.fixture(scope="module")
-def released(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("released") / "m"
-    save_hf(cases.model(SPEAKER), folder, dtype="float32")
-    tokenizer().save(folder)
-    return folder
+def run(tmp_path_factory) -> Path:
+    """A run, with the running mean of its parameters."""
+    model = whole(SPEAKER, *weights(SPEAKER), tokenizer())
+    meta = {"recipe": {"step": {"ema_decay": 0.9}}}
+    return run_of(tmp_path_factory.mktemp("run"), model, ema=weights(SPEAKER, seed=1)[0], meta=meta)
 
 
-@pytest.fixture(scope="module")
-def converted(released, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("converted") / "run"
-    assert main(["convert", str(released), str(folder), "--dtype", "float32"]) == 0
-    return folder
-
-
-def bytes_of(folder: Path) -> dict[str, bytes]:
+def values(folder: Path) -> dict[str, np.ndarray]:
     with TensorFiles(folder) as files:
-        return {name: files.array(name).tobytes() for name in files.tensors}
+        return {name: np.array(files.array(name)) for name in files.tensors}
 
 
-def test_there_and_back_is_the_same_to_the_byte(released, converted, tmp_path):
-    assert main(["convert", str(converted), str(tmp_path / "m"), "--dtype", "float32"]) == 0
-    assert bytes_of(tmp_path / "m") == bytes_of(released)
-    for name in ("tokenizer.json", "config.json"):
-        assert (tmp_path / "m" / name).read_bytes() == (released / name).read_bytes()
-    assert [file.name for file in tmp_path.iterdir()] == ["m"]
+def same(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert (found[name].dtype, found[name].tobytes()) == (value.dtype, value.tobytes()), name
 
 
-def test_generate_and_inspect_take_it(released, converted, capsys):
+def rounded(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """In bfloat16, but for the routing bias."""
+    return {n: v if "correction_bias" in n else v.astype(ml_dtypes.bfloat16) for n, v in tensors.items()}
+
+
+def test_a_run_becomes_a_released_model(run, tmp_path, capsys):
+    assert main(["convert", str(run), str(tmp_path / "m"), "--dtype", "float32"]) == 0
+    same(values(tmp_path / "m"), cases.released(SPEAKER))
+    assert cases.files_about_text(tmp_path / "m") == cases.files_about_text(run)
+    assert json.loads((tmp_path / "m" / "config.json").read_text())["eos_token_id"] == 1
+    assert main(["convert", str(run), str(tmp_path / "mean"), "--ema", "--step", "3"]) == 0
+    assert not (
+        values(tmp_path / "mean")["model.norm.weight"] == rounded(cases.released(SPEAKER))["model.norm.weight"]
+    ).all()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["m", "mean"]
     said = []
-    for folder in (released, converted):
+    for folder in (run, tmp_path / "m"):
+        capsys.readouterr()
         assert main(["generate", str(folder), "--prompt", "def add", "--max-tokens", "4"]) == 0
         said.append(capsys.readouterr().out)
     assert said[0] == said[1]
-    assert main(["inspect", str(converted)]) == 0
+    assert main(["inspect", str(run)]) == 0
     assert "1 dense, 1 MoE, 1 MTP" in capsys.readouterr().out
 
 
-def test_what_cannot_be(released, converted, tmp_path, capsys):
-    assert main(["convert", str(released), str(tmp_path / "x"), "--dtype", "float8_e4m3"]) == 1
-    assert "our own checkpoints hold bfloat16 or float32" in capsys.readouterr().err
-    assert main(["convert", str(released), str(converted)]) == 1
+def test_a_released_model_takes_another_dtype(tmp_path):
+    """FP8 to bfloat16 and float32, FP8 to FP8 to the byte, float32 to FP8 and bfloat16."""
+    stored = cases.in_fp8(cases.released(cases.FP8))
+    fp8 = cases.write(tmp_path / "fp8", cases.FP8, stored)
+    plain = {name: value.astype(np.float32) for name, value in cases.plain(stored).items()}
+    for dtype, wanted in (("float8_e4m3", stored), ("float32", plain), ("bfloat16", rounded(plain))):
+        assert main(["convert", str(fp8), str(tmp_path / dtype), "--dtype", dtype]) == 0
+        same(values(tmp_path / dtype), wanted)
+        quantised = "quantization_config" in json.loads((tmp_path / dtype / "config.json").read_text())
+        assert quantised == (dtype == "float8_e4m3")
+    assert main(["convert", str(tmp_path / "float32"), str(tmp_path / "again")]) == 0
+    same(values(tmp_path / "again"), rounded(plain))
+    assert main(["convert", str(tmp_path / "float32"), str(tmp_path / "back"), "--dtype", "float8_e4m3"]) == 0
+    for name, value in cases.plain(values(tmp_path / "back")).items():
+        error = np.abs(value.astype(np.float32) - plain[name])
+        assert np.all(error <= np.abs(plain[name]) * 2**-4 + 1e-3), name
+
+
+def test_a_models_own_template_goes_through_a_run(tmp_path, capsys):
+    """A released Llama -> a stage's run -> chat, and a released folder again: all with its template and stop ids."""
+    folder = cases.with_tokenizer(tmp_path / "llama", TEMPLATE)
+    run = run_of(tmp_path / "run", load(folder))
+    said = []
+    for path in (folder, run):
+        assert main(["generate", str(path), "--chat", "--prompt", "12", "--max-tokens", "4"]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+    assert main(["convert", str(run), str(tmp_path / "out"), "--dtype", "float32"]) == 0
+    assert cases.files_about_text(tmp_path / "out") == cases.files_about_text(folder)
+    same(values(tmp_path / "out"), values(folder))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["model_type"], config["eos_token_id"]) == ("llama", [1, 5])
+
+
+def test_what_cannot_be(run, tmp_path, capsys):
+    folder = cases.with_tokenizer(tmp_path / "m", TEMPLATE)
+    assert main(["convert", str(folder), str(run)]) == 1
     assert "exists already" in capsys.readouterr().err
+    assert main(["convert", str(folder), str(tmp_path / "x"), "--ema"]) == 1
+    assert "is a released model" in capsys.readouterr().err
+    assert main(["convert", str(run), str(tmp_path / "x"), "--ignore-config", "torch_dtype"]) == 1
+    assert "for a released model's config.json" in capsys.readouterr().err
     assert main(["convert", str(tmp_path), str(tmp_path / "x")]) == 1
     assert "holds no checkpoints/" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 24}))
+    assert main(["convert", str(folder), str(tmp_path / "x")]) == 1
+    assert "the files do not hold this model" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["m"]
 
 
 KILLED = """
 import itertools, os, signal, sys
-from deepseek_jax.checkpoint import hf_convert, hf_save
+from deepseek_jax.checkpoint.hf_save import _Writer
 from deepseek_jax.cli.main import main
-hf_convert.PIECE_BYTES = 2000
-owner, name = (hf_save._Writer, "_make") if sys.argv[1] == "save" else (hf_convert, "_write")
-function, calls = getattr(owner, name), itertools.count(1)
+make, calls = _Writer._make, itertools.count(1)
 def die(*args):  # two threads come here: each call has a number of its own
-    number, done = next(calls), function(*args)
+    number, done = next(calls), make(*args)
     if number == 30:
         os.kill(os.getpid(), signal.SIGKILL)
     return done
-setattr(owner, name, die)
-main(sys.argv[2:])
+_Writer._make = die
+main(sys.argv[1:])
 """
 
 
-def killed(*arguments: str) -> None:
-    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": str(TESTS)}
+@pytest.mark.parametrize("change", ["nothing", "time", "dtype"])
+def test_a_killed_conversion_goes_on(change, run, tmp_path):
+    source = shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "out").mkdir()
+    arguments = ["convert", str(source), str(tmp_path / "out" / "m"), "--shard-gigabytes", "1e-5"]
+    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": SOURCES}
     done = subprocess.run([sys.executable, "-c", KILLED, *arguments], env=environment, capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-
-
-def test_a_killed_conversion_to_safetensors_goes_on(released, converted, tmp_path):
-    arguments = ["convert", str(converted), str(tmp_path / "m"), "--dtype", "float32", "--shard-gigabytes", "1e-5"]
-    killed("save", *arguments)
-    partial = tmp_path / "m.partial"
-    assert [file.name for file in tmp_path.iterdir()] == [partial.name]
+    partial = tmp_path / "out" / "m.partial"
+    assert [*(tmp_path / "out").iterdir()] == [partial]
     finished = {}
     for file in partial.glob("*.safetensors"):
         try:
             read_header(file)
-            finished[file.name] = file.stat().st_mtime_ns
+            finished[file.name] = file.stat().st_ino
         except ValueError:
             pass
     assert finished
-    assert main(arguments) == 0
-    assert [file.name for file in tmp_path.iterdir()] == ["m"]
-    assert {name: (tmp_path / "m" / name).stat().st_mtime_ns for name in finished} == finished
-    assert bytes_of(tmp_path / "m") == bytes_of(released)
-
-
-def chunks(folder: Path) -> dict[str, tuple[bytes, int, int]]:
-    """The pieces that are finished: bytes, file, time."""
-    files = [file for file in folder.glob("checkpoints/0/state/*/*") if ".__lock" not in file.name]
-    facts = {file: file.stat() for file in files}
-    return {
-        str(file.relative_to(folder)): (file.read_bytes(), facts[file].st_ino, facts[file].st_mtime_ns)
-        for file in files
-    }
-
-
-def test_a_killed_conversion_to_a_checkpoint_goes_on(released, tmp_path, monkeypatch, caplog, capsys):
-    monkeypatch.setattr(hf_convert, "PIECE_BYTES", 2000)
-    once, again = (["convert", str(released), str(tmp_path / name)] for name in ("once", "run"))
-    assert main(once) == 0
-    assert not caplog.records and not capsys.readouterr().err
-    killed("load", *again)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["once", "run.partial"]
-    assert main(["inspect", str(tmp_path / "run")]) == 1
-    finished = chunks(tmp_path / "run.partial")
-    assert len(finished) >= 29
-    assert main(again) == 0
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["once", "run"]
-    whole, wanted = chunks(tmp_path / "run"), chunks(tmp_path / "once")
-    assert {name: whole[name] for name in finished} == finished
-    assert {name: facts[0] for name, facts in whole.items()} == {name: facts[0] for name, facts in wanted.items()}
-    assert {file.name for file in (tmp_path / "run").iterdir()} == {file.name for file in (tmp_path / "once").iterdir()}
-
-
-@pytest.mark.parametrize("change", ["time", "dtype", "ignored", "nothing"])
-def test_another_source_or_dtype_begins_anew(change, released, tmp_path, monkeypatch):
-    monkeypatch.setattr(hf_convert, "PIECE_BYTES", 2000)
-    source = shutil.copytree(released, tmp_path / "m")
-    arguments = ["convert", str(source), str(tmp_path / "run")]
-
-    def fail(*args):
-        raise InterruptedError("stopped")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(hf_convert, "_write_rest", fail)
-        assert main(arguments) == 1
-    finished = chunks(tmp_path / "run.partial")
-    assert finished
     if change == "time":
-        os.utime(source / "model.safetensors", ns=(1, 1))
-    arguments += {"dtype": ["--dtype", "float32"], "ignored": ["--ignore-config", "torch_dtype"]}.get(change, [])
-    assert main(arguments) == 0
-    again = chunks(tmp_path / "run")
-    assert (again.keys() == finished.keys()) == (change != "dtype")  # wider numbers fill more pieces
-    assert all((again[name][1:] == finished[name][1:]) == (change == "nothing") for name in finished)
-
-
-def test_nothing_is_written_where_the_source_is_wrong(released, tmp_path, capsys):
-    source = shutil.copytree(released, tmp_path / "m")
-    config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps(config | {"intermediate_size": 24}))
-    assert main(["convert", str(source), str(tmp_path / "run")]) == 1
-    assert "the files do not hold this model" in capsys.readouterr().err
-    assert [file.name for file in tmp_path.iterdir()] == ["m"]
+        file = next(file for file in sorted(source.glob("checkpoints/3/**/*")) if file.is_file())
+        os.utime(file, ns=(1, 1))
+    assert main([*arguments, "--dtype", "float32" if change == "dtype" else "bfloat16"]) == 0
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["m"]
+    inodes = {file.name: file.stat().st_ino for file in (tmp_path / "out" / "m").glob("*.safetensors")}
+    kept = [name for name, number in finished.items() if inodes.get(name) == number]
+    assert (len(kept) == len(finished)) == (change == "nothing")
+    wanted = cases.released(SPEAKER)
+    same(values(tmp_path / "out" / "m"), wanted if change == "dtype" else rounded(wanted))
 
 
 FULL_DISK = """
@@ -182,9 +176,9 @@ sys.exit(main(sys.argv[2:]))
 
 
 @pytest.mark.parametrize("limit", [4000, 64])
-def test_a_full_disk_is_one_sentence_and_nothing_is_left(limit, released, tmp_path):
-    arguments = [str(limit), "convert", str(released), str(tmp_path / "run"), "--dtype", "float32"]
-    environment = os.environ | ENVIRONMENT | {"JAX_ENABLE_COMPILATION_CACHE": "0"}
+def test_a_full_disk_is_one_sentence_and_nothing_is_left(limit, run, tmp_path):
+    arguments = [str(limit), "convert", str(run), str(tmp_path / "m"), "--dtype", "float32"]
+    environment = os.environ | ENVIRONMENT | {"JAX_ENABLE_COMPILATION_CACHE": "0", "PYTHONPATH": SOURCES}
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", FULL_DISK, *arguments],
         env=environment,

@@ -1,20 +1,19 @@
 """``generate`` and ``chat`` on a released model's folder."""
 
 import json
-import sys
 import types
 
-import jax.numpy as jnp
 import pytest
-from model.tiny import weights
+from model.tiny import weights, whole
 from small import SPEAKER, tokenizer
 
+from deepseek_jax import ComputeConfig, save_hf
+from deepseek_jax.checkpoint.model import is_released
 from deepseek_jax.cli import talk
 from deepseek_jax.cli.main import main
 from deepseek_jax.data.tokenizer import BOS, EOS
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
-from deepseek_jax.model import transformer
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content.split('</think>')[-1] }}{% endfor %}"
@@ -23,26 +22,17 @@ TEMPLATE = (
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A folder that looks like a released model; what its weights give is not what is tested here."""
-
-    def load_hf(path, *, mesh=None, dtype=jnp.bfloat16):
-        assert str(path) == str(tmp_path) and mesh is None and dtype == jnp.float32
-        return transformer.merge(SPEAKER, *weights(SPEAKER))
-
-    stub = types.ModuleType("hf_load")
-    stub.__dict__["load_hf"] = load_hf
-    monkeypatch.setitem(sys.modules, "deepseek_jax.checkpoint.hf_load", stub)
-    tokenizer().save(tmp_path)
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "model.safetensors").write_bytes(b"")
+def folder(tmp_path):
+    """A released model whose chat template is its own."""
+    save_hf(whole(SPEAKER, *weights(SPEAKER), tokenizer()), tmp_path, dtype="float32")
+    (tmp_path / "generation_config.json").unlink()
     config = {"bos_token": BOS, "eos_token": EOS, "chat_template": TEMPLATE}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     return tmp_path
 
 
 def answer(prompt: str | list[int], **more) -> str:
-    engine = Engine(transformer.merge(SPEAKER, *weights(SPEAKER)), tokenizer())
+    engine = Engine(whole(SPEAKER, *weights(SPEAKER), tokenizer()))
     return engine.generate([prompt], SamplingParams(temperature=0.0, max_tokens=6, **more))[0].text
 
 
@@ -97,6 +87,17 @@ def test_chat_shows_thinking_that_the_prompt_opened(folder, monkeypatch):
 
 
 def test_what_is_a_released_model(folder):
-    assert talk.is_hf_folder(folder)
+    assert is_released(folder)
     (folder / "model.safetensors").unlink()
-    assert not talk.is_hf_folder(folder)
+    assert not is_released(folder)
+
+
+def test_how_it_is_computed_can_be_said(folder, monkeypatch, capsys):
+    """float32 on a CPU unless something else is asked for."""
+    seen = []
+    load = talk.load
+    monkeypatch.setattr(talk, "load", lambda path, *, compute, **more: seen.append(compute) or load(path, **more))
+    given = ["--compute.dtype", "bfloat16", "--compute.param-dtype", "bfloat16"]
+    for more in ([], given):
+        assert main(["generate", str(folder), "--max-tokens", "2", "--prompt", "def", *more]) == 0
+    assert seen == [ComputeConfig(), ComputeConfig(dtype="bfloat16", param_dtype="bfloat16")]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import tokenizers
-from model.tiny import weights
+from model.tiny import weights, whole
 from small import SPEAKER
 
 from deepseek_jax.data.tokenizer import BOS, EOS, Tokenizer
@@ -83,6 +83,30 @@ def test_the_generation_config_ends_answers_too(write):
         write(config, {"eos_token_id": "x"})
 
 
+def test_without_a_generation_config_the_models_says_what_ends_answers(write, tmp_path):
+    fields = {"bos_token_id": 0, "eos_token_id": [1, 7], "pad_token_id": None}
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"model_type": "llama"}))
+    read = write({"bos_token": BOS, "eos_token": EOS})
+    assert read.stop_ids == (1, 7) and read.files.ids == fields
+    read.save(tmp_path / "run")  # where a config.json of another kind may stand
+    assert json.loads((tmp_path / "run/generation_config.json").read_text()) == fields
+    assert Tokenizer.from_folder(tmp_path / "run").stop_ids == (1, 7)
+
+
+def test_all_files_about_text_travel_byte_for_byte(write, tmp_path):
+    write({"bos_token": BOS, "eos_token": EOS, "chat_template": "old"}, {"eos_token_id": 1, "top_p": 0.95})
+    for name in ("special_tokens_map.json", "chat_template.jinja", "additional_chat_templates/tool_use.jinja"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}  \n")
+    (tmp_path / "modeling_deepseek.py").write_text("no code")
+    read = Tokenizer.from_folder(tmp_path)
+    read.save(tmp_path / "run")
+    written = {file.relative_to(tmp_path / "run") for file in (tmp_path / "run").rglob("*") if file.is_file()}
+    assert len(written) == 6
+    for name in written:
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
 def test_what_is_wrong_in_a_folder_is_named(write, tmp_path):
     with pytest.raises(ValueError, match="bos_token='<s>' is not in tokenizer.json"):
         write({"bos_token": "<s>"})
@@ -111,7 +135,7 @@ def test_the_engine_puts_in_front_what_the_tokenizer_has():
     greedy = SamplingParams(temperature=0.0, max_tokens=6)
 
     def answer(speaker: Tokenizer, prompt: str | list[int]) -> list[int]:
-        return Engine.from_params(SPEAKER, *weights(SPEAKER), speaker).generate([prompt], greedy)[0].token_ids
+        return Engine(whole(SPEAKER, *weights(SPEAKER), speaker)).generate([prompt], greedy)[0].token_ids
 
     without = Tokenizer(backend, bos=None, eos=None, pad=None)
     ids = ours.encode("def")

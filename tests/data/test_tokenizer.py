@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -69,22 +70,28 @@ def test_layout_of_ids(tokenizer: Tokenizer) -> None:
 
 def test_save_and_load(tokenizer: Tokenizer, tmp_path: Path, texts: list[str]) -> None:
     file = tokenizer.save(tmp_path / "run")
-    assert file == tmp_path / "run/tokenizer.json" and list(file.parent.iterdir()) == [file]
+    written = {name: (tmp_path / "run" / name).read_bytes() for name in os.listdir(tmp_path / "run")}
+    assert file == tmp_path / "run/tokenizer.json"
+    assert written.keys() == {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
+    assert json.loads(written["generation_config.json"]) == {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
     for path in (file, file.parent):
-        loaded = Tokenizer.from_file(path)
+        loaded = Tokenizer.from_folder(path)
+        assert (loaded.bos_id, loaded.eos_id, loaded.pad_id, loaded.stop_ids) == (0, 1, 2, (1,))
+        loaded.save(tmp_path / "again")
+        assert {name: (tmp_path / "again" / name).read_bytes() for name in os.listdir(tmp_path / "again")} == written
         assert loaded.fingerprint == tokenizer.fingerprint
         assert loaded.encode(texts[0]) == tokenizer.encode(texts[0])
 
 
 def test_what_is_wrong_is_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nowhere/tokenizer\.json: no such tokenizer"):
-        Tokenizer.from_file(tmp_path / "nowhere")
+        Tokenizer.from_folder(tmp_path / "nowhere")
     (tmp_path / "cut.json").write_text('{"model": {\n"typ')
     with pytest.raises(ValueError, match=r"cut\.json:2: not JSON"):
-        Tokenizer.from_file(tmp_path / "cut.json")
+        Tokenizer.from_folder(tmp_path / "cut.json")
     (tmp_path / "other.json").write_text("[]")
     with pytest.raises(ValueError, match="no 'model'"):
-        Tokenizer.from_file(tmp_path / "other.json")
+        Tokenizer.from_folder(tmp_path / "other.json")
     with pytest.raises(ValueError, match="no token '<nothing>'"):
         tokenizer.token_id("<nothing>")
     with pytest.raises(ValueError, match="vocab_size=275 is too small.* 276"):
@@ -108,7 +115,7 @@ def test_special_tokens_are_those_of_r1(r1_json: dict, tokenizer: Tokenizer) -> 
 
 def test_r1_loads_and_cannot_be_smuggled_into(r1_json: dict, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps(r1_json))
-    r1 = Tokenizer.from_file(tmp_path)
+    r1 = Tokenizer.from_folder(tmp_path)
     reference = tokenizers.Tokenizer.from_str(json.dumps(r1_json))
     assert r1.vocab_size == 128815
     assert (r1.bos_id, r1.eos_id, r1.pad_id, r1.think_id, r1.end_think_id) == (0, 1, 2, 128798, 128799)

@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small import tokenizer
 
-from deepseek_jax.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from deepseek_jax.data.chat import encode_chat, encode_prompt
+from deepseek_jax.data.template import ChatTemplate
+from deepseek_jax.data.tokenizer import BOS, EOS, SPECIAL_TOKENS, Tokenizer
 
 transformers = pytest.importorskip("transformers")
 
@@ -71,3 +74,47 @@ def test_special_tokens(both):
     ours, theirs = both
     assert (ours.bos_ids, ours.eos_id, ours.pad_id) == ([theirs.bos_token_id], theirs.eos_token_id, theirs.pad_token_id)
     assert ours.vocab_size == len(theirs)
+
+
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "12+34?"},
+    {"role": "assistant", "content": "<think>easy</think>\n\n46"},
+    {"role": "user", "content": "and 7*8?"},
+    {"role": "assistant", "content": "<think>hard</think>56"},
+]
+
+
+def test_a_tokenizer_trained_here_is_read_by_transformers(tmp_path):
+    """Its folder alone: the same special tokens, and DeepSeek's format out of the template that it saves."""
+    ours = tokenizer()
+    ours.save(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "deepseek_v3"}')
+    theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path))
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (0, 1, 2)
+    text = "def add(a, b):  # 12+34<think>"
+    assert theirs.encode(text) == ours.encode(text, allow_special=True) and theirs.decode(ours.encode(text)) == text
+    for part in (TALK[:2], TALK[1:2], TALK[:4]):
+        asked = theirs.apply_chat_template(part, add_generation_prompt=True, return_dict=False)
+        assert asked == encode_prompt(ours, part)
+        assert Tokenizer.from_folder(tmp_path).encode_messages(part) == asked
+    assert theirs.apply_chat_template(TALK, return_dict=False) == encode_chat(ours, TALK)[0]
+
+
+def test_the_loss_mask_is_that_of_generation_blocks(tmp_path):
+    """transformers marks what stands in the blocks; ours finds it from prompts, in the same template without them."""
+    marked = (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}<|assistant|>\n"
+        "{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}{{ '\\n' }}"
+        "{% else %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    )
+    plain = marked.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    ours = Tokenizer(tokenizer()._special, template=ChatTemplate(plain, {"bos_token": BOS, "eos_token": EOS}))
+    ours.save(tmp_path)
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(str(tmp_path))
+    found = theirs.apply_chat_template(TALK, chat_template=marked, return_dict=True, return_assistant_tokens_mask=True)
+    assert encode_chat(ours, TALK) == (found["input_ids"], found["assistant_masks"])
+    assert encode_prompt(ours, TALK[:4]) == theirs.apply_chat_template(
+        TALK[:4], add_generation_prompt=True, return_dict=False
+    )

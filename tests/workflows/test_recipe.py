@@ -7,7 +7,7 @@ import pytest
 
 from deepseek_jax.workflows.demo import RECIPE_DIR, CorpusStage
 from deepseek_jax.workflows.grpo import GRPOConfig
-from deepseek_jax.workflows.pretrain import PretrainConfig
+from deepseek_jax.workflows.pretrain import PretrainConfig, PretrainData
 from deepseek_jax.workflows.recipe import find_recipe, load_recipe, moved
 from deepseek_jax.workflows.sft import SFTConfig
 
@@ -46,7 +46,8 @@ def test_the_demos_stages_fit_together():
 
 
 def test_moving_touches_paths_only():
-    config = PretrainConfig(run_dir="runs/demolition/a", seed=3)
+    data = PretrainData(path=("runs/demo/corpus/documents/train.jsonl",))
+    config = PretrainConfig(run_dir="runs/demolition/a", data=data, seed=3)
     changed = moved(config, "runs/demo", "elsewhere")
     assert changed.run_dir == "runs/demolition/a"
     assert changed.data.path == ("elsewhere/corpus/documents/train.jsonl",)

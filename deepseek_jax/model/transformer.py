@@ -1,6 +1,7 @@
 """The whole network: embedding, dense layers, MoE layers, norm, head, and the MTP module, each callable by itself."""
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -217,7 +218,7 @@ class Transformer(nnx.Module):
             target = self.compute.kernels
             return product("...d,dw->...w", hidden_BSD, self.head_weight(), dtype=jnp.float32, target=target)
 
-    def _runs(self):
+    def _runs(self) -> Iterator[tuple[int, int, Any, bool]]:
         """What runs in one go, in order: (the first layer's number, how many, their module, whether they are MoE)."""
         dense, moe = self.config.num_dense_layers, self.config.num_moe_layers
         if self.layers is not None:

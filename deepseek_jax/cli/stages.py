@@ -24,14 +24,14 @@ def parse_recipe(
     emptied: fields that may be given several times, and what they are before the first: tyro alone would add to the
     recipe's.
     """
-    named = bool(arguments) and not arguments[0].startswith("-")
-    recipe = arguments[0] if named else ""
-    default: Any = load_recipe(recipe, kind) if named else kind()
+    if not arguments or arguments[0].startswith("-"):
+        return tyro.cli(kind, args=list(arguments), prog=f"deepseek-jax {command}")
+    recipe, *overrides = arguments
+    default: Any = load_recipe(recipe, kind)
     for field, empty in (emptied or {}).items():
-        if any(argument.partition("=")[0] == f"--{field}" for argument in arguments):
+        if any(override.partition("=")[0] == f"--{field}" for override in overrides):
             default = dataclasses.replace(default, **{field: empty})
-    prog = f"deepseek-jax {command} {recipe}".strip()
-    return tyro.cli(kind, args=list(arguments[named:]), default=default, prog=prog)
+    return tyro.cli(kind, args=overrides, default=default, prog=f"deepseek-jax {command} {recipe}")
 
 
 def _finish(run_dir: str, result: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from deepseek_jax.workflows.stage import (
     RESULT,
     StageConfig,
     read_result,
-    require_fields,
+    require,
     train_stage,
     write_json,
 )
@@ -61,7 +61,7 @@ def grpo(config: GRPOConfig) -> dict[str, Any]:
     Raises NoSignalError when almost no group of answers has unequal rewards, see ``RolloutConfig``.
     """
     require_one_process("grpo")
-    require_fields(config, "init_from", "task.path")
+    require(config, "init_from", "task.path")
     task, exam = make_task(config.task), open_exam(config.evaluation, seed=config.seed)
     with Grader(config.reward or task.rewards, task=task, time_limit=config.rollout.reward_seconds) as grader:
         rows = list(read_rows(config.task.path))  # what is wrong with them is known before a model is read

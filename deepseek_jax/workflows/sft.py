@@ -26,7 +26,7 @@ from deepseek_jax.workflows.stage import (
     LoaderBatches,
     StageConfig,
     read_result,
-    require_fields,
+    require,
     train_stage,
     write_json,
 )
@@ -69,7 +69,7 @@ class SFTConfig(StageConfig):
 
 def sft(config: SFTConfig) -> dict[str, Any]:
     """Run the stage, or go on with it; returns and writes its result."""
-    require_fields(config, "init_from", "data.path")
+    require(config, "init_from", "data.path")
     run_dir = Path(config.run_dir)
     check, exam = (open_exam(questions, seed=config.seed) for questions in (config.check, config.evaluation))
     if check or exam:

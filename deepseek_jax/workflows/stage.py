@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import operator
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -45,14 +44,6 @@ class StageConfig:
         check_types(self)
         if "://" in self.run_dir:
             raise ValueError(f"run_dir={self.run_dir!r}: runs are written to a local or mounted folder")
-
-
-def require_fields(config: StageConfig, *names: str) -> None:
-    """ValueError with those of these fields, such as "data.path", that are empty."""
-    empty = [name for name in names if not operator.attrgetter(name)(config)]
-    if empty:
-        flags = ", ".join("--" + name.replace("_", "-") for name in empty)
-        raise ValueError(f"{', '.join(empty)} must be given: {flags}, or in a recipe")
 
 
 def train_stage(

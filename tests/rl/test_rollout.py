@@ -253,7 +253,7 @@ def test_an_answer_begins_with_the_thinking_that_the_prompt_has_opened():
         ({"group": 1}, "group=1: expected at least 1 and 2"),
         ({"prompts": 0}, "prompts=0"),
         ({"max_tokens": 0}, "max_tokens=0"),
-        ({"advantage": "mean"}, "advantage='mean': expected one of 'std', 'none'"),
+        ({"advantage": "mean"}, "advantage='mean': expected .*Literal"),
         ({"temperature": 0.0}, "temperature=0.0.*must be positive"),
         ({"patience": None}, "patience=None.*int"),
     ],

@@ -94,12 +94,12 @@ def test_rewards_on_the_command_line_replace_those_of_the_recipe(tmp_path: Path)
         ([*OPTIONS, "--task.answer", "solution"], r'train\.jsonl:1: reward accuracy: no column "solution"; it has'),
         ([*OPTIONS, "--task.prompt", "q"], r'train\.jsonl:1: no column "q"'),
         ([*OPTIONS, "--evaluation.by", "kind"], r'train\.jsonl:1: no column "kind"'),
-        ([*OPTIONS, "--rollout.max-tokens", "200"], r"train\.jsonl:1: a prompt of \d+ tokens.*max_tokens=200 allow 56"),
+        ([*OPTIONS, "--rollout.max-tokens", "240"], r"train\.jsonl:1: a prompt of \d+ tokens.*max_tokens=240 allow 16"),
         ([*OPTIONS, "--rollout.max-tokens", "256"], "max_position_embeddings=256"),
     ],
 )
 def test_what_is_missing_is_named_before_training(folder: Path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(folder)
-    assert main(["grpo", "gsm8k", "--run-dir", "never", *arguments]) == 1
+    assert main(["grpo", "gsm8k", *arguments, "--run-dir", "never"]) == 1
     assert not Path("never/checkpoints").exists()
     assert re.search(message, capsys.readouterr().err)

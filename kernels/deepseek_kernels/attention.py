@@ -44,7 +44,8 @@ def mla_attention(
     visible.check(B, S, T)
     name = _choose("mla_attention", (q_BSHK, kv_BTHW, pe_BTR), K, W - K + R, visible, target, implementation)
     if name == "c":
-        return _c(q_BSHK, kv_BTHW, pe_BTR, visible, scale)
+        out_BSHV: jax.Array = _c(q_BSHK, kv_BTHW, pe_BTR, visible, scale)
+        return out_BSHV
     nope_BTHN, v_BTHV = jnp.split(kv_BTHW, [K - R], axis=-1)
     # Through float32, which costs nothing, so that the gradient of what all heads share is summed in it.
     pe_BTHR = jnp.broadcast_to(pe_BTR.astype(jnp.float32)[:, :, None], (B, T, H, R)).astype(pe_BTR.dtype)
@@ -125,7 +126,7 @@ def _choose(operation, operands, key_width, value_width, visible, target, implem
     return choose(operation, target, dtypes.pop(), implementation=implementation, **facts).name
 
 
-def _attend(name, q_BSHK, k_BTGK, v_BTGV, visible, scale):
+def _attend(name, q_BSHK, k_BTGK, v_BTGV, visible, scale) -> Any:
     if name == "c":
         return _c(q_BSHK, k_BTGK, v_BTGV, visible, scale)
     if name == "cudnn":
@@ -137,7 +138,7 @@ def _attend(name, q_BSHK, k_BTGK, v_BTGV, visible, scale):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _c(q_BSHK, keys, rest, visible, scale):
+def _c(q_BSHK, keys, rest, visible, scale) -> Any:
     """The C kernel: of MLA's kv and pe, or of grouped keys and values."""
     return _c_forward(q_BSHK, keys, rest, visible, scale)[0]
 

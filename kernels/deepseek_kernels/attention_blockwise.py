@@ -38,7 +38,7 @@ def attend(
     (B, S, H, K), (G, V) = q_BSHK.shape, v_BTGV.shape[2:]
     q_BGMSK = jnp.transpose(q_BSHK.reshape(B, S, G, H // G, K), (0, 2, 3, 1, 4))
     k_BGTK, v_BGTV = jnp.swapaxes(k_BTGK, 1, 2), jnp.swapaxes(v_BTGV, 1, 2)
-    out_BGMSV = _attend(q_BGMSK, k_BGTK, v_BGTV, visible, scale)
+    out_BGMSV: jax.Array = _attend(q_BGMSK, k_BGTK, v_BGTV, visible, scale)
     return jnp.transpose(out_BGMSV, (0, 3, 1, 2, 4)).reshape(B, S, H, V)
 
 
@@ -65,7 +65,7 @@ class _Grid(NamedTuple):
     def down(self) -> int:
         return -(-self.T // self.columns)
 
-    def pad(self, array, axis: int, keys: bool, value=0):
+    def pad(self, array, axis: int, keys: bool, value: float = 0):
         short = self.down * self.columns - self.T if keys else self.across * self.rows - self.S
         widths = [(0, short if i == axis else 0) for i in range(array.ndim)]
         return jnp.pad(array, widths, constant_values=value) if short else array
@@ -104,7 +104,7 @@ class _Sides(NamedTuple):
     def scores(self, i, j, scale):
         """Float32 scores (B G M s t) of a block, -∞ where the query does not see the key."""
         q, k = self.rows(self.q, i, 3), self.columns(self.k, j)
-        scores = jnp.einsum("bgmsk,bgtk->bgmst", q, k, preferred_element_type=jnp.float32) * scale
+        scores = _each(q, k) * scale
         mask = self.mask(i, j)
         return scores if mask is None else jnp.where(mask[:, None, None], scores, -jnp.inf)
 
@@ -199,8 +199,30 @@ def _next(sides, i, j, scale, state):
     return sums, total * shrink + jnp.sum(p, axis=-1, keepdims=True), higher
 
 
-def _weighted(p, v):
-    return jnp.einsum("bgmst,bgtv->bgmsv", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
+# The three products of a block, summed in float32. A head's M · s rows are one axis: two would be transposed.
+
+
+def _each(rows_BGMSK, k_BGTK):
+    """(B G M s t): every row by every key."""
+    return _product("bgrk,bgtk->bgrt", _flat(rows_BGMSK), k_BGTK).reshape(*rows_BGMSK.shape[:4], -1)
+
+
+def _weighted(p_BGMST, v_BGTV):
+    """(B G M s V): the values weighted for every row."""
+    return _product("bgrt,bgtv->bgrv", _flat(p_BGMST), v_BGTV).reshape(*p_BGMST.shape[:4], -1)
+
+
+def _summed(p_BGMST, rows_BGMSK):
+    """(B G t K): the rows weighted for every key."""
+    return _product("bgrt,bgrk->bgtk", _flat(p_BGMST), _flat(rows_BGMSK))
+
+
+def _flat(array):
+    return array.reshape(*array.shape[:2], -1, array.shape[-1])
+
+
+def _product(equation, a, b):
+    return jnp.einsum(equation, a.astype(b.dtype), b, preferred_element_type=jnp.float32)
 
 
 def _backward(scale, residuals, dout):
@@ -214,12 +236,11 @@ def _backward(scale, residuals, dout):
     def block(i, j):
         """(dq, dk, dv) of a block, float32."""
         p = jnp.exp(sides.scores(i, j, scale) - sides.rows(log_sum, i, 3))
-        dout_i, v_j = sides.rows(dout, i, 3), sides.columns(sides.v, j)
-        dp = jnp.einsum("bgmsv,bgtv->bgmst", dout_i, v_j, preferred_element_type=jnp.float32)
+        dout_i = sides.rows(dout, i, 3)
+        dp = _each(dout_i, sides.columns(sides.v, j))
         ds = (p * (dp - sides.rows(along, i, 3)) * scale).astype(q.dtype)
-        dv = jnp.einsum("bgmst,bgmsv->bgtv", p.astype(v.dtype), dout_i, preferred_element_type=jnp.float32)
-        dk = jnp.einsum("bgmst,bgmsk->bgtk", ds, sides.rows(sides.q, i, 3), preferred_element_type=jnp.float32)
-        return _weighted(ds, sides.columns(sides.k, j)), dk, dv
+        dq, dk = _weighted(ds, sides.columns(sides.k, j)), _summed(ds, sides.rows(sides.q, i, 3))
+        return dq, dk, _summed(p, dout_i)
 
     if grid.across == grid.down == 1:
         return *(part.astype(a.dtype) for part, a in zip(block(0, 0), (q, k, v), strict=True)), None

@@ -67,7 +67,7 @@ def _gather_rows_fwd(x_TD, layout):
 
 
 def _gather_rows_bwd(layout, dy_PD):
-    dx_TD = sum(row_TD.astype(jnp.float32) for row_TD in _chosen(dy_PD, layout))
+    dx_TD = functools.reduce(jnp.add, (row_TD.astype(jnp.float32) for row_TD in _chosen(dy_PD, layout)))
     return dx_TD.astype(dy_PD.dtype), None
 
 
@@ -80,7 +80,7 @@ def combine_rows(y_PD: Float[Array, "P D"], weights_TK: Float[Array, "T K"], lay
     into one pass, where a sum over an axis K would write the rows out in float32 first."""
     weights_TK = weights_TK.astype(jnp.float32)
     parts = (row_TD * weights_TK[:, k : k + 1] for k, row_TD in enumerate(_chosen(y_PD, layout)))
-    return sum(parts).astype(y_PD.dtype)
+    return functools.reduce(jnp.add, parts).astype(y_PD.dtype)
 
 
 def _combine_rows_fwd(y_PD, weights_TK, layout):

@@ -163,8 +163,9 @@ def _backward(form, dtype, precision, name, residuals, dy):
             return jnp.einsum(
                 f"{form.x},{form.out}->{form.w}", x, dy, precision=precision, preferred_element_type=jnp.float32
             )
-        sides = x.reshape(*rows, -1), dy.reshape(*rows, -1)
-        return _weight_gradient(*(sides if form.plain else sides[::-1]), precision, name).reshape(w.shape)
+        x_rows, dy_rows = x.reshape(*rows, -1), dy.reshape(*rows, -1)
+        first, second = (x_rows, dy_rows) if form.plain else (dy_rows, x_rows)
+        return _weight_gradient(first, second, precision, name).reshape(w.shape)
 
     return dx, stored_gradient(w, gradient)
 

@@ -180,7 +180,8 @@ def test_the_gradient_at_32k_tokens_holds_no_array_of_half_its_scores(dtype, kin
     def loss(implementation, segment_ids, *inputs):
         visible = Visible.rows(segment_ids if kind == "segments" else None)
         attention = gqa_attention if kind == "gqa" else mla_attention
-        out = attention(*inputs, visible, 0.1, target=Target("tpu", "TPU v5p"), implementation=implementation)
+        target = Target("tpu", "TPU v5p")
+        out = attention(*inputs, visible=visible, scale=0.1, target=target, implementation=implementation)
         return jnp.sum(out.astype(jnp.float32))
 
     inputs = (q, q, v) if kind == "gqa" else (q, kv, pe)
@@ -191,12 +192,10 @@ def test_the_gradient_at_32k_tokens_holds_no_array_of_half_its_scores(dtype, kin
 
 
 def test_one_block_has_no_loop_and_no_padding():
-    q, k, v, _ = draw(1, S)
-    text = str(jax.make_jaxpr(lambda *a: gqa_attention(*a, Visible(), 0.3, implementation="blockwise"))(q, k, v))
+    attention = functools.partial(gqa_attention, visible=Visible(), scale=0.3, implementation="blockwise")
+    text = str(jax.make_jaxpr(attention)(*draw(1, S)[:3]))
     assert not re.search(r"\b(while|scan|pad|dynamic_slice)\[", text)
-    q, k, v, _ = draw(1200, 1200)
-    text = str(jax.make_jaxpr(lambda *a: gqa_attention(*a, Visible(), 0.3, implementation="blockwise"))(q, k, v))
-    assert "while[" in text
+    assert "while[" in str(jax.make_jaxpr(attention)(*draw(1200, 1200)[:3]))
 
 
 def test_what_does_not_fit_is_refused_with_its_shapes():

@@ -39,7 +39,7 @@ def test_value_and_gradients_equal_the_definition(dtype, size, groups, key_width
     found = jax.jit(functools.partial(both, attention))(dout, q, k, v)
     exact = (a.astype(jnp.float32) for a in (dout, q, k, v))
     with jax.default_matmul_precision("highest"):
-        right = both(lambda *a: attention_reference(*a, Visible(), scale), *exact)
+        right = both(functools.partial(attention_reference, visible=Visible(), scale=scale), *exact)
     for mine, wanted in zip(found, right, strict=True):
         assert mine.dtype == dtype
         mine, wanted = (np.asarray(a, np.float64) for a in (mine, wanted))
@@ -52,7 +52,7 @@ def test_it_is_lowered_for_cuda_without_a_gpu():
 
     def text(visible):
         def loss(*inputs):
-            return jnp.sum(mla_attention(*inputs, visible, 0.1, target=HOPPER).astype(jnp.float32))
+            return jnp.sum(mla_attention(*inputs, visible=visible, scale=0.1, target=HOPPER).astype(jnp.float32))
 
         traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(q, kv, pe)
         return traced.lower(lowering_platforms=("cuda",)).as_text()

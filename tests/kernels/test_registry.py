@@ -1,13 +1,15 @@
 """Operation → implementation for each target, and what is said where a slow one is taken."""
 
+import functools
 import logging
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_kernels import Target, choose, cpu, registry, table
+from deepseek_kernels import Target, Visible, choose, cpu, mla_attention, product, registry, routed_experts, table
 
 CPU, H100, A100, TPU = Target("cpu"), Target("cuda", "9.0", 132), Target("cuda", "8.0"), Target("tpu", "TPU v5p")
 OPERATIONS = ["product", "grouped_matmul", "routed_experts", "mla_attention", "gqa_attention", "mla_decode"]
@@ -85,3 +87,33 @@ def test_the_target_of_this_process_and_of_a_mesh():
     with jax.set_mesh(mesh):
         assert Target.here() == CPU
         assert jax.jit(lambda x: x * len(Target.here().platform))(1) == 3
+
+
+@pytest.mark.parametrize(("target", "platform"), [(H100, "cuda"), (TPU, "tpu")], ids=str)
+def test_a_layers_gradient_is_lowered_for_its_target_on_a_cpu_host(target, platform):
+    """Attention and routed experts with float32 masters: the target's kernels, and none of this processor's."""
+    D, H, E, F, tokens = 256, 2, 4, 256, 256
+    weights = {
+        "q": (D, H, 192),
+        "kv": (D, H, 256),
+        "pe": (D, 64),
+        "o": (H, 128, D),
+        "wi": (E, D, 2, F),
+        "wo": (E, F, D),
+    }
+
+    def loss(w, x, gates, chosen):
+        multiply = functools.partial(product, target=target)
+        keys = multiply("bsd,dhw->bshw", x, w["kv"]), multiply("bsd,dr->bsr", x, w["pe"])
+        queries = multiply("bsd,dhk->bshk", x, w["q"])
+        out = mla_attention(queries, *keys, visible=Visible(), scale=0.1, target=target)
+        y = multiply("bshv,hvd->bsd", out, w["o"]).reshape(tokens, D)
+        return jnp.sum(routed_experts(y, gates, chosen, w["wi"], w["wo"], target=target).astype(jnp.float32))
+
+    operands = [jax.ShapeDtypeStruct((2, tokens // 2, D), jnp.bfloat16)]
+    operands += [jax.ShapeDtypeStruct((tokens, 2), dtype) for dtype in (jnp.float32, jnp.int32)]
+    masters = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in weights.items()}
+    text = jax.jit(jax.grad(loss)).trace(masters, *operands).lower(lowering_platforms=(platform,)).as_text()
+    assert not re.search(r"deepseek_(grouped|experts|attention)", text)
+    assert ("mosaic_gpu" in text) == ("cudnn$fmhaSoftmaxBackward" in text) == (platform == "cuda")
+    assert ("ragged_dot" in text) == (platform == "tpu")

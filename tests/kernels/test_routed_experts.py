@@ -108,7 +108,8 @@ def test_weights_are_taken_as_they_are_stored():
     x, weights, chosen, wi, wo, dy = (jnp.asarray(a) for a in draw(CASES["whole"]))
     x, dy = x.astype(jnp.bfloat16), dy.astype(jnp.bfloat16)
     cast = [np.asarray(w.astype(jnp.bfloat16), np.float32) for w in (wi, wo)]
-    right = definition(*(np.asarray(a, np.float64) for a in (x, weights)), chosen, *cast, np.asarray(dy, np.float64))
+    x64, weights64, dy64 = (np.asarray(a, np.float64) for a in (x, weights, dy))
+    right = definition(x64, weights64, chosen, cast[0], cast[1], dy64)
     both = compiled("sorted", "blocks")
     found = both(x, weights, chosen, wi, wo, dy)
     assert [part.dtype.name for part in found] == ["bfloat16", "bfloat16", "float32", "float32", "float32"]

@@ -121,7 +121,7 @@ def test_transformers_loads_what_was_trained(folder: Path, ran: subprocess.Compl
     assert isinstance(peer, transformers.LlamaForCausalLM)
     for name, tensor in peer.state_dict().items():
         assert not torch.equal(tensor, before[name]), name
-    learnt = [np.asarray(leaf) for leaf in (load(folder / stage).params["embed"]["w"] for stage in ("sft", "grpo"))]
+    learnt = [np.asarray(leaf) for leaf in (load(folder / stage).params["embed"] for stage in ("sft", "grpo"))]
     assert np.any(learnt[0] != learnt[1])
     spoken = transformers.AutoTokenizer.from_pretrained(folder / "released")
     chat = [{"role": "user", "content": "What is 1+1?"}]

@@ -50,7 +50,9 @@ def route(
 
     chosen_TK: experts to take instead, those that a sampler took for instance; -1 leaves the choice to the router.
     """
-    logits = jnp.einsum("td,de->te", x_TD.astype(jnp.float32), w_DE.astype(jnp.float32))
+    # A GPU would take TF32 for this product and a TPU bf16.
+    x_TD, w_DE = x_TD.astype(jnp.float32), w_DE.astype(jnp.float32)
+    logits = jnp.einsum("td,de->te", x_TD, w_DE, precision=jax.lax.Precision.HIGHEST)
     scores = jax.nn.sigmoid(logits) if config.scoring == "sigmoid" else jax.nn.softmax(logits, axis=-1)
     # One comparison decides, but no gradient flows through it.
     choice = jax.lax.stop_gradient(scores)

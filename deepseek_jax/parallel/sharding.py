@@ -6,6 +6,7 @@ split each of those. Nothing else in the project mentions a mesh axis.
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -90,6 +91,38 @@ def place_batch(batch: dict[str, Any], mesh: Mesh, rules: ShardingRules = Shardi
 def constrain(x: jax.Array, rules: ShardingRules, *axes: str | None) -> jax.Array:
     """Tell the compiler how an activation is split on the current mesh; without a mesh, nothing."""
     return x if current_mesh() is None else jax.lax.with_sharding_constraint(x, rules.spec(axes))
+
+
+def per_batch_shard(
+    function: Callable[..., tuple[Any, Any]],
+    rules: ShardingRules,
+    split: Sequence[jax.Array],
+    whole: Sequence[jax.Array],
+) -> tuple[Any, Any]:
+    """``function(*split, *whole) -> (by position, sums)`` on each device's own rows and positions.
+
+    split: arrays (B S …), as are the results by position. whole: seen by every device, but for axes that the batch does
+    not use (the vocabulary's), which stay the compiler's. sums: over rows and positions; what the function adds up
+    stays on its device, and the mesh adds once, at the end. Without a mesh, a plain call.
+    """
+    mesh = current_mesh()
+    if mesh is None:
+        return function(*split, *whole)
+    axes = (*rules.batch, *rules.sequence)
+    rows, everywhere = rules.spec(("batch", "sequence")), PartitionSpec()
+
+    def local(*args):
+        by_position, sums = function(*args)
+        return by_position, jax.tree.map(lambda total: jax.lax.psum(total, axes), sums)
+
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        axis_names=set(axes),
+        in_specs=(*[rows] * len(split), *[everywhere] * len(whole)),
+        out_specs=(rows, everywhere),
+        check_vma=False,
+    )(*split, *whole)
 
 
 def split_rows(arrays: Any, parts: int, rules: ShardingRules, name: str) -> Any:

@@ -24,9 +24,14 @@ def score_tokens(model: Transformer, batch: Batch, chunk: int) -> tuple[TokenSco
     ``temperature`` (B 1), where the batch has it, divides the logits, as the sampler's did.
     """
     out = model(batch["tokens"], positions_BS=batch["positions"], segment_ids_BS=batch["segment_ids"], head=False)
-    targets_BS = shift(batch["tokens"], 1)
-    temperature_B1 = batch.get("temperature")
-    scores = score_targets(out.hidden, model.head_weight(), targets_BS, chunk=chunk, temperature_B1=temperature_B1)
+    scores = score_targets(
+        out.hidden,
+        model.head_weight(),
+        shift(batch["tokens"], 1),
+        chunk=chunk,
+        temperature_B1=batch.get("temperature"),
+        rules=model.compute.rules,
+    )
     return scores, None if out.router is None else out.router.load_E
 
 

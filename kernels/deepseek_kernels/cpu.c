@@ -26,11 +26,28 @@ static Grouped grouped_of(XLA_FFI_CallFrame *frame) {
   return g;
 }
 
+// q, then kv and pe of MLA or k and v; who sees whom; the scale.
+static int grouped(XLA_FFI_CallFrame *frame) { return in(frame, 2)->rank == 4; }
+
 static Attention attention_of(XLA_FFI_CallFrame *frame) {
-  int64_t *q = in(frame, 0)->dims, *kv = in(frame, 1)->dims, R = in(frame, 2)->dims[2], N = q[3] - R;
-  return (Attention){.q = in(frame, 0)->data, .kv = in(frame, 1)->data, .pe = in(frame, 2)->data,
-                     .mask = in(frame, 3)->data, .scale = *(float *)in(frame, 4)->data,
-                     .B = q[0], .S = q[1], .H = q[2], .T = kv[1], .N = N, .R = R, .V = kv[3] - N};
+  int64_t *q = in(frame, 0)->dims, *k = in(frame, 1)->dims, *third = in(frame, 2)->dims;
+  Attention a = {.q = in(frame, 0)->data, .k = in(frame, 1)->data, .pe = in(frame, 2)->data, .q_positions = in(frame, 3)->data,
+                 .k_positions = in(frame, 4)->data, .q_segments = in(frame, 5)->data, .k_segments = in(frame, 6)->data,
+                 .lengths = in(frame, 7)->data, .scale = *(float *)in(frame, 8)->data,
+                 .B = q[0], .S = q[1], .H = q[2], .T = k[1], .G = k[2], .N = q[3], .k_step = k[3]};
+  if (grouped(frame)) {
+    a.v = in(frame, 2)->data, a.V = a.v_step = third[3];
+  } else {
+    a.R = third[2], a.N -= a.R;
+    a.v = a.k + a.N, a.V = k[3] - a.N, a.v_step = k[3];
+  }
+  return a;
+}
+
+static void attention_results(XLA_FFI_CallFrame *frame, Attention *a) {
+  a->out = in(frame, 9)->data, a->log_sum = in(frame, 10)->data, a->dout = in(frame, 11)->data;
+  a->dq = result(frame, 0), a->dk = result(frame, 1), a->dpe = result(frame, 2);
+  a->dv = grouped(frame) ? a->dpe : a->dk + a->N;
 }
 
 static Experts experts_of(XLA_FFI_CallFrame *frame) {
@@ -56,8 +73,6 @@ HANDLER(deepseek_experts_backward, Experts m = experts_of(frame); m.gate_up = in
         m.dy = in(frame, 6)->data; m.dx = result(frame, 0); m.dweights = result(frame, 1); m.dwi = result(frame, 2);
         m.dwo = result(frame, 3); m.rows = result(frame, 4); run_experts_backward(frame, &m))
 HANDLER(deepseek_attention_forward, Attention a = attention_of(frame); a.out = result(frame, 0);
-        a.log_sum = result(frame, 1); run(frame, attention_forward, &a, a.B * a.H, a.B * a.H * a.S * a.T * (a.N + a.R)))
-HANDLER(deepseek_attention_backward, Attention a = attention_of(frame); a.out = in(frame, 5)->data;
-        a.log_sum = in(frame, 6)->data; a.dout = in(frame, 7)->data; a.dq = result(frame, 0);
-        a.dkv = result(frame, 1); a.dpe = result(frame, 2);
-        run(frame, attention_backward, &a, a.B * a.H, a.B * a.H * a.S * a.T * (a.N + a.R)))
+        a.log_sum = result(frame, 1); run_attention(frame, &a, attention_forward))
+HANDLER(deepseek_attention_backward, Attention a = attention_of(frame); attention_results(frame, &a);
+        run_attention(frame, &a, attention_backward))

@@ -1,7 +1,8 @@
 """Builds ``cpu.c`` for this processor and registers its functions with XLA.
 
 XLA's own products of many small matrices reach a third of what one core can do; the C ones most of it. gcc (or ``CC``)
-compiles them at their first use, once per machine and version, into the user's cache folder.
+compiles them at their first use, once per machine and version, into the user's cache folder. Flags in ``CC`` come after
+ours: ``CC="gcc -mno-avx512f"`` makes what a processor without AVX-512 gets.
 """
 
 import ctypes
@@ -34,10 +35,10 @@ TARGETS = (
 
 @functools.cache
 def available() -> bool:
-    """Whether the C kernels can be called here; where they cannot be built, one warning says why."""
-    if jax.default_backend() != "cpu" or platform.system() != "Linux":
-        return False
+    """Whether this host can build the C kernels, for programs that are for its CPU; if not, one warning says why."""
     try:
+        if platform.system() != "Linux":
+            raise OSError(f"{platform.system()} is not Linux")
         library = ctypes.CDLL(str(_built()))
     except (OSError, subprocess.CalledProcessError) as error:
         said = getattr(error, "stderr", None) or error
@@ -50,13 +51,13 @@ def available() -> bool:
 
 
 def usable(*operands: jax.Array) -> bool:
-    """The C kernels know float32 alone."""
+    """Whether a CPU's program may call the C kernels with these: they know float32 alone."""
     return all(operand.dtype == jnp.float32 for operand in operands) and available()
 
 
 def call(target: str, shapes: list[tuple[int, ...]], *operands: jax.typing.ArrayLike) -> list[jax.Array]:
     """Call one of ``TARGETS``; float32 results of these shapes."""
-    assert target in TARGETS
+    assert target in TARGETS and available()
     results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     return [*jax.ffi.ffi_call(f"deepseek_{target}", results)(*operands)]
 
@@ -65,17 +66,20 @@ def _built() -> Path:
     """The shared library for this source, compiler and processor; made anew where there is none."""
     include = jax.ffi.include_dir()
     compiler = shlex.split(os.environ.get("CC", "gcc"))
-    processor = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "lags" in line), "")
+    flags = next((i for i, word in enumerate(compiler) if word.startswith("-")), len(compiler))
+    command = [*compiler[:flags], *FLAGS, *compiler[flags:]]
+    about = Path("/proc/cpuinfo").read_text().splitlines()
+    processor = {line for line in about if line.startswith(("flags", "Features"))}
     header = (Path(include) / "xla" / "ffi" / "api" / "c_api.h").read_bytes()
     sources = [file.read_bytes() for file in (SOURCE, *HEADERS)]
-    identity = [*sources, header, repr((compiler, FLAGS, platform.machine(), processor)).encode()]
+    identity = [*sources, header, repr((command, platform.machine(), sorted(processor))).encode()]
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "deepseek-jax"
     library = cache / f"cpu-{hashlib.sha256(b''.join(identity)).hexdigest()[:16]}.so"
     if not library.exists():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
             made = Path(scratch) / library.name
-            command = [*compiler, *FLAGS, f"-I{include}", "-o", str(made), str(SOURCE), "-lm"]
+            command += [f"-I{include}", "-o", str(made), str(SOURCE), "-lm"]
             subprocess.run(command, check=True, capture_output=True, text=True)
             os.replace(made, library)
     return library

@@ -21,7 +21,7 @@
 #elif defined __AVX2__
 #define LANES 8
 #define ROWS 6
-#elif defined __ARM_NEON
+#elif defined __aarch64__
 #define LANES 4
 #define ROWS 12
 #else
@@ -40,7 +40,7 @@ static inline int64_t whole(int64_t n) { return pieces(n, COLS) * COLS; }
 // n numbers for a task, whose thread keeps them for its next one unless they are many.
 static __thread float *kept_numbers;
 static float *borrow(int64_t n) {
-  if (n > KEPT) return aligned_alloc(64, (size_t)whole(n) * sizeof(float));
+  if (n > KEPT) return aligned_alloc(64, (size_t)pieces(n, 16) * 64);
   if (kept_numbers == NULL) kept_numbers = aligned_alloc(64, KEPT * sizeof(float));
   return kept_numbers;
 }

@@ -125,6 +125,16 @@ def test_logits_are_float32_for_bfloat16_tokens():
 SEGMENTS = np.array([[1, 1, 1, 1, 1, 2, 2, 2, 0, 0], [0, 0, 1, 2, 2, 2, 2, 3, 3, 3]])
 
 
+def test_products_have_the_highest_precision():
+    """A GPU's default is TF32, a TPU's bf16; the gradient's two products inherit what the logits' has."""
+    tiny = config(V3)
+    x, w, bias = jnp.ones((T, D), jnp.bfloat16), jnp.ones((D, E)), jnp.zeros(E)
+    gradient = jax.grad(lambda x, w: jnp.sum(route(tiny, x, w, bias).weights_TK), argnums=(0, 1))
+    program = jax.jit(gradient).lower(x, w).as_text()
+    products = [line for line in program.splitlines() if "dot_general" in line]
+    assert len(products) == 3 and all("precision = [HIGHEST, HIGHEST]" in line for line in products)
+
+
 def stats_case(tiny, seed=0):
     """Affinities (B S E) and the experts that a strong bias picks, which are not the raw affinities' best."""
     rng = np.random.default_rng(seed)

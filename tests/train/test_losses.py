@@ -109,6 +109,28 @@ def test_cross_entropy_and_its_gradient_equal_the_scores(chunk, dtype, w_dtype):
         assert relative_error(gradient, right) < (1e-6 if dtype == "float32" else 2**-8)
 
 
+@pytest.mark.parametrize("dtype, error", [("float32", 1e-6), ("bfloat16", 4e-3)])
+@pytest.mark.parametrize("function", ["cross_entropy", "score_targets"])
+def test_the_heads_products_against_float64(function, dtype, error):
+    """Float32 sums of products in the compute dtype; w's gradient is not rounded to it."""
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.standard_normal((2, 60, 48)), dtype)
+    w = jnp.asarray(0.2 * rng.standard_normal((48, 96)), jnp.bfloat16).astype(jnp.float32)
+    targets = jnp.asarray(rng.integers(0, 96, (2, 60)), jnp.int32)
+
+    def total(hidden, w):
+        if function == "cross_entropy":
+            return -cross_entropy(hidden, w, targets, jnp.ones((2, 60)), 16)
+        return jnp.sum(score_targets(hidden, w, targets, chunk=16).logprob_BS)
+
+    value, (d_hidden, d_w) = jax.value_and_grad(total, argnums=(0, 1))(hidden, w)
+    logprob, _, expected = plain_scores(hidden, w, targets, 1.0)
+    assert relative_error(value, logprob.sum()) < 1e-6
+    assert (d_hidden.dtype, d_w.dtype) == (dtype, jnp.float32)
+    assert relative_error(d_hidden, expected[0]) < error and relative_error(d_w, expected[1]) < error
+    assert dtype == "float32" or np.any(d_w != d_w.astype(dtype))
+
+
 def test_entropy_has_no_gradient():
     hidden, w = jnp.ones((1, 3, 2)), jnp.arange(8.0).reshape(2, 4)
     targets = jnp.zeros((1, 3), jnp.int32)

@@ -8,15 +8,12 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
+from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.model.router import count_sequences
 from deepseek_jax.model.transformer import Transformer
-<<<<<<< HEAD
+from deepseek_jax.parallel.sharding import per_batch_shard
 from deepseek_jax.typed import check_types
-from deepseek_kernels import product, weight_gradient
-=======
-from deepseek_jax.parallel.sharding import ShardingRules, per_batch_shard
-from deepseek_kernels import weight_gradient
->>>>>>> wt-e
+from deepseek_kernels import Visible, product, weight_gradient
 
 
 @struct.dataclass
@@ -34,7 +31,7 @@ def score_targets(
     *,
     chunk: int,
     temperature_B1: Float[Array, "B 1"] | None = None,
-    rules: ShardingRules = ShardingRules(),
+    compute: ComputeConfig = ComputeConfig(),
 ) -> TokenScores:
     """``log softmax(hidden · w / temperature)`` at the targets, ``chunk`` positions of each row at a time.
 
@@ -43,16 +40,10 @@ def score_targets(
     """
 
     @jax.checkpoint
-<<<<<<< HEAD
-    def score(hidden, targets):
-        logits = product("bsd,dw->bsw", hidden, w_DW, dtype=jnp.float32)
-        logits = logits if divisor_B11 is None else logits / divisor_B11
-=======
     def score(w_DW, hidden, targets, *temperature):
-        logits = _head(hidden, w_DW)
+        logits = _head(hidden, w_DW, compute.kernels)
         if temperature:  # 0 behind the end of the last chunk
             logits = logits / jnp.where(temperature[0] == 0, 1, temperature[0])[..., None]
->>>>>>> wt-e
         log_z = jax.nn.logsumexp(logits, axis=-1)
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         p = jax.lax.stop_gradient(jnp.exp(logits - log_z[..., None]))
@@ -67,36 +58,18 @@ def score_targets(
     split = [hidden_BSD, targets_BS]
     if temperature_B1 is not None:
         split.append(jnp.broadcast_to(temperature_B1, targets_BS.shape))
-    return TokenScores(*per_batch_shard(on_device, rules, split, [w_DW])[0])
+    return TokenScores(*per_batch_shard(on_device, compute.rules, split, [w_DW])[0])
 
 
-@jax.custom_vjp
-def _head(hidden, w_DW):
-    """Logits in float32 from a product in hidden's dtype, as are its gradient's two; w's leaves it in float32."""
-    return project(hidden, w_DW.astype(hidden.dtype), jnp.float32)
+def _head(hidden, w_DW, target):
+    return product("bsd,dw->bsw", hidden, w_DW, dtype=jnp.float32, target=target)
 
 
-def _head_forward(hidden, w_DW):
-    return _head(hidden, w_DW), (hidden, w_DW)
-
-
-def _head_backward(residuals, dlogits):
-    hidden, w_DW = residuals
-    dhidden, dw_DW = _head_gradients(hidden, w_DW.astype(hidden.dtype), dlogits)
-    return dhidden.astype(hidden.dtype), dw_DW.astype(w_DW.dtype)
-
-
-_head.defvjp(_head_forward, _head_backward)
-
-
-def _head_gradients(hidden, w_DW, dlogits):
+def _head_gradients(hidden, w_DW, dlogits, target):
     """Float32 sums of products in the compute dtype: in float32 they would cost a bf16 run 17 % of its step."""
     dlogits = dlogits.astype(hidden.dtype)
     dhidden = jnp.einsum("bsw,dw->bsd", dlogits, w_DW, preferred_element_type=jnp.float32)
-    if hidden.dtype == jnp.float32:
-        return dhidden, weight_gradient(hidden, dlogits)
-    rows = (0, 1)
-    return dhidden, jax.lax.dot_general(hidden, dlogits, ((rows, rows), ((), ())), preferred_element_type=jnp.float32)
+    return dhidden, weight_gradient(hidden, dlogits, target=target)
 
 
 def cross_entropy(
@@ -105,37 +78,33 @@ def cross_entropy(
     targets_BS: Int[Array, "B S"],
     weights_BS: Float[Array, "B S"],
     chunk: int,
-    rules: ShardingRules = ShardingRules(),
+    compute: ComputeConfig = ComputeConfig(),
 ) -> Float[Array, ""]:
     """``-Σ weights · log softmax(hidden · w)`` at the targets, ``chunk`` positions of each row at a time.
 
     Where a gradient is asked for, it is taken while a chunk's logits are there, so that they are computed once; w's is
     added up on each device, and over the mesh after the last chunk. Differentiable in hidden and w.
     """
-    loss: jax.Array = _cross_entropy(hidden_BSD, w_DW, targets_BS, weights_BS, chunk, rules)
+    loss: jax.Array = _cross_entropy(hidden_BSD, w_DW, targets_BS, weights_BS, chunk, compute)
     return loss
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _cross_entropy(hidden_BSD, w_DW, targets_BS, weights_BS, chunk, rules):
-    scores = score_targets(hidden_BSD, w_DW, targets_BS, chunk=chunk, rules=rules)
+def _cross_entropy(hidden_BSD, w_DW, targets_BS, weights_BS, chunk, compute):
+    scores = score_targets(hidden_BSD, w_DW, targets_BS, chunk=chunk, compute=compute)
     return -jnp.sum(scores.logprob_BS * weights_BS)
 
 
-def _cross_entropy_forward(hidden_BSD, w_DW, targets_BS, weights_BS, chunk, rules):
+def _cross_entropy_forward(hidden_BSD, w_DW, targets_BS, weights_BS, chunk, compute):
     def body(w_DW, carry, piece):
         loss, dw_DW = carry
         hidden, targets, weights = piece
-<<<<<<< HEAD
-        logits = product("bsd,dw->bsw", hidden, cast_DW, dtype=jnp.float32)
-=======
-        logits = project(hidden, w_DW, jnp.float32)
->>>>>>> wt-e
+        logits = _head(hidden, w_DW, compute.kernels)
         log_z = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
         right = targets[..., None] == jnp.arange(logits.shape[-1])
         loss += jnp.sum(weights * (log_z[..., 0] - jnp.sum(jnp.where(right, logits, 0), axis=-1)))
         dlogits = weights[..., None] * (jnp.exp(logits - log_z) - right)
-        dhidden, dw = _head_gradients(hidden, w_DW, dlogits)
+        dhidden, dw = _head_gradients(hidden, w_DW, dlogits, compute.kernels)
         return (loss, dw_DW + dw), dhidden
 
     def on_device(hidden, targets, weights, w_DW):
@@ -146,11 +115,11 @@ def _cross_entropy_forward(hidden_BSD, w_DW, targets_BS, weights_BS, chunk, rule
 
     # Cast before it is gathered.
     split, cast_DW = [hidden_BSD, targets_BS, weights_BS], w_DW.astype(hidden_BSD.dtype)
-    dhidden_BSD, (loss, dw_DW) = per_batch_shard(on_device, rules, split, [cast_DW])
+    dhidden_BSD, (loss, dw_DW) = per_batch_shard(on_device, compute.rules, split, [cast_DW])
     return loss, (dhidden_BSD, dw_DW, hidden_BSD[:0], w_DW[:0])
 
 
-def _cross_entropy_backward(chunk, rules, residuals, dloss):
+def _cross_entropy_backward(chunk, compute, residuals, dloss):
     dhidden_BSD, dw_DW, hidden, w = residuals
     return (dloss * dhidden_BSD).astype(hidden.dtype), (dloss * dw_DW).astype(w.dtype), None, None
 
@@ -219,6 +188,8 @@ class LanguageModelLoss:
             batch["tokens"],
             positions_BS=batch["positions"],
             segment_ids_BS=batch["segment_ids"],
+            # Padding stands behind all that counts: order within the row is enough, and a plain causal kernel.
+            visible=None if self.isolate else Visible.rows(),
             mtp=use_mtp,
             head=False,
         )
@@ -227,7 +198,7 @@ class LanguageModelLoss:
         def part(hidden, ahead, count):
             weights_BS = _target_mask(batch, ahead) / count
             targets_BS = shift(batch["tokens"], ahead)
-            return cross_entropy(hidden, w_DW, targets_BS, weights_BS, self.chunk, model.compute.rules)
+            return cross_entropy(hidden, w_DW, targets_BS, weights_BS, self.chunk, model.compute)
 
         with jax.named_scope("loss"):
             loss = ce = part(out.hidden, 1, norm["targets"])

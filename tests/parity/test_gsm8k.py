@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
@@ -121,7 +122,7 @@ def test_transformers_loads_what_was_trained(folder: Path, ran: subprocess.Compl
     assert isinstance(peer, transformers.LlamaForCausalLM)
     for name, tensor in peer.state_dict().items():
         assert not torch.equal(tensor, before[name]), name
-    learnt = [np.asarray(leaf) for leaf in (load(folder / stage).params["embed"]["w"] for stage in ("sft", "grpo"))]
+    learnt = [np.asarray(leaf) for leaf in (load(folder / stage).params["embed"] for stage in ("sft", "grpo"))]
     assert np.any(learnt[0] != learnt[1])
     spoken = transformers.AutoTokenizer.from_pretrained(folder / "released")
     chat = [{"role": "user", "content": "What is 1+1?"}]
@@ -129,5 +130,5 @@ def test_transformers_loads_what_was_trained(folder: Path, ran: subprocess.Compl
     assert spoken.decode(ids) == "<|im_start|>user\nWhat is 1+1?<|im_end|>\n<|im_start|>assistant\n"
     with torch.no_grad():
         expected = peer(torch.tensor([ids])).logits.numpy()
-    found = load(folder / "grpo")(np.array([ids])).logits
+    found = load(folder / "grpo")(jnp.array([ids])).logits
     np.testing.assert_allclose(found, expected, atol=1e-5)

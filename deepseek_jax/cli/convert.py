@@ -16,9 +16,10 @@ from deepseek_jax.checkpoint import CheckpointStore
 from deepseek_jax.checkpoint.hf_load import KEPT_FP8
 from deepseek_jax.checkpoint.hf_save import write_model
 from deepseek_jax.checkpoint.model import CHECKPOINTS, is_released, load
+from deepseek_jax.checkpoint.safetensors import TensorFiles
 from deepseek_jax.cli.talk import find_model
 from deepseek_jax.compute import ComputeConfig
-from deepseek_jax.data.model_folder import read_json_object
+from deepseek_kernels.block_fp8 import FP8
 
 GIGABYTE = 10**9
 
@@ -69,8 +70,11 @@ def _read_as(source: Path, dtype: str) -> Literal["bfloat16", "float32", "float8
     """The dtype in which nothing is lost that ``dtype`` would keep."""
     if dtype != KEPT_FP8:
         return "bfloat16" if dtype == "bfloat16" else "float32"
-    kept = is_released(source) and read_json_object(source / "config.json").get("quantization_config")
-    return KEPT_FP8 if kept else "float32"
+    if is_released(source):
+        with TensorFiles(source) as files:
+            if any(tensor.dtype == FP8 for tensor in files.tensors.values()):
+                return KEPT_FP8
+    return "float32"
 
 
 def _name_of(source: Path, step: int) -> str:

@@ -14,6 +14,7 @@ from deepseek_jax.parallel.sharding import split_rows
 from deepseek_jax.train.losses import TokenScores, score_targets, shift
 from deepseek_jax.train.reference import Reference
 from deepseek_jax.train.state import TrainState
+from deepseek_kernels import Visible
 
 Batch = dict[str, jax.Array]
 
@@ -23,14 +24,16 @@ def score_tokens(model: Transformer, batch: Batch, chunk: int) -> tuple[TokenSco
 
     ``temperature`` (B 1), where the batch has it, divides the logits, as the sampler's did.
     """
-    out = model(batch["tokens"], positions_BS=batch["positions"], segment_ids_BS=batch["segment_ids"], head=False)
+    segments = {"positions_BS": batch["positions"], "segment_ids_BS": batch["segment_ids"]}
+    # A row is prompt and answer, with padding behind: order within it is enough, and a plain causal kernel.
+    out = model(batch["tokens"], **segments, visible=Visible.rows(), head=False)
     scores = score_targets(
         out.hidden,
         model.head_weight(),
         shift(batch["tokens"], 1),
         chunk=chunk,
         temperature_B1=batch.get("temperature"),
-        rules=model.compute.rules,
+        compute=model.compute,
     )
     return scores, None if out.router is None else out.router.load_E
 

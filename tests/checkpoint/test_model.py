@@ -73,6 +73,18 @@ def test_a_run_on_a_mesh_in_another_dtype(tmp_path):
     assert found.router_bias is not None and found.router_bias.dtype == jnp.float32
 
 
+def test_a_run_that_recorded_how_it_was_computed_is_read(tmp_path):
+    model = whole(SPEAKER, *cases.weights(SPEAKER), tokenizer())
+    older = {"dtype": "bfloat16", "param_dtype": "float32", "remat": "full", "scan_unroll": 3}
+    run = run_of(tmp_path, model, meta={"model": SPEAKER.to_dict() | older})
+    for name in ("tokenizer_config.json", "generation_config.json"):  # nor did it keep these
+        (run / name).unlink()
+    found = load(run)
+    same(found, model)
+    assert (found.text.bos_id, found.text.eos_id, found.text.pad_id, found.text.stop_ids) == (0, 1, 2, (1,))
+    assert found.text.files == model.text.files
+
+
 def test_the_running_mean(tmp_path):
     model = whole(SPEAKER, *cases.weights(SPEAKER), tokenizer())
     mean = jax.tree.map(lambda leaf: leaf * 2, model.params)

@@ -22,6 +22,7 @@ from deepseek_jax.checkpoint.faults import silence_repeats
 
 INVENTORY = "inventory.json"
 FORMAT_VERSION = 1
+_COMPUTE = ("dtype", "param_dtype", "remat", "scan_unroll")  # earlier runs recorded them as the model's
 _LISTED = 5  # differences that an error message spells out
 
 LeafPath = tuple[str, ...]
@@ -95,6 +96,8 @@ def read_json(folder: Path, item: str) -> dict[str, Any]:
         raise ValueError(
             f"checkpoint {folder} has format version {content['format']}; this program reads {FORMAT_VERSION}"
         )
+    if item == "meta" and "model" in content:
+        content["model"] = {name: value for name, value in content["model"].items() if name not in _COMPUTE}
     return content
 
 

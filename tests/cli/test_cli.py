@@ -172,10 +172,12 @@ def test_a_broken_line_of_data_is_named(workplace, refused):
 
 
 def test_a_file_that_is_missing_is_named(workplace, refused):
+    rows = ["--task.path", "run/corpus/problems_train.jsonl", "--evaluation.task.path", "run/corpus/none.jsonl"]
+    arguments = ["recipes/grpo.py", "--run-dir", "run/new", "--init-from"]
+    assert "run/corpus/none.jsonl" in refused("grpo", *arguments, "run/sft", *rows)
+    assert "run/nothing" in refused("grpo", *arguments, "run/nothing", *rows[:2], *rows[2:3], rows[1])
     (workplace / "run" / "corpus" / "problems_train.jsonl").unlink()
-    arguments = ["--init-from", "run/sft", "--prompts", "run/corpus/problems_train.jsonl", "--run-dir", "run/new"]
-    assert "run/corpus/problems_train.jsonl" in refused("grpo", "recipes/grpo.py", *arguments)
-    assert "run/nothing" in refused("grpo", "recipes/grpo.py", "--init-from", "run/nothing")
+    assert "run/corpus/problems_train.jsonl" in refused("grpo", *arguments, "run/sft", *rows[:2])
 
 
 def test_a_mesh_that_does_not_fit_is_refused(workplace, refused):
@@ -203,9 +205,10 @@ def test_a_vocabulary_too_small_for_the_tokenizer_is_refused(workplace, refused)
 
 
 def test_prompts_that_do_not_fit_are_refused(workplace, refused):
-    arguments = ["--init-from", "run/sft", "--prompts", "run/corpus/problems_train.jsonl", "--run-dir", "run/new"]
-    message = refused("grpo", "recipes/grpo.py", *arguments, "--rollout.prompt-width", "5")
-    assert "rollout.prompt_width=5" in message and "a prompt of 9 tokens" in message
+    rows = "run/corpus/problems_train.jsonl"
+    arguments = ["--init-from", "run/sft", "--task.path", rows, "--evaluation.task.path", rows, "--run-dir", "run/new"]
+    message = refused("grpo", "recipes/grpo.py", *arguments, "--rollout.max-prompt", "5")
+    assert "problems_train.jsonl:1: a prompt of 9 tokens" in message and "rollout.max_prompt=5" in message
 
 
 def test_the_program_gives_its_status_to_the_shell(monkeypatch):

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from deepseek_jax.cli import stages
 from deepseek_jax.cli.main import COMMANDS, main
+from deepseek_jax.workflows import demo
 
 DATA = ["--data.path", "run/corpus/documents/train.jsonl", "--data.heldout", "run/corpus/documents/heldout.jsonl"]
 DATA += ["--data.tokenizer", "run/corpus/tokenizer.json"]
@@ -103,7 +103,7 @@ def test_interrupting_is_no_error(monkeypatch, capsys):
     def stop(config):
         raise KeyboardInterrupt("SIGINT: stopped after step 7")
 
-    monkeypatch.setattr(stages, "demo", stop)
+    monkeypatch.setattr(demo, "demo", stop)
     assert main(["demo"]) == 130
     assert "stopped after step 7" in capsys.readouterr().err
 
@@ -172,12 +172,14 @@ def test_a_broken_line_of_data_is_named(workplace, refused):
 
 
 def test_a_file_that_is_missing_is_named(workplace, refused):
-    rows = ["--task.path", "run/corpus/problems_train.jsonl", "--evaluation.task.path", "run/corpus/none.jsonl"]
-    arguments = ["recipes/grpo.py", "--run-dir", "run/new", "--init-from"]
-    assert "run/corpus/none.jsonl" in refused("grpo", *arguments, "run/sft", *rows)
-    assert "run/nothing" in refused("grpo", *arguments, "run/nothing", *rows[:2], *rows[2:3], rows[1])
-    (workplace / "run" / "corpus" / "problems_train.jsonl").unlink()
-    assert "run/corpus/problems_train.jsonl" in refused("grpo", *arguments, "run/sft", *rows[:2])
+    def said(rows: str, asked: str, init_from: str) -> str:
+        paths = ["--task.path", f"run/corpus/{rows}", "--evaluation.task.path", f"run/corpus/{asked}"]
+        return refused("grpo", "recipes/grpo.py", "--run-dir", "run/new", "--init-from", init_from, *paths)
+
+    there = "problems_train.jsonl"
+    assert "run/corpus/none.jsonl" in said("none.jsonl", there, "run/sft")
+    assert "run/corpus/none.jsonl" in said(there, "none.jsonl", "run/sft")
+    assert "run/nothing" in said(there, there, "run/nothing")
 
 
 def test_a_mesh_that_does_not_fit_is_refused(workplace, refused):

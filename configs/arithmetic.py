@@ -1,6 +1,6 @@
 """GRPO on two-operand arithmetic, from any model that can be chatted with; the demo trains its own (demo/grpo).
 
-    deepseek-jax corpus
+    deepseek-jax corpus demo/corpus
     deepseek-jax grpo arithmetic --init-from DIR --task.path runs/demo/corpus/problems_train.jsonl
 
 Others are asked at the end with --evaluation.task.path runs/demo/corpus/problems_heldout.jsonl. Not run to its end yet,

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from deepseek_jax.cli import stages
 from deepseek_jax.cli.main import COMMANDS, main
+from deepseek_jax.workflows import demo
 
 DATA = ["--data.path", "run/corpus/documents/train.jsonl", "--data.heldout", "run/corpus/documents/heldout.jsonl"]
 DATA += ["--data.tokenizer", "run/corpus/tokenizer.json"]
@@ -121,7 +121,7 @@ def test_interrupting_is_no_error(monkeypatch, capsys):
     def stop(config):
         raise KeyboardInterrupt("SIGINT: stopped after step 7")
 
-    monkeypatch.setattr(stages, "demo", stop)
+    monkeypatch.setattr(demo, "demo", stop)
     assert main(["demo"]) == 130
     assert "stopped after step 7" in capsys.readouterr().err
 
@@ -190,10 +190,14 @@ def test_a_broken_line_of_data_is_named(workplace, refused):
 
 
 def test_a_file_that_is_missing_is_named(workplace, refused):
-    (workplace / "run" / "corpus" / "problems_train.jsonl").unlink()
-    arguments = ["--init-from", "run/sft", "--prompts", "run/corpus/problems_train.jsonl", "--run-dir", "run/new"]
-    assert "run/corpus/problems_train.jsonl" in refused("grpo", "recipes/grpo.py", *arguments)
-    assert "run/nothing" in refused("grpo", "recipes/grpo.py", "--init-from", "run/nothing")
+    def said(rows: str, asked: str, init_from: str) -> str:
+        paths = ["--task.path", f"run/corpus/{rows}", "--evaluation.task.path", f"run/corpus/{asked}"]
+        return refused("grpo", "recipes/grpo.py", "--run-dir", "run/new", "--init-from", init_from, *paths)
+
+    there = "problems_train.jsonl"
+    assert "run/corpus/none.jsonl" in said("none.jsonl", there, "run/sft")
+    assert "run/corpus/none.jsonl" in said(there, "none.jsonl", "run/sft")
+    assert "run/nothing" in said(there, there, "run/nothing")
 
 
 def test_a_mesh_that_does_not_fit_is_refused(workplace, refused):
@@ -221,9 +225,10 @@ def test_a_vocabulary_too_small_for_the_tokenizer_is_refused(workplace, refused)
 
 
 def test_prompts_that_do_not_fit_are_refused(workplace, refused):
-    arguments = ["--init-from", "run/sft", "--prompts", "run/corpus/problems_train.jsonl", "--run-dir", "run/new"]
-    message = refused("grpo", "recipes/grpo.py", *arguments, "--rollout.prompt-width", "5")
-    assert "rollout.prompt_width=5" in message and "a prompt of 9 tokens" in message
+    rows = "run/corpus/problems_train.jsonl"
+    arguments = ["--init-from", "run/sft", "--task.path", rows, "--evaluation.task.path", rows, "--run-dir", "run/new"]
+    message = refused("grpo", "recipes/grpo.py", *arguments, "--rollout.max-prompt", "5")
+    assert "problems_train.jsonl:1: a prompt of 9 tokens" in message and "rollout.max_prompt=5" in message
 
 
 def test_the_program_gives_its_status_to_the_shell(monkeypatch):

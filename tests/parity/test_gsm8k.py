@@ -131,4 +131,4 @@ def test_transformers_loads_what_was_trained(folder: Path, ran: subprocess.Compl
     with torch.no_grad():
         expected = peer(torch.tensor([ids])).logits.numpy()
     found = load(folder / "grpo")(jnp.array([ids])).logits
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(found), expected, atol=1e-5)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -174,7 +175,7 @@ def test_a_step_samples_anew(path):
         fresh = rollouts(path)  # at the same position of the loader
         batches.append(fresh.next(state(step))[0])
     prompts = [np.where(batch["loss_mask"] > 0, 0, batch["tokens"])[:, :6] for batch in batches]
-    np.testing.assert_array_equal(*prompts)
+    np.testing.assert_array_equal(prompts[0], prompts[1])
     assert not np.array_equal(batches[0]["tokens"], batches[1]["tokens"])
 
 
@@ -209,7 +210,7 @@ def test_prompts_that_are_too_long_are_named_or_left_out(path, tmp_path, caplog)
     limit = max(lengths) - 1
     kept = [row["prompt"] for row, length in zip(rows, lengths, strict=True) if length <= limit]
     assert 0 < len(kept) < 3
-    options = {"batch_size": 1, "seed": 0}
+    options: Any = {"batch_size": 1, "seed": 0}
     config = RolloutConfig(max_prompt=limit, max_tokens=20)
     with pytest.raises(ValueError, match=rf"problems\.jsonl:\d: a prompt of {limit + 1} tokens.*allow {limit}; --roll"):
         open_questions(TASK, MODEL, (str(path),), config, **options)

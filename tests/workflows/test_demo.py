@@ -15,6 +15,7 @@ from jax.flatten_util import ravel_pytree
 from rich.console import Console
 from workflows.miniature import TESTS, run_demo
 
+from deepseek_jax.checkpoint.model import load
 from deepseek_jax.data.rows import open_rows
 from deepseek_jax.parallel.mesh import MeshConfig
 from deepseek_jax.rl import arithmetic as rl
@@ -27,7 +28,7 @@ from deepseek_jax.workflows.grpo import GRPOConfig
 from deepseek_jax.workflows.pretrain import PretrainConfig, PretrainData, pretrain
 from deepseek_jax.workflows.recipe import load_recipe, moved
 from deepseek_jax.workflows.sft import SFTData
-from deepseek_jax.workflows.stage import StageConfig, load_trained
+from deepseek_jax.workflows.stage import StageConfig
 
 STEPS = {"pretrain": 24, "sft": 40, "grpo": 12}
 
@@ -67,6 +68,11 @@ def test_training_learns(miniature):
     result = json.loads((miniature / "run" / "pretrain" / "result.json").read_text())
     assert result["bits_per_byte"] == bits[1]
     assert [line["step"] for line in sft if "eval/accuracy_held_in" in line] == [20, 40]
+    losses = [line["eval/loss"] for line in sft if "eval/loss" in line]
+    result = json.loads((miniature / "run" / "sft" / "result.json").read_text())
+    assert losses[1] < losses[0] and losses[1] == result["heldout_loss"]
+    grpo = [line for line in read_metrics(miniature / "run" / "grpo") if "eval/accuracy_greedy" in line]
+    assert [line["step"] for line in grpo] == [6, 12] and "eval/accuracy_sampled_stderr" in grpo[0]
 
 
 def test_the_sampler_stays_with_the_learner(miniature):
@@ -153,15 +159,15 @@ def test_a_stage_runs_on_a_mesh_and_goes_on_with_another(miniature, tmp_path, mo
     lines = read_metrics(tmp_path / "mesh")
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert all(line["finite"] == 1 for line in lines) and lines[-1]["ce"] < lines[0]["ce"]
-    trained = load_trained(tmp_path / "mesh")
+    trained = load(tmp_path / "mesh")
     assert all(len(leaf.devices()) == 1 for leaf in jax.tree.leaves(trained.params))
-    older, mean = load_trained(tmp_path / "mesh", step=2), load_trained(tmp_path / "mesh", ema=True)
+    older, mean = load(tmp_path / "mesh", step=2), load(tmp_path / "mesh", ema=True)
     newest, older, mean = (ravel_pytree(model.params)[0] for model in (trained, older, mean))
     assert np.linalg.norm(newest - mean) > 0 and np.linalg.norm(newest - older) > 0
     with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 3 .*\[2, 4\]"):
-        load_trained(tmp_path / "mesh", step=3)
+        load(tmp_path / "mesh", step=3)
     with pytest.raises(ValueError, match="run/sft keeps no running mean of its parameters: step.ema_decay was 0"):
-        load_trained("run/sft", ema=True)
+        load("run/sft", ema=True)
 
 
 def test_a_second_call_does_nothing(miniature, tmp_path, monkeypatch):
@@ -190,12 +196,9 @@ def test_a_corpus_of_another_configuration_is_refused(miniature, monkeypatch):
         make_corpus(dataclasses.replace(config, folder="run/corpus", corpus=CorpusConfig(vocab_size=301)))
 
 
-def test_learner_and_sampler_must_be_told_the_same():
-    with pytest.raises(ValueError, match="loss.temperature=1.0 but rollout.temperature=0.5"):
-        GRPOConfig(rollout=RolloutConfig(temperature=0.5, max_tokens=64), loss=GRPOLoss(max_length=64))
-    with pytest.raises(ValueError, match="loss.max_length=63 but rollout.max_tokens=64"):
-        GRPOConfig(rollout=RolloutConfig(max_tokens=64), loss=GRPOLoss(max_length=63))
-    assert GRPOConfig().loss.max_length == GRPOConfig().rollout.max_tokens
+def test_a_reference_that_moves_takes_a_kl_term():
+    with pytest.raises(ValueError, match="reference_every=3: without loss.kl_weight there is no reference"):
+        GRPOConfig(reference_every=3)
 
 
 @pytest.mark.parametrize(

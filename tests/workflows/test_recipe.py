@@ -33,6 +33,16 @@ def test_the_demos_recipes_load_by_name(name):
     assert f"deepseek-jax {name.split('/')[1]} {name}" in docstring
 
 
+@pytest.mark.parametrize("name", ["arithmetic", "countdown", "gsm8k"])
+def test_tasks_are_recipes(name):
+    """The user gives the model and the rows, and other rewards if they like."""
+    config = load_recipe(name, GRPOConfig)
+    assert config.task.name == config.evaluation.task.name == name
+    assert not (config.init_from or config.task.path or config.evaluation.task.path or config.reward)
+    docstring = find_recipe(name).read_text(encoding="utf-8").split('"""')[1]
+    assert f"deepseek-jax grpo {name} --init-from DIR --task.path" in docstring
+
+
 def test_the_demos_stages_fit_together():
     """Each starts from what the one before wrote, and all paths lie under the folder that is moved."""
     corpus, pretrain, sft, grpo = (load_recipe(name, kind) for name, kind in DEMO.items())

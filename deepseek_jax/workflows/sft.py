@@ -62,6 +62,8 @@ class SFTConfig(StageConfig):
     enough_accuracy: float = 0.25
     problems: ProblemEval = ProblemEval()
 
+    MAY_CHANGE = (*StageConfig.MAY_CHANGE, "problems", "check_problems", "check_count", "enough_accuracy")
+
 
 def sft(config: SFTConfig) -> dict[str, Any]:
     """Run the stage, or go on with it; returns and writes its result."""

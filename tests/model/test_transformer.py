@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -193,7 +194,9 @@ def test_runs_of_layers_one_after_the_other_are_the_network():
         for first, count in ((0, 2), (2, 1), (3, 1)):
             x, stats, _ = model.run_layers(x, context, first=first, count=count)
             found.append(stats)
-        return model.norm(x), joined(found).load_E, model(jnp.asarray(TOKENS), head=False)
+        stats = joined(found)
+        assert stats is not None
+        return model.norm(x), stats.load_E, model(jnp.asarray(TOKENS), head=False)
 
     for params in (weights(tiny)[0], unstack(weights(tiny)[0])):
         hidden, load_LE, whole = jax.jit(stages)(params, weights(tiny)[1])
@@ -206,11 +209,11 @@ def test_experts_that_a_sampler_chose_are_taken():
     base = forward()
     chosen = base.router.experts_BSK[..., ::-1].at[:, 0, :3].set(-1)
     model = merge(TINY, *weights(TINY))
-    options = dict(positions_BS=jnp.asarray(POSITIONS), segment_ids_BS=jnp.asarray(SEGMENTS), mtp=True)
-    same = jax.jit(lambda chosen: model(jnp.asarray(TOKENS), chosen_LBSK=chosen, **options))(chosen)
+    rows: Any = dict(positions_BS=jnp.asarray(POSITIONS), segment_ids_BS=jnp.asarray(SEGMENTS), mtp=True)
+    same = jax.jit(lambda chosen: model(jnp.asarray(TOKENS), chosen_LBSK=chosen, **rows))(chosen)
     assert relative_error(same.logits, base.logits) < 1e-5
     assert relative_error(same.mtp_hidden, base.mtp_hidden) < 1e-5
-    other = jax.jit(lambda chosen: model(jnp.asarray(TOKENS), chosen_LBSK=chosen, **options))((chosen + 1) % 8)
+    other = jax.jit(lambda chosen: model(jnp.asarray(TOKENS), chosen_LBSK=chosen, **rows))((chosen + 1) % 8)
     np.testing.assert_array_equal(other.router.experts_BSK, (chosen + 1) % 8)
     assert relative_error(other.logits, base.logits) > 0.1
 

@@ -22,8 +22,10 @@ from parity import deepseek_v1  # noqa: E402
 from parity.drawn import draw, redraw  # noqa: E402
 from safetensors.numpy import load_file, save_file  # noqa: E402
 
-from deepseek_jax import Cache, load_hf, save_hf  # noqa: E402
+from deepseek_jax import load_hf, save_hf  # noqa: E402
+from deepseek_jax.compute import ComputeConfig  # noqa: E402
 from deepseek_jax.config import ModelConfig  # noqa: E402
+from deepseek_jax.inference.cache import Cache  # noqa: E402
 from deepseek_jax.model import transformer  # noqa: E402
 
 COMMON: dict[str, Any] = dict(vocab_size=96, hidden_size=32, num_hidden_layers=3, max_position_embeddings=256)
@@ -230,18 +232,19 @@ def test_64_greedy_tokens_through_the_cache(case, absorbed):
     params, bias = transformer.split(model)
 
     @jax.jit
-    def step(cache, tokens, positions):
-        out = transformer.merge(model.config, params, bias)(
-            tokens, positions_BS=positions, cache=cache, absorbed=absorbed
-        )
+    def step(cache, tokens):
+        size = tokens.shape[1]
+        options: dict[str, Any] = {"positions_BS": cache.positions(size), "visible": cache.visible(size)}
+        network = transformer.merge(model.config, transformer.unstack(params), bias)
+        out = network(tokens, memories=cache.memories(), absorbed=absorbed, **options)
         assert out.logits is not None
-        return out.cache, jnp.argmax(out.logits[:, -1:], axis=-1).astype(jnp.int32)
+        grown = cache.grown(out.memories, jnp.full(2, size))
+        return grown, jnp.argmax(out.logits[:, -1:], axis=-1).astype(jnp.int32)
 
-    cache = Cache.empty(model.config, 2, 80)
-    cache, token = step(cache, prompt, np.broadcast_to(np.arange(12, dtype=np.int32), (2, 12)))
+    cache, token = step(Cache.empty(model.config, ComputeConfig(), 2, 80), prompt)
     found = [token]
-    for n in range(12, 12 + 63):
-        cache, token = step(cache, token, jnp.full((2, 1), n, jnp.int32))
+    for _ in range(63):
+        cache, token = step(cache, token)
         found.append(token)
     np.testing.assert_array_equal(np.concatenate(found, axis=1), ids[:, 12:].numpy())
 

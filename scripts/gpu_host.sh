@@ -9,7 +9,8 @@
 #   --python PYTHON               Python 3.11 or newer (default: python3)
 #   --setup-only                  makes .venv and shows the devices; COMMAND is not needed
 #
-# COMMAND is demo, corpus, pretrain, sft or grpo; demo/pretrain needs what `corpus` writes. A set-up that is there already is used as it is.
+# COMMAND is demo, corpus, pretrain, sft or grpo; demo/pretrain needs what `corpus demo/corpus` writes. A set-up that is
+# there already is used as it is.
 set -euo pipefail
 
 usage() { sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p;}' "$0"; }
@@ -57,8 +58,7 @@ if ! $setup_only; then
   [ $# -ge 1 ] || refuse "no COMMAND: demo, corpus, pretrain, sft or grpo"
   case "$1" in
   demo) ;;
-  corpus) ;;
-  pretrain | sft | grpo) [ $# -ge 2 ] || refuse "$1 needs a RECIPE, such as demo/$1" ;;
+  corpus | pretrain | sft | grpo) [ $# -ge 2 ] || refuse "$1 needs a RECIPE, such as demo/$1" ;;
   *) refuse "unknown COMMAND '$1': demo, corpus, pretrain, sft or grpo" ;;
   esac
 fi

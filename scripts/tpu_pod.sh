@@ -10,12 +10,12 @@
 #   --python PYTHON     Python 3.11 or newer on the workers (default: python3)
 #   --setup-only        makes .venv on every worker and shows its devices; COMMAND is not needed
 #
-# COMMAND is corpus, pretrain, sft or grpo; the recipes of demo/ need what `corpus` writes. From your own machine the
-# commit that is checked out (HEAD) is copied to ~/deepseek-jax of every worker, so what runs is what is committed; the
-# gcloud CLI has to be logged in. Each worker then runs this script with --here, which sets DEEPSEEK_JAX_DISTRIBUTED=1:
-# deepseek-jax joins the other workers through jax.distributed before it does anything else, and waits for them. A run's
-# folder (--run-dir) must be one that all workers share, mounted. sft and grpo sample answers, which one worker alone can
-# do so far.
+# COMMAND is corpus, pretrain, sft or grpo; the recipes of demo/ need what `corpus demo/corpus` writes. From your own
+# machine the commit that is checked out (HEAD) is copied to ~/deepseek-jax of every worker, so what runs is what is
+# committed; the gcloud CLI has to be logged in. Each worker then runs this script with --here, which sets
+# DEEPSEEK_JAX_DISTRIBUTED=1: deepseek-jax joins the other workers through jax.distributed before it does anything else,
+# and waits for them. A run's folder (--run-dir) must be one that all workers share, mounted. sft and grpo sample
+# answers, which one worker alone can do so far.
 set -euo pipefail
 
 usage() { sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p;}' "$0"; }
@@ -63,8 +63,7 @@ fi
 if ! $setup_only; then
   [ $# -ge 1 ] || refuse "no COMMAND: corpus, pretrain, sft or grpo"
   case "$1" in
-  corpus) ;;
-  pretrain | sft | grpo) [ $# -ge 2 ] || refuse "$1 needs a RECIPE, such as demo/$1" ;;
+  corpus | pretrain | sft | grpo) [ $# -ge 2 ] || refuse "$1 needs a RECIPE, such as demo/$1" ;;
   *) refuse "unknown COMMAND '$1': corpus, pretrain, sft or grpo" ;;
   esac
 fi

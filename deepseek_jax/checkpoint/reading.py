@@ -3,6 +3,7 @@
 A checkpoint is the folder `<directory>/<step>`, which Orbax writes under another name and renames at the end:
 
     state/           the arrays, one for each leaf of the state, named by their path in the pytree
+    reference/       the same of a reference that moves with the run, where there is one
     loader/, meta/   JSON: where the data loader stands; the model's configuration, format version, stage
     inventory.json   size of every file, shape and dtype of every array; written just before the rename
 
@@ -13,7 +14,7 @@ import json
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
@@ -21,7 +22,9 @@ import orbax.checkpoint as ocp
 from deepseek_jax.checkpoint.faults import silence_repeats
 
 INVENTORY = "inventory.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_READABLE = (1, 2)  # version 1 is read for its model; a run that wrote it is not gone on with
+_COMPUTE = ("dtype", "param_dtype", "remat", "scan_unroll")  # version 1 recorded them as the model's
 _LISTED = 5  # differences that an error message spells out
 
 LeafPath = tuple[str, ...]
@@ -88,13 +91,16 @@ def read_inventory(folder: Path) -> dict[str, Any]:
     return inventory
 
 
-def read_json(folder: Path, item: str) -> dict[str, Any]:
-    """The JSON item (`loader` or `meta`) of an intact checkpoint."""
+def read_json(folder: Path, item: str, *, versions: tuple[int, ...] = _READABLE) -> dict[str, Any]:
+    """The JSON item (`loader` or `meta`) of an intact checkpoint, which must be of one of these format versions."""
     content = json.loads((folder / item / "metadata").read_text())
-    if item == "meta" and content["format"] != FORMAT_VERSION:
+    if item == "meta" and content["format"] not in versions:
         raise ValueError(
-            f"checkpoint {folder} has format version {content['format']}; this program reads {FORMAT_VERSION}"
+            f"checkpoint {folder} has format version {content['format']}; here {', '.join(map(str, versions))} is "
+            "needed: go on with the release that wrote it, or start another run from it (--init-from)"
         )
+    if item == "meta" and "model" in content:
+        content["model"] = {name: value for name, value in content["model"].items() if name not in _COMPUTE}
     return content
 
 
@@ -163,7 +169,9 @@ def _refuse(what: str, differences: list[str]) -> None:
         raise ValueError(f"{what}: " + "; ".join(differences[:_LISTED]) + more)
 
 
-def read_state(folder: Path, abstract: Any, *, part: bool = False) -> Any:
+def read_state(
+    folder: Path, abstract: Any, *, part: bool = False, item: Literal["state", "reference"] = "state"
+) -> Any:
     """Read the arrays of one checkpoint straight to their devices.
 
     Args:
@@ -177,19 +185,20 @@ def read_state(folder: Path, abstract: Any, *, part: bool = False) -> Any:
     """
     silence_repeats()
     named = named_leaves(abstract)
-    check_same_arrays(folder, read_inventory(folder)["arrays"], describe_arrays(named), part=part)
+    inventory = read_inventory(folder)["arrays" if item == "state" else item]
+    check_same_arrays(folder, inventory, describe_arrays(named), part=part)
     first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     placed = {
         path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or first)
         for path, leaf in named.items()
     }
-    item = nest(placed)
+    tree = nest(placed)
     arguments = ocp.args.PyTreeRestore(
-        item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=part
+        item=tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=part
     )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         try:
-            restored = checkpointer.restore(folder / "state", args=arguments)
+            restored = checkpointer.restore(folder / item, args=arguments)
         except ValueError as error:  # how tensorstore reports all that it finds wrong with its files
             if str(error).startswith(("DATA_LOSS", "NOT_FOUND", "FAILED_PRECONDITION", "INVALID_ARGUMENT")):
                 raise DamagedCheckpointError(f"checkpoint {folder} is damaged: {error}") from error

@@ -51,7 +51,7 @@ class CheckpointStore:
         self.directory = Path(directory).absolute()
         self._keep, self._best_metric, self._best_mode = keep, best_metric, best_mode
         self._manager: ocp.CheckpointManager | None = None
-        self._pending: tuple[int, dict[str, list[Any]]] | None = None
+        self._pending: tuple[int, dict[str, dict[str, list[Any]]]] | None = None
 
     def __enter__(self) -> "CheckpointStore":
         return self
@@ -66,10 +66,11 @@ class CheckpointStore:
         *,
         loader: Mapping[str, Any],
         meta: Mapping[str, Any],
+        reference: Any = None,
         metrics: Mapping[str, float] | None = None,
         block: bool = False,
     ) -> None:
-        """Commit state, loader position and metadata as one checkpoint.
+        """Commit state, loader position and metadata, and the arrays of a reference that moves, as one checkpoint.
 
         Returns once the arrays are copied and may be donated, or with `block` once all is on disk.
 
@@ -77,12 +78,13 @@ class CheckpointStore:
             OSError: no room for this save or the one before it; names the directory and the last good step.
         """
         self.wait()
-        named = reading.named_leaves(state)
-        self._pending = step, reading.describe_arrays(named)
+        trees = {"state": state} if reference is None else {"state": state, "reference": reference}
+        named = {item: reading.named_leaves(tree) for item, tree in trees.items()}
+        self._pending = step, {item: reading.describe_arrays(leaves) for item, leaves in named.items()}
         items = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(reading.nest(named)),
             loader=ocp.args.JsonSave(dict(loader)),
             meta=ocp.args.JsonSave({**meta, "format": reading.FORMAT_VERSION}),
+            **{item: ocp.args.PyTreeSave(reading.nest(leaves)) for item, leaves in named.items()},
         )
         kept = {self._best_metric: float(metrics[self._best_metric])} if self._best_metric and metrics else None
         try:
@@ -121,7 +123,7 @@ class CheckpointStore:
 
         def read(folder: Path) -> tuple[Any, dict[str, Any], dict[str, Any]]:
             reading.read_inventory(folder)
-            saved = reading.read_json(folder, "meta")
+            saved = reading.read_json(folder, "meta", versions=(reading.FORMAT_VERSION,))
             reading.check_same_model(folder, saved, meta or {})
             return reading.read_state(folder, abstract_state), reading.read_json(folder, "loader"), saved
 
@@ -132,6 +134,10 @@ class CheckpointStore:
             folder = self.directory / str(number)
             folder.rename(folder.with_name(f"{number}.damaged-{time.time_ns()}"))
         return content
+
+    def restore_reference(self, abstract: Any, step: int) -> Any:
+        """Read the reference of a checkpoint; errors as in `restore`."""
+        return reading.read_state(reading.existing(self.directory, step), abstract, item="reference")
 
     def read_meta(self, step: int | None = None) -> dict[str, Any]:
         """The metadata of a checkpoint, by default of the newest intact one; errors as in `restore`."""
@@ -205,7 +211,7 @@ class CheckpointStore:
         assert self._pending is not None
         step, arrays = self._pending
         if jax.process_index() == 0:
-            write_inventory(self._unfinished(step), arrays)
+            write_inventory(self._unfinished(step), arrays["state"], arrays.get("reference"))
 
     def _fail(self, error: OSError | ValueError | RuntimeError) -> NoReturn:
         """Say a full disk in one sentence and free what the unfinished save took; raise others as is."""
@@ -230,7 +236,9 @@ class CheckpointStore:
         ) from error
 
 
-def write_inventory(folder: Path, arrays: Mapping[str, list[Any]]) -> None:
+def write_inventory(
+    folder: Path, arrays: Mapping[str, list[Any]], reference: Mapping[str, list[Any]] | None = None
+) -> None:
     """List the files of a complete checkpoint, and its arrays as `reading.describe_arrays` has them."""
-    content = {"files": reading.file_sizes(folder), "arrays": arrays}
+    content = {"files": reading.file_sizes(folder), "arrays": arrays, "reference": reference or {}}
     (folder / reading.INVENTORY).write_text(json.dumps(content))

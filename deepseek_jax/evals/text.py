@@ -46,9 +46,8 @@ def row_loss(
     for start in range(0, len(rows), batch_size):
         group = [*rows[start : start + batch_size]]
         group += [empty] * (batch_size - len(group))
-        batch = place_batch(
-            {name: np.stack([row[name] for row in group]) for name in empty}, model.mesh, model.compute.rules
-        )
+        stacked = {name: np.stack([row[name] for row in group]) for name in empty}
+        batch = place_batch(stacked, model.mesh, model.compute.rules, whole=True)
         if np.sum([np.sum(row["loss_mask"]) for row in group]) == 0:
             continue  # a count of 0 targets would come back as 1
         with jax.set_mesh(model.mesh):

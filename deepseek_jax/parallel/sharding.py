@@ -74,16 +74,23 @@ def tree_shardings(mesh: Mesh, axes_tree: Any, arrays_tree: Any, rules: Sharding
     return jax.tree.map(lambda array, axes: named_sharding(mesh, axes, array.shape, rules), arrays_tree, axes_tree)
 
 
-def place_batch(batch: dict[str, Any], mesh: Mesh, rules: ShardingRules = ShardingRules()) -> dict[str, jax.Array]:
+def place_batch(
+    batch: dict[str, Any], mesh: Mesh, rules: ShardingRules = ShardingRules(), *, whole: bool = False
+) -> dict[str, jax.Array]:
     """Put the host's rows (B S), or (B 1), of a batch on the mesh, split by row and sequence.
+
+    whole: every host has all the rows, as an evaluation does, not its own ones alone, as from a loader.
 
     Raises ValueError where the mesh does not divide them.
     """
 
     def put(value: Any) -> jax.Array:
         axes = ("batch", "sequence" if value.shape[1] > 1 else None)
-        local = (value.shape[0] * jax.process_count(), value.shape[1])
-        return jax.make_array_from_process_local_data(named_sharding(mesh, axes, local, rules), value)
+        rows = value.shape[0] * (1 if whole else jax.process_count())
+        sharding = named_sharding(mesh, axes, (rows, value.shape[1]), rules)
+        if whole:
+            return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+        return jax.make_array_from_process_local_data(sharding, value)
 
     return {name: put(value) for name, value in batch.items()}
 

@@ -20,6 +20,7 @@ from deepseek_jax.checkpoint.model import CHECKPOINTS
 from deepseek_jax.train.metrics import MetricsWriter, read_metrics
 from deepseek_jax.train.preemption import Preempted, stop_signals
 from deepseek_jax.train.progress import Progress
+from deepseek_jax.train.reference import Reference
 from deepseek_jax.typed import check_types
 
 
@@ -91,6 +92,7 @@ def run_loop(
     step_fn: Callable[[State, Any], tuple[State, dict[str, Any]]],
     batches: Batches[State],
     meta: dict[str, Any],
+    reference: Reference | None = None,
     evaluate: Callable[[State], Mapping[str, Any]] | None = None,
     stop_when: Callable[[Mapping[str, Any]], bool] | None = None,
     on_log: Callable[[int, dict[str, Any]], None] | None = None,
@@ -108,7 +110,8 @@ def run_loop(
             gradient is not finite it leaves the parameters alone and reports `finite` = 0; `tokens`, if
             reported, makes `tokens_per_second`.
         batches: see `Batches`.
-        meta: saved with every checkpoint; its "model" must equal the checkpoint's.
+        meta: saved with every checkpoint; its "model" must equal the checkpoint's. See also `resume.check_resume`.
+        reference: one that moves is saved and restored with the state.
         evaluate: called every `eval_every` steps and at the end; its metrics join the line of that step.
         stop_when: looks at the line of a step that was evaluated; True ends the run there, saved, and a run that
             ended so is not gone on with.
@@ -134,7 +137,8 @@ def run_loop(
                 best_mode=config.best_mode,
             )
         )
-        state, bad_steps = _resume(store, state, batches, meta)
+        moving = reference if reference is not None and reference.every else None
+        state, bad_steps = _resume(store, state, batches, meta, moving)
         step = int(state.step)
         if jax.process_index() == 0:
             _write_config(run_dir / "config.json", {"loop": asdict(config), **meta})
@@ -160,22 +164,32 @@ def run_loop(
                 log.flush(check=True)
                 if stop or step == config.steps or log.bad_steps == 0:  # or bad steps would push out good ones
                     about = {**meta, "bad_steps": log.all_bad_steps}
-                    store.save(step, state, loader=batches.state(), meta=about, metrics=found)
+                    arrays = None if moving is None else moving.arrays
+                    store.save(step, state, loader=batches.state(), meta=about, reference=arrays, metrics=found)
             if stop:
                 store.wait()
                 raise Preempted(stop[0], step, store.directory)
     return state
 
 
-def _resume(store: CheckpointStore, state: State, batches: Batches[State], meta: dict[str, Any]) -> tuple[State, int]:
-    """The state to go on from, and how many bad steps led to it."""
+def _resume(
+    store: CheckpointStore, state: State, batches: Batches[State], meta: dict[str, Any], moving: Reference | None
+) -> tuple[State, int]:
+    """The state to go on from, and how many bad steps led to it; the reference is where it was."""
     if store.latest_step() is None:
         return state, 0
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-    jax.tree.map(lambda x: x.delete(), state)  # never two states in memory
-    state, loader, saved = store.restore(abstract, meta=meta)
+    state, loader, saved = store.restore(_emptied(state), meta=meta)
+    if moving is not None:
+        moving.arrays = store.restore_reference(_emptied(moving.arrays), int(state.step))
     batches.restore(loader)
     return state, saved.get("bad_steps", 0)
+
+
+def _emptied(arrays: Any) -> Any:
+    """What a restore makes of arrays, which are deleted: they are never twice in memory."""
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), arrays)
+    jax.tree.map(lambda x: x.delete(), arrays)
+    return abstract
 
 
 def _ended(run_dir: Path, step: int, config: LoopConfig, stop_when: Callable[[Mapping[str, Any]], bool]) -> bool:

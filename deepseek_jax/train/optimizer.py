@@ -1,7 +1,8 @@
 """AdamW with clipping and the learning-rate shape of V3 (section 4.2)."""
 
 import dataclasses
-from typing import Any
+import functools
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +17,10 @@ from deepseek_jax.typed import check_types
 class OptimizerConfig:
     """AdamW and its schedule. Defaults are V3's: its 14.8T tokens are constant to 10T, cosine to 14.3T, then two steps.
 
-    ``warmup_steps`` are steps, the other marks are fractions of the run: constant at ``peak_lr`` to
+    ``warmup_steps`` are updates, the other marks are fractions of the run's: constant at ``peak_lr`` to
     ``constant_until``, cosine down to ``end_ratio`` of it at ``cosine_until``, flat, and ``tail_ratio`` from
     ``tail_from``. ``constant_until=1`` is a constant rate; ``constant_until=0, cosine_until=1`` a plain cosine.
+    moments_dtype: what Adam's moments are kept in; V3 has bfloat16 (section 3.3.2). Arithmetic is float32 either way.
     """
 
     peak_lr: float = 2.2e-4
@@ -33,6 +35,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+    moments_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -46,7 +49,7 @@ class OptimizerConfig:
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """The rate at each step of a run of ``steps``."""
+    """The rate at each update of a run of ``steps`` updates."""
 
     def rate(step):
         done = step / max(steps, 1)
@@ -83,28 +86,36 @@ def keep_if(finite: jax.Array | bool, new: Any, old: Any) -> Any:
 
 def make_optimizer(config: OptimizerConfig, model: ModelConfig, steps: int) -> Guarded:
     """Clip by global norm, then AdamW. Matrices decay; norm gains and biases do not."""
-    clip, moments = optax.clip_by_global_norm(config.clip_norm), _adam(config.b1, config.b2, config.eps)
+    clip, moments = optax.clip_by_global_norm(config.clip_norm), _adam(config)
     decay = optax.add_decayed_weights(config.weight_decay, _decays(model))
     scale = guarded(optax.scale_by_learning_rate(learning_rate(config, steps)))
     return Guarded(*optax.chain(clip, optax.chain(moments, decay, scale)))
 
 
-def _adam(b1: float, b2: float, eps: float) -> Guarded:
+def _adam(config: OptimizerConfig) -> Guarded:
     """Adam's moments and direction, as in ``optax.scale_by_adam``.
 
     The direction comes from the moments kept, behind a barrier: XLA would fuse it with the old ones and have to copy
     those before it writes over them.
     """
+    as_float32 = functools.partial(jax.tree.map, lambda leaf: leaf.astype(jnp.float32))
+    as_kept = functools.partial(jax.tree.map, lambda leaf: leaf.astype(config.moments_dtype))
+
+    def init(params):
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, config.moments_dtype), params)
+        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), zeros, jax.tree.map(jnp.zeros_like, zeros))
 
     def update(updates, state, params=None, *, finite: jax.Array | bool = True, **extra):
         count = optax.safe_increment(state.count)
-        mu = optax.tree.update_moment(updates, state.mu, b1, 1)
-        nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
-        new = jax.lax.optimization_barrier(keep_if(finite, optax.ScaleByAdamState(count, mu, nu), state))
-        mean, square = optax.tree.bias_correction(new.mu, b1, count), optax.tree.bias_correction(new.nu, b2, count)
-        return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mean, square), new
+        mu = optax.tree.update_moment(updates, as_float32(state.mu), config.b1, 1)
+        nu = optax.tree.update_moment_per_elem_norm(updates, as_float32(state.nu), config.b2, 2)
+        new = optax.ScaleByAdamState(count, as_kept(mu), as_kept(nu))
+        new = jax.lax.optimization_barrier(keep_if(finite, new, state))
+        mean = optax.tree.bias_correction(as_float32(new.mu), config.b1, count)
+        square = optax.tree.bias_correction(as_float32(new.nu), config.b2, count)
+        return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + config.eps), mean, square), new
 
-    return Guarded(optax.scale_by_adam(b1, b2, eps).init, update)
+    return Guarded(init, update)
 
 
 def _decays(model: ModelConfig) -> Any:

@@ -24,9 +24,14 @@ def score_tokens(model: Transformer, batch: Batch, chunk: int) -> tuple[TokenSco
 
     ``temperature`` (B 1), where the batch has it, divides the logits, as the sampler's did.
     """
-    segments = {"positions_BS": batch["positions"], "segment_ids_BS": batch["segment_ids"]}
-    # A row is prompt and answer, with padding behind: order within it is enough, and a plain causal kernel.
-    out = model(batch["tokens"], **segments, visible=Visible.rows(), head=False)
+    out = model(
+        batch["tokens"],
+        positions_BS=batch["positions"],
+        segment_ids_BS=batch["segment_ids"],
+        # A row is prompt and answer, with padding behind: order within it is enough, and a plain causal kernel.
+        visible=Visible.rows(),
+        head=False,
+    )
     scores = score_targets(
         out.hidden,
         model.head_weight(),

@@ -130,11 +130,11 @@ def _accumulate(build, loss, state, batch, microbatches, rules):
 
     def add(total, rows):
         (value, parts), gradients = gradient(state.params, rows)
-        return jax.tree.map(jnp.add, total, (gradients, value, parts)), None
+        return jax.tree.map(lambda sum, term: sum + term.astype(sum.dtype), total, (gradients, value, parts)), None
 
     shapes = jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], stacked))
     (value, parts), gradients = shapes
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (gradients, value, parts))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), (gradients, value, parts))
     return jax.lax.scan(add, zeros, stacked)[0]
 
 

@@ -49,6 +49,8 @@ class GRPOConfig(StageConfig):
     reference_every: int = 0
     evaluation: TaskEval = TaskEval()
 
+    MAY_CHANGE = (*StageConfig.MAY_CHANGE, "problems")
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.reference_every and not self.loss.kl_weight:

@@ -60,6 +60,8 @@ class PretrainConfig(StageConfig):
     model: ModelConfig = ModelConfig()
     loss: LanguageModelLoss = LanguageModelLoss()
 
+    MAY_CHANGE = (*StageConfig.MAY_CHANGE, "data.heldout")
+
 
 def pretrain(config: PretrainConfig) -> dict[str, Any]:
     """Run the stage, or go on with it; returns and writes its result."""
@@ -111,7 +113,7 @@ def prepare_rows(data: PretrainData, tokenizer: Tokenizer, folder: Path, *, seed
     made_of = {
         "vocab_size": tokenizer.vocab_size,
         "tokenizer_fingerprint": tokenizer.fingerprint,
-        "data": dataclasses.asdict(data) | {"path": list(data.path)},
+        "data": dataclasses.asdict(data) | {"path": list(data.path), "heldout": None},  # is no part of the rows
         "seed": seed,
     }
     if folder.exists():

@@ -66,6 +66,8 @@ class SFTConfig(StageConfig):
     enough_accuracy: float = 1.0
     evaluation: TaskEval = TaskEval()
 
+    MAY_CHANGE = (*StageConfig.MAY_CHANGE, "problems", "check_problems", "check_count", "enough_accuracy")
+
 
 def sft(config: SFTConfig) -> dict[str, Any]:
     """Run the stage, or go on with it; returns and writes its result."""

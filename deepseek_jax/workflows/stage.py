@@ -21,6 +21,7 @@ from deepseek_jax.train.loop import Batches, LoopConfig, run_loop
 from deepseek_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from deepseek_jax.train.progress import Progress
 from deepseek_jax.train.reference import Reference
+from deepseek_jax.train.resume import check_resume, saved_meta
 from deepseek_jax.train.state import TrainState, create_state
 from deepseek_jax.train.step import Batch, Loss, StepConfig, make_step
 from deepseek_jax.typed import check_types
@@ -39,6 +40,9 @@ class StageConfig:
     loop: LoopConfig = LoopConfig(steps=100)
     mesh: MeshConfig = MeshConfig()
     compute: ComputeConfig = ComputeConfig()
+
+    # What may differ, as a run goes on, from what its checkpoint was made with; see `check_resume`.
+    MAY_CHANGE = ("run_dir", "compute", "mesh", "loop")
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -70,8 +74,14 @@ def train_stage(
     if jax.process_index() == 0:
         start.text.save(run_dir)
     model, compute, mesh = start.config, start.compute, start.mesh
+    settings = {"stage": stage, "model": model.to_dict(), "tokenizer_fingerprint": start.text.fingerprint}
+    settings |= {"recipe": dataclasses.asdict(config)} | ({} if reference is None else {"reference": reference.meta})
+    schedule_steps = config.loop.steps
+    if (saved := saved_meta(run_dir)) is not None:
+        check_resume(run_dir, saved, settings, config.MAY_CHANGE)
+        schedule_steps = saved["schedule_steps"]
     updates = epochs * minibatches
-    optimizer = make_optimizer(config.optimizer, model, config.loop.steps * updates)
+    optimizer = make_optimizer(config.optimizer, model, schedule_steps * updates)
     state = create_state(
         model,
         optimizer,
@@ -83,7 +93,7 @@ def train_stage(
         ema=config.step.ema_decay > 0,
     )
     step = make_step(model, loss, optimizer, config.step, compute=compute, epochs=epochs, minibatches=minibatches)
-    rate = learning_rate(config.optimizer, config.loop.steps * updates)
+    rate = learning_rate(config.optimizer, schedule_steps * updates)
 
     def measured(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         new, metrics = step(state, batch)
@@ -102,7 +112,6 @@ def train_stage(
     def trained(state: TrainState) -> Model:
         return dataclasses.replace(start, params=state.params, router_bias=state.router_bias)
 
-    settings = {"stage": stage, "model": model.to_dict(), "tokenizer_fingerprint": start.text.fingerprint}
     began = time.monotonic()
     first = int(state.step)
     with jax.set_mesh(mesh):
@@ -112,7 +121,8 @@ def train_stage(
             state=state,
             step_fn=placed_step,
             batches=batches,
-            meta={**settings, "recipe": dataclasses.asdict(config)},
+            meta={**settings, "schedule_steps": schedule_steps},
+            reference=reference,
             evaluate=None if evaluate is None else lambda state: evaluate(trained(state)),
             stop_when=stop_when,
             progress=Progress(stage, config.loop.steps),

@@ -14,8 +14,10 @@ from checkpoint import hf_cases as cases
 
 from deepseek_jax import Transformer, load_hf
 from deepseek_jax.checkpoint.hf_names import hf_tensors
-from deepseek_jax.inference.generate import generate, pad_prompts
+from deepseek_jax.inference.generate import generate
+from deepseek_jax.inference.requests import make_requests
 from deepseek_jax.inference.sampling import SamplingParams
+from deepseek_jax.inference.weights import sampling_config, sampling_weights
 from deepseek_jax.model import transformer
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
 
@@ -78,20 +80,11 @@ def test_kept_fp8_computes_the_same(fp8):
     )
     for a, b in zip(run(*transformer.split(kept)), run(*transformer.split(wide)), strict=True):
         np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=0.05, atol=0.05)
-    prompt = pad_prompts([[3, 5, 7]], 2, 4)
-    answers = [
-        generate(
-            wide.config,
-            *transformer.split(m),
-            *prompt,
-            jax.random.key(0),
-            sampling=SamplingParams(max_tokens=6),
-            stop_ids=(1,),
-            pad_id=2,
-            compute=wide.compute,
-        )
-        for m in (kept, wide)
-    ]
+    one = {"config": wide.config, "compute": wide.compute, "mesh": make_mesh(devices=jax.devices()[:1])}
+    requests = make_requests([[3, 5, 7]], SamplingParams(max_tokens=6), stop_ids=(1,), pad_id=2)
+    made = [sampling_weights(*transformer.split(m), **one) for m in (kept, wide)]
+    assert made[0][0]["layers"][1]["mlp"]["wi"].values.dtype == jnp.float8_e4m3fn
+    answers = [generate(sampling_config(wide.config), wide.compute, *arrays, requests) for arrays in made]
     np.testing.assert_array_equal(answers[0].tokens_BN, answers[1].tokens_BN)
 
 

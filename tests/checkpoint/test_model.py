@@ -39,7 +39,8 @@ def test_float32_masters_with_bfloat16_compute_of_a_released_model(tmp_path):
     found = load(folder, compute=compute)
     assert {leaf.dtype for leaf in jax.tree.leaves(found.params)} == {np.dtype(np.float32)}
     tokens = jnp.arange(6, dtype=jnp.int32)[None]
-    assert found(tokens).hidden.dtype == jnp.bfloat16 and found(tokens).logits.dtype == jnp.float32
+    out = found(tokens)
+    assert out.hidden.dtype == jnp.bfloat16 and out.logits is not None and out.logits.dtype == jnp.float32
     assert found.tokenizer is None
     with pytest.raises(ValueError, match="came without tokenizer.json"):
         _ = found.text
@@ -69,7 +70,19 @@ def test_a_run_on_a_mesh_in_another_dtype(tmp_path):
     found = load(run_of(tmp_path, model), compute=ComputeConfig(param_dtype="bfloat16"), mesh=mesh)
     assert found.mesh is mesh and found.params["embed"].sharding.shard_shape((300, 16)) == (300, 8)
     same(found, dataclasses.replace(model, params=jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model.params)))
-    assert found.router_bias.dtype == jnp.float32
+    assert found.router_bias is not None and found.router_bias.dtype == jnp.float32
+
+
+def test_a_run_that_recorded_how_it_was_computed_is_read(tmp_path):
+    model = whole(SPEAKER, *cases.weights(SPEAKER), tokenizer())
+    older = {"dtype": "bfloat16", "param_dtype": "float32", "remat": "full", "scan_unroll": 3}
+    run = run_of(tmp_path, model, meta={"model": SPEAKER.to_dict() | older})
+    for name in ("tokenizer_config.json", "generation_config.json"):  # nor did it keep these
+        (run / name).unlink()
+    found = load(run)
+    same(found, model)
+    assert (found.text.bos_id, found.text.eos_id, found.text.pad_id, found.text.stop_ids) == (0, 1, 2, (1,))
+    assert found.text.files == model.text.files
 
 
 def test_the_running_mean(tmp_path):
@@ -86,9 +99,9 @@ def test_the_running_mean(tmp_path):
 def test_what_cannot_be_loaded_is_named(tmp_path):
     folder = cases.with_tokenizer(tmp_path / "m", TEMPLATE)
     run = run_of(tmp_path / "run", whole(SPEAKER, *cases.weights(SPEAKER), tokenizer()))
-    for options in ({"step": 3}, {"ema": True}):
+    for step, ema in ((3, False), (None, True)):
         with pytest.raises(ValueError, match="is a released model: it has no other steps and no running mean"):
-            load(folder, **options)
+            load(folder, step=step, ema=ema)
     with pytest.raises(ValueError, match="ignore_config=.*: it is for a released model"):
         load(run, ignore_config=("torch_dtype",))
     with pytest.raises(ValueError, match="param_dtype='float8_e4m3': .* holds float32"):

@@ -99,6 +99,24 @@ def test_a_recipe_of_another_command_is_refused(refused):
     assert "no recipe 'demo/nothing'" in refused("grpo", "demo/nothing")
 
 
+@pytest.mark.parametrize(
+    "arguments, missing",
+    [
+        (["pretrain"], "data.path is empty: give --data.path"),
+        (["pretrain", "--data.path", "x"], "data.tokenizer is empty: give --data.tokenizer"),
+        (["sft"], "init_from is empty: give --init-from"),
+        (["sft", "--init-from", "x"], "data.path is empty"),
+        (["grpo"], "init_from is empty"),
+        (["grpo", "--init-from", "x"], "prompts is empty: give --prompts"),
+    ],
+)
+def test_a_stage_says_what_it_lacks(arguments, missing, refused, tmp_path, monkeypatch):
+    """Without a recipe it has its own defaults, and nothing of the demo is in them."""
+    monkeypatch.chdir(tmp_path)
+    assert missing in refused(*arguments)
+    assert not list(tmp_path.iterdir())
+
+
 def test_interrupting_is_no_error(monkeypatch, capsys):
     def stop(config):
         raise KeyboardInterrupt("SIGINT: stopped after step 7")

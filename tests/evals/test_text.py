@@ -77,3 +77,11 @@ def test_rows_without_targets_count_for_nothing():
     plain = row_loss(MODEL, rows[:4], batch_size=4)
     filled = row_loss(MODEL, [*rows[:4], *[empty] * 5], batch_size=4)
     assert filled == plain
+
+
+def test_every_process_measures_the_same_rows(monkeypatch):
+    """All of several processes have all the rows: their batches are not to be put one behind the other."""
+    rows = rows_of()
+    alone = row_loss(MODEL, rows, batch_size=4)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert row_loss(MODEL, rows, batch_size=4) == alone

@@ -89,8 +89,9 @@ def theirs(folder: Path, dtype: Any = torch.float32) -> np.ndarray:
 
 def ours(model: transformer.Transformer, dtype: str) -> np.ndarray:
     """Our logits, computed in ``dtype`` whatever the weights are kept in."""
-    config = dataclasses.replace(model.config, dtype=dtype)
-    run = jax.jit(lambda params, bias: transformer.merge(config, params, bias)(jnp.asarray(TOKENS)).logits)
+    compute = dataclasses.replace(model.compute, dtype=dtype)
+    tokens = jnp.asarray(TOKENS)
+    run = jax.jit(lambda params, bias: transformer.merge(model.config, params, bias, compute)(tokens).logits)
     return np.asarray(run(*transformer.split(model)))
 
 

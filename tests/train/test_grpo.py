@@ -20,11 +20,12 @@ from train.cases import TINY, on_device, state_of
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.model import transformer
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
-from deepseek_jax.parallel.sharding import tree_shardings
+from deepseek_jax.parallel.sharding import place_batch, tree_shardings
 from deepseek_jax.train.grpo import GRPOLoss, group_advantages, k3
 from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer
 from deepseek_jax.train.reference import Reference, fingerprint
 from deepseek_jax.train.scoring import Scorer, score_batch
+from deepseek_jax.train.state import create_state
 from deepseek_jax.train.step import StepConfig, make_step
 
 WIDTH = 6  # of the table's vocabulary
@@ -324,18 +325,22 @@ class Stepwise:
 
 
 def test_several_updates_are_so_many_steps_on_the_parts_of_a_batch():
-    """Two epochs of two minibatches against four updates by hand; old stays the policy before the first."""
+    """Two epochs of two minibatches, on a mesh, against four updates by hand; old stays the policy before the first."""
     loss, rate = GRPOLoss(chunk=4, clip_low=0.02, clip_high=0.02, normalise="dapo"), 0.3
     params, _ = weights(TINY)
     batch = on_device(real_batch())
     del batch["old_logprobs"]
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2), jax.devices()[:4])
     optimizer = optax.sgd(rate)
-    state = state_of(params, optimizer.init(params))
+    state = create_state(TINY, optimizer, mesh, params=params, router_bias=weights(TINY)[1])
     step = make_step(TINY, loss, optimizer, StepConfig(bias_update_speed=0.0), epochs=2, minibatches=2)
     with pytest.raises(ValueError, match="4 updates per batch need old_logprobs in the batch"):
         jax.eval_shape(step, state, batch)
-    batch = Scorer(TINY, ComputeConfig(), chunk=4, microbatches=2, old=True)(state, batch)
-    found, metrics = jax.device_get(jax.jit(step)(state, batch))
+    scorer = Scorer(TINY, ComputeConfig(), chunk=4, microbatches=2, old=True)
+    with jax.set_mesh(mesh):
+        placed = scorer(state, place_batch(batch, mesh))
+        found, metrics = jax.device_get(jax.jit(step)(state, placed))
+    batch["old_logprobs"] = jnp.asarray(jax.device_get(placed["old_logprobs"]))
     by_hand, expected, every = Stepwise(loss), params, []
     for part in (0, 1, 0, 1):
         expected, parts = by_hand.descend(expected, {name: x[part::2] for name, x in batch.items()}, rate)

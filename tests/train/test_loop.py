@@ -25,6 +25,7 @@ from deepseek_jax.train.loop import CHECKPOINTS, LoopConfig, NonFiniteError
 from deepseek_jax.train.metrics import read_metrics
 from deepseek_jax.train.preemption import Preempted
 from deepseek_jax.train.progress import Progress
+from deepseek_jax.train.reference import Reference
 
 CLOCKS = ("time", "tokens_per_second")  # all that may differ between two runs
 
@@ -235,6 +236,30 @@ def test_another_model_is_refused(whole, monkeypatch):
     monkeypatch.setitem(META, "model", {"width": 9})
     with pytest.raises(ValueError, match="another model: width is 8 there and 9 here"):
         train(whole, steps=20)
+
+
+def test_a_reference_that_moves_is_saved_and_a_fixed_one_is_not(tmp_path):
+    """The parameters of step 3 stand in the checkpoint of step 4, and are what a run goes on with."""
+
+    def follower(run_dir, steps, every=3):
+        reference = Reference({"w": np.zeros(8, np.float32)}, None, path="before", every=every)
+
+        def step(state, batch):
+            state, metrics = toy_step(state, batch)
+            if every and int(state.step) % every == 0:
+                reference.arrays = jax.tree.map(jax.numpy.copy, {"params": state.params, "router_bias": None})
+            return state, metrics | {"held": reference.params["w"]}
+
+        train(run_dir, steps=steps, step_fn=step, reference=reference)
+        return [line["held"] for line in read_metrics(run_dir)]
+
+    whole = follower(tmp_path / "whole", 8)
+    follower(tmp_path / "stopped", 4)
+    assert (tmp_path / "stopped" / CHECKPOINTS / "4" / "reference").is_dir()
+    assert follower(tmp_path / "stopped", 8) == whole
+    assert whole[3] == whole[4] != whole[5] and not any(whole[1])
+    follower(tmp_path / "fixed", 4, every=0)
+    assert not (tmp_path / "fixed" / CHECKPOINTS / "4" / "reference").exists()
 
 
 def test_on_log_sees_every_line_and_may_end_the_run(tmp_path):

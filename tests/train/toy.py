@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.train.loop import LoopConfig, run_loop
+from deepseek_jax.train.reference import Reference
 
 META = {"model": {"width": 8}, "stage": "toy"}
 
@@ -68,7 +69,13 @@ class ToyBatches:
 
 
 def train(
-    run_dir: Path, *, batches: Any = None, step_fn: Callable = toy_step, callbacks: Any = None, **config: Any
+    run_dir: Path,
+    *,
+    batches: Any = None,
+    step_fn: Callable = toy_step,
+    callbacks: Any = None,
+    reference: Reference | None = None,
+    **config: Any,
 ) -> ToyState:
     """Twelve steps with a checkpoint every four, unless `config` says otherwise."""
     defaults = {"steps": 12, "log_every": 1, "checkpoint_every": 4, "tensorboard": False}
@@ -79,6 +86,7 @@ def train(
         step_fn=step_fn,
         batches=batches or ToyBatches(),
         meta=META,
+        reference=reference,
         **(callbacks or {}),
     )
 

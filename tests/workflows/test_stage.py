@@ -1,0 +1,113 @@
+"""Going on with a stage: what may change since its checkpoint, and what is refused by name."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from model.tiny import weights, whole
+from small import SPEAKER, tokenizer
+from train.cases import documents, pack
+
+from deepseek_jax.checkpoint import reading
+from deepseek_jax.compute import ComputeConfig
+from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
+from deepseek_jax.train.loop import LoopConfig
+from deepseek_jax.train.losses import LanguageModelLoss
+from deepseek_jax.train.metrics import read_metrics
+from deepseek_jax.train.optimizer import OptimizerConfig
+from deepseek_jax.train.reference import Reference
+from deepseek_jax.workflows.stage import LoaderBatches, StageConfig, train_stage
+
+
+class Rows:
+    """The same eight rows, over and over."""
+
+    def __next__(self):
+        return pack([documents(seed, [9, 7]) for seed in range(8)])
+
+    def state(self):
+        return {}
+
+    def restore(self, state):
+        pass
+
+
+CONFIG = StageConfig(
+    optimizer=OptimizerConfig(peak_lr=1e-3, warmup_steps=0, constant_until=0.0, cosine_until=1.0, tail_ratio=0.1),
+    loop=LoopConfig(steps=4, log_every=1, checkpoint_every=2, tensorboard=False),
+    mesh=MeshConfig(data=1),
+)
+
+
+def run(config: StageConfig, reference: Reference | None = None):
+    params, bias = weights(SPEAKER)
+    devices = jax.devices()[: config.mesh.data]
+    start = whole(SPEAKER, params, bias, tokenizer(), make_mesh(config.mesh, devices))
+    start = dataclasses.replace(start, compute=config.compute)
+    return train_stage(
+        config,
+        stage="toy",
+        start=start,
+        loss=LanguageModelLoss(chunk=8, mtp_weight=0.0),
+        batches=LoaderBatches(Rows()),
+        reference=reference,
+    )
+
+
+def held(shift: float = 0.0) -> Reference:
+    params, bias = weights(SPEAKER)
+    return Reference(params | {"embed": params["embed"] + shift}, bias, path="runs/before")
+
+
+def changed(config: StageConfig, **fields: Any) -> StageConfig:
+    return dataclasses.replace(config, **fields)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory) -> StageConfig:
+    config = changed(CONFIG, run_dir=str(tmp_path_factory.mktemp("stage") / "run"))
+    run(config, held())
+    return config
+
+
+def test_compute_mesh_and_more_steps_may_change_and_the_schedule_keeps_its_length(stopped):
+    longer = dataclasses.replace(CONFIG.loop, steps=6, log_every=2, keep=3)
+    other = ComputeConfig(dtype="bfloat16", remat="full")
+    run(changed(stopped, loop=longer, compute=other, mesh=MeshConfig(data=2)), held())
+    rates = {line["step"]: line["lr"] for line in read_metrics(stopped.run_dir)}
+    cosine = lambda step: 1e-3 * (0.1 + 0.45 * (1 + np.cos(np.pi * min(step / 4, 1))))  # noqa: E731
+    assert rates == pytest.approx({step: cosine(step - 1) for step in (1, 2, 3, 4, 6)}, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: changed(c, seed=3), "seed is 0 there and 3 here"),
+        (
+            lambda c: changed(c, optimizer=dataclasses.replace(c.optimizer, peak_lr=0.5)),
+            r"optimizer.peak_lr is 0.001 there and 0.5 here",
+        ),
+        (
+            lambda c: changed(c, loop=dataclasses.replace(c.loop, steps=3)),
+            r"loop.steps is \d there and 3 here, which is",
+        ),
+    ],
+)
+def test_anything_else_is_refused_by_name(stopped, change, message):
+    with pytest.raises(ValueError, match=f"holds a run with other settings: {message}.*may change run_dir, compute"):
+        run(change(stopped), held())
+
+
+def test_another_reference_is_refused(stopped):
+    with pytest.raises(ValueError, match="settings: reference.fingerprint is '[0-9a-f]+' there and '[0-9a-f]+' here"):
+        run(stopped, held(0.1))
+    with pytest.raises(ValueError, match="reference.path is 'runs/before' there and '\\(absent\\)' here"):
+        run(stopped)
+
+
+def test_a_run_of_the_old_format_is_refused(stopped, monkeypatch):
+    monkeypatch.setattr(reading, "FORMAT_VERSION", 3)
+    with pytest.raises(ValueError, match="has format version 2; here 3 is needed: go on with the release"):
+        run(stopped, held())

@@ -20,7 +20,7 @@ def config() -> GRPOConfig:
     return GRPOConfig(
         run_dir="runs/countdown",
         task=TaskConfig(name="countdown"),
-        rollout=RolloutConfig(prompts=16, group=16, max_tokens=512),
+        rollout=RolloutConfig(prompts=16, group=8, max_tokens=512),
         loss=GRPOLoss(kl_weight=0.001),
         optimizer=OptimizerConfig(peak_lr=3e-6, warmup_steps=5, constant_until=1.0, cosine_until=1.0, weight_decay=0.0),
         step=StepConfig(microbatches=8),

@@ -21,10 +21,10 @@ def config() -> GRPOConfig:
     return GRPOConfig(
         run_dir="runs/gsm8k",
         task=TaskConfig(name="gsm8k"),
-        rollout=RolloutConfig(prompts=16, group=16, max_tokens=512),
+        rollout=RolloutConfig(prompts=16, group=8, max_tokens=256),
         loss=GRPOLoss(kl_weight=0.001),
         optimizer=OptimizerConfig(peak_lr=3e-6, warmup_steps=5, constant_until=1.0, cosine_until=1.0, weight_decay=0.0),
         step=StepConfig(microbatches=8),
         loop=LoopConfig(steps=400, log_every=1, checkpoint_every=50),
-        evaluation=TaskEval(task=TaskConfig(name="gsm8k"), max_tokens=512),
+        evaluation=TaskEval(task=TaskConfig(name="gsm8k"), max_tokens=256),
     )

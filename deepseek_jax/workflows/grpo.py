@@ -49,7 +49,7 @@ class GRPOConfig(StageConfig):
     reference_every: int = 0
     evaluation: TaskEval = TaskEval()
 
-    MAY_CHANGE = (*StageConfig.MAY_CHANGE, "problems")
+    MAY_CHANGE = (*StageConfig.MAY_CHANGE, "evaluation")
 
     def __post_init__(self) -> None:
         super().__post_init__()

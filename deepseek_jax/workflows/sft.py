@@ -66,7 +66,7 @@ class SFTConfig(StageConfig):
     enough_accuracy: float = 1.0
     evaluation: TaskEval = TaskEval()
 
-    MAY_CHANGE = (*StageConfig.MAY_CHANGE, "problems", "check_problems", "check_count", "enough_accuracy")
+    MAY_CHANGE = (*StageConfig.MAY_CHANGE, "evaluation", "check", "enough_accuracy", "data.heldout")
 
 
 def sft(config: SFTConfig) -> dict[str, Any]:

@@ -103,3 +103,13 @@ def test_what_is_missing_is_named_before_training(folder: Path, monkeypatch, cap
     assert main(["grpo", "gsm8k", *arguments, "--run-dir", "never"]) == 1
     assert not Path("never/checkpoints").exists()
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_run_may_be_evaluated_otherwise_but_not_rewarded_otherwise(folder: Path, ran, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    again = ["grpo", "gsm8k", *OPTIONS, "--reward", "mine.py:score"]
+    assert main(again) == 1
+    assert "reward is ['mine.py:score', 'accuracy=2'] there and ['mine.py:score'] here" in capsys.readouterr().err
+    assert main([*again, "--reward", "accuracy=2", "--evaluation.count", "1", "--evaluation.by", "unit"]) == 0
+    result = json.loads((folder / "run" / "result.json").read_text())
+    assert result["problems"] == 1 and result["by_kind"].keys() == {"m"}

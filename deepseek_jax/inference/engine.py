@@ -73,13 +73,14 @@ class Engine:
             self._make()
 
     def _make(self) -> tuple[Any, jax.Array | None]:
-        if self._weights is None:
+        weights = self._weights
+        if weights is None:
             assert self._given is not None
             options: dict[str, Any] = {"config": self.config, "compute": self.compute, "mesh": self.mesh}
             with jax.set_mesh(self.mesh):
-                self._weights = sampling_weights(*self._given, **options)
+                weights = self._weights = sampling_weights(*self._given, **options)
             self._given = None
-        return self._weights
+        return weights
 
     def generate(
         self,

@@ -64,8 +64,9 @@ def generate(
         chosen_BTX = None
         if experts:
             seen_BP = jnp.arange(width) < length_B[:, None]
-            chosen_BTX = jnp.full((batch, requests.columns, _numbers(out)), -1, jnp.int32)
-            chosen_BTX = write_rows(_split(chosen_BTX, compute), _chosen(out, seen_BP), jnp.zeros_like(length_B))
+            chosen_BPX = _chosen(out, seen_BP)
+            chosen_BTX = jnp.full((batch, requests.columns, chosen_BPX.shape[2]), -1, jnp.int32)
+            chosen_BTX = jax.lax.dynamic_update_slice(_split(chosen_BTX, compute), chosen_BPX, (0, 0, 0))
         hidden_BD = jnp.take_along_axis(out.hidden, (length_B - 1)[:, None, None], axis=1)[:, 0]
         answered = _nothing(requests, compute)
         token_B, done_B, answered = _draw(network, requests, 0, hidden_BD, requests.limit_B < 1, answered)
@@ -122,13 +123,8 @@ def _split(x, compute: ComputeConfig):
     return constrain(x, compute.rules, "batch", *[None] * (x.ndim - 1))
 
 
-def _numbers(out: transformer.ModelOutput) -> int:
-    layers, _, _, top = out.router.experts_BSK.shape
-    return layers * top
-
-
 def _chosen(out: transformer.ModelOutput, seen_BS):
     """The experts of all layers beside each other (B S L·K); -1 for what is padding."""
+    assert out.router is not None
     chosen_BSLK = jnp.moveaxis(out.router.experts_BSK, 0, 2)
-    chosen_BSX = chosen_BSLK.reshape(*chosen_BSLK.shape[:2], -1)
-    return jnp.where(seen_BS[:, :, None], chosen_BSX, -1)
+    return jnp.where(seen_BS[:, :, None], chosen_BSLK.reshape(*seen_BS.shape, -1), -1)

@@ -4,8 +4,10 @@ Shapes alone are compiled for, and they come in powers of two.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
@@ -21,16 +23,16 @@ class Requests:
     answer at most. answers, columns: room for an answer, and for prompt and answer together.
     """
 
-    tokens_BP: np.ndarray | jax.Array
-    lengths_B: np.ndarray | jax.Array
-    keys_B: jax.Array
-    rows_B: np.ndarray | jax.Array
-    temperature_B: np.ndarray | jax.Array
-    top_p_B: np.ndarray | jax.Array
-    top_k_B: np.ndarray | jax.Array
-    limit_B: np.ndarray | jax.Array
-    stops_BX: np.ndarray | jax.Array
-    pad: np.ndarray | jax.Array
+    tokens_BP: Any
+    lengths_B: Any
+    keys_B: Any
+    rows_B: Any
+    temperature_B: Any
+    top_p_B: Any
+    top_k_B: Any
+    limit_B: Any
+    stops_BX: Any
+    pad: Any
     answers: int = struct.field(pytree_node=False)
     columns: int = struct.field(pytree_node=False)
 
@@ -110,4 +112,4 @@ def _keys(seeds: Sequence[int] | jax.Array, batch: int) -> jax.Array:
         keys = [made[seed] for seed in seeds]
     data = [np.asarray(jax.random.key_data(key)) for key in keys]
     data += data[:1] * (batch - len(data))
-    return jax.random.wrap_key_data(np.stack(data), impl=jax.random.key_impl(keys[0]))
+    return jax.random.wrap_key_data(jnp.asarray(np.stack(data)), impl=jax.random.key_impl(keys[0]))

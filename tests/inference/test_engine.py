@@ -13,6 +13,7 @@ from deepseek_jax.inference import engine as module
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.model import transformer
+from deepseek_jax.parallel.mesh import make_mesh
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
 
@@ -106,6 +107,17 @@ def test_any_thread_may_ask(engine):
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         found = list(pool.map(lambda _: engine.generate(["def"], GREEDY), range(4)))
     assert found == [expected] * 4
+
+
+def test_on_eight_devices_each_holds_its_rows_and_the_answers_are_one_devices(engine):
+    mesh = make_mesh()
+    params, bias = jax.device_put(weights(SPEAKER), jax.NamedSharding(mesh, jax.P()))
+    spread = Engine(whole(SPEAKER, params, bias, tokenizer(), mesh))
+    prompts = [[1, 2, 3], [4], [5, 6]] * 3
+    found, expected = (each.generate_ids(prompts, SamplingParams(max_tokens=8)) for each in (spread, engine))
+    assert {shard.data.shape for shard in found.tokens_BN.addressable_shards} == {(2, 16)}
+    np.testing.assert_array_equal(found.tokens_BN, expected.tokens_BN)
+    assert len(spread.generate(["def"], GREEDY)) == 1  # fewer prompts than devices
 
 
 def test_what_cannot_be_answered_is_refused(engine):

@@ -25,8 +25,8 @@ def test_each_row_has_its_settings_and_what_fills_the_batch_is_never_run():
     assert requests.tokens_BP[:, :4].tolist() == [[7, 11, 11, 11], [4, 5, 6, 11], [9, 9, 11, 11], [11] * 4]
     assert requests.lengths_B.tolist() == [1, 3, 2, 1]
     assert requests.limit_B.tolist() == [20, 5, 64, 0]
-    np.testing.assert_array_equal(requests.temperature_B, np.float32([0.5, 0, 1, 0]))
-    np.testing.assert_array_equal(requests.top_p_B, np.float32([0.9, 1, 1, 1]))
+    np.testing.assert_array_equal(requests.temperature_B, np.array([0.5, 0, 1, 0], np.float32))
+    np.testing.assert_array_equal(requests.top_p_B, np.array([0.9, 1, 1, 1], np.float32))
     assert requests.top_k_B.tolist() == [3, 0, 0, 0]
     assert requests.stops_BX[:, :5].tolist() == [[2, 3, 8, -1, -1], [2] + [-1] * 4, [2, 1, 2, 3, 4], [-1] * 5]
 

@@ -28,6 +28,7 @@ def test_products_take_the_compute_dtype_and_what_is_read_in_float32_stays():
     params, bias = make(dtype="bfloat16")
     given, given_bias = weights(TINY)
     assert "mtp" not in params and len(params["layers"]) == 3
+    assert given_bias is not None
     np.testing.assert_array_equal(bias, given_bias[:2])
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = jax.tree_util.keystr(path)
@@ -44,7 +45,7 @@ def test_products_take_the_compute_dtype_and_what_is_read_in_float32_stays():
 def test_the_network_computes_the_same_with_them(tiny, scanned):
     compute = ComputeConfig(dtype="bfloat16", scan_decode=scanned)
     tokens = jnp.arange(12, dtype=jnp.int32).reshape(2, 6)
-    run = jax.jit(lambda tiny, *w: transformer.merge(tiny, *w, compute)(tokens).logits, static_argnums=0)
+    run = jax.jit(lambda tiny, p, b: transformer.merge(tiny, p, b, compute)(tokens).logits, static_argnums=0)
     made = make(tiny, dtype="bfloat16", scan_decode=scanned)
     found, expected = run(sampling_config(tiny), *made), run(tiny, *weights(tiny))
     assert relative_error(found, expected) <= (0 if scanned else 0.03)  # unrolled, bfloat16 is rounded elsewhere
@@ -67,5 +68,5 @@ def test_on_a_mesh_only_heads_widths_and_vocabulary_stay_split():
     assert layer["mlp"]["wi"].addressable_shards[0].data.shape == (8, 16, 2, 6)
     assert layer["attention"]["q_b"].addressable_shards[0].data.shape == (10, 1, 10)
     assert made["embed"].addressable_shards[0].data.shape == (20, 16)
-    assert bias.sharding.is_fully_replicated
+    assert bias is not None and bias.sharding.is_fully_replicated
     np.testing.assert_array_equal(layer["mlp"]["wi"], given["moe_layers"]["mlp"]["wi"][0])

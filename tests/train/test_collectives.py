@@ -19,10 +19,11 @@ MESH = make_mesh(MeshConfig(data=2, fsdp=2, expert=2))
 CALLS = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
 
 
-def all_reduces(text: str) -> int:
+def all_reduces(text: str | None) -> int:
     """All-reduces that one run of an HLO module does: those in a loop as often as it turns."""
+    assert text
     bodies: dict[str, list[str]] = {}
-    entry = ""
+    entry = name = ""
     for line in text.splitlines():
         if found := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line):
             name = found[2]
@@ -45,7 +46,7 @@ def all_reduces(text: str) -> int:
     return count(entry)
 
 
-def train_step(chunk: int) -> str:
+def train_step(chunk: int) -> str | None:
     params, bias = weights(TINY)
     optimizer = make_optimizer(OptimizerConfig(), TINY, 10)
     state = create_state(TINY, optimizer, MESH, params=params, router_bias=bias)
@@ -53,7 +54,7 @@ def train_step(chunk: int) -> str:
     return jax.jit(step).lower(state, place_batch(BATCH, MESH)).compile().as_text()
 
 
-def scores(chunk: int) -> str:
+def scores(chunk: int) -> str | None:
     def total(hidden, w, targets):
         return jnp.sum(score_targets(hidden, w, targets, chunk=chunk).logprob_BS)
 

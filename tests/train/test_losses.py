@@ -76,8 +76,8 @@ def test_chunked_scores_equal_the_plain_softmax(chunk, temperature):
         return jnp.sum(scores.logprob_BS), scores
 
     (_, scores), gradients = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(hidden, w)
-    divisor = 1.0 if divisor is None else np.asarray(divisor)[..., None]
-    logprob, entropy, expected = plain_scores(hidden, w, targets, divisor)
+    by = 1.0 if divisor is None else np.asarray(divisor)[..., None]
+    logprob, entropy, expected = plain_scores(hidden, w, targets, by)
     assert scores.logprob_BS.dtype == jnp.float32
     assert relative_error(scores.logprob_BS, logprob) < 1e-6
     assert relative_error(scores.entropy_BS, entropy) < 5e-5

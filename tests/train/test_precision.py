@@ -50,9 +50,9 @@ def trained(steps: int, moments_dtype: Any = "float32") -> tuple[TrainState, lis
     config = OptimizerConfig(**{**vars(CONFIG), "moments_dtype": moments_dtype})
     inner, given = make_optimizer(config, TINY, 100), []
 
-    def update(gradients, state, params=None, **extra):
-        given.append(dtypes(gradients))
-        return inner.update(gradients, state, params, **extra)
+    def update(updates, state, params=None, **extra):
+        given.append(dtypes(updates))
+        return inner.update(updates, state, params, **extra)
 
     optimizer = optax.GradientTransformationExtraArgs(inner.init, update)
     options = StepConfig(microbatches=2, ema_decay=0.9)

@@ -1,7 +1,7 @@
 """Time the C kernels beside XLA's own path, what runs without a compiler: ``python -m deepseek_kernels.bench_cpu``.
 
-Each row gives the medians of both and the median of their ratios, taken in turns. A processor without AVX-512 is emulated
-by ``CC="gcc -mno-avx512f" XLA_FLAGS=--xla_cpu_max_isa=AVX2``.
+Each row gives the medians of both and the median of their ratios, taken in turns. scripts/without_avx512.c says how a
+processor without AVX-512 is emulated: ``--xla_cpu_max_isa`` leaves XLA's dense products on AVX-512.
 """
 
 import argparse
@@ -19,12 +19,15 @@ import numpy as np
 
 from deepseek_kernels import cpu
 from deepseek_kernels.attention import gqa_attention, mla_attention
+from deepseek_kernels.bench import uneven_sizes
 from deepseek_kernels.grouped_matmul import grouped_matmul
 from deepseek_kernels.product import weight_gradient
+from deepseek_kernels.registry import choose
 from deepseek_kernels.routed_experts import routed_experts
+from deepseek_kernels.target import Target
 from deepseek_kernels.visible import Visible
 
-# name: the C path, XLA's path, and their operands, in which they are differentiated.
+# name, the C path, XLA's path, their operands; gradients are of those in float32.
 Case = tuple[str, Callable[..., jax.Array], Callable[..., jax.Array], list[jax.Array]]
 
 
@@ -34,25 +37,27 @@ def draw(*shapes: tuple[int, ...]) -> list[jax.Array]:
 
 def cases() -> Iterator[Case]:
     """The demo's shapes in training and decoding, and larger ones."""
-    for tokens, top, experts, width, hidden in ((1024, 2, 16, 128, 96), (64, 2, 16, 128, 96), (4096, 6, 64, 256, 128)):
-        rows = tokens * top
-        chosen = jnp.asarray(np.random.default_rng(0).integers(0, experts, (tokens, top)), jnp.int32)
-        sizes = jnp.bincount(chosen.reshape(-1), length=experts)
-        product = functools.partial(grouped_matmul, group_sizes_E=sizes)
+    for tokens, top, experts, width, hidden in ((1024, 2, 16, 128, 96), (64, 2, 16, 128, 96), (1024, 6, 64, 256, 128)):
+        facts = {"rows": tokens * top, "groups": experts, "widths": (width, 2 * hidden)}
+        block = choose("grouped_matmul", Target("cpu"), jnp.float32, implementation="blocks", **facts).rows
+        sizes = jnp.asarray(uneven_sizes(experts, tokens * top, block), jnp.int32)  # as XLA's path lays them out
+        rows = int(sizes.sum())
+        product = lambda sizes, x, w, block=block, **how: grouped_matmul(x, w, sizes, aligned=block, **how)  # noqa: E731
         yield (
             f"grouped products, {rows} × {width} × {2 * hidden} in {experts}",
             functools.partial(product, implementation="c"),
             functools.partial(product, implementation="blocks"),
-            draw((rows, width), (experts, width, 2 * hidden)),
+            [sizes, *draw((rows, width), (experts, width, 2 * hidden))],
         )
-        run = lambda x, g, wi, wo, chosen=chosen, **how: routed_experts(x, g, chosen, wi, wo, **how)  # noqa: E731
+        chosen = jnp.asarray(np.random.default_rng(0).integers(0, experts, (tokens, top)), jnp.int32)
+        run = lambda chosen, x, g, wi, wo, **how: routed_experts(x, g, chosen, wi, wo, **how)  # noqa: E731
         yield (
             f"routed experts, {tokens} tokens, {top} of {experts}, {width} × {hidden}",
             functools.partial(run, implementation="fused"),
             functools.partial(run, implementation="sorted", grouped="blocks"),
-            draw((tokens, width), (tokens, top), (experts, width, 2, hidden), (experts, hidden, width)),
+            [chosen, *draw((tokens, width), (tokens, top), (experts, width, 2, hidden), (experts, hidden, width))],
         )
-    for batch, size, heads, nope, rope in ((8, 128, 4, 32, 16), (8, 128, 1, 32, 16), (1, 2048, 8, 128, 64)):
+    for batch, size, heads, nope, rope in ((8, 128, 4, 32, 16), (8, 128, 1, 32, 16), (1, 1024, 4, 128, 64)):
         attention = functools.partial(mla_attention, visible=Visible(), scale=(nope + rope) ** -0.5)
         yield (
             f"MLA, {batch} × {size}, {heads} heads of {nope} + {rope}",
@@ -60,7 +65,7 @@ def cases() -> Iterator[Case]:
             functools.partial(attention, implementation="blockwise"),
             draw((batch, size, heads, nope + rope), (batch, size, heads, 2 * nope), (batch, size, rope)),
         )
-    for batch, size, heads, groups, width in ((8, 128, 4, 2, 32), (1, 2048, 14, 2, 64)):
+    for batch, size, heads, groups, width in ((8, 128, 4, 2, 32), (1, 1024, 14, 2, 64)):
         attention = functools.partial(gqa_attention, visible=Visible(), scale=width**-0.5)
         yield (
             f"GQA, {batch} × {size}, {heads} heads on {groups} of {width}",
@@ -71,7 +76,8 @@ def cases() -> Iterator[Case]:
 
 
 def both_passes(function: Callable[..., jax.Array], *operands: jax.Array) -> tuple[jax.Array, ...]:
-    out, pullback = jax.vjp(function, *operands)
+    fixed = [operand for operand in operands if operand.dtype != jnp.float32]
+    out, pullback = jax.vjp(functools.partial(function, *fixed), *operands[len(fixed) :])
     return out, *pullback(out)
 
 
@@ -102,9 +108,7 @@ def main() -> None:
         raise SystemExit(1)
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    print(
-        f"{model or platform.machine()}, {os.cpu_count()} cores; C kernels of {cpu.lanes()} lanes; load {os.getloadavg()[0]:.1f}"
-    )
+    print(f"{model or platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {cpu.lanes()} lanes")
     print(f"{'':62} {'C':>12} {'XLA':>12} XLA / C")
     for name, c, xla, operands in cases():
         for kind, wrap in (("forward", lambda f: f), ("both passes", lambda f: functools.partial(both_passes, f))):

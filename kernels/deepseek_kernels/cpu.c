@@ -57,6 +57,8 @@ static Experts experts_of(XLA_FFI_CallFrame *frame) {
                    .T = choices[0], .K = choices[1], .E = wo[0], .F = wo[1], .D = wo[2]};
 }
 
+const int deepseek_lanes = LANES;
+
 #define HANDLER(name, body)                           \
   XLA_FFI_Error *name(XLA_FFI_CallFrame *frame) {     \
     if (only_asked(frame)) return NULL;               \

@@ -55,6 +55,11 @@ def usable(*operands: jax.Array) -> bool:
     return all(operand.dtype == jnp.float32 for operand in operands) and available()
 
 
+def lanes() -> int:
+    """Floats in a vector of what was compiled: 16 with AVX-512, 8 with AVX2, else 4."""
+    return ctypes.c_int.in_dll(ctypes.CDLL(str(_built())), "deepseek_lanes").value
+
+
 def call(target: str, shapes: list[tuple[int, ...]], *operands: jax.typing.ArrayLike) -> list[jax.Array]:
     """Call one of ``TARGETS``; float32 results of these shapes."""
     assert target in TARGETS and available()

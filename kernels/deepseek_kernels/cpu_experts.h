@@ -107,18 +107,18 @@ static void experts_rows_backward(void *job, int64_t task) {
   give_back(b);
 }
 
-// First the matrices' gradients, a panel at a time, then the tokens'.
+// First the matrices' gradients, some columns at a time, then the tokens'.
 static void experts_sums_backward(void *job, int64_t task) {
   Experts *m = job;
-  int64_t D = m->D, F = m->F, wide = pieces(2 * F, COLS), each = wide + pieces(D, COLS), panel = task % each;
+  int64_t D = m->D, F = m->F, first = pieces(2 * F, WIDE), each = first + pieces(D, WIDE), share = task % each;
   if (task >= m->count * each) {
     add_rows(m, task - m->count * each, m->dx);
     return;
   }
   Rows r = m->tasks[task / each];
   const float *dgate_up = m->dgate_up + r.start * 2 * F, *dy = m->dys + r.start * D;
-  if (panel < wide) outer(r.count, D, 2 * F, m->xs + r.start * D, dgate_up, panel, m->dwi + r.group * D * 2 * F);
-  else outer(r.count, F, D, m->hidden + r.start * F, dy, panel - wide, m->dwo + r.group * F * D);
+  if (share < first) outer(r.count, D, 2 * F, m->xs + r.start * D, dgate_up, share, m->dwi + r.group * D * 2 * F);
+  else outer(r.count, F, D, m->hidden + r.start * F, dy, share - first, m->dwo + r.group * F * D);
 }
 
 static void run_experts_forward(XLA_FFI_CallFrame *frame, Experts *m) {
@@ -142,7 +142,7 @@ static void run_experts_backward(XLA_FFI_CallFrame *frame, Experts *m) {
   run(frame, experts_rows_backward, m, m->count, choices * D * F);
   free(m->tasks);
   m->tasks = cut(m->sizes, m->E, choices, INT64_MAX / 2, 1, &m->count);
-  int64_t matrices = m->count * (pieces(2 * F, COLS) + pieces(D, COLS));
+  int64_t matrices = m->count * (pieces(2 * F, WIDE) + pieces(D, WIDE));
   run(frame, experts_sums_backward, m, matrices + pieces(m->T, TOKENS), choices * D * F);
   free(m->tasks), free(m->choice), free(m->sizes);
 }

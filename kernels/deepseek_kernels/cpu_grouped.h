@@ -49,10 +49,12 @@ static void grouped_dx(void *job, int64_t task) {
   give_back(b);
 }
 
-// One panel of columns of the gradient xᵀ dy (D × F) of a matrix that `rows` rows went through.
-static void outer(int64_t rows, int64_t D, int64_t F, const float *x, const float *dy, int64_t panel, float *dw) {
-  int64_t at = panel * COLS, width = least(COLS, F - at);
-  float *b = borrow(CHUNK * COLS);
+// WIDE columns, whole panels, of the gradient xᵀ dy (D × F) of a matrix that `rows` rows went through. More of them would
+// read x less often from memory, but be fewer tasks.
+enum { WIDE = 64 };
+static void outer(int64_t rows, int64_t D, int64_t F, const float *x, const float *dy, int64_t share, float *dw) {
+  int64_t at = share * WIDE, width = least(WIDE, F - at);
+  float *b = borrow(CHUNK * WIDE);
   for (int64_t d = 0; d < D && !rows; d++) memset(dw + d * F + at, 0, (size_t)width * sizeof(float));
   for (int64_t i = 0; i < rows; i += CHUNK) {
     int64_t count = least(CHUNK, rows - i);
@@ -64,8 +66,8 @@ static void outer(int64_t rows, int64_t D, int64_t F, const float *x, const floa
 
 static void grouped_dw(void *job, int64_t task) {
   Grouped *g = job;
-  Rows r = g->tasks[task / pieces(g->F, COLS)];
-  outer(r.count, g->D, g->F, g->x + r.start * g->D, g->dy + r.start * g->F, task % pieces(g->F, COLS),
+  Rows r = g->tasks[task / pieces(g->F, WIDE)];
+  outer(r.count, g->D, g->F, g->x + r.start * g->D, g->dy + r.start * g->F, task % pieces(g->F, WIDE),
         g->out + r.group * g->D * g->F);
 }
 
@@ -74,6 +76,6 @@ static void run_grouped(XLA_FFI_CallFrame *frame, Grouped *g, Work work, int64_t
   g->tasks = cut(g->sizes, g->E, g->T, chunk, work == grouped_dw, &tasks);  // a group without rows has a gradient: zero
   for (int64_t i = 0; i < tasks; i++) used += g->tasks[i].count;
   if (work != grouped_dw) memset(g->out + used * width, 0, (size_t)((g->T - used) * width) * sizeof(float));
-  run(frame, work, g, work == grouped_dw ? tasks * pieces(g->F, COLS) : tasks, g->T * g->D * g->F);
+  run(frame, work, g, work == grouped_dw ? tasks * pieces(g->F, WIDE) : tasks, g->T * g->D * g->F);
   free(g->tasks);
 }

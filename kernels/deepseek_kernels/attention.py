@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from deepseek_kernels import attention_blockwise, attention_cudnn
+from deepseek_kernels import attention_blockwise, attention_cpu, attention_cudnn
 from deepseek_kernels.registry import choose
 from deepseek_kernels.target import Target
 from deepseek_kernels.visible import Visible
@@ -144,15 +144,11 @@ def _c(q_BSHK, keys, rest, visible, scale) -> Any:
 
 
 def _c_forward(q_BSHK, keys, rest, visible, scale):
-    from deepseek_kernels import attention_cpu
-
     out_BSHV, log_sum_BSH = attention_cpu.forward(q_BSHK, keys, rest, visible, scale)
     return out_BSHV, (q_BSHK, keys, rest, visible, out_BSHV, log_sum_BSH)
 
 
 def _c_backward(scale, residuals, dout_BSHV):
-    from deepseek_kernels import attention_cpu
-
     q_BSHK, keys, rest, visible, out_BSHV, log_sum_BSH = residuals
     gradients = attention_cpu.backward(q_BSHK, keys, rest, visible, scale, out_BSHV, log_sum_BSH, dout_BSHV)
     return *gradients, None

@@ -134,7 +134,8 @@ class Transformer(nnx.Module):
     def embedded(self, tokens_BS: Int[Array, "B S"]) -> Float[Array, "B S D"]:
         """The tokens' embeddings in the compute dtype."""
         with jax.named_scope("embed"):
-            x = self.embed[...].astype(self.compute.dtype)[tokens_BS]
+            # Cast behind the look-up: the gradient of a row that stands in many places is summed in float32.
+            x = self.embed[...][tokens_BS].astype(self.compute.dtype)
             return constrain(x, self.compute.rules, "batch", "sequence", None)
 
     def run_layers(
@@ -205,7 +206,7 @@ class Transformer(nnx.Module):
             return module(hidden, following, context, bias_E, memory=memory, chosen_BSK=chosen_BSK, absorbed=absorbed)
 
         with jax.named_scope("mtp"):
-            run = _rematerialised(run, self.compute.remat)
+            run = _rematerialised(run, self.compute.remat, looped=False)
             return run(state, hidden_BSD, following_BSD, context, bias_E, memory, chosen_BSK)
 
     def head_weight(self) -> Float[Array, "D W"]:
@@ -238,8 +239,9 @@ class Transformer(nnx.Module):
             x, router, memory = nnx.merge(graph, state)(x, context, bias_E, **options)
             return x, (router, memory)
 
-        body = _rematerialised(layer, self.compute.remat)
-        x_BSD, (router, memory) = jax.lax.scan(body, x_BSD, (state, inputs), unroll=self.compute.scan_unroll)
+        unroll = self.compute.scan_unroll
+        body = _rematerialised(layer, self.compute.remat, looped=_count(state) > unroll)
+        x_BSD, (router, memory) = jax.lax.scan(body, x_BSD, (state, inputs), unroll=unroll)
         return x_BSD, router, memory
 
 
@@ -264,12 +266,16 @@ def _stack(config: ModelConfig, compute: ComputeConfig, count: int, *, moe: bool
     return make(rngs.split(count))
 
 
-def _rematerialised(function, remat: str):
-    """``full`` keeps nothing of a layer for the backward pass, ``dots`` its matrix products, ``none`` everything."""
+def _rematerialised(function, remat: str, *, looped: bool):
+    """``full`` keeps nothing of a layer for the backward pass, ``dots`` its matrix products, ``none`` everything.
+
+    looped: it is the body of a loop, whose backward pass is another one; elsewhere XLA would find what is computed again
+    equal to what it has, and keep that.
+    """
     if remat == "none":
         return function
     policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
-    return jax.checkpoint(function, policy=policy, prevent_cse=False)
+    return jax.checkpoint(function, policy=policy, prevent_cse=not looped)
 
 
 # The pure half: parameters as nested dicts of arrays, the form in which they are trained, placed and saved.
@@ -307,7 +313,7 @@ def unstack(params: dict[str, Any]) -> dict[str, Any]:
     return rest | {"layers": tuple(layers)}
 
 
-def _count(stack: dict[str, Any]) -> int:
+def _count(stack: Any) -> int:
     return len(jax.tree.leaves(stack)[0])
 
 

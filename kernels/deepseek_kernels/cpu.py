@@ -50,11 +50,6 @@ def available() -> bool:
     return True
 
 
-def usable(*operands: jax.Array) -> bool:
-    """Whether a CPU's program may call the C kernels with these: they know float32 alone."""
-    return all(operand.dtype == jnp.float32 for operand in operands) and available()
-
-
 def call(target: str, shapes: list[tuple[int, ...]], *operands: jax.typing.ArrayLike) -> list[jax.Array]:
     """Call one of ``TARGETS``; float32 results of these shapes."""
     assert target in TARGETS and available()

@@ -16,7 +16,6 @@ from deepseek_jax.inference.requests import make_requests
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.weights import sampling_config, sampling_rules, sampling_weights
 from deepseek_jax.model import transformer
-from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.sharding import ShardingRules
 
 
@@ -49,9 +48,7 @@ class Engine:
     ):
         """tokenizer: by default the model's own. rules: how the weights are split, by default ``sampling_rules``."""
         if isinstance(model, transformer.Transformer):
-            params, router_bias = transformer.split(model)
-            mesh = make_mesh(devices=jax.devices()[:1])
-            model = Model(model.config, model.compute.on(mesh), params, router_bias, tokenizer, mesh)
+            model = Model.of(model, tokenizer)
         self.config, self.mesh, self.tokenizer = model.config, model.mesh, tokenizer or model.text
         self.compute = dataclasses.replace(model.compute, rules=rules or sampling_rules(model.compute.rules))
         if self.tokenizer.vocab_size > self.config.vocab_size:

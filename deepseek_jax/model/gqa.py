@@ -43,8 +43,8 @@ class GQA(nnx.Module):
         *,
         absorbed: bool = False,
     ) -> tuple[Float[Array, "B S D"], Any]:
-        """Attend over this row, or over all that ``memory`` holds. There is nothing to absorb: ``absorbed`` says that it
-        is decoding, whose implementation has a name of its own."""
+        """Attend over this row, or over all that ``memory`` holds. There is nothing to absorb: with ``absorbed`` it is
+        the same attention, by the implementation that is named for decoding."""
         config, compute = self.config, self.compute
         q_BSHN = product("bsd,dhn->bshn", x_BSD, self.q[...], target=compute.kernels)
         kv = product("bsd,dxgn->bsxgn", x_BSD, self.kv[...], target=compute.kernels)

@@ -269,8 +269,8 @@ def _stack(config: ModelConfig, compute: ComputeConfig, count: int, *, moe: bool
 def _rematerialised(function, remat: str, *, looped: bool):
     """``full`` keeps nothing of a layer for the backward pass, ``dots`` its matrix products, ``none`` everything.
 
-    looped: it is the body of a loop, whose backward pass is another one; elsewhere XLA would find what is computed again
-    equal to what it has, and keep that.
+    looped: it is the body of a loop, whose backward pass is another one; elsewhere XLA would find that what is computed
+    again equals what it has, and keep that.
     """
     if remat == "none":
         return function

@@ -108,13 +108,11 @@ class Engine:
         sampling: SamplingParams | Sequence[SamplingParams],
         key: jax.Array | None = None,
         *,
-        width: int = 0,
         experts: bool = False,
     ) -> Generated:
         """The arrays behind ``generate``; rows past ``len(prompts)`` are filling.
 
-        key: prompt i draws with ``fold_in(key, i)`` instead of the seeds. width: of the prompts' rows. experts: return
-        those chosen, too.
+        key: prompt i draws with ``fold_in(key, i)`` instead of the seeds. experts: return those chosen, too.
         """
         each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
         for prompt, params in zip(prompts, each, strict=False):
@@ -129,7 +127,6 @@ class Engine:
             key,
             stop_ids=self.tokenizer.stop_ids,
             pad_id=self.tokenizer.pad_id,
-            width=width,
             ways=math.prod(self.mesh.shape[axis] for axis in self.compute.rules.batch),
         )
         with self._lock:

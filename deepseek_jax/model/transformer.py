@@ -104,7 +104,10 @@ class Transformer(nnx.Module):
             if self.mtp is None or memories is not None:
                 raise ValueError("mtp=True needs num_nextn_predict_layers=1 and no memories")
             chosen_BSK = None if chosen_LBSK is None else chosen_LBSK[self.config.num_moe_layers]
-            mtp_hidden, mtp_stats, _ = self.predict_next(hidden, tokens_BS, context, chosen_BSK=chosen_BSK)
+            # A row's last token has no next one and counts as padding.
+            following_BS = jnp.roll(tokens_BS, -1, axis=1)
+            ahead = context.replace(segment_ids_BS=mtp_segments(context.segment_ids_BS))
+            mtp_hidden, mtp_stats, _ = self.predict_next(hidden, following_BS, ahead, chosen_BSK=chosen_BSK)
             stats = joined([stats, jax.tree.map(lambda leaf: leaf[None], mtp_stats)])
         return ModelOutput(self.logits(hidden) if head else None, hidden, mtp_hidden, stats, memories)
 
@@ -184,19 +187,17 @@ class Transformer(nnx.Module):
     def predict_next(
         self,
         hidden_BSD: Float[Array, "B S D"],
-        tokens_BS: Int[Array, "B S"],
+        following_BS: Int[Array, "B S"],
         context: Context,
         *,
         memory: Any = None,
         chosen_BSK: Int[Array, "B S K"] | None = None,
         absorbed: bool = False,
     ) -> tuple[Float[Array, "B S D"], RouterStats | None, Any]:
-        """The MTP module on the main model's hidden states and the tokens of the same rows -> (the head's input for the
-        token after the next, statistics, memory). A row's last token has no next one and counts as padding."""
+        """The MTP module on the main model's hidden states, each with the token that follows its own -> (the head's
+        input for the token after that, statistics, memory)."""
         assert self.mtp is not None
-        following_BSD = self.embedded(jnp.roll(tokens_BS, -1, axis=1))
-        segments_BS = mtp_segments(context.segment_ids_BS)
-        context = Context(context.rope, context.visible, segments_BS)
+        following_BSD = self.embedded(following_BS)
         bias_E = None if self.router_bias is None else self.router_bias[...][-1]
         graph, state = nnx.split(self.mtp)
 

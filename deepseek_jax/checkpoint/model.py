@@ -81,7 +81,7 @@ def load(
     Args:
       mesh: by default one device.
       step, ema: of a run, a checkpoint other than the newest, and the running mean in place of the parameters.
-      ignore_config: of a released folder, fields of config.json to pass over, see ``hf_config.from_hf``.
+      ignore_config: of a released folder, fields of config.json to pass over, see ``ModelConfig.from_hf``.
 
     An MTP module that a released config.json announces and the files lack altogether is left out with a warning.
 

@@ -39,9 +39,10 @@ class Model:
 
     @classmethod
     def of(cls, network: transformer.Transformer, tokenizer: Tokenizer | None = None) -> "Model":
-        """A module as a model on one device; no array is copied."""
+        """A module as a model on the mesh that its arrays lie on, else on one device; no array is copied."""
         params, router_bias = transformer.split(network)
-        mesh = _one_device()
+        places = (leaf.sharding for leaf in jax.tree.leaves(params))
+        mesh = next((place.mesh for place in places if isinstance(place, NamedSharding)), None) or _one_device()
         return cls(network.config, network.compute.on(mesh), params, router_bias, tokenizer, mesh)
 
     def network(self) -> transformer.Transformer:
@@ -80,7 +81,7 @@ def load(
     Args:
       mesh: by default one device.
       step, ema: of a run, a checkpoint other than the newest, and the running mean in place of the parameters.
-      ignore_config: of a released folder, fields of config.json to pass over, see ``hf_config.from_hf``.
+      ignore_config: of a released folder, fields of config.json to pass over, see ``ModelConfig.from_hf``.
 
     An MTP module that a released config.json announces and the files lack altogether is left out with a warning.
 

@@ -23,7 +23,7 @@ from deepseek_jax.checkpoint.faults import silence_repeats
 
 INVENTORY = "inventory.json"
 FORMAT_VERSION = 2
-_READABLE = (1, 2)  # version 1 is read for its model; a run that wrote it is not gone on with
+READABLE = (1, 2)  # version 1 is read for its model; a run that wrote it is not gone on with
 _COMPUTE = ("dtype", "param_dtype", "remat", "scan_unroll")  # version 1 recorded them as the model's
 _LISTED = 5  # differences that an error message spells out
 
@@ -91,7 +91,7 @@ def read_inventory(folder: Path) -> dict[str, Any]:
     return inventory
 
 
-def read_json(folder: Path, item: str, *, versions: tuple[int, ...] = _READABLE) -> dict[str, Any]:
+def read_json(folder: Path, item: str, *, versions: tuple[int, ...] = READABLE) -> dict[str, Any]:
     """The JSON item (`loader` or `meta`) of an intact checkpoint, which must be of one of these format versions."""
     content = json.loads((folder / item / "metadata").read_text())
     if item == "meta" and content["format"] not in versions:

@@ -139,12 +139,16 @@ class CheckpointStore:
         """Read the reference of a checkpoint; errors as in `restore`."""
         return reading.read_state(reading.existing(self.directory, step), abstract, item="reference")
 
-    def read_meta(self, step: int | None = None) -> dict[str, Any]:
-        """The metadata of a checkpoint, by default of the newest intact one; errors as in `restore`."""
+    def read_meta(self, step: int | None = None, *, going_on: bool = False) -> dict[str, Any]:
+        """The metadata of a checkpoint, by default of the newest intact one; errors as in `restore`.
+
+        going_on: refuse a format that is read for its model alone.
+        """
+        versions = (reading.FORMAT_VERSION,) if going_on else reading.READABLE
 
         def read(folder: Path) -> dict[str, Any]:
             reading.read_inventory(folder)
-            return reading.read_json(folder, "meta")
+            return reading.read_json(folder, "meta", versions=versions)
 
         if step is not None:
             return read(reading.existing(self.directory, step))

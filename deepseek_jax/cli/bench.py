@@ -74,8 +74,8 @@ def run_bench(arguments: Sequence[str]) -> None:
     console = Console()
     console.print(table)
     console.print(
-        f"train: {options.rows} rows of {options.seq}, ours with MTP, float32; decode: prompt {options.prompt}, "
-        f"{options.new_tokens} new tokens, greedy; load average {os.getloadavg()[0]:.1f}"
+        f"train: {options.rows} rows of {options.seq}, ours with MTP; decode: prompt {options.prompt}, "
+        f"{options.new_tokens} new tokens, greedy; {compute.dtype}; load average {os.getloadavg()[0]:.1f}"
     )
 
 

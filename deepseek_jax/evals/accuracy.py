@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from deepseek_jax.checkpoint.model import Model
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.rl.asking import Question, ask, read_answers
@@ -24,7 +23,7 @@ class Answered:
 
 
 def answer(
-    model: Model,
+    engine: Engine,
     task: Task,
     rows: Sequence[Row],
     *,
@@ -34,16 +33,15 @@ def answer(
     seed: int = 0,
 ) -> list[Answered]:
     """One completion per row, right where it has ended and the task's accuracy is 1."""
-    engine = Engine(model)
     sampling = SamplingParams(temperature=temperature, max_tokens=max_tokens)
-    questions = [ask(task, model.text, row) for row in rows]
+    questions = [ask(task, engine.tokenizer, row) for row in rows]
     answered = []
     for start in range(0, len(rows), batch_size):
         part = questions[start : start + batch_size]
         filled = [question.prompt for question in part] + [part[0].prompt] * (batch_size - len(part))
         key = jax.random.fold_in(jax.random.key(seed), start)
         out = jax.device_get(engine.generate_ids(filled, sampling, key))
-        for question, said in zip(part, read_answers(model.text, part, out), strict=True):
+        for question, said in zip(part, read_answers(engine.tokenizer, part, out), strict=True):
             right = said.ended and task.accuracy(said.text, question.row) == 1.0
             answered.append(Answered(question, said.text, right))
     return answered

@@ -71,7 +71,7 @@ def bits_per_byte(
     size, ids = 0, []
     for text in documents:
         size += len(text.encode())
-        ids.append([tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id])
+        ids.append([*tokenizer.bos_ids, *tokenizer.encode(text), tokenizer.eos_id])
     rows = list(pack_stream(ids, seq_len, pad_id=tokenizer.pad_id))
     nats, targets = row_loss(model, rows, batch_size=batch_size)
     return nats / math.log(2) / (size * targets / sum(map(len, ids)))

@@ -16,7 +16,6 @@ from deepseek_jax.inference.requests import make_requests
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.weights import sampling_config, sampling_rules, sampling_weights
 from deepseek_jax.model import transformer
-from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.sharding import ShardingRules
 
 
@@ -49,9 +48,7 @@ class Engine:
     ):
         """tokenizer: by default the model's own. rules: how the weights are split, by default ``sampling_rules``."""
         if isinstance(model, transformer.Transformer):
-            params, router_bias = transformer.split(model)
-            mesh = make_mesh(devices=jax.devices()[:1])
-            model = Model(model.config, model.compute.on(mesh), params, router_bias, tokenizer, mesh)
+            model = Model.of(model, tokenizer)
         self.config, self.mesh, self.tokenizer = model.config, model.mesh, tokenizer or model.text
         self.compute = dataclasses.replace(model.compute, rules=rules or sampling_rules(model.compute.rules))
         if self.tokenizer.vocab_size > self.config.vocab_size:
@@ -111,13 +108,11 @@ class Engine:
         sampling: SamplingParams | Sequence[SamplingParams],
         key: jax.Array | None = None,
         *,
-        width: int = 0,
         experts: bool = False,
     ) -> Generated:
         """The arrays behind ``generate``; rows past ``len(prompts)`` are filling.
 
-        key: prompt i draws with ``fold_in(key, i)`` instead of the seeds. width: of the prompts' rows. experts: return
-        those chosen, too.
+        key: prompt i draws with ``fold_in(key, i)`` instead of the seeds. experts: return those chosen, too.
         """
         each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
         for prompt, params in zip(prompts, each, strict=False):
@@ -132,7 +127,6 @@ class Engine:
             key,
             stop_ids=self.tokenizer.stop_ids,
             pad_id=self.tokenizer.pad_id,
-            width=width,
             ways=math.prod(self.mesh.shape[axis] for axis in self.compute.rules.batch),
         )
         with self._lock:

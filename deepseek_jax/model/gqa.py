@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.model.layers import param, zeros
+from deepseek_jax.model.layers import biased, param, zeros
 from deepseek_jax.model.rope import rotate, softmax_scale
 from deepseek_kernels import Visible, gqa_attention, product
 
@@ -43,13 +43,13 @@ class GQA(nnx.Module):
         *,
         absorbed: bool = False,
     ) -> tuple[Float[Array, "B S D"], Any]:
-        """Attend over this row, or over all that ``memory`` holds. There is nothing to absorb: one form."""
-        del absorbed
-        config, compute, dtype = self.config, self.compute, x_BSD.dtype
+        """Attend over this row, or over all that ``memory`` holds. There is nothing to absorb: with ``absorbed`` it is
+        the same attention, by the implementation that is named for decoding."""
+        config, compute = self.config, self.compute
         q_BSHN = product("bsd,dhn->bshn", x_BSD, self.q[...], target=compute.kernels)
         kv = product("bsd,dxgn->bsxgn", x_BSD, self.kv[...], target=compute.kernels)
         if self.q_bias is not None and self.kv_bias is not None:
-            q_BSHN, kv = q_BSHN + self.q_bias[...].astype(dtype), kv + self.kv_bias[...].astype(dtype)
+            q_BSHN, kv = biased(q_BSHN, self.q_bias[...]), biased(kv, self.kv_bias[...])
         q_BSHN = rotate(q_BSHN, rope, interleave=config.rope_interleave)
         k_BTGN, v_BTGN = rotate(kv[:, :, 0], rope, interleave=config.rope_interleave), kv[:, :, 1]
         if memory is not None:
@@ -57,6 +57,7 @@ class GQA(nnx.Module):
             memory, kept = memory.write(entry.reshape(*entry.shape[:2], -1))
             k_BTGN, v_BTGN = jnp.moveaxis(kept.reshape(*kept.shape[:2], *entry.shape[2:]), 2, 0)
         with jax.named_scope("attend"):
-            kernel = {"target": compute.kernels, "implementation": compute.attention}
+            name = compute.decode_attention if absorbed else compute.attention
+            kernel = {"target": compute.kernels, "implementation": name}
             out = gqa_attention(q_BSHN, k_BTGN, v_BTGN, visible, softmax_scale(config), **kernel)
         return product("bshn,hnd->bsd", out, self.o[...], target=compute.kernels), memory

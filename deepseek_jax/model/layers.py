@@ -28,6 +28,11 @@ def zeros(compute: ComputeConfig, shape: tuple[int, ...], axes: tuple[str | None
     return nnx.Param(jnp.zeros(shape, compute.param_dtype), axes=axes)
 
 
+def biased(y: Float[Array, "*B O"], b: Float[Array, "*O"]) -> Float[Array, "*B O"]:
+    """``y + b`` in y's dtype, added in float32: so b's gradient, a sum over all rows, is never rounded to less."""
+    return (y.astype(jnp.float32) + b.astype(jnp.float32)).astype(y.dtype)
+
+
 class Linear(nnx.Module):
     """``y = x W (+ b)`` in the compute dtype."""
 
@@ -47,7 +52,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
         y = product("...i,io->...o", x.astype(self.compute.dtype), self.w[...], target=self.compute.kernels)
-        return y if self.b is None else y + self.b[...].astype(y.dtype)
+        return y if self.b is None else biased(y, self.b[...])
 
 
 class RMSNorm(nnx.Module):

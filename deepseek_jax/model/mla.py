@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.model.layers import Linear, RMSNorm, param, zeros
+from deepseek_jax.model.layers import Linear, RMSNorm, biased, param, zeros
 from deepseek_jax.model.rope import rotate, softmax_scale
 from deepseek_kernels import Columns, Visible, mla_attention, mla_decode, product
 
@@ -61,7 +61,7 @@ class MLA(nnx.Module):
             out_BSHV: jax.Array = attend(q_BSHN, q_BSHR, entry, visible)
         y = product("bshv,hvd->bsd", out_BSHV, self.o[...], target=self.compute.kernels)
         if self.o_bias is not None:
-            y = y + self.o_bias[...].astype(y.dtype)
+            y = biased(y, self.o_bias[...])
         return y, memory
 
     def _queries(self, x_BSD, rope):

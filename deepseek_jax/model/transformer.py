@@ -104,7 +104,10 @@ class Transformer(nnx.Module):
             if self.mtp is None or memories is not None:
                 raise ValueError("mtp=True needs num_nextn_predict_layers=1 and no memories")
             chosen_BSK = None if chosen_LBSK is None else chosen_LBSK[self.config.num_moe_layers]
-            mtp_hidden, mtp_stats, _ = self.predict_next(hidden, tokens_BS, context, chosen_BSK=chosen_BSK)
+            # A row's last token has no next one and counts as padding.
+            following_BS = jnp.roll(tokens_BS, -1, axis=1)
+            ahead = context.replace(segment_ids_BS=mtp_segments(context.segment_ids_BS))
+            mtp_hidden, mtp_stats, _ = self.predict_next(hidden, following_BS, ahead, chosen_BSK=chosen_BSK)
             stats = joined([stats, jax.tree.map(lambda leaf: leaf[None], mtp_stats)])
         return ModelOutput(self.logits(hidden) if head else None, hidden, mtp_hidden, stats, memories)
 
@@ -134,7 +137,8 @@ class Transformer(nnx.Module):
     def embedded(self, tokens_BS: Int[Array, "B S"]) -> Float[Array, "B S D"]:
         """The tokens' embeddings in the compute dtype."""
         with jax.named_scope("embed"):
-            x = self.embed[...].astype(self.compute.dtype)[tokens_BS]
+            # Cast behind the look-up: the gradient of a row that stands in many places is summed in float32.
+            x = self.embed[...][tokens_BS].astype(self.compute.dtype)
             return constrain(x, self.compute.rules, "batch", "sequence", None)
 
     def run_layers(
@@ -183,19 +187,17 @@ class Transformer(nnx.Module):
     def predict_next(
         self,
         hidden_BSD: Float[Array, "B S D"],
-        tokens_BS: Int[Array, "B S"],
+        following_BS: Int[Array, "B S"],
         context: Context,
         *,
         memory: Any = None,
         chosen_BSK: Int[Array, "B S K"] | None = None,
         absorbed: bool = False,
     ) -> tuple[Float[Array, "B S D"], RouterStats | None, Any]:
-        """The MTP module on the main model's hidden states and the tokens of the same rows -> (the head's input for the
-        token after the next, statistics, memory). A row's last token has no next one and counts as padding."""
+        """The MTP module on the main model's hidden states, each with the token that follows its own -> (the head's
+        input for the token after that, statistics, memory)."""
         assert self.mtp is not None
-        following_BSD = self.embedded(jnp.roll(tokens_BS, -1, axis=1))
-        segments_BS = mtp_segments(context.segment_ids_BS)
-        context = Context(context.rope, context.visible, segments_BS)
+        following_BSD = self.embedded(following_BS)
         bias_E = None if self.router_bias is None else self.router_bias[...][-1]
         graph, state = nnx.split(self.mtp)
 
@@ -205,7 +207,7 @@ class Transformer(nnx.Module):
             return module(hidden, following, context, bias_E, memory=memory, chosen_BSK=chosen_BSK, absorbed=absorbed)
 
         with jax.named_scope("mtp"):
-            run = _rematerialised(run, self.compute.remat)
+            run = _rematerialised(run, self.compute.remat, looped=False)
             return run(state, hidden_BSD, following_BSD, context, bias_E, memory, chosen_BSK)
 
     def head_weight(self) -> Float[Array, "D W"]:
@@ -238,8 +240,9 @@ class Transformer(nnx.Module):
             x, router, memory = nnx.merge(graph, state)(x, context, bias_E, **options)
             return x, (router, memory)
 
-        body = _rematerialised(layer, self.compute.remat)
-        x_BSD, (router, memory) = jax.lax.scan(body, x_BSD, (state, inputs), unroll=self.compute.scan_unroll)
+        unroll = self.compute.scan_unroll
+        body = _rematerialised(layer, self.compute.remat, looped=_count(state) > unroll)
+        x_BSD, (router, memory) = jax.lax.scan(body, x_BSD, (state, inputs), unroll=unroll)
         return x_BSD, router, memory
 
 
@@ -264,12 +267,16 @@ def _stack(config: ModelConfig, compute: ComputeConfig, count: int, *, moe: bool
     return make(rngs.split(count))
 
 
-def _rematerialised(function, remat: str):
-    """``full`` keeps nothing of a layer for the backward pass, ``dots`` its matrix products, ``none`` everything."""
+def _rematerialised(function, remat: str, *, looped: bool):
+    """``full`` keeps nothing of a layer for the backward pass, ``dots`` its matrix products, ``none`` everything.
+
+    looped: it is the body of a loop, whose backward pass is another one; elsewhere XLA would find that what is computed
+    again equals what it has, and keep that.
+    """
     if remat == "none":
         return function
     policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
-    return jax.checkpoint(function, policy=policy, prevent_cse=False)
+    return jax.checkpoint(function, policy=policy, prevent_cse=not looped)
 
 
 # The pure half: parameters as nested dicts of arrays, the form in which they are trained, placed and saved.
@@ -307,7 +314,7 @@ def unstack(params: dict[str, Any]) -> dict[str, Any]:
     return rest | {"layers": tuple(layers)}
 
 
-def _count(stack: dict[str, Any]) -> int:
+def _count(stack: Any) -> int:
     return len(jax.tree.leaves(stack)[0])
 
 

@@ -1,8 +1,8 @@
 """Rule rewards as in DeepSeek-R1-Zero (arXiv 2501.12948): is the answer right, is the form kept.
 
 Each reward is a pure function of the completion's text, `<think>` and `</think>` included, the end-of-sentence token
-left out, and of what is right. It is 1 or 0, and its cost is linear in the length. Texts are
-compared, never parsed as numbers: a digit of another script, a sign or a leading zero is a wrong answer.
+left out, and of what is right. It is 1 or 0, and its cost is linear in the length. Texts are compared, never parsed as
+numbers: a digit of another script, a sign or a leading zero is a wrong answer.
 """
 
 from deepseek_jax.data.tokenizer import END_THINK, THINK

@@ -8,7 +8,7 @@
         rows = next(loader)
         chats = [task.messages(row) for row in rows]  # [{"role", "content"}, ...], a user's turn last
         ...                                           # sample completions, one for each row (`rollout` does)
-        grades = grader.grade(completions, rows)      # grades.total (n,), grades.metrics()
+        grades = grader.grade(completions, rows)      # grades.total_N, grades.metrics()
 
 A task of the package is a module with `make(config: TaskConfig) -> Task`, imported when it is asked for and not
 before. A user's is a function `(row) -> str | list of messages` in a file, `mine.py:ask`; it is graded as "rows" is.

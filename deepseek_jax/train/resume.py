@@ -14,9 +14,9 @@ _ABSENT = "(absent)"
 
 
 def saved_meta(run_dir: str | Path) -> dict[str, Any] | None:
-    """The metadata of a run's newest checkpoint; None where there is none."""
+    """The metadata of the checkpoint that a run goes on from; None where there is none. ValueError: an older format."""
     with CheckpointStore(Path(run_dir) / CHECKPOINTS, keep=1) as store:
-        return None if store.latest_step() is None else store.read_meta()
+        return None if store.latest_step() is None else store.read_meta(going_on=True)
 
 
 def check_resume(

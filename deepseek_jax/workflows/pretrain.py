@@ -35,9 +35,9 @@ from deepseek_jax.workflows.stage import (
 @dataclasses.dataclass(frozen=True)
 class PretrainData:
     """path: files of text (.jsonl, .parquet, .txt). heldout: a file of documents with a ``kind``, of which code and
-    prose are measured; empty for none. tokenizer: a tokenizer.json, or the folder of a
-    model that has one. fim_rate: documents rearranged as
-    prefix-suffix-middle (V3 section 4.1). skip_broken: leave broken lines out, counted, instead of stopping."""
+    prose are measured; empty for none. tokenizer: a tokenizer.json, or the folder of a model that has one. fim_rate:
+    documents rearranged as prefix-suffix-middle (V3 section 4.1). skip_broken: leave broken lines out, counted, instead
+    of stopping."""
 
     path: tuple[str, ...] = ()
     heldout: str = ""

@@ -17,6 +17,7 @@ from deepseek_jax.data.text import read_chats
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.evals.accuracy import accuracy
 from deepseek_jax.evals.text import row_loss
+from deepseek_jax.inference.engine import Engine
 from deepseek_jax.parallel.hosts import first_host_first, require_one_process
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.train.losses import LanguageModelLoss
@@ -112,7 +113,7 @@ def _measure(config: SFTConfig, heldout: list[Row], check: Exam | None):
     def measure(model: Model) -> Mapping[str, float]:
         found = {"eval/loss": _loss(model, heldout, config)} if heldout else {}
         if check is not None:
-            found["eval/accuracy_held_in"], _ = accuracy(check.answers(model, "sampled"))
+            found["eval/accuracy_held_in"], _ = accuracy(check.answers(Engine(model), "sampled"))
         return found
 
     return measure

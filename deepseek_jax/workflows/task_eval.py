@@ -11,6 +11,7 @@ from typing import Any
 from deepseek_jax.checkpoint.model import Model
 from deepseek_jax.data.text import read_rows
 from deepseek_jax.evals.accuracy import Answered, accuracy, accuracy_by, answer
+from deepseek_jax.inference.engine import Engine
 from deepseek_jax.rl.tasks import TaskConfig, column, make_task, where
 from deepseek_jax.typed import check_types
 
@@ -59,25 +60,26 @@ class Exam:
             except ValueError as error:
                 raise ValueError(f"{where(row)}: {error}") from error
 
-    def answers(self, model: Model, mode: str) -> list[Answered]:
-        """What the model says to each row, ``greedy`` or ``sampled`` at temperature 1."""
+    def answers(self, engine: Engine, mode: str) -> list[Answered]:
+        """What the engine's model says to each row, ``greedy`` or ``sampled`` at temperature 1."""
         config = self.config
         options = {"max_tokens": config.max_tokens, "batch_size": config.batch_size, "seed": self.seed}
-        return answer(model, self.task, self.rows, temperature=MODES[mode], **options)
+        return answer(engine, self.task, self.rows, temperature=MODES[mode], **options)
 
     def metrics(self, model: Model) -> dict[str, float]:
         """``eval/accuracy_greedy`` and ``eval/accuracy_sampled``, each with its standard error."""
-        found = {}
+        engine, found = Engine(model), {}
         for mode in MODES:
             name = f"eval/accuracy_{mode}"
-            found[name], found[f"{name}_stderr"] = accuracy(self.answers(model, mode))
+            found[name], found[f"{name}_stderr"] = accuracy(self.answers(engine, mode))
         return found
 
     def result(self, model: Model, run_dir: Path, *, stage: str) -> dict[str, Any]:
         """The accuracies at the end of a stage, and by ``config.by``; samples go to ``samples.jsonl``."""
         found: dict[str, Any] = {"problems": len(self.rows)}
+        engine = Engine(model)
         for mode in MODES:
-            answered = self.answers(model, mode)
+            answered = self.answers(engine, mode)
             found[f"accuracy_{mode}"], found[f"accuracy_{mode}_stderr"] = accuracy(answered)
             if self.config.by:
                 by_kind = found.setdefault("by_kind", {})

@@ -1,5 +1,6 @@
-"""Which implementation runs where, and why not a faster one: ``python -m deepseek_kernels [cuda/9.0] [bfloat16]``."""
+"""Which implementation runs where, and why not a faster one: ``python -m deepseek_kernels [cuda:9.0] [bfloat16]``."""
 
+import logging
 import sys
 
 from deepseek_kernels.registry import ANYWHERE, table
@@ -15,8 +16,9 @@ TARGETS = (
 
 
 def main(arguments: list[str]) -> None:
-    names = [argument for argument in arguments if argument.partition("/")[0] in ANYWHERE]
-    targets = [Target(*name.split("/", 1)) for name in names] or TARGETS  # pyright: ignore[reportArgumentType]
+    logging.disable()  # the reasons stand in the table
+    names = [argument for argument in arguments if argument.partition(":")[0] in ANYWHERE]
+    targets = [Target.parse(name) for name in names] or TARGETS
     dtypes = [argument for argument in arguments if argument not in names] or ["float32", "bfloat16"]
     for target in targets:
         for dtype in dtypes:

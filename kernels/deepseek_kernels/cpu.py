@@ -50,11 +50,6 @@ def available() -> bool:
     return True
 
 
-def usable(*operands: jax.Array) -> bool:
-    """Whether a CPU's program may call the C kernels with these: they know float32 alone."""
-    return all(operand.dtype == jnp.float32 for operand in operands) and available()
-
-
 def lanes() -> int:
     """Floats in a vector of what was compiled: 16 with AVX-512, 8 with AVX2, else 4."""
     return ctypes.c_int.in_dll(ctypes.CDLL(str(_built())), "deepseek_lanes").value

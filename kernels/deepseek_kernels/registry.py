@@ -111,16 +111,17 @@ def choose(operation: str, target: Target, dtype: Any, *, implementation: str = 
             refusals.append(f"not {row.name}: {why}")
             continue
         choice = Choice(row.name, row.rows(target, **facts), "; ".join(refusals) or row.slow)
-        _say(operation, target, dtype.name, choice.name, choice.reason)
+        if choice.reason:  # a warning, which is seen by default, where the platform has a faster one
+            level = logging.WARNING if refusals else logging.INFO
+            _say(level, operation, target, dtype.name, choice.name, choice.reason)
         return choice
     raise AssertionError(f"no implementation of {operation} for {target}")
 
 
 @functools.cache
-def _say(operation: str, target: Target, dtype: str, name: str, reason: str) -> None:
+def _say(level: int, operation: str, target: Target, dtype: str, name: str, reason: str) -> None:
     """Once per case: a slower path is never taken in silence."""
-    if reason:
-        logging.getLogger("deepseek_kernels").info("%s in %s on %s: %s, %s", operation, dtype, target, name, reason)
+    logging.getLogger("deepseek_kernels").log(level, "%s in %s on %s: %s, %s", operation, dtype, target, name, reason)
 
 
 # V2-Lite's training step: what the printed table is about.

@@ -23,7 +23,7 @@ MODEL = whole(SPEAKER, *weights(SPEAKER), tokenizer())
 def ask(rows=ROWS, *, batch_size=3, temperature=0.0, seed=0):
     task = make_task(TaskConfig(name="arithmetic"))
     options = {"max_tokens": 12, "temperature": temperature, "batch_size": batch_size, "seed": seed}
-    return answer(MODEL, task, rows, **options)
+    return answer(Engine(MODEL), task, rows, **options)
 
 
 def test_right_answers_are_counted_row_by_row(monkeypatch):

@@ -1,6 +1,7 @@
 """Bits per byte against a plain softmax over every row, and against a model that knows nothing."""
 
 import functools
+import json
 import math
 
 import jax
@@ -11,6 +12,7 @@ from model.tiny import weights, whole
 from small import SPEAKER, tokenizer
 
 from deepseek_jax.data.packing import pack_stream
+from deepseek_jax.data.tokenizer import EOS, Tokenizer
 from deepseek_jax.evals.text import bits_per_byte, row_loss
 from deepseek_jax.model import transformer
 
@@ -69,6 +71,13 @@ def test_bits_per_byte_of_a_model_that_knows_nothing():
     tokens = sum(len(tokenizer().encode(text)) + 2 for text in TEXTS)
     size = sum(len(text.encode()) for text in TEXTS)
     assert found == pytest.approx(math.log2(SPEAKER.vocab_size) * tokens / size, rel=1e-5)
+
+
+def test_a_tokenizer_without_a_beginning_of_sentence(tmp_path):
+    tokenizer().save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": EOS}))
+    model = whole(SPEAKER, PARAMS, BIAS, Tokenizer.from_folder(tmp_path))
+    assert 0 < bits_per_byte(model, TEXTS, seq_len=SIZE, batch_size=4) < 100
 
 
 def test_rows_without_targets_count_for_nothing():

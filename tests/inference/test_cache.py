@@ -55,16 +55,11 @@ def test_pieces_through_the_cache_are_the_whole_row(name, scanned):
             hidden, slot, guess = network.norm(x), None, x
             if mtp:
                 memory = cache.mtp_memory(first=first)
-                guess, _, slot = guess_next(network, hidden, piece, context, memory)
+                guess, _, slot = network.predict_next(hidden, piece[:, 1:], context, memory=memory)
             found.append((cache.positions(size), count_B, hidden, guess))
             cache = cache.grown(memories, count_B, slot)
             count_B = jnp.full(3, 2)
         return found
-
-    def guess_next(network, hidden, piece, context, memory):
-        """``predict_next`` with the tokens that follow known, the last one's too."""
-        bias = None if network.router_bias is None else network.router_bias[...][-1]
-        return network.mtp(hidden, network.embedded(piece[:, 1:]), context, bias, memory=memory)
 
     hidden, mtp_hidden = whole(*weights(tiny))
     for positions, count, found, guess in pieces(*weights(tiny)):

@@ -118,6 +118,8 @@ def test_on_eight_devices_each_holds_its_rows_and_the_answers_are_one_devices(en
     assert {shard.data.shape for shard in found.tokens_BN.addressable_shards} == {(2, 16)}
     np.testing.assert_array_equal(found.tokens_BN, expected.tokens_BN)
     assert len(spread.generate(["def"], GREEDY)) == 1  # fewer prompts than devices
+    module_alone = Engine(transformer.merge(SPEAKER, params, bias), tokenizer())
+    assert module_alone.mesh == mesh  # where its arrays lie
 
 
 def test_what_cannot_be_answered_is_refused(engine):

@@ -10,6 +10,7 @@ from model.tiny import QWEN, V1, Columns, config, layer, relative_error, weights
 
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import RopeScaling
+from deepseek_jax.model import transformer
 from deepseek_jax.model.gqa import GQA
 from deepseek_jax.model.rope import rotary_tables
 from deepseek_kernels import Visible
@@ -47,6 +48,15 @@ def test_equals_its_definition(name):
     expected = [oracle.gqa(params, tiny, row.astype(np.float64), list(range(SIZE))) for row in x]
     assert memory is None
     assert relative_error(y, expected) < 1e-5
+
+
+def test_decoding_takes_the_implementation_named_for_it():
+    config_ = config(QWEN)
+    network = transformer.merge(config_, *weights(config_), ComputeConfig(decode_attention="nothing"))
+    tokens = jnp.zeros((1, 4), jnp.int32)
+    network(tokens)
+    with pytest.raises(ValueError, match="implementation='nothing' of gqa_attention"):
+        network(tokens, absorbed=True)
 
 
 def test_memory_of_keys_and_values_gives_the_same():

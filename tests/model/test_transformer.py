@@ -241,6 +241,14 @@ def test_remat_modes_give_the_same_loss_and_gradients():
         assert max(jax.tree.leaves(errors)) < 1e-5, errors
 
 
+@pytest.mark.parametrize(("unroll", "looped"), [(1, 1), (2, 0)])
+def test_only_a_loops_body_may_be_found_again(unroll, looped):
+    """One dense layer, two of experts and the MTP module: XLA may look for equal terms in a real loop alone."""
+    model = merge(TINY, *weights(TINY), ComputeConfig(remat="full", scan_unroll=unroll))
+    program = str(jax.make_jaxpr(lambda tokens: model(tokens, mtp=True).mtp_hidden)(jnp.asarray(TOKENS)))
+    assert (program.count("prevent_cse=False"), program.count("prevent_cse=True")) == (looped, 3 - looped)
+
+
 def _trained(grads):
     """Without the head, which this loss does not reach."""
     assert not np.any(grads["head"]["w"])

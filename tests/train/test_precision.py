@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from model.tiny import relative_error, weights
+from model.tiny import QWEN, V2_LITE, V3, config, relative_error, weights
 from train.cases import BATCH, TINY, on_device
 
 from deepseek_jax.compute import ComputeConfig
+from deepseek_jax.model import transformer
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.train.losses import LanguageModelLoss
 from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer
@@ -71,6 +72,24 @@ def test_the_whole_state_is_float32_under_bfloat16_compute():
     for one in (before, state):
         assert dtypes((one.params, one.ema, one.router_bias)) == {"float32"}
         assert dtypes(one.opt_state) == {"float32", "int32"}  # moments, counts
+
+
+@pytest.mark.parametrize("base", [V3, V2_LITE, QWEN], ids=["v3", "v2-lite", "qwen"])
+def test_no_gradient_is_a_bfloat16_number(base):
+    """Of matrices, embeddings, gains and biases alike: sums of bfloat16 numbers that are not rounded to one."""
+    network = config(base)
+    params, bias = weights(network)
+    batch = on_device(BATCH)
+
+    @jax.jit
+    @jax.grad
+    def gradient(params):
+        model = transformer.merge(network, params, bias, BF16)
+        return LOSS(model, batch, LOSS.normalisers(batch), jnp.int32(0))[0]
+
+    for path, found in jax.tree_util.tree_flatten_with_path(gradient(params))[0]:
+        rounded = found.astype(jnp.bfloat16).astype(jnp.float32)
+        assert np.mean(found[found != 0] != rounded[found != 0]) > 0.5, jax.tree_util.keystr(path)
 
 
 def test_float8_weights_become_their_float32_numbers():

@@ -110,4 +110,4 @@ def test_another_reference_is_refused(stopped):
 def test_a_run_of_the_old_format_is_refused(stopped, monkeypatch):
     monkeypatch.setattr(reading, "FORMAT_VERSION", 3)
     with pytest.raises(ValueError, match="has format version 2; here 3 is needed: go on with the release"):
-        run(stopped, held())
+        run(changed(stopped, seed=3), held())  # said before what else differs

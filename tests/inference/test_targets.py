@@ -1,0 +1,57 @@
+"""V3's train step and decode step, lowered on a CPU host for the machines that they are meant for."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from deepseek_jax.compute import ComputeConfig
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.inference.generate import generate
+from deepseek_jax.inference.requests import make_requests
+from deepseek_jax.inference.sampling import SamplingParams
+from deepseek_jax.inference.weights import sampling_config
+from deepseek_jax.model import transformer
+from deepseek_jax.train.losses import LanguageModelLoss
+from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer
+from deepseek_jax.train.state import TrainState
+from deepseek_jax.train.step import StepConfig, make_step
+from deepseek_jax.workflows.recipe import load_recipe
+
+TARGETS = [("cuda:9.0:132", "cuda"), ("tpu:TPU v5p", "tpu")]
+
+
+def v3() -> ModelConfig:
+    """All its widths; a dense layer and a MoE layer, whose programs are those of all layers."""
+    return dataclasses.replace(
+        load_recipe("models/deepseek_v3", ModelConfig), num_hidden_layers=2, first_k_dense_replace=1
+    )
+
+
+def check(traced, platform: str) -> None:
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert not re.search(r"deepseek_(grouped|experts|attention)", text)  # what the C kernels are called
+    assert ("mosaic_gpu" in text) == (platform == "cuda") and ("ragged_dot" in text) == (platform == "tpu")
+    assert ("cudnn$fmha" in text) == (platform == "cuda")
+
+
+@pytest.mark.parametrize(("target", "platform"), TARGETS)
+def test_the_train_step(target, platform):
+    config, compute = v3(), ComputeConfig(dtype="bfloat16", target=target, remat="full")
+    optimizer = make_optimizer(OptimizerConfig(), config, 10)
+    create = lambda params, bias: TrainState(jnp.int32(0), params, optimizer.init(params), bias)  # noqa: E731
+    state = jax.eval_shape(create, *transformer.abstract_arrays(config))
+    batch = {name: jax.ShapeDtypeStruct((2, 4096), jnp.int32) for name in ("tokens", "segment_ids", "positions")}
+    batch["loss_mask"] = jax.ShapeDtypeStruct((2, 4096), jnp.float32)
+    step = make_step(config, LanguageModelLoss(), optimizer, StepConfig(), compute=compute)
+    check(jax.jit(step).trace(state, batch), platform)
+
+
+@pytest.mark.parametrize(("target", "platform"), TARGETS)
+def test_prefill_and_decode(target, platform):
+    config, compute = sampling_config(v3()), ComputeConfig(dtype="bfloat16", target=target)
+    params, bias = transformer.abstract_arrays(config, ComputeConfig(param_dtype="bfloat16"))
+    requests = make_requests([[1, 2, 3]] * 64, SamplingParams(max_tokens=64), pad_id=2)
+    check(generate.trace(config, compute, jax.eval_shape(transformer.unstack, params), bias, requests), platform)

@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 from model.tiny import QWEN, V1, V2, V2_LITE, V3
 
+from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig, RopeScaling
+from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.typed import from_dict
+from deepseek_kernels import Target
 
 REFUSED = [
     # field and value that are wrong; what the message must name
@@ -33,7 +36,6 @@ REFUSED = [
     (dict(hidden_size=0), ["hidden_size=0", "positive"]),
     (dict(vocab_size=-3), ["vocab_size=-3", "positive"]),
     (dict(num_hidden_layers=0), ["num_hidden_layers=0", "positive"]),
-    (dict(scan_unroll=0), ["scan_unroll=0", "positive"]),
     (dict(kv_lora_rank=0), ["kv_lora_rank=0", "positive"]),
     (dict(q_lora_rank=-1), ["q_lora_rank=-1"]),
     (dict(qk_rope_head_dim=7), ["7", "even"]),
@@ -52,8 +54,6 @@ REFUSED = [
     (dict(attention="mha"), ["attention='mha'", "'mla'", "'gqa'"]),
     (dict(scoring="tanh"), ["scoring='tanh'", "'softmax'", "'sigmoid'"]),
     (dict(topk_method="top2"), ["topk_method='top2'", "'greedy'", "'group_limited_greedy'", "'noaux_tc'"]),
-    (dict(dtype="float16"), ["dtype='float16'", "'float32'", "'bfloat16'"]),
-    (dict(remat="some"), ["remat='some'", "'none'", "'dots'", "'full'"]),
 ]
 
 
@@ -66,6 +66,29 @@ def test_refused_by_field_value_and_what_is_allowed(changes, named):
     for part in named:
         assert part in str(refusal.value), str(refusal.value)
     assert len(str(refusal.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        (dict(scan_unroll=0), ["scan_unroll=0", "positive"]),
+        (dict(dtype="float16"), ["dtype='float16'", "'float32'", "'bfloat16'"]),
+        (dict(remat="some"), ["remat='some'", "'none'", "'dots'", "'full'"]),
+        (dict(target="gpu"), ["target='gpu'", "cpu, cuda, rocm, tpu", "auto"]),
+        (dict(target="cuda:9.0:many"), ["target='cuda:9.0:many'"]),
+    ],
+)
+def test_a_wrong_way_to_compute_is_refused(changes, named):
+    with pytest.raises(ValueError, match=".*".join(map(re.escape, named))):
+        ComputeConfig(**changes)
+
+
+def test_the_target_is_the_meshs_first_device_unless_it_is_named():
+    assert ComputeConfig().on(None).kernels == Target("cpu") == ComputeConfig().kernels
+    named = ComputeConfig(target="cuda:9.0:132")
+    assert named.on(make_mesh()) is named and named.kernels == Target("cuda", "9.0", 132)
+    for text in ("cpu", "cuda:9.0", "cuda:9.0:132", "tpu:TPU v5p"):
+        assert str(Target.parse(text)) == text
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def test_each_device_of_a_mesh_gets_its_part(fp8):
         assert spread.moe_layers is not None
         wi = spread.moe_layers.mlp.wi.get_value()
         values = wi if dtype == "bfloat16" else wi.values
-        assert axes["moe_layers"]["mlp"]["wi"] == ("layers", "experts", "embed", None, "mlp")
+        assert axes["moe_layers"]["mlp"]["wi"] == ("layers", "experts", "expert_embed", None, "expert_mlp")
         assert values.addressable_shards[0].data.shape == (1, 4, 72, 2, 6)
         bias = transformer.split(spread)[1]
         assert bias is not None and bias.sharding.is_fully_replicated and len(bias.devices()) == 8

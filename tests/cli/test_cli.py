@@ -107,7 +107,7 @@ def test_a_recipe_of_another_command_is_refused(refused):
         (["sft"], "init_from is empty: give --init-from"),
         (["sft", "--init-from", "x"], "data.path is empty"),
         (["grpo"], "init_from is empty"),
-        (["grpo", "--init-from", "x"], "prompts is empty: give --prompts"),
+        (["grpo", "--init-from", "x"], "task.path is empty: give --task.path"),
     ],
 )
 def test_a_stage_says_what_it_lacks(arguments, missing, refused, tmp_path, monkeypatch):
@@ -209,7 +209,7 @@ def test_a_mesh_that_does_not_fit_is_refused(workplace, refused):
 
 def test_the_checkpoint_of_another_model_is_refused(workplace, refused):
     message = refused(*PRETRAIN, "--model.hidden-size", "32", "--loop.steps", "30")
-    assert "of another model: hidden_size is 16 there and 32 here" in message
+    assert "model.hidden_size is 16 there and 32 here" in message
     checkpoints = workplace / "run" / "pretrain" / "checkpoints"
     assert [path.name for path in checkpoints.iterdir() if path.name.isdecimal()] == ["24"]
 

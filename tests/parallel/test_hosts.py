@@ -4,10 +4,12 @@ import jax
 import pytest
 
 from deepseek_jax.parallel import hosts
+from deepseek_jax.rl.tasks import TaskConfig
 from deepseek_jax.train.metrics import MetricsWriter
 from deepseek_jax.workflows.grpo import GRPOConfig, grpo
-from deepseek_jax.workflows.sft import SFTConfig, sft
+from deepseek_jax.workflows.sft import SFTConfig, SFTData, sft
 from deepseek_jax.workflows.stage import write_json
+from deepseek_jax.workflows.task_eval import TaskEval
 
 
 @pytest.fixture
@@ -45,8 +47,14 @@ def test_another_process_writes_no_files(process, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("stage", "config"), [(sft, SFTConfig()), (grpo, GRPOConfig())])
-def test_stages_that_sample_need_one_process(process, stage, config):
+EXAM = TaskEval(TaskConfig(path=("rows.jsonl",)))
+SAMPLING = SFTConfig(init_from="x", data=SFTData(path=("chats.jsonl",)), evaluation=EXAM)
+
+
+@pytest.mark.parametrize(("stage", "config"), [(sft, SAMPLING), (grpo, GRPOConfig())])
+def test_stages_that_sample_need_one_process(process, stage, config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1+1", "answer": "2"}\n')
     process(0)
     with pytest.raises(ValueError, match="samples answers, which one process can do so far, not 2"):
         stage(config)

@@ -101,8 +101,11 @@ def train_stage(
         return new, {**metrics, "lr": jnp.asarray(rate(state.step * updates)), "tokens": tokens}
 
     jitted = jax.jit(measured, donate_argnums=0)
+    taken = 0
 
     def placed_step(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, dict[str, jax.Array]]:
+        nonlocal taken
+        taken += 1
         placed = place_batch(dict(batch), mesh, compute.rules)
         state, metrics = jitted(state, placed if prepare is None else prepare(state, placed))
         if reference is not None:
@@ -113,7 +116,6 @@ def train_stage(
         return dataclasses.replace(start, params=state.params, router_bias=state.router_bias)
 
     began = time.monotonic()
-    first = int(state.step)
     with jax.set_mesh(mesh):
         state = run_loop(
             run_dir=run_dir,
@@ -130,7 +132,7 @@ def train_stage(
     return trained(state), {
         "seconds": time.monotonic() - began,
         "steps": int(state.step),
-        "steps_here": int(state.step) - first,
+        "steps_here": taken,  # since it went on, where it did
         **count_parameters(model),
         "cache_numbers_per_token_layer": model.cache_numbers_per_token_layer,
     }

@@ -75,7 +75,8 @@ def stopped(tmp_path_factory) -> StageConfig:
 def test_compute_mesh_and_more_steps_may_change_and_the_schedule_keeps_its_length(stopped):
     longer = dataclasses.replace(CONFIG.loop, steps=6, log_every=2, keep=3)
     other = ComputeConfig(dtype="bfloat16", remat="full")
-    run(changed(stopped, loop=longer, compute=other, mesh=MeshConfig(data=2)), held())
+    _, facts = run(changed(stopped, loop=longer, compute=other, mesh=MeshConfig(data=2)), held())
+    assert (facts["steps"], facts["steps_here"]) == (6, 2)
     rates = {line["step"]: line["lr"] for line in read_metrics(stopped.run_dir)}
     cosine = lambda step: 1e-3 * (0.1 + 0.45 * (1 + np.cos(np.pi * min(step / 4, 1))))  # noqa: E731
     assert rates == pytest.approx({step: cosine(step - 1) for step in (1, 2, 3, 4, 6)}, rel=1e-4)

@@ -1,6 +1,6 @@
 """Does bfloat16 compute follow float32's loss? The demo's pretraining in both, for several seeds.
 
-    deepseek-jax corpus
+    deepseek-jax corpus demo/corpus
     .venv/bin/python scripts/compare_precision.py [--steps 300] [--seeds 3] [--batch-size 4] [--folder runs/precision]
 
 A seed draws parameters and the order of the rows, and is the same for both. Losses are averaged over 25 steps. Printed

@@ -72,7 +72,7 @@ class GRPOLoss:
         norm: dict[str, jax.Array],
         step: Int[Array, ""],
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Rows are prompt and answer; ``loss_mask`` marks the answer.
+        """Rows are prompt and answer, padding behind them; ``loss_mask`` marks the answer.
 
         Beside the tokens: ``advantages``, ``truncated``, and the sampler's ``temperature`` and ``max_tokens`` (B 1);
         log-probabilities (B S) of each token, in its own column: ``sampler_logprobs``, ``old_logprobs`` of the policy

@@ -214,7 +214,9 @@ def test_a_reward_that_always_raises_stops_the_run(mine: Path):
         assert made.grade(["1"], rows(1)).total_N.tolist() == [0.25]
 
 
-@pytest.mark.parametrize("said", ["line\u2028line\u2029\x85\r\n", "half \ud800", "\x00", "数" * 200_000, ""])
+@pytest.mark.parametrize(
+    "said", ["line\u2028line\u2029\x85\r\n", "half \ud800", "\x00", "数" * 200_000, ""], ids="abcde"
+)
 def test_any_text_arrives_and_no_jax_is_imported(mine: Path, said: str):
     import datetime
 

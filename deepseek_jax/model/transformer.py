@@ -1,5 +1,6 @@
 """The whole network: embedding, dense layers, MoE layers, norm, head, and the MTP module, each callable by itself."""
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -106,7 +107,7 @@ class Transformer(nnx.Module):
             chosen_BSK = None if chosen_LBSK is None else chosen_LBSK[self.config.num_moe_layers]
             # A row's last token has no next one and counts as padding.
             following_BS = jnp.roll(tokens_BS, -1, axis=1)
-            ahead = context.replace(segment_ids_BS=mtp_segments(context.segment_ids_BS))
+            ahead = dataclasses.replace(context, segment_ids_BS=mtp_segments(context.segment_ids_BS))
             mtp_hidden, mtp_stats, _ = self.predict_next(hidden, following_BS, ahead, chosen_BSK=chosen_BSK)
             stats = joined([stats, jax.tree.map(lambda leaf: leaf[None], mtp_stats)])
         return ModelOutput(self.logits(hidden) if head else None, hidden, mtp_hidden, stats, memories)

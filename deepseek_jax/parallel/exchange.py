@@ -23,10 +23,11 @@ def exchange(
 ) -> jax.Array:
     """``experts(x, weights, experts, wi, wo) -> y``, run on each device's own tokens.
 
-    Without a mesh, a plain call. On a mesh tokens stay and the experts' matrices come to them, gathered over every axis
+    Without a mesh, or on one of a single device, a plain call. On a mesh tokens stay and the experts' matrices come to them, gathered over every axis
     but those that split their width F, whose partial sums are added up.
     """
-    if current_mesh() is None:
+    mesh = current_mesh()
+    if mesh is None or mesh.size == 1:
         return experts(x_BSD, weights_BSK, experts_BSK, wi_ED2F, wo_EFD)
     tokens, width = rules.spec(("batch", "sequence", None)), rules.expert_mlp
     # Blocks of a scaled weight need not end where a device's part does: on a mesh its values are spelled out.

@@ -48,6 +48,11 @@ class StageConfig:
         check_types(self)
         if "://" in self.run_dir:
             raise ValueError(f"run_dir={self.run_dir!r}: runs are written to a local or mounted folder")
+        if self.compute.param_dtype != "float32":
+            raise ValueError(
+                f"compute.param_dtype={self.compute.param_dtype!r}: a stage trains float32 masters; another is for "
+                "inference alone"
+            )
 
 
 def train_stage(

@@ -101,6 +101,11 @@ def test_anything_else_is_refused_by_name(stopped, change, message):
         run(change(stopped), held())
 
 
+def test_masters_of_another_dtype_are_refused():
+    with pytest.raises(ValueError, match="compute.param_dtype='bfloat16': a stage trains float32 masters"):
+        StageConfig(compute=ComputeConfig(param_dtype="bfloat16"))
+
+
 def test_another_reference_is_refused(stopped):
     with pytest.raises(ValueError, match="settings: reference.fingerprint is '[0-9a-f]+' there and '[0-9a-f]+' here"):
         run(stopped, held(0.1))

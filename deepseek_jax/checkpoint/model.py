@@ -42,7 +42,8 @@ class Model:
         """A module as a model on the mesh that its arrays lie on, else on one device; no array is copied."""
         params, router_bias = transformer.split(network)
         places = (leaf.sharding for leaf in jax.tree.leaves(params))
-        mesh = next((place.mesh for place in places if isinstance(place, NamedSharding)), None) or _one_device()
+        meshes = (place.mesh for place in places if isinstance(place, NamedSharding))
+        mesh = next((mesh for mesh in meshes if isinstance(mesh, Mesh)), None) or _one_device()
         return cls(network.config, network.compute.on(mesh), params, router_bias, tokenizer, mesh)
 
     def network(self) -> transformer.Transformer:

@@ -23,8 +23,8 @@ def exchange(
 ) -> jax.Array:
     """``experts(x, weights, experts, wi, wo) -> y``, run on each device's own tokens.
 
-    Without a mesh, or on one of a single device, a plain call. On a mesh tokens stay and the experts' matrices come to them, gathered over every axis
-    but those that split their width F, whose partial sums are added up.
+    Without a mesh, or on one of a single device, a plain call. On others tokens stay and the experts' matrices come to
+    them, gathered over every axis but those that split their width F, whose partial sums are added up.
     """
     mesh = current_mesh()
     if mesh is None or mesh.size == 1:

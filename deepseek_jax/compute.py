@@ -8,7 +8,16 @@ from jax.sharding import Mesh
 
 from deepseek_jax.parallel.sharding import ShardingRules
 from deepseek_jax.typed import check_types
+from deepseek_kernels.registry import TABLE
 from deepseek_kernels.target import Target
+
+# Whose implementations the fields name.
+OPERATIONS = {
+    "attention": ("mla_attention", "gqa_attention"),
+    "decode_attention": ("mla_decode",),
+    "experts": ("routed_experts",),
+    "grouped_matmul": ("grouped_matmul",),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,13 +54,22 @@ class ComputeConfig:
             raise ValueError(f"scan_unroll={self.scan_unroll}: must be positive")
         if self.target != "auto":
             Target.parse(self.target)
+        for field, operations in OPERATIONS.items():
+            names = {row.name: None for operation in operations for row in TABLE[operation]}
+            if (value := getattr(self, field)) not in ("auto", *names):
+                raise ValueError(f"{field}={value!r}: expected one of auto, {', '.join(names)}")
 
     def on(self, mesh: Mesh | None) -> "ComputeConfig":
-        """The same with the target spelled out: the one given, else the first device of ``mesh`` or of this process."""
-        if self.target != "auto":
-            return self
-        target = Target.of(jax.devices()[0] if mesh is None else mesh.devices.flat[0])
-        return dataclasses.replace(self, target=str(target))
+        """The same with the target spelled out: the one given, else the first device of ``mesh`` or of this process.
+
+        ValueError where the one given is of another platform than that device.
+        """
+        device = Target.of(jax.devices()[0] if mesh is None else mesh.devices.flat[0])
+        if self.target == "auto":
+            return dataclasses.replace(self, target=str(device))
+        if self.kernels.platform != device.platform:
+            raise ValueError(f"target={self.target!r}: the devices here are {device}")
+        return self
 
     @property
     def kernels(self) -> Target:

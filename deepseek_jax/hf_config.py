@@ -162,7 +162,7 @@ def _not_computed(family: Family, found: Mapping[str, Any]) -> list[str]:
         if name == "layer_types":
             if value is not None and not (isinstance(value, list) and all(kind == "full_attention" for kind in value)):
                 refused.append(f"layer_types={value!r} (only 'full_attention')")
-        elif name not in known:
+        elif name not in known and not name.startswith("_"):  # transformers' notes to itself
             refused.append(f"{name}={value!r} (unknown)")
         elif name in family.only and value is not None and not _among(value, family.only[name]):
             refused.append(f"{name}={value!r} (only {' or '.join(map(repr, family.only[name]))})")

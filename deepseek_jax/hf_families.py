@@ -33,8 +33,9 @@ ROTARY = ("rope_theta", "rope_scaling", "rope_parameters")
 # Token ids and stored types are not the network's, auto_map is code that nobody runs here; the rest steers what
 # transformers returns. quantization_config is checked by itself.
 INERT = (
-    *("architectures", "model_type", "auto_map", "torch_dtype", "dtype", "transformers_version", "_name_or_path"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "quantization_config"),
+    *("architectures", "model_type", "auto_map", "torch_dtype", "dtype", "transformers_version"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id"),
+    *("use_cache", "quantization_config"),
     *("output_router_logits", "output_attentions", "output_hidden_states", "return_dict"),
 )
 MOE_INERT = ("aux_loss_alpha", "seq_aux", "ep_size")  # how it was trained and spread

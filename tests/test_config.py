@@ -84,9 +84,8 @@ def test_a_wrong_way_to_compute_is_refused(changes, named):
 
 
 def test_the_target_is_the_meshs_first_device_unless_it_is_named():
-    assert ComputeConfig().on(None).kernels == Target("cpu") == ComputeConfig().kernels
-    named = ComputeConfig(target="cuda:9.0:132")
-    assert named.on(make_mesh()) is named and named.kernels == Target("cuda", "9.0", 132)
+    assert ComputeConfig().on(make_mesh()).kernels == Target("cpu") == ComputeConfig().kernels
+    assert ComputeConfig(target="cuda:9.0:132").kernels == Target("cuda", "9.0", 132)
     for text in ("cpu", "cuda:9.0", "cuda:9.0:132", "tpu:TPU v5p"):
         assert str(Target.parse(text)) == text
 

@@ -331,6 +331,13 @@ def test_refused_in_other_families(name, changes, named):
     assert all(part in str(error.value) for part in named), error.value
 
 
+def test_what_transformers_leaves_beside_the_network_is_passed_over():
+    # As it saves a model that it read from GGUF.
+    left = {"_model_name_or_path": "Smollm2 135M", "_attn_implementation_autoset": True, "unk_token_id": 0}
+    content = v3()
+    assert ModelConfig.from_hf(content | left) == ModelConfig.from_hf(content)
+
+
 def test_ignored_fields_are_taken_as_absent():
     content = v3(index_topk=4, hidden_act="gelu", rope_scaling=YARN | {"truncate": False})
     model = ModelConfig.from_hf(content, ignore_config=["index_topk", "hidden_act", "rope_scaling.truncate"])

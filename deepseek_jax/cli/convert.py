@@ -49,6 +49,8 @@ class _Convert:
 def run_convert(arguments: Sequence[str]) -> None:
     options = tyro.cli(_Convert, args=list(arguments), prog="deepseek-jax convert")
     source = find_model(options.src)
+    if Path(options.dst).exists():  # better known before a large model is read
+        raise FileExistsError(f"{options.dst} exists already; choose another name or remove it")
     compute = ComputeConfig(param_dtype=_read_as(source, options.dtype))
     model = load(
         source, compute=compute, step=options.step or None, ema=options.ema, ignore_config=options.ignore_config

@@ -115,10 +115,18 @@ def run_chat(arguments: Sequence[str]) -> None:
     while question := _read(console):
         turns.append(_turn("user", question))
         prompt, start = _ask(engine, turns)
-        if len(prompt) + options.max_tokens > engine.config.max_position_embeddings:
+        room = engine.config.max_position_embeddings - options.max_tokens
+        if len(prompt) > room and len(turns) > 1:
             console.print("the talk is too long for this model; starting anew", style="yellow")
             turns = turns[-1:]
             prompt, start = _ask(engine, turns)
+        if len(prompt) > room:
+            console.print(
+                f"{len(prompt)} tokens: beside an answer of --max-tokens {options.max_tokens} this model takes {room}",
+                style="yellow",
+            )
+            turns = []
+            continue
         text = start + engine.generate([prompt], options.params())[0].text
         thinking, answer = split_thinking(text)
         if thinking:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -149,6 +149,29 @@ def open_rows(path_dir: str | os.PathLike[str]) -> RowSource:
     if size != meta["bytes"]:
         raise ValueError(f"{folder / _ROWS}: has {size} bytes where {meta['bytes']} were written; copy it anew")
     return RowSource(folder / _ROWS, meta)
+
+
+def check_rows(path_dir: str | os.PathLike[str], made_of: Mapping[str, Any]) -> None:
+    """ValueError naming what of ``made_of`` is not what the rows' meta.json says; what that lacks is taken to fit."""
+    meta = open_rows(path_dir).meta
+    differ = []
+    for name, here in made_of.items():
+        there = meta.get(name, here)
+        if isinstance(here, Mapping) and isinstance(there, Mapping):
+            fields = {f"{name}.{field}": (there.get(field, now), now) for field, now in here.items()}
+        else:
+            fields = {name: (there, here)}
+        differ += [f"{field} is {was!r} there and {now!r} here" for field, (was, now) in fields.items() if was != now]
+    if differ:
+        raise ValueError(
+            f"{path_dir} was packed from other data or settings: {'; '.join(differ)}; choose another run_dir, "
+            f"or remove {path_dir} where there is no checkpoint yet"
+        )
+
+
+def file_sizes(paths: Iterable[PathLike]) -> dict[str, int]:
+    """Bytes of each of the files that are there: rows are not made of a file that has been edited since."""
+    return {str(path): Path(path).stat().st_size for path in paths if Path(path).is_file()}
 
 
 class RowLoader(BatchLoader[Row]):

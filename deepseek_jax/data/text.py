@@ -56,7 +56,7 @@ def read_chats(
     """Conversations of .jsonl, .jsonl.gz or .parquet: {"messages": [{"role", "content"}, ...]} a line or row.
 
     then: what is made of each. Broken lines, and those that it raises ValueError for, are treated as in
-    `read_documents`.
+    `read_documents`; those that it raises RefusedError for are an error in any case.
     """
 
     def chat(value: Any) -> T:
@@ -69,6 +69,10 @@ def read_chats(
 
     for path in map(Path, _as_list(paths)):
         yield from _good(path, _records(path, "messages"), chat, skip_broken, skipped)
+
+
+class RefusedError(ValueError):
+    """A record that ``skip_broken`` must not leave out: nothing in it is broken."""
 
 
 class Record(dict[str, Any]):
@@ -114,7 +118,7 @@ def _good(
         try:
             value = check(parse())
         except ValueError as error:  # of which JSONDecodeError and UnicodeDecodeError are kinds
-            if not skip_broken:
+            if not skip_broken or isinstance(error, RefusedError):
                 raise ValueError(f"{path}:{line}: {error}") from error
             broken += 1
             if skipped is not None:

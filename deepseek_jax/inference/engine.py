@@ -121,17 +121,17 @@ class Engine:
                     f"a prompt of {len(prompt)} tokens and max_tokens={params.max_tokens} pass "
                     f"max_position_embeddings={self.config.max_position_embeddings}"
                 )
-        requests = make_requests(
-            prompts,
-            sampling,
-            key,
-            stop_ids=self.tokenizer.stop_ids,
-            pad_id=self.tokenizer.pad_id,
-            ways=math.prod(self.mesh.shape[axis] for axis in self.compute.rules.batch),
-        )
         with self._lock:
             weights = self._make()
-        with jax.set_mesh(self.mesh):
+        with jax.set_mesh(self.mesh):  # the caller's may be another
+            requests = make_requests(
+                prompts,
+                sampling,
+                key,
+                stop_ids=self.tokenizer.stop_ids,
+                pad_id=self.tokenizer.pad_id,
+                ways=math.prod(self.mesh.shape[axis] for axis in self.compute.rules.batch),
+            )
             return generate(sampling_config(self.config), self.compute, *weights, requests, experts=experts)
 
     def _completion(self, out: Generated, row: int) -> Completion:

@@ -94,7 +94,12 @@ class Transformer(nnx.Module):
           memories, chosen_LBSK, absorbed: see ``run_layers``.
           mtp: run the MTP module too (training); not with memories.
           head: compute logits.
+
+        ValueError for tokens that are no array (B, S).
         """
+        if getattr(tokens_BS, "ndim", None) != 2:
+            shape = getattr(tokens_BS, "shape", type(tokens_BS).__name__)
+            raise ValueError(f"tokens {shape}: expected an array (B, S), rows of token ids")
         context = self.context(tokens_BS, positions_BS=positions_BS, segment_ids_BS=segment_ids_BS, visible=visible)
         main = None if chosen_LBSK is None else chosen_LBSK[: self.config.num_moe_layers]
         x, stats, memories = self.run_layers(

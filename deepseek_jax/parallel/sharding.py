@@ -60,6 +60,7 @@ def named_sharding(
     spec = rules.spec(axes)
     for axis, size in zip(axes, shape, strict=True):
         split = () if axis is None else getattr(rules, axis)
+        _check_split(mesh, axis, split)
         ways = math.prod(mesh.shape[name] for name in split)
         if size % ways:
             raise ValueError(
@@ -97,7 +98,20 @@ def place_batch(
 
 def constrain(x: jax.Array, rules: ShardingRules, *axes: str | None) -> jax.Array:
     """Tell the compiler how an activation is split on the current mesh; without a mesh, nothing."""
-    return x if current_mesh() is None else jax.lax.with_sharding_constraint(x, rules.spec(axes))
+    if (mesh := current_mesh()) is None:
+        return x
+    for axis in axes:
+        _check_split(mesh, axis, () if axis is None else getattr(rules, axis))
+    return jax.lax.with_sharding_constraint(x, rules.spec(axes))
+
+
+def _check_split(mesh: Mesh | AbstractMesh, axis: str | None, split: Sequence[str]) -> None:
+    for name in split:
+        if name not in mesh.shape:
+            raise ValueError(
+                f"{axis} is split over the mesh axis {name!r}, which the mesh lacks: it has {', '.join(mesh.shape)} "
+                "(parallel.mesh.make_mesh makes one with all that the default rules name)"
+            )
 
 
 def per_batch_shard(

@@ -87,7 +87,8 @@ class Grader:
     the task's, `format` asks for thinking and a one-line answer. A function of a file runs in one of `workers`
     processes, and a call that takes more than `time_limit` seconds, or ends its process, has no score: that is
     counted, and the process is replaced. So is a call that raises, and the first of each reward is logged with its
-    row; when every call of a reward in a batch raises, the reward is taken to be wrong and `grade` raises ValueError.
+    row; when every call of a reward in a batch raises or ends its process, the reward is taken to be wrong and `grade`
+    raises ValueError.
     """
 
     def __init__(
@@ -171,11 +172,11 @@ class Grader:
         return scores
 
     def _report(self, name: str, outcomes: Sequence[Outcome], rows: Sequence[Row]) -> None:
-        raised = [
-            (outcome.text, row) for outcome, row in zip(outcomes, rows, strict=True) if outcome.failure == "error"
-        ]
-        if len(raised) == len(rows):
-            raise ValueError(f"reward {name} raises for every completion; for {where(raised[0][1])}: {raised[0][0]}")
+        if all(outcome.failure in ("error", "crash") for outcome in outcomes):
+            first = outcomes[0]
+            raise ValueError(
+                f"reward {name} fails for every completion; for {where(rows[0])}: {first.failure}: {first.text}"
+            )
         for outcome, row in zip(outcomes, rows, strict=True):
             if outcome.failure and (name, outcome.failure) not in self._logged:
                 self._logged.add((name, outcome.failure))

@@ -64,7 +64,7 @@ def describe(error: BaseException, file: str) -> str:
     path = str(Path(file).resolve())
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
     if isinstance(error, SyntaxError) and error.filename == path:
-        lines = [error.lineno]
+        return f"{type(error).__name__}: {error.msg} ({Path(file).name}:{error.lineno})"
     text = f"{type(error).__name__}: {error}"[:500]
     return f"{text} ({Path(file).name}:{lines[-1]})" if lines else text
 

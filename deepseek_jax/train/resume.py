@@ -28,6 +28,10 @@ def check_resume(
     keeps the length that it began with. A smaller one would cut it short, and is refused.
     """
     there, here = dict(_flat(saved)), dict(_flat(json.loads(json.dumps(wanted))))
+    if there.get("stage") != here.get("stage"):
+        raise ValueError(
+            f"{run_dir} holds a run of the stage {there.get('stage')}, not {here.get('stage')}: choose another run_dir"
+        )
     allowed = [*_OWN, *(f"recipe.{path}" for path in may_change)]
     differ = [
         f"{name.removeprefix('recipe.')} is {there.get(name, _ABSENT)!r} there and {here.get(name, _ABSENT)!r} here"

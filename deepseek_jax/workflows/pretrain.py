@@ -13,7 +13,7 @@ from deepseek_jax.checkpoint.model import Model
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.data.fim import FimTokens, apply_fim
 from deepseek_jax.data.packing import pack_stream
-from deepseek_jax.data.rows import RowLoader, open_rows, write_rows
+from deepseek_jax.data.rows import RowLoader, check_rows, file_sizes, write_rows
 from deepseek_jax.data.text import read_documents, read_objects
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.evals.text import bits_per_byte
@@ -114,19 +114,16 @@ def prepare_rows(data: PretrainData, tokenizer: Tokenizer, folder: Path, *, seed
         "vocab_size": tokenizer.vocab_size,
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "data": dataclasses.asdict(data) | {"path": list(data.path), "heldout": None},  # is no part of the rows
+        "sources": file_sizes(data.path),
         "seed": seed,
     }
     if folder.exists():
-        meta = open_rows(folder).meta
-        differ = [name for name, value in made_of.items() if meta.get(name) != value]
-        if differ:
-            raise ValueError(
-                f"{folder} was packed with another {', '.join(differ)}: {[meta.get(name) for name in differ]} instead "
-                f"of {[made_of[name] for name in differ]}; choose another run_dir, or remove {folder}"
-            )
+        check_rows(folder, made_of)
         return folder
     skipped: Counter[str] = Counter()
     documents = list(read_documents(data.path, skip_broken=data.skip_broken, skipped=skipped))
+    if not any(documents):
+        raise ValueError(f"data.path={list(data.path)}: there is no text in it")
     rng = np.random.default_rng([seed, 1])
     fim = FimTokens.of(tokenizer)
 

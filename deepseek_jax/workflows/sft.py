@@ -1,7 +1,6 @@
 """Supervised fine-tuning on chats: loss on the answers only, attention kept within each sample."""
 
 import dataclasses
-import functools
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,8 +11,8 @@ import jax
 from deepseek_jax.checkpoint.model import Model, load
 from deepseek_jax.data.chat import encode_chat
 from deepseek_jax.data.packing import Row, pack_samples
-from deepseek_jax.data.rows import RowLoader, open_rows, write_rows
-from deepseek_jax.data.text import read_chats
+from deepseek_jax.data.rows import RowLoader, check_rows, file_sizes, write_rows
+from deepseek_jax.data.text import RefusedError, read_chats
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.evals.accuracy import accuracy
 from deepseek_jax.evals.text import row_loss
@@ -127,7 +126,14 @@ def _loss(model: Model, rows: list[Row], config: SFTConfig) -> float:
 
 
 def _packed(data: SFTData, path: tuple[str, ...], tokenizer: Tokenizer, skipped: Counter[str]) -> list[Row]:
-    encode = functools.partial(encode_chat, tokenizer)
+    def encode(messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
+        ids, mask = encode_chat(tokenizer, messages)
+        if len(ids) > data.seq_len and not data.drop_long:
+            raise RefusedError(
+                f"{len(ids)} tokens, where data.seq_len={data.seq_len}; --data.drop-long leaves such out"
+            )
+        return ids, mask
+
     samples = list(read_chats(path, then=encode, skip_broken=data.skip_broken, skipped=skipped))
     return pack_samples(samples, data.seq_len, pad_id=tokenizer.pad_id, drop_long=data.drop_long, skipped=skipped)
 
@@ -139,15 +145,15 @@ def prepare_chats(data: SFTData, tokenizer: Tokenizer, folder: Path) -> Path:
         "vocab_size": tokenizer.vocab_size,
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "data": how | {"path": list(data.path)},
+        "sources": file_sizes(data.path),
     }
     if folder.exists():
-        meta = open_rows(folder).meta
-        differ = [name for name, value in made_of.items() if meta.get(name) != value]
-        if differ:
-            raise ValueError(f"{folder} was packed with another {', '.join(differ)}; choose another run_dir")
+        check_rows(folder, made_of)
         return folder
     skipped: Counter[str] = Counter()
     rows = _packed(data, data.path, tokenizer, skipped)
+    if not rows:
+        raise ValueError(f"data.path={list(data.path)}: there is no chat in it, or none is left ({dict(skipped)})")
     folder.parent.mkdir(parents=True, exist_ok=True)
     write_rows(folder, rows, meta=made_of | {"skipped": dict(skipped)})
     return folder

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from deepseek_jax.data.packing import Row, pack_samples
-from deepseek_jax.data.rows import open_rows, write_rows
+from deepseek_jax.data.rows import check_rows, file_sizes, open_rows, write_rows
 
 META = {"vocab_size": 50, "tokenizer_fingerprint": "t", "note": "kept"}
 MakeRows = Callable[[int], list[Row]]
@@ -135,6 +135,22 @@ def test_wrong_folders_and_meta(tmp_path: Path, make_rows: MakeRows, dataset: Pa
         write_rows(tmp_path / "new", make_rows(1), meta={"vocab_size": 50})
     with pytest.raises(ValueError, match="there are no rows to write"):
         write_rows(tmp_path / "new", [], meta=META)
+
+
+def test_rows_of_other_data_are_named_field_by_field(tmp_path: Path, make_rows: MakeRows) -> None:
+    text, folder = tmp_path / "a.txt", tmp_path / "rows"
+    text.write_text("abc")
+    made_of = META | {"seed": 1, "data": {"path": ["a.txt"], "fim": 0.1}, "sources": file_sizes([text, "gone.txt"])}
+    write_rows(folder, make_rows(1), meta=made_of)
+    check_rows(folder, made_of)
+    check_rows(folder, made_of | {"new": "what the rows do not tell of"})
+    text.write_text("abcd")
+    other = made_of | {"data": {"path": ["a.txt"], "fim": 0.2}, "sources": file_sizes([text])}
+    said = rf"other data or settings: data\.fim is 0\.1 there and 0\.2 here; sources\.{text} is 3 there and 4 here;"
+    with pytest.raises(ValueError, match=said):
+        check_rows(folder, other)
+    text.unlink()
+    check_rows(folder, made_of | {"sources": file_sizes([text])})  # packed rows outlive their source
 
 
 def test_a_dataset_cut_while_copied_is_named(dataset: Path) -> None:

@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from deepseek_jax.data.text import read_chats, read_documents, read_objects, read_rows
+from deepseek_jax.data.text import RefusedError, read_chats, read_documents, read_objects, read_rows
 
 TEXTS = ["one\ntwo", "ünï 数", "", "four"]
 
@@ -108,6 +108,12 @@ def test_chats(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert list(read_chats(write(tmp_path / "c.parquet", [CHAT, CHAT], field="messages"))) == [CHAT, CHAT]
     with pytest.raises(ValueError, match="unknown kind of file"):
         list(read_chats(tmp_path / "c.txt"))
+
+    def refuse(messages: list[dict[str, str]]) -> None:
+        raise RefusedError("too long")
+
+    with pytest.raises(ValueError, match=r"c\.parquet:1: too long"):
+        list(read_chats(tmp_path / "c.parquet", then=refuse, skip_broken=True))
 
 
 ROWS = [

@@ -109,6 +109,12 @@ def test_any_thread_may_ask(engine):
     assert found == [expected] * 4
 
 
+def test_the_callers_mesh_may_be_another(engine):
+    expected = engine.generate(["7", "12+"], GREEDY)
+    with jax.set_mesh(make_mesh()):
+        assert engine.generate(["7", "12+"], GREEDY) == expected
+
+
 def test_on_eight_devices_each_holds_its_rows_and_the_answers_are_one_devices(engine):
     mesh = make_mesh()
     params, bias = jax.device_put(weights(SPEAKER), jax.NamedSharding(mesh, jax.P()))

@@ -63,6 +63,15 @@ def test_every_parameter_is_placed_and_keeps_its_value(tiny):
         assert wi.sharding.shard_shape(wi.shape) == (2, 4, 8, 2, 6)
 
 
+def test_a_mesh_without_the_rules_axes_is_refused_by_name():
+    mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    message = "batch is split over the mesh axis 'data', which the mesh lacks: it has model"
+    with pytest.raises(ValueError, match=message):
+        named_sharding(mesh, ("batch",), (4,))
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=message):
+        constrain(jnp.ones((4, 2)), ShardingRules(), "batch", None)
+
+
 def test_batches_are_split_by_row_and_sequence():
     mesh = make_mesh(MeshConfig(data=2, expert=2, context=2))
     batch = {

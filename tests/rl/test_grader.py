@@ -208,10 +208,12 @@ def test_hanging_dying_printing_and_raising_calls(
 def test_a_reward_that_always_raises_stops_the_run(mine: Path):
     with grader(f"{mine}:digits") as made:
         given = [Record({"size": 4}, f"t.jsonl:{i + 1}") for i in range(3)]
-        message = r"mine\.digits raises for every completion; for t\.jsonl:1: KeyError: 'length' \(mine\.py:5\)"
+        message = r"mine\.digits fails for every completion; for t\.jsonl:1: error: KeyError: 'length' \(mine\.py:5\)"
         with pytest.raises(ValueError, match=message):
             made.grade(["a", "b", "c"], given)
         assert made.grade(["1"], rows(1)).total_N.tolist() == [0.25]
+    with grader(f"{mine}:naughty") as made, pytest.raises(ValueError, match="t.jsonl:1: crash: its process ended"):
+        made.grade(["die", "raise"], rows(2))
 
 
 @pytest.mark.parametrize(

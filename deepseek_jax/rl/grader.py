@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -105,7 +106,7 @@ class Grader:
         self._logged: set[tuple[str, str]] = set()
         self._pool: WorkerPool | None = None
         if self._functions:
-            sources = [(str(Path(file).resolve()), function) for file, function in self._functions.values()]
+            sources = [(str(Path(file).resolve()), function, 2) for file, function in self._functions.values()]
             count = workers or min(4, os.cpu_count() or 1)
             self._pool = WorkerPool(sources, count=count, time_limit=time_limit)
 
@@ -162,13 +163,13 @@ class Grader:
             return {}
         answers = list(zip(completions, rows, strict=True))
         requests = [(index, *answer) for index in range(len(self._functions)) for answer in answers]
-        outcomes = self._pool.call(requests)
+        outcomes = [_scored(outcome) for outcome in self._pool.call(requests)]
         scores = {}
         for index, name in enumerate(self._functions):
             own = outcomes[index * len(rows) : (index + 1) * len(rows)]
             failures[name].update(outcome.failure for outcome in own if outcome.failure)
             self._report(name, own, rows)
-            scores[name] = [outcome.score for outcome in own]
+            scores[name] = [outcome.value for outcome in own]
         return scores
 
     def _report(self, name: str, outcomes: Sequence[Outcome], rows: Sequence[Row]) -> None:
@@ -182,6 +183,16 @@ class Grader:
                 self._logged.add((name, outcome.failure))
                 what = (name, outcome.failure, where(row), outcome.text)
                 logger.warning("reward %s: %s for %s (%s); from now on only counted", *what)
+
+
+def _scored(outcome: Outcome) -> Outcome:
+    """The outcome, its value a float or None; a value that is no score is an error."""
+    value = outcome.value
+    if value is None:
+        return outcome
+    if not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
+        return Outcome(None, "error", f"returned {value!r:.200}; a score is a finite number or None")
+    return Outcome(float(value))
 
 
 def _own(name: str, task: Task | None) -> Reward:

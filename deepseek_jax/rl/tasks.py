@@ -11,12 +11,14 @@
         grades = grader.grade(completions, rows)      # grades.total_N, grades.metrics()
 
 A task of the package is a module with `make(config: TaskConfig) -> Task`, imported when it is asked for and not
-before. A user's is a function `(row) -> str | list of messages` in a file, `mine.py:ask`; it is graded as "rows" is.
+before. A user's is a function `(row) -> str | list of messages` in a file, `mine.py:ask`, called in a process that is
+killed when it hangs; it is graded as "rows" is.
 """
 
 import dataclasses
 import importlib
 import re
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from typing import Any
 from deepseek_jax.data.chat import check_messages
 from deepseek_jax.data.text import check_text
 from deepseek_jax.rl.answers import is_right
-from deepseek_jax.rl.reward_worker import describe, load_function
+from deepseek_jax.rl.workers import WorkerPool
 from deepseek_jax.typed import check_types
 
 Row = Mapping[str, Any]
@@ -33,6 +35,7 @@ Reward = Callable[[str, Row], float | None]
 
 # By name, the modules of the package's tasks.
 TASKS = {name: f"deepseek_jax.rl.{name}" for name in ("arithmetic", "countdown", "gsm8k")}
+_ASK_SECONDS = 10.0  # what a call of a user's function may take
 _FILE = re.compile(r"(.+\.py):([^:/]+)")
 # "{{" and "}}" are braces, "{}" is itself (as in \boxed{}), and anything else in braces is a column.
 _FIELD = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
@@ -186,14 +189,17 @@ def _answers(name: str, extract: Callable[[str], str]) -> tuple[Reward, Callable
 def _make_file_task(config: TaskConfig, file: str, function: str) -> Task:
     if config.prompt or config.template:
         raise ValueError(f"task.name={config.name!r} makes the question: task.prompt and task.template are not used")
-    call = load_function(file, function, arguments=1)
+    pool = WorkerPool([(str(Path(file).resolve()), function, 1)], count=1, time_limit=_ASK_SECONDS)
 
     def ask(row: Row) -> Any:
-        try:
-            return call(row)
-        except Exception as error:  # a user's function: whatever it raises is told with its line
-            raise ValueError(f"{function}: {describe(error, file)}") from error
+        (outcome,) = pool.call([(0, row)])
+        if outcome.failure == "timeout":
+            raise ValueError(f"{Path(file).name}:{function} took more than {_ASK_SECONDS:g} s")
+        if outcome.failure:
+            raise ValueError(f"{function}: {outcome.text}")
+        return outcome.value
 
+    weakref.finalize(ask, pool.close)  # the process ends with the task, or with the program
     return Task(ask, *_answers(config.answer or "answer", lambda text: text), system=config.system)
 
 

@@ -15,36 +15,36 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 # A program of its own and no module: the package's own imports bring jax.
-_PROGRAM = Path(__file__).with_name("reward_worker.py")
+_PROGRAM = Path(__file__).with_name("user_worker.py")
 _START_LIMIT = 120.0  # for the imports of the user's file
 
 
 class Outcome(NamedTuple):
-    """What became of a call: its score, or why it has none (`text` is the error's)."""
+    """What became of a call: the value it returned, or why there is none (`text` is the error's)."""
 
-    score: float | None
+    value: Any
     failure: Literal["", "timeout", "crash", "error"] = ""
     text: str = ""
 
 
 class WorkerPool:
-    """`count` processes that have loaded `functions` ((file, name), ...), each with one call at a time.
+    """`count` processes that have loaded `functions` (file, name, number of arguments), each with one call at a time.
 
     A process that has not answered within `time_limit` seconds is killed with its children, and so is one that
     breaks; the next call starts another. ValueError, at once, where a file cannot be loaded.
     """
 
-    def __init__(self, functions: Sequence[tuple[str, str]], *, count: int, time_limit: float):
+    def __init__(self, functions: Sequence[tuple[str, str, int]], *, count: int, time_limit: float):
         self._time_limit = time_limit
         self._workers = [_Worker(functions) for _ in range(count)]
         self._idle: queue.LifoQueue[_Worker] = queue.LifoQueue()
         self._workers[0].start()
         for worker in self._workers:
             self._idle.put(worker)
-        self._threads = ThreadPoolExecutor(count, thread_name_prefix="reward")
+        self._threads = ThreadPoolExecutor(count, thread_name_prefix="user")
 
-    def call(self, requests: Sequence[tuple[int, str, Any]]) -> list[Outcome]:
-        """The outcomes of (function's index, completion, row), in their order."""
+    def call(self, requests: Sequence[tuple[Any, ...]]) -> list[Outcome]:
+        """The outcomes of (function's index, *arguments), in their order."""
         # What JSON has no form for (a date, bytes) is sent as text.
         lines = [json.dumps(request, default=str).encode() + b"\n" for request in requests]
         return list(self._threads.map(self._call, lines))
@@ -66,7 +66,7 @@ class WorkerPool:
 
 
 class _Worker:
-    def __init__(self, functions: Sequence[tuple[str, str]]):
+    def __init__(self, functions: Sequence[tuple[str, str, int]]):
         self._functions = functions
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -84,7 +84,7 @@ class _Worker:
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None
             os.set_blocking(pipe.fileno(), False)
-        files = ", ".join(dict.fromkeys(file for file, _ in self._functions))
+        files = ", ".join(dict.fromkeys(file for file, *_ in self._functions))
         first: dict[str, Any] = {}
         try:
             first = self._exchange(b"", _START_LIMIT)
@@ -110,7 +110,7 @@ class _Worker:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(1)  # for its own exit code
             return Outcome(None, "crash", f"its process ended with code {self.close()}")
-        return Outcome(None, "error", reply["error"]) if "error" in reply else Outcome(reply["score"])
+        return Outcome(None, "error", reply["error"]) if "error" in reply else Outcome(reply["value"])
 
     def _exchange(self, message: bytes, limit: float) -> dict[str, Any]:
         """Sends the message and reads a line. TimeoutError after `limit` seconds, whichever of the two it was."""

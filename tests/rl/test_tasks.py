@@ -1,5 +1,6 @@
 """Tasks: what each makes of a row, what it takes for right, and what it says of a row that it cannot use."""
 
+import gc
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek_jax.data.text import Record
+from deepseek_jax.rl import tasks
 from deepseek_jax.rl.answers import is_right
 from deepseek_jax.rl.arithmetic import make_problem
 from deepseek_jax.rl.countdown import reaches
@@ -105,6 +107,40 @@ def test_a_users_file_asks(tmp_path: Path):
         make_task(TaskConfig(name=f"{path}:none"))
     with pytest.raises(ValueError, match="makes the question"):
         make_task(TaskConfig(name=f"{path}:text", prompt="x"))
+
+
+def test_a_users_function_that_hangs_or_dies_is_told_with_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "import os, time\n"
+        "def ask(row):\n"
+        "    if row['do'] == 'hang': time.sleep(100)\n"
+        "    if row['do'] == 'die': os._exit(7)\n"
+        "    if row['do'] == 'exit': raise SystemExit(2)\n"
+        "    if row['do'] == 'bytes': return b'x'\n"
+        "    if row['do'] == 'none': return None\n"
+        "    return str(os.getpid())\n"
+    )
+    monkeypatch.setattr(tasks, "_ASK_SECONDS", 0.5)
+    task = make_task(TaskConfig(name=f"{path}:ask"))
+    told = {
+        "hang": r"mine\.py:ask took more than 0\.5 s",
+        "die": "ask: its process ended with code 7",
+        "exit": r"ask: SystemExit: 2 \(mine\.py:5\)",
+        "bytes": "ask: TypeError: returned b'x', of type bytes, which JSON has no form for",
+        "none": "messages",
+    }
+    pids = set()
+    for line, (do, message) in enumerate(told.items(), 1):
+        with pytest.raises(ValueError, match=rf"^t\.jsonl:{line}: .*{message}"):
+            task.check([Record({"do": do}, f"t.jsonl:{line}")])
+        pids.add(int(task.messages({"do": "go on"})[0]["content"]))
+    assert len(pids) == 2 and os.getpid() not in pids  # the one after the hang, and the one after the death
+    del task
+    gc.collect()
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
-"""The program that calls a user's rewards, in a process that may be killed. It imports the standard library alone.
+"""The program that calls a user's functions, in a process that may be killed. It imports the standard library alone.
 
-    python -P reward_worker.py '[["/path/mine.py", "score"], ...]'
+    python -P user_worker.py '[["/path/mine.py", "score", 2], ...]'    (file, function, number of arguments)
 
-It answers first {"ready": true} or {"error": text}, then each line [index, completion, row] of its standard input
-with {"score": number or null} or {"error": text}. All is JSON in ASCII, so no text can break a line. What the user's
+It answers first {"ready": true} or {"error": text}, then each line [index, *arguments] of its standard input
+with {"value": what it returned} or {"error": text}. All is JSON in ASCII, so no text can break a line. What the user's
 code prints goes to standard error, and it finds its standard input empty.
 """
 
@@ -11,7 +11,6 @@ import functools
 import importlib.util
 import inspect
 import json
-import math
 import os
 import queue
 import signal
@@ -69,12 +68,10 @@ def describe(error: BaseException, file: str) -> str:
     return f"{text} ({Path(file).name}:{lines[-1]})" if lines else text
 
 
-def _score(call: Callable[..., Any], completion: str, row: dict[str, Any]) -> float | None:
-    value = call(completion, row)
-    if value is None:
-        return None
-    if isinstance(value, str | bytes) or not math.isfinite(value):
-        raise ValueError(f"returned {value!r}; a score is a finite number or None")
+def _number(value: Any) -> float:
+    """What JSON has no form for may be a number all the same, such as numpy's."""
+    if not hasattr(value, "__float__"):
+        raise TypeError(f"returned {value!r}, of type {type(value).__name__}, which JSON has no form for")
     return float(value)
 
 
@@ -96,20 +93,20 @@ def main() -> None:
     threading.Thread(target=_read, args=(requests, incoming), daemon=True).start()
 
     def reply(answer: dict[str, Any]) -> None:
-        message = memoryview(json.dumps(answer).encode() + b"\n")
+        message = memoryview(json.dumps(answer, default=_number).encode() + b"\n")
         while message:
             message = message[os.write(replies, message) :]
 
     functions = json.loads(sys.argv[1])
     try:
-        calls = [load_function(file, function, arguments=2) for file, function in functions]
+        calls = [load_function(file, function, arguments=count) for file, function, count in functions]
     except ValueError as error:
         return reply({"error": str(error)})
     reply({"ready": True})
     while True:
-        index, completion, row = json.loads(incoming.get())
+        index, *arguments = json.loads(incoming.get())
         try:
-            reply({"score": _score(calls[index], completion, row)})
+            reply({"value": calls[index](*arguments)})
         except BaseException as error:  # sys.exit() too is an answer that failed
             reply({"error": describe(error, functions[index][0])})
 

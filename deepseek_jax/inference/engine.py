@@ -91,8 +91,11 @@ class Engine:
         for each, the answer is the one that prompt and seed get alone. An answer ends with one of the tokenizer's
         ``stop_ids`` or of ``stop_token_ids``.
 
-        Raises ValueError for an empty prompt, and where prompt and answer would pass max_position_embeddings.
+        Raises ValueError for an empty prompt, for a text in the place of a list, and where prompt and answer would pass
+        max_position_embeddings.
         """
+        if isinstance(prompts, str):
+            raise ValueError(f"prompts={prompts!r:.60} is one text: give a list of them")
         ids = [
             [*self.tokenizer.bos_ids, *self.tokenizer.encode(prompt)] if isinstance(prompt, str) else list(prompt)
             for prompt in prompts

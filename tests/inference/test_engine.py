@@ -129,6 +129,8 @@ def test_on_eight_devices_each_holds_its_rows_and_the_answers_are_one_devices(en
 
 
 def test_what_cannot_be_answered_is_refused(engine):
+    with pytest.raises(ValueError, match="prompts='7' is one text: give a list"):
+        engine.generate("7", GREEDY)
     with pytest.raises(ValueError, match="prompt of 60 tokens and max_tokens=8 pass max_position_embeddings=64"):
         engine.generate([[1] * 60], GREEDY)
     with pytest.raises(ValueError, match="prompt 1 has 0 tokens"):

@@ -61,10 +61,11 @@ class Grades:
 
     total_N: Σ weight · reward of each (float64); a reward that has no score adds nothing.
     rewards: by name, unweighted, (n,); NaN where the reward gave None or failed.
-    failures: by name, how many calls ended by timeout, crash or error; empty without rewards from files.
+    failed_N: completions on which a call ended by timeout, crash or error. failures: by name, how many of each.
     """
 
     total_N: np.ndarray
+    failed_N: np.ndarray
     rewards: Mapping[str, np.ndarray]
     failures: Mapping[str, Mapping[str, int]]
 
@@ -138,10 +139,11 @@ class Grader:
         failures = {name: Counter[str]() for name in self._functions}
         whole = [text if end else "" for text, end in zip(completions, ended, strict=True)]
         scores = {name: self._grade_here(name, whole, rows) for name in self._here}
-        scores |= self._grade_there(completions, rows, failures)
+        failed_N = np.zeros(len(rows), bool)
+        scores |= self._grade_there(completions, rows, failures, failed_N)
         rewards = {spec.name: np.array(scores[spec.name], np.float64) for spec in self._specs}  # None becomes NaN
         total_N = np.array([self._total(scores, index) for index in range(len(rows))])
-        return Grades(total_N, rewards, failures)
+        return Grades(total_N, failed_N, rewards, failures)
 
     def _total(self, scores: Mapping[str, Sequence[float | None]], index: int) -> float:
         given = ((spec.weight, scores[spec.name][index]) for spec in self._specs)
@@ -157,7 +159,11 @@ class Grader:
         return scores
 
     def _grade_there(
-        self, completions: Sequence[str], rows: Sequence[Row], failures: Mapping[str, Counter[str]]
+        self,
+        completions: Sequence[str],
+        rows: Sequence[Row],
+        failures: Mapping[str, Counter[str]],
+        failed_N: np.ndarray,
     ) -> dict[str, list[float | None]]:
         if self._pool is None:
             return {}
@@ -168,12 +174,13 @@ class Grader:
         for index, name in enumerate(self._functions):
             own = outcomes[index * len(rows) : (index + 1) * len(rows)]
             failures[name].update(outcome.failure for outcome in own if outcome.failure)
+            failed_N |= [bool(outcome.failure) for outcome in own]
             self._report(name, own, rows)
             scores[name] = [outcome.value for outcome in own]
         return scores
 
     def _report(self, name: str, outcomes: Sequence[Outcome], rows: Sequence[Row]) -> None:
-        if all(outcome.failure in ("error", "crash") for outcome in outcomes):
+        if all(outcome.failure for outcome in outcomes):
             first = outcomes[0]
             raise ValueError(
                 f"reward {name} fails for every completion; for {where(rows[0])}: {first.failure}: {first.text}"

@@ -123,7 +123,8 @@ class Rollouts:
         ended = [answer.ended for answer in answers]
         rows = [question.row for question in questions]
         grades = self.grader.grade([answer.text for answer in answers], rows, ended=ended)
-        total_PG = grades.total_N.astype(np.float32).reshape(-1, config.group)
+        groups = -1, config.group
+        total_PG = settled(grades.total_N.reshape(groups), grades.failed_N.reshape(groups)).astype(np.float32)
         most = config.prompt_limit(self.positions) + config.max_tokens
         batch = rollout_batch(prompts, out, pad_id=self.tokenizer.pad_id, most=most)
         signal = float(np.mean(np.ptp(total_PG, axis=1) > 1e-6))
@@ -154,6 +155,14 @@ class Rollouts:
                 "steps: all answers to a question earn the same. Start from a model that answers some questions some "
                 "of the time (more or less SFT), choose other questions, or a reward that tells answers apart."
             )
+
+
+def settled(total_PG: np.ndarray, failed_PG: np.ndarray) -> np.ndarray:
+    """Rewards in which an answer whose grading failed has the mean of its group's others, so that it teaches nothing:
+    a grader that breaks must be worth neither less nor more than the others. 0 where all of a group failed."""
+    counted_PG = np.where(failed_PG, 0.0, total_PG)
+    mean_P1 = counted_PG.sum(axis=1, keepdims=True) / np.maximum((~failed_PG).sum(axis=1, keepdims=True), 1)
+    return np.where(failed_PG, mean_P1, total_PG)
 
 
 def rollout_batch(prompts: Sequence[Sequence[int]], out: Generated, *, pad_id: int, most: int) -> dict[str, np.ndarray]:

@@ -48,6 +48,8 @@ class PretrainData:
 
     def __post_init__(self) -> None:
         check_types(self)
+        if not 0 <= self.fim_rate <= 1:
+            raise ValueError(f"fim_rate={self.fim_rate}: must lie in [0, 1]")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -216,7 +216,10 @@ def test_the_checkpoint_of_another_model_is_refused(workplace, refused):
 
 def test_rows_packed_otherwise_are_refused(workplace, refused):
     message = refused(*PRETRAIN, "--data.seq-len", "64")
-    assert "run/pretrain/rows was packed with another data" in message and "choose another run_dir" in message
+    assert (
+        "run/pretrain/rows was packed from other data or settings: data.seq_len is 32 there and 64 here" in message
+        and "choose another run_dir" in message
+    )
 
 
 def test_a_vocabulary_too_small_for_the_tokenizer_is_refused(workplace, refused):

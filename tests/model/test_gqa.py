@@ -51,12 +51,11 @@ def test_equals_its_definition(name):
 
 
 def test_decoding_takes_the_implementation_named_for_it():
-    config_ = config(QWEN)
-    network = transformer.merge(config_, *weights(config_), ComputeConfig(decode_attention="nothing"))
-    tokens = jnp.zeros((1, 4), jnp.int32)
-    network(tokens)
-    with pytest.raises(ValueError, match="implementation='nothing' of gqa_attention"):
-        network(tokens, absorbed=True)
+    """The reference, which the text of a program shows: it alone draws S × T scores under a mask."""
+    tiny, tokens = config(QWEN), jnp.zeros((1, 4), jnp.int32)
+    network = transformer.merge(tiny, *weights(tiny), ComputeConfig(attention="c", decode_attention="reference"))
+    texts = [str(jax.make_jaxpr(lambda a=a: network(tokens, absorbed=a).logits)()) for a in (False, True)]
+    assert ["ffi_call" in text for text in texts] == [True, False]
 
 
 def test_memory_of_keys_and_values_gives_the_same():

@@ -178,6 +178,9 @@ def test_a_users_function_reads_a_column_and_is_weighted(mine: Path):
     )
 
 
+FAILING = ("hang", "die", "raise", "exit", "text", "nan", "sleep")
+
+
 def test_hanging_dying_printing_and_raising_calls(
     mine: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture
 ):
@@ -194,7 +197,9 @@ def test_hanging_dying_printing_and_raising_calls(
             "errors": 4,
         }
         assert found["reward_mine.naughty"] == 1
-        assert made.grade(["hang"] * 2, rows(2)).total_N.tolist() == [0, 0]  # the run goes on
+        np.testing.assert_array_equal(grades.failed_N, [text in FAILING for text in texts])
+        with pytest.raises(ValueError, match="fails for every completion; for t.jsonl:1: timeout: no answer"):
+            made.grade(["hang"] * 2, rows(2))
         assert made.grade(["ok"], rows(1)).total_N.tolist() == [3]
     logged = [record.getMessage() for record in caplog.records]
     assert len(logged) == 3

@@ -20,7 +20,7 @@ from deepseek_jax.inference.generate import Generated
 from deepseek_jax.rl import arithmetic
 from deepseek_jax.rl.asking import ask, read_answers
 from deepseek_jax.rl.grader import Grader
-from deepseek_jax.rl.rollout import NoSignalError, RolloutConfig, Rollouts, open_questions, rollout_batch
+from deepseek_jax.rl.rollout import NoSignalError, RolloutConfig, Rollouts, open_questions, rollout_batch, settled
 from deepseek_jax.rl.tasks import TaskConfig, make_task
 from deepseek_jax.train.grpo import GRPOLoss
 
@@ -113,6 +113,14 @@ def test_a_batch_holds_prompts_answers_and_advantages(path, monkeypatch):
     per_row = {name for name, value in batch.items() if value.shape == (12, 1)}
     assert per_row == {"advantages", "truncated", "temperature", "max_tokens"}
     assert {value.shape for name, value in batch.items() if name not in per_row} == {(12, 32)}  # 12 + 20 at most
+
+
+def test_an_answer_whose_grading_failed_teaches_nothing():
+    """Neither where rewards are negative nor where they are positive is a broken grader worth anything."""
+    totals = np.array([[-3.0, 0.0, -1.0], [2.0, 4.0, 0.0], [0.0, 0.0, 0.0], [1.0, 0.0, 2.0]])
+    failed = np.array([[0, 1, 0], [0, 0, 1], [1, 1, 1], [0, 0, 0]], bool)
+    expected = [[-3, -2, -1], [2, 4, 3], [0, 0, 0], [1, 0, 2]]
+    np.testing.assert_array_equal(settled(totals, failed), expected)
 
 
 def test_advantages_without_scaling(path, monkeypatch):

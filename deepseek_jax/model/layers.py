@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_kernels import product
+from deepseek_kernels.weights import Weight
 
 
 class RouterBias(nnx.Variable):
@@ -28,7 +29,7 @@ def zeros(compute: ComputeConfig, shape: tuple[int, ...], axes: tuple[str | None
     return nnx.Param(jnp.zeros(shape, compute.param_dtype), axes=axes)
 
 
-def biased(y: Float[Array, "*B O"], b: Float[Array, "*O"]) -> Float[Array, "*B O"]:
+def biased(y: Float[Array, "*B O"], b: Weight) -> Float[Array, "*B O"]:
     """``y + b`` in y's dtype, added in float32: so b's gradient, a sum over all rows, is never rounded to less."""
     return (y.astype(jnp.float32) + b.astype(jnp.float32)).astype(y.dtype)
 

@@ -39,7 +39,8 @@ class DeepSeekMoE(nnx.Module):
         unflatten = functools.partial(jnp.reshape, shape=(B, S, -1))
         with jax.named_scope("router"):
             chosen_TK = None if chosen_BSK is None else flatten(chosen_BSK)
-            routing = route(config, flatten(x_BSD), self.router[...], bias_E, chosen_TK)
+            w_DE = self.router[...].astype(jnp.float32)
+            routing = route(config, flatten(x_BSD), w_DE, bias_E, chosen_TK)
             experts_BSK, weights_BSK = unflatten(routing.experts_TK), unflatten(routing.weights_TK)
             stats = router_stats(config, experts_BSK, unflatten(routing.scores_TE), segment_ids_BS)
 

@@ -18,7 +18,7 @@ from deepseek_jax.model.mtp import MTP, mtp_segments
 from deepseek_jax.model.rope import rotary_tables
 from deepseek_jax.model.router import RouterStats
 from deepseek_jax.parallel.sharding import constrain
-from deepseek_kernels import Visible, product
+from deepseek_kernels import BlockScaled, InStack, Visible, product
 
 
 @struct.dataclass
@@ -239,16 +239,19 @@ class Transformer(nnx.Module):
 
     def _scanned(self, layers, x_BSD, context, inputs, absorbed):
         graph, state = nnx.split(layers)
+        weights, get = state, lambda part: part
+        if inputs[1] is not None:  # decoding: a product may read its layer where it lies in the stack
+            weights, get = jnp.arange(_count(state)), functools.partial(_in_stack, state)
 
         def layer(x, inputs):
-            state, (bias_E, memory, chosen_BSK) = inputs
+            part, (bias_E, memory, chosen_BSK) = inputs
             options = {"memory": memory, "chosen_BSK": chosen_BSK, "absorbed": absorbed}
-            x, router, memory = nnx.merge(graph, state)(x, context, bias_E, **options)
+            x, router, memory = nnx.merge(graph, get(part))(x, context, bias_E, **options)
             return x, (router, memory)
 
         unroll = self.compute.scan_unroll
         body = _rematerialised(layer, self.compute.remat, looped=_count(state) > unroll)
-        x_BSD, (router, memory) = jax.lax.scan(body, x_BSD, (state, inputs), unroll=unroll)
+        x_BSD, (router, memory) = jax.lax.scan(body, x_BSD, (weights, inputs), unroll=unroll)
         return x_BSD, router, memory
 
 
@@ -256,6 +259,12 @@ def joined(stats: list[RouterStats | None]) -> RouterStats | None:
     """The statistics of several runs of layers, one behind the other; None where no layer routes."""
     found = [part for part in stats if part is not None]
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *found) if found else None
+
+
+def _in_stack(stacks, layer):
+    """Each weight as (stack, layer), for the products to read."""
+    is_weight = lambda leaf: isinstance(leaf, BlockScaled)  # noqa: E731
+    return jax.tree.map(lambda stack: InStack(stack, layer), stacks, is_leaf=is_weight)
 
 
 def _slice(layers, low, high, size):

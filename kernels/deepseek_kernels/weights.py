@@ -33,6 +33,11 @@ class InStack:
     def dtype(self) -> Any:
         return self.stack.dtype
 
+    def __getitem__(self, index: Any) -> "InStack":
+        """``[...]``, as an array has it."""
+        assert index is Ellipsis, index
+        return self
+
     def astype(self, dtype: Any) -> jax.Array:
         one = lambda leaf: jax.lax.dynamic_index_in_dim(leaf, self.layer, keepdims=False)  # noqa: E731
         return jax.tree.map(one, self.stack).astype(dtype)

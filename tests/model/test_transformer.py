@@ -162,9 +162,10 @@ def generate(tiny, *, prefill_absorbed, decode_absorbed, stacked=False):
         (TINY, dict(prefill_absorbed=False, decode_absorbed=True)),
         (TINY, dict(prefill_absorbed=False, decode_absorbed=True, stacked=True)),
         (config(V2_LITE), dict(prefill_absorbed=True, decode_absorbed=False)),
+        (config(V2_LITE), dict(prefill_absorbed=False, decode_absorbed=True, stacked=True)),
         (config(V1), dict(prefill_absorbed=False, decode_absorbed=False)),
     ],
-    ids=["mla_plain_then_absorbed", "scanned", "mla_absorbed_then_plain_yarn_bias", "gqa"],
+    ids=["mla_plain_then_absorbed", "scanned", "mla_absorbed_then_plain_yarn_bias", "scanned_yarn_bias", "gqa"],
 )
 def test_prefill_then_decode_equals_the_full_forward_at_every_position(tiny, options):
     tokens, logits, load = generate(tiny, **options)

@@ -113,14 +113,14 @@ def main() -> None:
     for name, c, xla, operands in cases():
         for kind, wrap in (("forward", lambda f: f), ("both passes", lambda f: functools.partial(both_passes, f))):
             calls = [functools.partial(jax.jit(wrap(path)), *operands) for path in (c, xla)]
-            compare(f"{name}: {kind}", *calls, rounds)
+            compare(f"{name}: {kind}", calls[0], calls[1], rounds)
     for rows, width, hidden in ((1024, 128, 384), (1024, 128, 512)):
         x, dy = draw((8, rows // 8, width), (8, rows // 8, hidden))
         calls = [
             functools.partial(jax.jit(functools.partial(weight_gradient, implementation=name)), x, dy)
             for name in ("c", "dot")
         ]
-        compare(f"weight gradient, {rows} × {width} × {hidden}", *calls, rounds)
+        compare(f"weight gradient, {rows} × {width} × {hidden}", calls[0], calls[1], rounds)
 
 
 if __name__ == "__main__":

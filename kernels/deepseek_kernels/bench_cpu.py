@@ -81,6 +81,11 @@ def both_passes(function: Callable[..., jax.Array], *operands: jax.Array) -> tup
     return out, *pullback(out)
 
 
+def ready(function: Callable[..., object], *operands: jax.Array) -> Callable[[], object]:
+    compiled: Callable[..., object] = jax.jit(function)
+    return lambda: compiled(*operands)
+
+
 def seconds(call: Callable[[], object], calls: int) -> float:
     """Of one call, the mean of some in a row."""
     began = time.perf_counter()
@@ -112,15 +117,11 @@ def main() -> None:
     print(f"{'':62} {'C':>12} {'XLA':>12} XLA / C")
     for name, c, xla, operands in cases():
         for kind, wrap in (("forward", lambda f: f), ("both passes", lambda f: functools.partial(both_passes, f))):
-            calls = [functools.partial(jax.jit(wrap(path)), *operands) for path in (c, xla)]
-            compare(f"{name}: {kind}", calls[0], calls[1], rounds)
+            compare(f"{name}: {kind}", ready(wrap(c), *operands), ready(wrap(xla), *operands), rounds)
     for rows, width, hidden in ((1024, 128, 384), (1024, 128, 512)):
         x, dy = draw((8, rows // 8, width), (8, rows // 8, hidden))
-        calls = [
-            functools.partial(jax.jit(functools.partial(weight_gradient, implementation=name)), x, dy)
-            for name in ("c", "dot")
-        ]
-        compare(f"weight gradient, {rows} × {width} × {hidden}", calls[0], calls[1], rounds)
+        c, xla = (ready(functools.partial(weight_gradient, implementation=name), x, dy) for name in ("c", "dot"))
+        compare(f"weight gradient, {rows} × {width} × {hidden}", c, xla, rounds)
 
 
 if __name__ == "__main__":

@@ -26,13 +26,14 @@ static Grouped grouped_of(XLA_FFI_CallFrame *frame) {
   return g;
 }
 
-// q, then kv and pe of MLA or k and v; who sees whom; the scale.
 static int grouped(XLA_FFI_CallFrame *frame) { return in(frame, 2)->rank == 4; }
 
+// q, then kv and pe of MLA or k and v; who sees whom; the scale.
 static Attention attention_of(XLA_FFI_CallFrame *frame) {
   int64_t *q = in(frame, 0)->dims, *k = in(frame, 1)->dims, *third = in(frame, 2)->dims;
-  Attention a = {.q = in(frame, 0)->data, .k = in(frame, 1)->data, .pe = in(frame, 2)->data, .q_positions = in(frame, 3)->data,
-                 .k_positions = in(frame, 4)->data, .q_segments = in(frame, 5)->data, .k_segments = in(frame, 6)->data,
+  Attention a = {.q = in(frame, 0)->data, .k = in(frame, 1)->data, .pe = in(frame, 2)->data,
+                 .q_positions = in(frame, 3)->data, .k_positions = in(frame, 4)->data,
+                 .q_segments = in(frame, 5)->data, .k_segments = in(frame, 6)->data,
                  .lengths = in(frame, 7)->data, .scale = *(float *)in(frame, 8)->data,
                  .B = q[0], .S = q[1], .H = q[2], .T = k[1], .G = k[2], .N = q[3], .k_step = k[3]};
   if (grouped(frame)) {

@@ -31,7 +31,6 @@
 enum { COLS = 2 * LANES, FEW = 48, CHUNK = 192, KEPT = 1 << 20 };
 typedef float vf __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int32_t vi __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef int8_t vb __attribute__((vector_size(LANES), aligned(1)));
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }

@@ -161,3 +161,16 @@ def test_attention(kernels, form, widths):
     assert not found_dq[empty].any()
     close(dkeys, np.concatenate([dk[..., :N], dv], axis=3) if form == "mla" else dk)
     close(drest, dk[..., N:] if form == "mla" else dv)
+
+
+def test_what_cc_names_has_the_last_word(monkeypatch, tmp_path):
+    """Its flags stand behind ours, and another compiler is another library."""
+    seen = []
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: seen.append(command) or Path(command[-3]).touch())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    names = set()
+    for compiler in ("gcc", "wrapper gcc -mno-avx512f"):
+        monkeypatch.setenv("CC", compiler)
+        names |= {cpu._built().name, cpu._built().name}
+    assert len(names) == len(seen) == 2
+    assert seen[1][:2] == ["wrapper", "gcc"] and seen[1].index("-march=native") < seen[1].index("-mno-avx512f")

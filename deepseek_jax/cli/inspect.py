@@ -103,7 +103,7 @@ def _gigabytes(size: int) -> str:
 
 def _model_of(what: str, ignore_config: Sequence[str]) -> ModelConfig:
     path = Path(what)
-    if path.suffix == ".json" or _is_released(path):
+    if path.suffix == ".json" or _names_an_architecture(path):
         return ModelConfig.from_hf(path, ignore_config=ignore_config)
     if path.is_dir():
         with CheckpointStore(find_run(what) / CHECKPOINTS, keep=1) as store:
@@ -114,7 +114,7 @@ def _model_of(what: str, ignore_config: Sequence[str]) -> ModelConfig:
     return config if isinstance(config, ModelConfig) else config.model
 
 
-def _is_released(folder: Path) -> bool:
+def _names_an_architecture(folder: Path) -> bool:
     """Whether a folder holds a model's config.json; a run's own has no architectures in it."""
     file = folder / "config.json"
     if not file.is_file():

@@ -23,7 +23,7 @@ from deepseek_jax.train.progress import Progress
 from deepseek_jax.train.reference import Reference
 from deepseek_jax.train.resume import check_resume, saved_meta
 from deepseek_jax.train.state import TrainState, create_state
-from deepseek_jax.train.step import Batch, Loss, StepConfig, make_step
+from deepseek_jax.train.step import Batch, Loss, Step, StepConfig, make_step
 from deepseek_jax.typed import check_types
 
 RESULT = "result.json"
@@ -73,14 +73,15 @@ def train_stage(
 
     prepare: adds to each batch on the devices, before its step, what the loss reads beside it; ``reference``, if it
     moves, is saved with the state. epochs, minibatches: see ``make_step``.
+
+    Raises ValueError where ``run_dir`` holds a run with other settings (``check_resume``), and what ``run_loop`` does.
     """
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
         start.text.save(run_dir)
     model, compute, mesh = start.config, start.compute, start.mesh
-    settings = {"stage": stage, "model": model.to_dict(), "tokenizer_fingerprint": start.text.fingerprint}
-    settings |= {"recipe": dataclasses.asdict(config)} | ({} if reference is None else {"reference": reference.meta})
+    settings = _settings(config, stage, start, reference)
     schedule_steps = config.loop.steps
     if (saved := saved_meta(run_dir)) is not None:
         check_resume(run_dir, saved, settings, config.MAY_CHANGE)
@@ -98,14 +99,7 @@ def train_stage(
         ema=config.step.ema_decay > 0,
     )
     step = make_step(model, loss, optimizer, config.step, compute=compute, epochs=epochs, minibatches=minibatches)
-    rate = learning_rate(config.optimizer, schedule_steps * updates)
-
-    def measured(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        new, metrics = step(state, batch)
-        tokens = jnp.sum(batch["segment_ids"] > 0)
-        return new, {**metrics, "lr": jnp.asarray(rate(state.step * updates)), "tokens": tokens}
-
-    jitted = jax.jit(measured, donate_argnums=0)
+    jitted = _measured(step, learning_rate(config.optimizer, schedule_steps * updates), updates)
     taken = 0
 
     def placed_step(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -148,6 +142,24 @@ def require(config: Any, *names: str) -> None:
     for name in names:
         if not functools.reduce(getattr, name.split("."), config):
             raise ValueError(f"{name} is empty: give --{name.replace('_', '-')}, or a recipe that has it")
+
+
+def _settings(config: StageConfig, stage: str, start: Model, reference: Reference | None) -> dict[str, Any]:
+    """What a checkpoint records of the run, and a run that goes on is compared with."""
+    found = {"stage": stage, "model": start.config.to_dict(), "tokenizer_fingerprint": start.text.fingerprint}
+    found["recipe"] = dataclasses.asdict(config)
+    return found if reference is None else found | {"reference": reference.meta}
+
+
+def _measured(step: Step, rate: Callable[[jax.Array], jax.typing.ArrayLike], updates: int) -> Step:
+    """The step, jitted with its state donated, its metrics with the rate and the number of tokens."""
+
+    def measured(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        new, metrics = step(state, batch)
+        tokens = jnp.sum(batch["segment_ids"] > 0)
+        return new, {**metrics, "lr": jnp.asarray(rate(state.step * updates)), "tokens": tokens}
+
+    return jax.jit(measured, donate_argnums=0)
 
 
 def read_result(run_dir: str | Path) -> dict[str, Any] | None:

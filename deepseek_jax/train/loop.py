@@ -21,7 +21,7 @@ from deepseek_jax.train.metrics import MetricsWriter, read_metrics
 from deepseek_jax.train.preemption import Preempted, stop_signals
 from deepseek_jax.train.progress import Progress
 from deepseek_jax.train.reference import Reference
-from deepseek_jax.typed import check_types
+from deepseek_jax.typed import check_least, check_types
 
 
 @runtime_checkable
@@ -67,11 +67,7 @@ class LoopConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in ("steps", "log_every", "checkpoint_every", "keep", "max_bad_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.eval_every < 0:
-            raise ValueError(f"eval_every must be 0 (never) or more, not {self.eval_every}")
+        check_least(self, 1, "steps", "log_every", "checkpoint_every", "keep", "max_bad_steps")
         if self.best_metric is not None and self.eval_every == 0:
             raise ValueError(f"best_metric={self.best_metric!r} needs evaluations: eval_every is 0")
 

@@ -20,7 +20,7 @@ from deepseek_jax.evals.text import bits_per_byte
 from deepseek_jax.parallel.hosts import first_host_first
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.train.losses import LanguageModelLoss
-from deepseek_jax.typed import check_types
+from deepseek_jax.typed import check_least, check_types
 from deepseek_jax.workflows.stage import (
     RESULT,
     LoaderBatches,
@@ -48,6 +48,7 @@ class PretrainData:
 
     def __post_init__(self) -> None:
         check_types(self)
+        check_least(self, 2, "seq_len")
         if not 0 <= self.fim_rate <= 1:
             raise ValueError(f"fim_rate={self.fim_rate}: must lie in [0, 1]")
 

@@ -20,7 +20,7 @@ from deepseek_jax.inference.engine import Engine
 from deepseek_jax.parallel.hosts import first_host_first, require_one_process
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.train.losses import LanguageModelLoss
-from deepseek_jax.typed import check_types
+from deepseek_jax.typed import check_least, check_types
 from deepseek_jax.workflows.stage import (
     RESULT,
     LoaderBatches,
@@ -46,6 +46,7 @@ class SFTData:
 
     def __post_init__(self) -> None:
         check_types(self)
+        check_least(self, 2, "seq_len")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,7 @@ from deepseek_jax.train.reference import Reference
 from deepseek_jax.train.resume import check_resume, saved_meta
 from deepseek_jax.train.state import TrainState, create_state
 from deepseek_jax.train.step import Batch, Loss, Step, StepConfig, make_step
-from deepseek_jax.typed import check_types
+from deepseek_jax.typed import check_least, check_types
 
 RESULT = "result.json"
 
@@ -46,6 +46,7 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
+        check_least(self, 1, *(name for name in ("batch_size", "minibatches", "inner_epochs") if hasattr(self, name)))
         if "://" in self.run_dir:
             raise ValueError(f"run_dir={self.run_dir!r}: runs are written to a local or mounted folder")
         if self.compute.param_dtype != "float32":

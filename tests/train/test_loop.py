@@ -275,9 +275,9 @@ def test_on_log_sees_every_line_and_may_end_the_run(tmp_path):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("steps", 0, "steps must be at least 1, not 0"),
-        ("max_bad_steps", 0, "max_bad_steps must be at least 1"),
-        ("eval_every", -1, "eval_every must be 0"),
+        ("steps", 0, "steps=0: must be at least 1"),
+        ("max_bad_steps", 0, "max_bad_steps=0: must be at least 1"),
+        ("eval_every", -1, "eval_every=-1: must not be negative"),
         ("best_metric", "eval/score", "needs evaluations"),
         ("steps", 10.5, r"LoopConfig.steps=10.5: expected int, got float"),
         ("tensorboard", "no", r"LoopConfig.tensorboard='no': expected bool, got str"),

@@ -7,7 +7,7 @@ import jax
 from jax.sharding import Mesh
 
 from deepseek_jax.parallel.sharding import ShardingRules
-from deepseek_jax.typed import check_types
+from deepseek_jax.typed import check_least, check_types
 from deepseek_kernels.registry import TABLE
 from deepseek_kernels.target import Target
 
@@ -50,8 +50,7 @@ class ComputeConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        if self.scan_unroll < 1:
-            raise ValueError(f"scan_unroll={self.scan_unroll}: must be positive")
+        check_least(self, 1, "scan_unroll")
         if self.target != "auto":
             Target.parse(self.target)
         for field, operations in OPERATIONS.items():

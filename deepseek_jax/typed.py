@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import sys
 import typing
 from typing import Any
 
@@ -23,7 +24,11 @@ def _built(hint: Any, value: Any) -> Any:
 
 
 def check_types(config: Any) -> None:
-    """Refuse a field whose value is not of its annotated type: an int is a fine float, a bool is no number."""
+    """Refuse a field whose value is not of its annotated type: an int is a fine float, a bool is no number.
+
+    A number of a configuration is a size, a count, a share, a rate or a seed: one that is negative, not finite or, if
+    whole, over 2³¹ - 1 is refused as well.
+    """
     for name, hint in typing.get_type_hints(type(config)).items():
         value = getattr(config, name)
         items = value if isinstance(value, tuple) else (value,)
@@ -37,3 +42,21 @@ def check_types(config: Any) -> None:
                 f"{type(config).__name__}.{name}={value!r}: expected {inspect.formatannotation(hint)}, "
                 f"got {type(value).__name__}"
             )
+        for number in items:
+            if isinstance(number, int | float) and (wrong := _wrong(number, hint)):
+                raise ValueError(f"{type(config).__name__}.{name}={value!r}: {wrong}")
+
+
+def check_least(config: Any, least: int, *names: str) -> None:
+    """ValueError for the first of these fields that is less."""
+    for name in names:
+        if (value := getattr(config, name)) < least:
+            raise ValueError(f"{type(config).__name__}.{name}={value!r}: must be at least {least}")
+
+
+def _wrong(number: int | float, hint: Any) -> str:
+    if not abs(number) <= sys.float_info.max:
+        return "must be finite"
+    if hint is not float and number >= 2**31:  # what indices, steps and seeds are on a device
+        return "must be less than 2**31"
+    return "must not be negative" if number < 0 else ""

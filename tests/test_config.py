@@ -34,7 +34,7 @@ REFUSED = [
     (dict(first_k_dense_replace=-1), ["first_k_dense_replace=-1"]),
     (dict(n_routed_experts=0), ["n_routed_experts=0", "first_k_dense_replace=1"]),
     (dict(hidden_size=0), ["hidden_size=0", "positive"]),
-    (dict(vocab_size=-3), ["vocab_size=-3", "positive"]),
+    (dict(vocab_size=-3), ["vocab_size=-3", "not be negative"]),
     (dict(num_hidden_layers=0), ["num_hidden_layers=0", "positive"]),
     (dict(kv_lora_rank=0), ["kv_lora_rank=0", "positive"]),
     (dict(q_lora_rank=-1), ["q_lora_rank=-1"]),
@@ -71,7 +71,7 @@ def test_refused_by_field_value_and_what_is_allowed(changes, named):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        (dict(scan_unroll=0), ["scan_unroll=0", "positive"]),
+        (dict(scan_unroll=0), ["scan_unroll=0", "at least 1"]),
         (dict(dtype="float16"), ["dtype='float16'", "'float32'", "'bfloat16'"]),
         (dict(remat="some"), ["remat='some'", "'none'", "'dots'", "'full'"]),
         (dict(target="gpu"), ["target='gpu'", "cpu, cuda, rocm, tpu", "auto"]),

@@ -1,12 +1,21 @@
 """Configuration from plain values: wrong types and unknown fields are named, JSON's lists become tuples."""
 
 import dataclasses
+import importlib
+import math
 import re
+import sys
+import typing
+from collections.abc import Callable
 from typing import Any, Literal
 
 import pytest
 
+from deepseek_jax.train.optimizer import OptimizerConfig
 from deepseek_jax.typed import check_types, from_dict
+from deepseek_jax.workflows.grpo import GRPOConfig
+from deepseek_jax.workflows.pretrain import PretrainConfig, PretrainData
+from deepseek_jax.workflows.sft import SFTConfig, SFTData
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,12 +64,54 @@ def test_only_an_int_is_an_int(value: Any, fits: bool) -> None:
         check_types(Inner(width=value))
 
 
-@pytest.mark.parametrize(("value", "fits"), [(1, True), (1.5, True), (True, False), ("1", False)])
+@pytest.mark.parametrize(("value", "fits"), [(1, True), (2**40, True), (1.5, True), (True, False), ("1", False)])
 def test_an_int_is_a_fine_float_and_a_bool_is_not(value: Any, fits: bool) -> None:
     if fits:
         return check_types(Inner(rate=value))
     with pytest.raises(ValueError, match=r"Inner\.rate=.*expected float, got"):
         check_types(Inner(rate=value))
+
+
+def configurations() -> list[type]:
+    """Every frozen dataclass of the package that checks its types."""
+    for module in ("workflows.pretrain", "workflows.sft", "workflows.grpo", "workflows.demo"):
+        importlib.import_module(f"deepseek_jax.{module}")
+    modules = [module for name, module in sys.modules.items() if name.startswith("deepseek_jax.")]
+    found = {
+        kind: None
+        for module in modules
+        for kind in vars(module).values()
+        if dataclasses.is_dataclass(kind) and hasattr(kind, "__post_init__") and kind.__module__ == module.__name__
+    }
+    assert len(found) > 15
+    return [kind for kind in found if isinstance(kind, type)]
+
+
+def test_no_number_of_any_configuration_is_negative_infinite_or_huge() -> None:
+    for kind in configurations():
+        for name, hint in typing.get_type_hints(kind).items():
+            wrong = {int: (-1, 2**31, 10**20), float: (-1.0, math.nan, math.inf)}.get(hint, ())
+            for value in wrong:
+                needed = {"steps": 1} if kind.__name__ == "LoopConfig" else {}
+                with pytest.raises(ValueError, match=rf"{kind.__name__}\.{name}={value}: must "):
+                    kind(**needed | {name: value})
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: OptimizerConfig(b2=1.0),
+        lambda: OptimizerConfig(eps=0.0),
+        lambda: PretrainConfig(batch_size=0),
+        lambda: SFTConfig(batch_size=0),
+        lambda: GRPOConfig(minibatches=0),
+        lambda: PretrainData(seq_len=1),
+        lambda: SFTData(seq_len=0),
+    ],
+)
+def test_numbers_that_nothing_can_be_done_with_are_refused(build: Callable[[], Any]) -> None:
+    with pytest.raises(ValueError, match=r"\w+=[\d.]+: must (be|lie) "):
+        build()
 
 
 def test_plain_values_become_nested_dataclasses_and_tuples_and_the_rest_defaults() -> None:

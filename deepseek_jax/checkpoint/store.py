@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
+from glob import has_magic
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -46,8 +47,8 @@ class CheckpointStore:
             raise ValueError(f"keep must be at least 1, not {keep}")
         if best_mode not in ("max", "min"):
             raise ValueError(f"best_mode must be 'max' or 'min', not {best_mode!r}")
-        if "://" in str(directory):
-            raise ValueError(f"checkpoints go to a local or mounted folder, not to {directory}")
+        if "://" in str(directory):  # a path that is a pattern can be read
+            check_directory(directory)
         self.directory = Path(directory).absolute()
         self._keep, self._best_metric, self._best_mode = keep, best_metric, best_mode
         self._manager: ocp.CheckpointManager | None = None
@@ -174,6 +175,7 @@ class CheckpointStore:
                 manager.close()
 
     def _open_manager(self) -> ocp.CheckpointManager:
+        check_directory(self.directory)
         silence_repeats()
         self._delete()
         keep: list[PreservationPolicy] = [LatestN(self._keep)]
@@ -214,6 +216,12 @@ class CheckpointStore:
         """Called by Orbax's thread when all items are complete, before the folder gets its final name."""
         assert self._pending is not None
         step, arrays = self._pending
+        for item in ("state", "reference"):
+            parts = (self._unfinished(step) / item).glob("ocdbt.process_*")
+            if any(parts) and not (self._unfinished(step) / item / "manifest.ocdbt").is_file():
+                raise RuntimeError(
+                    f"the checkpoint of step {step} in {self.directory} is not whole: its {item} was not merged"
+                )
         if jax.process_index() == 0:
             write_inventory(self._unfinished(step), arrays["state"], arrays.get("reference"))
 
@@ -238,6 +246,14 @@ class CheckpointStore:
             number,
             f"{os.strerror(number)}: the checkpoint of step {step} does not fit in {self.directory}; {kept}",
         ) from error
+
+
+def check_directory(directory: str | Path) -> None:
+    """ValueError for a place where no checkpoint can be written: a URL, or a path that Orbax takes for a pattern."""
+    if "://" in str(directory):
+        raise ValueError(f"checkpoints go to a local or mounted folder, not to {directory}")
+    if has_magic(absolute := str(Path(directory).absolute())):
+        raise ValueError(f"checkpoints cannot be written to a path with any of [ * ? in it, as {absolute} is")
 
 
 def write_inventory(

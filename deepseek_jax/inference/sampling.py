@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from deepseek_jax.typed import check_types
+from deepseek_jax.typed import check_least, check_types
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,14 +26,9 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         check_types(self)
-        if self.temperature < 0:
-            raise ValueError(f"temperature={self.temperature}: must not be negative (0 is greedy)")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p}: must lie in (0, 1]")
-        if self.top_k < 0:
-            raise ValueError(f"top_k={self.top_k}: must not be negative (0 keeps all)")
-        if self.max_tokens < 1:
-            raise ValueError(f"max_tokens={self.max_tokens}: must be at least 1")
+        check_least(self, 1, "max_tokens")
 
 
 def truncate_logits(

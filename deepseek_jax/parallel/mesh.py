@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from deepseek_jax.typed import check_types
+from deepseek_jax.typed import check_least, check_types
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,9 +32,7 @@ class MeshConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name, size in dataclasses.asdict(self).items():
-            if size < (0 if name == "data" else 1):
-                raise ValueError(f"mesh axis {name}={size}: must be positive")
+        check_least(self, 1, *(axis.name for axis in dataclasses.fields(self) if axis.name != "data"))
 
 
 AXES = tuple(field.name for field in dataclasses.fields(MeshConfig))

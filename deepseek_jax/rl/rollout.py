@@ -20,7 +20,7 @@ from deepseek_jax.rl.grader import Grader
 from deepseek_jax.rl.tasks import Row, Task, where
 from deepseek_jax.train.grpo import group_advantages
 from deepseek_jax.train.state import TrainState
-from deepseek_jax.typed import check_types
+from deepseek_jax.typed import check_least, check_types
 
 logger = logging.getLogger(__name__)
 
@@ -52,11 +52,9 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        if self.prompts < 1 or self.group < 2:
-            raise ValueError(f"prompts={self.prompts}, group={self.group}: expected at least 1 and 2")
-        if self.max_prompt < 0 or self.max_tokens < 1:
-            raise ValueError(f"max_prompt={self.max_prompt}, max_tokens={self.max_tokens}: expected at least 0 and 1")
-        if self.temperature <= 0:
+        check_least(self, 1, "prompts", "max_tokens")
+        check_least(self, 2, "group")
+        if not self.temperature:
             raise ValueError(f"temperature={self.temperature}: rollouts are sampled, so it must be positive")
 
     def prompt_limit(self, positions: int) -> int:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.train.losses import shift
 from deepseek_jax.train.scoring import score_tokens
-from deepseek_jax.typed import check_types
+from deepseek_jax.typed import check_least, check_types
 
 
 def group_advantages(rewards_PG: Float[Array, "P G"], *, scale: Literal["std", "none"] = "std") -> Float[Array, "P G"]:
@@ -52,11 +52,7 @@ class GRPOLoss:
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in ("clip_low", "clip_high", "kl_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must not be negative")
-        if self.chunk < 1:
-            raise ValueError(f"chunk={self.chunk}: must be at least 1 position")
+        check_least(self, 1, "chunk")
 
     def normalisers(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         mask_BS = self._mask(batch)

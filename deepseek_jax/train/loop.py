@@ -17,11 +17,12 @@ import jax
 
 from deepseek_jax.checkpoint import CheckpointStore
 from deepseek_jax.checkpoint.model import CHECKPOINTS
-from deepseek_jax.train.metrics import MetricsWriter, read_metrics
+from deepseek_jax.train.metrics import MetricsWriter, peak_memory, read_metrics
 from deepseek_jax.train.preemption import Preempted, stop_signals
 from deepseek_jax.train.progress import Progress
 from deepseek_jax.train.reference import Reference
-from deepseek_jax.typed import check_types
+from deepseek_jax.train.resume import with_history
+from deepseek_jax.typed import check_least, check_types
 
 
 @runtime_checkable
@@ -67,11 +68,7 @@ class LoopConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in ("steps", "log_every", "checkpoint_every", "keep", "max_bad_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.eval_every < 0:
-            raise ValueError(f"eval_every must be 0 (never) or more, not {self.eval_every}")
+        check_least(self, 1, "steps", "log_every", "checkpoint_every", "keep", "max_bad_steps")
         if self.best_metric is not None and self.eval_every == 0:
             raise ValueError(f"best_metric={self.best_metric!r} needs evaluations: eval_every is 0")
 
@@ -101,11 +98,14 @@ def run_loop(
     """Train to `config.steps`, from the newest checkpoint in `run_dir` if there is one -> the final state.
 
     Writes `config.json`, `metrics.jsonl`, `tensorboard/` and `checkpoints/` in `run_dir`. Every line of metrics has
-    `bad_steps`, the number of steps so far that were not finite.
+    `bad_steps`, the number of steps so far that were not finite, `seconds` of training so far (evaluations included,
+    pauses not) and the peak memory of this process; `tokens_seen` so far, if steps report tokens. `config.json` has
+    the `history` of what was changed as the run went on.
 
     Args:
         state: the initial state on its devices. It is used up: donated to the first step, or deleted to make
-            room for the checkpoint's, which takes its shapes and shardings.
+            room for the checkpoint's, which takes its shapes and shardings. Where there is a checkpoint, a
+            tree of ShapeDtypeStruct will do.
         step_fn: `(state, batch) -> (state, metrics)`, jitted with donated state. Where the loss or a
             gradient is not finite it leaves the parameters alone and reports `finite` = 0; `tokens`, if
             reported, makes `tokens_per_second`.
@@ -119,6 +119,7 @@ def run_loop(
 
     Raises:
         Preempted: SIGTERM or SIGINT; the step was finished and saved. A second signal does not wait for that.
+        KeyboardInterrupt: the same before a first step was taken.
         NonFiniteError: `max_bad_steps` in a row; the last good checkpoint stays the newest.
         OSError: the disk is full; what was saved before is safe.
         ValueError: the checkpoint is of another model or data set; see `CheckpointStore.restore`.
@@ -128,7 +129,7 @@ def run_loop(
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        stop = stack.enter_context(stop_signals())
+        stop = stack.enter_context(stop_signals(" before a step was taken; the same command starts again"))
         store = stack.enter_context(
             CheckpointStore(
                 run_dir / CHECKPOINTS,
@@ -138,13 +139,14 @@ def run_loop(
             )
         )
         moving = reference if reference is not None and reference.every else None
-        state, bad_steps = _resume(store, state, batches, meta, moving)
+        state, saved = _resume(store, state, batches, meta, moving)
         step = int(state.step)
         if jax.process_index() == 0:
-            _write_config(run_dir / "config.json", {"loop": asdict(config), **meta})
+            path = run_dir / "config.json"
+            _write_config(path, with_history(path, step, {"loop": asdict(config), **meta}))
         writer = MetricsWriter(run_dir, after_step=step, tensorboard=config.tensorboard)
         stack.callback(writer.close)
-        log = _Log(config, store, writer, bad_steps, on_log, progress)
+        log = _Log(config, store, writer, saved, on_log, progress)
         if progress is not None:
             stack.callback(progress.stop)
             progress.start(step)
@@ -155,40 +157,43 @@ def run_loop(
             step += 1
             log.flush()  # the step before: by now the device is busy with this one
             log.add(step, metrics, about_batch)
+            stop.saving = True
             found = None
             if evaluate is not None and config.due(config.eval_every, step):
                 found = log.evaluate(evaluate, state)
             best = found is not None and config.best_metric is not None
             ended = found is not None and stop_when is not None and stop_when(found)
-            if best or ended or stop or config.due(config.checkpoint_every, step):
+            if best or ended or stop.received or config.due(config.checkpoint_every, step):
                 log.flush(check=True)
-                if stop or step == config.steps or log.bad_steps == 0:  # or bad steps would push out good ones
-                    about = {**meta, "bad_steps": log.all_bad_steps}
+                if stop.received or step == config.steps or log.bad_steps == 0:  # or bad steps would push out good ones
+                    about = {**meta, **log.totals()}
                     arrays = None if moving is None else moving.arrays
                     store.save(step, state, loader=batches.state(), meta=about, reference=arrays, metrics=found)
-            if stop:
+            if stop.received:
                 store.wait()
-                raise Preempted(stop[0], step, store.directory)
+                break
+    if stop.received:  # in the last moment too
+        raise Preempted(stop.received[0], step, store.directory)
     return state
 
 
 def _resume(
     store: CheckpointStore, state: State, batches: Batches[State], meta: dict[str, Any], moving: Reference | None
-) -> tuple[State, int]:
-    """The state to go on from, and how many bad steps led to it; the reference is where it was."""
+) -> tuple[State, dict[str, Any]]:
+    """The state to go on from, and its checkpoint's meta; the reference is where it was."""
     if store.latest_step() is None:
-        return state, 0
+        return state, {}
     state, loader, saved = store.restore(_emptied(state), meta=meta)
     if moving is not None:
         moving.arrays = store.restore_reference(_emptied(moving.arrays), int(state.step))
     batches.restore(loader)
-    return state, saved.get("bad_steps", 0)
+    return state, saved
 
 
 def _emptied(arrays: Any) -> Any:
     """What a restore makes of arrays, which are deleted: they are never twice in memory."""
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), arrays)
-    jax.tree.map(lambda x: x.delete(), arrays)
+    jax.tree.map(lambda x: x.delete() if isinstance(x, jax.Array) else None, arrays)
     return abstract
 
 
@@ -212,34 +217,36 @@ class _Log:
         config: LoopConfig,
         store: CheckpointStore,
         writer: MetricsWriter,
-        all_bad_steps: int,
+        saved: Mapping[str, Any],
         on_log: Callable[[int, dict[str, Any]], None] | None,
         progress: Progress | None,
     ) -> None:
         self._config, self._store, self._writer = config, store, writer
         self._on_log, self._progress = on_log, progress
-        self._flags: list[tuple[int, jax.Array]] = []
-        self._tokens: list[jax.Array] = []
+        self._new: list[tuple[int, jax.Array, jax.Array | int]] = []  # step, finite, tokens
         self._line: tuple[int, dict[str, Any]] | None = None
         self._last: tuple[int, dict[str, Any]] = (0, {})
-        self.all_bad_steps = all_bad_steps
+        self._all_bad_steps, self._tokens_seen = saved.get("bad_steps", 0), saved.get("tokens_seen", 0)
+        self._began = time.monotonic() - saved.get("seconds", 0.0)
         self.bad_steps = 0  # in a row
         self._fatal: int | None = None  # the step after which there were too many
         self._clock: float | None = None
+        self._timed = 0  # tokens since
 
     def add(self, step: int, metrics: dict[str, Any], about_batch: Mapping[str, Any]) -> None:
         """Remember a step that was dispatched."""
         if "finite" not in metrics:
             raise ValueError(f"step_fn must report 'finite' (1 or 0); its metrics are {sorted(metrics)}")
         self._last = step, {**about_batch, **metrics}
-        self._flags.append((step, metrics["finite"]))
         if self._config.due(self._config.log_every, step):
             self._line = self._last
         if self._clock is None:  # the first step compiles: time counts from its end
             jax.block_until_ready(metrics["finite"])
+            self._tokens_seen += int(metrics.get("tokens", 0))
+            self._new.append((step, metrics["finite"], 0))
             self._clock = time.monotonic()
-        elif "tokens" in metrics:
-            self._tokens.append(metrics["tokens"])
+        else:
+            self._new.append((step, metrics["finite"], metrics.get("tokens", 0)))
         if self._progress is not None:
             self._progress.update(step)
 
@@ -260,32 +267,39 @@ class _Log:
         """Write the line that waits, if one does; `check` looks for bad steps in any case."""
         if self._line is None:
             if check:
-                self._count_bad_steps()
+                self._count()
                 self._refuse_bad_steps()
             return
         step, metrics = self._line
         self._line = None
-        metrics, tokens = jax.device_get((metrics, self._tokens))
+        metrics = jax.device_get(metrics)
+        self._count()
         assert self._clock is not None
         now = time.monotonic()
-        if tokens:
-            metrics["tokens_per_second"] = float(sum(tokens)) / (now - self._clock)
-            self._tokens, self._clock = [], now
-        self._count_bad_steps()
-        line = self._writer.write(step, {**metrics, "bad_steps": self.all_bad_steps})
+        if self._timed:
+            metrics["tokens_per_second"] = self._timed / (now - self._clock)
+            self._timed, self._clock = 0, now
+        line = self._writer.write(step, {**metrics, **self.totals(), **peak_memory()})
         if self._progress is not None:
             self._progress.update(step, line)
         self._refuse_bad_steps()
         if self._on_log is not None:
             self._on_log(step, line)
 
-    def _count_bad_steps(self) -> None:
-        for step, finite in jax.device_get(self._flags):
-            self.all_bad_steps += not finite
+    def totals(self) -> dict[str, Any]:
+        """What has come together since the run began, other processes' parts included."""
+        found = {"bad_steps": self._all_bad_steps, "seconds": time.monotonic() - self._began}
+        return found | ({"tokens_seen": self._tokens_seen} if self._tokens_seen else {})
+
+    def _count(self) -> None:
+        for step, finite, tokens in jax.device_get(self._new):
+            self._timed += int(tokens)
+            self._tokens_seen += int(tokens)
+            self._all_bad_steps += not finite
             self.bad_steps = 0 if finite else self.bad_steps + 1
             if self.bad_steps == self._config.max_bad_steps:
                 self._fatal = step
-        self._flags = []
+        self._new = []
 
     def _refuse_bad_steps(self) -> None:
         if self._fatal is None:

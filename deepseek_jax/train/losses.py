@@ -12,7 +12,7 @@ from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.model.router import count_sequences
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.sharding import per_batch_shard
-from deepseek_jax.typed import check_types
+from deepseek_jax.typed import check_least, check_types
 from deepseek_kernels import Visible, product, weight_gradient
 
 
@@ -162,8 +162,7 @@ class LanguageModelLoss:
 
     def __post_init__(self) -> None:
         check_types(self)
-        if self.chunk < 1:
-            raise ValueError(f"chunk={self.chunk}: must be at least 1 position")
+        check_least(self, 1, "chunk")
 
     def normalisers(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """What the sums of a whole batch are divided by, so that any split into microbatches gives the same loss."""

@@ -4,6 +4,8 @@ import errno
 import json
 import math
 import os
+import resource
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -77,9 +79,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     path = Path(path)
     path = path / FILE_NAME if path.is_dir() else path
     lines = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
-        if not text.endswith("\n"):
-            break
+    for number, text in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
         try:
             line = json.loads(text)
         except json.JSONDecodeError as error:
@@ -88,6 +88,17 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
             raise ValueError(f"{path}:{number}: expected a JSON object with a step, found {text[:80].strip()!r}")
         lines.append(line)
     return lines
+
+
+def peak_memory() -> dict[str, int]:
+    """`peak_bytes_device`, the most that one of this process's devices has held; where devices do not count (CPU),
+    `peak_bytes_process`."""
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
+    counted = [peak for peak in peaks if peak is not None]
+    if counted:
+        return {"peak_bytes_device": max(counted)}
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {"peak_bytes_process": unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
 
 
 def _cut(path: Path, after_step: int) -> None:

@@ -39,8 +39,12 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        if self.peak_lr <= 0 or self.clip_norm <= 0:
-            raise ValueError(f"peak_lr={self.peak_lr} and clip_norm={self.clip_norm} must be positive")
+        for name in ("peak_lr", "clip_norm", "eps"):
+            if not getattr(self, name):
+                raise ValueError(f"{name}={getattr(self, name)}: must be positive")
+        for name in ("b1", "b2"):
+            if getattr(self, name) >= 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must lie in [0, 1)")
         if not 0 <= self.constant_until <= self.cosine_until <= 1:
             raise ValueError(
                 f"constant_until={self.constant_until} and cosine_until={self.cosine_until}: expected "

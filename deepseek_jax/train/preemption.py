@@ -19,24 +19,34 @@ class Preempted(KeyboardInterrupt):
         self.signal, self.step = number, step
 
 
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """The SIGTERMs and SIGINTs received: the first is only noted, a second one raises KeyboardInterrupt."""
-    received: list[int] = []
+class Stop:
+    """The SIGTERMs and SIGINTs received. One raises KeyboardInterrupt, or is noted while there is a step to finish."""
 
-    def note(number: int, frame: object) -> None:
-        received.append(number)
-        if len(received) > 1:
-            raise KeyboardInterrupt(f"second {signal.Signals(number).name}: stopped without saving")
-        text = f"\n{signal.Signals(number).name}: finishing this step and saving; again to stop at once\n"
+    def __init__(self, when: str) -> None:
+        self.when, self.saving, self.received = when, False, list[int]()
+
+    def note(self, number: int, frame: object) -> None:
+        del frame
+        self.received.append(number)
+        name = signal.Signals(number).name
+        if not self.saving:
+            raise KeyboardInterrupt(f"{name}: stopped{self.when}")
+        if len(self.received) > 1:
+            raise KeyboardInterrupt(f"second {name}: stopped without saving")
+        text = f"\n{name}: finishing this step and saving; again to stop at once\n"
         os.write(2, text.encode())  # print is not safe within a signal handler
 
+
+@contextmanager
+def stop_signals(when: str) -> Iterator[Stop]:
+    """Receive them: at first one raises at once, saying `when`; from `saving = True` on the first is only noted."""
+    stop = Stop(when)
     if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread only
-        yield received
+        yield stop
         return
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, stop.note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield received
+        yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -35,12 +35,17 @@ class Progress:
         self._text = ""
         self._bar: RichProgress | None = None
         self._began: tuple[int, float] | None = None
-        self._printed = 0.0
+        self._started = self._printed = 0.0
 
     def start(self, step: int) -> None:
         """Begin at `step`: 0, or where the stage goes on."""
-        self._began, self._printed = None, time.monotonic()
-        if self._console.is_terminal:
+        self._began, self._started = None, time.monotonic()
+        self._printed = self._started
+        if step == self._total:
+            return
+        if not self._console.is_terminal:
+            self._say(f"{self._stage}: compiling …")
+        else:
             self._bar = RichProgress(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=24),
@@ -49,7 +54,7 @@ class Progress:
                 TextColumn("{task.fields[text]}", style="dim"),
                 console=self._console,
             )
-            self._bar.add_task(self._stage, total=self._total, completed=step, text="")
+            self._bar.add_task(self._stage, total=self._total, completed=step, text="compiling …")
             self._bar.start()
 
     def update(self, step: int, metrics: Mapping[str, Any] | None = None) -> None:
@@ -57,6 +62,7 @@ class Progress:
         now = time.monotonic()
         if self._began is None:  # the first step compiles and would spoil the estimate
             self._began = step, now
+            self._say(f"{self._stage}: first step after {now - self._started:.1f} s")
         if metrics is not None:
             shown = [f"{key} {metrics[key]:.4g}" for key in self._keys if metrics.get(key) is not None]
             self._text = " · ".join(shown)

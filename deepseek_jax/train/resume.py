@@ -1,6 +1,7 @@
-"""What a run that goes on may have changed since its checkpoint."""
+"""What a run that goes on may have changed since its checkpoint, and a record of what it did change."""
 
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,14 @@ from typing import Any
 from deepseek_jax.checkpoint import CheckpointStore
 from deepseek_jax.checkpoint.model import CHECKPOINTS
 
-_OWN = ("format", "bad_steps", "schedule_steps", "model")  # not settings, or compared by the store
+_OWN = (
+    "format",
+    "bad_steps",
+    "seconds",
+    "tokens_seen",
+    "schedule_steps",
+    "model",
+)  # not settings, or compared by the store
 _STEPS = "recipe.loop.steps"
 _ABSENT = "(absent)"
 
@@ -34,10 +42,9 @@ def check_resume(
         )
     allowed = [*_OWN, *(f"recipe.{path}" for path in may_change)]
     differ = [
-        f"{name.removeprefix('recipe.')} is {there.get(name, _ABSENT)!r} there and {here.get(name, _ABSENT)!r} here"
-        for name in sorted(there.keys() | here.keys())
-        if there.get(name, _ABSENT) != here.get(name, _ABSENT)
-        and not any(name == path or name.startswith(path + ".") for path in allowed)
+        f"{name.removeprefix('recipe.')} is {was!r} there and {now!r} here"
+        for name, (was, now) in differences(saved, wanted).items()
+        if not any(name == path or name.startswith(path + ".") for path in allowed)
     ]
     if there.get(_STEPS, 0) > here.get(_STEPS, 0):
         differ.append(f"loop.steps is {there[_STEPS]} there and {here[_STEPS]} here, which is fewer")
@@ -46,6 +53,33 @@ def check_resume(
             f"{run_dir} holds a run with other settings: {'; '.join(differ)}. Going on it may change "
             f"{', '.join(may_change)} alone, with no fewer loop.steps; choose another run_dir for the rest"
         )
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Settings of two trees that differ, by dotted path, as JSON has them."""
+    was, now = dict(_flat(there)), dict(_flat(json.loads(json.dumps(here))))
+    pairs = {name: (was.get(name, _ABSENT), now.get(name, _ABSENT)) for name in sorted(was.keys() | now.keys())}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def with_history(path: Path, step: int, content: dict[str, Any]) -> dict[str, Any]:
+    """What the config.json at ``path`` is to say now, with the ``history`` of the one that is there: an entry
+    {"time", "step", "changed": {setting: [from, to]}} for each time that the run went on with other settings."""
+    if step == 0 or not path.exists():
+        return content
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path}: not JSON ({error}), so what was changed before is lost; delete it to go on"
+        ) from error
+    settings = "recipe" if "recipe" in content else "loop"
+    changed = differences(before.get(settings, {}), content[settings])
+    history = list(before.get("history", []))
+    if changed:
+        now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        history.append({"time": now, "step": step, "changed": {name: list(pair) for name, pair in changed.items()}})
+    return content | ({"history": history} if history else {})
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

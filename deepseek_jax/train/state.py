@@ -1,6 +1,7 @@
 """Everything a train step reads and writes, as one pytree of arrays."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -48,20 +49,43 @@ def create_state(
     become float32 masters whatever they were, bfloat16 or block-scaled FP8.
     """
 
-    def create(params, router_bias):
-        if params is None:
-            params, router_bias = transformer.init(config, seed)
-        params = float32_copy(params)
-        return TrainState(
-            step=jnp.int32(0),
-            params=params,
-            opt_state=optimizer.init(params),
-            router_bias=router_bias,
-            ema=float32_copy(params) if ema else None,
-        )
-
+    create = functools.partial(_create, config, optimizer, seed, ema)
     shapes = jax.eval_shape(create, params, router_bias)
     return jax.jit(create, out_shardings=state_shardings(config, shapes, mesh, compute.rules))(params, router_bias)
+
+
+def abstract_state(
+    config: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    compute: ComputeConfig = ComputeConfig(),
+    ema: bool = False,
+) -> TrainState:
+    """What ``create_state`` makes as shapes, dtypes and shardings: all that a checkpoint is read into."""
+    shapes = jax.eval_shape(functools.partial(_create, config, optimizer, 0, ema), None, None)
+    place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)  # noqa: E731
+    return jax.tree.map(place, shapes, state_shardings(config, shapes, mesh, compute.rules))
+
+
+def _create(
+    config: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    ema: bool,
+    params: Any,
+    router_bias: jax.Array | None,
+) -> TrainState:
+    if params is None:
+        params, router_bias = transformer.init(config, seed)
+    params = float32_copy(params)
+    return TrainState(
+        step=jnp.int32(0),
+        params=params,
+        opt_state=optimizer.init(params),
+        router_bias=router_bias,
+        ema=float32_copy(params) if ema else None,
+    )
 
 
 @jax.jit

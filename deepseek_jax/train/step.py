@@ -16,7 +16,7 @@ from deepseek_jax.model import transformer
 from deepseek_jax.parallel.sharding import split_rows
 from deepseek_jax.train.optimizer import guarded, keep_if
 from deepseek_jax.train.state import TrainState
-from deepseek_jax.typed import check_types
+from deepseek_jax.typed import check_least, check_types
 
 Batch = dict[str, jax.Array]
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
@@ -45,8 +45,7 @@ class StepConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        if self.microbatches < 1:
-            raise ValueError(f"microbatches={self.microbatches}: must be at least 1")
+        check_least(self, 1, "microbatches")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay}: must lie in [0, 1)")
 

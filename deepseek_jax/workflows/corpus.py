@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from deepseek_jax.rl import arithmetic as rl
-from deepseek_jax.typed import check_types
+from deepseek_jax.typed import check_least, check_types
 
 # Folders of tests, tables, vendored or deprecated code, and files made for one machine.
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "distutils"}
@@ -70,10 +70,9 @@ class CorpusConfig:
             value = getattr(self, name)
             if not 0.0 < value < 1.0:
                 raise ValueError(f"{name}={value} must lie between 0 and 1, both excluded")
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and field.name != "seed" and value < 1:
-                raise ValueError(f"{field.name}={value} must be at least 1")
+        check_least(
+            self, 1, *(field.name for field in dataclasses.fields(self) if field.type is int and field.name != "seed")
+        )
         if not self.kinds or len(set(self.kinds)) != len(self.kinds) or not set(self.kinds) <= set(rl.KINDS):
             raise ValueError(f"kinds={self.kinds!r} must name some of {', '.join(rl.KINDS)}, none twice")
 

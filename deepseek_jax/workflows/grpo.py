@@ -6,21 +6,19 @@ from typing import Any
 
 import tyro
 
-from deepseek_jax.checkpoint.model import load
 from deepseek_jax.data.text import read_rows
 from deepseek_jax.parallel.hosts import require_one_process
-from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.rl.grader import Grader
 from deepseek_jax.rl.rollout import RolloutConfig, Rollouts, open_questions
 from deepseek_jax.rl.tasks import Task, TaskConfig, make_task
 from deepseek_jax.train.grpo import GRPOLoss
 from deepseek_jax.train.reference import Reference
 from deepseek_jax.train.scoring import Scorer
+from deepseek_jax.workflows.own_run import open_start, owns_run
 from deepseek_jax.workflows.stage import (
     RESULT,
     StageConfig,
     read_result,
-    require,
     train_stage,
     write_json,
 )
@@ -57,13 +55,13 @@ class GRPOConfig(StageConfig):
             raise ValueError(f"reference_every={self.reference_every}: without loss.kl_weight there is no reference")
 
 
+@owns_run("init_from", "task.path")
 def grpo(config: GRPOConfig) -> dict[str, Any]:
     """Run the stage, or go on with it; returns and writes its result.
 
     Raises NoSignalError when almost no group of answers has unequal rewards, see ``RolloutConfig``.
     """
     require_one_process("grpo")
-    require(config, "init_from", "task.path")
     task, exam = make_task(config.task), open_exam(config.evaluation, seed=config.seed)
     with Grader(config.reward or task.rewards, task=task, time_limit=config.rollout.reward_seconds) as grader:
         rows = list(read_rows(config.task.path))  # what is wrong with them is known before a model is read
@@ -77,7 +75,7 @@ def grpo(config: GRPOConfig) -> dict[str, Any]:
 def _train(config: GRPOConfig, task: Task, grader: Grader, exam: Exam | None) -> dict[str, Any]:
     if config.loop.eval_every and exam is None:
         raise ValueError(f"loop.eval_every={config.loop.eval_every}: nothing to evaluate without evaluation.task.path")
-    start = load(config.init_from, compute=config.compute, mesh=make_mesh(config.mesh))
+    start = open_start(config, arrays=bool(config.loss.kl_weight))
     loader = open_questions(
         task, start, config.task.path, config.rollout, batch_size=config.rollout.prompts, seed=config.seed
     )

@@ -20,13 +20,13 @@ from deepseek_jax.evals.text import bits_per_byte
 from deepseek_jax.parallel.hosts import first_host_first
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.train.losses import LanguageModelLoss
-from deepseek_jax.typed import check_types
+from deepseek_jax.typed import check_least, check_types
+from deepseek_jax.workflows.own_run import owns_run
 from deepseek_jax.workflows.stage import (
     RESULT,
     LoaderBatches,
     StageConfig,
     read_result,
-    require,
     train_stage,
     write_json,
 )
@@ -48,6 +48,7 @@ class PretrainData:
 
     def __post_init__(self) -> None:
         check_types(self)
+        check_least(self, 2, "seq_len")
         if not 0 <= self.fim_rate <= 1:
             raise ValueError(f"fim_rate={self.fim_rate}: must lie in [0, 1]")
 
@@ -65,9 +66,9 @@ class PretrainConfig(StageConfig):
     MAY_CHANGE = (*StageConfig.MAY_CHANGE, "data.heldout")
 
 
+@owns_run("data.path", "data.tokenizer")
 def pretrain(config: PretrainConfig) -> dict[str, Any]:
     """Run the stage, or go on with it; returns and writes its result."""
-    require(config, "data.path", "data.tokenizer")
     run_dir = Path(config.run_dir)
     tokenizer = Tokenizer.from_folder(config.data.tokenizer)
     if tokenizer.vocab_size > config.model.vocab_size:

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from deepseek_jax.checkpoint.model import Model, load
+from deepseek_jax.checkpoint.model import Model
 from deepseek_jax.data.chat import encode_chat
 from deepseek_jax.data.packing import Row, pack_samples
 from deepseek_jax.data.rows import RowLoader, check_rows, file_sizes, write_rows
@@ -18,15 +18,14 @@ from deepseek_jax.evals.accuracy import accuracy
 from deepseek_jax.evals.text import row_loss
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.parallel.hosts import first_host_first, require_one_process
-from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.train.losses import LanguageModelLoss
-from deepseek_jax.typed import check_types
+from deepseek_jax.typed import check_least, check_types
+from deepseek_jax.workflows.own_run import open_start, owns_run
 from deepseek_jax.workflows.stage import (
     RESULT,
     LoaderBatches,
     StageConfig,
     read_result,
-    require,
     train_stage,
     write_json,
 )
@@ -46,6 +45,7 @@ class SFTData:
 
     def __post_init__(self) -> None:
         check_types(self)
+        check_least(self, 2, "seq_len")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,14 +69,14 @@ class SFTConfig(StageConfig):
     MAY_CHANGE = (*StageConfig.MAY_CHANGE, "evaluation", "check", "enough_accuracy", "data.heldout")
 
 
+@owns_run("init_from", "data.path")
 def sft(config: SFTConfig) -> dict[str, Any]:
     """Run the stage, or go on with it; returns and writes its result."""
-    require(config, "init_from", "data.path")
     run_dir = Path(config.run_dir)
     check, exam = (open_exam(questions, seed=config.seed) for questions in (config.check, config.evaluation))
     if check or exam:
         require_one_process("sft with evaluation or check")
-    start = load(config.init_from, compute=config.compute, mesh=make_mesh(config.mesh))
+    start = open_start(config)
     heldout = _packed(config.data, config.data.heldout, start.text, Counter()) if config.data.heldout else []
     rows = first_host_first(lambda: prepare_chats(config.data, start.text, run_dir / "rows"))
     loader = RowLoader(

@@ -1,37 +1,44 @@
 """What every training stage does around its own step: devices, state, the loop, the result."""
 
 import dataclasses
-import functools
 import json
 import os
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from deepseek_jax.checkpoint.model import Model
+from deepseek_jax.checkpoint.store import check_directory
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.model.costs import count_parameters
 from deepseek_jax.parallel.mesh import MeshConfig
 from deepseek_jax.parallel.sharding import place_batch
+from deepseek_jax.saying import doing, say
 from deepseek_jax.train.loop import Batches, LoopConfig, run_loop
+from deepseek_jax.train.metrics import read_metrics
 from deepseek_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from deepseek_jax.train.progress import Progress
 from deepseek_jax.train.reference import Reference
 from deepseek_jax.train.resume import check_resume, saved_meta
-from deepseek_jax.train.state import TrainState, create_state
+from deepseek_jax.train.state import TrainState, abstract_state, create_state
 from deepseek_jax.train.step import Batch, Loss, Step, StepConfig, make_step
-from deepseek_jax.typed import check_types
+from deepseek_jax.typed import check_least, check_types
+from deepseek_jax.workflows.log_to import opened_logs
 
 RESULT = "result.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class StageConfig:
-    """What all stages have: where they write, the seed, and how they train."""
+    """What all stages have: where they write, the seed, and how they train.
+
+    log_to: where metrics go beside ``metrics.jsonl``: ``wandb``, or file.py:function, called with the step and the line
+    as a dict. quiet: say nothing before the result.
+    """
 
     run_dir: str = "runs/stage"
     seed: int = 0
@@ -40,14 +47,19 @@ class StageConfig:
     loop: LoopConfig = LoopConfig(steps=100)
     mesh: MeshConfig = MeshConfig()
     compute: ComputeConfig = ComputeConfig()
+    log_to: tuple[str, ...] = ()
+    quiet: bool = False
 
     # What may differ, as a run goes on, from what its checkpoint was made with; see `check_resume`.
-    MAY_CHANGE = ("run_dir", "compute", "mesh", "loop")
+    MAY_CHANGE = ("run_dir", "compute", "mesh", "loop", "log_to", "quiet")
 
     def __post_init__(self) -> None:
         check_types(self)
-        if "://" in self.run_dir:
-            raise ValueError(f"run_dir={self.run_dir!r}: runs are written to a local or mounted folder")
+        check_least(self, 1, *(name for name in ("batch_size", "minibatches", "inner_epochs") if hasattr(self, name)))
+        try:
+            check_directory(self.run_dir)
+        except ValueError as error:
+            raise ValueError(f"run_dir={self.run_dir!r}: {error}") from error
         if self.compute.param_dtype != "float32":
             raise ValueError(
                 f"compute.param_dtype={self.compute.param_dtype!r}: a stage trains float32 masters; another is for "
@@ -71,33 +83,27 @@ def train_stage(
 ) -> tuple[Model, dict[str, Any]]:
     """Train from ``start`` (its ``params`` None: fresh ones) and return the model with the facts of the run.
 
+    The arrays of ``start`` are used up, but where ``reference`` is them; where there is a checkpoint they are not used.
+
     prepare: adds to each batch on the devices, before its step, what the loss reads beside it; ``reference``, if it
     moves, is saved with the state. epochs, minibatches: see ``make_step``.
 
     Raises ValueError where ``run_dir`` holds a run with other settings (``check_resume``), and what ``run_loop`` does.
     """
     run_dir = Path(config.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    if jax.process_index() == 0:
-        start.text.save(run_dir)
     model, compute, mesh = start.config, start.compute, start.mesh
     settings = _settings(config, stage, start, reference)
     schedule_steps = config.loop.steps
     if (saved := saved_meta(run_dir)) is not None:
         check_resume(run_dir, saved, settings, config.MAY_CHANGE)
         schedule_steps = saved["schedule_steps"]
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() == 0:
+        start.text.save(run_dir)
     updates = epochs * minibatches
     optimizer = make_optimizer(config.optimizer, model, schedule_steps * updates)
-    state = create_state(
-        model,
-        optimizer,
-        mesh,
-        compute=compute,
-        seed=config.seed,
-        params=start.params,
-        router_bias=start.router_bias,
-        ema=config.step.ema_decay > 0,
-    )
+    keep = reference is not None and not reference.every  # they are the reference's
+    state = _state(config, start, optimizer, going_on=saved is not None, keep=keep)
     step = make_step(model, loss, optimizer, config.step, compute=compute, epochs=epochs, minibatches=minibatches)
     jitted = _measured(step, learning_rate(config.optimizer, schedule_steps * updates), updates)
     taken = 0
@@ -105,6 +111,8 @@ def train_stage(
     def placed_step(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, dict[str, jax.Array]]:
         nonlocal taken
         taken += 1
+        if taken == 1 and jax.process_index() == 0:
+            (run_dir / RESULT).unlink(missing_ok=True)  # of fewer steps
         placed = place_batch(dict(batch), mesh, compute.rules)
         state, metrics = jitted(state, placed if prepare is None else prepare(state, placed))
         if reference is not None:
@@ -114,34 +122,57 @@ def train_stage(
     def trained(state: TrainState) -> Model:
         return dataclasses.replace(start, params=state.params, router_bias=state.router_bias)
 
-    began = time.monotonic()
-    with jax.set_mesh(mesh):
+    meta = {**settings, "schedule_steps": schedule_steps}
+    with jax.set_mesh(mesh), opened_logs(config.log_to, run_dir, meta) as log:
         state = run_loop(
             run_dir=run_dir,
             config=config.loop,
             state=state,
             step_fn=placed_step,
             batches=batches,
-            meta={**settings, "schedule_steps": schedule_steps},
+            meta=meta,
             reference=reference,
             evaluate=None if evaluate is None else lambda state: evaluate(trained(state)),
             stop_when=stop_when,
-            progress=Progress(stage, config.loop.steps),
+            on_log=log,
+            progress=None if config.quiet or jax.process_index() else Progress(stage, config.loop.steps),
         )
+    if not taken:
+        say(f"{run_dir}: step {int(state.step)} was reached before; nothing was trained")
     return trained(state), {
-        "seconds": time.monotonic() - began,
+        **_measured_so_far(run_dir),
         "steps": int(state.step),
-        "steps_here": taken,  # since it went on, where it did
+        "steps_here": taken,  # by this process
         **count_parameters(model),
         "cache_numbers_per_token_layer": model.cache_numbers_per_token_layer,
     }
 
 
-def require(config: Any, *names: str) -> None:
-    """ValueError for the first of these fields ("data.path") that is empty."""
-    for name in names:
-        if not functools.reduce(getattr, name.split("."), config):
-            raise ValueError(f"{name} is empty: give --{name.replace('_', '-')}, or a recipe that has it")
+def _state(
+    config: StageConfig, start: Model, optimizer: optax.GradientTransformation, *, going_on: bool, keep: bool
+) -> TrainState:
+    """The state that a run begins with, in place of the parameters of ``start`` unless ``keep``; or, where it is
+    ``going_on``, the shapes of what it will read."""
+    options: dict[str, Any] = {"compute": start.compute, "ema": config.step.ema_decay > 0}
+    if going_on:
+        return abstract_state(start.config, optimizer, start.mesh, **options)
+    with doing("making the state"):
+        options |= {"params": start.params, "router_bias": start.router_bias, "seed": config.seed}
+        state = jax.block_until_ready(create_state(start.config, optimizer, start.mesh, **options))
+    if not keep:
+        jax.tree.map(lambda array: array.delete(), start.params)
+    return state
+
+
+def _measured_so_far(run_dir: Path) -> dict[str, Any]:
+    """What the lines of metrics say of the whole run, whichever process wrote them."""
+    lines = read_metrics(run_dir)
+    names = ("seconds", "tokens_seen", "loss", "reward")
+    found = {name: lines[-1][name] for name in names if lines and name in lines[-1]}
+    peaks = {
+        name: [line[name] for line in lines if name in line] for name in ("peak_bytes_device", "peak_bytes_process")
+    }
+    return found | {name: max(values) for name, values in peaks.items() if values}
 
 
 def _settings(config: StageConfig, stage: str, start: Model, reference: Reference | None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from deepseek_jax.data.text import read_rows
 from deepseek_jax.evals.accuracy import Answered, accuracy, accuracy_by, answer
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.rl.tasks import TaskConfig, column, make_task, where
-from deepseek_jax.typed import check_types
+from deepseek_jax.typed import check_least, check_types
 
 MODES = {"greedy": 0.0, "sampled": 1.0}  # by name, the temperature
 
@@ -35,11 +35,7 @@ class TaskEval:
 
     def __post_init__(self) -> None:
         check_types(self)
-        if min(self.count, self.keep_samples) < 0 or min(self.max_tokens, self.batch_size) < 1:
-            raise ValueError(
-                f"count={self.count}, keep_samples={self.keep_samples}, max_tokens={self.max_tokens}, "
-                f"batch_size={self.batch_size}: expected at least 0, 0, 1 and 1"
-            )
+        check_least(self, 1, "max_tokens", "batch_size")
 
 
 class Exam:

@@ -14,6 +14,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax.checkpoint import CheckpointStore, DamagedCheckpointError, restore_params
+from deepseek_jax.checkpoint import store as store_module
 
 
 @jax.tree_util.register_dataclass
@@ -257,6 +258,29 @@ def test_parameters_alone_for_inference(tmp_path):
 def test_bad_options(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         CheckpointStore(**({"directory": tmp_path} | options))
+
+
+@pytest.mark.parametrize("name", ["a[1]", "lr=[0.1,0.2]", "what?", "all*"])
+def test_a_path_that_orbax_takes_for_a_pattern_is_refused_before_a_save(tmp_path, name):
+    with (
+        CheckpointStore(tmp_path / name / "checkpoints", keep=1) as store,
+        pytest.raises(ValueError, match=r"path with any of \[ \* \? in it"),
+    ):
+        store.save(1, make_state(1), loader={}, meta={})
+    assert not (tmp_path / name).exists()
+
+
+def test_a_save_that_did_not_merge_is_an_error_and_a_good_one_can_be_read_there(tmp_path, monkeypatch):
+    save_steps(tmp_path / "good", 1)
+    (tmp_path / "good").rename(tmp_path / "moved[1]")
+    abstract = {"params": {"b": jax.ShapeDtypeStruct((16,), jnp.float32)}}
+    tree, _ = restore_params(tmp_path / "moved[1]", abstract)
+    np.testing.assert_array_equal(np.asarray(tree["params"]["b"]), np.asarray(make_state(1).params["b"]))
+    monkeypatch.setattr(store_module, "check_directory", lambda directory: None)
+    store = CheckpointStore(tmp_path / "bad[1]", keep=1)
+    with pytest.raises(RuntimeError, match=r"the checkpoint of step 1 in .*bad\[1\] is not whole: its state was not"):
+        store.save(1, make_state(1), loader={}, meta={}, block=True)
+    assert store.steps() == []
 
 
 FULL_DISK = """

@@ -85,7 +85,7 @@ def test_a_wrong_type_is_refused(option, value, right, capsys):
     [
         (["--model.n-group", "3"], ["n_group=3", "n_routed_experts=16"]),
         (["--model.num-experts-per-tok", "9"], ["num_experts_per_tok=9", "leaves only 8"]),
-        (["--mesh.fsdp", "0"], ["fsdp=0", "positive"]),
+        (["--mesh.fsdp", "0"], ["fsdp=0", "at least 1"]),
         (["--step.microbatches", "0"], ["microbatches=0"]),
     ],
 )

@@ -159,10 +159,14 @@ def test_each_row_draws_with_its_own_key():
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"temperature": -0.1}, "temperature=-0.1.*0 is greedy"),
+        ({"temperature": -0.1}, "temperature=-0.1: must not be negative"),
+        ({"temperature": float("nan")}, "temperature=nan: must be finite"),
+        ({"temperature": float("inf")}, "temperature=inf: must be finite"),
+        ({"stop_token_ids": (3, -1)}, r"stop_token_ids=\(3, -1\): must not be negative"),
+        ({"seed": 2**31}, r"seed=2147483648: must be less than 2\*\*31"),
         ({"top_p": 0.0}, r"top_p=0.0: must lie in \(0, 1\]"),
         ({"top_p": 1.1}, "top_p=1.1"),
-        ({"top_k": -1}, "top_k=-1.*0 keeps all"),
+        ({"top_k": -1}, "top_k=-1: must not be negative"),
         ({"max_tokens": 0}, "max_tokens=0"),
         ({"seed": 0.5}, "seed=0.5.*int"),
     ],

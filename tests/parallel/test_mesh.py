@@ -45,8 +45,8 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(config, named):
 @pytest.mark.parametrize(
     ("values", "named"),
     [
-        (dict(fsdp=0), "fsdp=0.*positive"),
-        (dict(data=-1), "data=-1.*positive"),
+        (dict(fsdp=0), "fsdp=0.*at least 1"),
+        (dict(data=-1), "data=-1.*negative"),
         (dict(tensor=2.0), "tensor=2.0.*int"),
         (dict(expert="2"), "expert='2'.*int"),
     ],

@@ -259,7 +259,7 @@ def test_an_answer_begins_with_the_thinking_that_the_prompt_has_opened():
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"group": 1}, "group=1: expected at least 1 and 2"),
+        ({"group": 1}, "group=1: must be at least 2"),
         ({"prompts": 0}, "prompts=0"),
         ({"max_tokens": 0}, "max_tokens=0"),
         ({"advantage": "mean"}, "advantage='mean': expected .*Literal"),

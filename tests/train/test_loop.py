@@ -27,7 +27,7 @@ from deepseek_jax.train.preemption import Preempted
 from deepseek_jax.train.progress import Progress
 from deepseek_jax.train.reference import Reference
 
-CLOCKS = ("time", "tokens_per_second")  # all that may differ between two runs
+CLOCKS = ("time", "seconds", "tokens_per_second", "peak_bytes_process")  # all that may differ between two runs
 
 
 def numbers(run_dir: Path) -> list[dict]:
@@ -103,6 +103,50 @@ def test_a_signal_finishes_the_step_and_saves(whole, tmp_path, number, capfd):
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
     train(tmp_path)
     assert numbers(tmp_path) == numbers(whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_the_first_step_stops_at_once_in_one_line(tmp_path, number, capfd):
+    with pytest.raises(KeyboardInterrupt, match=f"{number.name}: stopped before a step was taken; .* again") as caught:
+        train(tmp_path, batches=ToyBatches(hooks={1: lambda: os.kill(os.getpid(), number)}))
+    assert not isinstance(caught.value, Preempted) and capfd.readouterr().err == ""
+    assert saved_steps(tmp_path) == []
+
+
+def test_a_signal_while_the_last_save_is_written_is_not_lost(tmp_path, monkeypatch):
+    wait = CheckpointStore.close
+
+    def late(store):
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait(store)
+
+    monkeypatch.setattr(CheckpointStore, "close", late)
+    with pytest.raises(Preempted, match="SIGTERM: stopped after step 12"):
+        train(tmp_path)
+    assert saved_steps(tmp_path) == [8, 12]
+
+
+def test_totals_go_on_where_the_run_does(tmp_path):
+    train(tmp_path, steps=5, log_every=3, checkpoint_every=2)
+    train(tmp_path, steps=8, log_every=3, checkpoint_every=2)
+    lines = read_metrics(tmp_path)
+    assert [(line["step"], line["tokens_seen"]) for line in lines] == [(s, 100 * s) for s in (3, 5, 6, 8)]
+    seconds = [line["seconds"] for line in lines]
+    assert seconds == sorted(seconds) and all(line["peak_bytes_process"] > 1e7 for line in lines)
+
+
+def test_what_was_changed_on_the_way_is_kept(tmp_path):
+    for steps, every in ((4, 1), (4, 1), (8, 1), (8, 2), (8, 2)):
+        train(tmp_path, steps=steps, log_every=every)
+    history = json.loads((tmp_path / "config.json").read_text())["history"]
+    assert [(entry["step"], entry["changed"]) for entry in history] == [
+        (4, {"steps": [4, 8]}),
+        (8, {"log_every": [1, 2]}),
+    ]
+    assert all(re.fullmatch(r"2\d{3}-\d\d-\d\dT[\d:]+[+-]\d{4}", entry["time"]) for entry in history)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json: not JSON"):
+        train(tmp_path, steps=8)
 
 
 def test_a_second_signal_does_not_wait(tmp_path, capfd):
@@ -275,9 +319,9 @@ def test_on_log_sees_every_line_and_may_end_the_run(tmp_path):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("steps", 0, "steps must be at least 1, not 0"),
-        ("max_bad_steps", 0, "max_bad_steps must be at least 1"),
-        ("eval_every", -1, "eval_every must be 0"),
+        ("steps", 0, "steps=0: must be at least 1"),
+        ("max_bad_steps", 0, "max_bad_steps=0: must be at least 1"),
+        ("eval_every", -1, "eval_every=-1: must not be negative"),
         ("best_metric", "eval/score", "needs evaluations"),
         ("steps", 10.5, r"LoopConfig.steps=10.5: expected int, got float"),
         ("tensorboard", "no", r"LoopConfig.tensorboard='no': expected bool, got str"),

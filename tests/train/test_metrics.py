@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -73,7 +74,8 @@ def test_progress_without_a_terminal_prints_plain_lines():
     progress.update(3, {"loss": 2.34567, "other": 1.0, "reward": None})
     progress.update(4)
     progress.stop()
-    first, second, last = out.getvalue().splitlines()
+    compiling, compiled, first, second, last = out.getvalue().splitlines()
+    assert compiling == "pretrain: compiling …" and re.fullmatch(r"pretrain: first step after \d+\.\d s", compiled)
     assert first.startswith("pretrain 2/4 · ?:?? left")
     assert second == "pretrain 3/4 · 0:00:00 left · loss 2.346"
     assert last.startswith("pretrain 4/4 · 0:00:00 left")

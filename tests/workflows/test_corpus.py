@@ -277,7 +277,7 @@ def test_a_build_that_is_cut_off_does_not_look_whole(tmp_path, monkeypatch):
     [
         ({"arithmetic_share": 1.0}, "arithmetic_share=1.0 must lie between 0 and 1"),
         ({"held_out_file_share": 0.0}, "held_out_file_share=0.0 must lie"),
-        ({"max_code_bytes": 0}, "max_code_bytes=0 must be at least 1"),
+        ({"max_code_bytes": 0}, "max_code_bytes=0: must be at least 1"),
         ({"kinds": ("add", "div")}, r"kinds=\('add', 'div'\) must name some of add, sub, mul"),
         ({"kinds": ()}, "kinds="),
     ],

@@ -1,9 +1,12 @@
 """Going on with a stage: what may change since its checkpoint, and what is refused by name."""
 
 import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from model.tiny import weights, whole
@@ -18,7 +21,7 @@ from deepseek_jax.train.losses import LanguageModelLoss
 from deepseek_jax.train.metrics import read_metrics
 from deepseek_jax.train.optimizer import OptimizerConfig
 from deepseek_jax.train.reference import Reference
-from deepseek_jax.workflows.stage import LoaderBatches, StageConfig, train_stage
+from deepseek_jax.workflows.stage import RESULT, LoaderBatches, StageConfig, train_stage
 
 
 class Rows:
@@ -42,7 +45,7 @@ CONFIG = StageConfig(
 
 
 def run(config: StageConfig, reference: Reference | None = None):
-    params, bias = weights(SPEAKER)
+    params, bias = jax.tree.map(jnp.copy, weights(SPEAKER))  # they are used up
     devices = jax.devices()[: config.mesh.data]
     start = whole(SPEAKER, params, bias, tokenizer(), make_mesh(config.mesh, devices))
     start = dataclasses.replace(start, compute=config.compute)
@@ -75,8 +78,17 @@ def stopped(tmp_path_factory) -> StageConfig:
 def test_compute_mesh_and_more_steps_may_change_and_the_schedule_keeps_its_length(stopped):
     longer = dataclasses.replace(CONFIG.loop, steps=6, log_every=2, keep=3)
     other = ComputeConfig(dtype="bfloat16", remat="full")
-    _, facts = run(changed(stopped, loop=longer, compute=other, mesh=MeshConfig(data=2)), held())
-    assert (facts["steps"], facts["steps_here"]) == (6, 2)
+    longer_config = changed(stopped, loop=longer, compute=other, mesh=MeshConfig(data=2))
+    (Path(stopped.run_dir) / RESULT).write_text("{}")
+    _, facts = run(longer_config, held())
+    assert (facts["steps"], facts["steps_here"], facts["tokens_seen"]) == (6, 2, 6 * 8 * 16)
+    assert facts["loss"] > 0 and facts["seconds"] > 0 and facts["peak_bytes_process"] > 1e7
+    assert not (Path(stopped.run_dir) / RESULT).exists()  # it was of four steps
+    history = json.loads((Path(stopped.run_dir) / "config.json").read_text())["history"]
+    changes = {"loop.steps": [4, 6], "compute.dtype": ["float32", "bfloat16"], "mesh.data": [1, 2]}
+    assert [entry["step"] for entry in history] == [4] and history[0]["changed"].items() >= changes.items()
+    _, again = run(longer_config, held())  # it measures nothing anew
+    assert again == facts | {"steps_here": 0}
     rates = {line["step"]: line["lr"] for line in read_metrics(stopped.run_dir)}
     cosine = lambda step: 1e-3 * (0.1 + 0.45 * (1 + np.cos(np.pi * min(step / 4, 1))))  # noqa: E731
     assert rates == pytest.approx({step: cosine(step - 1) for step in (1, 2, 3, 4, 6)}, rel=1e-4)

@@ -1,0 +1,68 @@
+"""What a stage does before its own work: it looks at its settings, takes its folder and listens for signals."""
+
+import functools
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, TypeVar
+
+import jax
+
+from deepseek_jax.checkpoint.model import Model, load
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.saying import doing, quietly
+from deepseek_jax.train.preemption import stop_signals
+from deepseek_jax.train.resume import saved_meta
+from deepseek_jax.train.run_lock import run_lock
+from deepseek_jax.workflows.log_to import check_logs
+
+Config = TypeVar("Config")
+Found = TypeVar("Found")
+
+
+def owns_run(*needs: str) -> Callable[[Callable[[Config], Found]], Callable[[Config], Found]]:
+    """A stage's function that holds its ``run_dir`` while it runs, from before anything is written there.
+
+    needs: fields ("data.path") that must not be empty. ValueError where one is, or where another process holds the
+    folder.
+    """
+
+    def owning(stage: Callable[[Config], Found]) -> Callable[[Config], Found]:
+        @functools.wraps(stage)
+        def run(config: Any) -> Found:
+            require(config, *needs)
+            check_logs(config.log_to)
+            first = jax.process_index() == 0
+            with ExitStack() as stack:
+                stack.enter_context(stop_signals("; the same command goes on from what was saved"))
+                stack.enter_context(quietly(config.quiet or not first))
+                if first:
+                    stack.enter_context(run_lock(config.run_dir))
+                return stage(config)
+
+        return run
+
+    return owning
+
+
+def require(config: Any, *names: str) -> None:
+    """ValueError for the first of these fields that is empty."""
+    for name in names:
+        if not functools.reduce(getattr, name.split("."), config):
+            raise ValueError(f"{name} is empty: give --{name.replace('_', '-')}, or a recipe that has it")
+
+
+def open_start(config: Any, *, arrays: bool = False) -> Model:
+    """The model in ``config.init_from``, on the stage's mesh.
+
+    Where the run goes on from a checkpoint of its own, that has all but the arrays, which are then None: they are read
+    where ``arrays`` says that they are wanted all the same.
+    """
+    mesh = make_mesh(config.mesh)
+    saved = None if arrays else saved_meta(config.run_dir)
+    if saved is None:
+        with doing(f"reading {config.init_from}"):
+            return load(config.init_from, compute=config.compute, mesh=mesh)
+    model, tokenizer = ModelConfig.from_dict(saved["model"]), Tokenizer.from_folder(config.run_dir)
+    return Model(model, config.compute.on(mesh), None, None, tokenizer, mesh)

@@ -135,7 +135,7 @@ class Tokenizer:
         file = file if file.suffix == ".json" else file / TOKENIZER
         backend, folder = cls._read(file), file.parent
         if file.name != TOKENIZER:
-            return cls(backend, **{name: _spelled(backend, None, token) for name, token in _NAMES.items()})
+            return cls(backend, bos=_spelled(backend, None, BOS), eos=_spelled(backend, None, EOS))
         files = TextFiles.read(folder)
         config = read_json_object(folder / "tokenizer_config.json") or read_json_object(folder / TOKENS_MAP)
         if not config:
@@ -145,9 +145,8 @@ class Tokenizer:
         for name, token in names.items():
             if name != "pad" and token is not None and backend.token_to_id(token) is None:
                 raise ValueError(f"{folder}: {name}_token={token!r} is not in tokenizer.json")
-        return cls(
-            backend, **names, stop_ids=read_stop_ids(folder), template=read_template(folder, config), files=files
-        )
+        stop_ids, template = read_stop_ids(folder), read_template(folder, config)
+        return cls(backend, **names, stop_ids=stop_ids, template=template, files=files)
 
     @staticmethod
     def _read(file: Path) -> tokenizers.Tokenizer:
@@ -268,6 +267,11 @@ class Tokenizer:
         """PAD, else EOS, else 0: padding is masked wherever it stands, so that any id of the model's does."""
         ids = (self._special.token_to_id(token) for token in (self._pad, self._eos) if token is not None)
         return next((i for i in ids if i is not None and i < self.usable), 0)
+
+    @property
+    def added_ids(self) -> list[int]:
+        """The ids of special and other added tokens: those that only `allow_special` makes of text."""
+        return sorted(self._special.get_added_tokens_decoder())
 
     @cached_property
     def has_chat_tokens(self) -> bool:

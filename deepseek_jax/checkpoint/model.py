@@ -57,10 +57,10 @@ class Model:
 
     @property
     def text(self) -> Tokenizer:
-        """The tokenizer. ValueError where there is none."""
+        """The tokenizer, for ids that the model has rows for. ValueError where there is none."""
         if self.tokenizer is None:
             raise ValueError(f"this model came without {TOKENIZER}, which reading and writing text takes")
-        return self.tokenizer
+        return self.tokenizer.over(self.config.vocab_size)
 
 
 def is_released(path: str | Path) -> bool:

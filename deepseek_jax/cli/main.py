@@ -11,6 +11,7 @@ USAGE = """usage: deepseek-jax COMMAND [ARGUMENTS]      deepseek-jax COMMAND --h
 from raw text to answers
   demo                   all stages in miniature, with a report (runs/demo/)
   corpus [RECIPE]        text, problems and tokenizer of the demo
+  tokenizer train FILES  a tokenizer of one's own; tokenizer inspect DIR shows one
   pretrain [RECIPE]      pretraining on documents
   sft [RECIPE]           supervised fine-tuning on chats
   grpo [RECIPE]          reinforcement learning with rule rewards
@@ -31,6 +32,7 @@ and so is what sft and grpo start from (--init-from PATH). Every field of a reci
 COMMANDS = {
     "demo": "stages",
     "corpus": "stages",
+    "tokenizer": "tokenizer",
     "pretrain": "stages",
     "sft": "stages",
     "grpo": "stages",

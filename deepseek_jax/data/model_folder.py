@@ -3,22 +3,24 @@
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from deepseek_jax.data.template import ChatTemplate
 
 TOKENIZER = "tokenizer.json"
+TOKENS_MAP = "special_tokens_map.json"
+GENERATION = "generation_config.json"
 COMPANIONS = (
     "tokenizer_config.json",
-    "special_tokens_map.json",
+    TOKENS_MAP,
     "added_tokens.json",
     "tokenizer.model",
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
-    "generation_config.json",
+    GENERATION,
 )
 _MORE_TEMPLATES = "additional_chat_templates"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -42,16 +44,27 @@ class TextFiles:
         found += sorted((folder / _MORE_TEMPLATES).glob("*.jinja"))
         files = {file.relative_to(folder).as_posix(): file.read_bytes() for file in found if file.is_file()}
         ids: dict[str, Any] = {}
-        for name in ("config.json", "generation_config.json"):
+        for name in ("config.json", GENERATION):
             if not ids:  # a run's config.json says nothing of them
                 ids = {key: value for key, value in read_json_object(folder / name).items() if key in TOKEN_IDS}
         return cls(files, ids)
 
+    def stopping_at(self, stop_ids: Sequence[int]) -> "TextFiles":
+        """These files, with `eos_token_id` set to `stop_ids` unless that is where transformers stops with them: by
+        generation_config.json, and where there is none by config.json."""
+        generation = json.loads(self.files.get(GENERATION, b"null"))
+        said = _as_ids((self.ids if generation is None else generation).get("eos_token_id"))
+        if not stop_ids or {*said} == {*stop_ids}:
+            return self
+        eos = {"eos_token_id": stop_ids[0] if len(stop_ids) == 1 else [*stop_ids]}
+        changed = {} if generation is None else {GENERATION: json_bytes(generation | eos)}
+        return TextFiles({**self.files, **changed}, {**self.ids, **eos})
+
     def write(self, folder: Path) -> None:
         """Each file whole or not at all, tokenizer.json last. Without a generation_config.json the ids make one."""
         files = dict(self.files)
-        if self.ids and "generation_config.json" not in files:
-            files["generation_config.json"] = json_bytes(self.ids)
+        if self.ids and GENERATION not in files:
+            files[GENERATION] = json_bytes(self.ids)
         for name in sorted(files, key=TOKENIZER.__eq__):
             file = folder / name
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -88,14 +101,17 @@ def token_text(config: Mapping[str, Any], name: str) -> str | None:
 
 
 def read_stop_ids(folder: Path) -> list[int]:
-    """`eos_token_id` of generation_config.json, or without that file of config.json: none, a number or a list."""
-    file = folder / "generation_config.json"
-    file = file if file.is_file() else folder / "config.json"
-    ids = read_json_object(file).get("eos_token_id")
-    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
-    if not all(type(i) is int and i >= 0 for i in ids):
-        raise ValueError(f"{file}: eos_token_id={ids} is neither an id nor a list of ids")
+    """`eos_token_id` of generation_config.json, or where it says none of config.json: none, a number or a list."""
+    ids = []
+    for file in (folder / GENERATION, folder / "config.json"):
+        ids = ids or _as_ids(read_json_object(file).get("eos_token_id"))
+        if not all(type(i) is int and i >= 0 for i in ids):
+            raise ValueError(f"{file}: eos_token_id={ids} is neither an id nor a list of ids")
     return ids
+
+
+def _as_ids(value: Any) -> list[Any]:
+    return [] if value is None else value if isinstance(value, list) else [value]
 
 
 def read_template(folder: Path, config: Mapping[str, Any]) -> ChatTemplate | None:

@@ -1,29 +1,40 @@
 """Text of a completion while it is being made, token by token."""
 
-import codecs
-
 from deepseek_jax.data.tokenizer import Tokenizer
 
 
 class TextStream:
     """Turns ids into text as they come; a character is given out with its last byte, never half of it.
 
-    The pieces of every `push` and the one of `finish`, joined, are `tokenizer.decode(ids)` with the same
-    `skip_special_tokens`. ValueError at the first id where the tokenizer is not byte-level.
+    For tokenizers of any kind: what is decoded is a window of tokens, those given out last before the new ones, so
+    that a decoder that strips the first space, say, strips it from what is left out. The pieces of every `push` and
+    the one of `finish`, joined, are `tokenizer.decode(ids)` with the same `skip_special_tokens`; where single bytes
+    are tokens and some together are no UTF-8, a decoder may take back what it has given before, which cannot be.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = False):
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._window: list[int] = []
+        self._given = 0  # how many ids of the window have been given out
 
     def push(self, token_id: int) -> str:
         """The text that is certain with this id: often a word, "" inside a character of several tokens."""
-        added = self._tokenizer.token_bytes(int(token_id), skip_special_tokens=self._skip_special_tokens)
-        return self._decoder.decode(added)
+        self._window.append(int(token_id))
+        text = self._decode(self._window)
+        if text.endswith("\ufffd"):  # the rest of the character may come
+            return ""
+        new = text[len(self._decode(self._window[: self._given])) :]
+        if new:
+            self._window = self._window[self._given :]
+            self._given = len(self._window)
+        return new
 
     def finish(self) -> str:
         """What is left: U+FFFD for a character that was begun and not ended, else "". The stream starts anew."""
-        rest = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
+        rest = self._decode(self._window)[len(self._decode(self._window[: self._given])) :]
+        self._window, self._given = [], 0
         return rest
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=self._skip_special_tokens)

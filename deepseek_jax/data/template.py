@@ -8,7 +8,7 @@ import functools
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from datetime import datetime
 from typing import Any
@@ -25,7 +25,17 @@ MAX_CHARS = 4 * 1024 * 1024  # of the rendered text, and of what one operator ma
 MAX_CPU_SECONDS = 10.0
 # No chat template needs these, and each can make much out of little. Using one is jinja2's "No filter named ...".
 _NO_FILTERS = ("batch", "center", "format", "indent", "pprint", "round", "slice", "urlize", "wordwrap", "xmlattr")
-_NO_TEXT_METHODS = ("center", "encode", "expandtabs", "format_map", "ljust", "rjust", "translate", "zfill")
+# The methods of a text that can make much out of little, and the characters that each makes at most.
+_TEXT_SIZES: dict[str, Callable[..., int]] = {
+    "center": lambda text, width, *fill: width,
+    "ljust": lambda text, width, *fill: width,
+    "rjust": lambda text, width, *fill: width,
+    "zfill": lambda text, width: width,
+    "expandtabs": lambda text, tabsize=8: len(text) + text.count("\t") * tabsize,
+    "join": lambda text, parts: 0 if len(parts) < 2 else sum(map(len, parts)) + len(text) * (len(parts) - 1),
+    "replace": lambda text, old, new, count=-1: len(text) + text.count(old) * len(new),
+    "translate": lambda text, table: len(text) * max((len(v) for v in table.values() if isinstance(v, str)), default=1),
+}
 # A width of four digits or one that is computed: "%5000s", "%*d", "{:>5000}", "{:{}}".
 _WIDE_FIELD = re.compile(r"%(\([^)]*\))?[-+ #0-9.]*(\d{4}|\*)|\{[^{}]*(:[^{}]*\d{4}|\{)")
 _ASKS_FOR_NONE = re.compile(r"\bis\s+(not\s+)?none\b", re.IGNORECASE)
@@ -140,6 +150,11 @@ def _check_size(size: int) -> None:
         raise SecurityError(f"it makes {size} characters or items, more than {MAX_CHARS}")
 
 
+def _check_widths(text: str | bytes) -> None:
+    if _WIDE_FIELD.search(text if isinstance(text, str) else text.decode("latin-1")):
+        raise SecurityError("a format with a wide or computed width")
+
+
 class _Namespace(Namespace):
     """`namespace()` without underscored names, as in transformers."""
 
@@ -179,22 +194,25 @@ class _Environment(ImmutableSandboxedEnvironment):
         _check_time()
         method = getattr(__obj, "__wrapped__", __obj)  # the sandbox wraps str.format
         text, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
-        if isinstance(text, str):
-            if name in _NO_TEXT_METHODS or (name == "format" and _WIDE_FIELD.search(text)):
-                raise SecurityError(f"the text method {name!r} may make more than a template needs")
-            if name == "replace":
-                return _replace(text, *args, **kwargs)
+        if isinstance(text, str | bytes):
+            if name in ("format", "format_map"):
+                _check_widths(text)
+            if name == "join" and len(args) == 1:
+                args = ([*args[0]],)  # an iterator has no length
+            if name in _TEXT_SIZES:  # the names that jinja2 hands on of itself, in a loop, are no arguments
+                given = {key: value for key, value in kwargs.items() if not key.startswith("_")}
+                _check_size(_TEXT_SIZES[name](text, *args, **given))
         return super().call(__context, __obj, *args, **kwargs)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         _check_time()
-        sizes = [len(side) if isinstance(side, str | list | tuple) else side for side in (left, right)]
+        sizes = [len(side) if isinstance(side, str | bytes | list | tuple) else side for side in (left, right)]
         numbers = all(isinstance(side, int | float) for side in (left, right))
         if operator == "**" or (operator == "*" and numbers):
             if not numbers or max(abs(left), abs(right)) > 10**9 or (operator == "**" and abs(right) > 9):
                 raise SecurityError(f"{operator} of numbers beyond what a template needs")
-        elif operator == "%" and isinstance(left, str) and _WIDE_FIELD.search(left):
-            raise SecurityError("a format with a wide or computed width")
+        elif operator == "%" and isinstance(left, str | bytes):
+            _check_widths(left)
         elif all(isinstance(size, int) for size in sizes) and not numbers:
             _check_size(sizes[0] * sizes[1] if operator == "*" else sum(sizes))
         return super().call_binop(context, operator, left, right)

@@ -1,9 +1,11 @@
 """The byte-level BPE tokenizer with DeepSeek's special tokens: load, train, encode, decode."""
 
+import copy
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 
 from deepseek_jax.data.model_folder import (
     TOKENIZER,
+    TOKENS_MAP,
     TextFiles,
     json_bytes,
     read_json_object,
@@ -50,6 +53,7 @@ _FIRST = (BOS, EOS, PAD)
 _LAST = (THINK, END_THINK, FIM_HOLE, FIM_BEGIN, FIM_END, USER, ASSISTANT, EOT, *TOOL_TOKENS)
 SPECIAL_TOKENS = _FIRST + _LAST
 PAD_ID = 2
+_NAMES = {"bos": BOS, "eos": EOS, "pad": PAD}
 
 # DeepSeek's format as a chat template, for who reads a model that was trained here: it writes what data/chat.py writes
 # as ids, but that special tokens count wherever they stand. System messages open the conversation, and all
@@ -76,16 +80,15 @@ _WORDS = (
     r"| ?[\p{P}\p{S}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# GPT-2's alphabet of byte-level tokens: a printable byte is its own character, the k-th other one is chr(256 + k).
-_PRINTABLE = {*range(33, 127), *range(161, 173), *range(174, 256)}
-_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
-_BYTE_OF = {chr(b): b for b in _PRINTABLE} | {chr(256 + k): b for k, b in enumerate(_OTHERS)}
+# Halves of surrogate pairs are no text: what a terminal read as bytes holds them, or a file cut in mid-character.
+_SURROGATES = re.compile("[\ud800-\udfff]+")
 
 
 class Tokenizer:
     """Text to ids and back. Only with `allow_special` can text produce a special token.
 
-    bos, eos, pad: how those tokens are spelled, None where the tokenizer has none; without `pad`, EOS pads.
+    bos, eos, pad: how those tokens are spelled, None where the tokenizer has none; without `pad`, or where
+    the vocabulary lacks it, EOS pads.
     stop_ids: what ends an answer beside EOS. template: the model's chat template, where it came with one.
     files: what `save` writes; by default made of all that.
     """
@@ -102,7 +105,9 @@ class Tokenizer:
         files: TextFiles | None = None,
     ):
         self._special = backend
-        self._bos, self._eos, self._pad = bos, eos, pad
+        self._bos, self._eos = bos, eos
+        self._pad = pad if pad is None or backend.token_to_id(pad) is not None else None
+        self._rows: int | None = None  # of the model's embedding, where they are fewer than the ids
         eos_ids = [] if eos is None else [self.token_id(eos)]
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys([*eos_ids, *stop_ids]))
         self.template = template
@@ -111,7 +116,7 @@ class Tokenizer:
         # The same merges without any added token: what encodes text that nobody vouches for.
         plain = json.loads(serialised) | {"added_tokens": []}
         self._plain = tokenizers.Tokenizer.from_str(json.dumps(plain))
-        self.files: TextFiles = self._own_files() if files is None else files
+        self.files: TextFiles = self._own_files() if files is None else self._completed(files)
 
     @classmethod
     def from_folder(cls, path: str | os.PathLike[str]) -> "Tokenizer":
@@ -120,27 +125,28 @@ class Tokenizer:
         path: a folder that a model was released in or that a stage wrote, or its tokenizer.json. Under any other name
         a file in that format is read alone.
 
-        BOS, EOS and PAD are those of the config; without that file, DeepSeek's. `eos_token_id` of
-        generation_config.json, a number or a list, ends answers too. ValueError names what is wrong: no
-        tokenizer.json, a token that the vocabulary lacks, a template that is no template.
+        BOS, EOS and PAD are those of the config; without that file those of special_tokens_map.json, else those whose
+        ids the model's config.json names, else DeepSeek's, as far as they are there. `eos_token_id` of
+        generation_config.json, or else of config.json, a number or a list, ends answers too. Truncation and padding
+        that another program left in tokenizer.json are off. ValueError names what is wrong: no tokenizer.json, a token
+        that the vocabulary lacks (but a PAD: EOS pads then), a template that is no template.
         """
         file = Path(path)
         file = file if file.suffix == ".json" else file / TOKENIZER
-        backend = cls._read(file)
+        backend, folder = cls._read(file), file.parent
         if file.name != TOKENIZER:
-            return cls(backend)
-        folder = file.parent
-        config = read_json_object(folder / "tokenizer_config.json")
+            return cls(backend, bos=_spelled(backend, None, BOS), eos=_spelled(backend, None, EOS))
+        files = TextFiles.read(folder)
+        config = read_json_object(folder / "tokenizer_config.json") or read_json_object(folder / TOKENS_MAP)
         if not config:
-            config = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD if backend.token_to_id(PAD) else None}
-        names = {name: token_text(config, f"{name}_token") for name in ("bos", "eos", "pad")}
+            ids = {name: files.ids.get(f"{name}_token_id") for name in _NAMES}
+            config = {f"{name}_token": _spelled(backend, ids[name], token) for name, token in _NAMES.items()}
+        names = {name: token_text(config, f"{name}_token") for name in _NAMES}
         for name, token in names.items():
-            if token is not None and backend.token_to_id(token) is None:
+            if name != "pad" and token is not None and backend.token_to_id(token) is None:
                 raise ValueError(f"{folder}: {name}_token={token!r} is not in tokenizer.json")
-        template, files = read_template(folder, config), TextFiles.read(folder)
-        if files.files.keys() == {TOKENIZER} and not files.ids:  # of an older run, say
-            files = None
-        return cls(backend, **names, stop_ids=read_stop_ids(folder), template=template, files=files)
+        stop_ids, template = read_stop_ids(folder), read_template(folder, config)
+        return cls(backend, **names, stop_ids=stop_ids, template=template, files=files)
 
     @staticmethod
     def _read(file: Path) -> tokenizers.Tokenizer:
@@ -154,68 +160,118 @@ class Tokenizer:
         if not isinstance(content, dict) or "model" not in content:
             raise ValueError(f"{file}: has no 'model', so it is no tokenizer.json")
         try:
-            return tokenizers.Tokenizer.from_str(text)
+            backend = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises no narrower one
             raise ValueError(f"{file}: no tokenizer.json ({error})") from error
+        backend.no_truncation()
+        backend.no_padding()
+        return backend
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Writes all that `from_folder` and transformers' AutoTokenizer read, byte for byte what came from a folder;
-        returns the tokenizer.json."""
+        """Writes all that `from_folder` and transformers' AutoTokenizer read; returns the tokenizer.json.
+
+        What came from a folder is written byte for byte, and what that lacked is added: the names of special tokens,
+        DeepSeek's format as the template where chats are written in it, and in generation_config.json the ids that
+        end answers here, so that they end them in transformers.
+        """
         self.files.write(Path(folder))
         return Path(folder) / TOKENIZER
 
     def _own_files(self) -> TextFiles:
-        """The files of a tokenizer that came without any; DeepSeek's format where it has the tokens and no template."""
-        names = {"bos_token": self._bos, "eos_token": self._eos, "pad_token": self._pad}
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | names
+        """The files of a tokenizer that came without any."""
+        files = {TOKENIZER: self._special.to_str(pretty=True).encode(), "tokenizer_config.json": self._own_config()}
+        return TextFiles(files, self._own_ids())
+
+    def _completed(self, given: TextFiles) -> TextFiles:
+        more, ids = {}, given.ids
+        if "tokenizer_config.json" not in given.files:
+            more["tokenizer_config.json"], ids = self._own_config(), self._own_ids() | dict(ids)
+        elif self.template is None and self.has_chat_tokens:
+            more["chat_template.jinja"] = DEEPSEEK_TEMPLATE.encode()
+        return TextFiles(more | dict(given.files), ids).stopping_at(self.stop_ids)
+
+    def _own_config(self) -> bytes:
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        config |= {"bos_token": self._bos, "eos_token": self._eos, "pad_token": self._pad}
         if self.template is not None:
             config["chat_template"] = self.template.source
         elif self.has_chat_tokens:
             config["chat_template"] = DEEPSEEK_TEMPLATE
-        files = {
-            TOKENIZER: self._special.to_str(pretty=True).encode(),
-            "tokenizer_config.json": json_bytes({name: value for name, value in config.items() if value is not None}),
-        }
-        ids: dict[str, Any] = {f"{name}_id": self.token_id(token) for name, token in names.items() if token is not None}
+        return json_bytes({name: value for name, value in config.items() if value is not None})
+
+    def _own_ids(self) -> dict[str, Any]:
+        names = {"bos": self._bos, "eos": self._eos, "pad": self._pad}
+        ids: dict[str, Any] = {f"{name}_token_id": self.token_id(token) for name, token in names.items() if token}
         if self.stop_ids:
             ids["eos_token_id"] = self.stop_ids[0] if len(self.stop_ids) == 1 else [*self.stop_ids]
-        return TextFiles(files, ids)
+        return ids
+
+    def over(self, rows: int) -> "Tokenizer":
+        """This tokenizer for a model whose embedding has `rows` rows.
+
+        Where the tokenizer has more ids than that, those past the rows are refused where they are used: ValueError
+        names the token. They may be there, and PAD may be one of them: another id pads then.
+        """
+        fewer = rows if rows < self.vocab_size else None
+        if fewer == self._rows:
+            return self
+        other = copy.copy(self)
+        other._rows = fewer
+        return other
+
+    def _check(self, ids: list[int]) -> list[int]:
+        if self._rows is not None and ids and max(ids) >= self._rows:
+            token = self._special.id_to_token(max(ids))
+            raise ValueError(
+                f"token {token!r} has the id {max(ids)}, and the model's vocab_size={self._rows}: its tokenizer has "
+                f"{self.vocab_size} ids, of which those from {self._rows} on cannot be used"
+            )
+        return ids
 
     @cached_property
     def vocab_size(self) -> int:
         """Number of ids, special tokens included: every id is below it."""
         return self._special.get_vocab_size(with_added_tokens=True)
 
+    @property
+    def usable(self) -> int:
+        """Number of ids that the model has rows for, see `over`: every id that is used is below it."""
+        return self.vocab_size if self._rows is None else self._rows
+
     def token_id(self, token: str) -> int:
         """The id of one token as spelled in the vocabulary; ValueError when it is not there."""
         token_id = self._special.token_to_id(token)
         if token_id is None:
             raise ValueError(f"this tokenizer ({self.vocab_size} ids) has no token {token!r}")
-        return token_id
+        return self._check([token_id])[0]
 
-    @cached_property
+    @property
     def bos_ids(self) -> list[int]:
         """What stands in front of raw text: BOS where the tokenizer has one, else nothing (Qwen2)."""
         return [] if self._bos is None else [self.bos_id]
 
-    @cached_property
+    @property
     def bos_id(self) -> int:
         if self._bos is None:
             raise ValueError("this tokenizer names no bos_token in its tokenizer_config.json")
         return self.token_id(self._bos)
 
-    @cached_property
+    @property
     def eos_id(self) -> int:
         if self._eos is None:
             raise ValueError("this tokenizer names no eos_token in its tokenizer_config.json")
         return self.token_id(self._eos)
 
-    @cached_property
+    @property
     def pad_id(self) -> int:
-        """PAD, else EOS, else 0: padding is masked wherever it stands, so that any id does."""
-        if self._pad is None:
-            return 0 if self._eos is None else self.eos_id
-        return self.token_id(self._pad)
+        """PAD, else EOS, else 0: padding is masked wherever it stands, so that any id of the model's does."""
+        ids = (self._special.token_to_id(token) for token in (self._pad, self._eos) if token is not None)
+        return next((i for i in ids if i is not None and i < self.usable), 0)
+
+    @property
+    def added_ids(self) -> list[int]:
+        """The ids of special and other added tokens: those that only `allow_special` makes of text."""
+        return sorted(self._special.get_added_tokens_decoder())
 
     @cached_property
     def has_chat_tokens(self) -> bool:
@@ -223,19 +279,19 @@ class Tokenizer:
         tokens = (self._bos, self._eos, USER, ASSISTANT)
         return all(token is not None and self._special.token_to_id(token) is not None for token in tokens)
 
-    @cached_property
+    @property
     def think_id(self) -> int:
         return self.token_id(THINK)
 
-    @cached_property
+    @property
     def end_think_id(self) -> int:
         return self.token_id(END_THINK)
 
-    @cached_property
+    @property
     def user_id(self) -> int:
         return self.token_id(USER)
 
-    @cached_property
+    @property
     def assistant_id(self) -> int:
         return self.token_id(ASSISTANT)
 
@@ -243,51 +299,11 @@ class Tokenizer:
         """Ids of `text` alone: no BOS or EOS, whatever `add_bos_token` says (transformers 5 does the same for R1).
 
         Raw text that a model is to continue needs `[*bos_ids, *encode(text)]`; `Engine.generate` does that. Without
-        `allow_special`, a special token's spelling inside `text` becomes ordinary tokens.
+        `allow_special`, a special token's spelling inside `text` becomes ordinary tokens. What is no character, as a
+        byte that is no UTF-8 comes from the command line, is U+FFFD.
         """
         backend = self._special if allow_special else self._plain
-        return backend.encode(text, add_special_tokens=False).ids
-
-    def encode_messages(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-        **variables: Any,
-    ) -> list[int]:
-        """Ids of a conversation as the model's own template writes it; a BOS only where the template writes one.
-
-        As in transformers, special tokens count wherever they stand, in what users say too; `chat.encode_prompt`
-        is DeepSeek's format without that. ValueError: no template, or what `ChatTemplate.render` refuses.
-        """
-        if self.template is None:
-            raise ValueError("this tokenizer has no chat template (chat_template in tokenizer_config.json)")
-        text = self.template.render(messages, tools=tools, add_generation_prompt=add_generation_prompt, **variables)
-        return self.encode(text, allow_special=True)
-
-    def token_bytes(self, token_id: int, *, skip_special_tokens: bool = True) -> bytes:
-        """What one id adds to the bytes that `decode` reads as UTF-8; nothing for ids past the vocabulary.
-
-        ValueError where the tokenizer's decoder is not byte-level: there is no such thing then.
-        """
-        if not self._byte_level:
-            raise ValueError("this tokenizer's decoder is not ByteLevel, so its tokens are not bytes")
-        if skip_special_tokens and token_id in self._skipped:
-            return b""
-        token = self._special.id_to_token(token_id)
-        if token is None:
-            return b""
-        # A token with any other character is an added one, spelled as it is.
-        spelled = [_BYTE_OF.get(character) for character in token]
-        return token.encode() if None in spelled else bytes(b for b in spelled if b is not None)
-
-    @cached_property
-    def _byte_level(self) -> bool:
-        return (json.loads(self._special.to_str())["decoder"] or {}).get("type") == "ByteLevel"
-
-    @cached_property
-    def _skipped(self) -> frozenset[int]:
-        return frozenset(i for i, token in self._special.get_added_tokens_decoder().items() if token.special)
+        return self._check(backend.encode(whole_text(text), add_special_tokens=False).ids)
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD, ids past the vocabulary give nothing.
@@ -324,11 +340,23 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(texts, trainer)
+    backend.train_from_iterator(map(whole_text, texts), trainer)
     backend.add_tokens([_added(token) for token in _LAST])
     tokenizer = Tokenizer(backend)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (0, 1, PAD_ID)
     return tokenizer
+
+
+def whole_text(text: str) -> str:
+    """The text with each run of what is no character (half a surrogate pair, a byte that is no UTF-8) as U+FFFD."""
+    return _SURROGATES.sub("\ufffd", text)
+
+
+def _spelled(backend: tokenizers.Tokenizer, ids: Any, default: str) -> str | None:
+    """The token of an id or of the first of a list; without one the default, if the vocabulary has it."""
+    first = ids[0] if isinstance(ids, list) and ids else ids
+    token = backend.id_to_token(first) if type(first) is int and first >= 0 else None
+    return token or (default if backend.token_to_id(default) is not None else None)
 
 
 def _added(token: str) -> AddedToken:

@@ -66,7 +66,7 @@ def token_kinds(
     digits = {tokenizer.token_id(digit) for digit in "0123456789"}
     samples: dict[str, list[tuple[list[int], list[bool]]]] = {}
     encoded = {
-        kind: [[tokenizer.bos_id, *tokenizer.encode(text)] for text in texts] for kind, texts in documents.items()
+        kind: [[*tokenizer.bos_ids, *tokenizer.encode(text)] for text in texts] for kind, texts in documents.items()
     }
     for kind, texts in encoded.items():
         samples[kind] = [(ids, [token not in digits for token in ids]) for ids in texts]

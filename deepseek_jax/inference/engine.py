@@ -49,13 +49,9 @@ class Engine:
         """tokenizer: by default the model's own. rules: how the weights are split, by default ``sampling_rules``."""
         if isinstance(model, transformer.Transformer):
             model = Model.of(model, tokenizer)
-        self.config, self.mesh, self.tokenizer = model.config, model.mesh, tokenizer or model.text
+        self.config, self.mesh = model.config, model.mesh
+        self.tokenizer = model.text if tokenizer is None else tokenizer.over(model.config.vocab_size)
         self.compute = dataclasses.replace(model.compute, rules=rules or sampling_rules(model.compute.rules))
-        if self.tokenizer.vocab_size > self.config.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {self.tokenizer.vocab_size} tokens, the model only "
-                f"vocab_size={self.config.vocab_size}"
-            )
         self._given: tuple[Any, jax.Array | None] | None = (model.params, model.router_bias)
         self._weights: tuple[Any, jax.Array | None] | None = None
         self._lock = threading.Lock()
@@ -118,7 +114,11 @@ class Engine:
         key: prompt i draws with ``fold_in(key, i)`` instead of the seeds. experts: return those chosen, too.
         """
         each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
-        for prompt, params in zip(prompts, each, strict=False):
+        for row, (prompt, params) in enumerate(zip(prompts, each, strict=False)):
+            if max(prompt, default=0) >= self.config.vocab_size:
+                raise ValueError(
+                    f"prompt {row} has the id {max(prompt)}: expected below vocab_size={self.config.vocab_size}"
+                )
             if len(prompt) + params.max_tokens > self.config.max_position_embeddings:
                 raise ValueError(
                     f"a prompt of {len(prompt)} tokens and max_tokens={params.max_tokens} pass "

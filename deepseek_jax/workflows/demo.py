@@ -12,8 +12,7 @@ from rich.console import Console
 
 from deepseek_jax.checkpoint.model import TOKENIZER, load
 from deepseek_jax.data.chat import encode_chat
-from deepseek_jax.data.text import read_documents, read_objects
-from deepseek_jax.data.tokenizer import train_tokenizer
+from deepseek_jax.data.text import read_objects
 from deepseek_jax.evals.experts import expert_shares, token_kinds
 from deepseek_jax.rl.arithmetic import read_jsonl, to_messages
 from deepseek_jax.typed import check_types
@@ -25,6 +24,7 @@ from deepseek_jax.workflows.report import print_summary, write_report
 from deepseek_jax.workflows.report_data import EXPERT_SHARES
 from deepseek_jax.workflows.sft import SFTConfig, sft
 from deepseek_jax.workflows.stage import read_result, write_json
+from deepseek_jax.workflows.tokenizer import train_on_files
 
 RECIPE_DIR = "runs/demo"  # the folder that the recipes in configs/demo/ name
 
@@ -63,8 +63,7 @@ def make_corpus(config: CorpusStage) -> dict:
             raise ValueError(f"{folder} holds a corpus of another configuration; choose another folder, or remove it")
         return meta
     meta = build_corpus(folder, config.corpus)
-    texts = read_documents(folder / "documents" / "train.jsonl")
-    train_tokenizer(texts, config.corpus.vocab_size).save(folder)
+    train_on_files([folder / "documents" / "train.jsonl"], config.corpus.vocab_size, folder)
     return meta
 
 

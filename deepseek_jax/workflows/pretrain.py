@@ -70,11 +70,7 @@ class PretrainConfig(StageConfig):
 def pretrain(config: PretrainConfig) -> dict[str, Any]:
     """Run the stage, or go on with it; returns and writes its result."""
     run_dir = Path(config.run_dir)
-    tokenizer = Tokenizer.from_folder(config.data.tokenizer)
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise ValueError(
-            f"model.vocab_size={config.model.vocab_size} is less than the tokenizer's {tokenizer.vocab_size}"
-        )
+    tokenizer = Tokenizer.from_folder(config.data.tokenizer).over(config.model.vocab_size)
     rows = first_host_first(lambda: prepare_rows(config.data, tokenizer, run_dir / "rows", seed=config.seed))
     loader = RowLoader(
         rows,
@@ -114,7 +110,7 @@ def prepare_rows(data: PretrainData, tokenizer: Tokenizer, folder: Path, *, seed
     that follow one another without loss.
     """
     made_of = {
-        "vocab_size": tokenizer.vocab_size,
+        "vocab_size": tokenizer.usable,
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "data": dataclasses.asdict(data) | {"path": list(data.path), "heldout": None},  # is no part of the rows
         "sources": file_sizes(data.path),
@@ -128,7 +124,7 @@ def prepare_rows(data: PretrainData, tokenizer: Tokenizer, folder: Path, *, seed
     if not any(documents):
         raise ValueError(f"data.path={list(data.path)}: there is no text in it")
     rng = np.random.default_rng([seed, 1])
-    fim = FimTokens.of(tokenizer)
+    fim = FimTokens.of(tokenizer) if data.fim_rate else None
 
     def encoded() -> Iterator[list[int]]:
         for index in rng.permutation(len(documents)):

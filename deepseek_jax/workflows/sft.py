@@ -142,7 +142,7 @@ def prepare_chats(data: SFTData, tokenizer: Tokenizer, folder: Path) -> Path:
     """Encode and pack the chats into rows on disk, once; rows of other data or settings are refused by name."""
     how = {name: value for name, value in dataclasses.asdict(data).items() if name != "heldout"}
     made_of = {
-        "vocab_size": tokenizer.vocab_size,
+        "vocab_size": tokenizer.usable,
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "data": how | {"path": list(data.path)},
         "sources": file_sizes(data.path),

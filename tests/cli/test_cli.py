@@ -224,7 +224,9 @@ def test_rows_packed_otherwise_are_refused(workplace, refused):
 
 def test_a_vocabulary_too_small_for_the_tokenizer_is_refused(workplace, refused):
     message = refused(*PRETRAIN, "--model.vocab-size", "200")
-    assert re.search(r"model.vocab_size=200 is less than the tokenizer's \d+", message)
+    assert re.search(r"vocab_size is \d+ there and 200 here", message)
+    message = refused(*PRETRAIN, "--run-dir", "run/few", "--model.vocab-size", "200")
+    assert re.search(r"token .* has the id 2\d\d, and the model's vocab_size=200", message)
 
 
 def test_prompts_that_do_not_fit_are_refused(workplace, refused):

@@ -1,10 +1,9 @@
 """Streaming: the pieces are the text, and no piece holds half a character."""
 
 import pytest
-import tokenizers
+from data.families import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import models
 
 from deepseek_jax.data.streaming import TextStream
 from deepseek_jax.data.tokenizer import SPECIAL_TOKENS, Tokenizer
@@ -49,7 +48,23 @@ def test_a_character_comes_with_its_last_byte(tokenizer):
     assert stream.push(tokenizer.encode("a")[0]) == "a"
 
 
-def test_a_tokenizer_of_other_pieces_is_refused():
-    backend = tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
-    with pytest.raises(ValueError, match="not ByteLevel"):
-        TextStream(Tokenizer(backend, bos=None, eos=None, pad=None)).push(0)
+@settings(max_examples=200)
+@given(data=st.data(), text=texts, skip=st.booleans())
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokenizers_of_every_kind_stream(family, data, text, skip):
+    """Decoders that strip, that join with spaces, that have single bytes as tokens."""
+    ours = FAMILIES[family]()
+    ids = [*ours.bos_ids, *ours.encode(text)]
+    parts = pieces(ours, ids, skip)
+    assert "".join(parts) == ours.decode(ids, skip_special_tokens=skip)
+    assert all("\ufffd" not in part for part in parts) or "\ufffd" in text
+    if family != "llama":  # whose bytes change one another where they are no UTF-8
+        ids = data.draw(st.lists(st.integers(0, ours.vocab_size - 1), max_size=20))
+        assert "".join(pieces(ours, ids, skip)) == ours.decode(ids, skip_special_tokens=skip)
+
+
+def test_bytes_of_a_llama_that_are_no_text_end():
+    ours = FAMILIES["llama"]()
+    spelled = ["▁the", *(f"<0x{byte:02X}>" for byte in "你".encode()), "<0xE4>", "▁the", "<0xBD>"]
+    parts = pieces(ours, [ours.token_id(token) for token in spelled], False)
+    assert parts == ["the", "", "", "你", "", "\ufffd\ufffd\ufffd the", "", "\ufffd"]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jinja2 import Environment
 
 from deepseek_jax.data import template as module
 from deepseek_jax.data.chat import split_thinking
@@ -86,6 +87,24 @@ def test_what_templates_find():
         render("{{ raise_exception('roles must alternate') }}")
 
 
+# Arguments for the methods of a text that take some.
+GIVEN = {"split": "' '", "join": "['a', 'b']|map('upper')", "replace": "'a', 'b', 1", "translate": "{97: 'x'}"}
+GIVEN |= dict.fromkeys(("center", "ljust", "rjust", "zfill", "expandtabs"), "20") | {"format_map": "{}"}
+GIVEN |= dict.fromkeys(("count", "find", "index", "rfind", "rindex", "partition", "rpartition"), "'a'")
+GIVEN |= dict.fromkeys(("startswith", "endswith", "removeprefix", "removesuffix"), "'a'") | {"maketrans": "'a', 'b'"}
+
+
+@pytest.mark.parametrize("method", [name for name in dir(str) if not name.startswith("_")])
+def test_every_method_of_a_text_renders_wherever_it_is_called(method):
+    """jinja2 hands on names of its own to what is called in a loop or a block; the right text is plain jinja2's."""
+    call = f"x.{method}({GIVEN.get(method, '')})"
+    loop = f"{{% for x in ['banana\tsplit a'] %}}{{{{ {call} }}}}{{% endfor %}}"
+    macro = f"{{% macro m(x) %}}{{{{ {call} }}}}{{% endmacro %}}{{% for i in [1] %}}{{{{ m('ab a') }}}}{{% endfor %}}"
+    block = f"{{% block b %}}{{% set x = 'ab a' %}}{{{{ {call} }}}}{{% endblock %}}"
+    for source in (loop, macro, block):
+        assert render(source) == Environment().from_string(source).render()
+
+
 def test_tools_may_have_a_template_apart():
     template = ChatTemplate("plain", {}, tool_source="with tools")
     assert (template.render(HI), template.render(HI, tools=[])) == ("plain", "with tools")
@@ -111,7 +130,13 @@ def test_tools_may_have_a_template_apart():
         "{{ '%(a)*d' % 1 }}",
         "{{ '{:>5000000}'.format(1) }}",
         "{{ '{:{}}'.format(1, 5000000) }}",
-        "{{ 'a'.ljust(10**8) }}",
+        *(f"{{{{ 'a'{call}(10**8) }}}}" for call in (".ljust", ".zfill", ".center", ".encode().ljust")),
+        "{{ '\t'.expandtabs(10**8) }}",
+        "{{ ('a' * 10**4).translate({97: 'a' * 10**4}) }}",
+        "{{ ('a' * 10**4).join(['b'] * 10**4) }}",
+        "{{ 'a'.encode() * 10**8 }}",
+        "{{ '%5000000d'.encode() % 1 }}",
+        "{{ '{a:>5000000}'.format_map({'a': 1}) }}",
         "{{ 'a'|center(10**8) }}",
         "{{ 'a'|indent(10**8) }}",
         "{{ tools|tojson(indent=10**8) }}",

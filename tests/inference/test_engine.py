@@ -137,5 +137,8 @@ def test_what_cannot_be_answered_is_refused(engine):
         engine.generate([[1], []], GREEDY)
     with pytest.raises(ValueError, match="2 prompts, but 1 sampling parameters"):
         engine.generate([[1], [2]], [GREEDY])
-    with pytest.raises(ValueError, match="tokenizer has 294 tokens, the model only vocab_size=40"):
-        Engine(whole(dataclasses.replace(SPEAKER, vocab_size=40), *weights(SPEAKER), tokenizer()))
+    few = Engine(whole(dataclasses.replace(SPEAKER, vocab_size=40), *weights(SPEAKER), tokenizer()))
+    with pytest.raises(ValueError, match="token 'a' has the id 67, and the model's vocab_size=40: .* has 294 ids"):
+        few.generate(["a"], GREEDY)
+    with pytest.raises(ValueError, match="prompt 1 has the id 300: .* vocab_size=300"):
+        engine.generate([[1], [300]], GREEDY)

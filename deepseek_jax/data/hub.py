@@ -25,9 +25,7 @@ def load(path: str) -> Any:
     """The dataset: `len`, and dicts by index. ValueError: not spelled so, not to be had, or no package `datasets`."""
     parts = path.removeprefix(_PREFIX).split(":")
     if len(parts) not in (2, 3) or not all(parts):
-        raise ValueError(
-            f"{path}: expected hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT, as in hf:gsm8k:main:train"
-        )
+        raise ValueError(f"{path}: expected hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT, as in hf:gsm8k:main:train")
     try:
         import datasets
     except ImportError as error:

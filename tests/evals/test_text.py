@@ -13,7 +13,7 @@ from small import SPEAKER, tokenizer
 
 from deepseek_jax.data.packing import pack_stream
 from deepseek_jax.data.tokenizer import EOS, Tokenizer
-from deepseek_jax.evals.text import HeldOut, Score, row_loss, score_text
+from deepseek_jax.evals.text import row_loss, score_text
 from deepseek_jax.model import transformer
 
 TEXTS = ["def add(a, b):\n    return a + b\n", "12+34=46\n", "größer als ünïcode ½\n" * 2]

@@ -88,7 +88,7 @@ class BatchLoader(Generic[Batch]):
         return cast(Batch, self._shares[position * self._process_count + self._process_index])
 
     def state(self) -> dict[str, Any]:
-        """What `restore` needs, fit for JSON: the next global batch's index (not of what is read ahead), and what into."""
+        """What `restore` needs, fit for JSON: the next global batch's index, and what it is an index into."""
         return {"position": self._position} | self._identity
 
     def restore(self, state: dict[str, Any]) -> None:

@@ -22,12 +22,8 @@ def _built(hint: Any, value: Any) -> Any:
     return tuple(value) if isinstance(value, list) and typing.get_origin(hint) is tuple else value
 
 
-SEEDS = 2**32  # of jax's random keys: a larger one would be cut to this, a negative one taken for a positive
-
-
 def check_types(config: Any) -> None:
-    """Refuse a field whose value is not of its annotated type: an int is a fine float, a bool is no number; and a
-    ``seed`` that no generator takes."""
+    """Refuse a field whose value is not of its annotated type: an int is a fine float, a bool is no number."""
     for name, hint in typing.get_type_hints(type(config)).items():
         value = getattr(config, name)
         items = value if isinstance(value, tuple) else (value,)
@@ -41,5 +37,3 @@ def check_types(config: Any) -> None:
                 f"{type(config).__name__}.{name}={value!r}: expected {inspect.formatannotation(hint)}, "
                 f"got {type(value).__name__}"
             )
-        if name == "seed" and value is not None and not 0 <= value < SEEDS:
-            raise ValueError(f"{type(config).__name__}.seed={value}: must lie in [0, {SEEDS})")

@@ -58,7 +58,7 @@ def read_texts(
         if not isinstance(value, dict) or text_field not in value:
             raise ValueError(f'no field "{text_field}"; each line must be {{"{text_field}": "..."}}')
         check_text(value[text_field], text_field)
-        return {name: value[name] for name in (text_field, also) if name in value}
+        return {name: value[name] for name in (text_field, also) if name is not None and name in value}
 
     for path in find_files(paths, (*TEXTS, *ROWS)):
         if path.suffix in TEXTS:
@@ -233,7 +233,8 @@ def _present(path: PathLike, names: list[str], columns: list[str] | None) -> lis
 
 
 def _texts(path: Path, text_field: str, read: Counter[str] | None) -> _Records:
-    """A file of text as one record, or as several of a megabyte; each has the number of its first line."""
+    """A file of text as one record, or as several of a megabyte; each has the number of its first line, or of the
+    first that is no UTF-8."""
     number = 1
     with open(path, "rb") as file:
         start = file.read(len(codecs.BOM_UTF8)).removeprefix(codecs.BOM_UTF8)
@@ -243,7 +244,12 @@ def _texts(path: Path, text_field: str, read: Counter[str] | None) -> _Records:
                 block += file.read(1)
             if read is not None:
                 read[str(path)] = file.tell()
-            yield number, lambda block=block: {text_field: block.decode("utf-8")}
+            wrong = 0
+            try:
+                block.decode("utf-8")
+            except UnicodeDecodeError as error:
+                wrong = block.count(b"\n", 0, error.start)
+            yield number + wrong, lambda block=block: {text_field: block.decode("utf-8")}
             start, number = b"", number + block.count(b"\n")
 
 

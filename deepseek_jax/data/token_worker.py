@@ -1,32 +1,39 @@
-"""Documents to ids on disk: what a worker process does. As a program it imports neither jax nor this package.
+"""Documents to ids on disk. As a program it is what makes tokens beside a run: it imports neither jax nor this package,
+and holds the tokenizer once, however many processes share it.
 
-On standard input come a line of JSON {"tokenizer": bytes of the tokenizer.json that follows, "dtype"}, then for each
-shard a line {"path", "lengths": bytes of each document} and the documents; a line on standard output answers each.
+Its arguments are the numbers of sockets, one for each process. On standard input come a line of JSON {"tokenizer",
+"type"}, the first of them the bytes of the tokenizer.json that follows. On each socket come shards: a line {"path",
+"lengths"}, the latter the bytes of each document, and the documents; a line answers each, null or what an OSError is
+made of.
 """
 
+import contextlib
 import json
 import os
+import socket
 import sys
+from array import array
 from collections.abc import Iterable
 from pathlib import Path
-from typing import BinaryIO
 
-import numpy as np
 import tokenizers
 
 
-def write_shard(backend: tokenizers.Tokenizer, documents: Iterable[bytes], path: Path, dtype: np.dtype) -> None:
+def write_shard(backend: tokenizers.Tokenizer, documents: Iterable[bytes], path: Path, typecode: str) -> None:
     """The file of a shard: the documents' ids one after another, then their numbers of ids (<u4), and how many they are
-    (<u8). It has its name only when it is whole and on the disk. OSError names the file."""
+    (<u8). It has its name only when it is whole and on the disk. OSError names the file.
+
+    typecode: of `array`, of the ids: "H" for two bytes, "I" for four.
+    """
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    counts = []
+    counts = array("I")
     try:
         with open(temporary, "wb") as file:
             for document in documents:
                 ids = backend.encode(document.decode("utf-8"), add_special_tokens=False).ids
-                file.write(np.array(ids, dtype).tobytes())
+                file.write(_little_endian(array(typecode, ids)))
                 counts.append(len(ids))
-            file.write(np.array(counts, "<u4").tobytes() + np.array(len(counts), "<u8").tobytes())
+            file.write(_little_endian(counts) + len(counts).to_bytes(8, "little"))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -36,20 +43,43 @@ def write_shard(backend: tokenizers.Tokenizer, documents: Iterable[bytes], path:
         temporary.unlink(missing_ok=True)
 
 
-def _serve(requests: BinaryIO, replies: BinaryIO) -> None:
-    settings = json.loads(requests.readline())
-    backend = tokenizers.Tokenizer.from_str(requests.read(settings["tokenizer"]).decode("utf-8"))
-    for line in requests:
-        shard = json.loads(line)
-        documents = [requests.read(length) for length in shard["lengths"]]
-        reply = None
-        try:
-            write_shard(backend, documents, Path(shard["path"]), np.dtype(settings["dtype"]))
-        except OSError as error:
-            reply = [error.errno, error.strerror, error.filename]
-        replies.write(json.dumps(reply).encode() + b"\n")
-        replies.flush()
+def _little_endian(numbers: array) -> bytes:
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return numbers.tobytes()
+
+
+def _serve(link: socket.socket, backend: tokenizers.Tokenizer, typecode: str) -> None:
+    with link, link.makefile("rwb") as stream:
+        for line in stream:
+            shard = json.loads(line)
+            documents = [stream.read(length) for length in shard["lengths"]]
+            reply = None
+            try:
+                write_shard(backend, documents, Path(shard["path"]), typecode)
+            except OSError as error:
+                reply = [error.errno, error.strerror, error.filename]
+            stream.write(json.dumps(reply).encode() + b"\n")
+            stream.flush()
+
+
+def _main() -> None:
+    links = [socket.socket(fileno=int(number)) for number in sys.argv[1:]]
+    settings = json.loads(sys.stdin.buffer.readline())
+    backend = tokenizers.Tokenizer.from_str(sys.stdin.buffer.read(settings["tokenizer"]).decode("utf-8"))
+    for mine in links:
+        if os.fork() == 0:
+            for link in links:
+                if link is not mine:
+                    link.close()  # so that each end is seen by the other
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the run has ended
+                _serve(mine, backend, settings["type"])
+            os._exit(0)
+    for link in links:
+        link.close()
+    for _ in links:
+        os.wait()
 
 
 if __name__ == "__main__":
-    _serve(sys.stdin.buffer, sys.stdout.buffer)
+    _main()

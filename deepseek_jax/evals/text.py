@@ -160,7 +160,7 @@ class Scores:
         return {name: sum((s for part, s in self.parts.items() if part[index] == name), Score()) for name in names}
 
     def metrics(self) -> dict[str, float]:
-        """``eval/bits_per_byte`` and ``eval/perplexity``; ``.../file/NAME`` where there are several; ``.../kind/NAME``."""
+        """``eval/bits_per_byte``, ``eval/perplexity``; ``.../file/NAME`` where there are several; ``.../kind/NAME``."""
         found = {f"eval/{name}": value for name, value in self.total.numbers().items()}
         files = self.files if len(self.files) > 1 else {}
         for what, scores in (("file", files), ("kind", self.kinds)):

@@ -77,7 +77,6 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     path = Path(path)
     path = path / FILE_NAME if path.is_dir() else path
     lines = []
-    # By \n alone, and but for what follows the last: `splitlines` also cuts at what may stand inside a string.
     for number, text in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
         try:
             line = json.loads(text)

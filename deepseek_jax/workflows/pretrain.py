@@ -1,14 +1,12 @@
 """Pretraining on documents: tokenize, FIM, pack, train, measure bits per byte on held-out text."""
 
 import dataclasses
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
 
 from deepseek_jax.checkpoint.model import Model
 from deepseek_jax.config import ModelConfig
@@ -21,8 +19,8 @@ from deepseek_jax.data.tokens import Tokens, default_cache, tokenize
 from deepseek_jax.evals.text import HeldOut
 from deepseek_jax.parallel.hosts import first_host_first
 from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.saying import doing, say
 from deepseek_jax.train.losses import LanguageModelLoss
-from deepseek_jax.train.progress import Progress
 from deepseek_jax.typed import check_types
 from deepseek_jax.workflows.stage import (
     RESULT,
@@ -161,41 +159,34 @@ def prepare_rows(data: PretrainData, tokenizer: Tokenizer, folder: Path, *, seed
         check_rows(folder, made_of)
         return folder
     tokens = _tokens(data, tokenizer, cache)
-    began, console = time.monotonic(), Console(stderr=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     documents = _shuffled(tokens, tokenizer, seed=seed, fim_rate=data.fim_rate)
-    rows = pack_stream(documents, data.seq_len, pad_id=tokenizer.pad_id)
-    meta = write_rows(folder, rows, meta=made_of | {"skipped": tokens.skipped})
-    console.print(f"packed {meta['count']:,} rows in {time.monotonic() - began:.1f} s: {folder}", soft_wrap=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with doing(f"packing {tokens.count:,} tokens") as tell:
+        told = _told(documents, lambda done: tell(f"{done:,} of {len(tokens):,} documents"))
+        rows = pack_stream(told, data.seq_len, pad_id=tokenizer.pad_id)
+        write_rows(folder, rows, meta=made_of | {"skipped": tokens.skipped})
     return folder
 
 
 def _tokens(data: PretrainData, tokenizer: Tokenizer, cache: Path) -> Tokens:
-    began, console = time.monotonic(), Console(stderr=True)
-    progress: Progress | None = None
-
-    def show(done: int, total: int) -> None:
-        nonlocal progress
-        megabytes = max(total >> 20, 1)
-        if progress is None:
-            progress = Progress("tokenising, MB", megabytes, keys=(), console=console)
-            progress.start(0)
-        if done < total:
-            progress.update(done >> 20)
-
     options = {"text_field": data.text_field, "skip_broken": data.skip_broken, "workers": data.workers}
-    try:
-        tokens = tokenize(data.path, tokenizer, cache, progress=show, **options)
-    finally:
-        if progress is not None:
-            progress.stop()
+    with doing("tokenising") as tell:
+
+        def progress(done: int, total: int) -> None:
+            tell(f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB")
+
+        tokens = tokenize(data.path, tokenizer, cache, progress=progress, **options)
     if not tokens.count:
         raise ValueError(f"data.path={list(data.path)}: there is no text in it")
-    done = "tokenised" if progress is not None else "found again"
-    spent = time.monotonic() - began
-    about = f"{len(tokens):,} documents, {tokens.count:,} tokens"
-    console.print(f"{done} in {spent:.1f} s: {about}: {tokens.folder}", soft_wrap=True)
+    say(f"{len(tokens):,} documents, {tokens.count:,} tokens in {tokens.folder}")
     return tokens
+
+
+def _told(documents: Iterator[list[int]], tell: Callable[[int], None]) -> Iterator[list[int]]:
+    for done, document in enumerate(documents):
+        if done % 1000 == 0:
+            tell(done)
+        yield document
 
 
 def _shuffled(tokens: Tokens, tokenizer: Tokenizer, *, seed: int, fim_rate: float) -> Iterator[list[int]]:

@@ -30,7 +30,8 @@ def config() -> PretrainConfig:
         compute=ComputeConfig(scan_unroll=3),
         data=PretrainData(
             path=(f"{corpus}/documents/train.jsonl",),
-            heldout=f"{corpus}/documents/heldout.jsonl",
+            heldout=(f"{corpus}/documents/heldout.jsonl",),
+            heldout_kinds=("code", "prose"),
             tokenizer=f"{corpus}/tokenizer.json",
             seq_len=128,
         ),

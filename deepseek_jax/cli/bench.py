@@ -158,7 +158,7 @@ def measure_peer(model: ModelConfig, options: BenchConfig) -> dict[str, float]:
     )
     if done.returncode:
         raise RuntimeError(f"the peer failed: {done.stderr.strip().splitlines()[-1:]}")
-    found = json.loads(done.stdout.strip().splitlines()[-1])
+    found = json.loads(done.stdout.strip().split("\n")[-1])
     result = {f"train {options.rows}×{options.seq}": found["train"]["tokens_per_second"]}
     for batch in options.decode_batches:
         result[f"decode, batch {batch}"] = found["decode"][str(batch)]["tokens_per_second"]

@@ -15,6 +15,9 @@ from deepseek_jax.workflows.sft import SFTConfig, sft
 
 Config = TypeVar("Config")
 
+# What the last line names of a stage's result, where it is there: the loss, then what was evaluated.
+HEADLINE = ("loss", "reward", "bits_per_byte", "perplexity", "heldout_loss", "accuracy_greedy", "accuracy_sampled")
+
 
 def parse_recipe(
     command: str, kind: type[Config], arguments: Sequence[str], *, emptied: Mapping[str, Any] | None = None
@@ -38,7 +41,8 @@ def _finish(run_dir: str, result: dict[str, Any]) -> None:
     console = Console()
     for name, value in result.items():
         console.print(f"{name:32} {value}", highlight=False)
-    console.print(f"→ {run_dir}")
+    named = [f"{name} {result[name]:.4g}" for name in HEADLINE if isinstance(result.get(name), float)]
+    console.print(f"→ {run_dir}: {', '.join(named)}" if named else f"→ {run_dir}", highlight=False, soft_wrap=True)
 
 
 def run_pretrain(arguments: Sequence[str]) -> None:

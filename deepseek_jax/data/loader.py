@@ -4,12 +4,16 @@ Row i of the shuffled and repeated data belongs to global batch i // B, whatever
 process reads its own share of the batch. So a state saved by any number of hosts serves any other.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Generic, Required, TypedDict, TypeVar, Unpack, cast
 
 import grain
 
 Batch = TypeVar("Batch")
+
+_AHEAD = 2  # batches that are read while the step before them runs
 
 
 class LoaderOptions(TypedDict, total=False):
@@ -24,7 +28,7 @@ class LoaderOptions(TypedDict, total=False):
 
 
 class BatchLoader(Generic[Batch]):
-    """Iterator over this process' share of the global batches of a random-access source.
+    """Iterator over this process' share of the global batches of a random-access source, read ahead by a thread.
 
     The order is shuffled anew in each epoch, by `seed`. With `repeat` it never ends, and a batch may hold the
     end of one epoch and the start of the next: no row is left out. Without, the remainder of the one epoch
@@ -64,6 +68,8 @@ class BatchLoader(Generic[Batch]):
         # Batches of one process' size: numbers i*P to i*P + P-1 make up global batch i.
         self._shares = rows.batch(batch_size // process_count, drop_remainder=True, batch_fn=batch_fn)
         self._length = len(rows) // batch_size
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        self._ahead: deque[Future[Batch]] = deque()
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -71,9 +77,15 @@ class BatchLoader(Generic[Batch]):
     def __next__(self) -> Batch:
         if self._position >= self._length:
             raise StopIteration
-        share = self._shares[self._position * self._process_count + self._process_index]
+        while len(self._ahead) <= _AHEAD and (position := self._position + len(self._ahead)) < self._length:
+            self._ahead.append(self._reader.submit(self._read, position))
+        share = self._ahead[0].result()
+        self._ahead.popleft()
         self._position += 1
-        return cast(Batch, share)
+        return share
+
+    def _read(self, position: int) -> Batch:
+        return cast(Batch, self._shares[position * self._process_count + self._process_index])
 
     def state(self) -> dict[str, Any]:
         """What `restore` needs, fit for JSON: the next global batch's index, and what it is an index into."""
@@ -90,4 +102,5 @@ class BatchLoader(Generic[Batch]):
         position = state.get("position")
         if not isinstance(position, int) or position < 0:
             raise ValueError(f"the saved loader state has position={position!r}; it must be a batch index")
+        self._ahead.clear()  # what was read ahead is not counted in any state
         self._position = position

@@ -3,11 +3,13 @@
 A dataset is a folder with `rows.array_record` and `meta.json`. It appears under its name only when whole.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -15,13 +17,16 @@ import grain
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from deepseek_jax.data.files import PathLike, describe, find_files, hash_file
 from deepseek_jax.data.loader import BatchLoader, LoaderOptions
 from deepseek_jax.data.packing import Row, segment_positions
-from deepseek_jax.data.text import PathLike, Record, read_rows
+from deepseek_jax.data.text import Record, read_rows
 
 FORMAT = 1
 _ROWS = "rows.array_record"
 _META = "meta.json"
+SOURCES = "sources"
+ABSENT = "(absent)"
 _REQUIRED = ("vocab_size", "tokenizer_fingerprint")
 # What a record holds, field after field. Positions follow from the segments.
 _FIELDS = (("tokens", np.dtype("<u4")), ("segment_ids", np.dtype("<u2")), ("loss_mask", np.dtype("u1")))
@@ -33,8 +38,8 @@ def write_rows(path_dir: str | os.PathLike[str], rows: Iterable[Row], *, meta: d
     `meta` must hold `vocab_size` and `tokenizer_fingerprint`; what else it holds is kept. Added are `format`,
     `seq_len`, `count`, `bytes` and `fingerprint` (sha256 over all records). The work is done in
     `<path_dir>.partial`, renamed at the end: a killed writer leaves nothing that looks whole, and the
-    next one starts afresh. ValueError for a folder that exists, for no rows, and for a row that breaks the
-    batch format; OSError, known only at the end, for a disk that is full.
+    next one starts afresh. ValueError for a folder that exists or that another process writes, for no rows, and for a
+    row that breaks the batch format; OSError that names the folder for a disk that is full, known only at the end.
     """
     final = Path(path_dir)
     missing = [key for key in _REQUIRED if key not in meta]
@@ -43,19 +48,41 @@ def write_rows(path_dir: str | os.PathLike[str], rows: Iterable[Row], *, meta: d
     if final.exists():
         raise ValueError(f"{final}: exists already; remove it or write to another folder")
     partial = final.with_name(final.name + ".partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    try:
-        written = meta | {"format": FORMAT} | _write_records(partial / _ROWS, rows, meta["vocab_size"])
-        with open(partial / _META, "w", encoding="utf-8") as file:
-            json.dump(written, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(partial, final)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)  # nothing is there after the rename
+    with _sole_writer(partial):
+        try:
+            written = meta | {"format": FORMAT} | _write_records(partial / _ROWS, rows, meta["vocab_size"])
+            with open(partial / _META, "w", encoding="utf-8") as file:
+                json.dump(written, file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            os.rename(partial, final)
+        except OSError as error:
+            if error.filename is not None or error.errno is None:
+                raise
+            raise OSError(error.errno, f"{error.strerror}: the rows could not be written", str(final)) from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)  # nothing is there after the rename
     return written
+
+
+@contextlib.contextmanager
+def _sole_writer(folder: Path) -> Iterator[None]:
+    """The folder, new or emptied, for one process; ValueError where another has it. A killed one holds nothing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not folder.exists() or not os.path.samestat(os.fstat(handle), folder.stat()):
+            raise BlockingIOError  # the other has just finished
+        for left in folder.iterdir():
+            left.unlink()
+        yield
+    except BlockingIOError as error:
+        raise ValueError(
+            f"{folder}: another process is packing rows there; wait for it, or choose another run_dir"
+        ) from error
+    finally:
+        os.close(handle)
 
 
 def _write_records(path: Path, rows: Iterable[Row], vocab_size: int) -> dict[str, Any]:
@@ -72,7 +99,7 @@ def _write_records(path: Path, rows: Iterable[Row], vocab_size: int) -> dict[str
     finally:
         _close(writer, path.parent)
     if count == 0:
-        raise ValueError("there are no rows to write")
+        raise ValueError(f"{path.parent.with_suffix('')}: there are no rows to write")
     with open(path, "rb") as file:
         os.fsync(file.fileno())
     return {
@@ -142,7 +169,12 @@ def open_rows(path_dir: str | os.PathLike[str]) -> RowSource:
     folder = Path(path_dir)
     if not (folder / _META).is_file() or not (folder / _ROWS).is_file():
         raise ValueError(f"{folder}: no dataset here; {_ROWS} and {_META} are needed")
-    meta = json.loads((folder / _META).read_text(encoding="utf-8"))
+    try:
+        meta = json.loads((folder / _META).read_text(encoding="utf-8"))
+        if not isinstance(meta, dict):
+            raise ValueError(f"a {type(meta).__name__} where an object was written")
+    except ValueError as error:
+        raise ValueError(f"{folder / _META}: is damaged ({error}); remove {folder}, and it is packed anew") from error
     if meta.get("format") != FORMAT:
         raise ValueError(f"{folder / _META}: format {meta.get('format')!r}; this version reads format {FORMAT}")
     size = (folder / _ROWS).stat().st_size
@@ -152,13 +184,15 @@ def open_rows(path_dir: str | os.PathLike[str]) -> RowSource:
 
 
 def check_rows(path_dir: str | os.PathLike[str], made_of: Mapping[str, Any]) -> None:
-    """ValueError naming what of ``made_of`` is not what the rows' meta.json says; what that lacks is taken to fit."""
+    """ValueError naming what of ``made_of`` is not what the rows' meta.json says; what that lacks is taken to fit, but
+    for a file of ``sources``."""
     meta = open_rows(path_dir).meta
     differ = []
     for name, here in made_of.items():
         there = meta.get(name, here)
         if isinstance(here, Mapping) and isinstance(there, Mapping):
-            fields = {f"{name}.{field}": (there.get(field, now), now) for field, now in here.items()}
+            absent = {field: ABSENT if name == SOURCES else now for field, now in here.items()}
+            fields = {f"{name}.{field}": (there.get(field, absent[field]), now) for field, now in here.items()}
         else:
             fields = {name: (there, here)}
         differ += [f"{field} is {was!r} there and {now!r} here" for field, (was, now) in fields.items() if was != now]
@@ -169,9 +203,18 @@ def check_rows(path_dir: str | os.PathLike[str], made_of: Mapping[str, Any]) -> 
         )
 
 
-def file_sizes(paths: Iterable[PathLike]) -> dict[str, int]:
-    """Bytes of each of the files that are there: rows are not made of a file that has been edited since."""
-    return {str(path): Path(path).stat().st_size for path in paths if Path(path).is_file()}
+def sources_of(paths: Iterable[PathLike], kinds: tuple[str, ...], memory: Path | None = None) -> dict[str, Any]:
+    """What rows are made of, for ``check_rows``: a file that has been edited since is another. Those that are gone are
+    left out: packed rows outlive their source."""
+    there = []
+    for path in paths:
+        with contextlib.suppress(OSError):
+            there += find_files(path, kinds)
+    found = describe(there, memory)
+    return {
+        SOURCES: {name: about["bytes"] for name, about in found.items()},
+        "sha256": {name: str(about["sha256"])[:16] for name, about in found.items()},
+    }
 
 
 class RowLoader(BatchLoader[Row]):
@@ -197,14 +240,12 @@ class PromptLoader(BatchLoader[list[Record]]):
         keep: Callable[[Record], bool] = lambda row: True,
         **options: Unpack[LoaderOptions],
     ):
-        paths = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
-        digests = []
-        for path in paths:
-            with open(path, "rb") as file:
-                digests.append(hashlib.file_digest(file, "sha256"))
+        digests = [hash_file(path) for path in find_files(paths)]
         # One file's digest stands for itself: runs that were saved with it go on.
         joined = digests[0] if len(digests) == 1 else hashlib.sha256(b"".join(d.digest() for d in digests))
         rows = list(read_rows(paths))
+        if not rows:
+            raise ValueError(f"{', '.join(map(str, find_files(paths)))}: no rows to ask")
         kept = [index for index, row in enumerate(rows) if keep(row)]
         self.rows, self.dropped = [rows[index] for index in kept], len(rows) - len(kept)
         if self.dropped:

@@ -1,23 +1,25 @@
 """Reads documents, chats and rows of any columns from files; a broken line is named by file and line."""
 
+import codecs
 import gzip
 import json
 import logging
-import os
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from deepseek_jax.data import hub
 from deepseek_jax.data.chat import check_messages
+from deepseek_jax.data.files import LINES, ROWS, TEXTS, PathLike, find_files, open_file
 
 logger = logging.getLogger(__name__)
 
-PathLike = str | os.PathLike[str]
 T = TypeVar("T")
 
-_JSONL = (".jsonl", ".jsonl.gz")
+# A longer .txt is several documents, so that one takes little memory and no more than its share of a shuffle.
+LONGEST_TEXT = 2**20
 
 
 def read_documents(
@@ -26,23 +28,44 @@ def read_documents(
     text_field: str = "text",
     skip_broken: bool = False,
     skipped: Counter[str] | None = None,
+    read: Counter[str] | None = None,
 ) -> Iterator[str]:
-    """Documents of .jsonl, .jsonl.gz and .parquet (one a line or row, in `text_field`) and .txt (one a file).
+    """Documents of .jsonl(.gz|.zst), .parquet and `hf:` (one a line or row, in `text_field`), .txt, .md (one a file).
+
+    paths: files, folders and globs, see `find_files`. A text of more than a megabyte is several documents, cut at the
+    end of a line.
 
     A broken line is a ValueError "FILE:LINE: what is wrong". With `skip_broken` it is left out, counted in
     `skipped[FILE]`, and each file's number is logged. A file that cannot be read on is always an error.
+    `read[FILE]` counts its bytes so far.
     """
+    for row in read_texts(paths, text_field=text_field, skip_broken=skip_broken, skipped=skipped, read=read):
+        yield row[text_field]
 
-    def document(value: Any) -> str:
+
+def read_texts(
+    paths: PathLike | Iterable[PathLike],
+    *,
+    text_field: str = "text",
+    also: str | None = None,
+    skip_broken: bool = False,
+    skipped: Counter[str] | None = None,
+    read: Counter[str] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """`read_documents` as rows, which hold the column `also` beside the text, where they have it."""
+
+    def document(value: Any) -> dict[str, Any]:
         if not isinstance(value, dict) or text_field not in value:
             raise ValueError(f'no field "{text_field}"; each line must be {{"{text_field}": "..."}}')
-        return check_text(value[text_field], text_field)
+        check_text(value[text_field], text_field)
+        return {name: value[name] for name in (text_field, also) if name is not None and name in value}
 
-    for path in map(Path, _as_list(paths)):
-        if path.suffix == ".txt":
-            records = iter([(1, lambda path=path: {text_field: path.read_bytes().decode("utf-8")})])
+    for path in find_files(paths, (*TEXTS, *ROWS)):
+        if path.suffix in TEXTS:
+            records = _texts(path, text_field, read)
         else:
-            records = _records(path, text_field, also=", .txt")
+            columns = [text_field] if also is None else [text_field, also]
+            records = _records(path, columns, also=", .txt, .md", read=read)
         yield from _good(path, records, document, skip_broken, skipped)
 
 
@@ -53,7 +76,7 @@ def read_chats(
     skip_broken: bool = False,
     skipped: Counter[str] | None = None,
 ) -> Iterator[T]:
-    """Conversations of .jsonl, .jsonl.gz or .parquet: {"messages": [{"role", "content"}, ...]} a line or row.
+    """Conversations of .jsonl(.gz|.zst), .parquet or `hf:`: {"messages": [{"role", "content"}, ...]} a line or row.
 
     then: what is made of each. Broken lines, and those that it raises ValueError for, are treated as in
     `read_documents`; those that it raises RefusedError for are an error in any case.
@@ -67,8 +90,8 @@ def read_chats(
             check_text(message["content"], "content")
         return then(value["messages"])
 
-    for path in map(Path, _as_list(paths)):
-        yield from _good(path, _records(path, "messages"), chat, skip_broken, skipped)
+    for path in find_files(paths):
+        yield from _good(path, _records(path, ["messages"]), chat, skip_broken, skipped)
 
 
 class RefusedError(ValueError):
@@ -86,11 +109,11 @@ class Record(dict[str, Any]):
 
 
 def read_rows(paths: PathLike | Iterable[PathLike]) -> Iterator[Record]:
-    """Rows of .jsonl, .jsonl.gz and .parquet with whatever columns they have, one at a time.
+    """Rows of .jsonl(.gz|.zst), .parquet and `hf:` with whatever columns they have, one at a time.
 
     A broken line, and one that is no JSON object, is a ValueError "FILE:LINE: what is wrong".
     """
-    for path in map(Path, _as_list(paths)):
+    for path in find_files(paths):
         for number, parse in _records(path):
             try:
                 columns = parse()
@@ -129,24 +152,37 @@ def _good(
         logger.warning("%s: skipped %d broken lines", path, broken)
 
 
-def _records(path: Path, column: str | None = None, *, also: str = "") -> _Records:
-    """The records of a file by the kind that its name says; of Parquet, `column` alone."""
-    if path.name.endswith(_JSONL):
-        return _json_lines(path)
+def _records(
+    path: Path, columns: list[str] | None = None, *, also: str = "", read: Counter[str] | None = None
+) -> _Records:
+    """The records of a file by the kind that its name says; of Parquet, `columns` alone, of which it has the first."""
+    if hub.is_hub(str(path)):
+        return _hub_rows(str(path), columns, read)
+    if path.name.endswith(LINES):
+        return _json_lines(path, read)
     if path.suffix == ".parquet":
-        return _parquet_rows(path, column)
-    raise ValueError(f"{path}: unknown kind of file; {', '.join(_JSONL)}, .parquet{also} can be read")
+        return _parquet_rows(path, columns, read)
+    raise ValueError(f"{path}: unknown kind of file; {', '.join(ROWS)}{also} can be read")
 
 
-def _json_lines(path: Path) -> _Records:
+def _json_lines(path: Path, read: Counter[str] | None) -> _Records:
     number = 0
-    with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
+    file, raw = open_file(path)
+    with raw, file:
         try:
             for number, line in enumerate(file, start=1):
+                if read is not None:
+                    read[str(path)] = raw.tell()
+                if number == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8)
                 if line.strip():
                     yield number, lambda line=line: _parse_json(line)
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise ValueError(f"{path}:{number + 1}: the gzip data is broken from here on ({error})") from error
+        except OSError as error:
+            if path.suffix != ".zst":
+                raise
+            raise ValueError(f"{path}:{number + 1}: the zstd data is broken from here on ({error})") from error
 
 
 def _parse_json(line: bytes) -> Any:
@@ -156,24 +192,65 @@ def _parse_json(line: bytes) -> Any:
         raise ValueError(f"not JSON ({error.msg} at column {error.colno}); one JSON object a line") from error
 
 
-def _parquet_rows(path: Path, column: str | None) -> _Records:
+def _parquet_rows(path: Path, columns: list[str] | None, read: Counter[str] | None) -> _Records:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        file = pyarrow.parquet.ParquetFile(path)
+        # No pre-buffering: a row group of gigabytes is read page by page.
+        file = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20)
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"{path}: not a whole Parquet file ({error})") from error
     with file:
-        names = file.schema_arrow.names
-        if column is not None and column not in names:
-            raise ValueError(f'{path}: no column "{column}"; it has {", ".join(names)}')
-        number = 0
-        for batch in file.iter_batches(batch_size=1024, columns=None if column is None else [column]):
-            columns = list(zip(batch.schema.names, batch.columns, strict=True))
+        names = _present(path, file.schema_arrow.names, columns)
+        number, size = 0, path.stat().st_size
+        for batch in file.iter_batches(batch_size=256, columns=names):
+            columns_of = list(zip(batch.schema.names, batch.columns, strict=True))
             for index in range(batch.num_rows):
                 number += 1
-                yield number, lambda columns=columns, index=index: {name: at[index].as_py() for name, at in columns}
+                yield number, lambda columns=columns_of, index=index: {n: at[index].as_py() for n, at in columns}
+            if read is not None:
+                read[str(path)] = size * number // file.metadata.num_rows
+
+
+def _hub_rows(path: str, columns: list[str] | None, read: Counter[str] | None) -> _Records:
+    dataset = hub.load(path)
+    if (names := _present(path, dataset.column_names, columns)) is not None:
+        dataset = dataset.select_columns(names)
+    size = 0 if read is None else int(hub.describe(path)["bytes"])
+    for number, row in enumerate(dataset, start=1):
+        if read is not None:
+            read[path] = size * number // len(dataset)
+        yield number, lambda row=row: row
+
+
+def _present(path: PathLike, names: list[str], columns: list[str] | None) -> list[str] | None:
+    if columns is None:
+        return None
+    if columns[0] not in names:
+        raise ValueError(f'{path}: no column "{columns[0]}"; it has {", ".join(names)}')
+    return [column for column in columns if column in names]
+
+
+def _texts(path: Path, text_field: str, read: Counter[str] | None) -> _Records:
+    """A file of text as one record, or as several of a megabyte; each has the number of its first line, or of the
+    first that is no UTF-8."""
+    number = 1
+    with open(path, "rb") as file:
+        start = file.read(len(codecs.BOM_UTF8)).removeprefix(codecs.BOM_UTF8)
+        while block := start + file.read(LONGEST_TEXT):
+            block += file.readline(LONGEST_TEXT)
+            while (following := file.peek(1)[:1]) and 0x80 <= following[0] < 0xC0:  # inside a character
+                block += file.read(1)
+            if read is not None:
+                read[str(path)] = file.tell()
+            wrong = 0
+            try:
+                block.decode("utf-8")
+            except UnicodeDecodeError as error:
+                wrong = block.count(b"\n", 0, error.start)
+            yield number + wrong, lambda block=block: {text_field: block.decode("utf-8")}
+            start, number = b"", number + block.count(b"\n")
 
 
 def check_text(value: Any, field: str) -> str:
@@ -182,7 +259,3 @@ def check_text(value: Any, field: str) -> str:
         raise ValueError(f'"{field}" is of type {type(value).__name__}; it must be text')
     value.encode("utf-8")  # JSON can spell half a surrogate pair, which is no text
     return value
-
-
-def _as_list(paths: PathLike | Iterable[PathLike]) -> list[PathLike]:
-    return [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)

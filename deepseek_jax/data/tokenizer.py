@@ -295,6 +295,11 @@ class Tokenizer:
     def assistant_id(self) -> int:
         return self.token_id(ASSISTANT)
 
+    @property
+    def plain_json(self) -> str:
+        """The tokenizer.json that `encode` goes by without `allow_special`: no added tokens."""
+        return self._plain.to_str()
+
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Ids of `text` alone: no BOS or EOS, whatever `add_bos_token` says (transformers 5 does the same for R1).
 

@@ -177,7 +177,8 @@ def write_jsonl(path: str | Path, problems: Iterable[Problem]) -> None:
 def read_jsonl(path: str | Path) -> list[Problem]:
     """Reads what `write_jsonl` wrote and checks it; ValueError "FILE:LINE: what" for a broken line."""
     problems = []
-    for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
+    *lines, last = Path(path).read_bytes().split(b"\n")
+    for number, line in enumerate([*lines, last] if last else lines, start=1):
         try:
             problems.append(_parse_line(line))
         except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors too

@@ -1,8 +1,7 @@
 """Pretraining on documents: tokenize, FIM, pack, train, measure bits per byte on held-out text."""
 
 import dataclasses
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,16 @@ import numpy as np
 
 from deepseek_jax.checkpoint.model import Model
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.data.files import ROWS, TEXTS
 from deepseek_jax.data.fim import FimTokens, apply_fim
 from deepseek_jax.data.packing import pack_stream
-from deepseek_jax.data.rows import RowLoader, check_rows, file_sizes, write_rows
-from deepseek_jax.data.text import read_documents, read_objects
+from deepseek_jax.data.rows import RowLoader, check_rows, sources_of, write_rows
 from deepseek_jax.data.tokenizer import Tokenizer
-from deepseek_jax.evals.text import bits_per_byte
+from deepseek_jax.data.tokens import Tokens, default_cache, tokenize
+from deepseek_jax.evals.text import HeldOut
 from deepseek_jax.parallel.hosts import first_host_first
 from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.saying import doing, say
 from deepseek_jax.train.losses import LanguageModelLoss
 from deepseek_jax.typed import check_least, check_types
 from deepseek_jax.workflows.own_run import owns_run
@@ -34,28 +35,48 @@ from deepseek_jax.workflows.stage import (
 
 @dataclasses.dataclass(frozen=True)
 class PretrainData:
-    """path: files of text (.jsonl, .parquet, .txt). heldout: a file of documents with a ``kind``, of which code and
-    prose are measured; empty for none. tokenizer: a tokenizer.json, or the folder of a model that has one. fim_rate:
-    documents rearranged as prefix-suffix-middle (V3 section 4.1). skip_broken: leave broken lines out, counted, instead
-    of stopping."""
+    """Documents, and how rows are made of them."""
 
     path: tuple[str, ...] = ()
-    heldout: str = ""
+    """Files of text, folders of them, quoted globs: .txt, .md, .jsonl(.gz|.zst), .parquet; or hf:NAME[:CONFIG]:SPLIT, a
+    dataset of the Hugging Face hub."""
+    text_field: str = "text"
+    """The field or column of .jsonl and .parquet that holds the text."""
+    heldout: tuple[str, ...] = ()
+    """Documents like those of path, whose bits per byte and perplexity are measured, by file and by `kind`, where rows
+    have such a field."""
+    heldout_kinds: tuple[str, ...] = ()
+    """Of rows with a kind, measure these alone; none for all."""
     tokenizer: str = ""
+    """A tokenizer.json, or the folder of a model that has one."""
     seq_len: int = 128
+    """Tokens of a row."""
     fim_rate: float = 0.1
+    """The share of documents rearranged as prefix-suffix-middle (V3 section 4.1)."""
     skip_broken: bool = False
+    """Leave broken lines out, counted, instead of stopping."""
+    cache: str = ""
+    """The folder that keeps the tokens of corpora, for all runs; by default deepseek-jax/tokens in $XDG_CACHE_HOME,
+    else in ~/.cache. It may be removed at any time."""
+    workers: int = 0
+    """Processes that tokenize; 0 for one per core, eight at most."""
 
     def __post_init__(self) -> None:
         check_types(self)
         check_least(self, 2, "seq_len")
         if not 0 <= self.fim_rate <= 1:
             raise ValueError(f"fim_rate={self.fim_rate}: must lie in [0, 1]")
+        if self.workers < 0:
+            raise ValueError(f"workers={self.workers}: must be at least 1, or 0 for one per core")
+
+
+# No part of the rows.
+_BESIDE = ("heldout", "heldout_kinds", "cache", "workers")
 
 
 @dataclasses.dataclass(frozen=True)
 class PretrainConfig(StageConfig):
-    """A pretraining run."""
+    """A pretraining run. ``model.vocab_size``, left at its default, is the tokenizer's where that has more ids."""
 
     run_dir: str = "runs/pretrain"
     batch_size: int = 8
@@ -63,14 +84,19 @@ class PretrainConfig(StageConfig):
     model: ModelConfig = ModelConfig()
     loss: LanguageModelLoss = LanguageModelLoss()
 
-    MAY_CHANGE = (*StageConfig.MAY_CHANGE, "data.heldout")
+    MAY_CHANGE = (*StageConfig.MAY_CHANGE, *(f"data.{name}" for name in _BESIDE))
 
 
 @owns_run("data.path", "data.tokenizer")
 def pretrain(config: PretrainConfig) -> dict[str, Any]:
     """Run the stage, or go on with it; returns and writes its result."""
     run_dir = Path(config.run_dir)
-    tokenizer = Tokenizer.from_folder(config.data.tokenizer).over(config.model.vocab_size)
+    tokenizer = Tokenizer.from_folder(config.data.tokenizer)
+    config = dataclasses.replace(config, model=_with_vocabulary(config.model, tokenizer))
+    tokenizer = tokenizer.over(config.model.vocab_size)
+    heldout = _heldout(config.data)
+    if config.loop.eval_every and heldout is None:
+        raise ValueError(f"loop.eval_every={config.loop.eval_every}: nothing to evaluate without data.heldout")
     rows = first_host_first(lambda: prepare_rows(config.data, tokenizer, run_dir / "rows", seed=config.seed))
     loader = RowLoader(
         rows,
@@ -79,11 +105,10 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    heldout = _heldout_texts(config.data)
 
     def measure(model: Model) -> Mapping[str, float]:
-        found = bits_per_byte(model, heldout, seq_len=config.data.seq_len, batch_size=config.batch_size)
-        return {"eval/bits_per_byte": found}
+        assert heldout is not None
+        return heldout.scores(model, seq_len=config.data.seq_len, batch_size=config.batch_size).metrics()
 
     mesh = make_mesh(config.mesh)
     start = Model(config.model, config.compute.on(mesh), None, None, tokenizer, mesh)
@@ -94,50 +119,82 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         start=start,
         loss=config.loss,
         batches=LoaderBatches(loader),
-        evaluate=measure if heldout and config.loop.eval_every else None,
+        evaluate=measure if config.loop.eval_every else None,
     )
-    result = facts
-    if heldout:
-        result["bits_per_byte"] = measure(trained)["eval/bits_per_byte"]
-    write_json(run_dir / RESULT, result)
+    if heldout is not None:
+        facts |= heldout.scores(trained, seq_len=config.data.seq_len, batch_size=config.batch_size).result()
+    write_json(run_dir / RESULT, facts)
     return read_result(run_dir) or {}
+
+
+def _with_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """The tokenizer's vocabulary where the model has the default's and that is too small."""
+    if model.vocab_size != ModelConfig.vocab_size or tokenizer.vocab_size <= model.vocab_size:
+        return model
+    return dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
+
+
+def _heldout(data: PretrainData) -> HeldOut | None:
+    return HeldOut(data.heldout, text_field=data.text_field, kinds=data.heldout_kinds) if data.heldout else None
 
 
 def prepare_rows(data: PretrainData, tokenizer: Tokenizer, folder: Path, *, seed: int) -> Path:
     """Pack the documents into rows on disk, once; rows of other data or settings are refused by name.
 
-    Documents are shuffled, rearranged by FIM at ``fim_rate``, framed by begin and end of sentence, and cut into rows
-    that follow one another without loss.
+    Documents are tokenized once for all runs (``data.tokens``). For a run they are shuffled, rearranged by FIM at
+    ``fim_rate``, framed by begin and end of sentence, and cut into rows that follow one another without loss.
     """
+    cache = Path(data.cache).expanduser() if data.cache else default_cache()
+    how = {name: value for name, value in dataclasses.asdict(data).items() if name not in _BESIDE}
     made_of = {
         "vocab_size": tokenizer.usable,
         "tokenizer_fingerprint": tokenizer.fingerprint,
-        "data": dataclasses.asdict(data) | {"path": list(data.path), "heldout": None},  # is no part of the rows
-        "sources": file_sizes(data.path),
+        "data": how | {"path": list(data.path)},
         "seed": seed,
+        **sources_of(data.path, (*TEXTS, *ROWS), cache / "hashes"),
     }
     if folder.exists():
         check_rows(folder, made_of)
         return folder
-    skipped: Counter[str] = Counter()
-    documents = list(read_documents(data.path, skip_broken=data.skip_broken, skipped=skipped))
-    if not any(documents):
-        raise ValueError(f"data.path={list(data.path)}: there is no text in it")
-    rng = np.random.default_rng([seed, 1])
-    fim = FimTokens.of(tokenizer) if data.fim_rate else None
-
-    def encoded() -> Iterator[list[int]]:
-        for index in rng.permutation(len(documents)):
-            ids = apply_fim(tokenizer.encode(documents[index]), rng=rng, rate=data.fim_rate, tokens=fim)
-            yield [*tokenizer.bos_ids, *ids, tokenizer.eos_id]
-
+    tokens = _tokens(data, tokenizer, cache)
+    documents = _shuffled(tokens, tokenizer, seed=seed, fim_rate=data.fim_rate)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    rows = pack_stream(encoded(), data.seq_len, pad_id=tokenizer.pad_id)
-    write_rows(folder, rows, meta=made_of | {"skipped": dict(skipped)})
+    with doing(f"packing {tokens.count:,} tokens") as tell:
+        told = _told(documents, lambda done: tell(f"{done:,} of {len(tokens):,} documents"))
+        rows = pack_stream(told, data.seq_len, pad_id=tokenizer.pad_id)
+        write_rows(folder, rows, meta=made_of | {"skipped": tokens.skipped})
     return folder
 
 
-def _heldout_texts(data: PretrainData) -> list[str]:
-    if not data.heldout:
-        return []
-    return [row["text"] for row in read_objects(data.heldout) if row.get("kind") in ("code", "prose")]
+def _tokens(data: PretrainData, tokenizer: Tokenizer, cache: Path) -> Tokens:
+    options = {"text_field": data.text_field, "skip_broken": data.skip_broken, "workers": data.workers}
+    with doing("tokenising") as tell:
+
+        def progress(done: int, total: int) -> None:
+            tell(f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB")
+
+        tokens = tokenize(data.path, tokenizer, cache, progress=progress, **options)
+    if not tokens.count:
+        raise ValueError(f"data.path={list(data.path)}: there is no text in it")
+    say(f"{len(tokens):,} documents, {tokens.count:,} tokens in {tokens.folder}")
+    return tokens
+
+
+def _told(documents: Iterator[list[int]], tell: Callable[[int], None]) -> Iterator[list[int]]:
+    for done, document in enumerate(documents):
+        if done % 1000 == 0:
+            tell(done)
+        yield document
+
+
+def _shuffled(tokens: Tokens, tokenizer: Tokenizer, *, seed: int, fim_rate: float) -> Iterator[list[int]]:
+    rng = np.random.default_rng([seed, 1])
+    order = np.arange(len(tokens), dtype=np.uint32 if len(tokens) < 2**32 else np.uint64)
+    rng.shuffle(order)  # as rng.permutation, in half its memory
+    fim = FimTokens.of(tokenizer) if fim_rate else None  # whose tokens a tokenizer without FIM lacks
+    bos, eos = tokenizer.bos_ids, tokenizer.eos_id
+    for index in order:
+        ids = tokens[int(index)].tolist()
+        if fim is not None:
+            ids = apply_fim(ids, rng=rng, rate=fim_rate, tokens=fim)
+        yield [*bos, *ids, eos]

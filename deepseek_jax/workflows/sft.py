@@ -10,8 +10,9 @@ import jax
 
 from deepseek_jax.checkpoint.model import Model
 from deepseek_jax.data.chat import encode_chat
+from deepseek_jax.data.files import ROWS
 from deepseek_jax.data.packing import Row, pack_samples
-from deepseek_jax.data.rows import RowLoader, check_rows, file_sizes, write_rows
+from deepseek_jax.data.rows import RowLoader, check_rows, sources_of, write_rows
 from deepseek_jax.data.text import RefusedError, read_chats
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.evals.accuracy import accuracy
@@ -34,14 +35,19 @@ from deepseek_jax.workflows.task_eval import Exam, TaskEval, open_exam
 
 @dataclasses.dataclass(frozen=True)
 class SFTData:
-    """path: files of ``messages``, JSONL or Parquet. heldout: such files, whose loss is measured. seq_len: tokens of a
-    packed row. drop_long: leave samples longer than that out, counted, and go on."""
+    """Chats, and how rows are made of them."""
 
     path: tuple[str, ...] = ()
+    """Files of `messages`, folders of them, quoted globs: .jsonl(.gz|.zst), .parquet; or hf:NAME[:CONFIG]:SPLIT, a
+    dataset of the Hugging Face hub."""
     heldout: tuple[str, ...] = ()
+    """Such files, whose loss is measured."""
     seq_len: int = 1024
+    """Tokens of a packed row."""
     drop_long: bool = False
+    """Leave samples longer than that out, counted, and go on."""
     skip_broken: bool = False
+    """Leave broken lines out, counted, instead of stopping."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -78,6 +84,8 @@ def sft(config: SFTConfig) -> dict[str, Any]:
         require_one_process("sft with evaluation or check")
     start = open_start(config)
     heldout = _packed(config.data, config.data.heldout, start.text, Counter()) if config.data.heldout else []
+    if config.data.heldout and not heldout:
+        raise ValueError(f"data.heldout={list(config.data.heldout)}: there is no chat in it, or none is left")
     rows = first_host_first(lambda: prepare_chats(config.data, start.text, run_dir / "rows"))
     loader = RowLoader(
         rows,
@@ -145,7 +153,7 @@ def prepare_chats(data: SFTData, tokenizer: Tokenizer, folder: Path) -> Path:
         "vocab_size": tokenizer.usable,
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "data": how | {"path": list(data.path)},
-        "sources": file_sizes(data.path),
+        **sources_of(data.path, ROWS),
     }
     if folder.exists():
         check_rows(folder, made_of)

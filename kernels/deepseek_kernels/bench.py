@@ -163,7 +163,7 @@ def peer_seconds(shape: tuple[int, int, int, int], repeats: int, peer_python: st
     done = subprocess.run([peer_python, str(script), json.dumps(job)], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"the peer failed: {done.stderr.strip().splitlines()[-1:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.strip().split("\n")[-1])
 
 
 def main() -> None:

@@ -155,7 +155,7 @@ def test_broken_problems_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"p\.jsonl:2: a list; each line must be an object"):
         PromptLoader(path, batch_size=1, seed=0)
     path.write_text("")
-    with pytest.raises(ValueError, match="0 rows make no batch"):
+    with pytest.raises(ValueError, match=r"p\.jsonl: no rows to ask"):
         PromptLoader(path, batch_size=1, seed=0)
 
 

@@ -1,18 +1,20 @@
 """Rows on disk: they come back as they were, and nothing half-written looks whole."""
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from deepseek_jax.data.files import ROWS, TEXTS
 from deepseek_jax.data.packing import Row, pack_samples
-from deepseek_jax.data.rows import check_rows, file_sizes, open_rows, write_rows
+from deepseek_jax.data.rows import check_rows, open_rows, sources_of, write_rows
 
 META = {"vocab_size": 50, "tokenizer_fingerprint": "t", "note": "kept"}
 MakeRows = Callable[[int], list[Row]]
@@ -96,6 +98,26 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+def test_two_processes_do_not_pack_into_one_folder(tmp_path: Path, make_rows: MakeRows) -> None:
+    def rows() -> Iterator[Row]:
+        with pytest.raises(ValueError, match=rf"{tmp_path}/rows\.partial: another process is packing rows there"):
+            write_rows(tmp_path / "rows", make_rows(1), meta=META)
+        yield from make_rows(2)
+
+    write_rows(tmp_path / "rows", rows(), meta=META)
+    assert len(open_rows(tmp_path / "rows")) == 2 and os.listdir(tmp_path) == ["rows"]
+
+
+def test_a_full_disk_is_named_wherever_it_shows(tmp_path: Path, make_rows: MakeRows, monkeypatch) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=f"rows could not be written: '{tmp_path}/rows'"):
+        write_rows(tmp_path / "rows", make_rows(1), meta=META)
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_failing_row_leaves_nothing(tmp_path: Path, make_rows: MakeRows) -> None:
     def rows():
         yield from make_rows(2)
@@ -133,24 +155,32 @@ def test_wrong_folders_and_meta(tmp_path: Path, make_rows: MakeRows, dataset: Pa
         write_rows(dataset, make_rows(1), meta=META)
     with pytest.raises(ValueError, match="meta lacks tokenizer_fingerprint"):
         write_rows(tmp_path / "new", make_rows(1), meta={"vocab_size": 50})
-    with pytest.raises(ValueError, match="there are no rows to write"):
+    with pytest.raises(ValueError, match=f"{tmp_path}/new: there are no rows to write"):
         write_rows(tmp_path / "new", [], meta=META)
 
 
 def test_rows_of_other_data_are_named_field_by_field(tmp_path: Path, make_rows: MakeRows) -> None:
     text, folder = tmp_path / "a.txt", tmp_path / "rows"
     text.write_text("abc")
-    made_of = META | {"seed": 1, "data": {"path": ["a.txt"], "fim": 0.1}, "sources": file_sizes([text, "gone.txt"])}
+    sources = lambda *paths: sources_of(paths or [text, tmp_path / "gone.txt"], (*TEXTS, *ROWS))  # noqa: E731
+    made_of = META | {"seed": 1, "data": {"path": ["a.txt"], "fim": 0.1}, **sources()}
     write_rows(folder, make_rows(1), meta=made_of)
     check_rows(folder, made_of)
     check_rows(folder, made_of | {"new": "what the rows do not tell of"})
     text.write_text("abcd")
-    other = made_of | {"data": {"path": ["a.txt"], "fim": 0.2}, "sources": file_sizes([text])}
+    other = made_of | {"data": {"path": ["a.txt"], "fim": 0.2}, **sources()}
     said = rf"other data or settings: data\.fim is 0\.1 there and 0\.2 here; sources\.{text} is 3 there and 4 here;"
     with pytest.raises(ValueError, match=said):
         check_rows(folder, other)
+    text.write_text("abd")  # of the same size
+    with pytest.raises(ValueError, match=rf"settings: sha256\.{text} is '\w{{16}}' there and '\w{{16}}' here"):
+        check_rows(folder, made_of | sources())
+    text.write_text("abc")
+    (tmp_path / "b.txt").write_text("new in the folder")
+    with pytest.raises(ValueError, match=rf"sources\.{tmp_path}/b\.txt is '\(absent\)' there and 17 here"):
+        check_rows(folder, made_of | sources(tmp_path))
     text.unlink()
-    check_rows(folder, made_of | {"sources": file_sizes([text])})  # packed rows outlive their source
+    check_rows(folder, made_of | sources())  # packed rows outlive their source
 
 
 def test_a_dataset_cut_while_copied_is_named(dataset: Path) -> None:
@@ -161,6 +191,10 @@ def test_a_dataset_cut_while_copied_is_named(dataset: Path) -> None:
         open_rows(dataset)
     records.write_bytes(whole)
     meta = json.loads((dataset / "meta.json").read_text())
+    for damaged in ("", "{", "[]"):
+        (dataset / "meta.json").write_text(damaged)
+        with pytest.raises(ValueError, match=rf"{dataset}/meta\.json: is damaged .*; remove {dataset}, and it"):
+            open_rows(dataset)
     (dataset / "meta.json").write_text(json.dumps(meta | {"format": 99}))
     with pytest.raises(ValueError, match="format 99; this version reads format 1"):
         open_rows(dataset)

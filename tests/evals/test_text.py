@@ -13,7 +13,7 @@ from small import SPEAKER, tokenizer
 
 from deepseek_jax.data.packing import pack_stream
 from deepseek_jax.data.tokenizer import EOS, Tokenizer
-from deepseek_jax.evals.text import bits_per_byte, row_loss
+from deepseek_jax.evals.text import row_loss, score_text
 from deepseek_jax.model import transformer
 
 TEXTS = ["def add(a, b):\n    return a + b\n", "12+34=46\n", "größer als ünïcode ½\n" * 2]
@@ -64,10 +64,10 @@ def test_isolated_rows_do_not_see_the_document_before():
     assert joined[1] == isolated[1] and abs(joined[0] - isolated[0]) > 1e-3
 
 
-def test_bits_per_byte_of_a_model_that_knows_nothing():
+def test_score_of_a_model_that_knows_nothing():
     """Every token costs log2 W bits; the bytes shrink with the tokens that are no targets."""
     params = PARAMS | {"head": {"w": jnp.zeros_like(PARAMS["head"]["w"])}}
-    found = bits_per_byte(whole(SPEAKER, params, BIAS, tokenizer()), TEXTS, seq_len=SIZE, batch_size=4)
+    found = score_text(whole(SPEAKER, params, BIAS, tokenizer()), TEXTS, seq_len=SIZE, batch_size=4).bits_per_byte
     tokens = sum(len(tokenizer().encode(text)) + 2 for text in TEXTS)
     size = sum(len(text.encode()) for text in TEXTS)
     assert found == pytest.approx(math.log2(SPEAKER.vocab_size) * tokens / size, rel=1e-5)
@@ -77,7 +77,7 @@ def test_a_tokenizer_without_a_beginning_of_sentence(tmp_path):
     tokenizer().save(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": EOS}))
     model = whole(SPEAKER, PARAMS, BIAS, Tokenizer.from_folder(tmp_path))
-    assert 0 < bits_per_byte(model, TEXTS, seq_len=SIZE, batch_size=4) < 100
+    assert 0 < score_text(model, TEXTS, seq_len=SIZE, batch_size=4).bits_per_byte < 100
 
 
 def test_rows_without_targets_count_for_nothing():

@@ -59,7 +59,7 @@ def config():
         ),
         data=PretrainData(
             path=("runs/demo/corpus/documents/train.jsonl",),
-            heldout="runs/demo/corpus/documents/heldout.jsonl",
+            heldout=("runs/demo/corpus/documents/heldout.jsonl",),
             tokenizer="runs/demo/corpus/tokenizer.json",
             seq_len=32,
         ),

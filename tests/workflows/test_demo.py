@@ -152,7 +152,7 @@ def test_a_stage_runs_on_a_mesh_and_goes_on_with_another(miniature, tmp_path, mo
     """Eight devices; then one reads the parameters, whole."""
     monkeypatch.chdir(miniature)
     base = moved(load_recipe(str(miniature / "recipes" / "pretrain.py"), PretrainConfig), RECIPE_DIR, "run")
-    data = dataclasses.replace(base.data, heldout="")
+    data = dataclasses.replace(base.data, heldout=())
     options = StepConfig(ema_decay=0.5)
     base = dataclasses.replace(base, run_dir=str(tmp_path / "mesh"), batch_size=8, step=options, data=data)
     loop = dataclasses.replace(base.loop, eval_every=0, checkpoint_every=2, keep=2)

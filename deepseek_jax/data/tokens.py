@@ -1,0 +1,281 @@
+"""Tokens on disk: a corpus is tokenized once per tokenizer, by processes beside this one, and not once per run.
+
+A corpus is a folder of shards named by the hash of all that its tokens depend on. Shards are written one by one, each
+whole or not there, so that a killed run goes on where it was. Memory holds a shard per process, and four bytes a
+document.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from deepseek_jax.data import token_worker
+from deepseek_jax.data.files import ROWS, TEXTS, PathLike, describe, find_files
+from deepseek_jax.data.text import LONGEST_TEXT, read_documents
+from deepseek_jax.data.tokenizer import Tokenizer
+
+FORMAT = 1
+SHARD_BYTES = 8 * 2**20  # of text
+MOST_WORKERS = 8
+_META = "meta.json"
+
+
+class Tokens:
+    """The ids of a corpus' documents: `len`, and arrays by index, read from disk one by one.
+
+    skipped: broken lines that were left out, by file.
+    """
+
+    def __init__(self, folder: Path, files: Sequence[Path]):
+        """ValueError where a shard is missing or not whole."""
+        self.folder = folder
+        self.meta: dict[str, Any] = _read_meta(folder)
+        self._dtype = np.dtype(self.meta["dtype"])
+        self._shards = [_shard(folder, number) for number in range(self.meta["shards"])]
+        self._ends = [_ends(path, self._dtype) for path in self._shards]
+        self.skipped = {str(file): n for file, n in zip(files, self.meta["skipped"], strict=True) if n}
+        self._first = [0, *accumulate(len(ends) for ends in self._ends)]
+
+    def __len__(self) -> int:
+        return self._first[-1]
+
+    @property
+    def count(self) -> int:
+        """Ids of all documents together."""
+        return sum(int(ends[-1]) for ends in self._ends if len(ends))
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        shard = bisect_right(self._first, index) - 1
+        at, ends = index - self._first[shard], self._ends[shard]
+        begin, end = int(ends[at - 1]) if at else 0, int(ends[at])
+        file = os.open(self._shards[shard], os.O_RDONLY)  # a mapping's pages would count as memory of this process
+        try:
+            read = os.pread(file, (end - begin) * self._dtype.itemsize, begin * self._dtype.itemsize)
+        finally:
+            os.close(file)
+        return np.frombuffer(read, self._dtype).astype(np.int32)
+
+
+def default_cache() -> Path:
+    """$XDG_CACHE_HOME/deepseek-jax/tokens, else ~/.cache/..., else a folder of the temporary ones."""
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "deepseek-jax" / "tokens"
+    with contextlib.suppress(RuntimeError):
+        return Path.home() / ".cache" / "deepseek-jax" / "tokens"
+    return Path(tempfile.gettempdir()) / f"deepseek-jax-{os.getuid()}" / "tokens"
+
+
+def tokenize(
+    paths: PathLike | Iterable[PathLike],
+    tokenizer: Tokenizer,
+    cache: Path,
+    *,
+    text_field: str = "text",
+    skip_broken: bool = False,
+    workers: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Tokens:
+    """The tokens of the documents that `read_documents` reads, in its order, from `cache` or made there.
+
+    Shards that an earlier call has finished are kept. Of several processes that want the same corpus one works, the
+    others wait for it. workers: processes; 0 for one per core, at most eight. progress: called with bytes read and
+    their total. ValueError and OSError as of `read_documents`, and an OSError that names the file where one cannot be
+    written.
+    """
+    files = find_files(paths, (*TEXTS, *ROWS))
+    sources = describe(files, cache / "hashes")
+    made_of = {
+        "format": FORMAT,
+        "shard": [SHARD_BYTES, LONGEST_TEXT],
+        "tokenizer": tokenizer.fingerprint,
+        "text_field": text_field,
+        "skip_broken": skip_broken,
+        # By content and kind, not by name: a corpus that has moved is the same.
+        "sources": [["".join(file.suffixes[-2:]), *sources[str(file)].values()] for file in files],
+    }
+    folder = cache / hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:32]
+    with _sole_writer(folder):
+        if not (folder / _META).exists():
+            skipped, read = Counter[str](), Counter[str]()
+            total = sum(int(source["bytes"]) for source in sources.values())
+            documents = read_documents(
+                files, text_field=text_field, skip_broken=skip_broken, skipped=skipped, read=read
+            )
+            workers = 0 if total <= SHARD_BYTES else workers or min(_cores(), MOST_WORKERS)
+            with _Writers(tokenizer, workers) as writers:
+                shards = 0
+                for shards, group in enumerate(_groups(documents), start=1):
+                    if not (path := _shard(folder, shards - 1)).exists():
+                        writers.write(group, path)
+                    progress(sum(read.values()), total)
+            dtype = _dtype(tokenizer).str
+            meta = made_of | {"shards": shards, "dtype": dtype, "skipped": [skipped[str(file)] for file in files]}
+            _write_meta(folder, meta)
+    return Tokens(folder, files)
+
+
+def _groups(documents: Iterable[str]) -> Iterator[list[bytes]]:
+    group, size = [], 0
+    for document in documents:
+        group.append(document.encode("utf-8"))
+        size += len(group[-1])
+        if size >= SHARD_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+class _Writers:
+    """`count` processes that write shards, or none: then this process does."""
+
+    def __init__(self, tokenizer: Tokenizer, count: int):
+        self._typecode = "H" if _dtype(tokenizer).itemsize == 2 else "I"
+        self._backend = None if count else tokenizers.Tokenizer.from_str(tokenizer.plain_json)
+        self._idle: queue.Queue[socket.socket] = queue.Queue()
+        self._at_work: list[Future[None]] = []
+        self._links: list[socket.socket] = []
+        if count:
+            self._threads = ThreadPoolExecutor(count)  # each waits for a process
+            self._start(tokenizer.plain_json.encode("utf-8"), count)
+
+    def _start(self, tokenizer: bytes, count: int) -> None:
+        pairs = [socket.socketpair() for _ in range(count)]
+        self._links = [ours for ours, _ in pairs]
+        numbers = [theirs.fileno() for _, theirs in pairs]
+        self._program = subprocess.Popen(
+            [sys.executable, "-P", token_worker.__file__, *map(str, numbers)],
+            stdin=subprocess.PIPE,
+            pass_fds=numbers,
+            start_new_session=True,  # Ctrl-C is this process' business, and all of its processes end as one
+            env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},  # which it could not use after a fork
+        )
+        for ours, theirs in pairs:
+            theirs.close()
+            self._idle.put(ours)
+        settings = json.dumps({"tokenizer": len(tokenizer), "type": self._typecode}).encode() + b"\n"
+        assert self._program.stdin is not None
+        with contextlib.suppress(BrokenPipeError), self._program.stdin as pipe:  # told where an answer is missing
+            pipe.write(settings + tokenizer)
+
+    def write(self, group: list[bytes], path: Path) -> None:
+        """Hands a shard to a process; waits while all of them are busy. Raises what an earlier one has met."""
+        if self._backend is not None:
+            return token_worker.write_shard(self._backend, group, path, self._typecode)
+        link = self._idle.get()
+        self._finished(wait=False)
+        self._at_work.append(self._threads.submit(self._send, link, group, path))
+
+    def _send(self, link: socket.socket, group: list[bytes], path: Path) -> None:
+        reply = b""
+        try:
+            with link.makefile("rwb") as stream:
+                stream.write(json.dumps({"path": str(path), "lengths": [len(d) for d in group]}).encode() + b"\n")
+                stream.writelines(group)
+                stream.flush()
+                reply = stream.readline()
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # told below
+        finally:
+            self._idle.put(link)
+        if not reply:
+            raise OSError(f"{path}: the process that makes these tokens has ended")
+        if (error := json.loads(reply)) is not None:
+            raise OSError(*error)
+
+    def _finished(self, *, wait: bool) -> None:
+        for future in [future for future in self._at_work if wait or future.done()]:
+            future.result()
+            self._at_work.remove(future)
+
+    def __enter__(self) -> "_Writers":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if self._backend is not None:
+            return
+        try:
+            if kind is None:
+                self._finished(wait=True)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._program.pid, signal.SIGKILL)
+            self._program.wait()
+            self._threads.shutdown(cancel_futures=True)  # who was waiting for an answer has seen that none comes
+            for link in self._links:
+                link.close()
+
+
+@contextlib.contextmanager
+def _sole_writer(folder: Path) -> Iterator[None]:
+    """One process at a time, the others wait; a killed one holds nothing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _shard(folder: Path, number: int) -> Path:
+    return folder / f"{number:06}.tokens"
+
+
+def _ends(path: Path, dtype: np.dtype) -> np.ndarray:
+    """Where in a shard each document's ids end (uint32)."""
+    damaged = f"{path}: is missing or not whole; remove its folder, and it is made anew"
+    if not path.is_file() or (size := path.stat().st_size) < 8:
+        raise ValueError(damaged)
+    with open(path, "rb") as file:
+        file.seek(size - 8)
+        documents = int(np.frombuffer(file.read(8), "<u8")[0])
+        if not 0 <= documents <= size // 4:
+            raise ValueError(damaged)
+        file.seek(size - 8 - 4 * documents)
+        ends = np.cumsum(np.frombuffer(file.read(4 * documents), "<u4"), dtype=np.uint32)
+    if int(ends[-1]) * dtype.itemsize + 4 * documents + 8 != size:
+        raise ValueError(damaged)
+    return ends
+
+
+def _dtype(tokenizer: Tokenizer) -> np.dtype:
+    return np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _read_meta(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / _META).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder / _META}: is damaged ({error}); remove its folder, and it is made anew") from error
+
+
+def _write_meta(folder: Path, meta: dict[str, Any]) -> None:
+    temporary = folder / f"{_META}.tmp"
+    try:
+        temporary.write_text(json.dumps(meta) + "\n", encoding="utf-8")
+        os.replace(temporary, folder / _META)
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror}: cannot be written", str(folder / _META)) from error

@@ -34,17 +34,20 @@ from deepseek_jax.workflows.stage import (
 
 @dataclasses.dataclass(frozen=True)
 class PretrainData:
-    """path: files of text (.jsonl, .parquet, .txt). heldout: a file of documents with a ``kind``, of which code and
-    prose are measured; empty for none. tokenizer: a tokenizer.json, or the folder of a model that has one. fim_rate:
-    documents rearranged as prefix-suffix-middle (V3 section 4.1). skip_broken: leave broken lines out, counted, instead
-    of stopping."""
+    """Text to train on, and how rows are made of it."""
 
     path: tuple[str, ...] = ()
+    """Files of text: .jsonl, .parquet, .txt."""
     heldout: str = ""
+    """A file of documents with a kind, of which code and prose are measured; empty for none."""
     tokenizer: str = ""
+    """A tokenizer.json, or the folder of a model that has one."""
     seq_len: int = 128
+    """Tokens of a row."""
     fim_rate: float = 0.1
+    """Share of documents rearranged as prefix, suffix, middle (V3 section 4.1)."""
     skip_broken: bool = False
+    """Leave broken lines out, counted, instead of stopping."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -58,6 +61,7 @@ class PretrainConfig(StageConfig):
 
     run_dir: str = "runs/pretrain"
     batch_size: int = 8
+    """Rows of a step."""
     data: PretrainData = PretrainData()
     model: ModelConfig = ModelConfig()
     loss: LanguageModelLoss = LanguageModelLoss()

@@ -35,14 +35,18 @@ from deepseek_jax.workflows.task_eval import Exam, TaskEval, open_exam
 
 @dataclasses.dataclass(frozen=True)
 class SFTData:
-    """path: files of ``messages``, JSONL or Parquet. heldout: such files, whose loss is measured. seq_len: tokens of a
-    packed row. drop_long: leave samples longer than that out, counted, and go on."""
+    """Chats to train on, and how rows are made of them."""
 
     path: tuple[str, ...] = ()
+    """Files of messages, JSONL or Parquet."""
     heldout: tuple[str, ...] = ()
+    """Such files, whose loss is measured."""
     seq_len: int = 1024
+    """Tokens of a packed row."""
     drop_long: bool = False
+    """Leave chats longer than that out, counted, and go on."""
     skip_broken: bool = False
+    """Leave broken lines out, counted, instead of stopping."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -50,21 +54,21 @@ class SFTData:
 
 @dataclasses.dataclass(frozen=True)
 class SFTConfig(StageConfig):
-    """A fine-tuning run from the model in ``init_from``, a run or a released folder, by its own chat template.
-
-    evaluation: questions to ask at the end, greedily and sampled. check: questions whose sampled accuracy each
-    ``loop.eval_every`` measures beside the loss of ``data.heldout``; the stage ends early when it reaches
-    ``enough_accuracy`` (1: never), so that reinforcement learning has something left to learn.
-    """
+    """A fine-tuning run, by the model's own chat template."""
 
     run_dir: str = "runs/sft"
     batch_size: int = 8
+    """Rows of a step."""
     init_from: str = ""
+    """The model to start from: a run, or a released model's folder."""
     data: SFTData = SFTData()
     loss: LanguageModelLoss = LanguageModelLoss(isolate=True)
     check: TaskEval = TaskEval()
+    """Questions whose sampled accuracy each loop.eval_every measures beside the loss of data.heldout."""
     enough_accuracy: float = 1.0
+    """End early once check reaches this (1: never), so that reinforcement learning has something left to learn."""
     evaluation: TaskEval = TaskEval()
+    """Questions to ask at the end, greedily and sampled."""
 
     MAY_CHANGE = (*StageConfig.MAY_CHANGE, "evaluation", "check", "enough_accuracy", "data.heldout")
 

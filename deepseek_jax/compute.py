@@ -22,31 +22,32 @@ OPERATIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class ComputeConfig:
-    """What a run may change from one day to the next.
-
-    dtype: of activations and products; sums, norms' statistics, softmax, router and losses are float32 always.
-    param_dtype: of parameters at rest, for inference; a ``TrainState`` keeps float32 masters whatever it says.
-      ``float8_e4m3`` keeps the FP8 matrices of a checkpoint that has them as they are.
-    remat: what a layer keeps for its backward pass: with ``none`` everything, ``dots`` its products, ``full`` nothing.
-    scan_unroll: layers per turn of the scan: more compile longer and run faster, on a CPU above all.
-    scan_decode: scan the layers of a kind when decoding too, which compiles once for all layers and copies each one's
-      cache and weights out of their stacks at every token.
-    target: what kernels are chosen for, spelled as ``Target.parse`` reads it; ``auto``: the mesh's first device.
-    attention, decode_attention, experts, grouped_matmul: implementations by name; ``auto``: the registry's choice.
-    rules: which mesh axes split which logical axis.
-    """
+    """What a run may change from one day to the next."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of activations and products; sums, norms' statistics, softmax, router and losses are float32 always."""
     param_dtype: Literal["float32", "bfloat16", "float8_e4m3"] = "float32"
+    """Of parameters at rest, for inference; training keeps float32 masters. float8_e4m3 keeps the FP8 matrices of a
+    checkpoint that has them as they are."""
     remat: Literal["none", "dots", "full"] = "none"
+    """What a layer keeps for its backward pass: all (none), its products (dots), or nothing (full)."""
     scan_unroll: int = 1
+    """Layers per turn of the scan: more compile longer and run faster, on a CPU above all."""
     scan_decode: bool = False
+    """Scan the layers of a kind when decoding too: compiles once for all of them, and copies each one's cache and
+    weights out of their stacks at every token."""
     target: str = "auto"
+    """What kernels are chosen for: PLATFORM[:CHIP[:CORES]]; auto: the mesh's first device."""
     attention: str = "auto"
+    """Of attention over whole rows, an implementation by name; auto: the registry's choice."""
     decode_attention: str = "auto"
+    """Of attention over the latent cache."""
     experts: str = "auto"
+    """Of the routed experts."""
     grouped_matmul: str = "auto"
+    """Of the products of tokens sorted by expert."""
     rules: ShardingRules = ShardingRules()
+    """Which mesh axes split which logical axis."""
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -31,14 +31,23 @@ class RopeScaling:
     """
 
     type: Literal["none", "yarn", "llama3"] = "none"
+    """none, yarn (DeepSeek) or llama3 (Llama 3.1)."""
     factor: float = 1.0
+    """How many times the original length."""
     original_max_position_embeddings: int = 4096
+    """The length that the model was first trained on."""
     beta_fast: float = 32.0
+    """yarn: frequencies of more turns than this in the original length stay."""
     beta_slow: float = 1.0
+    """yarn: frequencies of fewer turns than this are divided by factor."""
     mscale: float = 1.0
+    """yarn: of the temperature on cosines and sines."""
     mscale_all_dim: float = 1.0
+    """yarn: of the temperature on the softmax."""
     low_freq_factor: float = 1.0
+    """llama3: wavelengths over the original length divided by this are stretched by factor."""
     high_freq_factor: float = 4.0
+    """llama3: wavelengths under the original length divided by this stay."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -61,41 +70,75 @@ class ModelConfig:
     """
 
     vocab_size: int = 512
+    """Entries of embedding and output head: at least the tokenizer's."""
     hidden_size: int = 128
+    """Width of the model."""
     num_hidden_layers: int = 4
+    """Without the MTP module."""
     intermediate_size: int = 384
+    """Feed-forward width of a dense layer."""
 
     attention: Literal["mla", "gqa"] = "mla"
+    """mla: over latents. gqa: heads of queries share heads of keys and values; with as many of each, plain multi-head
+    attention."""
     num_attention_heads: int = 4
-    q_lora_rank: int = 64  # 0: queries are not compressed (V2-Lite)
+    """Heads of queries."""
+    q_lora_rank: int = 64
+    """mla: latent width of queries; 0: they are not compressed (V2-Lite)."""
     kv_lora_rank: int = 32
+    """mla: latent width of keys and values."""
     qk_nope_head_dim: int = 32
+    """mla: a head's width without position."""
     qk_rope_head_dim: int = 16
+    """mla: a head's rotated width."""
     v_head_dim: int = 32
-    num_key_value_heads: int = 4  # gqa only, as the next two
+    """mla: a head's width of values."""
+    num_key_value_heads: int = 4
+    """gqa: heads of keys and values."""
     head_dim: int = 32
+    """gqa: a head's width."""
     attention_bias: bool = False
+    """Whether attention's projections have biases, as V2-Lite's and Qwen2's may."""
     rope_theta: float = 10000.0
+    """Base of the rotary wavelengths."""
     rope_scaling: RopeScaling = RopeScaling()
-    rope_interleave: bool = True  # pairs (0,1), (2,3), …; False: halves (0,R/2), … as in Llama
+    rope_interleave: bool = True
+    """Rotate the pairs (0,1), (2,3), …; else halves (0,R/2), … as in Llama."""
     max_position_embeddings: int = 4096
+    """The longest row: prompt and answer together."""
 
-    n_routed_experts: int = 16  # 0: every layer is dense
+    n_routed_experts: int = 16
+    """Of an MoE layer; 0: every layer is dense."""
     n_shared_experts: int = 1
+    """Experts that every token goes through."""
     moe_intermediate_size: int = 96
+    """Feed-forward width of an expert."""
     num_experts_per_tok: int = 4
+    """Routed experts that a token goes to."""
     first_k_dense_replace: int = 1
+    """So many layers at the beginning are dense."""
     scoring: Literal["softmax", "sigmoid"] = "sigmoid"
+    """How a router's logits become affinities: V3 takes sigmoid, V1 and V2 softmax."""
     topk_method: Literal["greedy", "group_limited_greedy", "noaux_tc"] = "noaux_tc"
+    """Experts are chosen from all (greedy), or from the topk_group best groups: by their best expert, or with the
+    routing bias by their two best (noaux_tc, V3)."""
     n_group: int = 4
+    """Groups of experts; not with greedy."""
     topk_group: int = 2
+    """Groups that a token's experts come from; not with greedy."""
     norm_topk_prob: bool = True
+    """Divide the chosen experts' weights by their sum."""
     routed_scaling_factor: float = 1.0
+    """Of the chosen experts' weights."""
 
     num_nextn_predict_layers: int = 1
+    """Modules that predict the token after the next: 0 or 1."""
     rms_norm_eps: float = 1e-6
+    """Added under the root of a norm."""
     tie_word_embeddings: bool = False
+    """The output head is the embedding."""
     initializer_range: float = 0.006
+    """Standard deviation of fresh parameters."""
 
     def __post_init__(self) -> None:
         check_types(self)

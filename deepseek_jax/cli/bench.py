@@ -34,21 +34,27 @@ from deepseek_jax.workflows.recipe import load_recipe
 
 @dataclasses.dataclass(frozen=True)
 class BenchConfig:
-    """Speed of a recipe's model in training, with MTP, and in greedy decoding; medians over ``repeats``.
-
-    peer_python: a Python with torch and transformers (``make peer``) to measure DeepseekV3ForCausalLM of the same
-    configuration with; empty for none. Both take turns, ``rounds`` times, and the ratio is the median of rounds.
-    """
+    """Speed of a recipe's model in training, with MTP, and in greedy decoding."""
 
     recipe: str = "demo/pretrain"
+    """Of the model: of pretraining."""
     rows: int = 8
+    """Of a train step."""
     seq: int = 128
+    """Tokens of a row."""
     prompt: int = 32
+    """Tokens of a prompt before decoding."""
     new_tokens: int = 96
+    """Tokens to decode."""
     decode_batches: tuple[int, ...] = (64, 1)
+    """Answers decoded side by side."""
     repeats: int = 10
+    """Of each measurement; the median counts."""
     rounds: int = 3
+    """How often this and the peer take turns; the median of the ratios counts."""
     peer_python: str = ""
+    """A Python with torch and transformers (make peer) to measure DeepseekV3ForCausalLM of the same configuration with;
+    empty for none."""
 
 
 def run_bench(arguments: Sequence[str]) -> None:

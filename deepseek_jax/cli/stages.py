@@ -79,6 +79,7 @@ class _Report:
     """Write a run's report.html again and print its numbers."""
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """The folder that a stage or the demo wrote."""
 
 
 def run_report(arguments: Sequence[str]) -> None:

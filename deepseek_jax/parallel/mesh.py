@@ -17,18 +17,18 @@ from deepseek_jax.typed import check_least, check_types
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices per mesh axis. The batch is split over ``data``, ``fsdp`` and ``expert`` together.
-
-    ``data`` copies the parameters, ``fsdp`` splits them by model width, ``expert`` splits the routed experts,
-    ``context`` splits the sequence, ``tensor`` splits heads and feed-forward widths. ``data=0`` takes all the devices
-    that the other axes leave.
-    """
+    """Devices per mesh axis. The batch is split over ``data``, ``fsdp`` and ``expert`` together."""
 
     data: int = 0
+    """Copies of the parameters, each with its part of the batch; 0: as many as the other axes leave devices for."""
     fsdp: int = 1
+    """Ways in which parameters are split by model width, and the batch."""
     expert: int = 1
+    """Ways in which the routed experts are split, and the batch."""
     context: int = 1
+    """Ways in which the sequence is split."""
     tensor: int = 1
+    """Ways in which heads and feed-forward widths are split."""
 
     def __post_init__(self) -> None:
         check_types(self)

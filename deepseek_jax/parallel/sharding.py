@@ -23,15 +23,25 @@ class ShardingRules:
     """Mesh axes that split each logical axis; an empty tuple keeps the axis whole."""
 
     batch: tuple[str, ...] = ("data", "fsdp", "expert")
+    """Mesh axes that split the batch."""
     sequence: tuple[str, ...] = ("context",)
+    """Mesh axes that split the sequence."""
     embed: tuple[str, ...] = ("fsdp",)
+    """Mesh axes that split the model width."""
     heads: tuple[str, ...] = ("tensor",)
+    """Mesh axes that split the heads."""
     mlp: tuple[str, ...] = ("tensor",)
+    """Mesh axes that split the dense feed-forward width."""
     vocab: tuple[str, ...] = ("tensor",)
+    """Mesh axes that split the vocabulary."""
     experts: tuple[str, ...] = ("expert",)
+    """Mesh axes that split the routed experts."""
     expert_embed: tuple[str, ...] = ("fsdp",)
+    """Mesh axes that split the experts' model width."""
     expert_mlp: tuple[str, ...] = ("tensor",)
+    """Mesh axes that split the experts' feed-forward width."""
     layers: tuple[str, ...] = ()
+    """Mesh axes that split the layers of a stack."""
 
     def spec(self, axes: Axes) -> PartitionSpec:
         """The partition of an array with these logical axes.

@@ -33,22 +33,29 @@ class NoSignalError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class RolloutConfig:
-    """prompts: questions per step. group: answers per question. max_tokens, temperature: of the answers, which the
-    learner scores as they were sampled. max_prompt: the longest prompt in tokens (0: what max_tokens leaves of the
-    model's max_position_embeddings); a longer one ends the run before training, or is left out with ``drop_long``.
-    reward_seconds: what a call of a reward from a file may take. advantage: see ``group_advantages``. A run stops when
-    under ``min_signal`` of the groups have unequal rewards for ``patience`` steps in a row (0: never)."""
+    """How answers to train on are sampled and graded."""
 
     prompts: int = 16
+    """Questions per step."""
     group: int = 8
+    """Answers per question."""
     max_prompt: int = 0
+    """The longest prompt in tokens; 0: what max_tokens leaves of the model's max_position_embeddings. A longer one ends
+    the run before training."""
     drop_long: bool = False
+    """Leave questions with longer prompts out instead."""
     max_tokens: int = 256
+    """Of an answer."""
     temperature: float = 1.0
+    """Of the answers, which the learner scores as they were sampled."""
     reward_seconds: float = 10.0
+    """What a call of a reward from a file may take."""
     advantage: Literal["std", "none"] = "std"
+    """Of an answer: its reward less the group's mean, divided by the standard deviation or not (Dr. GRPO)."""
     min_signal: float = 0.1
+    """Stop when under this share of the groups has unequal rewards for patience steps in a row."""
     patience: int = 20
+    """Steps in a row; 0: never stop for it."""
 
     def __post_init__(self) -> None:
         check_types(self)

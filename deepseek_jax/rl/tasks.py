@@ -43,20 +43,20 @@ _FIELD = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
 
 @dataclasses.dataclass(frozen=True)
 class TaskConfig:
-    """Which task, and which columns of which files it reads. "" is the task's own default.
-
-    name: rows, gsm8k, countdown, arithmetic, or `file.py:function`, a function from a row to text or messages.
-    path: files of rows, .jsonl, .jsonl.gz or .parquet. prompt: the column that is asked, text or a list of
-    {"role", "content"}. answer: the column with the right answer. system: text that opens each conversation.
-    template: the user's turn, made of columns: "{question}\\nAnswer in {unit}." ("{{", "}}": braces).
-    """
+    """Which task, and which columns of which files it reads. "" is the task's own default."""
 
     name: str = "rows"
+    """rows, gsm8k, countdown, arithmetic, or file.py:function, a function from a row to text or messages."""
     path: tuple[str, ...] = ()
+    """Files of rows: .jsonl, .jsonl.gz or .parquet."""
     prompt: str = ""
+    """The column that is asked: text, or a list of {"role", "content"}."""
     answer: str = ""
+    """The column with the right answer."""
     system: str = ""
+    """Text that opens each conversation."""
     template: str = ""
+    """The user's turn, made of columns: "{question}\\nAnswer in {unit}." ("{{", "}}": braces)."""
 
     def __post_init__(self) -> None:
         check_types(self)

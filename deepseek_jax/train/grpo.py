@@ -36,17 +36,20 @@ class GRPOLoss:
     * ``grpo``: within each answer, then over answers (DeepSeekMath equation 3);
     * ``dr_grpo``: over answers times the sampler's limit, a constant (Dr. GRPO);
     * ``dapo``: over all answer tokens of the batch (DAPO).
-
-    mask_truncated: answers that hit the length limit count for nothing. kl_weight 0: there is no reference.
-    chunk: positions whose logits are held at a time.
     """
 
     clip_low: float = 0.2
+    """How far under 1 the policy's ratio still counts."""
     clip_high: float = 0.2
+    """How far over 1 the policy's ratio still counts."""
     kl_weight: float = 0.0
+    """Of the KL to the reference; 0: there is none."""
     normalise: Literal["grpo", "dr_grpo", "dapo"] = "grpo"
+    """How tokens are averaged: within answers, then over them; by the sampler's limit; or over all of the batch."""
     mask_truncated: bool = False
+    """Answers that hit the length limit count for nothing."""
     chunk: int = 128
+    """Positions of a row whose logits are held at a time."""
 
     several_updates_need = ("old_logprobs",)
 

@@ -57,14 +57,23 @@ class LoopConfig:
     """How long to train, and how often to do what beside it; all counts are in steps."""
 
     steps: int
+    """Of the whole run, those before it was stopped included."""
     log_every: int = 10
+    """Steps from one line of metrics to the next."""
     checkpoint_every: int = 100
-    keep: int = 2  # newest checkpoints to keep, beside the best
-    eval_every: int = 0  # 0: no evaluation
-    best_metric: str | None = None  # keep the checkpoint of the best evaluation by this metric
+    """Steps from one checkpoint to the next; the last step makes one in any case."""
+    keep: int = 2
+    """Newest checkpoints to keep, beside the best."""
+    eval_every: int = 0
+    """Steps from one evaluation to the next; 0: none."""
+    best_metric: str | None = None
+    """Keep the checkpoint of the best evaluation by this metric."""
     best_mode: Literal["max", "min"] = "max"
-    max_bad_steps: int = 5  # this many non-finite steps in a row end the run
+    """Whether more of it is better, or less."""
+    max_bad_steps: int = 5
+    """This many steps in a row whose loss or gradient is not finite end the run."""
     tensorboard: bool = True
+    """Write tensorboard/ beside metrics.jsonl."""
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -147,18 +147,20 @@ def _joined(x: jax.Array, size: int) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModelLoss:
-    """``ce + mtp_weight · mtp + balance_weight · Σ_layers balance``; the defaults are V3's.
-
-    mtp_weight falls to ``mtp_weight_late`` at step ``mtp_late_from`` (0: never). isolate: attention, MTP and balance
-    keep to each packed document; V3 pretrains without. chunk: positions whose logits are held at a time.
-    """
+    """``ce + mtp_weight · mtp + balance_weight · Σ_layers balance``; the defaults are V3's."""
 
     mtp_weight: float = 0.3
+    """Of multi-token prediction."""
     mtp_weight_late: float = 0.1
+    """What it falls to at step mtp_late_from."""
     mtp_late_from: int = 0
+    """0: never."""
     balance_weight: float = 1e-4
+    """Of the loss that balances the experts' load within sequences."""
     isolate: bool = False
+    """Keep attention, MTP and balance within each packed document; V3 pretrains without."""
     chunk: int = 128
+    """Positions of a row whose logits are held at a time."""
 
     def __post_init__(self) -> None:
         check_types(self)

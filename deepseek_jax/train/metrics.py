@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
 
 FILE_NAME = "metrics.jsonl"
 
@@ -36,6 +35,8 @@ class MetricsWriter:
             _cut(path, after_step)
         self._file = path.open("ab", buffering=0)  # nothing left to write at close, should the disk be full
         if tensorboard:
+            from tensorboardX import SummaryWriter  # it brings torch along, where that is installed
+
             self._summary = SummaryWriter(str(run_dir / "tensorboard"), purge_step=after_step + 1)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:

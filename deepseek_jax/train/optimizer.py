@@ -17,25 +17,35 @@ from deepseek_jax.typed import check_types
 class OptimizerConfig:
     """AdamW and its schedule. Defaults are V3's: its 14.8T tokens are constant to 10T, cosine to 14.3T, then two steps.
 
-    ``warmup_steps`` are updates, the other marks are fractions of the run's: constant at ``peak_lr`` to
-    ``constant_until``, cosine down to ``end_ratio`` of it at ``cosine_until``, flat, and ``tail_ratio`` from
-    ``tail_from``. ``constant_until=1`` is a constant rate; ``constant_until=0, cosine_until=1`` a plain cosine.
-    moments_dtype: what Adam's moments are kept in; V3 has bfloat16 (section 3.3.2). Arithmetic is float32 either way.
+    ``constant_until=1`` is a constant rate; ``constant_until=0, cosine_until=1`` a plain cosine.
     """
 
     peak_lr: float = 2.2e-4
+    """The highest learning rate."""
     warmup_steps: int = 2000
+    """Updates over which the rate rises to it."""
     constant_until: float = 10.0 / 14.8
+    """The part of the run up to which the rate stays there; 1: to the end."""
     cosine_until: float = 14.3 / 14.8
+    """The part of the run at which its cosine has reached end_ratio."""
     end_ratio: float = 0.1
+    """Of peak_lr, after the cosine."""
     tail_from: float = 14.633 / 14.8
+    """The part of the run from which the rate is tail_ratio; not with a constant rate."""
     tail_ratio: float = 7.3e-6 / 2.2e-4
+    """Of peak_lr, at the end."""
     b1: float = 0.9
+    """Decay of Adam's first moment."""
     b2: float = 0.95
+    """Decay of Adam's second moment."""
     eps: float = 1e-8
+    """Added to the root of the second moment."""
     weight_decay: float = 0.1
+    """Of matrices; norm gains and biases do not decay."""
     clip_norm: float = 1.0
+    """The largest global norm that a gradient keeps."""
     moments_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What Adam's moments are kept in; V3 has bfloat16 (section 3.3.2). Arithmetic is float32 either way."""
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -35,13 +35,16 @@ class Loss(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
-    """microbatches: parts of a batch whose gradients are added up. bias_update_speed: V3's γ, 0 from step
-    ``bias_frozen_from`` on (0: never). ema_decay: of the parameters' running mean, 0 for none."""
+    """What a step does beside its loss."""
 
     microbatches: int = 1
+    """Parts of a batch whose gradients are added up: less memory."""
     bias_update_speed: float = 0.001
+    """How far a step moves the routing bias: V3's γ."""
     bias_frozen_from: int = 0
+    """The step from which the bias stays; 0: never."""
     ema_decay: float = 0.0
+    """Of the parameters' running mean; 0: none is kept."""
 
     def __post_init__(self) -> None:
         check_types(self)

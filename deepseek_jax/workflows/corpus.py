@@ -46,6 +46,7 @@ class CorpusConfig:
     """What the corpus holds. Sizes are in bytes of UTF-8, before tokenizing."""
 
     seed: int = 0
+    """Of the problems, and of the documents' order."""
     vocab_size: int = 512
     """Entries of the tokenizer that is trained on this corpus, special tokens included."""
     kinds: tuple[str, ...] = rl.KINDS
@@ -57,12 +58,17 @@ class CorpusConfig:
     max_file_bytes: int = 24_000
     """Longer source files are left out, so that no file makes up much of the corpus."""
     held_out_file_share: float = 0.05
+    """Share of source files kept apart to measure on."""
     min_prose_lines: int = 3
     """A docstring of at least so many lines is prose; a shorter one stays with its code."""
     problems_per_document: int = 8
+    """Worked problems in one document of arithmetic."""
     sft_per_kind: int = 1024
+    """Problems of each kind to fine-tune on."""
     train_per_kind: int = 2048
+    """Problems of each kind for reinforcement learning."""
     heldout_per_kind: int = 256
+    """Problems of each kind that no stage trains on."""
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -34,6 +34,7 @@ class CorpusStage:
     """The demo's corpus and tokenizer, written to ``folder``."""
 
     folder: str = "runs/corpus"
+    """Where corpus and tokenizer are written."""
     corpus: CorpusConfig = CorpusConfig()
 
     def __post_init__(self) -> None:
@@ -42,11 +43,14 @@ class CorpusStage:
 
 @dataclasses.dataclass(frozen=True)
 class DemoConfig:
-    """run_dir: where all stages write. seed: of the corpus and of every stage. recipes: the folder of recipes."""
+    """R1 in miniature: corpus and tokenizer, pretraining, cold-start SFT, GRPO, report."""
 
     run_dir: str = RECIPE_DIR
+    """Where all stages write."""
     seed: int = 0
+    """Of the corpus and of every stage."""
     recipes: str = "demo"
+    """The folder of the stages' recipes."""
 
     def __post_init__(self) -> None:
         check_types(self)

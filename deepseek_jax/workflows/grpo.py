@@ -27,25 +27,25 @@ from deepseek_jax.workflows.task_eval import Exam, TaskEval, open_exam
 
 @dataclasses.dataclass(frozen=True)
 class GRPOConfig(StageConfig):
-    """A GRPO run from the model in ``init_from``, a run or a released folder, on the rows of ``task.path``.
-
-    A step's batch is ``rollout.prompts × rollout.group`` answers. reward: NAME[=WEIGHT], or file.py:function[=WEIGHT]
-    for a function (completion, row) -> number or None; given once or more, else the task's own. minibatches,
-    inner_epochs: a batch is split into so many parts with an update each, and gone through so often (μ); the learning
-    rate counts updates. reference_every: with a ``loss.kl_weight``, the reference becomes the policy every so many
-    steps (0: never). evaluation: questions to ask at each ``loop.eval_every`` and at the end.
-    """
+    """A GRPO run on the rows of ``task.path``; a step's batch is ``rollout.prompts × rollout.group`` answers."""
 
     run_dir: str = "runs/grpo"
     init_from: str = ""
+    """The model to start from: a run, or a released model's folder."""
     task: TaskConfig = TaskConfig()
     reward: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """NAME[=WEIGHT], or file.py:function[=WEIGHT] for a function (completion, row) -> number or None; give it several
+    times for more. By default the task's own."""
     rollout: RolloutConfig = RolloutConfig()
     loss: GRPOLoss = GRPOLoss()
     minibatches: int = 1
+    """Parts of a batch with an update each; the learning rate counts updates."""
     inner_epochs: int = 1
+    """How often a batch is gone through (μ)."""
     reference_every: int = 0
+    """With a loss.kl_weight, the reference becomes the policy every so many steps (0: never)."""
     evaluation: TaskEval = TaskEval()
+    """Questions to ask at each loop.eval_every and at the end."""
 
     MAY_CHANGE = (*StageConfig.MAY_CHANGE, "evaluation")
 

@@ -41,7 +41,9 @@ class StageConfig:
     """
 
     run_dir: str = "runs/stage"
+    """The run's folder: checkpoints, metrics, result. A run that is there goes on."""
     seed: int = 0
+    """Of fresh parameters, of the data's order and of all that is drawn."""
     optimizer: OptimizerConfig = OptimizerConfig()
     step: StepConfig = StepConfig()
     loop: LoopConfig = LoopConfig(steps=100)

@@ -20,18 +20,19 @@ MODES = {"greedy": 0.0, "sampled": 1.0}  # by name, the temperature
 
 @dataclasses.dataclass(frozen=True)
 class TaskEval:
-    """Questions of a task to a model; none without ``task.path``.
-
-    count: the first so many rows (0: all). max_tokens: of an answer. keep_samples: completions of each mode to write
-    down. by: a column whose values the accuracy is split by.
-    """
+    """Questions of a task to a model; none without ``task.path``."""
 
     task: TaskConfig = TaskConfig()
     count: int = 0
+    """The first so many rows (0: all)."""
     max_tokens: int = 256
+    """Of an answer."""
     batch_size: int = 64
+    """Questions answered at a time."""
     keep_samples: int = 24
+    """Completions of each mode to write down."""
     by: str = ""
+    """A column whose values the accuracy is split by."""
 
     def __post_init__(self) -> None:
         check_types(self)

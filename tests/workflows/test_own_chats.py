@@ -13,19 +13,7 @@ from deepseek_jax.cli.main import main
 from deepseek_jax.data.rows import open_rows
 from deepseek_jax.workflows.sft import SFTData, prepare_chats
 
-OPTIONS = [
-    "sft",
-    "--init-from",
-    "model",
-    "--batch-size",
-    "8",
-    "--loop.steps",
-    "1",
-    "--run-dir",
-    "run",
-    "--data.seq-len",
-    "32",
-]
+OPTIONS = "sft --init-from model --batch-size 8 --loop.steps 1 --run-dir run --data.seq-len 32"
 
 
 def chat(answer: str) -> str:

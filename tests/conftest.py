@@ -26,6 +26,8 @@ ENVIRONMENT = {
 }
 if version("jaxlib").startswith("0.10."):  # later ones do not know the flag, and abort
     ENVIRONMENT["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+# Tokens of corpora: not where the user keeps theirs.
+ENVIRONMENT["XDG_CACHE_HOME"] = str(CACHE.parent / "home")
 os.environ.update(ENVIRONMENT)
 
 from hypothesis import settings  # noqa: E402
@@ -38,3 +40,11 @@ settings.load_profile("repository")
 
 # Shapes and types in annotations are checked at every call, in tests only.
 install_import_hook(["deepseek_jax", "deepseek_kernels"], "typechecking.check_functions")
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """One line about the tests whose data is no part of the repository."""
+    reports = terminalreporter.stats.get("skipped", ())
+    files = sorted({report.location[0] for report in reports if "shared/" in str(report.longrepr)})
+    if files:
+        terminalreporter.write_line(f"left out, for want of data in ../shared: {', '.join(files)}")

@@ -20,6 +20,7 @@ from raw text to answers
 using a model
   generate PATH --prompt complete a prompt
   chat PATH              talk to it in the terminal
+  eval PATH --data FILES bits per byte and perplexity of text
   convert PATH DST       write it as released ones are: safetensors, tokenizer, chat template
   inspect PATH|RECIPE    parameters, cache and arithmetic per token
   bench                  train and decode speed beside transformers
@@ -39,6 +40,7 @@ COMMANDS = {
     "report": "stages",
     "generate": "talk",
     "chat": "talk",
+    "eval": "evaluate",
     "convert": "convert",
     "inspect": "inspect",
     "bench": "bench",

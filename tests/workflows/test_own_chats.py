@@ -1,0 +1,74 @@
+"""Chats of one's own: what rows were made of, and what is looked at before training."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from model.tiny import weights, whole
+from small import SPEAKER, tokenizer
+
+from deepseek_jax import save_hf
+from deepseek_jax.cli.main import main
+from deepseek_jax.data.rows import open_rows
+from deepseek_jax.workflows.sft import SFTData, prepare_chats
+
+OPTIONS = "sft --init-from model --batch-size 8 --loop.steps 1 --run-dir run --data.seq-len 32"
+
+
+def chat(answer: str) -> str:
+    messages = [{"role": "user", "content": "1+2="}, {"role": "assistant", "content": answer}]
+    return json.dumps({"messages": messages}) + "\n"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    Path("chats").mkdir()
+    Path("chats/a.jsonl").write_text(chat("3") * 3)
+    Path("chats/b.jsonl").write_text(chat("3") + chat("3" * 40))
+    Path("empty.jsonl").touch()
+    return tmp_path
+
+
+def test_corrected_chats_are_not_trained_on_as_they_were(folder: Path) -> None:
+    data = SFTData(path=("chats/a.jsonl",), seq_len=32)
+    rows = prepare_chats(data, tokenizer(), folder / "rows")
+    assert prepare_chats(data, tokenizer(), folder / "rows") == rows
+    Path("chats/a.jsonl").write_text(chat("4") * 3)  # of the same size
+    with pytest.raises(ValueError, match=r"other data or settings: sha256\.chats/a\.jsonl is '\w+' there and"):
+        prepare_chats(data, tokenizer(), folder / "rows")
+
+
+def test_chats_of_folders_and_globs(folder: Path) -> None:
+    made = []
+    for name, path in (
+        ("files", ("chats/a.jsonl", "chats/b.jsonl")),
+        ("folder", ("chats",)),
+        ("glob", ("chats/*.jsonl",)),
+    ):
+        data = SFTData(path=path, seq_len=64)
+        made.append(open_rows(prepare_chats(data, tokenizer(), folder / name)).meta["fingerprint"])
+    assert len(set(made)) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--data.path chats", r"chats/b\.jsonl:2: \d+ tokens, where data\.seq_len=32"),
+        ("--data.path chats --data.skip-broken", r"chats/b\.jsonl:2: \d+ tokens, where data\.seq_len=32"),
+        ("--data.path empty.jsonl", r"data\.path=\['empty\.jsonl'\]: there is no chat in it"),
+        ("--data.path chats/a.jsonl --data.heldout empty.jsonl", r"data\.heldout=\['empty\.jsonl'\]: there is no chat"),
+        ("--data.path chats/a.jsonl --data.heldout gone.jsonl", r"gone\.jsonl: there is no such file"),
+        ("--data.path chats/a.jsonl --evaluation.task.path gone.jsonl", r"gone\.jsonl: there is no such file"),
+        ("--data.path chats/a.jsonl --check.task.path empty.jsonl", r"empty\.jsonl: no rows to ask"),
+    ],
+)
+def test_inputs_are_looked_at_before_training(
+    folder: Path, capsys: pytest.CaptureFixture[str], arguments: str, message: str
+) -> None:
+    save_hf(whole(SPEAKER, *weights(SPEAKER)).network(), folder / "model", dtype="float32")
+    tokenizer().save(folder / "model")
+    assert main(f"{OPTIONS} {arguments}".split()) == 1
+    assert re.search(message, capsys.readouterr().err)
+    assert not Path("run/checkpoints").exists()

@@ -1,22 +1,23 @@
 """``config.json`` of the released models to the fields of a ``ModelConfig`` and back: plain values both.
 
-Every field of a ``config.json`` is read, or stands in a table of ``hf_families`` as changing nothing (for some values
-or for all), or is refused by name.
+Every field of a ``config.json`` is read, or changes nothing, or is refused by name: by the tables of ``hf_families``
+and, where an architecture's has none, by ``hf_fields``.
 """
 
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from deepseek_jax import hf_fields
 from deepseek_jax.hf_families import (
     EXPERTS,
     FAMILIES,
     GQA,
     GROUPS,
-    INERT,
     MLA,
     NULL_MEANS_ZERO,
     QUANTISATION,
@@ -24,6 +25,7 @@ from deepseek_jax.hf_families import (
     SCALING,
     Family,
 )
+from deepseek_jax.hf_fields import among
 
 Source = Mapping[str, Any] | str | os.PathLike[str]
 
@@ -36,19 +38,24 @@ def fields_of(source: Source, *, ignore_config: Iterable[str] = ()) -> dict[str,
       ignore_config: fields taken as absent (``rope_scaling.truncate`` for one inside another), whatever that does.
 
     FileNotFoundError: no such file. ValueError: not a JSON object; an unknown architecture; a required field missing;
-    a field that is unknown or asks for something that is not computed here, by name and value.
+    a field that asks for something that is not computed here, by name and value. Fields that say nothing of the network
+    are passed over, those that nobody knows with a warning.
     """
     if isinstance(ignore_config, str):
         raise ValueError(f"ignore_config={ignore_config!r}: give a list of field names")
     found = _without(_read(source), set(ignore_config))
     model_type = _model_type(found)
     family = FAMILIES[model_type]
-    refused = [*_not_computed(family, found), *_not_fp8_blocks(found.get("quantization_config"))]
+    refused, told = _not_computed(family, found)
+    refused += _not_fp8_blocks(found.get("quantization_config"))
     if refused:
         raise ValueError(
             f"config.json ({model_type}) asks for what is not computed here: {'; '.join(refused)}. Fields named in "
             "ignore_config are taken as absent"
         )
+    if told:
+        message = f"config.json ({model_type}): passed over as saying nothing of the network: {', '.join(told)}"
+        warnings.warn(message, stacklevel=3)
     values = {**family.absent, **_without_nulls(found)}
     if "head_dim" in family.reads:
         values = _head_widths(model_type, values)
@@ -154,23 +161,25 @@ def _model_type(found: Mapping[str, Any]) -> str:
     return name
 
 
-def _not_computed(family: Family, found: Mapping[str, Any]) -> list[str]:
-    """What to refuse: fields that nobody knows, and values that would change what is computed."""
-    refused = []
-    known = {*family.reads, *family.only, *family.inert, *ROTARY, *INERT}
+def _not_computed(family: Family, found: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """(What to refuse, since it changes what is computed, with values; names of fields that nobody knows)."""
+    refused, told = [], []
+    passed = {*family.reads, *family.inert, *ROTARY} - family.only.keys()
     for name, value in found.items():
+        if value is None or name in passed:
+            continue
         if name == "layer_types":
-            if value is not None and not (isinstance(value, list) and all(kind == "full_attention" for kind in value)):
-                refused.append(f"layer_types={value!r} (only 'full_attention')")
-        elif name not in known and not name.startswith("_"):  # transformers' notes to itself
-            refused.append(f"{name}={value!r} (unknown)")
-        elif name in family.only and value is not None and not _among(value, family.only[name]):
-            refused.append(f"{name}={value!r} (only {' or '.join(map(repr, family.only[name]))})")
-    return refused
-
-
-def _among(value: Any, allowed: tuple[Any, ...]) -> bool:
-    return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed)
+            full = isinstance(value, list) and all(kind == "full_attention" for kind in value)
+            verdict = hf_fields.INERT if full else "only 'full_attention'"
+        elif allowed := family.only.get(name, (family.fixed[name],) if name in family.fixed else ()):
+            verdict = hf_fields.checked(value, allowed)
+        else:
+            verdict = hf_fields.verdict(name, value)
+        if verdict == hf_fields.UNKNOWN:
+            told.append(name)
+        elif verdict != hf_fields.INERT:
+            refused.append(f"{name}={value!r} ({verdict})")
+    return refused, told
 
 
 def _not_fp8_blocks(quantisation: Any) -> list[str]:
@@ -185,7 +194,7 @@ def _not_fp8_blocks(quantisation: Any) -> list[str]:
     ]
     for name, value in given.items():
         allowed = QUANTISATION.get(name, ())
-        if allowed is not None and not _among(list(value) if isinstance(value, tuple) else value, allowed):
+        if allowed is not None and not among(list(value) if isinstance(value, tuple) else value, allowed):
             wanted = f"only {' or '.join(map(repr, allowed))}" if allowed else "unknown"
             refused.append(f"quantization_config.{name}={value!r} ({wanted})")
     return refused

@@ -16,7 +16,7 @@ class Family:
     reads: fields whose values become those of ModelConfig with the same name. absent: what a missing one of these
     means, where transformers and the released code agree; others must be there. fixed: what the architecture itself
     decides, as ModelConfig fields. only: fields that must have one of these values if they are there, since nothing
-    else is computed here; the first is written. inert: fields that change nothing.
+    else is computed here; the first is written. inert: fields that change nothing. Any others: see ``hf_fields``.
     """
 
     architecture: str
@@ -30,15 +30,6 @@ class Family:
 NULL_MEANS_ZERO = ("q_lora_rank", "n_routed_experts", "n_shared_experts")  # any other null means: not there
 ROTARY = ("rope_theta", "rope_scaling", "rope_parameters")
 
-# Token ids and stored types are not the network's, auto_map is code that nobody runs here; the rest steers what
-# transformers returns. quantization_config is checked by itself.
-INERT = (
-    *("architectures", "model_type", "auto_map", "torch_dtype", "dtype", "transformers_version"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id"),
-    *("use_cache", "quantization_config"),
-    *("output_router_logits", "output_attentions", "output_hidden_states", "return_dict"),
-)
-MOE_INERT = ("aux_loss_alpha", "seq_aux", "ep_size")  # how it was trained and spread
 MLA_INERT = ("head_dim", "qk_head_dim", "num_key_value_heads")  # transformers writes them; latent attention has neither
 
 BASE = (
@@ -66,7 +57,6 @@ FAMILIES = {
         },
         # A bias would be on the output too, which our grouped-query attention does not have.
         only=_MOE_ONLY | {"attention_bias": (False,), "scoring_func": ("softmax",)},
-        inert=MOE_INERT,
     ),
     "deepseek_v2": Family(
         "DeepseekV2ForCausalLM",
@@ -82,7 +72,7 @@ FAMILIES = {
             **{"scoring_func": ("softmax",), "norm_topk_prob": (False,), "mlp_bias": (False,)},
             "topk_method": ("greedy", "group_limited_greedy"),
         },
-        inert=(*MOE_INERT, *MLA_INERT),
+        inert=MLA_INERT,
     ),
     "deepseek_v3": Family(
         "DeepseekV3ForCausalLM",
@@ -95,7 +85,7 @@ FAMILIES = {
         | {"rope_interleave": True, "num_nextn_predict_layers": 1},
         fixed={"attention": "mla", "scoring": "sigmoid", "topk_method": "noaux_tc"},
         only=_MOE_ONLY | {"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
-        inert=(*MOE_INERT, *MLA_INERT),
+        inert=MLA_INERT,
     ),
     "qwen2": Family(
         "Qwen2ForCausalLM",
@@ -103,7 +93,8 @@ FAMILIES = {
         absent=_ABSENT,
         fixed=_DENSE | {"attention_bias": True},  # on queries, keys and values, always
         only=_ONLY | {"use_sliding_window": (False,), "use_mrope": (False,)},
-        inert=("sliding_window", "max_window_layers"),  # while use_sliding_window is false
+        # The window's while use_sliding_window is false; attention_bias, which transformers' Qwen2 does not read.
+        inert=("sliding_window", "max_window_layers", "attention_bias"),
     ),
     "llama": Family(
         "LlamaForCausalLM",

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -275,7 +276,7 @@ def test_yarns_temperature_is_the_released_codes(mscales, cosines, softmax):
         (dict(scoring_func="softmax"), ["scoring_func='softmax'", "'sigmoid'"]),
         (dict(topk_method="greedy"), ["topk_method='greedy'"]),
         (dict(num_nextn_predict_layers=2), ["num_nextn_predict_layers=2", "0 or 1"]),
-        (dict(index_topk=2048), ["index_topk=2048", "unknown", "ignore_config"]),
+        (dict(index_topk=2048), ["index_topk=2048", "not known here", "ignore_config"]),
         (dict(layer_types=["full_attention", "sliding_attention"]), ["layer_types", "sliding_attention"]),
         (dict(n_group=3), ["n_group=3", "n_routed_experts=8"]),
         (dict(kv_lora_rank=None), ["lacks kv_lora_rank"]),
@@ -331,11 +332,68 @@ def test_refused_in_other_families(name, changes, named):
     assert all(part in str(error.value) for part in named), error.value
 
 
-def test_what_transformers_leaves_beside_the_network_is_passed_over():
-    # As it saves a model that it read from GGUF.
-    left = {"_model_name_or_path": "Smollm2 135M", "_attn_implementation_autoset": True, "unk_token_id": 0}
+# What transformers 4 and 5, Unsloth, LLaMA-Factory, Axolotl and exporters leave beside the network.
+LEFT: dict[str, Any] = {
+    **{"_model_name_or_path": "Smollm2 135M", "_attn_implementation_autoset": True, "_name_or_path": "x"},
+    **{
+        "unsloth_version": "2025.9.1",
+        "unsloth_fixed": True,
+        "unk_token_id": 0,
+        "sep_token_id": None,
+        "mask_token_id": 4,
+    },
+    **{"is_decoder": False, "is_encoder_decoder": False, "add_cross_attention": False, "tie_encoder_decoder": False},
+    **{"cross_attention_hidden_size": None, "decoder_start_token_id": None, "forced_bos_token_id": None},
+    **{"pruned_heads": {}, "chunk_size_feed_forward": 0, "torchscript": False, "tf_legacy_loss": False},
+    **{"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "num_labels": 2, "problem_type": "regression"},
+    **{"temperature": 0.6, "top_k": 50, "top_p": 0.95, "do_sample": True, "num_beams": 1, "max_length": 20},
+    **{"bad_words_ids": None, "prefix": None, "task_specific_params": {"a": 1}, "finetuning_task": None},
+    **{"attn_implementation": "sdpa", "use_flash_attn": True, "gradient_checkpointing": False, "use_cache": False},
+    **{"router_aux_loss_coef": 0.001, "output_router_logits": True, "classifier_dropout": 0.1, "pretraining_tp": 1},
+    **{"tokenizer_class": "LlamaTokenizer", "pad_token": "<pad>", "transformers.js_config": {}, "model_max_length": 8},
+    **{"hidden_dropout": 0.0, "resid_pdrop": 0, "mlp_bias": False, "lm_head_bias": False, "partial_rotary_factor": 1.0},
+    **{"num_experts": 0, "logit_scale": 1.0, "mlp_only_layers": [], "residual_multiplier": 1, "quantization": None},
+}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_what_says_nothing_of_the_network_is_passed_over(name):
+    content = TINY[name].to_hf()
+    assert ModelConfig.from_hf(content | LEFT) == ModelConfig.from_hf(content)
+
+
+def test_what_nobody_knows_is_told_once_by_name():
     content = v3()
-    assert ModelConfig.from_hf(content | left) == ModelConfig.from_hf(content)
+    with pytest.warns(UserWarning, match=r"nothing of the network: run_name, datasets$") as told:
+        assert ModelConfig.from_hf(content | LEFT | {"run_name": "a", "datasets": ["b"]}) == ModelConfig.from_hf(
+            content
+        )
+    assert len(told) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("attn_logit_softcapping", 50.0), ("use_qk_norm", True), ("sliding_window", 4096), ("qkv_bias", True)],
+        *[("num_experts", 8), ("num_local_experts", 8), ("residual_multiplier", 0.22), ("logits_scaling", 8.0)],
+        *[("partial_rotary_factor", 0.5), ("is_causal", False), ("hidden_activation", "gelu"), ("alibi", True)],
+        *[("scale_attn_weights", False), ("is_encoder_decoder", True), ("add_cross_attention", True)],
+        *[("index_topk", 2048), ("hc_mult", 4), ("load_in_4bit", True), ("compression_config", {"format": "int"})],
+        *[("kv_lora_rank", 8), ("mtp_num_layers", 1), ("query_pre_attn_scalar", 256), ("use_rope", False)],
+        *[
+            ("attention_bias", True),
+            ("rope_interleave", True),
+            ("num_nextn_predict_layers", 1),
+            ("pretraining_tp", True),
+        ],
+    ],
+    ids=str,
+)
+def test_what_changes_the_arithmetic_is_refused(name, value):
+    content = TINY["llama"].to_hf()
+    with pytest.raises(ValueError, match=rf"{name}={re.escape(repr(value))}"):
+        ModelConfig.from_hf(content | {name: value})
+    assert ModelConfig.from_hf(content | {name: None}) == ModelConfig.from_hf(content)
 
 
 def test_ignored_fields_are_taken_as_absent():

@@ -62,6 +62,7 @@ def check_tensors(config: ModelConfig, files: TensorFiles, *, keep_fp8: bool) ->
     if config.tie_word_embeddings:
         repeats["lm_head.weight"] = "model.embed_tokens.weight"
     extra = [name for name in files.tensors if name not in expected and name not in repeats]
+    extra = _without_mtp(config, extra)
     inert = [name for name in extra if _INERT.fullmatch(name)]
     problems += [f"{name} is unknown" for name in extra if name not in inert]
     if problems:
@@ -72,6 +73,15 @@ def check_tensors(config: ModelConfig, files: TensorFiles, *, keep_fp8: bool) ->
     for copy, original in repeats.items():
         _check_copy(files, copy, original)
     return tensors
+
+
+def _without_mtp(config: ModelConfig, names: list[str]) -> list[str]:
+    """Without an MTP module that config.json does not announce, with a warning: how one is switched off."""
+    prefix = mtp_prefix(config)
+    if config.num_nextn_predict_layers or prefix + "eh_proj.weight" not in names:
+        return names
+    warnings.warn(f"num_nextn_predict_layers=0: leaving out the MTP module in the files, {prefix}*", stacklevel=5)
+    return [name for name in names if not name.startswith(prefix)]
 
 
 def _scale_problems(tensor: HFTensor, files: TensorFiles) -> list[str]:

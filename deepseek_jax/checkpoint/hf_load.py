@@ -33,6 +33,12 @@ _IN_FLIGHT = 2**28  # bytes sent to the devices before they are waited for
 _Sent = tuple[LeafPath, Any, Any, np.ndarray]  # leaf, device, piece, where the piece starts in the device's buffer
 
 
+def released_config(path: str | Path, ignore_config: Sequence[str] = ()) -> ModelConfig:
+    """The network that a released folder's config.json describes and its files hold."""
+    with TensorFiles(path) as files:
+        return find_mtp(ModelConfig.from_hf(path, ignore_config=ignore_config), files)
+
+
 def read_released(
     path: str | Path, compute: ComputeConfig, mesh: Mesh, ignore_config: Sequence[str] = ()
 ) -> tuple[ModelConfig, dict[str, Any], jax.Array | None]:

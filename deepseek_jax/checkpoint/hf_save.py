@@ -1,17 +1,13 @@
 """Write a model as released ones are: safetensors with an index, config.json, and the tokenizer's files beside.
 
-All goes into ``<name>.partial``, which gets its own name when it is whole.
+All goes into a folder that gets its name, or its files their places, when it is whole: see ``publishing``.
 """
 
 import concurrent.futures
-import errno
 import functools
 import json
 import math
-import os
-import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +15,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.checkpoint.faults import no_room
 from deepseek_jax.checkpoint.hf_load import KEPT_FP8, dtype_name, from_bits, to_bits
 from deepseek_jax.checkpoint.hf_names import HFTensor, flatten, hf_tensors, mtp_copies
 from deepseek_jax.checkpoint.model import Model
+from deepseek_jax.checkpoint.publishing import filling, publish
 from deepseek_jax.checkpoint.safetensors_writing import Planned, planned_bytes, write_folder
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.data.model_folder import TextFiles
 from deepseek_jax.model import transformer
 from deepseek_kernels.block_fp8 import FP8, BlockScaled, quantise
 
-PARTIAL = ".partial"
-_TASK = "task"  # the file in it that names what it is to become
 QUANTISED = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
 _AHEAD = 4  # tensors made ready before they are written
 _TILE = 128
@@ -83,18 +77,15 @@ def write_model(
     released = model.config.to_hf() | {"torch_dtype": "bfloat16" if name == KEPT_FP8 else name}
     if name == KEPT_FP8:
         released["quantization_config"] = QUANTISED
-    writer = _Writer(model.config, model.params, model.router_bias, name)
-    total = sum(map(planned_bytes, writer.plan))
+    writer = _Writer(_Layout(model.config, name), model.params, model.router_bias)
+    total = sum(map(planned_bytes, writer.layout.plan))
     task = f"{resume_as} {name} {max_shard_bytes}" if resume_as else None
     with filling(path, total, task) as partial:
         on_start(total)
-        present = sum(file.stat().st_size for file in partial.iterdir())
-        if shutil.disk_usage(partial).free + present < total:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             write_folder(
                 partial,
-                writer.plan,
+                writer.layout.plan,
                 writer.ahead(pool),
                 max_shard_bytes=max_shard_bytes,
                 on_tensor=on_tensor,
@@ -107,57 +98,23 @@ def write_model(
         publish(partial, path)
 
 
-@contextmanager
-def filling(path: Path, total: int, task: str | None = None) -> Iterator[Path]:
-    """``<path>.partial``, to be filled with ``total`` bytes and published.
-
-    What a killed process left there is removed, unless it was working at the same ``task``; then it goes on. An error
-    removes it where there is no task. Want of room always does, and is said in one sentence. FileExistsError where
-    ``path`` holds anything.
-    """
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise FileExistsError(f"{path} exists already; choose another name or remove it")
-    partial = path.absolute().with_name(path.absolute().name + PARTIAL)
-    mark = partial / _TASK
-    if partial.exists() and (task is None or not mark.is_file() or mark.read_text(encoding="utf-8") != task):
-        shutil.rmtree(partial)
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        if task is not None and not mark.exists():  # the mark of finished work is not opened for writing
-            mark.write_text(task, encoding="utf-8")
-        yield partial
-    except BaseException as error:
-        number = no_room(error)
-        if task is None or number is not None:
-            shutil.rmtree(partial, ignore_errors=True)
-        if number is not None:
-            what = f"{os.strerror(number)}: the model's {total:,} bytes do not fit in {partial.parent}"
-            raise OSError(number, what) from error
-        raise
+def released_bytes(config: ModelConfig, dtype: Any) -> int:
+    """What the weights of a released folder take."""
+    return sum(map(planned_bytes, _Layout(config, dtype_name(dtype)).plan))
 
 
-def publish(partial: Path, path: Path) -> None:
-    """Give a finished folder its name."""
-    os.rename(partial, path)  # an empty folder of that name gives way
-    (path / _TASK).unlink(missing_ok=True)  # last: a kill in between would have it all done again
+class _Layout:
+    """The tensors of a released folder, those that repeat others and the scales of FP8 ones."""
 
-
-class _Writer:
-    """What is to be written, and each tensor of it when its turn comes."""
-
-    def __init__(self, config: ModelConfig, params: dict[str, Any], router_bias: jax.Array | None, dtype: str):
-        self.leaves: dict[tuple[str, ...], Any] = dict(flatten(params)) | {("router_bias",): router_bias}
-        for path, leaf in self.leaves.items():
-            if not all(array.is_fully_addressable for array in jax.tree.leaves(leaf)):
-                raise ValueError(f"{'.'.join(path)} lies on several hosts; one process cannot write it")
+    def __init__(self, config: ModelConfig, dtype: str):
         self.dtype = dtype
         self.tensors = hf_tensors(config)
         self.copies: dict[str, list[str]] = {}
         for copy, original in mtp_copies(config).items() if config.num_nextn_predict_layers else ():
             self.copies.setdefault(original, []).append(copy)
-        self.plan = [planned for tensor in self.tensors for planned in self._planned(tensor)]
+        self.plan = [planned for tensor in self.tensors for planned in self.planned(tensor)]
 
-    def _dtypes(self, tensor: HFTensor) -> tuple[np.dtype, np.dtype | None]:
+    def dtypes(self, tensor: HFTensor) -> tuple[np.dtype, np.dtype | None]:
         """Of the tensor and of its scales, if any, in the file."""
         if tensor.path == ("router_bias",) or self.dtype == "float32":
             return np.dtype(np.float32), None
@@ -165,16 +122,27 @@ class _Writer:
             return np.dtype(FP8), np.dtype(np.float32)
         return np.dtype(jnp.bfloat16), None
 
-    def _planned(self, tensor: HFTensor) -> Iterator[Planned]:
-        dtype, scales = self._dtypes(tensor)
+    def planned(self, tensor: HFTensor) -> Iterator[Planned]:
+        dtype, scales = self.dtypes(tensor)
         for name in (tensor.name, *self.copies.get(tensor.name, ())):
             yield Planned(name, dtype, tensor.shape)
         if scales is not None:
             yield Planned(tensor.scale_name, scales, tensor.scale_shape)
 
+
+class _Writer:
+    """Each tensor of a layout when its turn comes."""
+
+    def __init__(self, layout: _Layout, params: dict[str, Any], router_bias: jax.Array | None):
+        self.leaves: dict[tuple[str, ...], Any] = dict(flatten(params)) | {("router_bias",): router_bias}
+        for path, leaf in self.leaves.items():
+            if not all(array.is_fully_addressable for array in jax.tree.leaves(leaf)):
+                raise ValueError(f"{'.'.join(path)} lies on several hosts; one process cannot write it")
+        self.layout = layout
+
     def ahead(self, pool: concurrent.futures.Executor) -> Callable[[str], np.ndarray]:
         """A function that gives the tensors in the plan's order, some left out, while threads make the next ones."""
-        names = [[planned.name for planned in self._planned(tensor)] for tensor in self.tensors]
+        names = [[planned.name for planned in self.layout.planned(tensor)] for tensor in self.layout.tensors]
         owner = {name: i for i, group in enumerate(names) for name in group}
         jobs: dict[int, concurrent.futures.Future] = {}
         ready: dict[str, np.ndarray] = {}
@@ -184,7 +152,7 @@ class _Writer:
                 first = owner[name]
                 for i in range(first, min(first + _AHEAD, len(names))):
                     if i not in jobs:
-                        jobs[i] = pool.submit(self._make, self.tensors[i])
+                        jobs[i] = pool.submit(self._make, self.layout.tensors[i])
                 arrays = jobs.pop(first).result()
                 ready.clear()
                 copies = len(names[first]) - len(arrays)
@@ -196,7 +164,7 @@ class _Writer:
     def _make(self, tensor: HFTensor) -> list[np.ndarray]:
         """A tensor, and its scales if it has any, as they stand in the file."""
         starts = np.array([i if isinstance(i, int) else 0 for i in tensor.index], np.int32)
-        dtype, scales = self._dtypes(tensor)
+        dtype, scales = self.layout.dtypes(tensor)
         pieces = _take(
             self.leaves[tensor.path],
             starts,

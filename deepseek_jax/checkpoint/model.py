@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from deepseek_jax.checkpoint.hf_load import KEPT_FP8, dtype_name, read_released
+from deepseek_jax.checkpoint.hf_load import KEPT_FP8, dtype_name, read_released, released_config
 from deepseek_jax.checkpoint.reading import restore_params
 from deepseek_jax.checkpoint.store import CheckpointStore
 from deepseek_jax.compute import ComputeConfig
@@ -68,6 +68,15 @@ def is_released(path: str | Path) -> bool:
     return (Path(path) / "config.json").is_file() and any(Path(path).glob("*.safetensors"))
 
 
+def read_config(path: str | Path, *, step: int | None = None, ignore_config: tuple[str, ...] = ()) -> ModelConfig:
+    """The network in a run's folder or in a released one, as ``load`` would find it; no array is read."""
+    path = Path(path)
+    if is_released(path):
+        return released_config(path, ignore_config)
+    with CheckpointStore(_checkpoints(path), keep=1) as store:
+        return ModelConfig.from_dict(store.read_meta(step)["model"])
+
+
 def load(
     path: str | Path,
     *,
@@ -84,7 +93,7 @@ def load(
       step, ema: of a run, a checkpoint other than the newest, and the running mean in place of the parameters.
       ignore_config: of a released folder, fields of config.json to pass over, see ``ModelConfig.from_hf``.
 
-    An MTP module that a released config.json announces and the files lack altogether is left out with a warning.
+    An MTP module that only one of a released config.json and its files knows of is left out with a warning.
 
     Raises FileNotFoundError where there is neither, ValueError for what is damaged, unknown or not to be had.
     """
@@ -121,10 +130,14 @@ def _one_device() -> Mesh:
     return make_mesh(devices=jax.local_devices()[:1])
 
 
-def _load_run(path: Path, compute: ComputeConfig, mesh: Mesh, step: int | None, ema: bool) -> Model:
-    folder = path / CHECKPOINTS
-    if not folder.is_dir():
+def _checkpoints(path: Path) -> Path:
+    if not (path / CHECKPOINTS).is_dir():
         raise FileNotFoundError(f"{path} holds no {CHECKPOINTS}/, nor config.json beside safetensors")
+    return path / CHECKPOINTS
+
+
+def _load_run(path: Path, compute: ComputeConfig, mesh: Mesh, step: int | None, ema: bool) -> Model:
+    folder = _checkpoints(path)
     tokenizer = Tokenizer.from_folder(path)
     if compute.param_dtype == KEPT_FP8:
         raise ValueError(f"param_dtype={compute.param_dtype!r}: {path} holds float32 parameters")

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +15,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from deepseek_jax.checkpoint import CheckpointStore
 from deepseek_jax.checkpoint.hf_load import KEPT_FP8
-from deepseek_jax.checkpoint.hf_save import write_model
-from deepseek_jax.checkpoint.model import CHECKPOINTS, is_released, load
+from deepseek_jax.checkpoint.hf_save import released_bytes, write_model
+from deepseek_jax.checkpoint.model import CHECKPOINTS, is_released, load, read_config
+from deepseek_jax.checkpoint.publishing import check_place
 from deepseek_jax.checkpoint.safetensors import TensorFiles
 from deepseek_jax.cli.talk import find_model
 from deepseek_jax.compute import ComputeConfig
@@ -33,7 +35,7 @@ class _Convert:
     src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
     """A folder that a stage or the demo wrote, or a released model's, to have its weights in another dtype."""
     dst: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
-    """The folder to write; it must not exist."""
+    """The folder to write; it must not exist, or be empty."""
     dtype: Literal["bfloat16", "float32", "float8_e4m3"] = "bfloat16"
     """Of the weights written; float8_e4m3: matrices in blocks with scales, as V3 is released."""
     shard_gigabytes: float = 5.0
@@ -49,8 +51,10 @@ class _Convert:
 def run_convert(arguments: Sequence[str]) -> None:
     options = tyro.cli(_Convert, args=list(arguments), prog="deepseek-jax convert")
     source = find_model(options.src)
-    if Path(options.dst).exists():  # better known before a large model is read
-        raise FileExistsError(f"{options.dst} exists already; choose another name or remove it")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # load says them again
+        config = read_config(source, step=options.step or None, ignore_config=options.ignore_config)
+    check_place(Path(options.dst), released_bytes(config, options.dtype))  # better known before a large model is read
     compute = ComputeConfig(param_dtype=_read_as(source, options.dtype))
     model = load(
         source, compute=compute, step=options.step or None, ema=options.ema, ignore_config=options.ignore_config

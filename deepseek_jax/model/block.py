@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.model.fresh import Source
 from deepseek_jax.model.gqa import GQA
 from deepseek_jax.model.layers import RMSNorm, SwiGLU
 from deepseek_jax.model.mla import MLA
@@ -38,7 +39,7 @@ class Context:
 class Block(nnx.Module):
     """``x += attention(norm(x))``, ``x += feed_forward(norm(x))``."""
 
-    def __init__(self, config: ModelConfig, compute: ComputeConfig, *, moe: bool, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, compute: ComputeConfig, *, moe: bool, rngs: Source):
         self.rules = compute.rules
         self.attention_norm = RMSNorm(config, compute, config.hidden_size, "embed")
         self.attention = (MLA if config.attention == "mla" else GQA)(config, compute, rngs=rngs)

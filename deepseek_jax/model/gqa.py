@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.model.fresh import Source
 from deepseek_jax.model.layers import biased, param, zeros
 from deepseek_jax.model.rope import rotate, softmax_scale
 from deepseek_kernels import Visible, gqa_attention, product
@@ -17,7 +18,7 @@ from deepseek_kernels import Visible, gqa_attention, product
 class GQA(nnx.Module):
     """H query heads share ``num_key_value_heads`` key and value heads; optional biases on q, k and v (Qwen2)."""
 
-    def __init__(self, config: ModelConfig, compute: ComputeConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, compute: ComputeConfig, *, rngs: Source):
         self.config, self.compute = config, compute
         D, H, G, N = (
             config.hidden_size,

@@ -7,6 +7,7 @@ from jaxtyping import Array, Float
 
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.model.fresh import Source, Together
 from deepseek_kernels import product
 from deepseek_kernels.weights import Weight
 
@@ -16,10 +17,12 @@ class RouterBias(nnx.Variable):
 
 
 def param(
-    config: ModelConfig, compute: ComputeConfig, rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...]
+    config: ModelConfig, compute: ComputeConfig, rngs: Source, shape: tuple[int, ...], axes: tuple[str | None, ...]
 ) -> nnx.Param:
     """A weight drawn from N(0, initializer_range²), as all of V3's are, with its logical axes as metadata."""
     assert len(shape) == len(axes)
+    if isinstance(rngs, Together):
+        return nnx.Param(rngs.pending(shape, config.initializer_range, compute.param_dtype), axes=axes)
     value = config.initializer_range * jax.random.normal(rngs.params(), shape, jnp.float32)
     return nnx.Param(value.astype(compute.param_dtype), axes=axes)
 
@@ -45,7 +48,7 @@ class Linear(nnx.Module):
         axes: tuple[str | None, str | None],
         *,
         bias: bool = False,
-        rngs: nnx.Rngs,
+        rngs: Source,
     ):
         self.compute = compute
         self.w = param(config, compute, rngs, shape, axes)
@@ -80,7 +83,7 @@ class RMSNorm(nnx.Module):
 class SwiGLU(nnx.Module):
     """``down(silu(gate x) · up x)``; gate and up are one matrix (D, 2, F)."""
 
-    def __init__(self, config: ModelConfig, compute: ComputeConfig, width: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, compute: ComputeConfig, width: int, *, rngs: Source):
         self.compute = compute
         self.wi = param(config, compute, rngs, (config.hidden_size, 2, width), ("embed", None, "mlp"))
         self.wo = param(config, compute, rngs, (width, config.hidden_size), ("mlp", "embed"))

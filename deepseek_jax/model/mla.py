@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.model.fresh import Source
 from deepseek_jax.model.layers import Linear, RMSNorm, biased, param, zeros
 from deepseek_jax.model.rope import rotate, softmax_scale
 from deepseek_kernels import Columns, Visible, mla_attention, mla_decode, product
@@ -26,7 +27,7 @@ class MLA(nnx.Module):
     decoding is attention of H queries over the C + R cached numbers. Both forms give the same result.
     """
 
-    def __init__(self, config: ModelConfig, compute: ComputeConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, compute: ComputeConfig, *, rngs: Source):
         self.config, self.compute = config, compute
         D, H, C, Q = config.hidden_size, config.num_attention_heads, config.kv_lora_rank, config.q_lora_rank
         N, R, V = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim

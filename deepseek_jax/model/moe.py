@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.model.fresh import Source
 from deepseek_jax.model.layers import SwiGLU, param
 from deepseek_jax.model.router import RouterStats, route, router_stats
 from deepseek_jax.parallel.exchange import exchange
@@ -18,7 +19,7 @@ from deepseek_kernels import routed_experts
 class DeepSeekMoE(nnx.Module):
     """``y = shared(x) + Σ_k g_k · expert_k(x)``: the shared experts as one wide SwiGLU, K of E routed, no drops."""
 
-    def __init__(self, config: ModelConfig, compute: ComputeConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, compute: ComputeConfig, *, rngs: Source):
         self.config, self.compute = config, compute
         D, E, F = config.hidden_size, config.n_routed_experts, config.moe_intermediate_size
         self.router = param(config, compute, rngs, (D, E), ("embed", None))

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.block import Block, Context
+from deepseek_jax.model.fresh import Source
 from deepseek_jax.model.layers import Linear, RMSNorm
 from deepseek_jax.model.router import RouterStats
 
@@ -20,7 +21,7 @@ class MTP(nnx.Module):
     main model's hidden state after its final norm. The block is a layer of the last kind.
     """
 
-    def __init__(self, config: ModelConfig, compute: ComputeConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, compute: ComputeConfig, *, rngs: Source):
         width = config.hidden_size
         self.embed_norm = RMSNorm(config, compute, width, "embed")
         self.hidden_norm = RMSNorm(config, compute, width, "embed")

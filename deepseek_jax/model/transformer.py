@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.block import Block, Context
+from deepseek_jax.model.fresh import Together
 from deepseek_jax.model.layers import Linear, RMSNorm, RouterBias, param
 from deepseek_jax.model.mtp import MTP, mtp_segments
 from deepseek_jax.model.rope import rotary_tables
@@ -58,21 +59,23 @@ class Transformer(nnx.Module):
     ):
         self.config, self.compute = config, compute
         D, W = config.hidden_size, config.vocab_size
-        self.embed = param(config, compute, rngs, (W, D), ("vocab", "embed"))
+        together = Together(rngs)
+        self.embed = param(config, compute, together, (W, D), ("vocab", "embed"))
         kinds = [False] * config.num_dense_layers + [True] * config.num_moe_layers
         if stacked:
-            self.dense_layers = _stack(config, compute, config.num_dense_layers, moe=False, rngs=rngs)
-            self.moe_layers = _stack(config, compute, config.num_moe_layers, moe=True, rngs=rngs)
+            self.dense_layers = _stack(config, compute, config.num_dense_layers, moe=False, rngs=together)
+            self.moe_layers = _stack(config, compute, config.num_moe_layers, moe=True, rngs=together)
             self.layers = None
         else:
-            self.layers = nnx.List([Block(config, compute, moe=moe, rngs=rngs) for moe in kinds])
+            self.layers = nnx.List([Block(config, compute, moe=moe, rngs=together) for moe in kinds])
         self.norm = RMSNorm(config, compute, D, "embed")
         tied = config.tie_word_embeddings
-        self.head = None if tied else Linear(config, compute, (D, W), ("embed", "vocab"), rngs=rngs)
-        self.mtp = MTP(config, compute, rngs=rngs) if config.num_nextn_predict_layers else None
+        self.head = None if tied else Linear(config, compute, (D, W), ("embed", "vocab"), rngs=together)
+        self.mtp = MTP(config, compute, rngs=together) if config.num_nextn_predict_layers else None
         zeros = jnp.zeros((config.num_routers, config.n_routed_experts), jnp.float32)
         self.router_bias = RouterBias(zeros) if config.has_router_bias else None
         self.source: str | None = None  # the folder it was loaded from: save_hf copies the tokenizer there
+        together.draw(self)
 
     def __call__(
         self,
@@ -275,11 +278,10 @@ def _slice(layers, low, high, size):
     return nnx.merge(graph, jax.tree.map(lambda leaf: leaf[low:high], state))
 
 
-def _stack(config: ModelConfig, compute: ComputeConfig, count: int, *, moe: bool, rngs: nnx.Rngs) -> Block | None:
+def _stack(config: ModelConfig, compute: ComputeConfig, count: int, *, moe: bool, rngs: Together) -> Block | None:
     if not count:
         return None
-    make = nnx.vmap(lambda rngs: Block(config, compute, moe=moe, rngs=rngs), in_axes=0, out_axes=0)
-    return make(rngs.split(count))
+    return rngs.stacked(lambda: Block(config, compute, moe=moe, rngs=rngs), count)
 
 
 def _rematerialised(function, remat: str, *, looped: bool):

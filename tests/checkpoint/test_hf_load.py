@@ -160,7 +160,11 @@ def test_mtp_is_all_or_nothing(tmp_path):
     partly = {name: value for name, value in tensors.items() if name != MTP + "enorm.weight"}
     refused(cases.write(tmp_path / "partly", TINY, partly), f"{MTP}enorm.weight is missing")
     without = dataclasses.replace(TINY, num_nextn_predict_layers=0)
-    refused(cases.write(tmp_path / "unannounced", without, tensors), f"{MTP}.* is unknown")
+    with pytest.warns(UserWarning, match=rf"num_nextn_predict_layers=0: leaving out the MTP module .* {MTP}\*"):
+        loaded = load_hf(cases.write(tmp_path / "off", without, tensors), dtype="float32")
+    assert loaded.config == without and loaded.mtp is None
+    fewer = dataclasses.replace(without, num_hidden_layers=2)  # the third layer is no MTP module
+    refused(cases.write(tmp_path / "fewer", fewer, main), "model.layers.2.* is unknown")
     copies = {name: value for name, value in tensors.items() if name not in (MTP + "embed_tokens.weight",)}
     cases.assert_same(load_hf(cases.write(tmp_path / "copies", TINY, copies), dtype="float32"), cases.model(TINY))
     other = tensors | {MTP + "embed_tokens.weight": tensors["model.embed_tokens.weight"] + 1}

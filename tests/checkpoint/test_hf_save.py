@@ -17,6 +17,7 @@ from conftest import ENVIRONMENT
 
 from deepseek_jax import load, load_hf, save_hf
 from deepseek_jax.checkpoint import hf_save
+from deepseek_jax.checkpoint.publishing import filling, publish
 from deepseek_jax.checkpoint.safetensors import TensorFiles
 
 TINY = cases.FAMILIES["v3"]
@@ -110,6 +111,55 @@ def test_a_taken_name_is_refused_and_untouched(tmp_path):
     with pytest.raises(FileExistsError, match="m exists already"):
         save_hf(cases.model(TINY), tmp_path / "m")
     assert [file.name for file in tmp_path.rglob("*")] == ["m", "dear"]
+
+
+@pytest.mark.parametrize("kind", ["empty", "link", "dangling link", "mount"])
+def test_what_is_there_but_empty_is_filled(kind, tmp_path, monkeypatch):
+    """Where nothing can be renamed to: a mount point is busy, a link is no folder."""
+    place, target = tmp_path / "m", tmp_path / "far" / "away"
+    (place if kind in ("empty", "mount") else target.parent).mkdir()
+    if "link" in kind:
+        place.symlink_to(target)
+    if kind == "link":
+        target.mkdir()
+    if kind == "mount":
+        (place / "lost+found").mkdir()
+    if kind != "dangling link":
+        monkeypatch.setattr(os, "rename", None)
+    save_hf(cases.model(TINY), place, dtype="float32")
+    assert place.is_symlink() == ("link" in kind)
+    assert tensors_of(place) == described(cases.released(TINY))
+    assert {file.name for file in place.iterdir()} == {"config.json", "model.safetensors"} | {
+        file.name for file in place.glob("lost*")
+    }
+    assert not [*tmp_path.rglob("*.partial")]
+    with pytest.raises(FileExistsError, match="m exists already"):
+        save_hf(cases.model(TINY), place)
+
+
+def test_a_folder_in_a_file_and_a_link_to_one(tmp_path):
+    (tmp_path / "f").write_text("x")
+    (tmp_path / "link").symlink_to("f")
+    for path, error in ((tmp_path / "f" / "m", NotADirectoryError), (tmp_path / "link", FileExistsError)):
+        with pytest.raises(error):
+            save_hf(cases.model(TINY), path)
+
+
+def test_filling_from_within_goes_on_where_it_was_killed(tmp_path):
+    """While it fills, and while files go to their places; another's files are never touched."""
+    place = tmp_path / "m"
+    place.mkdir()
+    with pytest.raises(KeyError), filling(place, 1, "a") as partial:
+        (partial / "one").write_text("1")
+        raise KeyError
+    os.replace(partial / "one", place / "one")  # as publishing it would have begun
+    with pytest.raises(FileExistsError), filling(place, 1, "b"):
+        pass
+    with filling(place, 1, "a") as partial:
+        assert (partial / "one").read_text() == "1"
+        (partial / "config.json").write_text("{}")
+        publish(partial, place)
+    assert sorted(file.name for file in place.iterdir()) == ["config.json", "one"]
 
 
 def test_a_full_disk(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -20,6 +21,7 @@ from small import SPEAKER, tokenizer
 
 from deepseek_jax.checkpoint.model import load
 from deepseek_jax.checkpoint.safetensors import TensorFiles, read_header
+from deepseek_jax.cli import convert
 from deepseek_jax.cli.main import main
 
 TESTS = Path(__file__).parents[1]
@@ -103,10 +105,15 @@ def test_a_models_own_template_goes_through_a_run(tmp_path, capsys):
     assert (config["model_type"], config["eos_token_id"]) == ("llama", [1, 5])
 
 
-def test_what_cannot_be(run, tmp_path, capsys):
+def test_what_cannot_be(run, tmp_path, capsys, monkeypatch):
     folder = cases.with_tokenizer(tmp_path / "m", TEMPLATE)
     assert main(["convert", str(folder), str(run)]) == 1
     assert "exists already" in capsys.readouterr().err
+    with monkeypatch.context() as patch:  # before anything is read
+        patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+        patch.setattr(convert, "load", None)
+        assert main(["convert", str(run), str(tmp_path / "x")]) == 1
+        assert "bytes do not fit in" in capsys.readouterr().err
     assert main(["convert", str(folder), str(tmp_path / "x"), "--ema"]) == 1
     assert "is a released model" in capsys.readouterr().err
     assert main(["convert", str(run), str(tmp_path / "x"), "--ignore-config", "torch_dtype"]) == 1

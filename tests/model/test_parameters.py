@@ -1,5 +1,7 @@
 """The pure halves of a network: parameters as plain arrays, their logical axes, their first values."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,6 +63,26 @@ def test_fresh_parameters():
     again, other = (fresh(jax.random.key(seed))[0] for seed in (3, 4))
     assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (params, again)), strict=True))
     assert not np.array_equal(params["embed"], other["embed"])
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_weights_drawn_together_are_those_drawn_one_by_one(impl):
+    """By ``nnx.Rngs``'s rule: a key per weight in order, one for a stack that is split among its layers."""
+    tiny = config(QWEN, hidden_size=12, num_hidden_layers=2, first_k_dense_replace=2)
+    rngs = nnx.Rngs(jax.random.key(7, impl=impl))
+    params, _ = split(Transformer(tiny, rngs=rngs))
+    fold, sigma = jax.random.fold_in, np.float32(tiny.initializer_range)
+    key = jax.random.key(7, impl=impl)
+    layers = jax.random.split(fold(key, 1), 2)  # in a block: q, kv, o, wi, wo
+    stack = params["dense_layers"]
+    for found, keys in [
+        (params["embed"][None], [fold(key, 0)]),
+        (stack["attention"]["kv"], [fold(layer, 1) for layer in layers]),
+        (stack["mlp"]["wo"], [fold(layer, 4) for layer in layers]),
+    ]:
+        normals = jax.vmap(functools.partial(jax.random.normal, shape=found.shape[1:]))(jnp.stack(keys))
+        np.testing.assert_array_equal(found, sigma * normals)
+    assert rngs.params.count[...] == 2
 
 
 def test_routers_of_a_network_without_moe_layers():

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from deepseek_jax.checkpoint.finding import CHECKPOINTS, find_model, is_released
 from deepseek_jax.checkpoint.hf_load import KEPT_FP8, dtype_name, read_released
 from deepseek_jax.checkpoint.reading import restore_params
 from deepseek_jax.checkpoint.store import CheckpointStore
@@ -19,8 +20,6 @@ from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.model import transformer
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.sharding import tree_shardings
-
-CHECKPOINTS = "checkpoints"  # the folder of a run that holds them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +62,6 @@ class Model:
         return self.tokenizer
 
 
-def is_released(path: str | Path) -> bool:
-    """Whether this is a model as released: config.json beside safetensors."""
-    return (Path(path) / "config.json").is_file() and any(Path(path).glob("*.safetensors"))
-
-
 def load(
     path: str | Path,
     *,
@@ -80,15 +74,17 @@ def load(
     """The model in a run's folder or in a released one, its parameters in ``compute.param_dtype`` on ``mesh``.
 
     Args:
+      path: as ``find_model`` takes it.
       mesh: by default one device.
       step, ema: of a run, a checkpoint other than the newest, and the running mean in place of the parameters.
       ignore_config: of a released folder, fields of config.json to pass over, see ``ModelConfig.from_hf``.
 
     An MTP module that a released config.json announces and the files lack altogether is left out with a warning.
 
-    Raises FileNotFoundError where there is neither, ValueError for what is damaged, unknown or not to be had.
+    Raises FileNotFoundError where there is neither, see ``find_model``, ValueError for what is damaged, unknown or not
+    to be had.
     """
-    path, mesh = Path(path), mesh or _one_device()
+    path, mesh = find_model(path), mesh or _one_device()
     compute = compute.on(mesh)
     if is_released(path):
         if step is not None or ema:
@@ -123,8 +119,6 @@ def _one_device() -> Mesh:
 
 def _load_run(path: Path, compute: ComputeConfig, mesh: Mesh, step: int | None, ema: bool) -> Model:
     folder = path / CHECKPOINTS
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{path} holds no {CHECKPOINTS}/, nor config.json beside safetensors")
     tokenizer = Tokenizer.from_folder(path)
     if compute.param_dtype == KEPT_FP8:
         raise ValueError(f"param_dtype={compute.param_dtype!r}: {path} holds float32 parameters")

@@ -6,8 +6,10 @@ from typing import Any
 
 import tyro
 
+from deepseek_jax.checkpoint.finding import find_model, is_released
 from deepseek_jax.checkpoint.model import load
 from deepseek_jax.data.text import read_rows
+from deepseek_jax.data.turns import count_turns, taught
 from deepseek_jax.parallel.hosts import require_one_process
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.rl.grader import Grader
@@ -34,6 +36,8 @@ class GRPOConfig(StageConfig):
     run_dir: str = "runs/grpo"
     init_from: str = ""
     """The model to start from: a run, or a released model's folder."""
+    ignore_config: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A field of a released model's config.json to take as absent; give it several times for more."""
     task: TaskConfig = TaskConfig()
     reward: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """NAME[=WEIGHT], or file.py:function[=WEIGHT] for a function (completion, row) -> number or None; give it several
@@ -49,7 +53,7 @@ class GRPOConfig(StageConfig):
     evaluation: TaskEval = TaskEval()
     """Questions to ask at each loop.eval_every and at the end."""
 
-    MAY_CHANGE = (*StageConfig.MAY_CHANGE, "evaluation")
+    MAY_CHANGE = (*StageConfig.MAY_CHANGE, "ignore_config", "evaluation")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,15 +73,23 @@ def grpo(config: GRPOConfig) -> dict[str, Any]:
         rows = list(read_rows(config.task.path))  # what is wrong with them is known before a model is read
         task.check(rows)
         grader.check(rows)
-        found = _train(config, task, grader, exam)
+        turns = {count_turns(task.messages(row)) for row in rows}
+        found = _train(config, task, grader, exam, turns)
     write_json(Path(config.run_dir) / RESULT, found)
     return read_result(config.run_dir) or {}
 
 
-def _train(config: GRPOConfig, task: Task, grader: Grader, exam: Exam | None) -> dict[str, Any]:
+def _train(config: GRPOConfig, task: Task, grader: Grader, exam: Exam | None, turns: set[int]) -> dict[str, Any]:
     if config.loop.eval_every and exam is None:
         raise ValueError(f"loop.eval_every={config.loop.eval_every}: nothing to evaluate without evaluation.task.path")
-    start = load(config.init_from, compute=config.compute, mesh=make_mesh(config.mesh))
+    start = load(
+        config.init_from,
+        compute=config.compute,
+        mesh=make_mesh(config.mesh),
+        ignore_config=config.ignore_config,
+    )
+    released = is_released(find_model(config.init_from))
+    start = dataclasses.replace(start, tokenizer=taught(start.text, sorted(turns), released=released))
     loader = open_questions(
         task, start, config.task.path, config.rollout, batch_size=config.rollout.prompts, seed=config.seed
     )

@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import tyro
 
+from deepseek_jax.checkpoint.finding import find_model, is_released
 from deepseek_jax.checkpoint.model import Model, load
 from deepseek_jax.data.chat import encode_chat
 from deepseek_jax.data.packing import Row, pack_samples
 from deepseek_jax.data.rows import RowLoader, check_rows, file_sizes, write_rows
 from deepseek_jax.data.text import RefusedError, read_chats
 from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.data.turns import count_turns, taught
 from deepseek_jax.evals.accuracy import accuracy
 from deepseek_jax.evals.text import row_loss
 from deepseek_jax.inference.engine import Engine
@@ -61,6 +64,8 @@ class SFTConfig(StageConfig):
     """Rows of a step."""
     init_from: str = ""
     """The model to start from: a run, or a released model's folder."""
+    ignore_config: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A field of a released model's config.json to take as absent; give it several times for more."""
     data: SFTData = SFTData()
     loss: LanguageModelLoss = LanguageModelLoss(isolate=True)
     check: TaskEval = TaskEval()
@@ -70,7 +75,7 @@ class SFTConfig(StageConfig):
     evaluation: TaskEval = TaskEval()
     """Questions to ask at the end, greedily and sampled."""
 
-    MAY_CHANGE = (*StageConfig.MAY_CHANGE, "evaluation", "check", "enough_accuracy", "data.heldout")
+    MAY_CHANGE = (*StageConfig.MAY_CHANGE, "ignore_config", "evaluation", "check", "enough_accuracy", "data.heldout")
 
 
 def sft(config: SFTConfig) -> dict[str, Any]:
@@ -80,8 +85,13 @@ def sft(config: SFTConfig) -> dict[str, Any]:
     check, exam = (open_exam(questions, seed=config.seed) for questions in (config.check, config.evaluation))
     if check or exam:
         require_one_process("sft with evaluation or check")
-    start = load(config.init_from, compute=config.compute, mesh=make_mesh(config.mesh))
-    heldout = _packed(config.data, config.data.heldout, start.text, Counter()) if config.data.heldout else []
+    start = load(
+        config.init_from,
+        compute=config.compute,
+        mesh=make_mesh(config.mesh),
+        ignore_config=config.ignore_config,
+    )
+    heldout = _packed(config.data, config.data.heldout, start.text, Counter(), set()) if config.data.heldout else []
     rows = first_host_first(lambda: prepare_chats(config.data, start.text, run_dir / "rows"))
     loader = RowLoader(
         rows,
@@ -90,6 +100,8 @@ def sft(config: SFTConfig) -> dict[str, Any]:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
+    released = is_released(find_model(config.init_from))
+    start = dataclasses.replace(start, tokenizer=taught(start.text, loader.meta.get("turns", ()), released=released))
     trained, facts = train_stage(
         config,
         stage="sft",
@@ -129,8 +141,13 @@ def _loss(model: Model, rows: list[Row], config: SFTConfig) -> float:
     return nats / max(targets, 1)
 
 
-def _packed(data: SFTData, path: tuple[str, ...], tokenizer: Tokenizer, skipped: Counter[str]) -> list[Row]:
+def _packed(
+    data: SFTData, path: tuple[str, ...], tokenizer: Tokenizer, skipped: Counter[str], turns: set[int]
+) -> list[Row]:
+    """Rows of the chats; ``turns`` gets the numbers of questions that they have."""
+
     def encode(messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
+        turns.add(count_turns(messages))
         ids, mask = encode_chat(tokenizer, messages)
         if len(ids) > data.seq_len and not data.drop_long:
             raise RefusedError(
@@ -154,10 +171,10 @@ def prepare_chats(data: SFTData, tokenizer: Tokenizer, folder: Path) -> Path:
     if folder.exists():
         check_rows(folder, made_of)
         return folder
-    skipped: Counter[str] = Counter()
-    rows = _packed(data, data.path, tokenizer, skipped)
+    skipped, turns = Counter[str](), set[int]()
+    rows = _packed(data, data.path, tokenizer, skipped, turns)
     if not rows:
         raise ValueError(f"data.path={list(data.path)}: there is no chat in it, or none is left ({dict(skipped)})")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    write_rows(folder, rows, meta=made_of | {"skipped": dict(skipped)})
+    write_rows(folder, rows, meta=made_of | {"skipped": dict(skipped), "turns": sorted(turns)})
     return folder

@@ -1,7 +1,7 @@
 # Everything a person needs, from a fresh clone: `make demo`, `make test`.
 #   ACCELERATOR=cpu|cuda12|cuda13|tpu   the JAX build (default: the one that .venv holds, else cpu)
 #   PYTHON=python3.12                   the Python that makes .venv (3.11 or newer)
-#   ARGS="--seed 1"                     more arguments for demo, bench and test
+#   ARGS="--seed 1"                     more arguments for demo, bench, test and notebook-server
 
 VENV := .venv
 PEER := .venv-peer
@@ -18,6 +18,7 @@ PIP_INSTALL := -m pip install -qq --disable-pip-version-check
 INSTALLED := $(VENV)/installed-$(ACCELERATOR)
 TESTABLE := $(VENV)/testable-$(ACCELERATOR)
 PARITY := $(VENV)/parity-$(ACCELERATOR)
+NOTEBOOK := $(VENV)/notebook-$(ACCELERATOR)
 EXTRA_cpu :=
 EXTRA_cuda12 := [cuda12]
 EXTRA_cuda13 := [cuda13]
@@ -29,14 +30,15 @@ endif
 
 .DELETE_ON_ERROR:
 # setup: what runs the package. install: what the tests and checks need too.
-.PHONY: help demo setup install test parity lint format notebook peer bench wheel clean
+.PHONY: help demo setup install test parity lint format notebook notebook-server peer bench wheel clean
 
 help:
 	@echo "make demo      set up and train a small DeepSeek from raw text to answers (runs/demo/)"
 	@echo "make test      set up and run all tests"
 	@echo "make parity    released models beside transformers (installs torch and transformers, pinned)"
 	@echo "make lint      ruff and pyright          make format    let ruff rewrite the files"
-	@echo "make notebook  execute the notebooks     make wheel     build the wheel and try it in an empty venv"
+	@echo "make notebook  execute the notebooks     make notebook-server   open them in JupyterLab (installs it)"
+	@echo "make wheel     build the wheel and try it in an empty venv"
 	@echo "make bench     speed, beside transformers (make peer: set it up in $(PEER))"
 	@echo "make clean     remove caches, builds and both venvs; runs/ stays"
 	@echo "ACCELERATOR=cpu|cuda12|cuda13|tpu picks the JAX build, PYTHON=... the Python"
@@ -65,6 +67,9 @@ format: $(TESTABLE)
 
 notebook: $(TESTABLE)
 	@JAX_PLATFORMS=cpu $(BIN)/jupyter-execute --timeout=600 notebooks/*.ipynb
+
+notebook-server: $(NOTEBOOK)
+	@$(BIN)/jupyter-lab --notebook-dir=notebooks $(ARGS)
 
 wheel: $(TESTABLE)
 	@bash scripts/check_wheel.sh $(BIN)/python
@@ -101,6 +106,11 @@ $(TESTABLE): $(INSTALLED)
 $(PARITY): $(TESTABLE)
 	@echo "installing torch and transformers into $(VENV) ..."
 	@$(BIN)/python $(PIP_INSTALL) --editable '.[parity$(addprefix $(comma),$(filter-out cpu,$(ACCELERATOR)))]'
+	@touch $@
+
+$(NOTEBOOK): $(INSTALLED)
+	@echo "installing JupyterLab into $(VENV) ..."
+	@$(BIN)/python $(PIP_INSTALL) --editable '.[notebook$(addprefix $(comma),$(filter-out cpu,$(ACCELERATOR)))]'
 	@touch $@
 
 comma := ,

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from deepseek_jax.checkpoint.finding import CHECKPOINTS, find_model, is_released
 from deepseek_jax.checkpoint.hf_load import KEPT_FP8, dtype_name, read_released, released_config
 from deepseek_jax.checkpoint.reading import restore_params
 from deepseek_jax.checkpoint.store import CheckpointStore
@@ -19,8 +20,6 @@ from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.model import transformer
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.sharding import tree_shardings
-
-CHECKPOINTS = "checkpoints"  # the folder of a run that holds them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,17 +62,12 @@ class Model:
         return self.tokenizer.over(self.config.vocab_size)
 
 
-def is_released(path: str | Path) -> bool:
-    """Whether this is a model as released: config.json beside safetensors."""
-    return (Path(path) / "config.json").is_file() and any(Path(path).glob("*.safetensors"))
-
-
 def read_config(path: str | Path, *, step: int | None = None, ignore_config: tuple[str, ...] = ()) -> ModelConfig:
     """The network in a run's folder or in a released one, as ``load`` would find it; no array is read."""
-    path = Path(path)
+    path = find_model(path)
     if is_released(path):
         return released_config(path, ignore_config)
-    with CheckpointStore(_checkpoints(path), keep=1) as store:
+    with CheckpointStore(path / CHECKPOINTS, keep=1) as store:
         return ModelConfig.from_dict(store.read_meta(step)["model"])
 
 
@@ -89,15 +83,17 @@ def load(
     """The model in a run's folder or in a released one, its parameters in ``compute.param_dtype`` on ``mesh``.
 
     Args:
+      path: as ``find_model`` takes it.
       mesh: by default one device.
       step, ema: of a run, a checkpoint other than the newest, and the running mean in place of the parameters.
       ignore_config: of a released folder, fields of config.json to pass over, see ``ModelConfig.from_hf``.
 
     An MTP module that only one of a released config.json and its files knows of is left out with a warning.
 
-    Raises FileNotFoundError where there is neither, ValueError for what is damaged, unknown or not to be had.
+    Raises FileNotFoundError where there is neither, see ``find_model``, ValueError for what is damaged, unknown or not
+    to be had.
     """
-    path, mesh = Path(path), mesh or _one_device()
+    path, mesh = find_model(path), mesh or _one_device()
     compute = compute.on(mesh)
     if is_released(path):
         if step is not None or ema:
@@ -130,14 +126,8 @@ def _one_device() -> Mesh:
     return make_mesh(devices=jax.local_devices()[:1])
 
 
-def _checkpoints(path: Path) -> Path:
-    if not (path / CHECKPOINTS).is_dir():
-        raise FileNotFoundError(f"{path} holds no {CHECKPOINTS}/, nor config.json beside safetensors")
-    return path / CHECKPOINTS
-
-
 def _load_run(path: Path, compute: ComputeConfig, mesh: Mesh, step: int | None, ema: bool) -> Model:
-    folder = _checkpoints(path)
+    folder = path / CHECKPOINTS
     tokenizer = Tokenizer.from_folder(path)
     if compute.param_dtype == KEPT_FP8:
         raise ValueError(f"param_dtype={compute.param_dtype!r}: {path} holds float32 parameters")

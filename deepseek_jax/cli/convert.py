@@ -14,12 +14,12 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from deepseek_jax.checkpoint import CheckpointStore
+from deepseek_jax.checkpoint.finding import CHECKPOINTS, find_model, is_released
 from deepseek_jax.checkpoint.hf_load import KEPT_FP8
 from deepseek_jax.checkpoint.hf_save import released_bytes, write_model
-from deepseek_jax.checkpoint.model import CHECKPOINTS, is_released, load, read_config
+from deepseek_jax.checkpoint.model import load, read_config
 from deepseek_jax.checkpoint.publishing import check_place
 from deepseek_jax.checkpoint.safetensors import TensorFiles
-from deepseek_jax.cli.talk import find_model
 from deepseek_jax.compute import ComputeConfig
 from deepseek_kernels.block_fp8 import FP8
 

@@ -12,13 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from deepseek_jax.checkpoint import CheckpointStore
+from deepseek_jax.checkpoint.finding import CHECKPOINTS, expanded, find_model
 from deepseek_jax.checkpoint.hf_names import hf_tensors
-from deepseek_jax.checkpoint.model import CHECKPOINTS
-from deepseek_jax.cli.talk import find_run
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.costs import attention_flops, count_parameters, forward_flops
 from deepseek_jax.workflows.pretrain import PretrainConfig
-from deepseek_jax.workflows.recipe import load_recipe
+from deepseek_jax.workflows.recipe import find_recipe, load_recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,12 +101,16 @@ def _gigabytes(size: int) -> str:
 
 
 def _model_of(what: str, ignore_config: Sequence[str]) -> ModelConfig:
-    path = Path(what)
+    path = expanded(what)
     if path.suffix == ".json" or _names_an_architecture(path):
         return ModelConfig.from_hf(path, ignore_config=ignore_config)
-    if path.is_dir():
-        with CheckpointStore(find_run(what) / CHECKPOINTS, keep=1) as store:
+    if path.suffix != ".py" and path.exists():
+        with CheckpointStore(find_model(path) / CHECKPOINTS, keep=1) as store:
             return ModelConfig.from_dict(store.read_meta()["model"])
+    try:
+        find_recipe(what)
+    except ValueError as error:
+        raise FileNotFoundError(f"{what} does not exist, and {error}") from error
     config = load_recipe(what, object)
     if not isinstance(config, PretrainConfig | ModelConfig):
         raise ValueError(f"{what} gives a {type(config).__name__}; inspect takes a PretrainConfig or a ModelConfig")

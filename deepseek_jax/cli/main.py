@@ -1,10 +1,14 @@
 """``deepseek-jax``: one command per stage, each taking a recipe and overrides of any of its fields."""
 
+import difflib
 import importlib
 import os
+import platform
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from importlib import metadata
+
+from deepseek_jax.cli import program
 
 USAGE = """usage: deepseek-jax COMMAND [ARGUMENTS]      deepseek-jax COMMAND --help
 
@@ -39,7 +43,7 @@ COMMANDS = {
     "grpo": "stages",
     "report": "stages",
     "generate": "talk",
-    "chat": "talk",
+    "chat": "chat",
     "eval": "evaluate",
     "convert": "convert",
     "inspect": "inspect",
@@ -48,21 +52,42 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status. A user's mistake is one line on standard error and status 1."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    """Run a command; returns the exit status. A user's mistake is one line on standard error and status 1.
+
+    arguments: by default the program's, whose process is prepared and, if interrupted, ended as ``program`` says.
+    """
+    if as_program := arguments is None:
+        program.begin()
+    try:
+        return _run(list(sys.argv[1:] if arguments is None else arguments))
+    except KeyboardInterrupt as stop:
+        from deepseek_jax.train.preemption import Preempted
+
+        print(f"\n{str(stop) or 'interrupted'}", file=sys.stderr)
+        if as_program and not isinstance(stop, Preempted):  # where all is saved, other hosts wait for a proper end
+            program.leave()
+        return program.INTERRUPTED
+
+
+def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE)
         return 0 if arguments else 2
     command, *rest = arguments
+    if command in ("--version", "version"):
+        print(_version())
+        return 0
     if command not in COMMANDS:
-        print(f"deepseek-jax: no command {command!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        likely = "".join(f"did you mean {name}? " for name in difflib.get_close_matches(command, COMMANDS, n=1))
+        print(f"deepseek-jax: no command {command!r}; {likely}There are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    _keep_compiled_programs()
     try:
+        module = importlib.import_module(f"deepseek_jax.cli.{COMMANDS[command]}")
         from deepseek_jax.parallel.hosts import join_hosts
 
+        program.interruptible()
+        _keep_compiled_programs()
         join_hosts()
-        module = importlib.import_module(f"deepseek_jax.cli.{COMMANDS[command]}")
         getattr(module, f"run_{command}")(rest)
     except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
         if os.environ.get("DEEPSEEK_JAX_TRACEBACK") == "1":
@@ -70,17 +95,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"deepseek-jax {command}: {error}", file=sys.stderr)
         print("(DEEPSEEK_JAX_TRACEBACK=1 shows where)", file=sys.stderr)
         return 1
-    except KeyboardInterrupt as stop:
-        print(f"\n{stop or 'interrupted'}", file=sys.stderr)
-        return 130
     return 0
+
+
+def _version() -> str:
+    ours, *others = (f"{name} {metadata.version(name)}" for name in ("deepseek-jax", "jax", "flax", "orbax-checkpoint"))
+    return f"{ours} ({', '.join(others)}, Python {platform.python_version()})"
 
 
 def _keep_compiled_programs() -> None:
     """Programs compiled once are read from disk by later runs; JAX_COMPILATION_CACHE_DIR says where, if set."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "deepseek-jax" / "jax"
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+    import jax
+
+    from deepseek_kernels.cache import cache_folder
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "jax"))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 if __name__ == "__main__":

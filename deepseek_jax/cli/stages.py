@@ -32,7 +32,7 @@ def parse_recipe(
     recipe, *overrides = arguments
     default: Any = load_recipe(recipe, kind)
     for field, empty in (emptied or {}).items():
-        if any(override.partition("=")[0] == f"--{field}" for override in overrides):
+        if any(override.partition("=")[0] == f"--{field.replace('_', '-')}" for override in overrides):
             default = dataclasses.replace(default, **{field: empty})
     return tyro.cli(kind, args=overrides, default=default, prog=f"deepseek-jax {command} {recipe}")
 
@@ -51,12 +51,12 @@ def run_pretrain(arguments: Sequence[str]) -> None:
 
 
 def run_sft(arguments: Sequence[str]) -> None:
-    config = parse_recipe("sft", SFTConfig, arguments)
+    config = parse_recipe("sft", SFTConfig, arguments, emptied={"ignore_config": ()})
     _finish(config.run_dir, sft(config))
 
 
 def run_grpo(arguments: Sequence[str]) -> None:
-    config = parse_recipe("grpo", GRPOConfig, arguments, emptied={"reward": ()})
+    config = parse_recipe("grpo", GRPOConfig, arguments, emptied={"reward": (), "ignore_config": ()})
     _finish(config.run_dir, grpo(config))
 
 

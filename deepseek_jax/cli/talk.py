@@ -1,24 +1,22 @@
-"""``generate`` and ``chat``: answers in the terminal, from a trained stage or a released model."""
+"""What answering in the terminal takes, and ``generate``: completions of a trained stage or a released model."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import tyro
-from rich.console import Console
-from rich.text import Text
 
-from deepseek_jax.checkpoint.model import CHECKPOINTS, is_released, load
+from deepseek_jax.checkpoint.finding import find_model
+from deepseek_jax.checkpoint.model import load
 from deepseek_jax.compute import ComputeConfig
-from deepseek_jax.data.chat import encode_prompt, prompt_opens_thinking, split_thinking
+from deepseek_jax.data.chat import encode_prompt, prompt_opens_thinking
 from deepseek_jax.data.tokenizer import THINK
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_kernels.target import Target
-
-STAGES = ("grpo", "sft", "pretrain")
 
 
 def _computed() -> ComputeConfig:
@@ -28,7 +26,9 @@ def _computed() -> ComputeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Sampling:
+class Answering:
+    """Which model answers, and how."""
+
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
     """A folder that a stage or the demo wrote (of a demo, its last stage answers), or a released model's, with
     config.json, safetensors and tokenizer.json."""
@@ -41,11 +41,18 @@ class _Sampling:
     max_tokens: int = 128
     """Of an answer."""
     seed: int = 0
+    """Of what is drawn, where the temperature is not 0."""
     step: int = 0
     """Of a run, a checkpoint other than the newest (0): the best one, for instance."""
     ema: bool = False
     """Of a run, the running mean of the parameters."""
+    ignore_config: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A field of a released model's config.json to take as absent; give it several times for more."""
     compute: ComputeConfig = dataclasses.field(default_factory=_computed)
+
+    @property
+    def folder(self) -> Path:
+        return find_model(self.run)
 
     def params(self) -> SamplingParams:
         return SamplingParams(
@@ -56,9 +63,14 @@ class _Sampling:
             seed=self.seed,
         )
 
+    def engine(self) -> Engine:
+        self.params()  # refused before a model is read
+        options: dict[str, Any] = {"compute": self.compute, "step": self.step or None, "ema": self.ema}
+        return Engine(load(self.folder, **options, ignore_config=self.ignore_config))
+
 
 @dataclasses.dataclass(frozen=True)
-class _Generate(_Sampling):
+class _Generate(Answering):
     """Complete texts, or answer questions (--chat)."""
 
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -67,86 +79,28 @@ class _Generate(_Sampling):
     """The prompts are questions: ask them in the chat template."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Chat(_Sampling):
-    """Talk with a model until an empty line; its thinking is shown dimmed."""
-
-
-def find_run(run: str) -> Path:
-    """The folder of the stage that answers. FileNotFoundError says where was looked."""
-    folder = Path(run)
-    for candidate in (folder, *(folder / stage for stage in STAGES)):
-        if (candidate / CHECKPOINTS).is_dir():
-            return candidate
-    raise FileNotFoundError(
-        f"{run} holds no {CHECKPOINTS}/, nor does any of {', '.join(STAGES)} in it: train one first"
-    )
-
-
-def find_model(path: str) -> Path:
-    """A released model's folder as it is, or a run's, see ``find_run``."""
-    return Path(path) if is_released(path) else find_run(path)
-
-
-def _engine(options: _Sampling) -> Engine:
-    path = find_model(options.run)
-    return Engine(load(path, compute=options.compute, step=options.step or None, ema=options.ema))
-
-
 def run_generate(arguments: Sequence[str]) -> None:
     options = tyro.cli(_Generate, args=list(arguments), prog="deepseek-jax generate")
     if not options.prompt:
         raise ValueError("give at least one --prompt TEXT")
-    engine = _engine(options)
-    prompts, starts = list(options.prompt), options.prompt  # what is printed in front of each answer
+    engine = options.engine()
+    prompts = starts = [readable(text) for text in options.prompt]  # starts: what is printed in front of each answer
     if options.chat:
-        prompts, starts = zip(*(_ask(engine, [_turn("user", text)]) for text in options.prompt), strict=True)
+        prompts, starts = zip(*(ask(engine, [turn("user", text)]) for text in prompts), strict=True)
     for start, completion in zip(starts, engine.generate(prompts, options.params()), strict=True):
         print(start + completion.text)
 
 
-def run_chat(arguments: Sequence[str]) -> None:
-    """Read questions until an empty line or the end of input. Thinking is shown dimmed."""
-    options = tyro.cli(_Chat, args=list(arguments), prog="deepseek-jax chat")
-    console = Console()
-    engine = _engine(options)
-    console.print(f"{find_model(options.run)} · an empty line ends the talk", style="dim")
-    turns: list[dict[str, str]] = []
-    while question := _read(console):
-        turns.append(_turn("user", question))
-        prompt, start = _ask(engine, turns)
-        room = engine.config.max_position_embeddings - options.max_tokens
-        if len(prompt) > room and len(turns) > 1:
-            console.print("the talk is too long for this model; starting anew", style="yellow")
-            turns = turns[-1:]
-            prompt, start = _ask(engine, turns)
-        if len(prompt) > room:
-            console.print(
-                f"{len(prompt)} tokens: beside an answer of --max-tokens {options.max_tokens} this model takes {room}",
-                style="yellow",
-            )
-            turns = []
-            continue
-        text = start + engine.generate([prompt], options.params())[0].text
-        thinking, answer = split_thinking(text)
-        if thinking:
-            console.print(Text(thinking, style="dim"))
-        console.print(Text(answer))
-        turns.append(_turn("assistant", text))
-
-
-def _turn(role: str, content: str) -> dict[str, str]:
+def turn(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-def _ask(engine: Engine, turns: Sequence[dict[str, str]]) -> tuple[list[int], str]:
+def ask(engine: Engine, turns: Sequence[dict[str, str]]) -> tuple[list[int], str]:
     """The prompt's ids, and how the answer begins: with ``<think>`` where the prompt has opened it already."""
     tokenizer = engine.tokenizer
     return encode_prompt(tokenizer, turns), THINK if prompt_opens_thinking(tokenizer, turns) else ""
 
 
-def _read(console: Console) -> str:
-    try:
-        return console.input("[bold]> [/bold]").strip()
-    except EOFError:
-        return ""
+def readable(text: str) -> str:
+    """Text with U+FFFD for what is none: bytes of a command line that are no UTF-8."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)

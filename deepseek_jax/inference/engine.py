@@ -3,20 +3,24 @@
 import dataclasses
 import math
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from deepseek_jax.checkpoint.model import Model
+from deepseek_jax.data.streaming import TextStream
 from deepseek_jax.data.tokenizer import Tokenizer
-from deepseek_jax.inference.generate import Generated, generate
-from deepseek_jax.inference.requests import make_requests
+from deepseek_jax.inference.generate import Generated, begin, generate, go_on
+from deepseek_jax.inference.requests import Requests, make_requests
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.weights import sampling_config, sampling_rules, sampling_weights
 from deepseek_jax.model import transformer
 from deepseek_jax.parallel.sharding import ShardingRules
+
+STREAM_SECONDS = 0.05  # from one piece of a streamed answer to the next, where a token takes less
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,10 +96,7 @@ class Engine:
         """
         if isinstance(prompts, str):
             raise ValueError(f"prompts={prompts!r:.60} is one text: give a list of them")
-        ids = [
-            [*self.tokenizer.bos_ids, *self.tokenizer.encode(prompt)] if isinstance(prompt, str) else list(prompt)
-            for prompt in prompts
-        ]
+        ids = [self._ids(prompt) for prompt in prompts]
         if not ids:
             return []
         out = jax.device_get(self.generate_ids(ids, sampling or SamplingParams()))
@@ -113,6 +114,47 @@ class Engine:
 
         key: prompt i draws with ``fold_in(key, i)`` instead of the seeds. experts: return those chosen, too.
         """
+        weights, requests = self._prepared(prompts, sampling, key)
+        with jax.set_mesh(self.mesh):  # the caller's may be another
+            return generate(sampling_config(self.config), self.compute, *weights, requests, experts=experts)
+
+    def stream(self, prompt: str | Sequence[int], sampling: SamplingParams | None = None) -> Iterator[Completion]:
+        """One prompt's completion in pieces, while it is made: joined they are what ``generate`` answers.
+
+        Between two pieces the device makes as many tokens as it can in ``STREAM_SECONDS``. ``finish_reason`` is "" but
+        for the last; a character of several tokens is given with its last one. Errors as in ``generate``.
+        """
+        weights, requests = self._prepared([self._ids(prompt)], sampling or SamplingParams())
+        given = (sampling_config(self.config), self.compute, *weights, requests)
+        text, known, chunk, went_on = TextStream(self.tokenizer), 0, 1, time.monotonic()
+        with jax.set_mesh(self.mesh):
+            decoding = begin(*given)
+        while True:
+            answered, done_B = jax.device_get((decoding.answered, decoding.done_B))
+            length, stopped, ended = int(answered.lengths_B[0]), bool(answered.stopped_B[0]), bool(done_B[0])
+            seconds = (time.monotonic() - went_on) / (length - known)
+            chunk = min(max(int(STREAM_SECONDS / seconds), 1), 64)
+            ids, logprobs = answered.tokens_BN[0, known:length].tolist(), answered.logprobs_BN[0, known:length].tolist()
+            said = "".join(text.push(i) for i in (ids[:-1] if stopped else ids)) + (text.finish() if ended else "")
+            yield Completion(said, ids, logprobs, ("stop" if stopped else "length") if ended else "")
+            if ended:
+                return
+            known, went_on = length, time.monotonic()
+            with jax.set_mesh(self.mesh):
+                decoding = go_on(*given, decoding, known + chunk)
+
+    def _ids(self, prompt: str | Sequence[int]) -> list[int]:
+        if isinstance(prompt, str):
+            return [*self.tokenizer.bos_ids, *self.tokenizer.encode(prompt)]
+        return list(prompt)
+
+    def _prepared(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams | Sequence[SamplingParams],
+        key: jax.Array | None = None,
+    ) -> tuple[tuple[Any, jax.Array | None], Requests]:
+        """The weights, and the prompts as arrays. ValueError where prompt and answer pass what the model takes."""
         each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
         for row, (prompt, params) in enumerate(zip(prompts, each, strict=False)):
             if max(prompt, default=0) >= self.config.vocab_size:
@@ -126,7 +168,7 @@ class Engine:
                 )
         with self._lock:
             weights = self._make()
-        with jax.set_mesh(self.mesh):  # the caller's may be another
+        with jax.set_mesh(self.mesh):
             requests = make_requests(
                 prompts,
                 sampling,
@@ -135,7 +177,7 @@ class Engine:
                 pad_id=self.tokenizer.pad_id,
                 ways=math.prod(self.mesh.shape[axis] for axis in self.compute.rules.batch),
             )
-            return generate(sampling_config(self.config), self.compute, *weights, requests, experts=experts)
+        return weights, requests
 
     def _completion(self, out: Generated, row: int) -> Completion:
         length, stopped = int(out.lengths_B[row]), bool(out.stopped_B[row])

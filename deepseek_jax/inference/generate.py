@@ -32,6 +32,18 @@ class Generated:
     experts_LBTK: jax.Array | None = None
 
 
+@struct.dataclass
+class Decoding:
+    """Answers on the way: n tokens of each have been drawn, the last of which is token_B; done_B have ended."""
+
+    n: jax.Array
+    cache: Cache
+    token_B: jax.Array
+    done_B: jax.Array
+    answered: Generated
+    chosen_BTX: jax.Array | None
+
+
 @functools.partial(jax.jit, static_argnames=("config", "compute", "experts"))
 def generate(
     config: ModelConfig,
@@ -54,7 +66,40 @@ def generate(
     if experts and not config.num_moe_layers:
         raise ValueError(f"experts=True, but n_routed_experts={config.n_routed_experts}: there is nothing to choose")
     network = transformer.merge(config, params, router_bias, compute)
-    requests = jax.tree.map(lambda x: _split(x, compute) if x.ndim else x, requests)
+    requests = _rows(requests, compute)
+    decoding = _decode(network, requests, _prefill(network, requests, experts=experts), None)
+    if decoding.chosen_BTX is None:
+        return decoding.answered
+    shape = (len(requests.limit_B), requests.columns, config.num_moe_layers, -1)
+    return dataclasses.replace(decoding.answered, experts_LBTK=jnp.moveaxis(decoding.chosen_BTX.reshape(shape), 2, 0))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "compute"))
+def begin(
+    config: ModelConfig, compute: ComputeConfig, params: Any, router_bias: jax.Array | None, requests: Requests
+) -> Decoding:
+    """What ``generate`` does up to the first token of each answer; arguments as there."""
+    network = transformer.merge(config, params, router_bias, compute)
+    return _prefill(network, _rows(requests, compute), experts=False)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "compute"), donate_argnames="decoding")
+def go_on(
+    config: ModelConfig,
+    compute: ComputeConfig,
+    params: Any,
+    router_bias: jax.Array | None,
+    requests: Requests,
+    decoding: Decoding,
+    until: jax.typing.ArrayLike,
+) -> Decoding:
+    """Decode until ``until`` tokens of each answer have been drawn; ``decoding`` is used up."""
+    network = transformer.merge(config, params, router_bias, compute)
+    return _decode(network, _rows(requests, compute), decoding, until)
+
+
+def _prefill(network: transformer.Transformer, requests: Requests, *, experts: bool) -> Decoding:
+    config, compute = network.config, network.compute
     tokens_BP, length_B = requests.tokens_BP, requests.lengths_B
     batch, width = tokens_BP.shape
     with jax.named_scope("prefill"):
@@ -70,24 +115,32 @@ def generate(
         hidden_BD = jnp.take_along_axis(out.hidden, (length_B - 1)[:, None, None], axis=1)[:, 0]
         answered = _nothing(requests, compute)
         token_B, done_B, answered = _draw(network, requests, 0, hidden_BD, requests.limit_B < 1, answered)
+    return Decoding(jnp.int32(1), cache, token_B, done_B, answered, chosen_BTX)
 
-    def decode(carry):
-        n, cache, token_B, done_B, answered, chosen_BTX = carry
+
+def _decode(
+    network: transformer.Transformer, requests: Requests, decoding: Decoding, until: jax.typing.ArrayLike | None
+) -> Decoding:
+    def goes_on(now: Decoding):
+        some = ~jnp.all(now.done_B)
+        return some if until is None else some & (now.n < until)
+
+    def step(now: Decoding) -> Decoding:
+        cache, done_B, chosen_BTX = now.cache, now.done_B, now.chosen_BTX
         options: dict[str, Any] = {"positions_BS": cache.positions(1), "visible": cache.visible(1)}
-        out = network(token_B[:, None], memories=cache.memories(), absorbed=True, head=False, **options)
+        out = network(now.token_B[:, None], memories=cache.memories(), absorbed=True, head=False, **options)
         if chosen_BTX is not None:
             chosen_BTX = write_rows(chosen_BTX, _chosen(out, ~done_B[:, None]), cache.lengths_B)
         cache = cache.grown(out.memories, (~done_B).astype(jnp.int32))
-        token_B, done_B, answered = _draw(network, requests, n, out.hidden[:, 0], done_B, answered)
-        return n + 1, cache, token_B, done_B, answered, chosen_BTX
+        token_B, done_B, answered = _draw(network, requests, now.n, out.hidden[:, 0], done_B, now.answered)
+        return Decoding(now.n + 1, cache, token_B, done_B, answered, chosen_BTX)
 
     with jax.named_scope("decode"):
-        carry = (jnp.int32(1), cache, token_B, done_B, answered, chosen_BTX)
-        *_, answered, chosen_BTX = jax.lax.while_loop(lambda carry: ~jnp.all(carry[3]), decode, carry)
-    if chosen_BTX is None:
-        return answered
-    split_BTLK = chosen_BTX.reshape(batch, requests.columns, config.num_moe_layers, -1)
-    return dataclasses.replace(answered, experts_LBTK=jnp.moveaxis(split_BTLK, 2, 0))
+        return jax.lax.while_loop(goes_on, step, decoding)
+
+
+def _rows(requests: Requests, compute: ComputeConfig) -> Requests:
+    return jax.tree.map(lambda x: _split(x, compute) if x.ndim else x, requests)
 
 
 def _nothing(requests: Requests, compute: ComputeConfig) -> Generated:

@@ -7,6 +7,7 @@ from typing import Any
 import tyro
 
 from deepseek_jax.data.text import read_rows
+from deepseek_jax.data.turns import count_turns
 from deepseek_jax.parallel.hosts import require_one_process
 from deepseek_jax.rl.grader import Grader
 from deepseek_jax.rl.rollout import RolloutConfig, Rollouts, open_questions
@@ -14,7 +15,7 @@ from deepseek_jax.rl.tasks import Task, TaskConfig, make_task
 from deepseek_jax.train.grpo import GRPOLoss
 from deepseek_jax.train.reference import Reference
 from deepseek_jax.train.scoring import Scorer
-from deepseek_jax.workflows.own_run import open_start, owns_run
+from deepseek_jax.workflows.own_run import open_start, owns_run, with_turns
 from deepseek_jax.workflows.stage import (
     RESULT,
     StageConfig,
@@ -32,6 +33,8 @@ class GRPOConfig(StageConfig):
     run_dir: str = "runs/grpo"
     init_from: str = ""
     """The model to start from: a run, or a released model's folder."""
+    ignore_config: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A field of a released model's config.json to take as absent; give it several times for more."""
     task: TaskConfig = TaskConfig()
     reward: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """NAME[=WEIGHT], or file.py:function[=WEIGHT] for a function (completion, row) -> number or None; give it several
@@ -47,7 +50,7 @@ class GRPOConfig(StageConfig):
     evaluation: TaskEval = TaskEval()
     """Questions to ask at each loop.eval_every and at the end."""
 
-    MAY_CHANGE = (*StageConfig.MAY_CHANGE, "evaluation")
+    MAY_CHANGE = (*StageConfig.MAY_CHANGE, "ignore_config", "evaluation")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,15 +70,16 @@ def grpo(config: GRPOConfig) -> dict[str, Any]:
         rows = list(read_rows(config.task.path))  # what is wrong with them is known before a model is read
         task.check(rows)
         grader.check(rows)
-        found = _train(config, task, grader, exam)
+        turns = {count_turns(task.messages(row)) for row in rows}
+        found = _train(config, task, grader, exam, turns)
     write_json(Path(config.run_dir) / RESULT, found)
     return read_result(config.run_dir) or {}
 
 
-def _train(config: GRPOConfig, task: Task, grader: Grader, exam: Exam | None) -> dict[str, Any]:
+def _train(config: GRPOConfig, task: Task, grader: Grader, exam: Exam | None, turns: set[int]) -> dict[str, Any]:
     if config.loop.eval_every and exam is None:
         raise ValueError(f"loop.eval_every={config.loop.eval_every}: nothing to evaluate without evaluation.task.path")
-    start = open_start(config, arrays=bool(config.loss.kl_weight))
+    start = with_turns(config, open_start(config, arrays=bool(config.loss.kl_weight)), turns)
     loader = open_questions(
         task, start, config.task.path, config.rollout, batch_size=config.rollout.prompts, seed=config.seed
     )

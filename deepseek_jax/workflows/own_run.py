@@ -1,15 +1,18 @@
 """What a stage does before its own work: it looks at its settings, takes its folder and listens for signals."""
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
 import jax
 
+from deepseek_jax.checkpoint.finding import find_model, is_released
 from deepseek_jax.checkpoint.model import Model, load
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.data.turns import taught
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.saying import doing, quietly
 from deepseek_jax.train.preemption import stop_signals
@@ -63,6 +66,15 @@ def open_start(config: Any, *, arrays: bool = False) -> Model:
     saved = None if arrays else saved_meta(config.run_dir)
     if saved is None:
         with doing(f"reading {config.init_from}"):
-            return load(config.init_from, compute=config.compute, mesh=mesh)
+            return load(config.init_from, compute=config.compute, mesh=mesh, ignore_config=config.ignore_config)
     model, tokenizer = ModelConfig.from_dict(saved["model"]), Tokenizer.from_folder(config.run_dir)
     return Model(model, config.compute.on(mesh), None, None, tokenizer, mesh)
+
+
+def with_turns(config: Any, start: Model, turns: Iterable[int]) -> Model:
+    """``start``, which says beside its tokenizer that it was taught conversations of so many questions; a run that goes
+    on has said so."""
+    if saved_meta(config.run_dir) is not None:
+        return start
+    released = is_released(find_model(config.init_from))
+    return dataclasses.replace(start, tokenizer=taught(start.text, sorted(turns), released=released))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import tyro
 
 from deepseek_jax.checkpoint.model import Model
 from deepseek_jax.data.chat import encode_chat
@@ -15,13 +16,14 @@ from deepseek_jax.data.packing import Row, pack_samples
 from deepseek_jax.data.rows import RowLoader, check_rows, sources_of, write_rows
 from deepseek_jax.data.text import RefusedError, read_chats
 from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.data.turns import count_turns
 from deepseek_jax.evals.accuracy import accuracy
 from deepseek_jax.evals.text import row_loss
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.parallel.hosts import first_host_first, require_one_process
 from deepseek_jax.train.losses import LanguageModelLoss
 from deepseek_jax.typed import check_least, check_types
-from deepseek_jax.workflows.own_run import open_start, owns_run
+from deepseek_jax.workflows.own_run import open_start, owns_run, with_turns
 from deepseek_jax.workflows.stage import (
     RESULT,
     LoaderBatches,
@@ -56,23 +58,25 @@ class SFTData:
 
 @dataclasses.dataclass(frozen=True)
 class SFTConfig(StageConfig):
-    """A fine-tuning run from the model in ``init_from``, a run or a released folder, by its own chat template.
-
-    evaluation: questions to ask at the end, greedily and sampled. check: questions whose sampled accuracy each
-    ``loop.eval_every`` measures beside the loss of ``data.heldout``; the stage ends early when it reaches
-    ``enough_accuracy`` (1: never), so that reinforcement learning has something left to learn.
-    """
+    """A fine-tuning run, by the model's own chat template."""
 
     run_dir: str = "runs/sft"
     batch_size: int = 8
+    """Rows of a step."""
     init_from: str = ""
+    """The model to start from: a run, or a released model's folder."""
+    ignore_config: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A field of a released model's config.json to take as absent; give it several times for more."""
     data: SFTData = SFTData()
     loss: LanguageModelLoss = LanguageModelLoss(isolate=True)
     check: TaskEval = TaskEval()
+    """Questions whose sampled accuracy each loop.eval_every measures beside the loss of data.heldout."""
     enough_accuracy: float = 1.0
+    """End early once check reaches this (1: never), so that reinforcement learning has something left to learn."""
     evaluation: TaskEval = TaskEval()
+    """Questions to ask at the end, greedily and sampled."""
 
-    MAY_CHANGE = (*StageConfig.MAY_CHANGE, "evaluation", "check", "enough_accuracy", "data.heldout")
+    MAY_CHANGE = (*StageConfig.MAY_CHANGE, "ignore_config", "evaluation", "check", "enough_accuracy", "data.heldout")
 
 
 @owns_run("init_from", "data.path")
@@ -83,7 +87,7 @@ def sft(config: SFTConfig) -> dict[str, Any]:
     if check or exam:
         require_one_process("sft with evaluation or check")
     start = open_start(config)
-    heldout = _packed(config.data, config.data.heldout, start.text, Counter()) if config.data.heldout else []
+    heldout = _packed(config.data, config.data.heldout, start.text, Counter(), set()) if config.data.heldout else []
     if config.data.heldout and not heldout:
         raise ValueError(f"data.heldout={list(config.data.heldout)}: there is no chat in it, or none is left")
     rows = first_host_first(lambda: prepare_chats(config.data, start.text, run_dir / "rows"))
@@ -94,6 +98,7 @@ def sft(config: SFTConfig) -> dict[str, Any]:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
+    start = with_turns(config, start, loader.meta.get("turns", ()))
     trained, facts = train_stage(
         config,
         stage="sft",
@@ -133,8 +138,13 @@ def _loss(model: Model, rows: list[Row], config: SFTConfig) -> float:
     return nats / max(targets, 1)
 
 
-def _packed(data: SFTData, path: tuple[str, ...], tokenizer: Tokenizer, skipped: Counter[str]) -> list[Row]:
+def _packed(
+    data: SFTData, path: tuple[str, ...], tokenizer: Tokenizer, skipped: Counter[str], turns: set[int]
+) -> list[Row]:
+    """Rows of the chats; ``turns`` gets the numbers of questions that they have."""
+
     def encode(messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
+        turns.add(count_turns(messages))
         ids, mask = encode_chat(tokenizer, messages)
         if len(ids) > data.seq_len and not data.drop_long:
             raise RefusedError(
@@ -158,10 +168,10 @@ def prepare_chats(data: SFTData, tokenizer: Tokenizer, folder: Path) -> Path:
     if folder.exists():
         check_rows(folder, made_of)
         return folder
-    skipped: Counter[str] = Counter()
-    rows = _packed(data, data.path, tokenizer, skipped)
+    skipped, turns = Counter[str](), set[int]()
+    rows = _packed(data, data.path, tokenizer, skipped, turns)
     if not rows:
         raise ValueError(f"data.path={list(data.path)}: there is no chat in it, or none is left ({dict(skipped)})")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    write_rows(folder, rows, meta=made_of | {"skipped": dict(skipped)})
+    write_rows(folder, rows, meta=made_of | {"skipped": dict(skipped), "turns": sorted(turns)})
     return folder

@@ -19,6 +19,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from deepseek_kernels.cache import cache_folder
+
 SOURCE = Path(__file__).with_name("cpu.c")
 HEADERS = sorted(SOURCE.parent.glob("cpu_*.h"))
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC")
@@ -73,10 +75,9 @@ def _built() -> Path:
     header = (Path(include) / "xla" / "ffi" / "api" / "c_api.h").read_bytes()
     sources = [file.read_bytes() for file in (SOURCE, *HEADERS)]
     identity = [*sources, header, repr((command, platform.machine(), sorted(processor))).encode()]
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "deepseek-jax"
+    cache = cache_folder()
     library = cache / f"cpu-{hashlib.sha256(b''.join(identity)).hexdigest()[:16]}.so"
     if not library.exists():
-        cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
             made = Path(scratch) / library.name
             command += [f"-I{include}", "-o", str(made), str(SOURCE), "-lm"]

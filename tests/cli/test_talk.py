@@ -1,14 +1,12 @@
 """``generate`` and ``chat`` on a released model's folder."""
 
 import json
-import types
 
 import pytest
 from model.tiny import weights, whole
 from small import SPEAKER, tokenizer
 
 from deepseek_jax import ComputeConfig, save_hf
-from deepseek_jax.checkpoint.model import is_released
 from deepseek_jax.cli import talk
 from deepseek_jax.cli.main import main
 from deepseek_jax.data.tokenizer import BOS, EOS
@@ -65,31 +63,20 @@ def test_the_generation_configs_tokens_end_answers(folder, capsys):
     assert capsys.readouterr().out == "def" + answer("def", stop_token_ids=(stop,)) + "\n"
 
 
-def test_chat_shows_thinking_that_the_prompt_opened(folder, monkeypatch):
-    """Dimmed, also where the answer was cut before it ended; the next prompt goes through the template again."""
-    questions, shown, prompts = iter(["1", "2", ""]), [], []
-    monkeypatch.setattr("rich.console.Console.input", lambda self, prompt="": next(questions))
-    monkeypatch.setattr("rich.console.Console.print", lambda self, text, **given: shown.append(text))
-    completions = iter(["easy\n</think>\n\nOne.", "cut in the mid"])
-
-    def generate(self, asked, sampling):
-        prompts.append(self.decode(asked[0]))
-        return [types.SimpleNamespace(text=next(completions))]
-
-    monkeypatch.setattr(Engine, "generate", generate)
-    assert main(["chat", str(folder), "--max-tokens", "6"]) == 0
-    assert str(folder) in shown[0]
-    assert [(str(text), str(text.style)) for text in shown[1:]] == [
-        ("easy", "dim"), ("One.", ""), ("cut in the mid", "dim"), ("", "")
-    ]  # fmt: skip
-    assert prompts[0] == f"{BOS}[user]1[answer]<think>\n"
-    assert prompts[1] == f"{BOS}[user]1[assistant]\n\nOne.[user]2[answer]<think>\n"
+def test_bytes_that_are_no_text_are_shown_as_such(folder, capsys):
+    assert main(["generate", str(folder), "--max-tokens", "6", "--prompt", "caf\udce9"]) == 0
+    assert capsys.readouterr().out == "caf\ufffd" + answer("caf\ufffd") + "\n"
 
 
-def test_what_is_a_released_model(folder):
-    assert is_released(folder)
-    (folder / "model.safetensors").unlink()
-    assert not is_released(folder)
+def test_a_field_of_its_config_can_be_passed_over(folder, capsys):
+    """By every command that reads a released model."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"attn_magic": 3}))
+    commands = {"generate": ["--prompt", "a", "--max-tokens", "2"], "inspect": [], "convert": [str(folder / "out")]}
+    for command, more in commands.items():
+        assert main([command, str(folder), *more]) == 1
+        assert "attn_magic" in capsys.readouterr().err
+        assert main([command, str(folder), *more, "--ignore-config", "attn_magic"]) == 0
 
 
 def test_how_it_is_computed_can_be_said(folder, monkeypatch, capsys):

@@ -85,6 +85,24 @@ def test_a_prompt_with_its_own_seed_is_answered_the_same_in_any_company(engine):
     assert together[0].token_ids == engine.generate(["a"], GREEDY)[0].token_ids
 
 
+def test_a_stream_joined_is_the_answer(engine, monkeypatch):
+    """Drawn or greedy, ended by its limit or a stop token, in pieces of one token or of several."""
+    drawn = SamplingParams(temperature=1.5, top_p=0.9, max_tokens=24, seed=3)
+    stop = engine.generate(["def"], GREEDY)[0].token_ids[4]
+    for sampling in (drawn, dataclasses.replace(GREEDY, stop_token_ids=(stop,)), SamplingParams(max_tokens=1)):
+        (whole_answer,) = engine.generate(["def"], sampling)
+        for seconds in (0.0, 1e9):
+            monkeypatch.setattr(module, "STREAM_SECONDS", seconds)
+            pieces = [*engine.stream("def", sampling)]
+            assert "".join(piece.text for piece in pieces) == whole_answer.text
+            assert sum((piece.token_ids for piece in pieces), []) == whole_answer.token_ids
+            np.testing.assert_allclose(sum((p.logprobs for p in pieces), []), whole_answer.logprobs, atol=1e-5)
+            assert [piece.finish_reason for piece in pieces] == [""] * (len(pieces) - 1) + [whole_answer.finish_reason]
+            assert len(pieces) == (len(whole_answer.token_ids) if not seconds else min(2, len(whole_answer.token_ids)))
+    with pytest.raises(ValueError, match="a prompt of 3 tokens and max_tokens=64 pass"):
+        next(engine.stream([1, 2, 3], SamplingParams(max_tokens=64)))
+
+
 def test_weights_are_made_once_and_then_by_update_alone(monkeypatch):
     made = []
     original = module.sampling_weights

@@ -45,13 +45,13 @@ class CorpusStage:
 
 @dataclasses.dataclass(frozen=True)
 class DemoConfig:
-    """run_dir: where all stages write. seed: of the corpus and of every stage. recipes: the folder of recipes. quiet:
-    say nothing before the summary."""
+    """run_dir: where all stages write. seed: of the corpus and of every stage. recipes: the folder of recipes."""
 
     run_dir: str = RECIPE_DIR
     seed: int = 0
     recipes: str = "demo"
     quiet: bool = False
+    """Say nothing before the summary."""
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -15,6 +15,9 @@ from deepseek_jax.data.chat import encode_chat
 from deepseek_jax.data.text import read_objects
 from deepseek_jax.evals.experts import expert_shares, token_kinds
 from deepseek_jax.rl.arithmetic import read_jsonl, to_messages
+from deepseek_jax.train.preemption import stop_signals
+from deepseek_jax.train.resume import check_resume, differences, saved_meta
+from deepseek_jax.train.run_lock import run_lock
 from deepseek_jax.typed import check_types
 from deepseek_jax.workflows.corpus import CorpusConfig, build_corpus
 from deepseek_jax.workflows.grpo import GRPOConfig, grpo
@@ -23,7 +26,7 @@ from deepseek_jax.workflows.recipe import load_recipe, moved
 from deepseek_jax.workflows.report import print_summary, write_report
 from deepseek_jax.workflows.report_data import EXPERT_SHARES
 from deepseek_jax.workflows.sft import SFTConfig, sft
-from deepseek_jax.workflows.stage import read_result, write_json
+from deepseek_jax.workflows.stage import StageConfig, read_result, write_json
 from deepseek_jax.workflows.tokenizer import train_on_files
 
 RECIPE_DIR = "runs/demo"  # the folder that the recipes in configs/demo/ name
@@ -51,6 +54,8 @@ class DemoConfig:
     """Of the corpus and of every stage."""
     recipes: str = "demo"
     """The folder of the stages' recipes."""
+    quiet: bool = False
+    """Say nothing before the summary."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -63,8 +68,9 @@ def make_corpus(config: CorpusStage) -> dict:
     wanted = json.loads(json.dumps(dataclasses.asdict(config.corpus)))
     if meta_path.exists() and tokenizer_path.exists():
         meta = json.loads(meta_path.read_text(encoding="utf-8"))
-        if meta["config"] != wanted:
-            raise ValueError(f"{folder} holds a corpus of another configuration; choose another folder, or remove it")
+        if differ := differences(meta["config"], wanted):
+            named = "; ".join(f"{name} is {was!r} there and {now!r} here" for name, (was, now) in differ.items())
+            raise ValueError(f"{folder} holds a corpus of other settings: {named}; choose another folder, or remove it")
         return meta
     meta = build_corpus(folder, config.corpus)
     train_on_files([folder / "documents" / "train.jsonl"], config.corpus.vocab_size, folder)
@@ -72,16 +78,25 @@ def make_corpus(config: CorpusStage) -> dict:
 
 
 def demo(config: DemoConfig, console: Console | None = None) -> None:
-    """Run all stages, write ``report.html`` and print the summary."""
+    """Run all stages, write ``report.html`` and print the summary.
+
+    ValueError where a stage was run with other settings, or another process works in ``run_dir``.
+    """
     console = console or Console()
+    with run_lock(config.run_dir), stop_signals("; the same command goes on from what was saved"):
+        _demo(config, console)
+
+
+def _demo(config: DemoConfig, console: Console) -> None:
     run_dir = Path(config.run_dir)
     began = time.monotonic()
+    say = console.print if not config.quiet else lambda text: None
 
     def recipe(name: str, kind: type):
         loaded = moved(load_recipe(f"{config.recipes}/{name}", kind), RECIPE_DIR, str(run_dir))
         if kind is CorpusStage:
             return dataclasses.replace(loaded, corpus=dataclasses.replace(loaded.corpus, seed=config.seed))
-        return dataclasses.replace(loaded, seed=config.seed)
+        return dataclasses.replace(loaded, seed=config.seed, quiet=config.quiet)
 
     stages = [
         ("pretrain", pretrain, recipe("pretrain", PretrainConfig)),
@@ -89,13 +104,13 @@ def demo(config: DemoConfig, console: Console | None = None) -> None:
         ("grpo", grpo, recipe("grpo", GRPOConfig)),
     ]
     corpus = recipe("corpus", CorpusStage)
-    console.print(f"[bold]corpus[/bold] and tokenizer → {corpus.folder}")
+    say(f"[bold]corpus[/bold] and tokenizer → {corpus.folder}")
     make_corpus(corpus)
     for name, run, stage in stages:
-        if read_result(run_dir / name) is not None:
-            console.print(f"[bold]{name}[/bold] is done already")
+        if _is_done(stage, run_dir):
+            say(f"[bold]{name}[/bold] is done already")
         else:
-            console.print(f"[bold]{name}[/bold] → {stage.run_dir}")
+            say(f"[bold]{name}[/bold] → {stage.run_dir}")
             run(stage)
         if name == "grpo" and not (run_dir / name / EXPERT_SHARES).exists():
             write_expert_shares(Path(corpus.folder), run_dir / name, seq_len=stages[0][2].data.seq_len)
@@ -104,6 +119,17 @@ def demo(config: DemoConfig, console: Console | None = None) -> None:
     print_summary(run_dir, console)
     console.print(f"report: {report}   ({time.monotonic() - began:.0f} s for what was run now)")
     console.print(f"ask it 23+58=, say: deepseek-jax chat {run_dir}")
+
+
+def _is_done(stage: StageConfig, run_dir: Path) -> bool:
+    """Whether the stage has its result. ValueError where that is of settings which a run cannot change."""
+    saved = saved_meta(stage.run_dir)
+    if read_result(stage.run_dir) is None or saved is None:
+        return False
+    there = saved["recipe"]
+    same_place = moved(stage, str(run_dir), str(Path(there["run_dir"]).parent))  # the folder may have been moved
+    check_resume(stage.run_dir, saved, {**saved, "recipe": dataclasses.asdict(same_place)}, stage.MAY_CHANGE)
+    return there["loop"]["steps"] == stage.loop.steps
 
 
 def write_expert_shares(corpus: Path, run_dir: Path, *, seq_len: int) -> None:

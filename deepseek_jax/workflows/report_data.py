@@ -1,17 +1,45 @@
-"""What a demo run has written so far, and its summary: the report and the terminal show the same numbers."""
+"""What a run has written so far, and its summary: the report and the terminal show the same numbers."""
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-TITLES = {"pretrain": "Pretraining", "sft": "Cold-start SFT", "grpo": "GRPO"}
+TITLES = {"pretrain": "Pretraining", "sft": "SFT", "grpo": "GRPO"}
+DEMO_TITLES = TITLES | {"sft": "Cold-start SFT"}
 NOTHING = "\N{EN DASH}"
 EXPERT_SHARES = "experts.json"  # which experts serve which kind of token
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(math.ceil(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h {minutes:02d}m"
+    return f"{minutes}m {rest:02d}s" if minutes else f"{rest}s"
+
+
+NUMBERS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "problems": ("held-out problems", "{:,.0f}".format),
+    "loss": ("last loss", "{:.4g}".format),
+    "reward": ("last reward", "{:.4g}".format),
+    "bits_per_byte": ("bits per byte, held-out text", "{:.3f}".format),
+    "heldout_loss": ("held-out loss, nats per token", "{:.3f}".format),
+    "max_vio": ("last MaxVio", "{:.3f}".format),
+    "tokens_per_second": ("tokens per second", "{:,.0f}".format),
+    "steps": ("steps", "{:,.0f}".format),
+    "tokens_seen": ("tokens", "{:,.0f}".format),
+    "seconds": ("time", _duration),
+    "peak_bytes_device": ("peak memory of a device", lambda count: f"{count / 1e9:.2f} GB"),
+    "peak_bytes_process": ("peak memory of the process", lambda count: f"{count / 1e9:.2f} GB"),
+    "parameters_total": ("parameters", "{:,.0f}".format),
+    "parameters_active": ("parameters active per token", "{:,.0f}".format),
+    "cache_numbers_per_token_layer": ("cached numbers per token and layer", "{:,.0f}".format),
+}
 
 
 @dataclass(frozen=True)
@@ -19,15 +47,12 @@ class Stage:
     """What a stage has written so far; everything may be missing while the run is still going."""
 
     name: str
+    title: str
     metrics: list[dict[str, Any]]
     result: dict[str, Any]
     samples: list[dict[str, Any]]
     experts: dict[str, Any]
     config: dict[str, Any]
-
-    @property
-    def title(self) -> str:
-        return TITLES[self.name]
 
     @property
     def status(self) -> str:
@@ -46,11 +71,28 @@ class Stage:
         logged = [line[name] for line in self.metrics for name in (f"eval/{key}", key) if name in line]
         return logged[-1] if logged else None
 
-    def points(self, key: str, scale: float = 1.0) -> np.ndarray:
-        """(points, 3): step, value, standard error of a logged scalar, non-finite values left out."""
-        rows = [(line["step"], line[key], line.get(f"{key}_stderr", 0.0)) for line in self.metrics if key in line]
+    def points(self, key: str, scale: float = 1.0, *, over: str = "step") -> np.ndarray:
+        """(points, 3): step (or what else of a line is named), value, standard error of a logged scalar, non-finite
+        values left out."""
+        lines = [line for line in self.metrics if key in line and over in line]
+        rows = [(line[over], line[key], line.get(f"{key}_stderr", 0.0)) for line in lines]
         points = np.array(rows, np.float64).reshape(-1, 3) * (1.0, scale, scale)
         return points[np.isfinite(points).all(axis=1)]
+
+    def logs(self, *keys: str) -> bool:
+        """Whether any of these has been logged."""
+        return any(key in line for line in self.metrics for key in keys)
+
+    def evaluations(self) -> list[str]:
+        """The ``eval/...`` that have been logged, in their order, without accuracies and standard errors."""
+        found = dict.fromkeys(key for line in self.metrics for key in line if key.startswith("eval/"))
+        return [key for key in found if not key.startswith("eval/accuracy_") and not key.endswith("_stderr")]
+
+    def rewards(self) -> list[str]:
+        """The names of the rewards that graded, in their order; see ``Grades.metrics``."""
+        counts = ("timeouts", "crashes", "errors")
+        found = dict.fromkeys(key for line in self.metrics for key in line if key.startswith("reward_"))
+        return [name for key in found if (name := key.removeprefix("reward_")) not in counts]
 
     def loads(self) -> np.ndarray | None:
         """(logged steps, MoE layers, experts): the share of each expert, or None."""
@@ -59,18 +101,32 @@ class Stage:
 
 
 def read_stages(run_dir: Path) -> list[Stage]:
-    """The stages of the run in their order, whether they have begun or not."""
-    return [
-        Stage(
-            name,
-            _read_lines(run_dir / name / "metrics.jsonl"),
-            read_json(run_dir / name / "result.json"),
-            _read_lines(run_dir / name / "samples.jsonl"),
-            read_json(run_dir / name / EXPERT_SHARES),
-            read_json(run_dir / name / "config.json"),
+    """The stages of a demo's folder in their order, whether they have begun or not, or the one of a stage's own folder.
+
+    FileNotFoundError where there is no folder, ValueError where there is no run in it.
+    """
+    if not run_dir.is_dir():
+        raise FileNotFoundError(f"{run_dir} does not exist" if not run_dir.exists() else f"{run_dir} is no folder")
+    if name := read_json(run_dir / "config.json").get("stage"):
+        return [_read_stage(run_dir, name, TITLES.get(name, name))]
+    if not any((run_dir / name).is_dir() for name in DEMO_TITLES):
+        raise ValueError(
+            f"{run_dir} holds no run: neither a stage's config.json, which is written before its first step, nor "
+            f"{', '.join(DEMO_TITLES)} of a demo"
         )
-        for name in TITLES
-    ]
+    return [_read_stage(run_dir / name, name, title) for name, title in DEMO_TITLES.items()]
+
+
+def _read_stage(folder: Path, name: str, title: str) -> Stage:
+    return Stage(
+        name,
+        title,
+        _read_lines(folder / "metrics.jsonl"),
+        read_json(folder / "result.json"),
+        _read_lines(folder / "samples.jsonl"),
+        read_json(folder / EXPERT_SHARES),
+        read_json(folder / "config.json"),
+    )
 
 
 def summary_rows(stages: Sequence[Stage]) -> list[tuple[str, list[str]]]:
@@ -81,21 +137,20 @@ def summary_rows(stages: Sequence[Stage]) -> list[tuple[str, list[str]]]:
         after = [accuracy_after(stage, mode) for stage in stages]
         rows.append((f"{mode} accuracy before", [show_accuracy(value) for value in before]))
         rows.append((f"{mode} accuracy after", [show_accuracy(value) for value in after]))
-    formats = {
-        "problems": ("held-out problems", "{:,.0f}"),
-        "bits_per_byte": ("bits per byte, held-out text", "{:.3f}"),
-        "tokens_per_second": ("tokens per second", "{:,.0f}"),
-        "steps": ("steps", "{:,.0f}"),
-        "seconds": ("time", ""),
-        "parameters_total": ("parameters", "{:,.0f}"),
-        "parameters_active": ("parameters active per token", "{:,.0f}"),
-        "cache_numbers_per_token_layer": ("cached numbers per token and layer", "{:,.0f}"),
-    }
-    for key, (label, form) in formats.items():
+    for key, (label, form) in NUMBERS.items():
         values = [stage.number(key) for stage in stages]
-        show = form.format if form else _duration
-        rows.append((label, [NOTHING if value is None else show(value) for value in values]))
+        rows.append((label, [NOTHING if value is None else form(value) for value in values]))
+    others = dict.fromkeys(key for stage in stages for key, value in stage.result.items() if _is_other(key, value))
+    for key in others:
+        values = [stage.result.get(key) for stage in stages]
+        rows.append((key.replace("_", " "), [NOTHING if value is None else f"{value:.4g}" for value in values]))
     return [(label, cells) for label, cells in rows if any(cell != NOTHING for cell in cells)]
+
+
+def _is_other(key: str, value: Any) -> bool:
+    """Whether a number of a result is one that no row of its own shows."""
+    known = key in NUMBERS or key.startswith("accuracy_") or key == "steps_here"
+    return isinstance(value, int | float) and not known
 
 
 def accuracy_after(stage: Stage, mode: str) -> tuple[float, float] | None:
@@ -118,11 +173,6 @@ def show_accuracy(value: tuple[float, float] | None) -> str:
 
 def show_percent(value: float | None) -> str:
     return NOTHING if value is None else f"{100 * value:.1f}%"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(math.ceil(seconds), 60)
-    return f"{minutes}m {rest:02d}s" if minutes else f"{rest}s"
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -34,11 +34,7 @@ RESULT = "result.json"
 
 @dataclasses.dataclass(frozen=True)
 class StageConfig:
-    """What all stages have: where they write, the seed, and how they train.
-
-    log_to: where metrics go beside ``metrics.jsonl``: ``wandb``, or file.py:function, called with the step and the line
-    as a dict. quiet: say nothing before the result.
-    """
+    """What all stages have: where they write, the seed, and how they train."""
 
     run_dir: str = "runs/stage"
     """The run's folder: checkpoints, metrics, result. A run that is there goes on."""
@@ -50,7 +46,9 @@ class StageConfig:
     mesh: MeshConfig = MeshConfig()
     compute: ComputeConfig = ComputeConfig()
     log_to: tuple[str, ...] = ()
+    """Where metrics go beside metrics.jsonl: wandb, or file.py:function, called with the step and the line."""
     quiet: bool = False
+    """Say nothing before the result."""
 
     # What may differ, as a run goes on, from what its checkpoint was made with; see `check_resume`.
     MAY_CHANGE = ("run_dir", "compute", "mesh", "loop", "log_to", "quiet")

@@ -1,7 +1,9 @@
 """The command line: what it prints, and one line and a status for each mistake."""
 
+import json
 import re
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -212,6 +214,31 @@ def test_the_checkpoint_of_another_model_is_refused(workplace, refused):
     assert "model.hidden_size is 16 there and 32 here" in message
     checkpoints = workplace / "run" / "pretrain" / "checkpoints"
     assert [path.name for path in checkpoints.iterdir() if path.name.isdecimal()] == ["24"]
+
+
+def test_a_run_where_another_process_trains_is_left_alone(workplace, refused):
+    before = {path: path.read_bytes() for path in (workplace / "run" / "pretrain").rglob("*") if path.is_file()}
+    program = "import sys, time; from deepseek_jax.train.run_lock import run_lock\n"
+    program += "with run_lock('run/pretrain'): print('held', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        assert f"run/pretrain: process {other.pid} on " in refused(*PRETRAIN)
+        other.kill()
+    (workplace / "run" / "pretrain" / "lock.json").unlink()
+    assert before == {path: path.read_bytes() for path in (workplace / "run" / "pretrain").rglob("*") if path.is_file()}
+
+
+def test_a_finished_run_is_not_measured_anew_nor_another_one_in_its_place(workplace, refused, capsys):
+    result = workplace / "run" / "pretrain" / "result.json"
+    before = json.loads(result.read_text())
+    message = refused(*PRETRAIN, "--optimizer.peak-lr", "1")
+    assert "run/pretrain holds a run with other settings: optimizer.peak_lr is 0.01 there and 1.0 here" in message
+    assert json.loads(result.read_text()) == before
+    assert main([*PRETRAIN, "--loop.log-every", "5", "--mesh.data", "4", "--mesh.tensor", "2"]) == 0
+    assert "run/pretrain: step 24 was reached before; nothing was trained" in capsys.readouterr().err
+    assert json.loads(result.read_text()) == pytest.approx(before | {"steps_here": 0}, rel=1e-5)
+    config = json.loads((workplace / "run" / "pretrain" / "config.json").read_text())
+    assert config["history"][0]["changed"]["loop.log_every"] == [1, 5]
 
 
 def test_rows_packed_otherwise_are_refused(workplace, refused):

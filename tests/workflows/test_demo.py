@@ -195,8 +195,23 @@ def test_a_second_call_does_nothing(miniature, tmp_path, monkeypatch):
 def test_a_corpus_of_another_configuration_is_refused(miniature, monkeypatch):
     monkeypatch.chdir(miniature)
     config = load_recipe("recipes/corpus.py", CorpusStage)
-    with pytest.raises(ValueError, match="run/corpus holds a corpus of another configuration"):
-        make_corpus(dataclasses.replace(config, folder="run/corpus", corpus=CorpusConfig(vocab_size=301)))
+    corpus = dataclasses.replace(config.corpus, vocab_size=301, seed=1)
+    message = "run/corpus holds a corpus of other settings: seed is 0 there and 1 here; vocab_size is 300 there and 301"
+    with pytest.raises(ValueError, match=message):
+        make_corpus(dataclasses.replace(config, folder="run/corpus", corpus=corpus))
+    with pytest.raises(ValueError, match="run/corpus holds a corpus of other settings: seed is 0 there and 4 here"):
+        demo(DemoConfig(run_dir="run", recipes="recipes", seed=4))
+
+
+def test_a_stage_that_is_done_with_other_settings_is_not_taken_for_this_one(miniature, monkeypatch, tmp_path):
+    monkeypatch.chdir(miniature)
+    shutil.copytree("recipes", tmp_path / "recipes")
+    recipe = tmp_path / "recipes" / "sft.py"
+    recipe.write_text(recipe.read_text().replace("peak_lr=1e-2", "peak_lr=1.0"))
+    with pytest.raises(
+        ValueError, match="run/sft holds a run with other settings: optimizer.peak_lr is 0.01 there and"
+    ):
+        demo(DemoConfig(run_dir="run", recipes=str(tmp_path / "recipes")), Console(file=io.StringIO()))
 
 
 def test_a_reference_that_moves_takes_a_kl_term():

@@ -199,6 +199,14 @@ def test_evaluation_at_step_0_is_the_accuracy_before(full_run: Path) -> None:
 
 
 def test_nothing_has_run_yet(tmp_path: Path) -> None:
+    for path, message in (
+        (tmp_path, "holds no run: neither a stage's config.json"),
+        (tmp_path / "x", "x does not exist"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            write_report(path)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "pretrain").mkdir()
     text = write_report(tmp_path).read_text(encoding="utf-8")
     assert Page(text).ids() == SECTIONS and "<svg" not in text
     assert "Pretraining is not started; Cold-start SFT is not started; GRPO is not started" in text

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from deepseek_jax.data.chat import check_messages
+from deepseek_jax.data.conversations import Conversation, read_conversation
 
 logger = logging.getLogger(__name__)
 
@@ -49,26 +49,24 @@ def read_documents(
 def read_chats(
     paths: PathLike | Iterable[PathLike],
     *,
-    then: Callable[[list[dict[str, str]]], T] = lambda messages: messages,
+    then: Callable[[Conversation], T] = lambda conversation: conversation,
     skip_broken: bool = False,
     skipped: Counter[str] | None = None,
 ) -> Iterator[T]:
-    """Conversations of .jsonl, .jsonl.gz or .parquet: {"messages": [{"role", "content"}, ...]} a line or row.
+    """Conversations of .jsonl, .jsonl.gz or .parquet, one a line or row, in any form that `read_conversation` knows.
 
     then: what is made of each. Broken lines, and those that it raises ValueError for, are treated as in
     `read_documents`; those that it raises RefusedError for are an error in any case.
     """
 
     def chat(value: Any) -> T:
-        if not isinstance(value, dict) or "messages" not in value:
-            raise ValueError('no field "messages"; each line must be {"messages": [{"role": ..., "content": ...}]}')
-        check_messages(value["messages"])
-        for message in value["messages"]:
-            check_text(message["content"], "content")
-        return then(value["messages"])
+        conversation = read_conversation(value)
+        for message in conversation.messages:
+            check_text(message["content"] or "", "content")
+        return then(conversation)
 
     for path in map(Path, _as_list(paths)):
-        yield from _good(path, _records(path, "messages"), chat, skip_broken, skipped)
+        yield from _good(path, _records(path), chat, skip_broken, skipped)
 
 
 class RefusedError(ValueError):

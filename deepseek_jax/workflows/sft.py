@@ -10,6 +10,7 @@ import jax
 
 from deepseek_jax.checkpoint.model import Model, load
 from deepseek_jax.data.chat import encode_chat
+from deepseek_jax.data.conversations import Conversation, Sample
 from deepseek_jax.data.packing import Row, pack_samples
 from deepseek_jax.data.rows import RowLoader, check_rows, file_sizes, write_rows
 from deepseek_jax.data.text import RefusedError, read_chats
@@ -35,8 +36,12 @@ from deepseek_jax.workflows.task_eval import Exam, TaskEval, open_exam
 
 @dataclasses.dataclass(frozen=True)
 class SFTData:
-    """path: files of ``messages``, JSONL or Parquet. heldout: such files, whose loss is measured. seq_len: tokens of a
-    packed row. drop_long: leave samples longer than that out, counted, and go on."""
+    """path: files of chats, JSONL or Parquet: a column ``messages`` (or ShareGPT's ``conversations``), or a question
+    and its answer: ``prompt`` and ``completion`` or ``response``, ``instruction`` (``input``) and ``output``,
+    ``question`` and ``answer``; beside it ``system`` and ``tools``. Messages may hold reasoning, tool calls and parts
+    of text; ``weight`` 0 is not learnt; what is null, and columns and keys that no chat template reads, are passed
+    over. heldout: such files, whose loss is measured. seq_len: tokens of a packed row. drop_long: leave samples longer
+    than that out, counted, and go on."""
 
     path: tuple[str, ...] = ()
     heldout: tuple[str, ...] = ()
@@ -126,15 +131,15 @@ def _loss(model: Model, rows: list[Row], config: SFTConfig) -> float:
 
 
 def _packed(data: SFTData, path: tuple[str, ...], tokenizer: Tokenizer, skipped: Counter[str]) -> list[Row]:
-    def encode(messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
-        ids, mask = encode_chat(tokenizer, messages)
-        if len(ids) > data.seq_len and not data.drop_long:
-            raise RefusedError(
-                f"{len(ids)} tokens, where data.seq_len={data.seq_len}; --data.drop-long leaves such out"
-            )
-        return ids, mask
+    def encode(chat: Conversation) -> list[Sample]:
+        samples = encode_chat(tokenizer, chat.messages, chat.tools)
+        longest = max(len(ids) for ids, _ in samples)
+        if longest > data.seq_len and not data.drop_long:
+            raise RefusedError(f"{longest} tokens, where data.seq_len={data.seq_len}; --data.drop-long leaves such out")
+        return samples
 
-    samples = list(read_chats(path, then=encode, skip_broken=data.skip_broken, skipped=skipped))
+    chats = read_chats(path, then=encode, skip_broken=data.skip_broken, skipped=skipped)
+    samples = [sample for chat in chats for sample in chat]
     return pack_samples(samples, data.seq_len, pad_id=tokenizer.pad_id, drop_long=data.drop_long, skipped=skipped)
 
 

@@ -32,7 +32,6 @@ def encode_by(
     render = _renderer(template, tools)
     messages = _with_calls(render, messages[: left[-1] + 1])
     _check_written(template, messages, tools, prompt=False)
-    left = [index for index in left if index > 0]  # one that answers nothing has no prompt
     samples = []
     while left:
         sample, learnt = _sample(render, tokenizer, messages[: left[-1] + 1], left)
@@ -60,8 +59,8 @@ def _sample(
         except _RewrittenError:
             assert index != last
             continue
-        thinks = END_THINK in with_thinking(messages[index])
-        if text.startswith(end) and len(begin) <= len(end) and thinks <= (END_THINK in end[len(begin) :]):
+        forgotten = END_THINK in with_thinking(messages[index]) and END_THINK not in end[len(begin) :]
+        if index == last or (text.startswith(end) and len(begin) <= len(end) and not forgotten):
             turns[index] = len(begin), len(end)
     ids = tokenizer.encode(text, allow_special=True)
     mask = [0] * len(ids)

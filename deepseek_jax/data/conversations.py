@@ -140,10 +140,12 @@ def _call(call: Any, which: str) -> Message:
 
 
 def answers_of(messages: Sequence[Message]) -> list[int]:
-    """The messages to learn from: those of assistants, but for a `weight` of 0. ValueError where there is none."""
+    """The messages to learn from: those of assistants, but for a `weight` of 0 and for one that stands first, which
+    answers nothing. ValueError where there is none."""
     found = [i for i, message in enumerate(messages) if message["role"] == "assistant" and message.get("weight") != 0]
+    found = [index for index in found if index > 0]
     if not found:
-        raise ValueError("no message has role 'assistant': there is nothing to learn")
+        raise ValueError("no message of role 'assistant' answers another: there is nothing to learn")
     return found
 
 

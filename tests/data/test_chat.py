@@ -45,12 +45,8 @@ def test_text_and_mask_of_two_turns(tokenizer: Tokenizer) -> None:
 
 
 def test_what_was_answered_without_thinking_is_one_sample(tokenizer: Tokenizer) -> None:
-    plain: list[dict] = [
-        *TWO_TURNS[:2],
-        {"role": "assistant", "content": "2"},
-        *TWO_TURNS[3:],
-        TWO_TURNS[1],
-    ]  # a last question
+    plain: list[dict] = [*TWO_TURNS[:2], {"role": "assistant", "content": "2"}, *TWO_TURNS[3:]]
+    plain += [{"role": "user", "content": "thanks"}]  # which nobody answers
     ((ids, mask),) = encode_chat(tokenizer, plain)
     assert learnt(tokenizer, ids, mask) == [f"2{EOS}", f"{THINK}double{END_THINK}4{EOS}"] and mask[-1] == 1
     plain[2] = plain[2] | {"weight": 0}
@@ -135,7 +131,7 @@ def test_the_conversation_must_fit(tokenizer: Tokenizer) -> None:
     for encode in (encode_chat, encode_prompt):
         with pytest.raises(ValueError, match="role 'judge'"):
             encode(tokenizer, [{"role": "judge", "content": "x"}])
-    with pytest.raises(ValueError, match="no message has role 'assistant'"):
+    with pytest.raises(ValueError, match="no message of role 'assistant' answers"):
         encode_chat(tokenizer, TWO_TURNS[:2])
     with pytest.raises(ValueError, match="must be 'user'"):
         encode_prompt(tokenizer, TWO_TURNS[:3])

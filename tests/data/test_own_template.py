@@ -127,7 +127,7 @@ def test_what_cannot_be_learnt_is_named(tokenizer):
     refused(
         R1.replace("[-1]", "[-1] | upper"), "its answer is not found", [*TALK[:1], {**answer, "content": "</think>b"}]
     )
-    refused(CHATML, "no message has role 'assistant'", TALK[:1])
+    refused(CHATML, "no message of role 'assistant' answers", TALK[:1])
     refused("{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}", "non-empty list", [])
     with pytest.raises(ValueError, match="to be answered, it must be 'user'"):
         encode_prompt(speaker(tokenizer, CHATML), TALK)

@@ -1,5 +1,5 @@
-"""A Llama that transformers saved, with a template and a stop token of its own: fine-tuned here in two runs, asked here,
-and loaded there again, where it says the same and stops where it stops here."""
+"""A Llama that transformers saved, with a template and a stop token of its own: fine-tuned here in two runs, asked
+here, and loaded there again, where it says the same and stops where it stops here."""
 
 import json
 

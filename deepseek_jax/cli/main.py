@@ -37,11 +37,11 @@ and so is what sft and grpo start from (--init-from PATH). Every field of a reci
 COMMANDS = {
     "demo": "stages",
     "corpus": "stages",
-    "tokenizer": "tokenizer",
     "pretrain": "stages",
     "sft": "stages",
     "grpo": "stages",
     "report": "stages",
+    "tokenizer": "tokenizer",
     "generate": "talk",
     "chat": "chat",
     "eval": "evaluate",

@@ -2,7 +2,8 @@
 
 The walk of a pretraining document: `text.read_documents` -> `Tokenizer.encode` -> `fim.apply_fim` ->
 `packing.pack_stream` -> `rows.write_rows`, once; then `rows.RowLoader` gives the batches of a run.
-The walk of a chat: `text.read_chats` -> `chat.encode_chat` -> `packing.pack_samples` -> the same rows.
+The walk of a chat: `text.read_chats` -> `conversations` (one form of many) -> `chat.encode_chat` (by the model's own
+template: `by_template`) -> `packing.pack_samples` -> the same rows.
 
 A batch is a dict of arrays (B S):
 

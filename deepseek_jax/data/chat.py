@@ -6,66 +6,65 @@ which is written as ids, not as text, so no content can imitate its special toke
 """
 
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from deepseek_jax.data.by_template import encode_by, render_prompt
+from deepseek_jax.data.conversations import Message, Sample, answers_of, read_messages, with_thinking
 from deepseek_jax.data.template import ChatTemplate, opens_thinking
 from deepseek_jax.data.tokenizer import DEEPSEEK_TEMPLATE, END_THINK, THINK, Tokenizer
 
-ROLES = ("system", "user", "assistant")
 _THINK_TAGS = re.compile(f"({re.escape(THINK)}|{re.escape(END_THINK)})")
 
-Message = Mapping[str, str]
 
+def encode_chat(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None
+) -> list[Sample]:
+    """A conversation as samples to learn from: ids and loss mask of each. messages: as `read_messages` takes them.
 
-def check_messages(messages: object) -> None:
-    """ValueError that names the first thing wrong with a list of {"role", "content"}."""
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise ValueError('messages must be a non-empty list of {"role": ..., "content": ...}')
-    for index, message in enumerate(messages):
-        if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
-            raise ValueError(f'message {index} must have exactly the keys "role" and "content"')
-        if message["role"] not in ROLES:
-            raise ValueError(f"message {index} has role {message['role']!r}; allowed are {', '.join(ROLES)}")
-        if not isinstance(message["content"], str):
-            raise ValueError(f"message {index} has content of type {type(message['content']).__name__}, not text")
-
-
-def encode_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[int]]:
-    """Ids of a whole conversation that ends with an assistant message, and its loss mask.
-
-    The mask is 1 on what assistants say and the token that ends each turn, 0 elsewhere. As in R1, earlier assistant
-    turns lose their thinking; the last keeps it. `<think>` and `</think>` are special tokens in assistant content only.
+    The mask is 1 on what assistants say and the token that ends each turn, 0 elsewhere and on messages whose `weight`
+    is 0; what follows the last answer is left out. Later turns see no thinking of earlier answers, as in R1, yet each
+    answer is learnt with its own: one that thinks is the last of a sample, whose others do not. `<think>` and
+    `</think>` are special tokens in assistant content only.
 
     By a template of the model's own the ids are transformers' `apply_chat_template`'s, special tokens counting wherever
-    they stand, but that the last turn keeps its thinking where the template drops it. A `<think>` that the template
-    writes into prompts is not learnt. ValueError where such a template writes a turn otherwise once others follow, or
-    tokens run across a turn's edge; and for messages that are none.
+    they stand, but that the last turn keeps its thinking where the template drops it. A sample is again a beginning of
+    the conversation up to an answer, and each answer is learnt in the longest that writes it as it was given. A
+    `<think>` that the template writes into prompts is not learnt. ValueError where prompts are not how the template
+    begins the answered conversation, where it leaves out a message or a tool call, or tokens run across a turn's edge;
+    and for messages that are none.
     """
+    messages = read_messages(messages)
     if (template := own_template(tokenizer)) is not None:
-        return _encode_by(template, tokenizer, messages)
-    check_messages(messages)
-    _check_last(messages, learnt=True)
-    return _encode(tokenizer, messages, keep_thinking_of=len(messages) - 1)
+        return encode_by(template, tokenizer, messages, tools)
+    _check_plain(messages, tools)
+    left, samples = answers_of(messages), []
+    while left:
+        thinking = [index for index in left[:-1] if END_THINK in with_thinking(messages[index])]
+        learnt = [index for index in left if index not in thinking]
+        samples.append(_encode(tokenizer, messages[: left[-1] + 1], learnt, thinks=True))
+        left = thinking
+    return samples[::-1]
 
 
-def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+def encode_prompt(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None
+) -> list[int]:
     """Ids of a conversation up to where an assistant answers its last message: what is sampled from."""
+    messages = read_messages(messages)
+    if (role := messages[-1]["role"]) not in ("user", "tool"):
+        raise ValueError(f"the last message has role {role!r}; to be answered, it must be 'user'")
     if (template := own_template(tokenizer)) is not None:
-        text = template.render(messages)
-        _check_last(messages, learnt=False)
-        return tokenizer.encode(text, allow_special=True)
-    check_messages(messages)
-    _check_last(messages, learnt=False)
-    ids, _ = _encode(tokenizer, messages, keep_thinking_of=None)
+        return tokenizer.encode(render_prompt(template, messages, tools), allow_special=True)
+    _check_plain(messages, tools)
+    ids, _ = _encode(tokenizer, messages, [], thinks=False)
     return [*ids, tokenizer.assistant_id]
 
 
 def prompt_opens_thinking(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> bool:
     """Whether `encode_prompt` has written `<think>` for the model: its answer begins inside the thinking."""
     template = own_template(tokenizer)
-    return template is not None and opens_thinking(template.render(messages))
+    return template is not None and opens_thinking(template.render(read_messages(messages)))
 
 
 def own_template(tokenizer: Tokenizer) -> ChatTemplate | None:
@@ -76,101 +75,41 @@ def own_template(tokenizer: Tokenizer) -> ChatTemplate | None:
     return None if template is None or template.source == DEEPSEEK_TEMPLATE else template
 
 
-def _check_last(messages: Sequence[Mapping[str, Any]], *, learnt: bool) -> None:
-    role = messages[-1]["role"]
-    if learnt and role != "assistant":
-        raise ValueError(f"the last message has role {role!r}; to learn from, it must be 'assistant'")
-    if not learnt and role in ("assistant", "system"):
-        raise ValueError(f"the last message has role {role!r}; to be answered, it must be 'user'")
-
-
-# ---- by the model's own template ----
-
-
-def _encode_by(
-    template: ChatTemplate, tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]
-) -> tuple[list[int], list[int]]:
-    text = template.render(messages, add_generation_prompt=False)
-    _check_last(messages, learnt=True)
-    text = _keep_thinking(text, *_prompt_before(template, messages, len(messages) - 1, text), messages[-1])
-    turns = []  # (where an answer begins in the text, where its turn ends)
-    for index, message in enumerate(messages):
-        if message["role"] == "assistant":
-            last = index == len(messages) - 1
-            end = text if last else template.render(messages[: index + 1], add_generation_prompt=False)
-            begin, _ = _prompt_before(template, messages, index, text)
-            if not text.startswith(end) or len(begin) > len(end):
-                raise ValueError(f"the chat template writes message {index} otherwise once others follow")
-            turns.append((len(begin), len(end)))
-    ids = tokenizer.encode(text, allow_special=True)
-    mask = [0] * len(ids)
-    for turn in turns:
-        begin, end = (_count(tokenizer, ids, text[:edge]) for edge in turn)
-        stops = [at for at in range(begin, end) if ids[at] in tokenizer.stop_ids]
-        if not stops:
-            warnings.warn("the chat template ends an answer with no stop token: none is learnt", stacklevel=3)
-        end = stops[-1] + 1 if stops else end
-        mask[begin:end] = [1] * (end - begin)
-    return ids, mask
-
-
-def _prompt_before(
-    template: ChatTemplate, messages: Sequence[Mapping[str, Any]], index: int, text: str
-) -> tuple[str, str]:
-    """What stands before message ``index`` in ``text``: the prompt that it answers, and what that prompt ends with
-    beyond: the `<think>` of a template that opens it, where the text has none."""
-    prompt = asked = template.render(messages[:index], add_generation_prompt=True)
-    if not text.startswith(prompt) and opens_thinking(prompt):
-        prompt = prompt.rstrip().removesuffix(THINK)
-    if not text.startswith(prompt):
-        raise ValueError(f"the chat template's prompt for message {index} is not how it writes the conversation")
-    return prompt, asked[len(prompt) :]
-
-
-def _count(tokenizer: Tokenizer, ids: list[int], part: str) -> int:
-    """How many of the ids a part at the beginning of their text is."""
-    found = tokenizer.encode(part, allow_special=True)
-    if ids[: len(found)] != found:
-        raise ValueError(f"a token of this tokenizer runs across the edge of a turn, after {part[-20:]!r}")
-    return len(found)
-
-
-def _keep_thinking(text: str, before: str, opener: str, message: Mapping[str, Any]) -> str:
-    """The conversation with the thinking of its last message, if the template has dropped that."""
-    said, content = text[len(before) :], message.get("content")
-    if not isinstance(content, str) or END_THINK not in content or END_THINK in said:
-        return text
-    thinking, _, answer = content.rpartition(END_THINK)
-    if opener:
-        thinking = opener + thinking.lstrip().removeprefix(THINK).lstrip("\n")
-    white, found, end = said.partition(answer.strip()) if answer.strip() else ("", True, said)
-    if white.strip() or not found:
-        raise ValueError("the chat template drops the last message's thinking, and its answer is not found to keep it")
-    return before + thinking + END_THINK + answer + end
-
-
 # ---- in DeepSeek's format ----
 
 
-def _encode(
-    tokenizer: Tokenizer, messages: Sequence[Message], *, keep_thinking_of: int | None
-) -> tuple[list[int], list[int]]:
+def _check_plain(messages: Sequence[Message], tools: Sequence[Any] | None) -> None:
+    wrong = "the conversation has tools" if tools else ""
+    for index, message in enumerate(messages):
+        if message["role"] in ("tool", "developer"):
+            wrong = wrong or f"message {index} has role {message['role']!r}"
+        elif "tool_calls" in message:
+            wrong = wrong or f"message {index} calls a tool"
+    if wrong:
+        raise ValueError(
+            f"{wrong}, which this model's format (DeepSeek's, of system, user and assistant) has no place for: give "
+            "its folder a chat_template.jinja that writes them"
+        )
+
+
+def _encode(tokenizer: Tokenizer, messages: Sequence[Message], learnt: Sequence[int], *, thinks: bool) -> Sample:
+    """thinks: the last message keeps its thinking, if it is an assistant's."""
     # Wherever they stand, system messages open the conversation, as in R1's template.
     system = "\n\n".join(message["content"] for message in messages if message["role"] == "system")
     ids = [tokenizer.bos_id, *tokenizer.encode(system)]
     mask = [0] * len(ids)
     for index, message in enumerate(messages):
-        content = message["content"]
         if message["role"] == "user":
-            turn = [tokenizer.user_id, *tokenizer.encode(content)]
+            turn = [tokenizer.user_id, *tokenizer.encode(message["content"])]
             ids += turn
             mask += [0] * len(turn)
         elif message["role"] == "assistant":
-            if index != keep_thinking_of:
+            content = with_thinking(message)
+            if not thinks or index != len(messages) - 1:
                 content = content.split(END_THINK)[-1]
             answer = [*_encode_assistant(tokenizer, content), tokenizer.eos_id]
             ids += [tokenizer.assistant_id, *answer]
-            mask += [0] + [1] * len(answer)
+            mask += [0] + [int(index in learnt)] * len(answer)
     return ids, mask
 
 

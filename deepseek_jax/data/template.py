@@ -20,6 +20,8 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
+from deepseek_jax.data.conversations import REASONING
+
 MAX_TEMPLATE_BYTES = 64 * 1024
 MAX_CHARS = 4 * 1024 * 1024  # of the rendered text, and of what one operator makes: a million tokens
 MAX_CPU_SECONDS = 10.0
@@ -39,7 +41,6 @@ _TEXT_SIZES: dict[str, Callable[..., int]] = {
 # A width of four digits or one that is computed: "%5000s", "%*d", "{:>5000}", "{:{}}".
 _WIDE_FIELD = re.compile(r"%(\([^)]*\))?[-+ #0-9.]*(\d{4}|\*)|\{[^{}]*(:[^{}]*\d{4}|\{)")
 _ASKS_FOR_NONE = re.compile(r"\bis\s+(not\s+)?none\b", re.IGNORECASE)
-_REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 class ChatTemplate:
@@ -106,7 +107,7 @@ def _message(message: Any, index: int, keep_none: bool) -> dict[str, Any]:
     kept = {"content"} if keep_none and message.get("tool_calls") is not None else set()
     plain = {key: _plain(value, f"message {index}, {key}") for key, value in message.items()}
     plain = {key: value for key, value in plain.items() if value is not None or key in kept}
-    thought = next((plain[key] for key in _REASONING if key in plain), None)
+    thought = next((plain[key] for key in REASONING if key in plain), None)
     return plain if thought is None else {"thinking": thought, **plain, "reasoning_content": thought}
 
 

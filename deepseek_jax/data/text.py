@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from deepseek_jax.data import hub
-from deepseek_jax.data.chat import check_messages
+from deepseek_jax.data.conversations import Conversation, read_conversation
 from deepseek_jax.data.files import LINES, ROWS, TEXTS, PathLike, find_files, open_file
 
 logger = logging.getLogger(__name__)
@@ -72,26 +72,24 @@ def read_texts(
 def read_chats(
     paths: PathLike | Iterable[PathLike],
     *,
-    then: Callable[[list[dict[str, str]]], T] = lambda messages: messages,
+    then: Callable[[Conversation], T] = lambda conversation: conversation,
     skip_broken: bool = False,
     skipped: Counter[str] | None = None,
 ) -> Iterator[T]:
-    """Conversations of .jsonl(.gz|.zst), .parquet or `hf:`: {"messages": [{"role", "content"}, ...]} a line or row.
+    """Conversations of .jsonl(.gz|.zst), .parquet or `hf:`, one a line or row, in any form that `read_conversation` knows.
 
     then: what is made of each. Broken lines, and those that it raises ValueError for, are treated as in
     `read_documents`; those that it raises RefusedError for are an error in any case.
     """
 
     def chat(value: Any) -> T:
-        if not isinstance(value, dict) or "messages" not in value:
-            raise ValueError('no field "messages"; each line must be {"messages": [{"role": ..., "content": ...}]}')
-        check_messages(value["messages"])
-        for message in value["messages"]:
-            check_text(message["content"], "content")
-        return then(value["messages"])
+        conversation = read_conversation(value)
+        for message in conversation.messages:
+            check_text(message["content"] or "", "content")
+        return then(conversation)
 
     for path in find_files(paths):
-        yield from _good(path, _records(path, ["messages"]), chat, skip_broken, skipped)
+        yield from _good(path, _records(path), chat, skip_broken, skipped)
 
 
 class RefusedError(ValueError):

@@ -23,14 +23,14 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from deepseek_jax.data.chat import check_messages
+from deepseek_jax.data.conversations import Message, read_messages
 from deepseek_jax.data.text import check_text
 from deepseek_jax.rl.answers import is_right
 from deepseek_jax.rl.workers import WorkerPool
 from deepseek_jax.typed import check_types
 
 Row = Mapping[str, Any]
-Messages = list[dict[str, str]]
+Messages = list[Message]
 Reward = Callable[[str, Row], float | None]
 
 # By name, the modules of the package's tasks.
@@ -82,18 +82,17 @@ class Task:
         """The conversation to be answered. ValueError "FILE:LINE: what" for a row that gives none."""
         try:
             asked = self.ask(row)
-            messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
-            check_messages(messages)
+            messages = read_messages([{"role": "user", "content": asked}] if isinstance(asked, str) else asked)
             if messages[-1]["role"] != "user":
                 raise ValueError(
                     f"its last message has role {messages[-1]['role']!r}; to be answered, it must be 'user'"
                 )
             for message in messages:
-                check_text(message["content"], "content")
+                check_text(message["content"] or "", "content")
         except ValueError as error:
             raise ValueError(f"{where(row)}: {error}") from error
         system = [{"role": "system", "content": self.system}] if self.system else []
-        return [*system, *map(dict, messages)]
+        return [*system, *messages]
 
     def check(self, rows: Iterable[Row]) -> None:
         """ValueError for the first row that cannot be asked."""

@@ -143,7 +143,7 @@ def write_expert_shares(corpus: Path, run_dir: Path, *, seq_len: int) -> None:
         if row["kind"] in documents and len(documents[row["kind"]]) < 32:
             documents[row["kind"]].append(row["text"])
     problems = read_jsonl(corpus / "problems_heldout.jsonl")[:96]
-    chats = [encode_chat(tokenizer, to_messages(problem))[0] for problem in problems]
+    chats = [encode_chat(tokenizer, to_messages(problem))[0][0] for problem in problems]
     shares = expert_shares(
         model,
         token_kinds(tokenizer, documents, chats),

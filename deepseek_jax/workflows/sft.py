@@ -11,6 +11,7 @@ import tyro
 
 from deepseek_jax.checkpoint.model import Model
 from deepseek_jax.data.chat import encode_chat
+from deepseek_jax.data.conversations import Conversation, Sample
 from deepseek_jax.data.files import ROWS
 from deepseek_jax.data.packing import Row, pack_samples
 from deepseek_jax.data.rows import RowLoader, check_rows, sources_of, write_rows
@@ -40,8 +41,11 @@ class SFTData:
     """Chats, and how rows are made of them."""
 
     path: tuple[str, ...] = ()
-    """Files of `messages`, folders of them, quoted globs: .jsonl(.gz|.zst), .parquet; or hf:NAME[:CONFIG]:SPLIT, a
-    dataset of the Hugging Face hub."""
+    """Files of chats, folders of them, quoted globs: .jsonl(.gz|.zst), .parquet; or hf:NAME[:CONFIG]:SPLIT, a dataset of
+    the Hugging Face hub. A row has `messages` (or ShareGPT's `conversations`), or a question and its answer: `prompt` with
+    `completion` or `response`, `instruction` (`input`) with `output`, `question` with `answer`; beside it `system` and
+    `tools`. Messages may hold reasoning, tool calls and parts of text; `weight` 0 is not learnt; nulls, and what no chat
+    template reads, are passed over."""
     heldout: tuple[str, ...] = ()
     """Such files, whose loss is measured."""
     seq_len: int = 1024
@@ -143,16 +147,16 @@ def _packed(
 ) -> list[Row]:
     """Rows of the chats; ``turns`` gets the numbers of questions that they have."""
 
-    def encode(messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
-        turns.add(count_turns(messages))
-        ids, mask = encode_chat(tokenizer, messages)
-        if len(ids) > data.seq_len and not data.drop_long:
-            raise RefusedError(
-                f"{len(ids)} tokens, where data.seq_len={data.seq_len}; --data.drop-long leaves such out"
-            )
-        return ids, mask
+    def encode(chat: Conversation) -> list[Sample]:
+        turns.add(count_turns(chat.messages))
+        samples = encode_chat(tokenizer, chat.messages, chat.tools)
+        longest = max(len(ids) for ids, _ in samples)
+        if longest > data.seq_len and not data.drop_long:
+            raise RefusedError(f"{longest} tokens, where data.seq_len={data.seq_len}; --data.drop-long leaves such out")
+        return samples
 
-    samples = list(read_chats(path, then=encode, skip_broken=data.skip_broken, skipped=skipped))
+    chats = read_chats(path, then=encode, skip_broken=data.skip_broken, skipped=skipped)
+    samples = [sample for chat in chats for sample in chat]
     return pack_samples(samples, data.seq_len, pad_id=tokenizer.pad_id, drop_long=data.drop_long, skipped=skipped)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from deepseek_jax.data.chat import check_messages, encode_chat, encode_prompt, split_thinking
+from deepseek_jax.data.chat import encode_chat, encode_prompt, split_thinking
 from deepseek_jax.data.tokenizer import ASSISTANT, BOS, END_THINK, EOS, SPECIAL_TOKENS, THINK, USER, Tokenizer
 
 R1_CONFIG = Path(__file__).parents[3] / "shared/data/deepseek_r1_tokenizer/tokenizer_config.json"
@@ -32,17 +32,38 @@ def learnt(tokenizer: Tokenizer, ids: list[int], mask: list[int]) -> list[str]:
 
 
 def test_text_and_mask_of_two_turns(tokenizer: Tokenizer) -> None:
-    ids, mask = encode_chat(tokenizer, TWO_TURNS)
+    """Each answer is learnt with its own thinking, after a prompt that holds none."""
+    first, (ids, mask) = encode_chat(tokenizer, TWO_TURNS)
+    assert [first] == encode_chat(tokenizer, TWO_TURNS[:3])
+    assert learnt(tokenizer, *first) == [f"{THINK}easy{END_THINK}\n\n2{EOS}"]
     assert tokenizer.decode(ids, skip_special_tokens=False) == (
         f"{BOS}Be brief.{USER}1+1?{ASSISTANT}\n\n2{EOS}{USER}and 2+2?{ASSISTANT}{THINK}double{END_THINK}4{EOS}"
     )
-    assert learnt(tokenizer, ids, mask) == [f"\n\n2{EOS}", f"{THINK}double{END_THINK}4{EOS}"]
+    assert learnt(tokenizer, ids, mask) == [f"{THINK}double{END_THINK}4{EOS}"]
     assert ids.count(tokenizer.think_id) == ids.count(tokenizer.end_think_id) == 1
     assert set(mask) == {0, 1}
 
 
+def test_what_was_answered_without_thinking_is_one_sample(tokenizer: Tokenizer) -> None:
+    plain: list[dict] = [*TWO_TURNS[:2], {"role": "assistant", "content": "2"}, *TWO_TURNS[3:]]
+    plain += [{"role": "user", "content": "thanks"}]  # which nobody answers
+    ((ids, mask),) = encode_chat(tokenizer, plain)
+    assert learnt(tokenizer, ids, mask) == [f"2{EOS}", f"{THINK}double{END_THINK}4{EOS}"] and mask[-1] == 1
+    plain[2] = plain[2] | {"weight": 0}
+    ((same, mask),) = encode_chat(tokenizer, plain)
+    assert same == ids and learnt(tokenizer, ids, mask) == [f"{THINK}double{END_THINK}4{EOS}"]
+
+
+def test_reasoning_is_written_as_thinking(tokenizer: Tokenizer) -> None:
+    apart = [TWO_TURNS[1], {"role": "assistant", "content": "2", "reasoning_content": "easy"}]
+    ((ids, mask),) = encode_chat(tokenizer, apart)
+    assert learnt(tokenizer, ids, mask) == [f"{THINK}\neasy\n{END_THINK}\n\n2{EOS}"]
+    prompt = encode_prompt(tokenizer, [*apart, TWO_TURNS[3]])
+    assert prompt == encode_prompt(tokenizer, [TWO_TURNS[1], {"role": "assistant", "content": "\n\n2"}, TWO_TURNS[3]])
+
+
 def test_prompt_is_the_chat_up_to_the_answer(tokenizer: Tokenizer) -> None:
-    ids, mask = encode_chat(tokenizer, TWO_TURNS)
+    ids, mask = encode_chat(tokenizer, TWO_TURNS)[-1]
     prompt = encode_prompt(tokenizer, TWO_TURNS[:-1])
     assert prompt[-1] == tokenizer.assistant_id
     assert ids[: len(prompt)] == prompt
@@ -65,7 +86,7 @@ def test_assistant_content_makes_thinking_tokens_only(tokenizer: Tokenizer) -> N
         {"role": "user", "content": "u"},
         {"role": "assistant", "content": f"{THINK}a{END_THINK}{EOS}{USER}"},
     ]
-    ids, _ = encode_chat(tokenizer, messages)
+    ((ids, _),) = encode_chat(tokenizer, messages)
     assert (ids.count(tokenizer.eos_id), ids.count(tokenizer.user_id)) == (1, 1)
     assert (ids.count(tokenizer.think_id), ids.count(tokenizer.end_think_id)) == (1, 1)
 
@@ -92,27 +113,25 @@ def test_prompts_read_as_in_r1s_own_template(tokenizer: Tokenizer, messages: lis
 
 
 @pytest.mark.parametrize(
-    ("messages", "message"),
+    ("more", "tools", "message"),
     [
-        ([], "non-empty list"),
-        ("hello", "non-empty list"),
-        ([{"role": "user"}], "message 0 must have exactly the keys"),
-        ([{"role": "user", "content": "x", "tool_calls": []}], "message 0 must have exactly the keys"),
-        ([{"role": "tool", "content": "x"}], "role 'tool'; allowed are system, user, assistant"),
-        ([{"role": ["user"], "content": "x"}], "role \\['user'\\]; allowed"),
-        ([{"role": "user", "content": None}], "message 0 has content of type NoneType"),
+        ([{"role": "tool", "content": "x"}], None, "message 3 has role 'tool'"),
+        ([{"role": "developer", "content": "x"}], None, "message 3 has role 'developer'"),
+        ([{"role": "assistant", "tool_calls": [{"name": "f"}]}], None, "message 3 calls a tool"),
+        ([], [{"name": "f"}], "the conversation has tools"),
     ],
 )
-def test_wrong_messages_are_named(messages: object, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        check_messages(messages)
+def test_what_the_format_has_no_place_for_is_named(tokenizer: Tokenizer, more, tools, message: str) -> None:
+    for encode, talk in ((encode_chat, [*more, TWO_TURNS[4]]), (encode_prompt, [*more, TWO_TURNS[3]])):
+        with pytest.raises(ValueError, match=f"{message}.*DeepSeek's.*chat_template.jinja"):
+            encode(tokenizer, [*TWO_TURNS[:3], *talk], tools)
 
 
 def test_the_conversation_must_fit(tokenizer: Tokenizer) -> None:
     for encode in (encode_chat, encode_prompt):
-        with pytest.raises(ValueError, match="role 'tool'"):
-            encode(tokenizer, [{"role": "tool", "content": "x"}])
-    with pytest.raises(ValueError, match="must be 'assistant'"):
+        with pytest.raises(ValueError, match="role 'judge'"):
+            encode(tokenizer, [{"role": "judge", "content": "x"}])
+    with pytest.raises(ValueError, match="no message of role 'assistant' answers"):
         encode_chat(tokenizer, TWO_TURNS[:2])
     with pytest.raises(ValueError, match="must be 'user'"):
         encode_prompt(tokenizer, TWO_TURNS[:3])

@@ -10,6 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from deepseek_jax.data.conversations import Conversation
 from deepseek_jax.data.text import RefusedError, read_chats, read_documents, read_objects, read_rows
 
 TEXTS = ["one\ntwo", "ünï 数", "", "four"]
@@ -101,17 +102,17 @@ CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"
 
 def test_chats(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write(tmp_path / "c.jsonl", [CHAT, [{"role": "judge", "content": "x"}], b"{}", CHAT], field="messages")
-    with pytest.raises(ValueError, match=r"c\.jsonl:2: message 0 has role 'judge'; allowed are system, user"):
+    with pytest.raises(ValueError, match=r"c\.jsonl:2: message 0 has role 'judge'; allowed are system, dev"):
         list(read_chats(path))
     skipped: Counter[str] = Counter()
-    assert list(read_chats(path, skip_broken=True, skipped=skipped)) == [CHAT, CHAT]
+    assert list(read_chats(path, skip_broken=True, skipped=skipped)) == [Conversation(CHAT)] * 2
     assert skipped == {str(path): 2} and "skipped 2" in caplog.text
-    assert list(read_chats(write(tmp_path / "c.parquet", [CHAT, CHAT], field="messages"))) == [CHAT, CHAT]
+    assert list(read_chats(write(tmp_path / "c.parquet", [CHAT, CHAT], field="messages"))) == [Conversation(CHAT)] * 2
     (tmp_path / "c.txt").touch()
     with pytest.raises(ValueError, match="unknown kind of file"):
         list(read_chats(tmp_path / "c.txt"))
 
-    def refuse(messages: list[dict[str, str]]) -> None:
+    def refuse(chat: Conversation) -> None:
         raise RefusedError("too long")
 
     with pytest.raises(ValueError, match=r"c\.parquet:1: too long"):

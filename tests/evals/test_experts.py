@@ -48,7 +48,7 @@ def test_tokens_are_sorted_into_kinds():
         {"role": "user", "content": "7*8="},
         {"role": "assistant", "content": "<think>so 5</think>56"},
     ]
-    chat, _ = encode_chat(t, messages)
+    ((chat, _),) = encode_chat(t, messages)
     kinds = token_kinds(t, {"code": ["x = 41"], "prose": ["no number"]}, [chat])
     text = {
         kind: ["".join(t.decode([i]) for i, mine in zip(*sample, strict=True) if mine) for sample in samples]

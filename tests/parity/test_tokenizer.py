@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from data.families import QWEN, THINKING, write_qwen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import tokenizer
@@ -98,7 +99,8 @@ def test_a_tokenizer_trained_here_is_read_by_transformers(tmp_path):
         asked = theirs.apply_chat_template(part, add_generation_prompt=True, return_dict=False)
         assert asked == encode_prompt(ours, part)
         assert encode_prompt(Tokenizer.from_folder(tmp_path), part) == asked
-    assert theirs.apply_chat_template(TALK, return_dict=False) == encode_chat(ours, TALK)[0]
+    for talk in (TALK[:3], TALK):
+        assert theirs.apply_chat_template(talk, return_dict=False) == encode_chat(ours, talk)[-1][0]
 
 
 def test_the_loss_mask_is_that_of_generation_blocks(tmp_path):
@@ -114,7 +116,52 @@ def test_the_loss_mask_is_that_of_generation_blocks(tmp_path):
     ours.save(tmp_path)
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(str(tmp_path))
     found = theirs.apply_chat_template(TALK, chat_template=marked, return_dict=True, return_assistant_tokens_mask=True)
-    assert encode_chat(ours, TALK) == (found["input_ids"], found["assistant_masks"])
+    assert encode_chat(ours, TALK) == [(found["input_ids"], found["assistant_masks"])]
     assert encode_prompt(ours, TALK[:4]) == theirs.apply_chat_template(
         TALK[:4], add_generation_prompt=True, return_dict=False
     )
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": "ü", "b": [1]}}}
+TOOLS = [{"type": "function", "function": {"name": "add", "description": "<&>", "parameters": {"type": "object"}}}]
+ASK, SAY = {"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}
+THOUGHT = SAY | {"reasoning_content": "easy"}
+CALLING = SAY | {"content": "", "tool_calls": [CALL], "reasoning_content": "so"}
+STEPS = [CALLING, {"role": "tool", "content": "2"}, THOUGHT]
+
+
+@pytest.mark.parametrize(
+    ("talk", "tools", "samples"),
+    [
+        ([ASK, SAY], None, [1]),
+        ([ASK, THOUGHT], None, [1]),
+        ([{"role": "system", "content": "s"}, ASK, *STEPS], TOOLS, [(2, 4)]),  # one question: written as it was given
+        ([ASK, SAY, ASK, SAY], None, [1, 3]),  # an answer's empty thinking goes once a question follows
+        ([ASK, THOUGHT, ASK, *STEPS], TOOLS, [1, (3, 5)]),
+    ],
+)
+def test_conversations_of_many_turns_are_what_transformers_writes(tmp_path, talk, tools, samples):
+    """Each sample is a conversation that ends with an answer, and what is learnt is what a prompt does not hold."""
+    ours = Tokenizer.from_folder(write_qwen(tmp_path / "q", {"eos_token": QWEN[2], "chat_template": THINKING}))
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(str(tmp_path / "q"))
+
+    def written(messages, **options) -> list[int]:
+        return theirs.apply_chat_template(messages, tools=tools, return_dict=False, **options)
+
+    expected = []
+    for learnt in (sample if isinstance(sample, tuple) else (sample,) for sample in samples):
+        ids = written(talk[: learnt[-1] + 1])
+        mask = [0] * len(ids)
+        for index in learnt:
+            prompt, end = written(talk[:index], add_generation_prompt=True), written(talk[: index + 1])
+            assert ids[: len(prompt)] == prompt and ids[: len(end)] == end and end[-2] == ours.eos_id
+            mask[len(prompt) : len(end) - 1] = [1] * (len(end) - 1 - len(prompt))  # a newline stands behind the eos
+        expected.append((ids, mask))
+    as_text = [dict(m) for m in talk]
+    for message in as_text:
+        if "tool_calls" in message:  # as OpenAI's logs have them
+            function = CALL["function"] | {"arguments": json.dumps(CALL["function"]["arguments"])}
+            message["tool_calls"] = [CALL | {"function": function, "id": "x"}]
+    assert encode_chat(ours, talk, tools) == expected == encode_chat(ours, as_text, tools)
+    for index in (i for i, m in enumerate(talk) if m["role"] == "assistant"):
+        assert encode_prompt(ours, talk[:index], tools) == written(talk[:index], add_generation_prompt=True)

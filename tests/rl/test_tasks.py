@@ -49,7 +49,7 @@ def test_a_column_a_template_or_a_chat_is_asked():
         ({"template": "{chat}"}, {"chat": user("x")}, '"chat" is of type list; a template takes text and numbers'),
         ({"prompt": "n"}, {}, '"n" is of type int; it must be text or a list of messages'),
         ({"prompt": "unit"}, {"unit": None}, '"unit" is of type NoneType'),
-        ({"prompt": "nums"}, {}, 'message 0 must have exactly the keys "role" and "content"'),
+        ({"prompt": "nums"}, {}, "message 0 is of type int; it must be"),
         ({"prompt": "chat"}, {"chat": [{"role": "assistant", "content": "x"}]}, "last message has role 'assistant'"),
         ({"prompt": "unit"}, {"unit": "\ud800"}, "surrogates not allowed"),
         (

@@ -125,7 +125,7 @@ def test_files_are_read_by_the_data_floor(built):
     )
     chats = list(read_chats(folder / "sft.jsonl"))
     assert len(chats) == SMALL.sft_per_kind * 3
-    assert all(re.fullmatch(r"<think>[^<>]+</think>[0-9]+", chat[-1]["content"]) for chat in chats)
+    assert all(re.fullmatch(r"<think>[^<>]+</think>[0-9]+", chat.messages[-1]["content"]) for chat in chats)
 
 
 def test_code_still_parses_and_prose_is_text(built):

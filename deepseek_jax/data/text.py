@@ -76,7 +76,7 @@ def read_chats(
     skip_broken: bool = False,
     skipped: Counter[str] | None = None,
 ) -> Iterator[T]:
-    """Conversations of .jsonl(.gz|.zst), .parquet or `hf:`, one a line or row, in any form that `read_conversation` knows.
+    """Conversations of .jsonl(.gz|.zst), .parquet or `hf:`, one a line or row, in any form of `read_conversation`.
 
     then: what is made of each. Broken lines, and those that it raises ValueError for, are treated as in
     `read_documents`; those that it raises RefusedError for are an error in any case.

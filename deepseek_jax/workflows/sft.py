@@ -41,11 +41,11 @@ class SFTData:
     """Chats, and how rows are made of them."""
 
     path: tuple[str, ...] = ()
-    """Files of chats, folders of them, quoted globs: .jsonl(.gz|.zst), .parquet; or hf:NAME[:CONFIG]:SPLIT, a dataset of
-    the Hugging Face hub. A row has `messages` (or ShareGPT's `conversations`), or a question and its answer: `prompt` with
-    `completion` or `response`, `instruction` (`input`) with `output`, `question` with `answer`; beside it `system` and
-    `tools`. Messages may hold reasoning, tool calls and parts of text; `weight` 0 is not learnt; nulls, and what no chat
-    template reads, are passed over."""
+    """Files of chats, folders of them, quoted globs: .jsonl(.gz|.zst), .parquet; or hf:NAME[:CONFIG]:SPLIT, a dataset
+    of the Hugging Face hub. A row has `messages` (or ShareGPT's `conversations`), or a question and its answer:
+    `prompt` with `completion` or `response`, `instruction` (`input`) with `output`, `question` with `answer`; beside
+    them `system` and `tools`. Messages may hold reasoning, tool calls and parts of text; `weight` 0 is not learnt;
+    nulls, and what no chat template reads, are passed over."""
     heldout: tuple[str, ...] = ()
     """Such files, whose loss is measured."""
     seq_len: int = 1024

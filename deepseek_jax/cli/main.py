@@ -85,6 +85,7 @@ def _run(arguments: list[str]) -> int:
         _keep_compiled_programs()
         join_hosts()
         getattr(module, f"run_{command}")(rest)
+        sys.stdout.flush()  # an answer that cannot be written is an error
     except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
         if os.environ.get("DEEPSEEK_JAX_TRACEBACK") == "1":
             raise

@@ -41,8 +41,8 @@ def _instead(path: Path) -> str:
     if not path.exists():
         if _HUB_ID.fullmatch(str(path)) and not path.parent.exists():
             return (
-                "does not exist; a model of the Hugging Face hub is downloaded first "
-                f"(hf download {path} --local-dir FOLDER), and its folder given"
+                "does not exist; if it names a model of the Hugging Face hub: "
+                f"hf download {path} --local-dir FOLDER, and give FOLDER"
             )
         return "does not exist"
     if path.is_file():

@@ -105,6 +105,8 @@ def _model_of(what: str, ignore_config: Sequence[str]) -> ModelConfig:
     if path.suffix == ".json" or _names_an_architecture(path):
         return ModelConfig.from_hf(path, ignore_config=ignore_config)
     if path.suffix != ".py" and path.exists():
+        if ignore_config:
+            raise ValueError(f"--ignore-config is for a released model's config.json, and {what} is none")
         with CheckpointStore(find_model(path) / CHECKPOINTS, keep=1) as store:
             return ModelConfig.from_dict(store.read_meta()["model"])
     try:

@@ -10,7 +10,7 @@ from importlib import metadata
 
 from deepseek_jax.cli import program
 
-USAGE = """usage: deepseek-jax COMMAND [ARGUMENTS]      deepseek-jax COMMAND --help
+USAGE = """usage: deepseek-jax COMMAND [ARGUMENTS]      deepseek-jax COMMAND --help      deepseek-jax --version
 
 from raw text to answers
   demo                   all stages in miniature, with a report (runs/demo/)
@@ -78,8 +78,8 @@ def _run(arguments: list[str]) -> int:
         print(_version())
         return 0
     if command not in COMMANDS:
-        likely = "".join(f"did you mean {name}? " for name in difflib.get_close_matches(command, COMMANDS, n=1))
-        print(f"deepseek-jax: no command {command!r}; {likely}There are {', '.join(COMMANDS)}", file=sys.stderr)
+        likely = "".join(f" did you mean {name}?" for name in difflib.get_close_matches(command, COMMANDS, n=1))
+        print(f"deepseek-jax: no command {command!r};{likely} there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     try:
         module = importlib.import_module(f"deepseek_jax.cli.{COMMANDS[command]}")
@@ -89,6 +89,7 @@ def _run(arguments: list[str]) -> int:
         _keep_compiled_programs()
         join_hosts()
         getattr(module, f"run_{command}")(rest)
+        sys.stdout.flush()  # an answer that cannot be written is an error
     except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
         if os.environ.get("DEEPSEEK_JAX_TRACEBACK") == "1":
             raise

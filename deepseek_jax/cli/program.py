@@ -51,18 +51,18 @@ def _leave(number: int, frame: Any) -> NoReturn:
 
 
 class _Steady(io.FileIO):
-    """A file that takes what nobody reads any more."""
+    """A file that takes what nobody reads any more. What cannot be written, for want of room say, is an error once."""
 
     def write(self, data: Any, /) -> int:
         try:
             return super().write(data)
         except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO):  # a pipe without a reader, a terminal that was closed
-                raise
-            nowhere = os.open(os.devnull, os.O_WRONLY)
+            nowhere = os.open(os.devnull, os.O_WRONLY)  # where the rest goes
             os.dup2(nowhere, self.fileno())
             os.close(nowhere)
-            return memoryview(data).nbytes
+            if error.errno in (errno.EPIPE, errno.EIO):  # a pipe without a reader, a terminal that was closed
+                return memoryview(data).nbytes
+            raise
 
 
 def _steady(stream: Any) -> Any:

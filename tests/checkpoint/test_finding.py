@@ -61,7 +61,7 @@ def test_what_is_no_folder(tmp_path, monkeypatch):
     for path, said in {
         "nothing": "nothing does not exist$",
         "runs/typo": "runs/typo does not exist$",
-        "deepseek-ai/DeepSeek-R1": "does not exist; a model of the Hugging Face hub.*hf download deepseek-ai/",
+        "deepseek-ai/DeepSeek-R1": "does not exist; if it names a model of the Hugging Face hub: hf download",
         "m.gguf": "m.gguf is a GGUF file",
         "m.safetensors": "m.safetensors is a file: give the folder of the model",
         "empty": "empty is empty",

@@ -58,7 +58,9 @@ def test_usage_names_every_command(capsys):
 
 def test_an_unknown_command_is_refused(capsys):
     assert main(["pretrian"]) == 2
-    assert "no command 'pretrian'; there are demo, corpus, pretrain" in capsys.readouterr().err
+    assert "no command 'pretrian'; did you mean pretrain? there are demo, corpus, pretrain" in capsys.readouterr().err
+    assert main(["zzz"]) == 2
+    assert "no command 'zzz'; there are demo" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -155,10 +157,12 @@ def test_generate_prints_completions(workplace, capsys):
 
 
 def test_chat_answers_until_an_empty_line(workplace, monkeypatch, capsys):
+    """The demo's chats have single turns, which its stages have written down."""
     questions = iter(["12+34=", "1+" * 50, ""])
-    monkeypatch.setattr("rich.console.Console.input", lambda self, prompt="": next(questions))
+    monkeypatch.setattr("builtins.input", lambda prompt="": next(questions))
     assert main(["chat", "run", "--max-tokens", "8"]) == 0
-    assert "run/grpo" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "run/grpo · each question is asked by itself" in printed
     assert next(questions, None) is None
 
 

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 
 import pytest
 import tyro
@@ -29,18 +30,25 @@ def configuration(command: str, monkeypatch) -> type:
     return asked.value.args[0]
 
 
+def options(parser) -> Iterator[tuple[str, str]]:
+    """(name, help) of a parser's arguments, and of its subcommands'."""
+    for action in parser._actions:
+        if isinstance(action.choices, dict):
+            for inner in action.choices.values():
+                yield from options(inner)
+        else:
+            yield action.dest, re.sub(r"\((default|required|repeatable|optional).*", "", action.help or "").strip()
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_has_help(command, monkeypatch):
     kind = configuration(command, monkeypatch)
     monkeypatch.undo()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of get_parser, the one way to the options
-        actions = tyro.extras.get_parser(kind)._actions
-    said = {
-        action.dest: re.sub(r"\((default|required|repeatable|optional).*", "", action.help or "") for action in actions
-    }
-    assert len(said) > 1
-    assert not [name for name, text in said.items() if not text.strip()]
+        found = [*options(tyro.extras.get_parser(kind))]
+    assert len(found) > 1
+    assert not [name for name, text in found if not text]
 
 
 def test_help_version_and_a_wrong_command_wait_for_no_jax():

@@ -78,3 +78,10 @@ sys.exit(main())
     options = ["--prompt", "def", "--max-tokens", "1000000", "--temperature", "1"]
     status, out, err = run(program, "generate", str(tmp_path / "m"), *options)
     assert (status, out, err.strip()) == (130, b"", b"interrupted")
+
+
+def test_an_answer_that_cannot_be_written_is_an_error():
+    done = subprocess.run(["bash", "-c", f'{sys.executable} -c "$0" prints > /dev/full', FAKE], capture_output=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[0] == b"deepseek-jax prints: [Errno 28] No space left on device"
+    assert len(done.stderr.splitlines()) == 2

@@ -85,6 +85,7 @@ def write_comparison(runs: Sequence[Stage], path: str | os.PathLike[str]) -> Pat
         f'<h1>{html.escape(title)}</h1><section id="numbers"><div class="grid-wide">{"".join(tables)}</div></section>'
     )
     intro = "Bold lines are moving averages of the faint ones."
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     return write_page(Path(path), title, [head, section("curves", "Curves", intro, _charts(runs))])
 
 

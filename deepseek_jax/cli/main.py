@@ -20,6 +20,7 @@ from raw text to answers
   sft [RECIPE]           supervised fine-tuning on chats
   grpo [RECIPE]          reinforcement learning with rule rewards
   report RUN             write RUN/report.html again and print its numbers
+  compare RUN RUN ...    several runs side by side: a table and compare.html
 
 using a model
   generate PATH --prompt complete a prompt
@@ -40,7 +41,8 @@ COMMANDS = {
     "pretrain": "stages",
     "sft": "stages",
     "grpo": "stages",
-    "report": "stages",
+    "report": "report",
+    "compare": "report",
     "tokenizer": "tokenizer",
     "generate": "talk",
     "chat": "chat",

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 import tyro
 from rich.console import Console
@@ -10,7 +10,6 @@ from rich.console import Console
 from deepseek_jax.workflows.grpo import GRPOConfig, grpo
 from deepseek_jax.workflows.pretrain import PretrainConfig, pretrain
 from deepseek_jax.workflows.recipe import load_recipe
-from deepseek_jax.workflows.report import print_summary, write_report
 from deepseek_jax.workflows.sft import SFTConfig, sft
 
 Config = TypeVar("Config")
@@ -72,18 +71,3 @@ def run_demo(arguments: Sequence[str]) -> None:
     from deepseek_jax.workflows.demo import DemoConfig, demo
 
     demo(tyro.cli(DemoConfig, args=list(arguments), prog="deepseek-jax demo"))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Report:
-    """Write a run's report.html again and print its numbers."""
-
-    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """The folder that a stage or the demo wrote."""
-
-
-def run_report(arguments: Sequence[str]) -> None:
-    run = tyro.cli(_Report, args=list(arguments), prog="deepseek-jax report").run
-    path = write_report(run)
-    print_summary(run, Console())
-    print(path)

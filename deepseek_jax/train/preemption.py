@@ -1,11 +1,16 @@
 """Stop a run from outside without losing a step."""
 
+import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_PATIENCE = 0.5  # seconds in which the main thread may take a signal itself
 
 
 class Preempted(KeyboardInterrupt):
@@ -39,14 +44,46 @@ class Stop:
 
 @contextmanager
 def stop_signals(when: str) -> Iterator[Stop]:
-    """Receive them: at first one raises at once, saying `when`; from `saving = True` on the first is only noted."""
+    """Receive them: at first one raises at once, saying `when`; from `saving = True` on the first is only noted.
+
+    Python hands a signal on when the call that it met has returned; of the compiler's that may be minutes. So a thread
+    says meanwhile that it came, and ends the process at a second one.
+    """
     stop = Stop(when)
     if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread only
         yield stop
         return
-    before = {number: signal.signal(number, stop.note) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, stop.note) for number in _SIGNALS}
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    listened = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    thread = threading.Thread(target=_listen, args=(reader, stop), daemon=True)
+    thread.start()
     try:
         yield stop
     finally:
+        signal.set_wakeup_fd(listened)
+        os.write(writer, b"\0")  # not its closing: a process that was forked may hold it too
+        thread.join()
+        os.close(writer)
+        os.close(reader)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _listen(reader: int, stop: Stop) -> None:
+    """Of the signals whose numbers come through a pipe, tell those that the main thread has no time for."""
+    told = False
+    while (number := os.read(reader, 1)) != b"\0":
+        if number[0] not in _SIGNALS or stop.saving or stop.received:
+            continue
+        name = signal.Signals(number[0]).name
+        if told:
+            os.write(2, f"\nsecond {name}: stopped at once\n".encode())
+            for child in multiprocessing.active_children():
+                child.kill()
+            os._exit(128 + number[0])
+        time.sleep(_PATIENCE)
+        if not stop.received:
+            os.write(2, f"\n{name}: stopping as soon as the compiler returns; again to stop at once\n".encode())
+            told = True

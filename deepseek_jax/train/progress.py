@@ -61,14 +61,14 @@ class Progress:
         """`step` is done; `metrics`, when there are new ones, replace those shown."""
         now = time.monotonic()
         if self._began is None:  # the first step compiles and would spoil the estimate
-            self._began = step, now
+            self._began, self._printed = (step, now), now
             self._say(f"{self._stage}: first step after {now - self._started:.1f} s")
         if metrics is not None:
             shown = [f"{key} {metrics[key]:.4g}" for key in self._keys if metrics.get(key) is not None]
             self._text = " · ".join(shown)
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=step, text=self._text)
-        elif now - self._printed >= self._every_seconds or step == self._total:
+        elif now - self._printed >= self._every_seconds or (step == self._total and metrics is not None):
             self._printed = now
             self._say(f"{self._stage} {step}/{self._total} · {self._remaining(step, now)} left · {self._text}")
 

@@ -35,7 +35,7 @@ def check_resume(
     ``may_change``: dotted paths in the recipe. Of ``loop.steps`` a larger number is right: the learning rate's schedule
     keeps the length that it began with. A smaller one would cut it short, and is refused.
     """
-    there, here = dict(_flat(saved)), dict(_flat(json.loads(json.dumps(wanted))))
+    there, here = dict(flat(saved)), dict(flat(json.loads(json.dumps(wanted))))
     if there.get("stage") != here.get("stage"):
         raise ValueError(
             f"{run_dir} holds a run of the stage {there.get('stage')}, not {here.get('stage')}: choose another run_dir"
@@ -57,7 +57,7 @@ def check_resume(
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Settings of two trees that differ, by dotted path, as JSON has them."""
-    was, now = dict(_flat(there)), dict(_flat(json.loads(json.dumps(here))))
+    was, now = dict(flat(there)), dict(flat(json.loads(json.dumps(here))))
     pairs = {name: (was.get(name, _ABSENT), now.get(name, _ABSENT)) for name in sorted(was.keys() | now.keys())}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
@@ -82,9 +82,10 @@ def with_history(path: Path, step: int, content: dict[str, Any]) -> dict[str, An
     return content | ({"history": history} if history else {})
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted path, value) of every leaf of a tree."""
     for name, value in tree.items():
         if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{name}.")
+            yield from flat(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value

@@ -65,9 +65,12 @@ class Stage:
         return int(self.metrics[-1]["step"]) if self.metrics else 0
 
     def number(self, key: str) -> float | None:
-        """The final `key`, or the last logged one while the stage has no result."""
+        """The final `key`, or the last logged one while the stage has no result; of speeds the median."""
         if key in self.result:
             return self.result[key]
+        if key == "tokens_per_second":
+            points = self.points(key)
+            return float(np.median(points[:, 1])) if len(points) else None
         logged = [line[name] for line in self.metrics for name in (f"eval/{key}", key) if name in line]
         return logged[-1] if logged else None
 
@@ -107,7 +110,7 @@ def read_stages(run_dir: Path) -> list[Stage]:
     """
     if not run_dir.is_dir():
         raise FileNotFoundError(f"{run_dir} does not exist" if not run_dir.exists() else f"{run_dir} is no folder")
-    if name := read_json(run_dir / "config.json").get("stage"):
+    if name := str(read_json(run_dir / "config.json").get("stage", "")):
         return [_read_stage(run_dir, name, TITLES.get(name, name))]
     if not any((run_dir / name).is_dir() for name in DEMO_TITLES):
         raise ValueError(
@@ -129,11 +132,16 @@ def _read_stage(folder: Path, name: str, title: str) -> Stage:
     )
 
 
-def summary_rows(stages: Sequence[Stage]) -> list[tuple[str, list[str]]]:
-    """(label, a cell per stage) of the headline table; rows that no stage has a number for are left out."""
+def summary_rows(stages: Sequence[Stage], *, chain: bool = True) -> list[tuple[str, list[str]]]:
+    """(label, a cell per stage) of the headline table; rows that no stage has a number for are left out.
+
+    chain: each stage begins with what the one before it ended with.
+    """
     rows = [("status", [stage.status for stage in stages])]
     for mode in ("greedy", "sampled"):
-        before = [accuracy_before(stages, index, mode) for index in range(len(stages))]
+        before = [
+            accuracy_before(stages if chain else [stage], index * chain, mode) for index, stage in enumerate(stages)
+        ]
         after = [accuracy_after(stage, mode) for stage in stages]
         rows.append((f"{mode} accuracy before", [show_accuracy(value) for value in before]))
         rows.append((f"{mode} accuracy after", [show_accuracy(value) for value in after]))

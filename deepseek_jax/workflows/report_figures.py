@@ -1,13 +1,13 @@
-"""Charts of the report as inline SVG (lines over training steps, heat maps) and the cards that hold them.
+"""Charts of the report as inline SVG (lines over steps, tokens or time, heat maps) and the cards that hold them.
 
 Colours are CSS variables of the page, so that one picture serves a light and a dark background. A chart may
 span several stages: each gets a panel of equal width with its own step axis, since their lengths differ.
 """
 
+import dataclasses
 import html
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,21 +19,23 @@ UNDER, OVER = "#2f7fc1", "#e0701a"  # readable on light and dark, and to the col
 SHADES = 20  # of each of the two: no step between them can be seen, and cells of one are one path
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Panel:
-    """A part of the x axis: one stage, from step 0 to its last step."""
+    """A part of the x axis: one stage, from step 0 to its last step, or to so many of what ``axis`` counts."""
 
     label: str
-    last_step: int
+    last_step: float
+    axis: str = "step"
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Line:
     """A quantity over time: for each panel an array (points, 3) of step, value, standard error (0: none)."""
 
     name: str
     colour: str
     points: Sequence[np.ndarray]
+    dashed: bool = False
 
 
 def line_chart(
@@ -49,7 +51,7 @@ def line_chart(
     if not kept:
         return ""
     panels = [panels[index] for index in kept]
-    lines = [Line(line.name, line.colour, [line.points[index] for index in kept]) for line in lines]
+    lines = [dataclasses.replace(line, points=[line.points[index] for index in kept]) for line in lines]
     values = np.concatenate([points for line in lines for points in line.points])
     bottom = min(values[:, 1] - values[:, 2]) if low is None else low
     top = max(values[:, 1] + values[:, 2]) if high is None else high
@@ -65,8 +67,8 @@ def line_chart(
         for index, points in enumerate(line.points):
             if len(points):
                 x_of = _panel_scale(panels, index)
-                parts.append(_curve(x_of(points[:, 0]), y_of(points[:, 1]), line.colour, _bar_ends(points, y_of)))
-    label = html.escape(f"{', '.join(line.name for line in lines)} over training steps, {unit}")
+                parts.append(_curve(x_of(points[:, 0]), y_of(points[:, 1]), line, _bar_ends(points, y_of)))
+    label = html.escape(f"{', '.join(line.name for line in lines)} over {panels[0].axis}, {unit}")
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
 
 
@@ -103,7 +105,10 @@ def figure(
     title: str, picture: str, text: str, lines: Iterable[Line] = (), *, scale: tuple[str, str] | None = None
 ) -> str:
     """HTML of a titled card: a key of `lines` or of the heat map's two ends, the picture, what it shows."""
-    keys = "".join(f'<span class="key" style="--c:var(--{line.colour})">{line.name}</span>' for line in lines)
+    keys = "".join(
+        f'<span class="key{" dashed" * line.dashed}" style="--c:var(--{line.colour})">{html.escape(line.name)}</span>'
+        for line in lines
+    )
     legend = f'<div class="keys">{keys}</div>' if keys else ""
     if scale:
         ends = f'<span>{scale[0]}</span><span class="scale"></span><span>{scale[1]}</span>'
@@ -143,34 +148,35 @@ def _step_axis(panels: Sequence[Panel], bottom: float) -> list[str]:
         if index:
             parts.append(f'<line class="axis" x1="{left:.1f}" x2="{left:.1f}" y1="{TOP}" y2="{bottom:.1f}"/>')
         if panel.last_step:
-            ticks = [tick for tick in _ticks(0, panel.last_step, 5) if tick <= panel.last_step]
+            ticks = [tick for tick in _ticks(0, panel.last_step, 5) if tick <= 1.001 * panel.last_step]
             for tick in ticks if len(panels) == 1 else (0, panel.last_step):
                 x = _panel_scale(panels, index)(tick)
                 first, last = tick == 0 and len(panels) > 1, tick == panel.last_step
                 anchor = "start" if first else "end" if last else "middle"
                 parts.append(_text(x + 2 * first - 2 * last, bottom + 14, number(tick), anchor))
     if any(panel.last_step for panel in panels):
-        parts.append(_text(LEFT + PLOT_WIDTH / 2, bottom + 29, "step", "middle"))
+        parts.append(_text(LEFT + PLOT_WIDTH / 2, bottom + 29, panels[0].axis, "middle"))
     return parts
 
 
-def _curve(x: np.ndarray, y: np.ndarray, colour: str, bar_ends: np.ndarray | None) -> str:
+def _curve(x: np.ndarray, y: np.ndarray, line: Line, bar_ends: np.ndarray | None) -> str:
     """Points with error bars where there are errors; else the values, faint, under their moving average."""
-    style = f'style="--c:var(--{colour})"'
+    style = f'style="--c:var(--{line.colour})"'
+    css = "line dashed" if line.dashed else "line"
     if bar_ends is not None or len(x) == 1:
         ends = np.stack([y, y]) if bar_ends is None else bar_ends
         bars = "".join(f"M{a:.1f},{b:.1f}V{c:.1f}" for a, b, c in zip(x, *ends, strict=True))
         dots = "".join(f'<circle class="dot" cx="{a:.1f}" cy="{b:.1f}" r="2.5"/>' for a, b in zip(x, y, strict=True))
-        return f'<g {style}><path class="line thin" d="{bars}"/><path class="line" d="{_path(x, y)}"/>{dots}</g>'
+        return f'<g {style}><path class="line thin" d="{bars}"/><path class="{css}" d="{_path(x, y)}"/>{dots}</g>'
     width = math.ceil(len(x) / MAX_POINTS)
     x, y = (np.array([v[i : i + width].mean() for i in range(0, len(v), width)]) for v in (x, y))
     half = len(x) // 40
     if half == 0:
-        return f'<path class="line" {style} d="{_path(x, y)}"/>'
+        return f'<path class="{css}" {style} d="{_path(x, y)}"/>'
     smooth = np.array([y[max(0, i - half) : i + half + 1].mean() for i in range(len(y))])
     faint, bold = (
         f'<path class="line faint" d="{_path(x, y)}"/>',
-        f'<path class="line" d="{_path(x, smooth)}"/>',
+        f'<path class="{css}" d="{_path(x, smooth)}"/>',
     )
     return f"<g {style}>{faint}{bold}</g>"
 
@@ -189,7 +195,7 @@ def _panel_scale(panels: Sequence[Panel], index: int):
     width = PLOT_WIDTH / len(panels)
     gap = 3 if len(panels) > 1 else 0  # keeps a stage's first and last point off the line between panels
     left = LEFT + index * width
-    return _scale(0, max(1, panels[index].last_step), left + gap, left + width - gap)
+    return _scale(0, panels[index].last_step or 1, left + gap, left + width - gap)
 
 
 def _scale(low: float, high: float, start: float, end: float):

@@ -22,6 +22,7 @@ from deepseek_jax.evals.accuracy import accuracy
 from deepseek_jax.evals.text import row_loss
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.parallel.hosts import first_host_first, require_one_process
+from deepseek_jax.saying import doing
 from deepseek_jax.train.losses import LanguageModelLoss
 from deepseek_jax.typed import check_least, check_types
 from deepseek_jax.workflows.own_run import open_start, owns_run, with_turns
@@ -173,7 +174,8 @@ def prepare_chats(data: SFTData, tokenizer: Tokenizer, folder: Path) -> Path:
         check_rows(folder, made_of)
         return folder
     skipped, turns = Counter[str](), set[int]()
-    rows = _packed(data, data.path, tokenizer, skipped, turns)
+    with doing("packing chats"):
+        rows = _packed(data, data.path, tokenizer, skipped, turns)
     if not rows:
         raise ValueError(f"data.path={list(data.path)}: there is no chat in it, or none is left ({dict(skipped)})")
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ from deepseek_jax.data.text import read_rows
 from deepseek_jax.evals.accuracy import Answered, accuracy, accuracy_by, answer
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.rl.tasks import TaskConfig, column, make_task, where
+from deepseek_jax.saying import doing
 from deepseek_jax.typed import check_least, check_types
 
 MODES = {"greedy": 0.0, "sampled": 1.0}  # by name, the temperature
@@ -76,7 +77,8 @@ class Exam:
         found: dict[str, Any] = {"problems": len(self.rows)}
         engine = Engine(model)
         for mode in MODES:
-            answered = self.answers(engine, mode)
+            with doing(f"asking {len(self.rows)} questions, {mode}"):
+                answered = self.answers(engine, mode)
             found[f"accuracy_{mode}"], found[f"accuracy_{mode}_stderr"] = accuracy(answered)
             if self.config.by:
                 by_kind = found.setdefault("by_kind", {})

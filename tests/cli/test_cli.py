@@ -173,6 +173,15 @@ def test_report_is_written_again(workplace, capsys):
     assert "bits per byte" in capsys.readouterr().out
 
 
+def test_stages_are_compared_and_reported_on_by_themselves(workplace, capsys):
+    assert main(["compare", "run/pretrain", "run/sft", "--output", "out/sides.html"]) == 0
+    assert "finished" in capsys.readouterr().out
+    page = (workplace / "out" / "sides.html").read_text(encoding="utf-8")
+    assert "parameters active per token" in page and "optimizer.constant_until" in page
+    assert main(["report", "run/sft"]) == 0
+    assert "held-out loss" in capsys.readouterr().out and (workplace / "run" / "sft" / "report.html").is_file()
+
+
 def test_inspect_reads_a_run(workplace, capsys):
     assert main(["inspect", "run"]) == 0
     assert "1 dense, 1 MoE, 1 MTP" in capsys.readouterr().out

@@ -113,6 +113,34 @@ def test_a_signal_before_the_first_step_stops_at_once_in_one_line(tmp_path, numb
     assert saved_steps(tmp_path) == []
 
 
+COMPILING = """
+import ctypes, sys, time
+from deepseek_jax.train.preemption import stop_signals
+
+c = ctypes.CDLL(None)
+mutex = ctypes.create_string_buffer(64)  # zeros: unlocked
+with stop_signals(" early"):
+    c.pthread_mutex_lock(mutex)
+    print("compiling", flush=True)
+    c.pthread_mutex_lock(mutex)  # as the compiler does, it lets no signal in; unlike it, it never returns
+"""
+
+
+def test_a_signal_that_meets_the_compiler_is_answered_and_a_second_one_does_not_wait():
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (root, root / "kernels")))}
+    command = [sys.executable, "-c", COMPILING]
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == "compiling\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stderr is not None and process.stderr.readline() == "\n"
+        assert process.stderr.readline() == "SIGINT: stopping as soon as the compiler returns; again to stop at once\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 130
+
+
 def test_a_signal_while_the_last_save_is_written_is_not_lost(tmp_path, monkeypatch):
     wait = CheckpointStore.close
 

@@ -41,6 +41,13 @@ def test_a_stage_holds_its_folder_and_speaks_unless_quiet(tmp_path, capsys):
         stage(config)
 
 
+def test_of_the_processes_of_one_run_the_first_alone_takes_the_folder_and_speaks(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(own_run.jax, "process_index", lambda: 1)
+    with run_lock(tmp_path / "run"):
+        assert stage(StageConfig(run_dir=str(tmp_path / "run"))) == "result"
+    assert capsys.readouterr().err == ""
+
+
 def test_what_is_wrong_is_said_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="log_to='nowhere'"):
@@ -63,7 +70,9 @@ def test_a_run_that_goes_on_does_not_read_what_it_started_from(tmp_path, monkeyp
     params, bias = jax.tree.map(jnp.copy, weights(SPEAKER))
     start = whole(SPEAKER, params, bias, tokenizer(), ONE_DEVICE)
     monkeypatch.setattr(own_run, "load", lambda path, **options: start)
-    config = SFTConfig(run_dir=str(tmp_path), init_from="before", mesh=CONFIG.mesh, loop=CONFIG.loop)
+    config = SFTConfig(run_dir=str(tmp_path), init_from="before", mesh=CONFIG.mesh)
+
+    config = dataclasses.replace(config, loop=CONFIG.loop, optimizer=CONFIG.optimizer)
 
     def train(model):
         loss = LanguageModelLoss(chunk=8, mtp_weight=0.0)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from deepseek_jax.workflows.compare import different_settings, print_comparison, read_runs, write_comparison
 from deepseek_jax.workflows.report import print_summary, write_report
 from deepseek_jax.workflows.report_figures import OVER, UNDER, Line, Panel, heat_map, line_chart
 
@@ -37,8 +38,8 @@ class Page(HTMLParser):
         return [attributes["id"] or "" for _, attributes in self.tags if "id" in attributes]
 
 
-def write_stage(run: Path, name: str, *, finished: bool = True) -> None:
-    folder = run / name
+def write_stage(run: Path, name: str, *, finished: bool = True, folder: Path | None = None) -> None:
+    folder = folder or run / name
     folder.mkdir(parents=True)
     with (folder / "metrics.jsonl").open("w") as file:
         for step in range(0, 101, 10):
@@ -211,6 +212,103 @@ def test_nothing_has_run_yet(tmp_path: Path) -> None:
     assert Page(text).ids() == SECTIONS and "<svg" not in text
     assert "Pretraining is not started; Cold-start SFT is not started; GRPO is not started" in text
     assert summary(tmp_path).count("not started") == 3
+
+
+def own_run(folder: Path, stage: str, **recipe) -> Path:
+    """A stage's own folder, of somebody's own data."""
+    write_stage(folder, stage, folder=folder)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().split("\n")[:-1]]
+    for line in lines:
+        line |= {"tokens_seen": 64_000 * line["step"], "seconds": 30.0 + 6 * line["step"], "loss": 4.0}
+        line.pop("eval/accuracy_greedy", None)
+        if stage == "grpo":
+            line.pop("balance", None)
+            line |= {"reward": line["step"] / 100, "reward_<mine>": -0.5, "reward_timeouts": 2.0}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_json(folder / "config.json", {"stage": stage, "recipe": {"run_dir": str(folder), **recipe}})
+    result = json.loads((folder / "result.json").read_text())
+    write_json(folder / "result.json", result | {"peak_bytes_device": 12_340_000_000, "perplexity": 17.25})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("stage", "there", "not_there"),
+    [
+        ("pretrain", ["Loss, Pretraining", "MaxVio", "12.34 GB", "17.25"], ["Reinforcement", "Reward"]),
+        ("sft", ["Loss, SFT", "what assistants say", "Load, MoE layer 2"], ["Cold-start", "Reinforcement"]),
+        (
+            "grpo",
+            ["The mean reward went from 0", "&lt;mine&gt; (-0.5", "Entropy"],
+            ["Balance loss", "timeouts", "Loss,"],
+        ),
+    ],
+)
+def test_the_folder_of_a_single_stage_has_a_report_of_its_own(tmp_path, stage, there, not_there):
+    folder = own_run(tmp_path / stage, stage)
+    if stage == "sft":
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": 100, "ce": 2.9, "eval/loss": 1.5}) + "\n")
+    text = write_report(folder).read_text(encoding="utf-8").replace("\N{MINUS SIGN}", "-")
+    assert "not started" not in text and "Not measured yet" not in text and "not complete" not in text
+    for part in there:
+        assert part in text, part
+    for part in not_there:
+        assert part not in text, part
+    printed = summary(folder)
+    assert "finished" in printed and "not started" not in printed
+
+
+def test_runs_side_by_side(tmp_path):
+    paths = [own_run(tmp_path / "a" / "<run>", "pretrain", optimizer={"peak_lr": 0.01}, seed=1)]
+    paths.append(own_run(tmp_path / "b" / "<run>", "pretrain", optimizer={"peak_lr": 0.02}, seed=1))
+    paths.append(own_run(tmp_path / "b" / "third", "pretrain", optimizer={"peak_lr": 0.01}, seed=1, model={"width": 8}))
+    runs = read_runs(paths)
+    assert [run.title for run in runs] == ["a/<run>", "b/<run>", "third"]
+    assert different_settings(runs) == [
+        ("optimizer.peak_lr", ["0.01", "0.02", "0.01"]),
+        ("model.width", ["\N{EN DASH}", "\N{EN DASH}", "8"]),
+    ]
+    console = Console(file=io.StringIO(), width=120)
+    print_comparison(runs, console)
+    text = write_comparison(runs, tmp_path / "out.html").read_text(encoding="utf-8")
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    for part in ("optimizer.peak_lr", "0.02", "6,123", "2,312,448", "12.34 GB", "17.25", "6,400,000", "1m 02s"):
+        assert part in printed and part in text, part
+    titles = ["Loss of the next token over tokens", "Loss of the next token over time", "Held-out text over tokens"]
+    for title in [*titles, "MaxVio over tokens", "Speed over tokens"]:
+        card = re.search(rf"<figure><h3>{title}</h3>(.*?)</figure>", text, re.S)
+        assert card and ("million tokens" in card[1] or "minutes" in card[1]), title
+        assert card[1].count('class="key"') == 3 and "a/&lt;run&gt;" in card[1]
+    assert "<run>" not in text and not Page(text).names() & {"script", "link", "img"}
+
+
+def test_lines_are_where_tokens_and_minutes_say(tmp_path):
+    for name, speed in (("slow", 2), ("fast", 1)):
+        folder = own_run(tmp_path / name, "pretrain")
+        lines = [{"step": s, "ce": 9.0 - s, "seconds": 100 + speed * 300 * s, "tokens_seen": 10 * s} for s in range(3)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = write_comparison(read_runs([tmp_path / "slow", tmp_path / "fast"]), tmp_path / "x.html").read_text()
+
+    def ends(title):
+        card = re.search(rf"<h3>{title}</h3>(.*?)</figure>", text, re.S)
+        assert card
+        return [
+            float(path.split("L")[-1].split(",")[0]) for path in re.findall(r'class="line"[^>]* d="M([^"]+)"', card[1])
+        ]
+
+    assert ends("Loss of the next token over tokens") == pytest.approx([350, 350])
+    assert ends("Loss of the next token over time") == pytest.approx([350, 44 + (350 - 44) / 2])
+
+
+def test_what_cannot_be_compared_is_refused(full_run, tmp_path):
+    own = own_run(tmp_path / "own", "sft")
+    for paths, message in (
+        ([own], "1 runs, 1 of them different: expected 2 to 12"),
+        ([own, tmp_path / "x" / ".." / "own"], "2 runs, 1 of them different"),
+        ([own, full_run], "holds a demo's stages: name one, of .*pretrain, .*sft, .*grpo"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_runs(paths)
 
 
 def test_run_that_is_still_going(tmp_path: Path) -> None:

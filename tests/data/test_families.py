@@ -58,6 +58,16 @@ def test_without_settings_only_tokens_that_are_there_are_named(tmp_path):
     assert Tokenizer.from_folder(folder).eos_id == 0
 
 
+def test_bos_stands_in_front_where_the_settings_have_it_so(tmp_path):
+    names = {"bos_token": QWEN[0], "eos_token": QWEN[2]}
+    for said, front in ({}, [0]), ({"add_bos_token": True}, [0]), ({"add_bos_token": False}, []):
+        ours = Tokenizer.from_folder(write_qwen(tmp_path / "q", names | said))
+        assert (ours.bos_ids, ours.bos_id) == (front, 0)
+    bare = Tokenizer(qwen()._special, bos=QWEN[0], eos=QWEN[2], add_bos=False)
+    bare.save(tmp_path / "bare")
+    assert Tokenizer.from_folder(tmp_path / "bare").bos_ids == bare.bos_ids == []
+
+
 def test_a_pad_that_the_vocabulary_lacks_is_none(tmp_path):
     assert Tokenizer.from_folder(write_qwen(tmp_path / "q", {"eos_token": QWEN[2], "pad_token": "[PAD]"})).pad_id == 2
     assert Tokenizer(qwen()._special, bos=None, eos=QWEN[0]).pad_id == 0  # nor the constructor's own

@@ -29,7 +29,7 @@ def test_a_folder_without_pad_or_fim_packs_documents_and_chats(tmp_path):
     prepare_rows(data, ours, tmp_path / "rows", seed=0)
     chats = SFTData(path=(str(tmp_path / "chats.jsonl"),), seq_len=64)
     prepare_chats(chats, ours, tmp_path / "chats")
-    with pytest.raises(ValueError, match="no token '<｜fim▁begin｜>', which fill in the middle takes: data.fim_rate=0"):
+    with pytest.raises(ValueError, match="no token '<｜fim▁begin｜>', which fill in the middle takes: --data.fim-rate 0"):
         FimTokens.of(ours)
 
 

@@ -9,6 +9,7 @@ from small import tokenizer as demo_tokenizer
 
 from deepseek_jax.data.chat import encode_chat, encode_prompt
 from deepseek_jax.data.fim import FimTokens
+from deepseek_jax.data.template import ChatTemplate
 from deepseek_jax.data.tokenizer import BOS, DEEPSEEK_TEMPLATE, EOS, PAD, Tokenizer, train_tokenizer
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
@@ -29,7 +30,9 @@ def test_a_folder_without_pad_or_fim_packs_documents_and_chats(tmp_path):
     prepare_rows(data, ours, tmp_path / "rows", seed=0)
     chats = SFTData(path=(str(tmp_path / "chats.jsonl"),), seq_len=64)
     prepare_chats(chats, ours, tmp_path / "chats")
-    with pytest.raises(ValueError, match="no token '<｜fim▁begin｜>', which fill in the middle takes: --data.fim-rate 0"):
+    with pytest.raises(
+        ValueError, match="no token '<｜fim▁begin｜>', which fill in the middle takes: --data.fim-rate 0"
+    ):
         FimTokens.of(ours)
 
 
@@ -135,7 +138,7 @@ def test_ids_that_are_used_are_refused_and_not_those_that_exist(tmp_path):
     backend = qwen()._special.from_str(qwen()._special.to_str())
     backend.add_special_tokens([PAD])
     rows = backend.get_vocab_size() - 1
-    ours = Tokenizer(backend, bos=None, eos=QWEN[2], pad=PAD)
+    ours = Tokenizer(backend, bos=None, eos=QWEN[2], pad=PAD, template=ChatTemplate(CHATML, {}))
     few = ours.over(rows)
     assert (ours.pad_id, few.pad_id, few.usable, ours.over(rows + 1) is ours) == (rows, 2, rows, True)
     assert few.encode(f"the {PAD}") == ours.encode(f"the {PAD}")  # spelled by other tokens
@@ -158,3 +161,11 @@ def test_ids_that_are_used_are_refused_and_not_those_that_exist(tmp_path):
     prepare_rows(text, loaded.text, tmp_path / "rows", seed=0)
     with pytest.raises(ValueError, match="vocab_size=70"):
         prepare_rows(text, ours.over(70), tmp_path / "rows2", seed=0)
+    chats = SFTData(path=(str(tmp_path / "chats.jsonl"),), seq_len=64)
+    for said in ("the fox", f"the {PAD}"):
+        with open(tmp_path / "chats.jsonl", "a") as file:
+            file.write(json.dumps({"prompt": said, "completion": "x"}) + "\n")
+        if PAD not in said:
+            prepare_chats(chats, loaded.text, tmp_path / "chats")
+    with pytest.raises(ValueError, match=f"chats.jsonl:2: token '{PAD}' has the id {rows}"):
+        prepare_chats(chats, loaded.text, tmp_path / "chats2")

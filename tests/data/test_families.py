@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from data.families import QWEN, llama, qwen, write_qwen
+from data.families import CHATML, QWEN, llama, qwen, write_qwen
 from model.tiny import V3, config, weights, whole
 from small import tokenizer as demo_tokenizer
 
@@ -30,9 +30,7 @@ def test_a_folder_without_pad_or_fim_packs_documents_and_chats(tmp_path):
     prepare_rows(data, ours, tmp_path / "rows", seed=0)
     chats = SFTData(path=(str(tmp_path / "chats.jsonl"),), seq_len=64)
     prepare_chats(chats, ours, tmp_path / "chats")
-    with pytest.raises(
-        ValueError, match="no token '<｜fim▁begin｜>', which fill in the middle takes: --data.fim-rate 0"
-    ):
+    with pytest.raises(ValueError, match="no token '<｜fim▁begin｜>', .*: --data.fim-rate 0 trains without"):
         FimTokens.of(ours)
 
 
@@ -162,10 +160,9 @@ def test_ids_that_are_used_are_refused_and_not_those_that_exist(tmp_path):
     with pytest.raises(ValueError, match="vocab_size=70"):
         prepare_rows(text, ours.over(70), tmp_path / "rows2", seed=0)
     chats = SFTData(path=(str(tmp_path / "chats.jsonl"),), seq_len=64)
-    for said in ("the fox", f"the {PAD}"):
-        with open(tmp_path / "chats.jsonl", "a") as file:
-            file.write(json.dumps({"prompt": said, "completion": "x"}) + "\n")
-        if PAD not in said:
-            prepare_chats(chats, loaded.text, tmp_path / "chats")
+    lines = [json.dumps({"prompt": said, "completion": "x"}) + "\n" for said in ("the fox", f"the {PAD}")]
+    (tmp_path / "chats.jsonl").write_text(lines[0])
+    prepare_chats(chats, loaded.text, tmp_path / "chats")
+    (tmp_path / "chats.jsonl").write_text("".join(lines))
     with pytest.raises(ValueError, match=f"chats.jsonl:2: token '{PAD}' has the id {rows}"):
         prepare_chats(chats, loaded.text, tmp_path / "chats2")

@@ -116,6 +116,7 @@ def _with_calls(render: _Render, messages: Sequence[Message]) -> Sequence[Messag
     if not any("tool_calls" in message for message in messages):
         return messages
     refused: ValueError | None = None
+    said = "\n".join(message["content"] or "" for message in messages)
     for form in (lambda arguments: arguments, _as_object, _as_text):
         changed = [_change_calls(message, form) for message in messages]
         functions = [call["function"] for message in changed for call in message.get("tool_calls", ())]
@@ -125,7 +126,8 @@ def _with_calls(render: _Render, messages: Sequence[Message]) -> Sequence[Messag
             refused = refused or error
         else:
             wrong = (form for function in functions for form in _distorted(function["arguments"]))
-            if all(function["name"] in text for function in functions) and not any(form in text for form in wrong):
+            distorted = any(text.count(form) > said.count(form) for form in wrong)
+            if not distorted and all(function["name"] in text for function in functions):
                 return changed
     raise refused or ValueError("the chat template writes no tool calls, or not their arguments as JSON")
 

@@ -64,7 +64,10 @@ def _side(row: Mapping[str, Any], name: str, role: str) -> list[Message]:
 
 def _tools(value: Any) -> list[Any] | None:
     if isinstance(value, str):
-        value = json.loads(value) if value.strip() else None
+        try:
+            value = json.loads(value) if value.strip() else None
+        except json.JSONDecodeError as error:
+            raise ValueError(f'"tools" is a text that is no JSON ({error.msg} at character {error.pos})') from error
     if not isinstance(value, list | None):
         raise ValueError(f'"tools" is of type {type(value).__name__}; it must be a list, or its JSON')
     return value or None

@@ -21,7 +21,7 @@ class FimTokens:
         try:
             begin, hole, end = map(tokenizer.token_id, (FIM_BEGIN, FIM_HOLE, FIM_END))
         except ValueError as error:
-            raise ValueError(f"{error}, which fill in the middle takes: data.fim_rate=0 trains without") from error
+            raise ValueError(f"fill in the middle (--data.fim-rate 0 trains without): {error}") from error
         return cls(begin, hole, end)
 
 

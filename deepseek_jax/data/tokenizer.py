@@ -88,7 +88,7 @@ class Tokenizer:
     """Text to ids and back. Only with `allow_special` can text produce a special token.
 
     bos, eos, pad: how those tokens are spelled, None where the tokenizer has none; without `pad`, or where
-    the vocabulary lacks it, EOS pads.
+    the vocabulary lacks it, EOS pads. add_bos: whether BOS stands in front of raw text.
     stop_ids: what ends an answer beside EOS. template: the model's chat template, where it came with one.
     files: what `save` writes; by default made of all that.
     """
@@ -100,12 +100,14 @@ class Tokenizer:
         bos: str | None = BOS,
         eos: str | None = EOS,
         pad: str | None = PAD,
+        add_bos: bool = True,
         stop_ids: Iterable[int] = (),
         template: ChatTemplate | None = None,
         files: TextFiles | None = None,
     ):
         self._special = backend
         self._bos, self._eos = bos, eos
+        self._add_bos = add_bos
         self._pad = pad if pad is None or backend.token_to_id(pad) is not None else None
         self._rows: int | None = None  # of the model's embedding, where they are fewer than the ids
         eos_ids = [] if eos is None else [self.token_id(eos)]
@@ -146,7 +148,8 @@ class Tokenizer:
             if name != "pad" and token is not None and backend.token_to_id(token) is None:
                 raise ValueError(f"{folder}: {name}_token={token!r} is not in tokenizer.json")
         stop_ids, template = read_stop_ids(folder), read_template(folder, config)
-        return cls(backend, **names, stop_ids=stop_ids, template=template, files=files)
+        adds = config.get("add_bos_token") is not False
+        return cls(backend, **names, add_bos=adds, stop_ids=stop_ids, template=template, files=files)
 
     @staticmethod
     def _read(file: Path) -> tokenizers.Tokenizer:
@@ -193,6 +196,7 @@ class Tokenizer:
     def _own_config(self) -> bytes:
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         config |= {"bos_token": self._bos, "eos_token": self._eos, "pad_token": self._pad}
+        config |= {} if self._add_bos else {"add_bos_token": False}
         if self.template is not None:
             config["chat_template"] = self.template.source
         elif self.has_chat_tokens:
@@ -247,8 +251,8 @@ class Tokenizer:
 
     @property
     def bos_ids(self) -> list[int]:
-        """What stands in front of raw text: BOS where the tokenizer has one, else nothing (Qwen2)."""
-        return [] if self._bos is None else [self.bos_id]
+        """What stands in front of raw text: BOS where the tokenizer has one and adds it, else nothing (Qwen2)."""
+        return [self.bos_id] if self._add_bos and self._bos is not None else []
 
     @property
     def bos_id(self) -> int:

@@ -87,7 +87,7 @@ def test_reasoning_under_each_of_its_names(name):
         ({"messages": [SAY | {"tool_calls": ["f"]}]}, "message 0 has a tool call that is no"),
         ({"messages": [SAY | {"reasoning": 7}]}, "reasoning of type int"),
         ({"messages": [ASK], "tools": 7}, '"tools" is of type int'),
-        ({"messages": [ASK], "tools": "{"}, "Expecting property name"),
+        ({"messages": [ASK], "tools": "{"}, "tools. is a text that is no JSON .Expecting property"),
         ({"prompt": 7, "completion": "x"}, '"prompt" is of type int; it must be text or a list of messages'),
         ({"prompt": "x", "chosen": "a"}, "it has prompt, chosen"),
     ],

@@ -3,12 +3,13 @@
 import json
 
 import pytest
-from data.families import QWEN, llama, qwen, write_qwen
+from data.families import CHATML, QWEN, llama, qwen, write_qwen
 from model.tiny import V3, config, weights, whole
 from small import tokenizer as demo_tokenizer
 
 from deepseek_jax.data.chat import encode_chat, encode_prompt
 from deepseek_jax.data.fim import FimTokens
+from deepseek_jax.data.template import ChatTemplate
 from deepseek_jax.data.tokenizer import BOS, DEEPSEEK_TEMPLATE, EOS, PAD, Tokenizer, train_tokenizer
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
@@ -29,7 +30,7 @@ def test_a_folder_without_pad_or_fim_packs_documents_and_chats(tmp_path):
     prepare_rows(data, ours, tmp_path / "rows", seed=0)
     chats = SFTData(path=(str(tmp_path / "chats.jsonl"),), seq_len=64)
     prepare_chats(chats, ours, tmp_path / "chats")
-    with pytest.raises(ValueError, match="no token '<｜fim▁begin｜>', which fill in the middle takes: data.fim_rate=0"):
+    with pytest.raises(ValueError, match="--data.fim-rate 0 trains without.*no token '<｜fim▁begin｜>'"):
         FimTokens.of(ours)
 
 
@@ -56,6 +57,16 @@ def test_without_settings_only_tokens_that_are_there_are_named(tmp_path):
     assert Tokenizer.from_folder(tmp_path / "run").bos_ids == [1]
     (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": QWEN[0]}}))
     assert Tokenizer.from_folder(folder).eos_id == 0
+
+
+def test_bos_stands_in_front_where_the_settings_have_it_so(tmp_path):
+    names = {"bos_token": QWEN[0], "eos_token": QWEN[2]}
+    for said, front in ({}, [0]), ({"add_bos_token": True}, [0]), ({"add_bos_token": False}, []):
+        ours = Tokenizer.from_folder(write_qwen(tmp_path / "q", names | said))
+        assert (ours.bos_ids, ours.bos_id) == (front, 0)
+    bare = Tokenizer(qwen()._special, bos=QWEN[0], eos=QWEN[2], add_bos=False)
+    bare.save(tmp_path / "bare")
+    assert Tokenizer.from_folder(tmp_path / "bare").bos_ids == bare.bos_ids == []
 
 
 def test_a_pad_that_the_vocabulary_lacks_is_none(tmp_path):
@@ -125,7 +136,7 @@ def test_ids_that_are_used_are_refused_and_not_those_that_exist(tmp_path):
     backend = qwen()._special.from_str(qwen()._special.to_str())
     backend.add_special_tokens([PAD])
     rows = backend.get_vocab_size() - 1
-    ours = Tokenizer(backend, bos=None, eos=QWEN[2], pad=PAD)
+    ours = Tokenizer(backend, bos=None, eos=QWEN[2], pad=PAD, template=ChatTemplate(CHATML, {}))
     few = ours.over(rows)
     assert (ours.pad_id, few.pad_id, few.usable, ours.over(rows + 1) is ours) == (rows, 2, rows, True)
     assert few.encode(f"the {PAD}") == ours.encode(f"the {PAD}")  # spelled by other tokens
@@ -148,3 +159,10 @@ def test_ids_that_are_used_are_refused_and_not_those_that_exist(tmp_path):
     prepare_rows(text, loaded.text, tmp_path / "rows", seed=0)
     with pytest.raises(ValueError, match="vocab_size=70"):
         prepare_rows(text, ours.over(70), tmp_path / "rows2", seed=0)
+    chats = SFTData(path=(str(tmp_path / "chats.jsonl"),), seq_len=64)
+    lines = [json.dumps({"prompt": said, "completion": "x"}) + "\n" for said in ("the fox", f"the {PAD}")]
+    (tmp_path / "chats.jsonl").write_text(lines[0])
+    prepare_chats(chats, loaded.text, tmp_path / "chats")
+    (tmp_path / "chats.jsonl").write_text("".join(lines))
+    with pytest.raises(ValueError, match=f"chats.jsonl:2: token '{PAD}' has the id {rows}"):
+        prepare_chats(chats, loaded.text, tmp_path / "chats2")

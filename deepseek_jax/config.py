@@ -265,7 +265,8 @@ class ModelConfig:
         source: Mapping[str, Any] | str | os.PathLike[str], *, ignore_config: Iterable[str] = ()
     ) -> "ModelConfig":
         """The network that a released model's ``config.json`` describes, canonical: see ``hf_config.fields_of``."""
-        return ModelConfig.from_dict(hf_config.fields_of(source, ignore_config=ignore_config)).canonical()
+        with hf_config.naming(source):
+            return ModelConfig.from_dict(hf_config.fields_of(source, ignore_config=ignore_config)).canonical()
 
     def to_hf(self) -> dict[str, Any]:
         """The content of a ``config.json`` for this network: see ``hf_config.content_of``."""

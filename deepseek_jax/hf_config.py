@@ -8,7 +8,8 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,18 @@ def fields_of(source: Source, *, ignore_config: Iterable[str] = ()) -> dict[str,
     return settings | _rotary(found)
 
 
+@contextmanager
+def naming(source: Source) -> Iterator[None]:
+    """Let errors about a file name it."""
+    try:
+        yield
+    except ValueError as error:
+        message = str(error).removeprefix("config.json").removeprefix(": ")
+        if isinstance(source, Mapping) or str(_file(source)) in message:
+            raise
+        raise ValueError(f"{_file(source)}{'' if message.startswith(' (') else ': '}{message}") from error
+
+
 def content_of(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The content of a ``config.json`` from which ``fields_of`` and transformers make this network: all fields of a
     ModelConfig, those that do nothing at their defaults.
@@ -113,8 +126,7 @@ def essential(fields: Mapping[str, Any]) -> dict[str, Any]:
 def _read(source: Source) -> dict[str, Any]:
     if isinstance(source, Mapping):
         return dict(source)
-    path = Path(source)
-    path = path / "config.json" if path.is_dir() else path
+    path = _file(source)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
@@ -124,6 +136,11 @@ def _read(source: Source) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, not an object")
     return content
+
+
+def _file(source: str | os.PathLike[str]) -> Path:
+    path = Path(source)
+    return path / "config.json" if path.is_dir() else path
 
 
 def _without(values: Mapping[str, Any], ignored: set[str], prefix: str = "") -> dict[str, Any]:

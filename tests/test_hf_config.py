@@ -413,6 +413,17 @@ def test_an_fp8_checkpoint_is_the_same_network():
         assert ModelConfig.from_hf(content) == TINY["v3"].canonical()
 
 
+def test_what_is_wrong_names_the_file(tmp_path):
+    for content, wrong in (
+        (v3(index_topk=4), r" \(deepseek_v3\) asks for .* index_topk=4"),
+        (v3(n_group=3), ": n_group=3 "),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        for source in (tmp_path, tmp_path / "config.json"):
+            with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path))}/config.json{wrong}"):
+                ModelConfig.from_hf(source)
+
+
 def test_files_that_are_none(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         ModelConfig.from_hf(tmp_path)

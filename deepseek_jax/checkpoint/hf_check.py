@@ -46,7 +46,8 @@ def check_tensors(config: ModelConfig, files: TensorFiles, *, keep_fp8: bool) ->
         expected.add(tensor.name)
         info = files.tensors.get(tensor.name)
         if info is None:
-            problems.append(f"{tensor.name} is missing")
+            untied = " (tie_word_embeddings=False)" if tensor.name == "lm_head.weight" else ""
+            problems.append(f"{tensor.name} is missing{untied}")
             continue
         if info.shape != tensor.shape:
             problems.append(f"{tensor.name} has shape {list(info.shape)}, the configuration wants {list(tensor.shape)}")
@@ -67,7 +68,7 @@ def check_tensors(config: ModelConfig, files: TensorFiles, *, keep_fp8: bool) ->
     problems += [f"{name} is unknown" for name in extra if name not in inert]
     if problems:
         more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
-        raise ValueError(f"the files do not hold this model: {'; '.join(problems[:_LISTED])}{more}")
+        raise ValueError(f"{files.path}: the files do not hold this model: {'; '.join(problems[:_LISTED])}{more}")
     if inert:
         _LOG.info("left out: %s", ", ".join(inert))
     for copy, original in repeats.items():

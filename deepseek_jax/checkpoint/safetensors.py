@@ -129,10 +129,11 @@ class TensorFiles:
         FileNotFoundError: nothing of that name, or a folder without safetensors.
     """
 
+    path: Path
     tensors: dict[str, TensorInfo]  # by file, then in the order of the data
 
     def __init__(self, path: str | Path) -> None:
-        path = Path(path)
+        self.path = path = Path(path)
         self.tensors = _read_folder(path) if path.is_dir() else read_header(path)[0]
         self._maps: dict[Path, mmap.mmap] = {}
         self._lock = threading.Lock()

@@ -1,7 +1,7 @@
 """The commands that run stages."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import tyro
@@ -36,10 +36,23 @@ def parse_recipe(
     return tyro.cli(kind, args=overrides, default=default, prog=f"deepseek-jax {command} {recipe}")
 
 
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """A result's lines: numbers of one thing, which a tree ends in, share one."""
+    for name, value in tree.items():
+        if not isinstance(value, Mapping):
+            yield prefix + name, value
+        elif any(isinstance(inner, Mapping) for inner in value.values()):
+            yield from _flat(value, f"{prefix}{name} ")
+        else:
+            short = {key: f"{inner:.4g}" if isinstance(inner, float) else inner for key, inner in value.items()}
+            shown = (f"{key} {inner}" for key, inner in short.items())
+            yield prefix + name, ", ".join(shown)
+
+
 def _finish(run_dir: str, result: dict[str, Any]) -> None:
     console = Console()
-    for name, value in result.items():
-        console.print(f"{name:32} {value}", highlight=False)
+    for name, value in _flat(result):
+        console.print(f"{name:32} {value}", highlight=False, markup=False, soft_wrap=True)
     named = [f"{name} {result[name]:.4g}" for name in HEADLINE if isinstance(result.get(name), float)]
     console.print(f"→ {run_dir}: {', '.join(named)}" if named else f"→ {run_dir}", highlight=False, soft_wrap=True)
 

@@ -1,7 +1,7 @@
 """Everything between text and the arrays that a train step takes.
 
-The walk of a pretraining document: `text.read_documents` -> `Tokenizer.encode` -> `fim.apply_fim` ->
-`packing.pack_stream` -> `rows.write_rows`, once; then `rows.RowLoader` gives the batches of a run.
+The walk of a pretraining document: `text.read_documents` -> `tokens.tokenize`, once for all runs; then for a run
+`fim.apply_fim` -> `packing.pack_stream` -> `rows.write_rows`, once; then `rows.RowLoader` gives its batches.
 The walk of a chat: `text.read_chats` -> `conversations` (one form of many) -> `chat.encode_chat` (by the model's own
 template: `by_template`) -> `packing.pack_samples` -> the same rows.
 

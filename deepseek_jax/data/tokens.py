@@ -114,6 +114,8 @@ def tokenize(
     folder = cache / hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:32]
     with _sole_writer(folder):
         if not (folder / _META).exists():
+            for left in folder.glob("*.tokens.*"):  # by a machine that went down
+                left.unlink()
             skipped, read = Counter[str](), Counter[str]()
             total = sum(int(source["bytes"]) for source in sources.values())
             documents = read_documents(

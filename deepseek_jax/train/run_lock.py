@@ -19,7 +19,7 @@ _held: set[Path] = set()  # by this process, which the system would let in again
 
 @contextmanager
 def run_lock(run_dir: str | Path) -> Iterator[None]:
-    """Hold the folder, which is made, for this process; a folder that is empty at the end goes again.
+    """Hold the folder, which is made, for this process; what was made and is empty at the end goes again.
 
     It is a POSIX record lock: the system frees it however the process ends, and children, which may live longer, have
     no part in it. Of the processes of one run the first alone takes it.
@@ -31,6 +31,7 @@ def run_lock(run_dir: str | Path) -> Iterator[None]:
     path = folder.resolve() / LOCK
     if path in _held:
         raise ValueError(f"{folder}: this process trains there already")
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = _take(path, folder)
     _held.add(path)
@@ -42,7 +43,8 @@ def run_lock(run_dir: str | Path) -> Iterator[None]:
         path.unlink(missing_ok=True)
         os.close(descriptor)
         with suppress(OSError):  # it holds something: a run
-            folder.rmdir()
+            for place in made:
+                place.rmdir()
 
 
 def _take(path: Path, folder: Path) -> int:

@@ -80,6 +80,7 @@ class PretrainConfig(StageConfig):
 
     run_dir: str = "runs/pretrain"
     batch_size: int = 8
+    """Rows of a step."""
     data: PretrainData = PretrainData()
     model: ModelConfig = ModelConfig()
     loss: LanguageModelLoss = LanguageModelLoss()

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from deepseek_jax.data import files, hub, token_worker, tokens
+from deepseek_jax.data.conversations import Conversation
 from deepseek_jax.data.files import describe, find_files
 from deepseek_jax.data.text import LONGEST_TEXT, read_chats, read_documents, read_rows
 from deepseek_jax.data.tokenizer import Tokenizer
@@ -244,7 +245,7 @@ def test_a_byte_order_mark_opens_a_file_and_line_separators_are_text(tmp_path: P
     (tmp_path / "c.md").write_bytes(text.encode())
     for skip in (False, True):
         assert list(read_documents(tmp_path, skip_broken=skip)) == [text] * 3
-        assert list(read_chats(tmp_path / "a.jsonl", skip_broken=skip)) == [chat]
+        assert list(read_chats(tmp_path / "a.jsonl", skip_broken=skip)) == [Conversation(chat)]
     assert list(read_rows(tmp_path / "a.jsonl")) == [{"messages": chat, "text": text}]
 
 

@@ -27,7 +27,7 @@ def load(path: str) -> Any:
     if len(parts) not in (2, 3) or not all(parts):
         raise ValueError(f"{path}: expected hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT, as in hf:gsm8k:main:train")
     try:
-        import datasets
+        import datasets  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError(f'{path}: needs the package datasets: pip install "deepseek-jax[datasets]"') from error
     name, *config, split = parts

@@ -1,6 +1,7 @@
 """Loaders: the order of grain, one global index, exact restores, any number of processes."""
 
 import json
+import time
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -11,6 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from deepseek_jax.data.loader import BatchLoader
 from deepseek_jax.data.packing import Row
 from deepseek_jax.data.rows import PromptLoader, RowLoader, write_rows
 
@@ -168,3 +170,33 @@ def test_rows_of_several_files_and_kinds(tmp_path: Path, problems: Path) -> None
     assert loader.rows[-1].where == f"{other}:2"
     with pytest.raises(ValueError, match="fingerprint"):
         PromptLoader([other, problems], batch_size=ROWS + 2, seed=0).restore(loader.state())
+
+
+def test_batches_are_read_ahead_and_what_cannot_be_read_is_told_at_its_turn() -> None:
+    """By a thread, which has read two more when the first is given out; a state counts those given out."""
+    asked: list[int] = []
+
+    class Source:
+        def __len__(self) -> int:
+            return 10
+
+        def __getitem__(self, index: int) -> int:
+            asked.append(index)
+            if index == 4:
+                raise OSError("gone")
+            return index
+
+    options: dict[str, Any] = {"fingerprint": "f", "batch_fn": list, "batch_size": 1, "seed": 0}
+    loader = BatchLoader(Source(), shuffle=False, **options)
+    assert next(loader) == [0]
+    deadline = time.monotonic() + 10
+    while asked != [0, 1, 2] and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert asked == [0, 1, 2] and loader.state()["position"] == 1
+    assert [next(loader) for _ in range(3)] == [[1], [2], [3]]
+    for _ in range(2):
+        with pytest.raises(OSError, match="gone"):
+            next(loader)
+    assert loader.state()["position"] == 4
+    loader.restore(loader.state() | {"position": 5})
+    assert next(loader) == [5]

@@ -85,10 +85,10 @@ def _own_sections(stage: Stage, name: str) -> list[str]:
     sections = [_own_headline(stage, name)]
     if stage.name != "grpo" or stage.evaluations():
         sections.append(losses([stage]))
-    if stage.loads() is not None:
-        sections.append(experts([stage]))
     if stage.name == "grpo":
         sections.append(reinforcement(stage))
+    if stage.loads() is not None:
+        sections.append(experts([stage]))
     if stage.samples:
         sections.append(_samples([stage]))
     return sections

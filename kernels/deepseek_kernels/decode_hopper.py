@@ -28,8 +28,26 @@ _KEYS = 64  # of a block
 _SLOTS = 2  # blocks in shared memory at once
 _LEAST = 1  # blocks of a core
 _UNROLL = 0
+_UNSAFE = False
 _SEMANTICS = plgpu.LoweringSemantics.Lane
 _LOWEST = -1e30  # in place of -inf: the exponential of a difference of two is never NaN
+
+
+def refuses(
+    target: Target, dtype: Any, *, by_column: bool, queries: int, keys: int, key_width: int, value_width: int
+) -> str:
+    """Why the kernels cannot run; "" where they can."""
+    if (target.platform, target.chip) != ("cuda", "9.0"):
+        return f"it needs cuda of capability 9.0, not {target.platform} {target.chip}".rstrip()
+    if dtype != jnp.bfloat16:
+        return f"it needs bfloat16, not {dtype.name}"
+    if not by_column:
+        return "it needs keys whose positions are their columns, and no segments"
+    if keys % 8 or not keys:
+        return f"it needs a cache of a multiple of 8 columns, not {keys}"
+    if value_width % 128 or value_width > 512 or key_width - value_width != 64:
+        return f"it needs values of 128, 256, 384 or 512 numbers and 64 more of a key, not {value_width} of {key_width}"
+    return ""
 
 
 def attend(
@@ -42,17 +60,23 @@ def attend(
     values: int,
     cores: int,
 ) -> Float[Array, "B S H C"]:
+    """``out[s] = Σ_t softmax_t(q[s]·entry[t] · scale) entry[t, :C]`` over layer ``layer`` of the cache; zeros for a
+    query that sees no key. Scores, softmax and sums are float32; weights are rounded to bfloat16 for the second product.
+
+    values: C. cores: of the target, 0 for an H100's.
+    """
     (B, S, H, W), (L, _, T, _) = q_BSHW.shape, entry_LBTW.shape
     rows = _padded(S * H)
-    q_BRW = _pad(q_BSHW.reshape(B, S * H, W), rows)
-    limit_BS = _limits(visible, B, S, T)
-    limit_BR = _pad(jnp.repeat(limit_BS.astype(jnp.float32), H, axis=1), pl.cdiv(rows, ROWS) * ROWS)
     tiles = pl.cdiv(rows, ROWS)
+    limit_BS = _limits(visible, B, S, T)
+    # In float32, exact here, to lie beside what else is kept of a query.
+    limit_BR = _pad(jnp.repeat(limit_BS.astype(jnp.float32), H, axis=1), tiles * ROWS)
+    q_BRW = _pad(q_BSHW.reshape(B, S * H, W), rows)
     plan = _plan(jnp.max(limit_BS, axis=1), max(1, (cores or CORES) // tiles))
-    layer = jnp.asarray(layer, jnp.int32).reshape(1)
-    sums, logs = _parts(plan, layer, limit_BR, q_BRW, entry_LBTW.reshape(L * B, T, W), scale, values)
-    out = _combine(plan[2], logs, sums, (B, rows, values), q_BSHW.dtype)
-    return out[:, : S * H].reshape(B, S, H, values)
+    number = jnp.asarray(layer, jnp.int32).reshape(1)
+    sums, logs = _parts(plan, number, limit_BR, q_BRW, entry_LBTW.reshape(L * B, T, W), scale, values)
+    out_BRC = _combine(plan[2], logs, sums, (B, rows, values), q_BSHW.dtype)
+    return out_BRC[:, : S * H].reshape(B, S, H, values)
 
 
 def _padded(rows: int) -> int:
@@ -245,7 +269,7 @@ def _parts(plan, layer, limit_BR, q_BRW, entry_NTW, scale, values):
             plgpu.TilingTransform((8, 8 * swizzle // bits)),
             plgpu.SwizzleTransform(swizzle),
         )
-        wide = swizzled(16, 128)
+        wide = swizzled(16, min(128, 2 * _KEYS))  # the same for both sides of a product
         scratch = [
             plgpu.SMEM((ROWS, width), bf16, transforms=wide),
             plgpu.RefUnion(
@@ -253,7 +277,7 @@ def _parts(plan, layer, limit_BR, q_BRW, entry_NTW, scale, values):
                 plgpu.SMEM((_SLOTS, 2, ROWS, columns), jnp.float32, transforms=swizzled(32, stage_swizzle)),
             ),
             plgpu.SMEM((_SLOTS, _KEYS, rest), bf16, transforms=wide),
-            plgpu.SMEM((ROWS, _KEYS), bf16, transforms=swizzled(16, min(128, 2 * _KEYS))),
+            plgpu.SMEM((ROWS, _KEYS), bf16, transforms=wide),
             plgpu.SMEM((4, ROWS), jnp.float32),
             plgpu.Barrier(num_arrivals=3, num_barriers=_SLOTS),  # a block is there
             plgpu.Barrier(num_arrivals=2, num_barriers=_SLOTS),  # its place is free
@@ -276,7 +300,7 @@ def _parts(plan, layer, limit_BR, q_BRW, entry_NTW, scale, values):
         num_threads=4,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=_SEMANTICS, reduction_scratch_bytes=0
+            approx_math=True, lowering_semantics=_SEMANTICS, reduction_scratch_bytes=0, unsafe_no_auto_barriers=_UNSAFE
         ),
     )(plan_C4, blocks_B, layer, limit_BR, q_BRW, entry_NTW)
 
@@ -302,7 +326,10 @@ def _combine(parts_B2, logs, sums, shape, dtype):
             top, total, acc = state
             places = [i * at_once + k for k in range(at_once)]
             parts = [first + jnp.minimum(place, count - 1) for place in places]
-            log = [jnp.where(place < count, logs[tile, part, row_in_tile], _LOWEST) for place, part in zip(places, parts, strict=True)]
+            log = [
+                jnp.where(place < count, logs[tile, part, row_in_tile], _LOWEST)
+                for place, part in zip(places, parts, strict=True)
+            ]
             loaded = [plgpu.layout_cast(sums[tile, part, row_in_tile], layout) for part in parts]
             higher = functools.reduce(jnp.maximum, log, top)
             shrink = jnp.exp2(top - higher)

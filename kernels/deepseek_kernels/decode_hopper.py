@@ -29,6 +29,8 @@ _SLOTS = 2  # blocks in shared memory at once
 _LEAST = 1  # blocks of a core
 _UNROLL = 0
 _UNSAFE = False
+_REGISTERS = 0, 0
+_AHEAD = 0
 _SEMANTICS = plgpu.LoweringSemantics.Lane
 _LOWEST = -1e30  # in place of -inf: the exponential of a difference of two is never NaN
 
@@ -127,63 +129,39 @@ def _parts(plan, layer, limit_BR, q_BRW, entry_NTW, scale, values):
     columns = _KEYS * half // (2 * ROWS)  # float32 columns of all rows that fit where a block's half was
     stage_swizzle = min(128, 4 * columns)
     factor = scale * math.log2(math.e)
-    bf16 = q_BRW.dtype
+    bf16, of_rows = q_BRW.dtype, plgpu.Layout.WGMMA.reduce(1)
 
     def kernel(plan, blocks, layer, limits, q, entry, sums, logs, scratch):
-        q_smem, (ring, stage), rope, weights, stats, full, free, q_full, q_free, p_full, p_free = scratch
+        q_smem, (ring, stage), rope, weights, stats, full, q_full, p_full, p_free = scratch
         core, tile, warpgroup = (jax.lax.axis_index(name) for name in ("core", "tile", "warpgroup"))
         row_0, first_0, count, segments = (plan[core, i] for i in range(4))
 
-        def each_segment(body):
+        def each_segment(body, carry):
+            """body(row, its first block, where its blocks end, blocks of this core before, carry) -> carry"""
+
             def step(_, state):
-                row, first, position = state
-                stop = jnp.minimum(first + count - position, blocks[row])
-                body(row, first, stop, position)
-                return row + 1, jnp.int32(0), position + stop - first
+                row, first, before, carry = state
+                stop = jnp.minimum(first + count - before, blocks[row])
+                carry = body(row, first, stop, before, carry)
+                return row + 1, jnp.int32(0), before + stop - first, carry
 
-            jax.lax.fori_loop(0, segments, step, (row_0, first_0, jnp.int32(0)))
+            return jax.lax.fori_loop(0, segments, step, (row_0, first_0, jnp.int32(0), carry))
 
-        @pl.when(warpgroup == 0)
-        def _stream():
-            plgpu.set_max_registers(40, action="decrease")
+        def weigh():
+            """Blocks of keys into softmax weights, one block ahead of what is multiplied."""
+            set_registers(_REGISTERS[0])
 
-            @each_segment
-            def _(row, first, stop, position):
-                source = layer[0] * B + row
-
-                @pl.loop(first, stop)
-                def _(j):
-                    place = position + j - first
-                    slot = jax.lax.rem(place, _SLOTS)
-                    pl.when(place >= _SLOTS)(lambda: plgpu.barrier_wait(free.at[slot]))
-                    keys = entry.at[source, pl.ds(j * _KEYS, _KEYS)]
-                    for i in range(2):
-                        plgpu.copy_gmem_to_smem(keys.at[:, i * half : (i + 1) * half], ring.at[slot, i], full.at[slot])
-                    plgpu.copy_gmem_to_smem(keys.at[:, values:], rope.at[slot], full.at[slot])
-
-                    @pl.when(j == first)
-                    def _():
-                        pl.when(position > 0)(lambda: plgpu.barrier_wait(q_free))
-                        source = q.at[row, pl.ds(tile * ROWS, tile_rows)]
-                        plgpu.copy_gmem_to_smem(source, q_smem.at[:tile_rows], q_full)
-                        plgpu.copy_gmem_to_smem(limits.at[row, pl.ds(tile * ROWS, ROWS)], stats.at[3], q_full)
-
-            for slot in range(_SLOTS):  # nothing is left pending
-                pl.when(count > slot)(lambda slot=slot: plgpu.barrier_wait(free.at[slot]))
-            pl.when(count > 0)(lambda: plgpu.barrier_wait(q_free))
-
-        @pl.when(warpgroup == 1)
-        def _weigh():
-            plgpu.set_max_registers(136, action="increase")
-
-            @each_segment
-            def _(row, first, stop, position):
+            def segment(row, first, stop, before, carry):
+                source = q.at[row, pl.ds(tile * ROWS, tile_rows)]
+                plgpu.copy_gmem_to_smem(source, q_smem.at[:tile_rows], q_full)
+                plgpu.copy_gmem_to_smem(limits.at[row, pl.ds(tile * ROWS, ROWS)], stats.at[3], q_full)
                 plgpu.barrier_wait(q_full)
-                limit = plgpu.layout_cast(stats[3], plgpu.Layout.WGMMA.reduce(1)).astype(jnp.int32)
+                limit = plgpu.layout_cast(stats[3], of_rows).astype(jnp.int32)
+                shape = ROWS, _KEYS
 
                 def block(j, state):
                     top, total = state
-                    place = position + j - first
+                    place = before + j - first
                     slot = jax.lax.rem(place, _SLOTS)
                     plgpu.barrier_wait(full.at[slot])
 
@@ -194,9 +172,7 @@ def _parts(plan, layer, limit_BR, q_BRW, entry_NTW, scale, values):
                         plgpu.wgmma(scores, q_smem.at[:, values:], rope.at[slot].transpose((1, 0)))
                         return scores[...]
 
-                    scores = pl.run_scoped(product, plgpu.ACC((ROWS, _KEYS)))
-                    pl.when(j + 1 == stop)(lambda: plgpu.barrier_arrive(q_free))
-                    shape = ROWS, _KEYS
+                    scores = pl.run_scoped(product, plgpu.ACC(shape))
                     column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
                     seen = column + j * _KEYS < jax.lax.broadcast_in_dim(limit, shape, [0])
                     scores = jnp.where(seen, scores, -jnp.inf)
@@ -212,57 +188,95 @@ def _parts(plan, layer, limit_BR, q_BRW, entry_NTW, scale, values):
                     plgpu.barrier_arrive(p_full)
                     return higher, total
 
-                row_of = lambda value: plgpu.layout_cast(  # noqa: E731
-                    jnp.full((ROWS,), value, jnp.float32), plgpu.Layout.WGMMA.reduce(1)
-                )
-                top, total = jax.lax.fori_loop(first, stop, block, (row_of(_LOWEST), row_of(0)))
+                lowest = plgpu.layout_cast(jnp.full((ROWS,), _LOWEST, jnp.float32), of_rows)
+                zeros = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), of_rows)
+                top, total = jax.lax.fori_loop(first, stop, block, (lowest, zeros))
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 stats[2] = top + jnp.log(total) * math.log2(math.e)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(stats.at[2], logs.at[tile, row + core])
+                return carry
 
-            pl.when(count > 0)(lambda: plgpu.barrier_wait(p_free))
+            each_segment(segment, ())
+            pl.when(count > 0)(lambda: plgpu.barrier_wait(p_free))  # nothing is left pending
             plgpu.wait_smem_to_gmem(0)
 
-        @pl.when(warpgroup >= 2)
-        def _multiply():
-            plgpu.set_max_registers(168, action="increase")
-            mine = warpgroup - 2
+        def multiply():
+            """Weights by values, half of the width; what a block leaves free is filled at once."""
+            set_registers(_REGISTERS[1])
+            mine, shape = warpgroup - 1, (ROWS, half)
 
-            @each_segment
-            def _(row, first, stop, position):
-                shape = ROWS, half
+            def fetch(slot, ahead):
+                row, j, stop = ahead
+                keys = entry.at[layer[0] * B + row, pl.ds(j * _KEYS, _KEYS)]
+                plgpu.copy_gmem_to_smem(keys.at[:, pl.ds(mine * half, half)], ring.at[slot, mine], full.at[slot])
 
+                @pl.when(mine == 0)
+                def _():
+                    plgpu.copy_gmem_to_smem(keys.at[:, values:], rope.at[slot], full.at[slot])
+
+                if _AHEAD:
+
+                    @pl.when(j + _AHEAD < stop)
+                    def _():
+                        later = entry.at[layer[0] * B + row, pl.ds((j + _AHEAD) * _KEYS, _KEYS)]
+                        plgpu.async_prefetch(later.at[:, pl.ds(mine * half, half)])
+                        pl.when(mine == 0)(lambda: plgpu.async_prefetch(later.at[:, values:]))
+
+                following = jnp.minimum(row + 1, B - 1)
+                same = j + 1 < stop
+                stop = jax.lax.cond(same, lambda: stop, lambda: blocks[following])
+                return jnp.where(same, row, following), jnp.where(same, j + 1, 0), stop
+
+            def refill(place, ahead):
+                slot = jax.lax.rem(place, _SLOTS)
+                return jax.lax.cond(place < count, functools.partial(fetch, slot), lambda ahead: ahead, ahead)
+
+            def segment(row, first, stop, before, ahead):
                 def block(j, state):
-                    acc, _ = state
-                    place = position + j - first
+                    acc, _, ahead = state
+                    place = before + j - first
                     slot = jax.lax.rem(place, _SLOTS)
                     plgpu.barrier_wait(full.at[slot])
                     plgpu.barrier_wait(p_full)
-                    shrink = plgpu.layout_cast(stats[0], plgpu.Layout.WGMMA.reduce(1))
-                    total = plgpu.layout_cast(stats[1], plgpu.Layout.WGMMA.reduce(1))
+                    shrink = plgpu.layout_cast(stats[0], of_rows)
+                    total = plgpu.layout_cast(stats[1], of_rows)
                     acc = acc * jax.lax.broadcast_in_dim(shrink, shape, [0])
                     acc = _accumulate(acc, weights, ring.at[slot, mine])
                     plgpu.barrier_arrive(p_free)
-                    pl.when(j + 1 < stop)(lambda: plgpu.barrier_arrive(free.at[slot]))
-                    return acc, total
+                    return acc, total, jax.lax.cond(j + 1 < stop, refill_after, lambda _, ahead: ahead, place, ahead)
+
+                def refill_after(place, ahead):
+                    plgpu.commit_smem()  # all four warps have read what is written over now
+                    return refill(place + _SLOTS, ahead)
 
                 zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
-                one = plgpu.layout_cast(jnp.ones((ROWS,), jnp.float32), plgpu.Layout.WGMMA.reduce(1))
-                acc, total = jax.lax.fori_loop(first, stop, block, (zeros, one))
+                one = plgpu.layout_cast(jnp.ones((ROWS,), jnp.float32), of_rows)
+                acc, total, ahead = jax.lax.fori_loop(first, stop, block, (zeros, one, ahead))
                 inverse = jnp.where(total > 0, 1 / total, 0.0)
                 acc = acc * jax.lax.broadcast_in_dim(inverse, shape, [0])
-                slot = jax.lax.rem(position + stop - 1 - first, _SLOTS)
+                place = before + stop - 1 - first
+                slot = jax.lax.rem(place, _SLOTS)
                 target = sums.at[tile, row + core, :, pl.ds(mine * half, half)]
-                for start in range(0, half, columns):
+                for start in range(0, half, columns):  # through where the last block was
                     stage[slot, mine] = acc[:, start : start + columns]
                     plgpu.commit_smem()
                     part = stage.at[slot, mine, :tile_rows]
                     plgpu.copy_smem_to_gmem(part, target.at[:, start : start + columns])
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                plgpu.barrier_arrive(free.at[slot])
+                return refill(place + _SLOTS, ahead)
 
+            ahead = row_0, first_0, blocks[row_0]
+            for place in range(_SLOTS):
+                ahead = refill(jnp.int32(place), ahead)
+            each_segment(segment, ahead)
             plgpu.wait_smem_to_gmem(0)
+
+        jax.lax.cond(warpgroup > 0, multiply, weigh)
+
+    def set_registers(number):
+        if number:
+            plgpu.set_max_registers(number, action="increase" if number > 168 else "decrease")
 
     def entry_point(*refs):
         swizzled = lambda bits, swizzle: (  # noqa: E731
@@ -278,11 +292,9 @@ def _parts(plan, layer, limit_BR, q_BRW, entry_NTW, scale, values):
             ),
             plgpu.SMEM((_SLOTS, _KEYS, rest), bf16, transforms=wide),
             plgpu.SMEM((ROWS, _KEYS), bf16, transforms=wide),
-            plgpu.SMEM((4, ROWS), jnp.float32),
-            plgpu.Barrier(num_arrivals=3, num_barriers=_SLOTS),  # a block is there
-            plgpu.Barrier(num_arrivals=2, num_barriers=_SLOTS),  # its place is free
+            plgpu.SMEM((4, ROWS), jnp.float32),  # of each query: the factor of older sums, the sum, its log, the limit
+            plgpu.Barrier(num_arrivals=3, num_barriers=_SLOTS),
             plgpu.Barrier(num_arrivals=2),
-            plgpu.Barrier(num_arrivals=1),
             plgpu.Barrier(num_arrivals=1),
             plgpu.Barrier(num_arrivals=2),
         ]
@@ -297,7 +309,7 @@ def _parts(plan, layer, limit_BR, q_BRW, entry_NTW, scale, values):
         ),
         grid=(tiles, cores),
         grid_names=("tile", "core"),
-        num_threads=4,
+        num_threads=3,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(
             approx_math=True, lowering_semantics=_SEMANTICS, reduction_scratch_bytes=0, unsafe_no_auto_barriers=_UNSAFE

@@ -113,7 +113,7 @@ def test_work_is_dealt_out_evenly_and_every_part_is_some_rows():
     plan, blocks, parts = (np.asarray(x) for x in decode_hopper._plan(jnp.array(lengths), cores))
     covered = {}
     for core, (row, first, count, rows) in enumerate(plan):
-        for i in range(rows):
+        for _ in range(rows):
             size = min(count, blocks[row] - first)
             assert row + core not in covered
             covered[row + core] = (row, range(first, first + size))

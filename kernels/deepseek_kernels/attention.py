@@ -92,8 +92,8 @@ def mla_decode(
     """Absorbed MLA: every head attends to the cached entries ``[c | k_rope]`` themselves, whose first ``values``
     numbers are the values too.
 
-    entry: an array or a layer of a stack (L, B, T, W), which the Hopper kernel, alone without a gradient, reads where it
-    lies. What stands behind a row's length is multiplied by zero, so it must be finite.
+    entry: an array or a layer of a stack (L, B, T, W), which the Hopper kernel reads where it lies; that one has no
+    gradient. What stands behind a row's length is multiplied by zero, so it must be finite.
 
     Raises:
       ValueError: shapes or dtypes that do not fit, or an implementation that cannot run on the target.

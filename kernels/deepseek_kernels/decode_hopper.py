@@ -63,7 +63,7 @@ def attend(
     cores: int,
 ) -> Float[Array, "B S H C"]:
     """``out[s] = Σ_t softmax_t(q[s]·entry[t] · scale) entry[t, :C]`` over layer ``layer`` of the cache; zeros for a
-    query that sees no key. Scores, softmax and sums are float32; weights are rounded to bfloat16 for the second product.
+    query that sees no key. Scores, softmax and sums are float32; weights are rounded to bfloat16 for their product.
 
     values: C. cores: of the target, 0 for an H100's.
     """

@@ -87,7 +87,8 @@ def choose(operation: str, target: Target, dtype: Any, *, implementation: str = 
     """The implementation of an operation for a target, a dtype and the facts that the operation's rules read.
 
     facts: of grouped_matmul ``rows, groups, widths``; of mla_attention and gqa_attention ``in_row_order, queries, keys,
-    key_width, value_width``, of mla_decode ``by_column`` in place of the first; of the others none. A slow choice is logged once, with its reason.
+    key_width, value_width``; of mla_decode ``by_column`` in place of the first; of the others none. A slow choice
+    is logged once, with its reason.
 
     Raises:
       ValueError: an operation or implementation that does not exist, or one that cannot run there.

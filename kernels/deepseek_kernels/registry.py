@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 import jax.numpy as jnp
 
-from deepseek_kernels import attention_cudnn, cpu, decode_hopper, hopper
+from deepseek_kernels import attention_cudnn, cpu, decode_hopper, hopper, hopper_few
 from deepseek_kernels.target import Platform, Target
 
 ANYWHERE: tuple[Platform, ...] = get_args(Platform)
@@ -56,6 +56,10 @@ def _block_rows(target: Target, *, rows: int, groups: int, **_) -> int:
     return min(64 if on_cpu else 1024, 1 << (best.bit_length() - 1))
 
 
+def _hopper_rows(target: Target, *, rows: int, groups: int, **_) -> int:
+    return hopper_few.tile(rows, groups) or hopper.ROWS
+
+
 _C = Implementation("c", ("cpu",), _needs_c)
 _CUDNN = Implementation("cudnn", ("cuda",), attention_cudnn.refuses)
 _BLOCKWISE = Implementation("blockwise", slow="plain XLA, there is no kernel for this target")
@@ -67,7 +71,7 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
     "product": (_C, Implementation("dot")),
     "grouped_matmul": (
         _C,
-        Implementation("hopper", ("cuda",), hopper.refuses, lambda target, **_: hopper.ROWS),
+        Implementation("hopper", ("cuda",), hopper.refuses, _hopper_rows),
         Implementation("ragged_dot", ("tpu",)),
         Implementation("blocks", rows=_block_rows, slow="batched XLA products over padded blocks"),
         _REFERENCE,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_kernels import InStack, Target, Visible, decode_hopper, mla_decode
+from deepseek_kernels import InStack, Target, Visible, decode_hopper, decode_hopper_parts, mla_decode
 
 ON_GPU = jax.default_backend() == "gpu"
 TARGET = Target("cuda", "9.0", 0 if ON_GPU else 3)  # three blocks in the interpreter
@@ -33,7 +33,7 @@ def hopper_gpu(monkeypatch):
 
         return sums + pl.run_scoped(product, plgpu.ACC(sums.shape))
 
-    monkeypatch.setattr(decode_hopper, "_accumulate", added)
+    monkeypatch.setattr(decode_hopper_parts, "_accumulate", added)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):  # pyright: ignore[reportAttributeAccessIssue]
         yield
 
@@ -56,13 +56,17 @@ def decode(q, stack, visible, width=C):
 
 
 def definition(q, entry, visible, width=C):
-    mask = np.asarray(visible.mask(*q.shape[:2], entry.shape[1]))[:, :, None]
-    q, entry = (np.asarray(x, np.float64) for x in (q, entry))
-    scores = np.where(mask, np.einsum("bshw,btw->bsht", q, entry) * SCALE, -np.inf)
-    with np.errstate(invalid="ignore"):
-        p = np.exp(scores - scores.max(-1, keepdims=True))
-    p = np.where(mask, p, 0)
-    return np.einsum("bsht,btc->bshc", p / np.maximum(p.sum(-1, keepdims=True), 1e-30), entry[..., :width])
+    masks = np.asarray(visible.mask(*q.shape[:2], entry.shape[1]))
+    out = np.zeros((*q.shape[:3], width))
+    for out_SHC, mask_ST, q_SHW, entry_TW in zip(
+        out, masks, *(np.asarray(x, np.float64) for x in (q, entry)), strict=True
+    ):
+        keys = entry_TW[: mask_ST.any(0).sum()]
+        for s in np.flatnonzero(mask_ST.any(1)):
+            scores = q_SHW[s] @ keys.T * SCALE
+            p = np.where(mask_ST[s, : len(keys)], np.exp(scores - scores.max(-1, keepdims=True)), 0)
+            out_SHC[s] = p / p.sum(-1, keepdims=True) @ keys[:, :width]
+    return out
 
 
 # Weights and result are rounded to bfloat16, 2⁻⁹ at most of a number: a relative error of 0.2 %.
@@ -112,7 +116,8 @@ def test_work_is_dealt_out_evenly_and_every_part_is_some_rows():
     lengths, cores = np.array([1, 700, 64, 0, 129, 2000]), 7
     plan, blocks, parts = (np.asarray(x) for x in decode_hopper._plan(jnp.array(lengths), cores))
     covered = {}
-    for core, (row, first, count, rows) in enumerate(plan):
+    for core, (row, first, count, rows, own) in enumerate(plan):
+        assert own == blocks[row]
         for _ in range(rows):
             size = min(count, blocks[row] - first)
             assert row + core not in covered

@@ -143,7 +143,7 @@ def _combine(parts_B2, logs, sums, shape, dtype):
             places = [(i * at_once + k) * stride + skip for k in range(at_once)]
             at = [(tile, first + jnp.minimum(place, count - 1), row_in_tile) for place in places]
             log = [jnp.where(place < count, logs[where], -jnp.inf) for place, where in zip(places, at, strict=True)]
-            return add(*state, log, [plgpu.layout_cast(sums[where], layout) for where in at])
+            return add(state, log, [plgpu.layout_cast(sums[where], layout) for where in at])
 
         zeros = plgpu.layout_cast(jnp.zeros((values,), jnp.float32), layout)
         state = jnp.float32(LOWEST), jnp.float32(0), zeros
@@ -155,7 +155,8 @@ def _combine(parts_B2, logs, sums, shape, dtype):
         else:
             out[b, row] = (state[2] * inverse(state[1])).astype(dtype)
 
-    def add(top, total, acc, log, parts):
+    def add(state, log, parts):
+        top, total, acc = state
         higher = functools.reduce(jnp.maximum, log, top)
         shrink = jnp.exp2(top - higher)
         total, acc = total * shrink, acc * shrink

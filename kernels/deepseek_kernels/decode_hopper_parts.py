@@ -85,7 +85,9 @@ def parts(
         pl.run_scoped(functools.partial(run, refs), *scratch, collective_axes="warpgroup")
 
     def run(refs, queries, union, *rest):
-        core = _Core(_Refs(*refs, queries, *union, *rest), B, values, tile_rows, columns, scale * math.log2(math.e))
+        core = _Core(
+            _Refs._make([*refs, queries, *union, *rest]), B, values, tile_rows, columns, scale * math.log2(math.e)
+        )
         jax.lax.cond(jax.lax.axis_index("warpgroup") > 0, core.multiply, core.weigh)
 
     return plgpu.kernel(
@@ -187,7 +189,7 @@ class _Core:
             plgpu.wgmma(acc, refs.queries.at[:, self.values :], refs.rope.at[slot].transpose((1, 0)))
             return acc[...]
 
-        return pl.run_scoped(product, plgpu.ACC((ROWS, KEYS)))
+        return pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((ROWS, KEYS)))
 
     def multiply(self) -> None:
         """Weights by values, half of the width; what a block leaves free is filled at once."""
@@ -263,4 +265,4 @@ def inverse(total):
 
 def _accumulate(sums, a, b):
     """``sums + a @ b``. A function of its own, since Mosaic GPU's interpreter has no ``run_state``."""
-    return pl.run_state(lambda acc: plgpu.wgmma(acc, a, b))(plgpu.ACC.init(sums))
+    return pl.run_state(lambda acc: plgpu.wgmma(acc, a, b))(plgpu.WGMMAAccumulatorRef.init(sums))

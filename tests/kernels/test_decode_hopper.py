@@ -31,7 +31,7 @@ def hopper_gpu(monkeypatch):
             plgpu.wgmma(acc, a, b)
             return acc[...]
 
-        return sums + pl.run_scoped(product, plgpu.ACC(sums.shape))
+        return sums + pl.run_scoped(product, plgpu.WGMMAAccumulatorRef(sums.shape))
 
     monkeypatch.setattr(decode_hopper_parts, "_accumulate", added)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):  # pyright: ignore[reportAttributeAccessIssue]

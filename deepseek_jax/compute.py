@@ -34,8 +34,8 @@ class ComputeConfig:
     scan_unroll: int = 1
     """Layers per turn of the scan: more compile longer and run faster, on a CPU above all."""
     scan_decode: bool = False
-    """Scan the layers of a kind when decoding too: compiles once for all of them, and copies each one's cache and
-    weights out of their stacks at every token."""
+    """Scan the layers of a kind when decoding too: compiles once for all of them, and copies each one's weights out of
+    their stacks at every token, but for what a kernel reads where it lies: on Hopper experts and cache."""
     target: str = "auto"
     """What kernels are chosen for: PLATFORM[:CHIP[:CORES]]; auto: the mesh's first device."""
     attention: str = "auto"

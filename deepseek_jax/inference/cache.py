@@ -14,34 +14,50 @@ from jaxtyping import Array, Float, Int, Num
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.parallel.sharding import constrain
-from deepseek_kernels import Visible
+from deepseek_kernels import InStack, Visible
 
 
 @struct.dataclass
 class Memory:
-    """One layer's part of the cache; of layers that are scanned one for them all, with the layers in front.
+    """One layer's part of the cache; of layers that are scanned one for them all, with the layers in front, which each
+    layer is handed as its ``InStack``: it writes and reads where they lie.
 
     buffer_BTW: column t holds what attention keeps of the row's token t. start_B: the column of the next token; None
     where nothing has been written yet, so that what is new is all there is to see, and no empty column is looked at.
     """
 
-    buffer_BTW: jax.Array
-    start_B: jax.Array | None
+    buffer_BTW: Any
+    start_B: Any
 
-    def write(self, entry_BSW: Float[Array, "B S W"]) -> tuple[Self, Float[Array, "B T W"]]:
+    def write(self, entry_BSW: Float[Array, "B S W"]) -> tuple[Self, Float[Array, "B T W"] | InStack]:
         """Put S new tokens behind each row's others -> (the memory with them, all entries of each row)."""
-        entry_BSW = entry_BSW.astype(self.buffer_BTW.dtype)
-        if self.start_B is None:
-            buffer_BTW = jax.lax.dynamic_update_slice(self.buffer_BTW, entry_BSW, (0, 0, 0))
-            return dataclasses.replace(self, buffer_BTW=buffer_BTW), entry_BSW
-        buffer_BTW = write_rows(self.buffer_BTW, entry_BSW, self.start_B)
-        return dataclasses.replace(self, buffer_BTW=buffer_BTW), buffer_BTW
+        kept, start = self.buffer_BTW, self.start_B
+        entry_BSW = entry_BSW.astype(kept.dtype)
+        if isinstance(kept, InStack):
+            if start is None:
+                at = (kept.layer, 0, 0, 0)
+                kept = InStack(jax.lax.dynamic_update_slice(kept.stack, entry_BSW[None], at), kept.layer)
+                return dataclasses.replace(self, buffer_BTW=kept), entry_BSW
+            kept = InStack(write_rows(kept.stack, entry_BSW, start.astype(jnp.int32), kept.layer), kept.layer)
+        elif start is None:
+            kept = jax.lax.dynamic_update_slice(kept, entry_BSW, (0, 0, 0))
+            return dataclasses.replace(self, buffer_BTW=kept), entry_BSW
+        else:
+            kept = write_rows(kept, entry_BSW, start)
+        return dataclasses.replace(self, buffer_BTW=kept), kept
 
 
 def write_rows(
-    buffer_BTW: Num[Array, "B T W"], entry_BSW: Num[Array, "B S W"], start_B: Int[Array, "B"]
-) -> Num[Array, "B T W"]:
-    """Put S columns into each row from the row's own ``start`` on; what lies past the last column is dropped."""
+    buffer_BTW: Num[Array, "*L B T W"], entry_BSW: Num[Array, "B S W"], start_B: Int[Array, "B"], layer: Any = None
+) -> Num[Array, "*L B T W"]:
+    """Put S columns into each row from the row's own ``start`` on; what lies past the last column is dropped.
+
+    layer: of a stack (L B T W), which of them is written."""
+    batch, size = entry_BSW.shape[:2]
+    if layer is not None:
+        rows_B1 = jnp.arange(batch, dtype=jnp.int32)[:, None]
+        columns_BS = start_B[:, None] + jnp.arange(size, dtype=jnp.int32)
+        return buffer_BTW.at[layer, rows_B1, columns_BS].set(entry_BSW, mode="drop", unique_indices=True)
 
     def write(buffer_TW, entry_SW, start):
         columns = start + jnp.arange(len(entry_SW), dtype=jnp.int32)

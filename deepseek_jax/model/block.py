@@ -15,13 +15,14 @@ from deepseek_jax.model.mla import MLA
 from deepseek_jax.model.moe import DeepSeekMoE
 from deepseek_jax.model.router import RouterStats
 from deepseek_jax.parallel.sharding import constrain
-from deepseek_kernels import Visible
+from deepseek_kernels import InStack, Visible
 
 
 class Memory(Protocol):
-    """What one layer keeps of earlier tokens; a pytree. The model knows no more of a cache."""
+    """What one layer keeps of earlier tokens; a pytree, each leaf of which is an ``InStack`` where layers are scanned.
+    The model knows no more of a cache."""
 
-    def write(self, entry_BSW: jax.Array) -> tuple[Self, jax.Array]:
+    def write(self, entry_BSW: jax.Array) -> tuple[Self, jax.Array | InStack]:
         """Keep what attention needs of S new tokens -> (the memory with them, all that it holds (B T W))."""
         ...
 

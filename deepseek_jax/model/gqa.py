@@ -56,6 +56,7 @@ class GQA(nnx.Module):
         if memory is not None:
             entry = jnp.stack([k_BTGN, v_BTGN], axis=2)
             memory, kept = memory.write(entry.reshape(*entry.shape[:2], -1))
+            kept = kept.astype(q_BSHN.dtype)  # which takes a layer out of its stack
             k_BTGN, v_BTGN = jnp.moveaxis(kept.reshape(*kept.shape[:2], *entry.shape[2:]), 2, 0)
         with jax.named_scope("attend"):
             name = compute.decode_attention if absorbed else compute.attention

@@ -1,5 +1,6 @@
 """Multi-head latent attention (V2 section 2.1, V3 equations 1–11)."""
 
+import functools
 from typing import Any
 
 import jax
@@ -12,7 +13,8 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.fresh import Source
 from deepseek_jax.model.layers import Linear, RMSNorm, biased, param, zeros
 from deepseek_jax.model.rope import rotate, softmax_scale
-from deepseek_kernels import Columns, Visible, mla_attention, mla_decode, product
+from deepseek_jax.parallel.sharding import per_device
+from deepseek_kernels import Columns, InStack, Visible, mla_attention, mla_decode, product
 
 LATENT_EPS = 1e-6  # of the two latents' norms, whatever rms_norm_eps says: so in the released code
 
@@ -82,7 +84,7 @@ class MLA(nnx.Module):
             return jnp.concatenate([self.kv_norm(latent), pe], axis=-1)
 
     def _plain(self, q_BSHN, q_BSHR, entry_BTW, visible):
-        latent_BTC, pe_BTR = jnp.split(entry_BTW, [self.config.kv_lora_rank], axis=-1)
+        latent_BTC, pe_BTR = jnp.split(entry_BTW.astype(q_BSHN.dtype), [self.config.kv_lora_rank], axis=-1)
         kv = product("btc,chw->bthw", latent_BTC, self.kv_b[...], target=self.compute.kernels)
         q = jnp.concatenate([q_BSHN, q_BSHR], axis=-1)
         kernel = {"target": self.compute.kernels, "implementation": self.compute.attention}
@@ -94,5 +96,14 @@ class MLA(nnx.Module):
         q_BSHC = product("bshn,chn->bshc", q_BSHN, Columns(kv_b, 0, N), target=target)
         q_BSHW = jnp.concatenate([q_BSHC, q_BSHR], axis=-1)
         kernel = {"target": target, "implementation": self.compute.decode_attention}
-        context_BSHC = mla_decode(q_BSHW, entry_BTW, visible, softmax_scale(self.config), values=C, **kernel)
+        decode = functools.partial(mla_decode, scale=softmax_scale(self.config), values=C, **kernel)
+        context_BSHC = self._per_device(decode, q_BSHW, entry_BTW, visible)
         return product("bshc,chv->bshv", context_BSHC, Columns(kv_b, N, N + V), target=target)
+
+    def _per_device(self, decode, q_BSHW, entry_BTW, visible):
+        """Rows and heads stay where they are: a kernel is not split by the compiler."""
+        heads = "batch", None, "heads", None
+        rows = lambda x: ("batch" if len(x) > 1 else None, *[None] * (x.ndim - 1))  # noqa: E731
+        entry_axes = InStack((None, "batch", None, None), ()) if isinstance(entry_BTW, InStack) else rows(entry_BTW)
+        axes = heads, entry_axes, jax.tree.map(rows, visible)
+        return per_device(decode, self.compute.rules, (q_BSHW, entry_BTW, visible), axes, heads)

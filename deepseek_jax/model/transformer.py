@@ -242,20 +242,22 @@ class Transformer(nnx.Module):
 
     def _scanned(self, layers, x_BSD, context, inputs, absorbed):
         graph, state = nnx.split(layers)
+        bias, memories, chosen = inputs
         weights, get = state, lambda part: part
-        if inputs[1] is not None:  # decoding: a product may read its layer where it lies in the stack
+        if memories is not None:  # decoding: a layer's weights and memory are read and written where they lie
             weights, get = jnp.arange(_count(state)), functools.partial(_in_stack, state)
 
-        def layer(x, inputs):
-            part, (bias_E, memory, chosen_BSK) = inputs
+        def layer(carry, inputs):
+            (x, memories), (part, bias_E, chosen_BSK) = carry, inputs
+            memory = None if memories is None else _in_stack(memories, part)
             options = {"memory": memory, "chosen_BSK": chosen_BSK, "absorbed": absorbed}
             x, router, memory = nnx.merge(graph, get(part))(x, context, bias_E, **options)
-            return x, (router, memory)
+            return (x, _stacks(memory)), router
 
         unroll = self.compute.scan_unroll
         body = _rematerialised(layer, self.compute.remat, looped=_count(state) > unroll)
-        x_BSD, (router, memory) = jax.lax.scan(body, x_BSD, (weights, inputs), unroll=unroll)
-        return x_BSD, router, memory
+        (x_BSD, memories), router = jax.lax.scan(body, (x_BSD, memories), (weights, bias, chosen), unroll=unroll)
+        return x_BSD, router, memories
 
 
 def joined(stats: list[RouterStats | None]) -> RouterStats | None:
@@ -268,6 +270,11 @@ def _in_stack(stacks, layer):
     """Each weight as (stack, layer), for the products to read."""
     is_weight = lambda leaf: isinstance(leaf, BlockScaled)  # noqa: E731
     return jax.tree.map(lambda stack: InStack(stack, layer), stacks, is_leaf=is_weight)
+
+
+def _stacks(tree):
+    """The stacks of a tree of ``InStack``."""
+    return jax.tree.map(lambda leaf: leaf.stack, tree, is_leaf=lambda leaf: isinstance(leaf, InStack))
 
 
 def _slice(layers, low, high, size):

@@ -156,6 +156,16 @@ def per_batch_shard(
     )(*split, *whole)
 
 
+def per_device(function: Callable[..., Any], rules: ShardingRules, operands: Any, axes: Any, out_axes: Axes) -> Any:
+    """``function(*operands)`` on each device's own part, where none needs another's: for kernels, which the compiler
+    does not split. axes: of each operand, a tree of the same structure. On one device a plain call."""
+    mesh = current_mesh()
+    if mesh is None or mesh.size == 1:
+        return function(*operands)
+    specs = jax.tree.map(lambda _, axes: rules.spec(axes), operands, axes)
+    return jax.shard_map(function, in_specs=specs, out_specs=rules.spec(out_axes), check_vma=False)(*operands)
+
+
 def split_rows(arrays: Any, parts: int, rules: ShardingRules, name: str) -> Any:
     """Each array (B …) as (parts B/parts …): row r goes to part r mod parts, so that every device has some of each.
 

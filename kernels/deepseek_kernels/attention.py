@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from deepseek_kernels import attention_blockwise, attention_cpu, attention_cudnn
+from deepseek_kernels import attention_blockwise, attention_cpu, attention_cudnn, decode_hopper
 from deepseek_kernels.registry import choose
 from deepseek_kernels.target import Target
 from deepseek_kernels.visible import Visible
+from deepseek_kernels.weights import InStack
 
 
 def mla_attention(
@@ -80,7 +81,7 @@ def gqa_attention(
 
 def mla_decode(
     q_BSHW: Float[Array, "B S H W"],
-    entry_BTW: Float[Array, "B T W"],
+    entry_BTW: Float[Array, "B T W"] | InStack,
     visible: Visible,
     scale: float,
     *,
@@ -91,6 +92,9 @@ def mla_decode(
     """Absorbed MLA: every head attends to the cached entries ``[c | k_rope]`` themselves, whose first ``values``
     numbers are the values too.
 
+    entry: an array or a layer of a stack (L, B, T, W), which the Hopper kernel reads where it lies; that one has no
+    gradient. What stands behind a row's length is multiplied by zero, so it must be finite.
+
     Raises:
       ValueError: shapes or dtypes that do not fit, or an implementation that cannot run on the target.
     """
@@ -100,8 +104,12 @@ def mla_decode(
             f"q {q_BSHW.shape}, entry {entry_BTW.shape}, values={values}: expected (B, S, H, W), (B, T, W), 1…W"
         )
     visible.check(B, S, T)
+    target = target or Target.here()
     name = _choose("mla_decode", (q_BSHW, entry_BTW), W, values, visible, target, implementation)
-    entry_BT1W = entry_BTW[:, :, None]
+    if name == "hopper":
+        stack, layer = (entry_BTW.stack, entry_BTW.layer) if isinstance(entry_BTW, InStack) else (entry_BTW[None], 0)
+        return decode_hopper.attend(q_BSHW, stack, layer, visible, scale, values=values, cores=target.cores)
+    entry_BT1W = entry_BTW.astype(q_BSHW.dtype)[:, :, None]
     # The rotated keys ride along as values and are dropped: cheaper than a copy of the cache without them.
     return _attend(name, q_BSHW, entry_BT1W, entry_BT1W, visible, scale)[..., :values]
 
@@ -120,8 +128,10 @@ def _choose(operation, operands, key_width, value_width, visible, target, implem
     dtypes = {operand.dtype for operand in operands}
     if len(dtypes) > 1:
         raise ValueError(f"{operation} of {', '.join(sorted(map(str, dtypes)))}: expected one dtype")
-    facts: dict[str, Any] = {"in_row_order": visible.in_row_order, "key_width": key_width, "value_width": value_width}
+    facts: dict[str, Any] = {"key_width": key_width, "value_width": value_width}
     facts |= {"queries": operands[0].shape[1], "keys": operands[1].shape[1]}
+    order = "by_column" if operation == "mla_decode" else "in_row_order"
+    facts[order] = getattr(visible, order)
     target = target or Target.here()
     return choose(operation, target, dtypes.pop(), implementation=implementation, **facts).name
 

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from deepseek_kernels import cpu, grouped_blocks, hopper
+from deepseek_kernels import cpu, grouped_blocks, hopper, hopper_few
 from deepseek_kernels.registry import choose
 from deepseek_kernels.target import Target
-from deepseek_kernels.weights import Weight, stored_gradient
+from deepseek_kernels.weights import InStack, Weight, stored_gradient
 
 
 def grouped_matmul(
@@ -62,7 +62,8 @@ def grouped_matmul(
             T, *shape[2:]
         )
     # Blocks may be of any size; only the Hopper kernels insist.
-    as_it_lies = aligned % hopper.ROWS == 0 if choice.name == "hopper" else aligned > 1 or choice.rows == 1
+    few = choice.name == "hopper" and aligned in hopper_few.TILES
+    as_it_lies = few or aligned % hopper.ROWS == 0 if choice.name == "hopper" else aligned > 1 or choice.rows == 1
     block = aligned if as_it_lies or (choice.name == "blocks" and shape[0] >= T) else choice.rows
     product = functools.partial(_grouped, w=w_EDF, block=block, name=choice.name, cores=target.cores)
     if block == aligned:
@@ -92,11 +93,14 @@ class _Kernels(NamedTuple):
 
 def _kernels(name: str, cores: int) -> _Kernels:
     if name == "hopper":
-        group_N = lambda x, sizes: grouped_blocks.groups(sizes, len(x), hopper.ROWS)  # noqa: E731
         return _Kernels(
-            lambda x, w, sizes, block: hopper.grouped_product(x, w, group_N(x, sizes), cores=cores),
-            lambda dy, w, sizes, block: hopper.grouped_product(dy, w, group_N(dy, sizes), cores=cores, transpose=True),
-            lambda x, dy, sizes, block, dtype: hopper.grouped_weight_gradient(x, dy, sizes, cores=cores, dtype=dtype),
+            functools.partial(_hopper, cores=cores),
+            functools.partial(_hopper, cores=cores, transpose=True),
+            lambda x, dy, sizes, block, dtype: (
+                hopper.grouped_weight_gradient(x, dy, sizes, cores=cores, dtype=dtype)
+                if block % hopper.ROWS == 0
+                else grouped_blocks.dw(x, dy, sizes, block, dtype)
+            ),
         )
     return {
         "c": _Kernels(
@@ -115,6 +119,21 @@ def _kernels(name: str, cores: int) -> _Kernels:
     }[name]
 
 
+def _hopper(x, w, sizes, block, *, cores, transpose=False):
+    """Few rows have a kernel of their own, forward; their gradients, which nothing fast needs, are blocks'."""
+    if transpose and block % hopper.ROWS:
+        return grouped_blocks.dx(x, _values(w, x.dtype), sizes, block)
+    group_N = grouped_blocks.groups(sizes, len(x), block if block in hopper_few.TILES else hopper.ROWS)
+    if isinstance(w, InStack) and w.dtype == x.dtype:  # read where it lies, as some of the stack's groups
+        matrices = w.stack.reshape(-1, w.shape[1], math.prod(w.shape[2:]))
+        group_N = jnp.where(group_N < len(sizes), group_N + w.layer * len(sizes), len(matrices))
+    else:
+        matrices = _values(w, x.dtype)
+    if block in hopper_few.TILES:
+        return hopper_few.grouped_product(x, matrices, group_N, cores=cores)
+    return hopper.grouped_product(x, matrices, group_N, cores=cores, transpose=transpose)
+
+
 def _ragged(x, w, sizes, terms):
     """Rows times each group's matrix, summed over the matrix' axis ``terms``."""
     numbers = jax.lax.RaggedDotDimensionNumbers((((1,), (terms,)), ((), ())), [0], [0])
@@ -126,10 +145,14 @@ def _ragged_dw(x, dy, sizes):
     return jax.lax.ragged_dot_general(x, dy, sizes, numbers, preferred_element_type=jnp.float32)
 
 
+def _values(w, dtype):
+    return w.astype(dtype).reshape(*w.shape[:2], -1)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _grouped(x, w, group_sizes_E, block, name, cores):
-    values = w.astype(x.dtype).reshape(*w.shape[:2], -1)
-    return _kernels(name, cores).forward(x, values, group_sizes_E, block)
+    w = w if name == "hopper" else _values(w, x.dtype)
+    return _kernels(name, cores).forward(x, w, group_sizes_E, block)
 
 
 def _forward(x, w, group_sizes_E, block, name, cores):
@@ -139,7 +162,7 @@ def _forward(x, w, group_sizes_E, block, name, cores):
 def _backward(block, name, cores, residuals, dy):
     x, w, sizes = residuals
     kernels = _kernels(name, cores)
-    dx = kernels.dx(dy, w.astype(x.dtype).reshape(*w.shape[:2], -1), sizes, block)
+    dx = kernels.dx(dy, w if name == "hopper" else _values(w, x.dtype), sizes, block)
     dtype = x.dtype if w.dtype == x.dtype else jnp.dtype(jnp.float32)
     return dx, stored_gradient(w, lambda: kernels.dw(x, dy, sizes, block, dtype).reshape(w.shape)), None
 

@@ -24,7 +24,7 @@ _STEP = 64  # terms of a sum that one product takes
 _STAGES = 4  # steps in shared memory at once: 4 · (128 + 256) · 64 · 2 bytes = 192 of 227 KiB
 _STORE = 128  # bytes of a row that a warp group hands over at once: 2 · 128 · 128 = 32 KiB more
 _BAND = 8  # tiles of rows taken side by side: what they read of a matrix stays in the second-level cache
-_CORES = 132  # of an H100 and an H200
+CORES = 132  # of an H100 and an H200
 
 
 def refuses(target: Target, dtype: Any, *, widths: tuple[int, ...] = (), **_: Any) -> str:
@@ -167,7 +167,7 @@ def _tiled(
     return plgpu.kernel(
         kernel,
         out_type=out,
-        grid=(cores or _CORES,),
+        grid=(cores or CORES,),
         grid_names=("block",),
         num_threads=3,
         thread_name="warpgroup",

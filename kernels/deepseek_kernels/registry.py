@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 import jax.numpy as jnp
 
-from deepseek_kernels import attention_cudnn, cpu, hopper
+from deepseek_kernels import attention_cudnn, cpu, decode_hopper, hopper, hopper_few
 from deepseek_kernels.target import Platform, Target
 
 ANYWHERE: tuple[Platform, ...] = get_args(Platform)
@@ -56,6 +56,10 @@ def _block_rows(target: Target, *, rows: int, groups: int, **_) -> int:
     return min(64 if on_cpu else 1024, 1 << (best.bit_length() - 1))
 
 
+def _hopper_rows(target: Target, *, rows: int, groups: int, **_) -> int:
+    return hopper_few.tile(rows, groups) or hopper.ROWS
+
+
 _C = Implementation("c", ("cpu",), _needs_c)
 _CUDNN = Implementation("cudnn", ("cuda",), attention_cudnn.refuses)
 _BLOCKWISE = Implementation("blockwise", slow="plain XLA, there is no kernel for this target")
@@ -67,7 +71,7 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
     "product": (_C, Implementation("dot")),
     "grouped_matmul": (
         _C,
-        Implementation("hopper", ("cuda",), hopper.refuses, lambda target, **_: hopper.ROWS),
+        Implementation("hopper", ("cuda",), hopper.refuses, _hopper_rows),
         Implementation("ragged_dot", ("tpu",)),
         Implementation("blocks", rows=_block_rows, slow="batched XLA products over padded blocks"),
         _REFERENCE,
@@ -79,7 +83,7 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
     ),
     "mla_attention": (_C, _CUDNN, _BLOCKWISE, _REFERENCE),
     "gqa_attention": (_C, _CUDNN, _BLOCKWISE, _REFERENCE),
-    "mla_decode": (_BLOCKWISE, _REFERENCE),
+    "mla_decode": (Implementation("hopper", ("cuda",), decode_hopper.refuses), _BLOCKWISE, _REFERENCE),
 }
 
 
@@ -87,7 +91,8 @@ def choose(operation: str, target: Target, dtype: Any, *, implementation: str = 
     """The implementation of an operation for a target, a dtype and the facts that the operation's rules read.
 
     facts: of grouped_matmul ``rows, groups, widths``; of mla_attention and gqa_attention ``in_row_order, queries, keys,
-    key_width, value_width``; of the others none. A slow choice is logged once, with its reason.
+    key_width, value_width``; of mla_decode ``by_column`` in place of the first; of the others none. A slow choice
+    is logged once, with its reason.
 
     Raises:
       ValueError: an operation or implementation that does not exist, or one that cannot run there.
@@ -124,11 +129,12 @@ def _say(level: int, operation: str, target: Target, dtype: str, name: str, reas
     logging.getLogger("deepseek_kernels").log(level, "%s in %s on %s: %s, %s", operation, dtype, target, name, reason)
 
 
-# V2-Lite's training step: what the printed table is about.
+# V2-Lite's training step, and decoding: what the printed table is about.
 _TYPICAL: dict[str, dict[str, Any]] = {
     "grouped_matmul": {"rows": 6 * 4096, "groups": 64, "widths": (2048, 2816)},
     "mla_attention": {"in_row_order": True, "queries": 4096, "keys": 4096, "key_width": 192, "value_width": 128},
     "gqa_attention": {"in_row_order": True, "queries": 4096, "keys": 4096, "key_width": 128, "value_width": 128},
+    "mla_decode": {"by_column": True, "queries": 1, "keys": 4096, "key_width": 576, "value_width": 512},
 }
 
 

@@ -42,6 +42,11 @@ class Visible:
         return self.causal and all(value is None for value in given)
 
     @property
+    def by_column(self) -> bool:
+        """Whether a query sees the first so many keys of its row: their positions are their columns, no segments."""
+        return self.k_positions_BT is None and self.q_segments_BS is None
+
+    @property
     def below_diagonal(self) -> bool:
         """Whether a query sees no key that stands behind it in the row, whatever segments and lengths say."""
         return self.causal and self.q_positions_BS is None and self.k_positions_BT is None

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_kernels import Target, grouped_matmul, hopper
+from deepseek_kernels import InStack, Target, grouped_matmul, hopper, hopper_few
 
 TARGET = Target("cuda", "9.0", 0 if jax.default_backend() == "gpu" else 2)  # two blocks in the interpreter
 
@@ -86,6 +86,30 @@ def test_a_float32_master_gets_an_unrounded_gradient(hopper_gpu, width, hidden):
         np.testing.assert_allclose(dw[e], x[mine].T @ dy[mine], rtol=0, atol=2e-4)
 
 
+@pytest.mark.parametrize(
+    ("block", "sizes", "rows"), [(16, [16, 0, 32, 16], 96), (32, [0, 64, 0, 32], 96), (16, [0] * 4, 32)]
+)
+def test_few_rows_read_a_layer_where_it_lies(hopper_gpu, block, sizes, rows):
+    x, w, dy = draw(rows, len(sizes), 320, 448)
+    product = functools.partial(grouped_matmul, aligned=block, target=TARGET, implementation="hopper")
+
+    @jax.jit
+    def run(x, stack, sizes, dy):
+        y, pullback = jax.vjp(lambda x, stack: product(x, InStack(stack, jnp.int32(1)), sizes), x, stack)
+        return y, *pullback(dy)
+
+    y, dx, dstack = run(x, jnp.stack([0 * w, w, jnp.inf * w]), np.array(sizes, np.int32), dy)
+    x, w, dy = (np.asarray(a, np.float64) for a in (x, w, dy))
+    start = 0
+    for e, size in enumerate(sizes):
+        mine = slice(start, start := start + size)
+        np.testing.assert_allclose(np.asarray(y[mine], np.float64), x[mine] @ w[e], rtol=1.01 * 2**-8, atol=1e-4)
+        np.testing.assert_allclose(np.asarray(dx[mine], np.float64), dy[mine] @ w[e].T, rtol=1.01 * 2**-8, atol=1e-4)
+        right = x[mine].T @ dy[mine]
+        np.testing.assert_allclose(np.asarray(dstack[1, e], np.float64), right, rtol=1.01 * 2**-8, atol=1e-4)
+    assert not np.any(y[start:]) and not np.any(dx[start:])
+
+
 def test_the_default_where_it_can_run():
     x, w, _ = draw(256, 2, 256, 320)
     sizes = jnp.array([128, 128], jnp.int32)
@@ -101,7 +125,7 @@ def test_no_rows_at_all():
     assert y.shape == (0, 320) and dx.shape == (0, 256) and not np.any(dw)
 
 
-@pytest.mark.parametrize("kernel", ["product", "transposed", "weight_gradient", "rounded_weight_gradient"])
+@pytest.mark.parametrize("kernel", ["product", "few", "transposed", "weight_gradient", "rounded_weight_gradient"])
 def test_kernels_are_lowered_for_cuda_without_a_gpu(kernel):
     """Any jax that the package allows takes them through Mosaic GPU's passes."""
     x, w, dy = draw(256, 2, 320, 448)
@@ -110,6 +134,7 @@ def test_kernels_are_lowered_for_cuda_without_a_gpu(kernel):
     gradient = functools.partial(hopper.grouped_weight_gradient, cores=0)
     traced = {
         "product": jax.jit(product).trace(x, w, groups),
+        "few": jax.jit(functools.partial(hopper_few.grouped_product, cores=0)).trace(x[:32], w, groups),
         "transposed": jax.jit(functools.partial(product, transpose=True)).trace(dy, w, groups),
         "weight_gradient": jax.jit(gradient).trace(x, dy, sizes),
         "rounded_weight_gradient": jax.jit(functools.partial(gradient, dtype=jnp.bfloat16)).trace(x, dy, sizes),

@@ -17,7 +17,7 @@ OPERATIONS = ["product", "grouped_matmul", "routed_experts", "mla_attention", "g
 EXPECTED = {  # in the order of OPERATIONS
     (CPU, "float32"): ["c", "c", "fused", "c", "c", "blockwise"],
     (CPU, "bfloat16"): ["dot", "blocks", "sorted", "blockwise", "blockwise", "blockwise"],
-    (H100, "bfloat16"): ["dot", "hopper", "sorted", "cudnn", "cudnn", "blockwise"],
+    (H100, "bfloat16"): ["dot", "hopper", "sorted", "cudnn", "cudnn", "hopper"],
     (H100, "float32"): ["dot", "blocks", "sorted", "blockwise", "blockwise", "blockwise"],
     (A100, "bfloat16"): ["dot", "blocks", "sorted", "blockwise", "cudnn", "blockwise"],
     (TPU, "bfloat16"): ["dot", "ragged_dot", "sorted", "blockwise", "blockwise", "blockwise"],
@@ -46,6 +46,11 @@ def test_a_cpu_without_a_compiler_runs_plain_programs(monkeypatch):
 def test_rows_and_reasons():
     assert table(H100, "bfloat16")["grouped_matmul"].rows == 128
     assert table(H100, "bfloat16")["grouped_matmul"].reason == ""
+    few = {
+        rows: choose("grouped_matmul", H100, jnp.bfloat16, rows=rows, groups=64, widths=(256, 256)).rows
+        for rows in (6, 512, 1024, 2048)
+    }
+    assert few == {6: 16, 512: 16, 1024: 32, 2048: 128}
     assert "capability 9.0, not cuda 8.0" in table(A100, "bfloat16")["grouped_matmul"].reason
     narrow = choose("grouped_matmul", H100, jnp.bfloat16, rows=64, groups=4, widths=(96, 256))
     assert narrow.name == "blocks" and "not (96, 256)" in narrow.reason
@@ -80,7 +85,7 @@ def test_a_slow_choice_is_said_once(caplog):
     said = {record.getMessage(): record.levelname for record in caplog.records}
     assert len(said) == len(caplog.records) == 3
     levels = {message.split()[0]: level for message, level in said.items()}
-    assert levels == {"grouped_matmul": "WARNING", "mla_attention": "WARNING", "mla_decode": "INFO"}
+    assert levels == {"grouped_matmul": "WARNING", "mla_attention": "WARNING", "mla_decode": "WARNING"}
     assert any("blocks, not hopper: it needs cuda of capability 9.0" in message for message in said)
 
 

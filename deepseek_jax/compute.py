@@ -27,7 +27,8 @@ class ComputeConfig:
     dtype: of activations and products; sums, norms' statistics, softmax, router and losses are float32 always.
     param_dtype: of parameters at rest, for inference; a ``TrainState`` keeps float32 masters whatever it says.
       ``float8_e4m3`` keeps the FP8 matrices of a checkpoint that has them as they are.
-    remat: what a layer keeps for its backward pass: with ``none`` everything, ``dots`` its products, ``full`` nothing.
+    remat: what a layer keeps for its backward pass: with ``none`` everything, ``kernels`` what the kernels of attention
+      and experts gave, ``dots`` these and its products, ``full`` nothing.
     scan_unroll: layers per turn of the scan: more compile longer and run faster, on a CPU above all.
     scan_decode: scan the layers of a kind when decoding too, which compiles once for all layers and copies each one's
       cache and weights out of their stacks at every token.
@@ -38,7 +39,7 @@ class ComputeConfig:
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     param_dtype: Literal["float32", "bfloat16", "float8_e4m3"] = "float32"
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: Literal["none", "dots", "kernels", "full"] = "none"
     scan_unroll: int = 1
     scan_decode: bool = False
     target: str = "auto"

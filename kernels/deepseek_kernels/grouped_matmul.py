@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from deepseek_kernels import cpu, grouped_blocks, hopper
+from deepseek_kernels.kept import kept
 from deepseek_kernels.registry import choose
 from deepseek_kernels.target import Target
 from deepseek_kernels.weights import Weight, stored_gradient
@@ -133,7 +134,7 @@ def _grouped(x, w, group_sizes_E, block, name, cores):
 
 
 def _forward(x, w, group_sizes_E, block, name, cores):
-    return _grouped(x, w, group_sizes_E, block, name, cores), (x, w, group_sizes_E)
+    return kept(_grouped(x, w, group_sizes_E, block, name, cores)), (x, w, group_sizes_E)
 
 
 def _backward(block, name, cores, residuals, dy):

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from deepseek_kernels import cpu
-from deepseek_kernels.experts_sorted import combine_rows, gather_rows, sort_by_expert
+from deepseek_kernels.experts_sorted import gather_rows, sort_by_expert, sum_rows, weight_rows
 from deepseek_kernels.grouped_matmul import grouped_matmul
+from deepseek_kernels.kept import kept
 from deepseek_kernels.product import product
 from deepseek_kernels.registry import choose
 from deepseek_kernels.target import Target
@@ -74,13 +75,38 @@ def _sorted(x_TD, weights_TK, experts_TK, wi_ED2F, wo_EFD, target, grouped):
     layout = sort_by_expert(experts_TK, E, block=aligned)
     options = {"aligned": aligned, "target": target, "implementation": grouped}
     x_PD = gather_rows(x_TD, layout)
-    h_PF = _gate(grouped_matmul(x_PD, wi_ED2F, layout.group_sizes_E, **options))
-    return combine_rows(grouped_matmul(h_PF, wo_EFD, layout.group_sizes_E, **options), weights_TK, layout)
+    gate_up_P2F = grouped_matmul(x_PD, wi_ED2F, layout.group_sizes_E, **options)
+    h_PF = _weighted_gate(gate_up_P2F, weight_rows(weights_TK.astype(jnp.float32), layout))
+    return sum_rows(grouped_matmul(h_PF, wo_EFD, layout.group_sizes_E, **options), layout)
 
 
 def _gate(gate_up):
     """``silu(gate) · up`` of (…, 2, F)."""
     return jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
+
+
+@jax.custom_vjp
+def _weighted_gate(gate_up_P2F, weight_P):
+    """``weight · silu(gate) · up``, float32 inside. A choice's weight is applied here and not to what comes out of its
+    expert, which is the same by linearity: so the backward pass needs no row of the experts' results."""
+    gate_PF, up_PF = (gate_up_P2F[:, i].astype(jnp.float32) for i in range(2))
+    return (weight_P[:, None] * jax.nn.silu(gate_PF) * up_PF).astype(gate_up_P2F.dtype)
+
+
+def _weighted_gate_bwd(residuals, dh_PF):
+    gate_up_P2F, weight_P = residuals
+    gate_PF, up_PF, dh_PF = (a.astype(jnp.float32) for a in (gate_up_P2F[:, 0], gate_up_P2F[:, 1], dh_PF))
+    s_PF = jax.nn.sigmoid(gate_PF)
+    silu_PF = gate_PF * s_PF
+    dweight_P = jnp.sum(dh_PF * silu_PF * up_PF, axis=1)
+    dh_PF = weight_P[:, None] * dh_PF
+    dgate_PF = dh_PF * up_PF * (s_PF + silu_PF * (1 - s_PF))
+    dgate_up_P2F = jnp.stack([dgate_PF, dh_PF * silu_PF], axis=1).astype(gate_up_P2F.dtype)
+    # A barrier, since XLA:GPU moves the sum of a row into the scatter of its gradient, six times its cost.
+    return jax.lax.optimization_barrier((dgate_up_P2F, dweight_P))
+
+
+_weighted_gate.defvjp(lambda *operands: (_weighted_gate(*operands), operands), _weighted_gate_bwd)
 
 
 @jax.custom_vjp
@@ -93,7 +119,8 @@ def _forward(x_TD, weights_TK, experts_TK, wi_ED2F, wo_EFD):
     operands = x_TD, weights_TK, experts_TK, *(w.astype(jnp.float32) for w in (wi_ED2F, wo_EFD))
     shapes = [x_TD.shape, (choices, 2 * hidden), (choices, width)]
     y_TD, gate_up_PG, _ = cpu.call("experts_forward", shapes, *operands)
-    return y_TD, (x_TD, weights_TK, experts_TK, wi_ED2F, wo_EFD, gate_up_PG)
+    gate_up_PG = kept(gate_up_PG)
+    return kept(y_TD), (x_TD, weights_TK, experts_TK, wi_ED2F, wo_EFD, gate_up_PG)
 
 
 def _backward(residuals, dy_TD):

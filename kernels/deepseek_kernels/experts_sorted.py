@@ -59,7 +59,16 @@ def sort_by_expert(experts_TK: Int[Array, "T K"], experts: int, *, block: int) -
 def gather_rows(x_TD: Float[Array, "T D"], layout: Layout) -> Float[Array, "P D"]:
     """Copy each token's row into the slots of its choices. Padding rows repeat the last token: ``sum_rows`` does not
     read them, and hands them no gradient."""
-    return x_TD.at[layout.choice_P // layout.slot_TK.shape[1]].get(mode="clip")
+    tokens_P = layout.choice_P // layout.slot_TK.shape[1]
+    plain = lambda x_TD: x_TD.at[tokens_P].get(mode="clip")  # noqa: E731
+    if x_TD.dtype.itemsize != 2 or x_TD.shape[1] % 2:
+        return plain(x_TD)
+
+    def by_pairs(x_TD):  # XLA:GPU copies an element at a time: two of them are one
+        pairs = jax.lax.bitcast_convert_type(x_TD.reshape(len(x_TD), -1, 2), jnp.uint32)
+        return jax.lax.bitcast_convert_type(plain(pairs), x_TD.dtype).reshape(-1, x_TD.shape[1])
+
+    return jax.lax.platform_dependent(x_TD, cuda=by_pairs, default=plain)
 
 
 @jax.custom_vjp

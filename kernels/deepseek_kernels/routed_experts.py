@@ -101,7 +101,9 @@ def _weighted_gate_bwd(residuals, dh_PF):
     dweight_P = jnp.sum(dh_PF * silu_PF * up_PF, axis=1)
     dh_PF = weight_P[:, None] * dh_PF
     dgate_PF = dh_PF * up_PF * (s_PF + silu_PF * (1 - s_PF))
-    dgate_up_P2F = jnp.stack([dgate_PF, dh_PF * silu_PF], axis=1).astype(gate_up_P2F.dtype)
+    # One choice for every number: XLA:GPU writes two stacked arrays at half the speed.
+    is_gate = jax.lax.broadcasted_iota(jnp.int32, (1, 2, 1), 1) == 0
+    dgate_up_P2F = jnp.where(is_gate, dgate_PF[:, None], (dh_PF * silu_PF)[:, None]).astype(gate_up_P2F.dtype)
     # A barrier, since XLA:GPU moves the sum of a row into the scatter of its gradient, six times its cost.
     return jax.lax.optimization_barrier((dgate_up_P2F, dweight_P))
 

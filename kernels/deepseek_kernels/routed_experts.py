@@ -5,11 +5,13 @@ kernel does it all, since around the products of a small model copying rows and 
 ``plain``: every expert on every token, the definition, at E / K times the arithmetic.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from deepseek_kernels import cpu
+from deepseek_kernels import cpu, hopper_gate
 from deepseek_kernels.experts_sorted import gather_rows, sort_by_expert, sum_rows, weight_rows
 from deepseek_kernels.grouped_matmul import grouped_matmul
 from deepseek_kernels.kept import kept
@@ -68,15 +70,17 @@ def _plain(x_TD, weights_TK, experts_TK, wi_ED2F, wo_EFD, target):
 def _sorted(x_TD, weights_TK, experts_TK, wi_ED2F, wo_EFD, target, grouped):
     E, F, D = wo_EFD.shape
     facts = {"rows": experts_TK.size, "groups": E}
-    aligned = max(
-        choose("grouped_matmul", target, x_TD.dtype, implementation=grouped, widths=widths, **facts).rows
+    choices = [
+        choose("grouped_matmul", target, x_TD.dtype, implementation=grouped, widths=widths, **facts)
         for widths in ((D, 2 * F), (F, D))
-    )
+    ]
+    aligned = max(choice.rows for choice in choices)
     layout = sort_by_expert(experts_TK, E, block=aligned)
     options = {"aligned": aligned, "target": target, "implementation": grouped}
     x_PD = gather_rows(x_TD, layout)
     gate_up_P2F = grouped_matmul(x_PD, wi_ED2F, layout.group_sizes_E, **options)
-    h_PF = _weighted_gate(gate_up_P2F, weight_rows(weights_TK.astype(jnp.float32), layout))
+    on_hopper = all(choice.name == "hopper" for choice in choices) and hopper_gate.takes(len(x_PD), F)
+    h_PF = _weighted_gate(gate_up_P2F, weight_rows(weights_TK.astype(jnp.float32), layout), on_hopper)
     return sum_rows(grouped_matmul(h_PF, wo_EFD, layout.group_sizes_E, **options), layout)
 
 
@@ -85,16 +89,22 @@ def _gate(gate_up):
     return jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
 
 
-@jax.custom_vjp
-def _weighted_gate(gate_up_P2F, weight_P):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _weighted_gate(gate_up_P2F, weight_P, on_hopper):
     """``weight · silu(gate) · up``, float32 inside. A choice's weight is applied here and not to what comes out of its
     expert, which is the same by linearity: so the backward pass needs no row of the experts' results."""
     gate_PF, up_PF = (gate_up_P2F[:, i].astype(jnp.float32) for i in range(2))
     return (weight_P[:, None] * jax.nn.silu(gate_PF) * up_PF).astype(gate_up_P2F.dtype)
 
 
-def _weighted_gate_bwd(residuals, dh_PF):
+def _weighted_gate_fwd(gate_up_P2F, weight_P, on_hopper):
+    return _weighted_gate(gate_up_P2F, weight_P, on_hopper), (gate_up_P2F, weight_P)
+
+
+def _weighted_gate_bwd(on_hopper, residuals, dh_PF):
     gate_up_P2F, weight_P = residuals
+    if on_hopper:
+        return hopper_gate.gate_backward(gate_up_P2F, weight_P, dh_PF)
     gate_PF, up_PF, dh_PF = (a.astype(jnp.float32) for a in (gate_up_P2F[:, 0], gate_up_P2F[:, 1], dh_PF))
     s_PF = jax.nn.sigmoid(gate_PF)
     silu_PF = gate_PF * s_PF
@@ -108,7 +118,7 @@ def _weighted_gate_bwd(residuals, dh_PF):
     return jax.lax.optimization_barrier((dgate_up_P2F, dweight_P))
 
 
-_weighted_gate.defvjp(lambda *operands: (_weighted_gate(*operands), operands), _weighted_gate_bwd)
+_weighted_gate.defvjp(_weighted_gate_fwd, _weighted_gate_bwd)
 
 
 @jax.custom_vjp

@@ -105,11 +105,11 @@ def router_stats(
     first_BS, end_BS = _segment_bounds(segment_ids_BS)
     before_BSE = jnp.pad(jnp.cumsum(counted_BSE, axis=1), ((0, 0), (1, 0), (0, 0)))
     at = lambda index_BS: jnp.take_along_axis(before_BSE, index_BS[:, :, None], axis=1)  # noqa: E731
-    scale_BS1 = experts / top / (end_BS - first_BS).astype(jnp.float32)[:, :, None] ** 2
-    weight_BSE = jax.lax.stop_gradient(scale_BS1 * (at(end_BS) - at(first_BS)))
+    f_BSE = at(end_BS) - at(first_BS)
+    scale_BS = experts / top / (end_BS - first_BS).astype(jnp.float32) ** 2
     return RouterStats(
         load_E=jnp.sum(chosen_BSE, axis=(0, 1)),
-        balance=jnp.sum(share_BSE * weight_BSE),
+        balance=jnp.sum(scale_BS * jnp.sum(share_BSE * f_BSE, axis=-1)),
         experts_BSK=experts_BSK,
     )
 

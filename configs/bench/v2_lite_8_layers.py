@@ -2,7 +2,7 @@
 
     deepseek-jax bench bench/v2_lite_8_layers --work train
 
-Every layer is a program of its own and keeps everything for its backward pass, which takes 92 GiB. On 80 GB:
+Every layer is a program of its own and keeps everything for its backward pass, which takes 88 GiB. On 80 GB:
 --model.num-hidden-layers 4. Figures: docs/results/h200.md. It has no data: it is there to be timed.
 """
 

@@ -9,6 +9,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from deepseek_jax.config import ModelConfig
+from deepseek_kernels.kept import kept
 
 
 @struct.dataclass
@@ -64,6 +65,8 @@ def route(
     experts_TK = jax.lax.top_k(choice, config.num_experts_per_tok)[1]
     if chosen_TK is not None:
         experts_TK = jnp.where(chosen_TK >= 0, chosen_TK, experts_TK)
+    # Kept with the rows that it sorted: chosen again from logits of another rounding, one choice would move all rows.
+    experts_TK = kept(experts_TK)
     weights_TK = jnp.take_along_axis(scores, experts_TK, axis=1)
     if config.norm_topk_prob:
         weights_TK = weights_TK / (jnp.sum(weights_TK, axis=1, keepdims=True) + 1e-20)

@@ -29,8 +29,9 @@ class ComputeConfig:
     param_dtype: Literal["float32", "bfloat16", "float8_e4m3"] = "float32"
     """Of parameters at rest, for inference; training keeps float32 masters. float8_e4m3 keeps the FP8 matrices of a
     checkpoint that has them as they are."""
-    remat: Literal["none", "dots", "full"] = "none"
-    """What a layer keeps for its backward pass: all (none), its products (dots), or nothing (full)."""
+    remat: Literal["none", "dots", "kernels", "full"] = "none"
+    """What a layer keeps for its backward pass: all (none), what the kernels of attention and experts gave (kernels),
+    that and its products (dots), or nothing (full)."""
     scan_unroll: int = 1
     """Layers per turn of the scan: more compile longer and run faster, on a CPU above all."""
     scan_decode: bool = False

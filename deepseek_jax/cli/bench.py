@@ -1,4 +1,7 @@
-"""``bench``: tokens a second of a model's train step and decode, beside transformers on the same machine."""
+"""``bench``: tokens a second of a model's train step and decode, beside transformers on the same machine.
+
+With a recipe in front, ``bench RECIPE --work …``, it is bench_model's: one kind of work, of a model of any size.
+"""
 
 import dataclasses
 import json
@@ -58,6 +61,10 @@ class BenchConfig:
 
 
 def run_bench(arguments: Sequence[str]) -> None:
+    if arguments and not arguments[0].startswith("-"):
+        from deepseek_jax.cli.bench_model import run_bench_model
+
+        return run_bench_model(arguments[0], arguments[1:])
     options = tyro.cli(BenchConfig, args=list(arguments), prog="deepseek-jax bench")
     recipe = load_recipe(options.recipe, PretrainConfig)
     model, compute = recipe.model, recipe.compute

@@ -9,6 +9,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from deepseek_jax.config import ModelConfig
+from deepseek_kernels.kept import kept
 
 
 @struct.dataclass
@@ -64,6 +65,8 @@ def route(
     experts_TK = jax.lax.top_k(choice, config.num_experts_per_tok)[1]
     if chosen_TK is not None:
         experts_TK = jnp.where(chosen_TK >= 0, chosen_TK, experts_TK)
+    # Kept with the rows that it sorted: chosen again from logits of another rounding, one choice would move all rows.
+    experts_TK = kept(experts_TK)
     weights_TK = jnp.take_along_axis(scores, experts_TK, axis=1)
     if config.norm_topk_prob:
         weights_TK = weights_TK / (jnp.sum(weights_TK, axis=1, keepdims=True) + 1e-20)
@@ -90,7 +93,10 @@ def router_stats(
 
     ``f_i = E / (K T) · #{t : i chosen}``, ``P_i = mean_t s'_{i,t}`` over the T tokens of a sequence. V3 (equations
     17–20) counts the top K of the raw affinities, without bias and groups, and normalises ``s' = s / Σ s``; V1 and V2
-    count the experts chosen. A sequence is a segment of a packed row; segment 0 is padding.
+    count the experts chosen. A sequence is a segment of a packed row, a run of one id; segment 0 is padding.
+
+    It is summed token by token, ``Σ_t Σ_i s'_{i,t} f_i``: counts are added up along the row, exactly, and every token
+    looks up its own sequence's. Sums scattered into sequences would collide on a GPU, in another order every time.
     """
     experts, top = config.n_routed_experts, config.num_experts_per_tok
     real_BS1 = (segment_ids_BS > 0)[:, :, None]
@@ -99,12 +105,14 @@ def router_stats(
     if config.topk_method == "noaux_tc":
         counted_BSE = _one_hot_sum(jax.lax.top_k(jax.lax.stop_gradient(scores_BSE), top)[1], experts) * real_BS1
     share_BSE = scores_BSE / (jnp.sum(scores_BSE, axis=-1, keepdims=True) + 1e-20) * real_BS1
-    f_NE, p_NE = _sum_segments(counted_BSE, segment_ids_BS), _sum_segments(share_BSE, segment_ids_BS)
-    tokens_N = _sum_segments(real_BS1.astype(jnp.float32), segment_ids_BS)[:, 0]
-    scale_N = experts / top / jnp.maximum(tokens_N, 1.0) ** 2
+    first_BS, end_BS = _segment_bounds(segment_ids_BS)
+    before_BSE = jnp.pad(jnp.cumsum(counted_BSE, axis=1), ((0, 0), (1, 0), (0, 0)))
+    at = lambda index_BS: jnp.take_along_axis(before_BSE, index_BS[:, :, None], axis=1)  # noqa: E731
+    f_BSE = at(end_BS) - at(first_BS)
+    scale_BS = experts / top / (end_BS - first_BS).astype(jnp.float32) ** 2
     return RouterStats(
         load_E=jnp.sum(chosen_BSE, axis=(0, 1)),
-        balance=jnp.sum(scale_N * jnp.sum(f_NE * p_NE, axis=-1)),
+        balance=jnp.sum(scale_BS * jnp.sum(share_BSE * f_BSE, axis=-1)),
         experts_BSK=experts_BSK,
     )
 
@@ -119,8 +127,11 @@ def _one_hot_sum(indices_BSK: Int[Array, "B S K"], size: int) -> Float[Array, "B
     return jnp.sum(indices_BSK[..., None] == jnp.arange(size), axis=2).astype(jnp.float32)
 
 
-def _sum_segments(x_BSE: Float[Array, "B S E"], segment_ids_BS: Int[Array, "B S"]) -> Float[Array, "N E"]:
-    """Sums over each row's segments. A row of S tokens holds at most S segments: N = B (S + 1)."""
-    batch, size, _ = x_BSE.shape
-    rows = jax.vmap(lambda x, ids: jax.ops.segment_sum(x, ids, size + 1, indices_are_sorted=False))
-    return rows(x_BSE, segment_ids_BS).reshape(batch * (size + 1), -1)
+def _segment_bounds(segment_ids_BS: Int[Array, "B S"]) -> tuple[Int[Array, "B S"], Int[Array, "B S"]]:
+    """For each token the position of its segment's first token, and the one behind its last."""
+    position_S = jnp.arange(segment_ids_BS.shape[1], dtype=jnp.int32)
+    changes = segment_ids_BS[:, 1:] != segment_ids_BS[:, :-1]
+    edge = lambda first, last: jnp.pad(changes, ((0, 0), (first, last)), constant_values=True)  # noqa: E731
+    first_BS = jax.lax.cummax(jnp.where(edge(1, 0), position_S, 0), axis=1)
+    end_BS = jax.lax.cummin(jnp.where(edge(0, 1), position_S + 1, position_S[-1] + 1), axis=1, reverse=True)
+    return first_BS, end_BS

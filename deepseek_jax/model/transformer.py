@@ -18,8 +18,10 @@ from deepseek_jax.model.layers import Linear, RMSNorm, RouterBias, param
 from deepseek_jax.model.mtp import MTP, mtp_segments
 from deepseek_jax.model.rope import rotary_tables
 from deepseek_jax.model.router import RouterStats
+from deepseek_jax.parallel.mesh import current_mesh
 from deepseek_jax.parallel.sharding import constrain
-from deepseek_kernels import BlockScaled, InStack, Visible, product
+from deepseek_kernels import BlockScaled, InStack, Visible, look_up, product
+from deepseek_kernels.kept import KEPT
 
 
 @struct.dataclass
@@ -146,8 +148,12 @@ class Transformer(nnx.Module):
     def embedded(self, tokens_BS: Int[Array, "B S"]) -> Float[Array, "B S D"]:
         """The tokens' embeddings in the compute dtype."""
         with jax.named_scope("embed"):
-            # Cast behind the look-up: the gradient of a row that stands in many places is summed in float32.
-            x = self.embed[...][tokens_BS].astype(self.compute.dtype)
+            # Cast behind the look-up: the gradient of a row that stands in many places is summed in float32. On several
+            # devices a row's gradients lie on all of them, and XLA knows best how to bring them together.
+            mesh = current_mesh()
+            how = "auto" if mesh is None or mesh.size == 1 else "scatter"
+            rows = look_up(self.embed[...], tokens_BS, target=self.compute.kernels, implementation=how)
+            x = rows.astype(self.compute.dtype)
             return constrain(x, self.compute.rules, "batch", "sequence", None)
 
     def run_layers(
@@ -292,14 +298,20 @@ def _stack(config: ModelConfig, compute: ComputeConfig, count: int, *, moe: bool
 
 
 def _rematerialised(function, remat: str, *, looped: bool):
-    """``full`` keeps nothing of a layer for the backward pass, ``dots`` its matrix products, ``none`` everything.
+    """``full`` keeps nothing of a layer for the backward pass, ``kernels`` what the kernels of attention and experts
+    gave, ``dots`` these and its matrix products, ``none`` everything.
 
     looped: it is the body of a loop, whose backward pass is another one; elsewhere XLA would find that what is computed
     again equals what it has, and keep that.
     """
     if remat == "none":
         return function
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+    policies = jax.checkpoint_policies
+    policy = {"full": None, "kernels": policies.save_only_these_names(KEPT)}.get(remat)
+    if remat == "dots":
+        policy = policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(KEPT)
+        )
     return jax.checkpoint(function, policy=policy, prevent_cse=not looped)
 
 

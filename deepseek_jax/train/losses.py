@@ -101,8 +101,8 @@ def _cross_entropy_forward(hidden_BSD, w_DW, targets_BS, weights_BS, chunk, comp
         hidden, targets, weights = piece
         logits = _head(hidden, w_DW, compute.kernels)
         log_z = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        loss += jnp.sum(weights * (log_z - jnp.take_along_axis(logits, targets[..., None], axis=-1))[..., 0])
         right = targets[..., None] == jnp.arange(logits.shape[-1])
-        loss += jnp.sum(weights * (log_z[..., 0] - jnp.sum(jnp.where(right, logits, 0), axis=-1)))
         dlogits = weights[..., None] * (jnp.exp(logits - log_z) - right)
         dhidden, dw = _head_gradients(hidden, w_DW, dlogits, compute.kernels)
         return (loss, dw_DW + dw), dhidden

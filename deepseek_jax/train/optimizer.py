@@ -109,8 +109,9 @@ def make_optimizer(config: OptimizerConfig, model: ModelConfig, steps: int) -> G
 def _adam(config: OptimizerConfig) -> Guarded:
     """Adam's moments and direction, as in ``optax.scale_by_adam``.
 
-    The direction comes from the moments kept, behind a barrier: XLA would fuse it with the old ones and have to copy
-    those before it writes over them.
+    The direction comes from the moments kept. On a CPU that stands behind a barrier: XLA would fuse it with the old
+    ones and have to copy those before it writes over them. On accelerators moments and parameters are then written by
+    one kernel, which reads each number once; the barrier would make it two.
     """
     as_float32 = functools.partial(jax.tree.map, lambda leaf: leaf.astype(jnp.float32))
     as_kept = functools.partial(jax.tree.map, lambda leaf: leaf.astype(config.moments_dtype))
@@ -124,7 +125,8 @@ def _adam(config: OptimizerConfig) -> Guarded:
         mu = optax.tree.update_moment(updates, as_float32(state.mu), config.b1, 1)
         nu = optax.tree.update_moment_per_elem_norm(updates, as_float32(state.nu), config.b2, 2)
         new = optax.ScaleByAdamState(count, as_kept(mu), as_kept(nu))
-        new = jax.lax.optimization_barrier(keep_if(finite, new, state))
+        kept = keep_if(finite, new, state)
+        new = jax.lax.platform_dependent(kept, cpu=jax.lax.optimization_barrier, default=lambda moments: moments)
         mean = optax.tree.bias_correction(as_float32(new.mu), config.b1, count)
         square = optax.tree.bias_correction(as_float32(new.nu), config.b2, count)
         return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + config.eps), mean, square), new

@@ -3,6 +3,7 @@
 from deepseek_kernels.attention import attention_reference, gqa_attention, mla_attention, mla_decode
 from deepseek_kernels.block_fp8 import BlockScaled, dequantise, dequantise_reference, quantise
 from deepseek_kernels.grouped_matmul import grouped_matmul, grouped_matmul_reference
+from deepseek_kernels.look_up import look_up
 from deepseek_kernels.product import product, weight_gradient
 from deepseek_kernels.registry import Choice, choose, table
 from deepseek_kernels.routed_experts import routed_experts
@@ -24,6 +25,7 @@ __all__ = [
     "gqa_attention",
     "grouped_matmul",
     "grouped_matmul_reference",
+    "look_up",
     "mla_attention",
     "mla_decode",
     "product",

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from deepseek_kernels import attention_blockwise, attention_cpu, attention_cudnn, decode_hopper
+from deepseek_kernels import attention_blockwise, attention_cpu, attention_cudnn, attention_packed, decode_hopper
+from deepseek_kernels.kept import kept
 from deepseek_kernels.registry import choose
 from deepseek_kernels.target import Target
 from deepseek_kernels.visible import Visible
@@ -75,7 +76,7 @@ def gqa_attention(
             "with H a multiple of G"
         )
     visible.check(B, S, T)
-    name = _choose("gqa_attention", (q_BSHN, k_BTGN, v_BTGV), N, V, visible, target, implementation)
+    name = _choose("gqa_attention", (q_BSHN, k_BTGN, v_BTGV), N, V, visible, target, implementation, H // G)
     return _attend(name, q_BSHN, k_BTGN, v_BTGV, visible, scale)
 
 
@@ -124,14 +125,18 @@ def attention_reference(q_BSHK, k_BTGK, v_BTGV, visible, scale):
     return jnp.einsum("bgmst,btgv->bsgmv", p, v_BTGV.astype(jnp.float32)).reshape(B, S, H, V).astype(v_BTGV.dtype)
 
 
-def _choose(operation, operands, key_width, value_width, visible, target, implementation) -> str:
+def _choose(operation, operands, key_width, value_width, visible, target, implementation, shared_by=1) -> str:
     dtypes = {operand.dtype for operand in operands}
     if len(dtypes) > 1:
         raise ValueError(f"{operation} of {', '.join(sorted(map(str, dtypes)))}: expected one dtype")
     facts: dict[str, Any] = {"key_width": key_width, "value_width": value_width}
     facts |= {"queries": operands[0].shape[1], "keys": operands[1].shape[1]}
-    order = "by_column" if operation == "mla_decode" else "in_row_order"
-    facts[order] = getattr(visible, order)
+    if operation == "mla_decode":
+        facts["by_column"] = visible.by_column
+    else:
+        mesh = jax.sharding.get_abstract_mesh()
+        facts |= {"in_row_order": visible.in_row_order, "in_segments": visible.in_segments}
+        facts |= {"shared_by": shared_by, "devices": 1 if mesh.empty else mesh.size}
     target = target or Target.here()
     return choose(operation, target, dtypes.pop(), implementation=implementation, **facts).name
 
@@ -140,6 +145,8 @@ def _attend(name, q_BSHK, k_BTGK, v_BTGV, visible, scale) -> Any:
     if name == "c":
         return _c(q_BSHK, k_BTGK, v_BTGV, visible, scale)
     if name == "cudnn":
+        if not visible.in_row_order:
+            return attention_packed.packed(q_BSHK, k_BTGK, v_BTGV, visible, scale)
         return attention_cudnn.causal(q_BSHK, k_BTGK, v_BTGV, scale)
     if name == "blockwise":
         return attention_blockwise.attend(q_BSHK, k_BTGK, v_BTGV, visible, scale)
@@ -154,7 +161,7 @@ def _c(q_BSHK, keys, rest, visible, scale) -> Any:
 
 
 def _c_forward(q_BSHK, keys, rest, visible, scale):
-    out_BSHV, log_sum_BSH = attention_cpu.forward(q_BSHK, keys, rest, visible, scale)
+    out_BSHV, log_sum_BSH = map(kept, attention_cpu.forward(q_BSHK, keys, rest, visible, scale))
     return out_BSHV, (q_BSHK, keys, rest, visible, out_BSHV, log_sum_BSH)
 
 

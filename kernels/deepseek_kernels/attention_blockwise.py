@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from deepseek_kernels.kept import kept
 from deepseek_kernels.visible import Visible
 
 _LARGEST = 512  # rows and columns of a block
@@ -35,11 +36,37 @@ def attend(
     Query head h reads head ``h // (H/G)`` of keys and values. Scores, softmax and sums are float32; the weights are
     rounded to v's dtype for their product.
     """
-    (B, S, H, K), (G, V) = q_BSHK.shape, v_BTGV.shape[2:]
-    q_BGMSK = jnp.transpose(q_BSHK.reshape(B, S, G, H // G, K), (0, 2, 3, 1, 4))
-    k_BGTK, v_BGTV = jnp.swapaxes(k_BTGK, 1, 2), jnp.swapaxes(v_BTGV, 1, 2)
-    out_BGMSV: jax.Array = _attend(q_BGMSK, k_BGTK, v_BGTV, visible, scale)
-    return jnp.transpose(out_BGMSV, (0, 3, 1, 2, 4)).reshape(B, S, H, V)
+    out_BGMSV: jax.Array = _attend(*_heads_first(q_BSHK, k_BTGK, v_BTGV), visible, scale)
+    return _heads_last(out_BGMSV)
+
+
+def with_sums(q_BSHK, k_BTGK, v_BTGV, visible, scale):
+    """``attend``'s result, and each query's ``log Σ exp`` (B H S), which ``gradients`` wants."""
+    out, (*_, log_sum) = _forward(*_heads_first(q_BSHK, k_BTGK, v_BTGV), visible, scale)
+    return _heads_last(out), log_sum.reshape(len(out), -1, out.shape[3])
+
+
+def gradients(q_BSHK, k_BTGK, v_BTGV, visible, scale, out_BSHV, log_sum_BHS, dout_BSHV):
+    """Of ``attend`` in q, k and v."""
+    q, k, v = _heads_first(q_BSHK, k_BTGK, v_BTGV)
+    out, dout = _queries_first(out_BSHV, k.shape[1]), _queries_first(dout_BSHV, k.shape[1])
+    residuals = q, k, v, visible, out, log_sum_BHS.reshape(*q.shape[:4], 1)
+    dq, dk, dv, _ = _backward(scale, residuals, dout)
+    return _heads_last(dq), jnp.swapaxes(dk, 1, 2), jnp.swapaxes(dv, 1, 2)
+
+
+def _heads_first(q_BSHK, k_BTGK, v_BTGV):
+    return _queries_first(q_BSHK, k_BTGK.shape[2]), jnp.swapaxes(k_BTGK, 1, 2), jnp.swapaxes(v_BTGV, 1, 2)
+
+
+def _queries_first(q_BSHK, groups):
+    B, S, H, K = q_BSHK.shape
+    return jnp.transpose(q_BSHK.reshape(B, S, groups, H // groups, K), (0, 2, 3, 1, 4))
+
+
+def _heads_last(out_BGMSV):
+    B, G, M, S, V = out_BGMSV.shape
+    return jnp.transpose(out_BGMSV, (0, 3, 1, 2, 4)).reshape(B, S, G * M, V)
 
 
 class _Grid(NamedTuple):
@@ -178,6 +205,7 @@ def _forward(q, k, v, visible, scale):
         empty = jnp.zeros((*heads, size, v.shape[3]), v.dtype), jnp.zeros((*heads, size, 1), jnp.float32)
         step = lambda i, all_: tuple(_put(whole, part, i, 3) for whole, part in zip(all_, queries(i), strict=True))  # noqa: E731
         out, log_sum = (whole[:, :, :, : grid.S] for whole in jax.lax.fori_loop(0, grid.across, step, empty))
+    out, log_sum = kept(out), kept(log_sum)
     return out, (q, k, v, visible, out, log_sum)
 
 

@@ -1,8 +1,7 @@
 """Causal attention by cuDNN on NVIDIA GPUs, forward and backward, with keys and values of unequal widths.
 
 ``jax.nn.dot_product_attention`` takes equal widths alone and asks the tracing machine for its GPU; the two primitives
-beneath it do neither, so that a program for a GPU can be lowered anywhere. cuDNN's packed form of segments scales one
-offset of values by the keys' width, which is wrong where they differ: whatever is not plain causal rows is refused.
+beneath it do neither, so that a program for a GPU can be lowered anywhere. Packed rows are attention_packed's.
 """
 
 import functools
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo as fused
 from jaxtyping import Array, Float
 
+from deepseek_kernels.kept import kept
 from deepseek_kernels.target import Target
 
 
@@ -25,18 +25,27 @@ def refuses(
     keys: int,
     key_width: int,
     value_width: int,
+    in_segments: bool = False,
+    shared_by: int = 1,
+    devices: int = 1,
 ) -> str:
-    """Why cuDNN cannot do this attention; "" where it can."""
+    """Why cuDNN cannot do this attention; "" where it can. shared_by: query heads to a head of keys. devices: of the
+    mesh."""
     if target.platform != "cuda":
         return f"it needs cuda, not {target.platform}"
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"it needs bfloat16 or float16, not {dtype.name}"
-    if not in_row_order or queries != keys:
-        return "it needs plain causal rows: no segments, positions or lengths, and as many queries as keys"
+    if not (in_row_order or in_segments) or queries != keys:
+        return "it needs causal rows without positions or lengths, and as many queries as keys"
     hopper = float(target.chip or 0) >= 9.0
+    if in_segments and (not hopper or shared_by > 1 or devices > 1 or value_width > key_width):
+        return (
+            "segments need capability 9.0, a head of keys for every query head, values no wider than keys, one device: "
+            f"not {target.chip!r}, {shared_by} to a head, {value_width} and {key_width}, {devices}"
+        )
     if float(target.chip or 0) < 8.0:
         return f"it needs capability 8.0, not {target.chip!r}"
-    if key_width != value_width and not (hopper and (key_width, value_width) == (192, 128)):
+    if in_row_order and key_width != value_width and not (hopper and (key_width, value_width) == (192, 128)):
         return f"it needs equal widths, or 192 and 128 from capability 9.0 on, not {key_width} and {value_width}"
     if key_width % 8 or key_width > (256 if hopper else 128):
         return f"it needs widths that are multiples of 8 up to {256 if hopper else 128}, not {key_width}"
@@ -74,7 +83,7 @@ def _bind_forward(q, k, v, scale, *, training):
 
 
 def _forward(q, k, v, scale):
-    out, log_sum = _bind_forward(q, k, v, scale, training=True)
+    out, log_sum = map(kept, _bind_forward(q, k, v, scale, training=True))
     return out, (q, k, v, log_sum, out)
 
 

@@ -57,50 +57,48 @@ def sort_by_expert(experts_TK: Int[Array, "T K"], experts: int, *, block: int) -
 
 @jax.custom_vjp
 def gather_rows(x_TD: Float[Array, "T D"], layout: Layout) -> Float[Array, "P D"]:
-    """Copy each token's row into the slots of its choices. Padding rows repeat the last token: ``combine_rows`` does
-    not read them, and hands them no gradient."""
-    return x_TD.at[layout.choice_P // layout.slot_TK.shape[1]].get(mode="clip")
+    """Copy each token's row into the slots of its choices. Padding rows repeat the last token: ``sum_rows`` does not
+    read them, and hands them no gradient."""
+    tokens_P = layout.choice_P // layout.slot_TK.shape[1]
+    plain = lambda x_TD: x_TD.at[tokens_P].get(mode="clip")  # noqa: E731
+    if x_TD.dtype.itemsize != 2 or x_TD.shape[1] % 2:
+        return plain(x_TD)
 
+    def by_pairs(x_TD):  # XLA:GPU copies an element at a time: two of them are one
+        pairs = jax.lax.bitcast_convert_type(x_TD.reshape(len(x_TD), -1, 2), jnp.uint32)
+        return jax.lax.bitcast_convert_type(plain(pairs), x_TD.dtype).reshape(-1, x_TD.shape[1])
 
-def _gather_rows_fwd(x_TD, layout):
-    return gather_rows(x_TD, layout), layout
-
-
-def _gather_rows_bwd(layout, dy_PD):
-    dx_TD = functools.reduce(jnp.add, (row_TD.astype(jnp.float32) for row_TD in _chosen(dy_PD, layout)))
-    return dx_TD.astype(dy_PD.dtype), None
-
-
-gather_rows.defvjp(_gather_rows_fwd, _gather_rows_bwd)
+    return jax.lax.platform_dependent(x_TD, cuda=by_pairs, default=plain)
 
 
 @jax.custom_vjp
-def combine_rows(y_PD: Float[Array, "P D"], weights_TK: Float[Array, "T K"], layout: Layout) -> Float[Array, "T D"]:
-    """``out[t] = Σ_k weights[t, k] · y[slot[t, k]]``, summed in float32 one choice after another: K gathers that fuse
-    into one pass, where a sum over an axis K would write the rows out in float32 first."""
-    weights_TK = weights_TK.astype(jnp.float32)
-    parts = (row_TD * weights_TK[:, k : k + 1] for k, row_TD in enumerate(_chosen(y_PD, layout)))
-    return functools.reduce(jnp.add, parts).astype(y_PD.dtype)
+def sum_rows(y_PD: Float[Array, "P D"], layout: Layout) -> Float[Array, "T D"]:
+    """``out[t] = Σ_k y[slot[t, k]]``, summed in float32 one choice after another: K gathers that fuse into one pass,
+    where a sum over an axis K would write the rows out in float32 first. A choice of no expert adds zeros.
+
+    Its gradient is ``gather_rows``: padding rows get the last token's, which their weight of 0 leaves without effect.
+    """
+    rows = (y_PD.at[slot_T].get(mode="fill", fill_value=0) for slot_T in layout.slot_TK.T)
+    return functools.reduce(jnp.add, (row_TD.astype(jnp.float32) for row_TD in rows)).astype(y_PD.dtype)
 
 
-def _combine_rows_fwd(y_PD, weights_TK, layout):
-    return combine_rows(y_PD, weights_TK, layout), (y_PD, weights_TK, layout)
+# Each is the other's transpose.
+gather_rows.defvjp(
+    lambda x_TD, layout: (gather_rows(x_TD, layout), layout), lambda layout, dy: (sum_rows(dy, layout), None)
+)
+sum_rows.defvjp(
+    lambda y_PD, layout: (sum_rows(y_PD, layout), layout), lambda layout, dy: (gather_rows(dy, layout), None)
+)
 
 
-def _combine_rows_bwd(residuals, dout_TD):
-    y_PD, weights_TK, layout = residuals
-    top = weights_TK.shape[1]
-    weight_P = weights_TK.reshape(-1).at[layout.choice_P].get(mode="fill", fill_value=0)
-    dy_PD = dout_TD.at[layout.choice_P // top].get(mode="clip") * weight_P[:, None]
-    wide_TD = dout_TD.astype(jnp.float32)
-    dweights_TK = jnp.stack([jnp.sum(row_TD * wide_TD, axis=1) for row_TD in _chosen(y_PD, layout)], axis=1)
-    return dy_PD.astype(y_PD.dtype), dweights_TK.astype(weights_TK.dtype), None
+@jax.custom_vjp
+def weight_rows(weights_TK: Float[Array, "T K"], layout: Layout) -> Float[Array, "P"]:
+    """Each choice's weight in its slot, 0 in padding rows."""
+    return weights_TK.reshape(-1).at[layout.choice_P].get(mode="fill", fill_value=0)
 
 
-combine_rows.defvjp(_combine_rows_fwd, _combine_rows_bwd)
+def _weight_rows_bwd(layout, dweight_P):
+    return dweight_P.at[layout.slot_TK].get(mode="fill", fill_value=0), None
 
 
-def _chosen(y_PD, layout):
-    """(T, D) for each k: the row of every token's k-th choice, zeros for a choice of no expert."""
-    for k in range(layout.slot_TK.shape[1]):
-        yield y_PD.at[layout.slot_TK[:, k]].get(mode="fill", fill_value=0)
+weight_rows.defvjp(lambda weights_TK, layout: (weight_rows(weights_TK, layout), layout), _weight_rows_bwd)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from deepseek_kernels import cpu, grouped_blocks, hopper, hopper_few
+from deepseek_kernels.kept import kept
 from deepseek_kernels.registry import choose
 from deepseek_kernels.target import Target
 from deepseek_kernels.weights import InStack, Weight, stored_gradient
@@ -156,7 +157,11 @@ def _grouped(x, w, group_sizes_E, block, name, cores):
 
 
 def _forward(x, w, group_sizes_E, block, name, cores):
-    return _grouped(x, w, group_sizes_E, block, name, cores), (x, w, group_sizes_E)
+    y = _grouped(x, w, group_sizes_E, block, name, cores)
+    if name == "hopper":
+        # In a scan, where y is put into a stack for the backward pass, XLA would run the kernel a second time for that.
+        y = jax.lax.optimization_barrier(y)
+    return kept(y), (x, w, group_sizes_E)
 
 
 def _backward(block, name, cores, residuals, dy):

@@ -81,6 +81,8 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         Implementation("sorted"),
         Implementation("plain", ()),
     ),
+    # "sorted" adds up a row's gradients in one order always; a GPU's scatter takes them as they come.
+    "look_up": (Implementation("sorted", ("cuda", "rocm")), Implementation("scatter")),
     "mla_attention": (_C, _CUDNN, _BLOCKWISE, _REFERENCE),
     "gqa_attention": (_C, _CUDNN, _BLOCKWISE, _REFERENCE),
     "mla_decode": (Implementation("hopper", ("cuda",), decode_hopper.refuses), _BLOCKWISE, _REFERENCE),
@@ -90,9 +92,9 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
 def choose(operation: str, target: Target, dtype: Any, *, implementation: str = "auto", **facts: Any) -> Choice:
     """The implementation of an operation for a target, a dtype and the facts that the operation's rules read.
 
-    facts: of grouped_matmul ``rows, groups, widths``; of mla_attention and gqa_attention ``in_row_order, queries, keys,
-    key_width, value_width``; of mla_decode ``by_column`` in place of the first; of the others none. A slow choice
-    is logged once, with its reason.
+    facts: of grouped_matmul ``rows, groups, widths``; of mla_attention and gqa_attention those of
+    ``attention_cudnn.refuses``, of mla_decode those of ``decode_hopper.refuses``; of the others none. A slow choice is
+    logged once, with its reason.
 
     Raises:
       ValueError: an operation or implementation that does not exist, or one that cannot run there.
@@ -130,10 +132,11 @@ def _say(level: int, operation: str, target: Target, dtype: str, name: str, reas
 
 
 # V2-Lite's training step, and decoding: what the printed table is about.
+_ROWS = {"in_row_order": True, "queries": 4096, "keys": 4096}
 _TYPICAL: dict[str, dict[str, Any]] = {
     "grouped_matmul": {"rows": 6 * 4096, "groups": 64, "widths": (2048, 2816)},
-    "mla_attention": {"in_row_order": True, "queries": 4096, "keys": 4096, "key_width": 192, "value_width": 128},
-    "gqa_attention": {"in_row_order": True, "queries": 4096, "keys": 4096, "key_width": 128, "value_width": 128},
+    "mla_attention": _ROWS | {"key_width": 192, "value_width": 128},
+    "gqa_attention": _ROWS | {"key_width": 128, "value_width": 128},
     "mla_decode": {"by_column": True, "queries": 1, "keys": 4096, "key_width": 576, "value_width": 512},
 }
 

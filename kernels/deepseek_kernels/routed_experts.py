@@ -5,13 +5,16 @@ kernel does it all, since around the products of a small model copying rows and 
 ``plain``: every expert on every token, the definition, at E / K times the arithmetic.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from deepseek_kernels import cpu
-from deepseek_kernels.experts_sorted import combine_rows, gather_rows, sort_by_expert
+from deepseek_kernels import cpu, hopper_gate
+from deepseek_kernels.experts_sorted import gather_rows, sort_by_expert, sum_rows, weight_rows
 from deepseek_kernels.grouped_matmul import grouped_matmul
+from deepseek_kernels.kept import kept
 from deepseek_kernels.product import product
 from deepseek_kernels.registry import choose
 from deepseek_kernels.target import Target
@@ -67,20 +70,55 @@ def _plain(x_TD, weights_TK, experts_TK, wi_ED2F, wo_EFD, target):
 def _sorted(x_TD, weights_TK, experts_TK, wi_ED2F, wo_EFD, target, grouped):
     E, F, D = wo_EFD.shape
     facts = {"rows": experts_TK.size, "groups": E}
-    aligned = max(
-        choose("grouped_matmul", target, x_TD.dtype, implementation=grouped, widths=widths, **facts).rows
+    choices = [
+        choose("grouped_matmul", target, x_TD.dtype, implementation=grouped, widths=widths, **facts)
         for widths in ((D, 2 * F), (F, D))
-    )
+    ]
+    aligned = max(choice.rows for choice in choices)
     layout = sort_by_expert(experts_TK, E, block=aligned)
     options = {"aligned": aligned, "target": target, "implementation": grouped}
     x_PD = gather_rows(x_TD, layout)
-    h_PF = _gate(grouped_matmul(x_PD, wi_ED2F, layout.group_sizes_E, **options))
-    return combine_rows(grouped_matmul(h_PF, wo_EFD, layout.group_sizes_E, **options), weights_TK, layout)
+    gate_up_P2F = grouped_matmul(x_PD, wi_ED2F, layout.group_sizes_E, **options)
+    on_hopper = all(choice.name == "hopper" for choice in choices) and hopper_gate.takes(len(x_PD), F)
+    h_PF = _weighted_gate(gate_up_P2F, weight_rows(weights_TK.astype(jnp.float32), layout), on_hopper)
+    return sum_rows(grouped_matmul(h_PF, wo_EFD, layout.group_sizes_E, **options), layout)
 
 
 def _gate(gate_up):
     """``silu(gate) · up`` of (…, 2, F)."""
     return jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _weighted_gate(gate_up_P2F, weight_P, on_hopper):
+    """``weight · silu(gate) · up``, float32 inside. A choice's weight is applied here and not to what comes out of its
+    expert, which is the same by linearity: so the backward pass needs no row of the experts' results."""
+    gate_PF, up_PF = (gate_up_P2F[:, i].astype(jnp.float32) for i in range(2))
+    return (weight_P[:, None] * jax.nn.silu(gate_PF) * up_PF).astype(gate_up_P2F.dtype)
+
+
+def _weighted_gate_fwd(gate_up_P2F, weight_P, on_hopper):
+    return _weighted_gate(gate_up_P2F, weight_P, on_hopper), (gate_up_P2F, weight_P)
+
+
+def _weighted_gate_bwd(on_hopper, residuals, dh_PF):
+    gate_up_P2F, weight_P = residuals
+    if on_hopper:
+        return hopper_gate.gate_backward(gate_up_P2F, weight_P, dh_PF)
+    gate_PF, up_PF, dh_PF = (a.astype(jnp.float32) for a in (gate_up_P2F[:, 0], gate_up_P2F[:, 1], dh_PF))
+    s_PF = jax.nn.sigmoid(gate_PF)
+    silu_PF = gate_PF * s_PF
+    dweight_P = jnp.sum(dh_PF * silu_PF * up_PF, axis=1)
+    dh_PF = weight_P[:, None] * dh_PF
+    dgate_PF = dh_PF * up_PF * (s_PF + silu_PF * (1 - s_PF))
+    # One choice for every number: XLA:GPU writes two stacked arrays at half the speed.
+    is_gate = jax.lax.broadcasted_iota(jnp.int32, (1, 2, 1), 1) == 0
+    dgate_up_P2F = jnp.where(is_gate, dgate_PF[:, None], (dh_PF * silu_PF)[:, None]).astype(gate_up_P2F.dtype)
+    # A barrier, since XLA:GPU moves the sum of a row into the scatter of its gradient, six times its cost.
+    return jax.lax.optimization_barrier((dgate_up_P2F, dweight_P))
+
+
+_weighted_gate.defvjp(_weighted_gate_fwd, _weighted_gate_bwd)
 
 
 @jax.custom_vjp
@@ -93,7 +131,8 @@ def _forward(x_TD, weights_TK, experts_TK, wi_ED2F, wo_EFD):
     operands = x_TD, weights_TK, experts_TK, *(w.astype(jnp.float32) for w in (wi_ED2F, wo_EFD))
     shapes = [x_TD.shape, (choices, 2 * hidden), (choices, width)]
     y_TD, gate_up_PG, _ = cpu.call("experts_forward", shapes, *operands)
-    return y_TD, (x_TD, weights_TK, experts_TK, wi_ED2F, wo_EFD, gate_up_PG)
+    gate_up_PG = kept(gate_up_PG)
+    return kept(y_TD), (x_TD, weights_TK, experts_TK, wi_ED2F, wo_EFD, gate_up_PG)
 
 
 def _backward(residuals, dy_TD):

@@ -47,6 +47,12 @@ class Visible:
         return self.k_positions_BT is None and self.q_segments_BS is None
 
     @property
+    def in_segments(self) -> bool:
+        """Whether only the order within the row and segments count: causal, without positions and lengths."""
+        given = (self.q_positions_BS, self.k_positions_BT, self.lengths_B)
+        return self.causal and self.q_segments_BS is not None and all(value is None for value in given)
+
+    @property
     def below_diagonal(self) -> bool:
         """Whether a query sees no key that stands behind it in the row, whatever segments and lengths say."""
         return self.causal and self.q_positions_BS is None and self.k_positions_BT is None

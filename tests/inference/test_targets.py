@@ -37,6 +37,29 @@ def check(traced, platform: str) -> None:
     assert ("cudnn$fmha" in text) == (platform == "cuda")
 
 
+@pytest.mark.parametrize(
+    ("remat", "products", "attention", "choices"),
+    [("none", 6, 2, 1), ("dots", 6, 2, 1), ("kernels", 6, 2, 1), ("full", 7, 4, 2)],
+)
+def test_what_is_kept_is_not_computed_again(remat, products, attention, choices):
+    """V2-Lite on Hopper: the experts' two products and their four gradients, and the gate's; attention of two stacks.
+    With nothing kept, gate and up are multiplied again; what comes out of an expert is not needed by any gradient.
+    Kept rows need the choice of experts that sorted them: the router's must be kept too."""
+    config = dataclasses.replace(load_recipe("models/deepseek_v2_lite", ModelConfig), num_hidden_layers=3)
+    compute = ComputeConfig(dtype="bfloat16", target="cuda:9.0:132", remat=remat)
+    params, bias = transformer.abstract_arrays(config, compute)
+
+    def loss(params, tokens):
+        model = transformer.merge(config, params, bias, compute)
+        return jnp.sum(model(tokens, head=False).hidden.astype(jnp.float32))
+
+    traced = jax.jit(jax.grad(loss)).trace(params, jax.ShapeDtypeStruct((1, 512), jnp.int32))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == products + 1
+    assert text.count("custom_call @__cudnn$fmhaSoftmax(") == attention
+    assert len(re.findall(r"= chlo\.top_k|custom_call @mhlo\.topk", text)) == choices
+
+
 @pytest.mark.parametrize(("target", "platform"), TARGETS)
 def test_the_train_step(target, platform):
     config, compute = v3(), ComputeConfig(dtype="bfloat16", target=target, remat="full")

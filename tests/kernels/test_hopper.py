@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_kernels import InStack, Target, grouped_matmul, hopper, hopper_few
+from deepseek_kernels import InStack, Target, grouped_matmul, hopper, hopper_few, hopper_gate
 
 TARGET = Target("cuda", "9.0", 0 if jax.default_backend() == "gpu" else 2)  # two blocks in the interpreter
 
@@ -153,3 +153,20 @@ def test_what_it_cannot_take_is_named():
             hopper_matmul(x[:, :width], w[:, :width], sizes)
     with pytest.raises(ValueError, match="it needs bfloat16, not float32"):
         hopper_matmul(x.astype(jnp.float32), w, sizes)
+
+
+@pytest.mark.parametrize(("rows", "hidden"), [(64, 64), (192, 320)])
+def test_the_gates_gradients_equal_the_definition(hopper_gpu, rows, hidden):
+    """One tile, and more of them than are in flight; in float64."""
+    rng = np.random.default_rng(0)
+    gate_up, dh = rng.standard_normal((rows, 2, hidden)), rng.standard_normal((rows, hidden))
+    weight = np.where(np.arange(rows) % 3, rng.standard_normal(rows), 0)
+    operands = [jnp.asarray(a, jnp.bfloat16) for a in (gate_up, dh)]
+    gate_up, dh = (np.asarray(a, np.float64) for a in operands)
+    found, dweight = jax.jit(hopper_gate.gate_backward)(operands[0], jnp.asarray(weight, jnp.float32), operands[1])
+    gate, up, s = gate_up[:, 0], gate_up[:, 1], 1 / (1 + np.exp(-gate_up[:, 0]))
+    np.testing.assert_allclose(dweight, np.sum(dh * gate * s * up, axis=1), rtol=1e-5, atol=1e-5)
+    dh = dh * np.asarray(weight, np.float32)[:, None]
+    right = np.stack([dh * up * s * (1 + gate * (1 - s)), dh * gate * s], axis=1)
+    np.testing.assert_allclose(np.asarray(found, np.float64), right, rtol=2**-8, atol=1e-6)
+    assert not np.any(found[::3])

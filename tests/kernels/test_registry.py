@@ -12,16 +12,16 @@ import pytest
 from deepseek_kernels import Target, Visible, choose, cpu, mla_attention, product, registry, routed_experts, table
 
 CPU, H100, A100, TPU = Target("cpu"), Target("cuda", "9.0", 132), Target("cuda", "8.0"), Target("tpu", "TPU v5p")
-OPERATIONS = ["product", "grouped_matmul", "routed_experts", "mla_attention", "gqa_attention", "mla_decode"]
+OPERATIONS = ["product", "grouped_matmul", "routed_experts", "look_up", "mla_attention", "gqa_attention", "mla_decode"]
 
 EXPECTED = {  # in the order of OPERATIONS
-    (CPU, "float32"): ["c", "c", "fused", "c", "c", "blockwise"],
-    (CPU, "bfloat16"): ["dot", "blocks", "sorted", "blockwise", "blockwise", "blockwise"],
-    (H100, "bfloat16"): ["dot", "hopper", "sorted", "cudnn", "cudnn", "hopper"],
-    (H100, "float32"): ["dot", "blocks", "sorted", "blockwise", "blockwise", "blockwise"],
-    (A100, "bfloat16"): ["dot", "blocks", "sorted", "blockwise", "cudnn", "blockwise"],
-    (TPU, "bfloat16"): ["dot", "ragged_dot", "sorted", "blockwise", "blockwise", "blockwise"],
-    (TPU, "float32"): ["dot", "ragged_dot", "sorted", "blockwise", "blockwise", "blockwise"],
+    (CPU, "float32"): ["c", "c", "fused", "scatter", "c", "c", "blockwise"],
+    (CPU, "bfloat16"): ["dot", "blocks", "sorted", "scatter", "blockwise", "blockwise", "blockwise"],
+    (H100, "bfloat16"): ["dot", "hopper", "sorted", "sorted", "cudnn", "cudnn", "hopper"],
+    (H100, "float32"): ["dot", "blocks", "sorted", "sorted", "blockwise", "blockwise", "blockwise"],
+    (A100, "bfloat16"): ["dot", "blocks", "sorted", "sorted", "blockwise", "cudnn", "blockwise"],
+    (TPU, "bfloat16"): ["dot", "ragged_dot", "sorted", "scatter", "blockwise", "blockwise", "blockwise"],
+    (TPU, "float32"): ["dot", "ragged_dot", "sorted", "scatter", "blockwise", "blockwise", "blockwise"],
 }
 
 
@@ -56,9 +56,13 @@ def test_rows_and_reasons():
     assert narrow.name == "blocks" and "not (96, 256)" in narrow.reason
 
 
-def test_cudnn_takes_plain_causal_rows_alone():
+def test_cudnn_takes_causal_rows_and_their_segments():
     facts = {"in_row_order": True, "queries": 64, "keys": 64, "key_width": 192, "value_width": 128}
     assert choose("mla_attention", H100, jnp.bfloat16, **facts).name == "cudnn"
+    segments = facts | {"in_row_order": False, "in_segments": True}
+    assert choose("mla_attention", H100, jnp.bfloat16, **segments).name == "cudnn"
+    for other in ({"devices": 2}, {"shared_by": 4}, {"value_width": 256}):
+        assert "not cudnn: segments need" in choose("gqa_attention", H100, jnp.bfloat16, **segments | other).reason
     for other in ({"in_row_order": False}, {"queries": 32}, {"value_width": 64}, {"key_width": 260}):
         choice = choose("mla_attention", H100, jnp.bfloat16, **{**facts, **other})
         assert choice.name == "blockwise" and "not cudnn: it needs" in choice.reason

@@ -123,7 +123,9 @@ def test_the_vocabulary_is_the_tokenizers(folder: Path, ran, monkeypatch, capsys
     assert json.loads(Path("run/config.json").read_text())["model"]["vocab_size"] == size
     fewer = ["--data.path", "text", "--data.heldout", "held", "--run-dir", "new", "--model.vocab-size", "300"]
     assert main(["pretrain", *OPTIONS, *fewer]) == 1  # ids that are used, not those that exist
-    assert "of which those from 300 on cannot be used" in capsys.readouterr().err and not Path("new/checkpoints").exists()
+    assert (
+        "of which those from 300 on cannot be used" in capsys.readouterr().err and not Path("new/checkpoints").exists()
+    )
 
 
 @pytest.mark.parametrize(

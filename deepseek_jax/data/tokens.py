@@ -10,26 +10,19 @@ import fcntl
 import hashlib
 import json
 import os
-import queue
-import signal
-import socket
-import subprocess
-import sys
 import tempfile
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tokenizers
 
-from deepseek_jax.data import token_worker
 from deepseek_jax.data.files import ROWS, TEXTS, PathLike, describe, find_files
 from deepseek_jax.data.text import LONGEST_TEXT, read_documents
+from deepseek_jax.data.token_writers import TokenWriters
 from deepseek_jax.data.tokenizer import Tokenizer
 
 FORMAT = 1
@@ -121,15 +114,15 @@ def tokenize(
             documents = read_documents(
                 files, text_field=text_field, skip_broken=skip_broken, skipped=skipped, read=read
             )
+            dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
             workers = 0 if total <= SHARD_BYTES else workers or min(_cores(), MOST_WORKERS)
-            with _Writers(tokenizer, workers) as writers:
+            with TokenWriters(tokenizer, "H" if dtype.itemsize == 2 else "I", workers) as writers:
                 shards = 0
                 for shards, group in enumerate(_groups(documents), start=1):
                     if not (path := _shard(folder, shards - 1)).exists():
                         writers.write(group, path)
                     progress(sum(read.values()), total)
-            dtype = _dtype(tokenizer).str
-            meta = made_of | {"shards": shards, "dtype": dtype, "skipped": [skipped[str(file)] for file in files]}
+            meta = made_of | {"shards": shards, "dtype": dtype.str, "skipped": [skipped[str(file)] for file in files]}
             _write_meta(folder, meta)
     return Tokens(folder, files)
 
@@ -144,86 +137,6 @@ def _groups(documents: Iterable[str]) -> Iterator[list[bytes]]:
             group, size = [], 0
     if group:
         yield group
-
-
-class _Writers:
-    """`count` processes that write shards, or none: then this process does."""
-
-    def __init__(self, tokenizer: Tokenizer, count: int):
-        self._typecode = "H" if _dtype(tokenizer).itemsize == 2 else "I"
-        self._backend = None if count else tokenizers.Tokenizer.from_str(tokenizer.plain_json)
-        self._idle: queue.Queue[socket.socket] = queue.Queue()
-        self._at_work: list[Future[None]] = []
-        self._links: list[socket.socket] = []
-        if count:
-            self._threads = ThreadPoolExecutor(count)  # each waits for a process
-            self._start(tokenizer.plain_json.encode("utf-8"), count)
-
-    def _start(self, tokenizer: bytes, count: int) -> None:
-        pairs = [socket.socketpair() for _ in range(count)]
-        self._links = [ours for ours, _ in pairs]
-        numbers = [theirs.fileno() for _, theirs in pairs]
-        self._program = subprocess.Popen(
-            [sys.executable, "-P", token_worker.__file__, *map(str, numbers)],
-            stdin=subprocess.PIPE,
-            pass_fds=numbers,
-            start_new_session=True,  # Ctrl-C is this process' business, and all of its processes end as one
-            env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},  # which it could not use after a fork
-        )
-        for ours, theirs in pairs:
-            theirs.close()
-            self._idle.put(ours)
-        settings = json.dumps({"tokenizer": len(tokenizer), "type": self._typecode}).encode() + b"\n"
-        assert self._program.stdin is not None
-        with contextlib.suppress(BrokenPipeError), self._program.stdin as pipe:  # told where an answer is missing
-            pipe.write(settings + tokenizer)
-
-    def write(self, group: list[bytes], path: Path) -> None:
-        """Hands a shard to a process; waits while all of them are busy. Raises what an earlier one has met."""
-        if self._backend is not None:
-            return token_worker.write_shard(self._backend, group, path, self._typecode)
-        link = self._idle.get()
-        self._finished(wait=False)
-        self._at_work.append(self._threads.submit(self._send, link, group, path))
-
-    def _send(self, link: socket.socket, group: list[bytes], path: Path) -> None:
-        reply = b""
-        try:
-            with link.makefile("rwb") as stream:
-                stream.write(json.dumps({"path": str(path), "lengths": [len(d) for d in group]}).encode() + b"\n")
-                stream.writelines(group)
-                stream.flush()
-                reply = stream.readline()
-        except (BrokenPipeError, ConnectionResetError):
-            pass  # told below
-        finally:
-            self._idle.put(link)
-        if not reply:
-            raise OSError(f"{path}: the process that makes these tokens has ended")
-        if (error := json.loads(reply)) is not None:
-            raise OSError(*error)
-
-    def _finished(self, *, wait: bool) -> None:
-        for future in [future for future in self._at_work if wait or future.done()]:
-            future.result()
-            self._at_work.remove(future)
-
-    def __enter__(self) -> "_Writers":
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if self._backend is not None:
-            return
-        try:
-            if kind is None:
-                self._finished(wait=True)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._program.pid, signal.SIGKILL)
-            self._program.wait()
-            self._threads.shutdown(cancel_futures=True)  # who was waiting for an answer has seen that none comes
-            for link in self._links:
-                link.close()
 
 
 @contextlib.contextmanager
@@ -257,10 +170,6 @@ def _ends(path: Path, dtype: np.dtype) -> np.ndarray:
     if int(ends[-1]) * dtype.itemsize + 4 * documents + 8 != size:
         raise ValueError(damaged)
     return ends
-
-
-def _dtype(tokenizer: Tokenizer) -> np.dtype:
-    return np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
 
 
 def _cores() -> int:

@@ -52,6 +52,21 @@ def test_chats_of_folders_and_globs(folder: Path) -> None:
     assert len(set(made)) == 1
 
 
+@pytest.fixture
+def model(folder: Path) -> None:
+    save_hf(whole(SPEAKER, *weights(SPEAKER)).network(), folder / "model", dtype="float32")
+    tokenizer().save(folder / "model")
+
+
+def test_a_released_folder_is_measured_on_text(model: None, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("a.md").write_text("def add(a, b):\n    return a + b\n" * 9)
+    assert main(["eval", "model", "--data", "a.md"]) == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.strip().split("\n")]
+    assert names == ["a.md", "all"]
+    assert main(["eval", "model", "--data", "a.md", "--ema"]) == 1  # a run has one
+    assert "model is a released model" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -65,10 +80,8 @@ def test_chats_of_folders_and_globs(folder: Path) -> None:
     ],
 )
 def test_inputs_are_looked_at_before_training(
-    folder: Path, capsys: pytest.CaptureFixture[str], arguments: str, message: str
+    model: None, capsys: pytest.CaptureFixture[str], arguments: str, message: str
 ) -> None:
-    save_hf(whole(SPEAKER, *weights(SPEAKER)).network(), folder / "model", dtype="float32")
-    tokenizer().save(folder / "model")
     assert main(f"{OPTIONS} {arguments}".split()) == 1
     assert re.search(message, capsys.readouterr().err)
     assert not Path("run/checkpoints").exists()

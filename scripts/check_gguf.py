@@ -123,10 +123,10 @@ def ours(folder: Path) -> list[tuple[list[int], list[int]]]:
     return [(prompt, answer.token_ids) for prompt, answer in zip(prompts, answers, strict=True)]
 
 
-# Runs in a process of its own: llama.cpp's binding from its source folder.
+# Runs in a process of its own: llama.cpp's binding from its source folder, with a float32 cache (by default float16).
 THEIRS = """
 import json, sys, llama_cpp
-model = llama_cpp.Llama(sys.argv[1], n_ctx=512, n_threads=1, verbose=False)
+model = llama_cpp.Llama(sys.argv[1], n_ctx=512, n_threads=1, type_k=0, type_v=0, verbose=False)
 out = []
 for text in json.loads(sys.argv[2]):
     ids = model.tokenize(text.encode(), add_bos=False, special=True)

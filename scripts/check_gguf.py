@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -36,35 +37,25 @@ PROMPTS = (
     "1 2 3 4 5 6 7 8 9 10 " * 8,
 )
 TOKENS = 48
-_TINY = dict(
-    vocab_size=129280, hidden_size=64, intermediate_size=96, num_attention_heads=4, max_position_embeddings=512
-)
-_MLA = dict(kv_lora_rank=32, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32, moe_intermediate_size=32)
-_YARN = dict(type="yarn", factor=40.0, original_max_position_embeddings=64)
-MODELS = {
-    "v3 with MTP": ModelConfig(
-        **(_TINY | _MLA | dict(q_lora_rank=32, n_routed_experts=16, n_group=4, topk_group=2, num_hidden_layers=3)),
-        rope_scaling=RopeScaling(**_YARN),
-        routed_scaling_factor=2.5,
-    ),
+Fields = dict[str, Any]
+_TINY: Fields = dict(vocab_size=129280, hidden_size=64, intermediate_size=96, num_attention_heads=4)
+_TINY |= dict(max_position_embeddings=512, num_hidden_layers=3)
+_MLA: Fields = _TINY | dict(kv_lora_rank=32, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32)
+_MLA |= dict(q_lora_rank=32, moe_intermediate_size=32, n_routed_experts=16, n_group=4, topk_group=2)
+_V2: Fields = _MLA | dict(scoring="softmax", norm_topk_prob=False, num_nextn_predict_layers=0)
+_YARN: Fields = dict(type="yarn", factor=40.0, original_max_position_embeddings=64)
+_LLAMA3 = RopeScaling("llama3", 8.0, original_max_position_embeddings=64)
+MODELS: dict[str, Fields] = {
+    "v3 with MTP": _MLA | dict(routed_scaling_factor=2.5, rope_scaling=RopeScaling(**_YARN)),
     # llama.cpp knows a network without compressed queries by its 27 layers.
-    "v2-lite": ModelConfig(
-        **(_TINY | _MLA | dict(q_lora_rank=0, n_routed_experts=8, n_shared_experts=2, num_hidden_layers=27)),
-        **dict(scoring="softmax", topk_method="greedy", norm_topk_prob=False, num_nextn_predict_layers=0),
-        rope_scaling=RopeScaling(**_YARN, mscale=0.707, mscale_all_dim=0.707),
-    ),
-    "v2 with groups": ModelConfig(
-        **(_TINY | _MLA | dict(q_lora_rank=32, n_routed_experts=16, n_group=4, topk_group=2, num_hidden_layers=3)),
-        **dict(scoring="softmax", topk_method="group_limited_greedy", norm_topk_prob=False),
-        **dict(num_nextn_predict_layers=0, routed_scaling_factor=16.0),
-    ),
-    "llama": ModelConfig(
-        **(_TINY | dict(attention="gqa", num_key_value_heads=2, head_dim=16, rope_interleave=False)),
-        **dict(n_routed_experts=0, first_k_dense_replace=4, num_nextn_predict_layers=0),
-        rope_scaling=RopeScaling("llama3", 8.0, original_max_position_embeddings=64),
-    ),
+    "v2-lite": _V2
+    | dict(topk_method="greedy", q_lora_rank=0, n_routed_experts=8, n_shared_experts=2, num_hidden_layers=27)
+    | dict(rope_scaling=RopeScaling(**_YARN, mscale=0.707, mscale_all_dim=0.707)),
+    "v2 with groups": _V2 | dict(topk_method="group_limited_greedy", routed_scaling_factor=16.0),
+    "llama": _TINY
+    | dict(attention="gqa", num_key_value_heads=2, head_dim=16, rope_interleave=False, rope_scaling=_LLAMA3)
+    | dict(num_hidden_layers=4, n_routed_experts=0, first_k_dense_replace=4, num_nextn_predict_layers=0),
 }
-
 KNOWN = {"v2 with groups": "llama.cpp ranks groups by their two best experts, as V3 does; V2 by the best"}
 
 
@@ -123,10 +114,10 @@ def ours(folder: Path) -> list[tuple[list[int], list[int]]]:
     return [(prompt, answer.token_ids) for prompt, answer in zip(prompts, answers, strict=True)]
 
 
-# Runs in a process of its own: llama.cpp's binding from its source folder.
+# Runs in a process of its own: llama.cpp's binding from its source folder, with a float32 cache (by default float16).
 THEIRS = """
 import json, sys, llama_cpp
-model = llama_cpp.Llama(sys.argv[1], n_ctx=512, n_threads=1, verbose=False)
+model = llama_cpp.Llama(sys.argv[1], n_ctx=512, n_threads=1, type_k=0, type_v=0, verbose=False)
 out = []
 for text in json.loads(sys.argv[2]):
     ids = model.tokenize(text.encode(), add_bos=False, special=True)
@@ -163,7 +154,7 @@ def main(work: Path, source: Path, names: list[str]) -> int:
     for name in names or MODELS:
         folder = work / name.replace(" ", "_")
         if not folder.exists():
-            save_hf(drawn(MODELS[name], text), folder, dtype="float32")
+            save_hf(drawn(ModelConfig(**MODELS[name]), text), folder, dtype="float32")
         pairs = [*zip(ours(folder), theirs(work, llama_cpp, folder), strict=True)]
         ids = sum(list(a[0]) == b[0] for a, b in pairs)
         same = sum(x == y for a, b in pairs for x, y in zip(a[1], b[1], strict=False))

@@ -82,7 +82,7 @@ Source = nnx.Rngs | Together  # what a part of a network draws from
 
 def _shorter_is_the_beginning(key: jax.Array) -> bool:
     """Whether a key's first n numbers are the same however many are drawn, and in whatever shape."""
-    return str(jax.random.key_impl(key)) == "threefry2x32" and bool(jax.config.jax_threefry_partitionable)
+    return str(jax.random.key_impl(key)) == "threefry2x32" and jax.config.jax_threefry_partitionable  # pyright: ignore
 
 
 @dataclasses.dataclass(frozen=True)

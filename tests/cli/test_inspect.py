@@ -74,11 +74,11 @@ def test_a_released_folder_and_its_file(tmp_path, printed):
 
 
 def test_fields_can_be_ignored(tmp_path, printed, capsys):
-    content = config(QWEN, vocab_size=1_000).to_hf() | {"mlp_bias": True}
+    content = config(QWEN, vocab_size=1_000).to_hf() | {"novel_heads": 3}
     (tmp_path / "config.json").write_text(json.dumps(content), encoding="utf-8")
     assert main(["inspect", str(tmp_path)]) == 1
-    assert "mlp_bias" in capsys.readouterr().err
-    assert "parameters" in printed(str(tmp_path), "--ignore-config", "mlp_bias")
+    assert "novel_heads=3" in capsys.readouterr().err
+    assert "parameters" in printed(str(tmp_path), "--ignore-config", "novel_heads")
 
 
 def test_recipes_of_stages(printed, capsys):

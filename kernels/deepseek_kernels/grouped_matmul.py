@@ -9,7 +9,7 @@ chooses, which saves the copies to and from blocks.
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -157,7 +157,7 @@ def _grouped(x, w, group_sizes_E, block, name, cores):
 
 
 def _forward(x, w, group_sizes_E, block, name, cores):
-    y = _grouped(x, w, group_sizes_E, block, name, cores)
+    y: Any = _grouped(x, w, group_sizes_E, block, name, cores)
     if name == "hopper":
         # In a scan, where y is put into a stack for the backward pass, XLA would run the kernel a second time for that.
         y = jax.lax.optimization_barrier(y)

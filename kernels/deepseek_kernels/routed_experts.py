@@ -80,7 +80,7 @@ def _sorted(x_TD, weights_TK, experts_TK, wi_ED2F, wo_EFD, target, grouped):
     x_PD = gather_rows(x_TD, layout)
     gate_up_P2F = grouped_matmul(x_PD, wi_ED2F, layout.group_sizes_E, **options)
     on_hopper = all(choice.name == "hopper" for choice in choices) and hopper_gate.takes(len(x_PD), F)
-    h_PF = _weighted_gate(gate_up_P2F, weight_rows(weights_TK.astype(jnp.float32), layout), on_hopper)
+    h_PF: jax.Array = _weighted_gate(gate_up_P2F, weight_rows(weights_TK.astype(jnp.float32), layout), on_hopper)
     return sum_rows(grouped_matmul(h_PF, wo_EFD, layout.group_sizes_E, **options), layout)
 
 

@@ -59,7 +59,8 @@ def attend(
     cores, rows = cores or CORES, _padded(S * H)
     tiles = pl.cdiv(rows, ROWS)
     limit_BS = _limits(visible, B, S, T)
-    # In float32, exact here, to lie beside what else is kept of a query.
+    assert T < 2**24, T
+    # In float32, exact there, to lie beside what else is kept of a query.
     limit_BR = _pad(jnp.repeat(limit_BS.astype(jnp.float32), H, axis=1), tiles * ROWS)
     q_BRW = _pad(q_BSHW.reshape(B, S * H, W), rows)
     plan = _plan(jnp.max(limit_BS, axis=1), max(1, cores // tiles))

@@ -38,7 +38,8 @@ def grouped_matmul(
     and, where it is not block-scaled, in ``w``.
 
     Args:
-      w_EDF: (E, D, F), or (E, D, …) for a result of (T, …): an array of any dtype, a BlockScaled or an InStack.
+      w_EDF: (E, D, F), or (E, D, …) for a result of (T, …): an array of any dtype, a BlockScaled or an InStack, which
+        ``hopper`` reads where it lies.
       aligned: promises that every group size is a multiple of this many rows, and T too; groups may hold zero rows.
       implementation: ``c``, ``hopper``, ``ragged_dot``, ``blocks`` or ``reference``.
 

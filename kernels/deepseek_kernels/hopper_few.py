@@ -18,8 +18,6 @@ from deepseek_kernels.hopper import CORES
 _COLUMNS = 128  # of a tile, 64 for each of two warp groups
 _STEP = 64  # terms of a sum that one product takes
 _BYTES = 180 * 1024  # of shared memory for steps under way
-
-
 TILES = 16, 32  # rows of a tile; with 64 what is read of x slows it below the kernel for many
 
 

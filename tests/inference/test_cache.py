@@ -21,6 +21,9 @@ def test_columns_are_written_where_each_row_ends():
     expected[0, 1:3], expected[1, 0:2], expected[2, 4] = entry[0], entry[1], entry[2, 0]
     found = write_rows(jnp.asarray(buffer), jnp.asarray(entry), jnp.array([1, 0, 4]))
     np.testing.assert_array_equal(found, expected)  # the last row's second column would be past the end
+    stack = jnp.stack([jnp.asarray(buffer)] * 2)
+    found = write_rows(stack, jnp.asarray(entry), jnp.array([1, 0, 4]), jnp.int32(1))
+    np.testing.assert_array_equal(found, [buffer, expected])
 
 
 @pytest.mark.parametrize("scanned", [False, True])

@@ -4,6 +4,7 @@ import dataclasses
 import re
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import pytest
 
@@ -78,3 +79,28 @@ def test_prefill_and_decode(target, platform):
     params, bias = transformer.abstract_arrays(config, ComputeConfig(param_dtype="bfloat16"))
     requests = make_requests([[1, 2, 3]] * 64, SamplingParams(max_tokens=64), pad_id=2)
     check(generate.trace(config, compute, jax.eval_shape(transformer.unstack, params), bias, requests), platform)
+
+
+def shapes_cut_out(jaxpr):
+    """Of what a program and its inner ones take out of larger arrays."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("dynamic_slice", "gather"):
+            yield from (var.aval.shape for var in equation.outvars)
+        if equation.primitive.name == "scan":
+            given = equation.params["num_consts"] + equation.params["num_carry"]
+            yield from ((1, *var.aval.shape) for var in equation.params["jaxpr"].jaxpr.invars[given:])
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from shapes_cut_out(inner)
+
+
+def test_scanned_layers_read_experts_and_cache_where_they_lie():
+    config = dataclasses.replace(sampling_config(v3()), num_hidden_layers=3)
+    compute = ComputeConfig(dtype="bfloat16", target="cuda:9.0:132", scan_decode=True)
+    params, bias = transformer.abstract_arrays(config, ComputeConfig(param_dtype="bfloat16"))
+    requests = make_requests([[1, 2, 3]] * 64, SamplingParams(max_tokens=64), pad_id=2)
+    traced = generate.trace(config, compute, params, bias, requests)
+    cut = set(shapes_cut_out(traced.jaxpr.jaxpr))
+    assert (1, 7168, 576) in cut  # a dense weight is
+    assert not [
+        shape for shape in cut if len(shape) > 3 and 256 in shape[:2] or shape[-3:] == (64, requests.columns, 576)
+    ]

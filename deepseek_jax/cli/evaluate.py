@@ -8,8 +8,8 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
+from deepseek_jax.checkpoint.finding import find_model
 from deepseek_jax.checkpoint.model import Model, is_released, load
-from deepseek_jax.cli.talk import find_model
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.evals.text import HeldOut, Score
 from deepseek_jax.saying import doing

@@ -10,7 +10,6 @@ import fcntl
 import hashlib
 import json
 import os
-import tempfile
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -65,15 +64,6 @@ class Tokens:
         finally:
             os.close(file)
         return np.frombuffer(read, self._dtype).astype(np.int32)
-
-
-def default_cache() -> Path:
-    """$XDG_CACHE_HOME/deepseek-jax/tokens, else ~/.cache/..., else a folder of the temporary ones."""
-    if base := os.environ.get("XDG_CACHE_HOME"):
-        return Path(base) / "deepseek-jax" / "tokens"
-    with contextlib.suppress(RuntimeError):
-        return Path.home() / ".cache" / "deepseek-jax" / "tokens"
-    return Path(tempfile.gettempdir()) / f"deepseek-jax-{os.getuid()}" / "tokens"
 
 
 def tokenize(

@@ -51,6 +51,8 @@ def load_function(file: str, function: str, *, arguments: int) -> Callable[..., 
         signature = inspect.signature(found)
     except ValueError:  # some builtins have none
         return found
+    if "completion" in [*signature.parameters][1:]:  # as other libraries have it: it would be given the row
+        raise ValueError(f"{file}: {function}{signature} is called with the completion first, then its row")
     try:
         signature.bind(*range(arguments))
     except TypeError as error:

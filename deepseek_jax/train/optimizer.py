@@ -22,8 +22,8 @@ class OptimizerConfig:
 
     peak_lr: float = 2.2e-4
     """The highest learning rate."""
-    warmup_steps: int = 2000
-    """Updates over which the rate rises to it."""
+    warmup_steps: int | None = None
+    """Updates over which the rate rises to it; by default V3's 2000, but at most a tenth of the run."""
     constant_until: float = 10.0 / 14.8
     """The part of the run up to which the rate stays there; 1: to the end."""
     cosine_until: float = 14.3 / 14.8
@@ -62,12 +62,18 @@ class OptimizerConfig:
             )
 
 
+def warmup_updates(config: OptimizerConfig, steps: int) -> int:
+    """The updates that a run of ``steps`` warms up for."""
+    return min(2000, steps // 10) if config.warmup_steps is None else config.warmup_steps
+
+
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """The rate at each update of a run of ``steps`` updates."""
+    warmup = warmup_updates(config, steps)
 
     def rate(step):
         done = step / max(steps, 1)
-        warm = jnp.minimum(1.0, (step + 1) / max(config.warmup_steps, 1))
+        warm = jnp.minimum(1.0, (step + 1) / max(warmup, 1))
         span = max(config.cosine_until - config.constant_until, 1e-9)
         fall = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip((done - config.constant_until) / span, 0, 1)))
         ratio = config.end_ratio + (1 - config.end_ratio) * fall

@@ -15,7 +15,7 @@ from deepseek_jax.data.fim import FimTokens, apply_fim
 from deepseek_jax.data.packing import pack_stream
 from deepseek_jax.data.rows import RowLoader, check_rows, sources_of, write_rows
 from deepseek_jax.data.tokenizer import Tokenizer
-from deepseek_jax.data.tokens import Tokens, default_cache, tokenize
+from deepseek_jax.data.tokens import Tokens, tokenize
 from deepseek_jax.evals.text import HeldOut
 from deepseek_jax.parallel.hosts import first_host_first
 from deepseek_jax.parallel.mesh import make_mesh
@@ -31,6 +31,7 @@ from deepseek_jax.workflows.stage import (
     train_stage,
     write_json,
 )
+from deepseek_kernels.cache import cache_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +146,7 @@ def prepare_rows(data: PretrainData, tokenizer: Tokenizer, folder: Path, *, seed
     Documents are tokenized once for all runs (``data.tokens``). For a run they are shuffled, rearranged by FIM at
     ``fim_rate``, framed by begin and end of sentence, and cut into rows that follow one another without loss.
     """
-    cache = Path(data.cache).expanduser() if data.cache else default_cache()
+    cache = Path(data.cache).expanduser() if data.cache else cache_folder() / "tokens"
     how = {name: value for name, value in dataclasses.asdict(data).items() if name not in _BESIDE}
     made_of = {
         "vocab_size": tokenizer.usable,

@@ -20,7 +20,7 @@ from deepseek_jax.parallel.sharding import place_batch
 from deepseek_jax.saying import doing, say
 from deepseek_jax.train.loop import Batches, LoopConfig, run_loop
 from deepseek_jax.train.metrics import read_metrics
-from deepseek_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from deepseek_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer, warmup_updates
 from deepseek_jax.train.progress import Progress
 from deepseek_jax.train.reference import Reference
 from deepseek_jax.train.resume import check_resume, saved_meta
@@ -101,6 +101,7 @@ def train_stage(
     if jax.process_index() == 0:
         start.text.save(run_dir)
     updates = epochs * minibatches
+    _tell_warmup(config.optimizer, schedule_steps * updates)
     optimizer = make_optimizer(config.optimizer, model, schedule_steps * updates)
     keep = reference is not None and not reference.every  # they are the reference's
     state = _state(config, start, optimizer, going_on=saved is not None, keep=keep)
@@ -180,6 +181,15 @@ def _settings(config: StageConfig, stage: str, start: Model, reference: Referenc
     found = {"stage": stage, "model": start.config.to_dict(), "tokenizer_fingerprint": start.text.fingerprint}
     found["recipe"] = dataclasses.asdict(config)
     return found if reference is None else found | {"reference": reference.meta}
+
+
+def _tell_warmup(config: OptimizerConfig, updates: int) -> None:
+    """Say where a run ends before its rate has risen: little is learnt."""
+    if (warmup := warmup_updates(config, updates)) > updates:
+        say(
+            f"optimizer.warmup_steps={warmup} is more than the run's {updates} updates: the rate ends at "
+            f"{updates / warmup:.2g} of peak_lr={config.peak_lr}"
+        )
 
 
 def _measured(step: Step, rate: Callable[[jax.Array], jax.typing.ArrayLike], updates: int) -> Step:

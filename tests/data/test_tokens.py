@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import os
 import resource
 import signal
 import subprocess
@@ -18,7 +17,7 @@ from deepseek_jax.data.conversations import Conversation
 from deepseek_jax.data.files import describe, find_files
 from deepseek_jax.data.text import LONGEST_TEXT, read_chats, read_documents, read_rows
 from deepseek_jax.data.tokenizer import Tokenizer
-from deepseek_jax.data.tokens import default_cache, tokenize
+from deepseek_jax.data.tokens import tokenize
 
 SHARD = 2000  # bytes of text
 
@@ -163,20 +162,6 @@ def test_damage_is_named(tmp_path: Path, corpus: Path, tokenizer: Tokenizer) -> 
     (made.folder / "meta.json").write_text("")
     with pytest.raises(ValueError, match=f"{made.folder}/meta.json: is damaged"):
         tokenize(corpus, tokenizer, tmp_path / "cache")
-
-
-def test_the_cache_is_where_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_cache() == tmp_path / "deepseek-jax" / "tokens"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr(Path, "home", lambda: Path("/home/me"))
-    assert default_cache() == Path("/home/me/.cache/deepseek-jax/tokens")
-
-    def homeless() -> Path:
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.setattr(Path, "home", homeless)
-    assert default_cache().name == "tokens" and str(os.getuid()) in str(default_cache())
 
 
 def test_hashes_of_large_files_are_kept_while_size_and_times_are_the_same(

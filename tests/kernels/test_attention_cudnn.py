@@ -94,7 +94,7 @@ def test_blocks_give_what_their_gradients_want():
     """The two halves that packed rows fall back on are ``attend``'s."""
     q, k, v, dout = draw(jnp.float32, 64, 4, 2, 16, 8)
     visible = Visible.rows(jnp.asarray(cut(64, [1, 1, 30, 1])))
-    right = both(lambda *a: attention_blockwise.attend(*a, visible, 0.25), dout, q, k, v)
+    right = both(lambda q, k, v: attention_blockwise.attend(q, k, v, visible, 0.25), dout, q, k, v)
     out, log_sum = attention_blockwise.with_sums(q, k, v, visible, 0.25)
     found = out, *attention_blockwise.gradients(q, k, v, visible, 0.25, out, log_sum, dout)
     for mine, wanted in zip(found, right, strict=True):

@@ -3,6 +3,7 @@
 import functools
 import logging
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,12 +58,13 @@ def test_rows_and_reasons():
 
 
 def test_cudnn_takes_causal_rows_and_their_segments():
-    facts = {"in_row_order": True, "queries": 64, "keys": 64, "key_width": 192, "value_width": 128}
+    facts: dict[str, Any] = {"in_row_order": True, "queries": 64, "keys": 64, "key_width": 192, "value_width": 128}
     assert choose("mla_attention", H100, jnp.bfloat16, **facts).name == "cudnn"
-    segments = facts | {"in_row_order": False, "in_segments": True}
+    segments: dict[str, Any] = {**facts, "in_row_order": False, "in_segments": True}
     assert choose("mla_attention", H100, jnp.bfloat16, **segments).name == "cudnn"
-    for other in ({"devices": 2}, {"shared_by": 4}, {"value_width": 256}):
-        assert "not cudnn: segments need" in choose("gqa_attention", H100, jnp.bfloat16, **segments | other).reason
+    for name, value in {"devices": 2, "shared_by": 4, "value_width": 256}.items():
+        refused = choose("gqa_attention", H100, jnp.bfloat16, **{**segments, name: value})
+        assert "not cudnn: segments need" in refused.reason
     for other in ({"in_row_order": False}, {"queries": 32}, {"value_width": 64}, {"key_width": 260}):
         choice = choose("mla_attention", H100, jnp.bfloat16, **{**facts, **other})
         assert choice.name == "blockwise" and "not cudnn: it needs" in choice.reason

@@ -30,7 +30,7 @@ class ComputeConfig:
     remat: what a layer keeps for its backward pass: with ``none`` everything, ``dots`` its products, ``full`` nothing.
     scan_unroll: layers per turn of the scan: more compile longer and run faster, on a CPU above all.
     scan_decode: scan the layers of a kind when decoding too, which compiles once for all layers and copies each one's
-      weights out of their stacks at every token, but for what a kernel reads where it lies: on Hopper experts and cache.
+      weights out of their stacks at every token, but for what kernels read where it lies: on Hopper experts and cache.
     target: what kernels are chosen for, spelled as ``Target.parse`` reads it; ``auto``: the mesh's first device.
     attention, decode_attention, experts, grouped_matmul: implementations by name; ``auto``: the registry's choice.
     rules: which mesh axes split which logical axis.

@@ -92,7 +92,7 @@ def test_no_number_of_any_configuration_is_negative_infinite_or_huge() -> None:
         for name, hint in typing.get_type_hints(kind).items():
             wrong = {int: (-1, 2**31, 10**20), float: (-1.0, math.nan, math.inf)}.get(hint, ())
             for value in wrong:
-                needed = {"steps": 1} if kind.__name__ == "LoopConfig" else {}
+                needed = {"LoopConfig": {"steps": 1}, "ModelBench": {"recipe": PretrainConfig()}}.get(kind.__name__, {})
                 with pytest.raises(ValueError, match=rf"{kind.__name__}\.{name}={value}: must "):
                     kind(**needed | {name: value})
 

@@ -20,6 +20,7 @@ from deepseek_jax.parallel.sharding import place_batch
 from deepseek_jax.train.optimizer import make_optimizer
 from deepseek_jax.train.state import create_state
 from deepseek_jax.train.step import make_step
+from deepseek_jax.typed import check_least, check_types
 from deepseek_jax.workflows.pretrain import PretrainConfig
 from deepseek_jax.workflows.recipe import load_recipe
 from deepseek_kernels.bench import ceiling
@@ -30,23 +31,23 @@ PEAKS = {"NVIDIA H100": 989e12, "NVIDIA H200": 989e12}  # dense bfloat16 FLOP/s 
 @dataclasses.dataclass(frozen=True)
 class ModelBench:
     """Train steps of a recipe's model on random tokens with its own routing, one after another without a pause: the
-    mean of ``repeats``, after two that are not timed.
-
-    segments: rows packed from so many documents, which attention, balance and positions keep apart; 0: one a row.
-    profile: a folder for a trace of one more call, whose twenty longest kernels are printed.
-    """
+    mean of ``repeats``, after two that are not timed."""
 
     recipe: Annotated[PretrainConfig, tyro.conf.arg(name="")]
     work: Literal["train"] = "train"
+    """What is timed."""
     segments: int = 0
+    """Rows packed from so many documents, which attention, balance and positions keep apart; 0: one a row."""
     repeats: int = 10
+    """Steps that are timed."""
     profile: str = ""
+    """A folder for a trace of one more call, whose twenty longest kernels are printed."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.segments <= self.recipe.data.seq_len:
+        check_types(self)
+        check_least(self, 1, "repeats")
+        if self.segments > self.recipe.data.seq_len:
             raise ValueError(f"segments={self.segments}: must lie in 0…data.seq_len={self.recipe.data.seq_len}")
-        if self.repeats < 1:
-            raise ValueError(f"repeats={self.repeats}: must be at least 1")
 
 
 def run_bench_model(name: str, arguments: Sequence[str]) -> None:

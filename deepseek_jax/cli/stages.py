@@ -40,13 +40,15 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
     """A result's lines: numbers of one thing, which a tree ends in, share one."""
     for name, value in tree.items():
         if not isinstance(value, Mapping):
-            yield prefix + name, value
+            yield prefix + name, _shown(value)
         elif any(isinstance(inner, Mapping) for inner in value.values()):
             yield from _flat(value, f"{prefix}{name} ")
         else:
-            short = {key: f"{inner:.4g}" if isinstance(inner, float) else inner for key, inner in value.items()}
-            shown = (f"{key} {inner}" for key, inner in short.items())
-            yield prefix + name, ", ".join(shown)
+            yield prefix + name, ", ".join(f"{key} {_shown(inner)}" for key, inner in value.items())
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _finish(run_dir: str, result: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig, RopeScaling
 from deepseek_jax.model import transformer
 from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_kernels import InStack
 
 V3: dict[str, Any] = dict(
     vocab_size=40,
@@ -112,14 +113,19 @@ def whole(config: ModelConfig, params: Any, bias: Any, tokenizer: Any = None, me
 class Columns:
     """A ``Memory`` of the simplest kind: S columns behind the first ``length``."""
 
-    buffer_BTW: jax.Array
-    length: jax.Array
+    buffer_BTW: Any
+    length: Any
 
     @classmethod
     def empty(cls, config: ModelConfig, batch: int, columns: int) -> "Columns":
         return cls(jnp.zeros((batch, columns, config.cache_numbers_per_token_layer)), jnp.int32(0))
 
     def write(self, entry_BSW):
+        if isinstance(self.buffer_BTW, InStack):  # a layer of those that are scanned, put back where it was
+            layer, one = self.buffer_BTW.layer, lambda leaf: leaf.stack[leaf.layer]
+            written, kept = Columns(one(self.buffer_BTW), one(self.length)).write(entry_BSW)
+            put = lambda leaf, new: InStack(leaf.stack.at[layer].set(new), layer)  # noqa: E731
+            return Columns(put(self.buffer_BTW, written.buffer_BTW), put(self.length, written.length)), kept
         buffer = jax.lax.dynamic_update_slice(self.buffer_BTW, entry_BSW, (0, self.length, 0))
         return Columns(buffer, self.length + entry_BSW.shape[1]), buffer
 

@@ -49,9 +49,10 @@ def test_another_process_writes_no_files(process, tmp_path):
 
 EXAM = TaskEval(TaskConfig(path=("rows.jsonl",)))
 SAMPLING = SFTConfig(init_from="x", data=SFTData(path=("chats.jsonl",)), evaluation=EXAM)
+ASKING = GRPOConfig(init_from="x", task=EXAM.task)
 
 
-@pytest.mark.parametrize(("stage", "config"), [(sft, SAMPLING), (grpo, GRPOConfig())])
+@pytest.mark.parametrize(("stage", "config"), [(sft, SAMPLING), (grpo, ASKING)])
 def test_stages_that_sample_need_one_process(process, stage, config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"prompt": "1+1", "answer": "2"}\n')

@@ -26,7 +26,7 @@ from deepseek_jax.data.tokenizer import Tokenizer
 
 FORMAT = 1
 SHARD_BYTES = 8 * 2**20  # of text
-MOST_WORKERS = 8
+MOST_WORKERS = 6
 _META = "meta.json"
 
 
@@ -79,7 +79,7 @@ def tokenize(
     """The tokens of the documents that `read_documents` reads, in its order, from `cache` or made there.
 
     Shards that an earlier call has finished are kept. Of several processes that want the same corpus one works, the
-    others wait for it. workers: processes; 0 for one per core, at most eight. progress: called with bytes read and
+    others wait for it. workers: processes; 0 for one per core, at most six. progress: called with bytes read and
     their total. ValueError and OSError as of `read_documents`, and an OSError that names the file where one cannot be
     written.
     """

@@ -60,7 +60,7 @@ class PretrainData:
     """The folder that keeps the tokens of corpora, for all runs; by default deepseek-jax/tokens in $XDG_CACHE_HOME,
     else in ~/.cache. It may be removed at any time."""
     workers: int = 0
-    """Processes that tokenize; 0 for one per core, eight at most."""
+    """Processes that tokenize; 0 for one per core, six at most."""
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -17,7 +17,7 @@ NETWORK += " --model.n-routed-experts 8 --model.num-attention-heads 2 --model.nu
 NETWORK += " --model.max-position-embeddings 128"
 SHORT = "--batch-size 8 --loop.steps 2 --compute.scan-unroll 2"
 MINIATURE = {  # the last of an option counts
-    "tokenizer train": "--vocab-size 300",
+    "tokenizer train": "--vocab-size 600",
     "pretrain": f"{NETWORK} {SHORT} --data.seq-len 64 --loop.eval-every 2",
     "sft": f"{SHORT} --data.seq-len 128",
     "grpo": "--loop.steps 1 --rollout.prompts 4 --rollout.group 2 --rollout.max-tokens 8",
@@ -53,7 +53,7 @@ def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         ran.append(command.split()[0])
     assert set(ran) >= {"tokenizer", "pretrain", "eval", "sft", "grpo", "report", "compare", "generate", "convert"}
     assert {f"reward_reward.{name}" for name in ("right", "marked")} <= last_line("runs/own/grpo").keys()
-    assert deepseek_jax.load("my-model").config.vocab_size == 300
+    assert deepseek_jax.load("my-model").config.vocab_size == 600
     said = capsys.readouterr().out
     assert "bits per byte" in said and "step.bias_update_speed" in said
 

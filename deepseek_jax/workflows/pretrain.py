@@ -77,7 +77,7 @@ _BESIDE = ("heldout", "heldout_kinds", "cache", "workers")
 
 @dataclasses.dataclass(frozen=True)
 class PretrainConfig(StageConfig):
-    """A pretraining run. ``model.vocab_size``, left at its default, is the tokenizer's where that has more ids."""
+    """A pretraining run. ``model.vocab_size``, left at its default, is the tokenizer's."""
 
     run_dir: str = "runs/pretrain"
     batch_size: int = 8
@@ -130,8 +130,8 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
 
 
 def _with_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
-    """The tokenizer's vocabulary where the model has the default's and that is too small."""
-    if model.vocab_size != ModelConfig.vocab_size or tokenizer.vocab_size <= model.vocab_size:
+    """The tokenizer's vocabulary where the model's was left at its default."""
+    if model.vocab_size != ModelConfig.vocab_size:
         return model
     return dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
 

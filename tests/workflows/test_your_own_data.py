@@ -10,6 +10,7 @@ import pytest
 
 import deepseek_jax
 from deepseek_jax.cli.main import main
+from deepseek_jax.data.tokenizer import Tokenizer
 
 PAGE = (Path(__file__).parents[2] / "docs" / "your-own-data.md").read_text(encoding="utf-8")
 NETWORK = "--model.hidden-size 16 --model.intermediate-size 16 --model.moe-intermediate-size 8"
@@ -53,7 +54,8 @@ def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         ran.append(command.split()[0])
     assert set(ran) >= {"tokenizer", "pretrain", "eval", "sft", "grpo", "report", "compare", "generate", "convert"}
     assert {f"reward_reward.{name}" for name in ("right", "marked")} <= last_line("runs/own/grpo").keys()
-    assert deepseek_jax.load("my-model").config.vocab_size == 600
+    vocabulary = Tokenizer.from_folder("tokenizer").vocab_size
+    assert deepseek_jax.load("my-model").config.vocab_size == vocabulary
     said = capsys.readouterr().out
     assert "bits per byte" in said and "step.bias_update_speed" in said
 

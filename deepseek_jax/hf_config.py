@@ -201,7 +201,7 @@ def _not_computed(family: Family, found: Mapping[str, Any]) -> tuple[list[str], 
 
 def _not_fp8_blocks(quantisation: Any) -> list[str]:
     """What to refuse of ``quantization_config``: all but e4m3 in 128×128 blocks."""
-    if quantisation is None:
+    if quantisation is None or quantisation == {}:
         return []
     if not isinstance(quantisation, Mapping):
         return [f"quantization_config={quantisation!r} (not an object)"]

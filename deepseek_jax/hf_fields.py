@@ -31,6 +31,8 @@ _BOOKKEEPING = """
     embed_init_std aux_loss_alpha aux_loss_coef router_aux_loss_coef seq_aux ep_size z_loss_coefficient
     router_z_loss_coef mtp_loss_scaling_factor summary_activation summary_first_dropout summary_proj_to_labels
     summary_type summary_use_proj pad_to_multiple_of resize_token_embeddings lora_merged
+    lora_r lora_alpha lora_dropout neftune_noise_alpha model_parallel_size tensor_parallel_size
+    tensor_parallel_degree pipeline_parallel_size use_memory_efficient_attention fused_mlp
 """
 _ALSO = re.compile(r"_.*|(bos|eos|pad|unk|sep|cls|mask)_token|.*_token_(ids?|index)|unsloth(_.*)?|.*_version")
 

@@ -51,7 +51,7 @@ REFUSED = [
     (dict(tie_word_embeddings=1), ["tie_word_embeddings=1", "bool", "int"]),
     (dict(norm_topk_prob=None), ["norm_topk_prob=None", "bool"]),
     (dict(rope_scaling=None), ["rope_scaling=None", "RopeScaling"]),
-    (dict(attention="mha"), ["attention='mha'", "'mla'", "'gqa'"]),
+    (dict(attention="mha"), ["attention='mha'", "'gqa'", "num_key_value_heads=num_attention_heads=4"]),
     (dict(scoring="tanh"), ["scoring='tanh'", "'softmax'", "'sigmoid'"]),
     (dict(topk_method="top2"), ["topk_method='top2'", "'greedy'", "'group_limited_greedy'", "'noaux_tc'"]),
 ]

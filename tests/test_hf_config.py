@@ -342,6 +342,7 @@ LEFT: dict[str, Any] = {
         "sep_token_id": None,
         "mask_token_id": 4,
     },
+    **{"quantization_config": {}, "neftune_noise_alpha": 5, "lora_r": 8, "tensor_parallel_size": 2},
     **{"is_decoder": False, "is_encoder_decoder": False, "add_cross_attention": False, "tie_encoder_decoder": False},
     **{"cross_attention_hidden_size": None, "decoder_start_token_id": None, "forced_bos_token_id": None},
     **{"pruned_heads": {}, "chunk_size_feed_forward": 0, "torchscript": False, "tf_legacy_loss": False},

@@ -5,6 +5,8 @@ A stage that has its result is not run again; one that was stopped goes on from 
 
 import dataclasses
 import json
+import os
+import sys
 import time
 from pathlib import Path
 
@@ -118,7 +120,8 @@ def _demo(config: DemoConfig, console: Console) -> None:
     report = write_report(run_dir)
     print_summary(run_dir, console)
     console.print(f"report: {report}   ({time.monotonic() - began:.0f} s for what was run now)")
-    console.print(f"ask it 23+58=, say: deepseek-jax chat {run_dir}")
+    program = os.path.relpath(sys.argv[0]) if Path(sys.argv[0]).is_file() else "deepseek-jax"  # it may not be on PATH
+    console.print(f"ask it 23+58=, say: {program} chat {run_dir}", markup=False, soft_wrap=True)
 
 
 def _is_done(stage: StageConfig, run_dir: Path) -> bool:

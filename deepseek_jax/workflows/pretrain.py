@@ -131,8 +131,9 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
 
 def _with_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
     """The tokenizer's vocabulary where the model's was left at its default."""
-    if model.vocab_size != ModelConfig.vocab_size:
+    if model.vocab_size != ModelConfig.vocab_size or model.vocab_size == tokenizer.vocab_size:
         return model
+    say(f"model.vocab_size={tokenizer.vocab_size}, the tokenizer's")
     return dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
 
 

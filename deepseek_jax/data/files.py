@@ -1,16 +1,20 @@
 """Which files a path names, how each is opened, and what it holds: the hash that other work is told apart by."""
 
+import fcntl
 import glob
 import gzip
 import hashlib
 import io
 import json
+import logging
 import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
 
 from deepseek_jax.data import hub
+
+logger = logging.getLogger(__name__)
 
 PathLike = str | os.PathLike[str]
 
@@ -96,6 +100,17 @@ def _digest(path: Path, memory: Path | None) -> str:
         temporary.write_text(json.dumps([now, digest]), encoding="utf-8")
         os.replace(temporary, note)
     return digest
+
+
+def try_lock(handle: int, folder: Path) -> bool:
+    """Whether the folder that is open as `handle` is this process's now; where locks do not work, that is warned of."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        logger.warning("%s: locks do not work there (%s): see that no other process writes there", folder, error)
+    return True
 
 
 def hash_file(path: Path) -> "hashlib._Hash":

@@ -4,7 +4,7 @@ A dataset is a folder with `rows.array_record` and `meta.json`. It appears under
 """
 
 import contextlib
-import fcntl
+import fnmatch
 import hashlib
 import json
 import os
@@ -17,10 +17,12 @@ import grain
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from deepseek_jax.data.files import PathLike, describe, find_files, hash_file
+from deepseek_jax.data import hub
+from deepseek_jax.data.files import PathLike, describe, find_files, hash_file, try_lock
 from deepseek_jax.data.loader import BatchLoader, LoaderOptions
 from deepseek_jax.data.packing import Row, segment_positions
 from deepseek_jax.data.text import Record, read_rows
+from deepseek_jax.saying import say
 
 FORMAT = 1
 _ROWS = "rows.array_record"
@@ -71,9 +73,8 @@ def _sole_writer(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not folder.exists() or not os.path.samestat(os.fstat(handle), folder.stat()):
-            raise BlockingIOError  # the other has just finished
+        if not try_lock(handle, folder) or not folder.exists() or not os.path.samestat(os.fstat(handle), folder.stat()):
+            raise BlockingIOError  # the other is at it, or has just finished
         for left in folder.iterdir():
             left.unlink()
         yield
@@ -183,9 +184,10 @@ def open_rows(path_dir: str | os.PathLike[str]) -> RowSource:
     return RowSource(folder / _ROWS, meta)
 
 
-def check_rows(path_dir: str | os.PathLike[str], made_of: Mapping[str, Any]) -> None:
+def check_rows(path_dir: str | os.PathLike[str], made_of: Mapping[str, Any], paths: Iterable[PathLike] = ()) -> None:
     """ValueError naming what of ``made_of`` is not what the rows' meta.json says; what that lacks is taken to fit, but
-    for a file of ``sources``."""
+    for a file of ``sources``. A file of those that is missing now is named too, unless the one of ``paths`` that it was
+    found by is gone as a whole: packed rows outlive their source, which is said."""
     meta = open_rows(path_dir).meta
     differ = []
     for name, here in made_of.items():
@@ -195,6 +197,9 @@ def check_rows(path_dir: str | os.PathLike[str], made_of: Mapping[str, Any]) -> 
             fields = {f"{name}.{field}": (there.get(field, absent[field]), now) for field, now in here.items()}
         else:
             fields = {name: (there, here)}
+        if name == SOURCES:
+            missing = there.keys() - here.keys() - _outlived(paths, there, here)
+            fields |= {f"{name}.{file}": (there[file], ABSENT) for file in sorted(missing)}
         differ += [f"{field} is {was!r} there and {now!r} here" for field, (was, now) in fields.items() if was != now]
     if differ:
         raise ValueError(
@@ -203,14 +208,26 @@ def check_rows(path_dir: str | os.PathLike[str], made_of: Mapping[str, Any]) -> 
         )
 
 
+def _outlived(paths: Iterable[PathLike], there: Mapping[str, Any], here: Mapping[str, Any]) -> set[str]:
+    """The files of those ``paths`` that have none of theirs any more."""
+    outlived = set[str]()
+    for given in paths:
+        path = Path(os.path.expanduser(given))
+        of_it = {name for name in there if path in (Path(name), *Path(name).parents)}
+        of_it = of_it or set(fnmatch.filter(there, str(path).replace("**/", "*")))
+        if of_it and not of_it & here.keys():
+            say(f"{path}: is not to be had now; the rows that were packed from it are trained on")
+            outlived |= of_it
+    return outlived
+
+
 def sources_of(paths: Iterable[PathLike], kinds: tuple[str, ...], memory: Path | None = None) -> dict[str, Any]:
     """What rows are made of, for ``check_rows``: a file that has been edited since is another. Those that are gone are
-    left out: packed rows outlive their source."""
-    there = []
+    left out, datasets of the hub that are not to be had too."""
+    found: dict[str, dict[str, int | str]] = {}
     for path in paths:
-        with contextlib.suppress(OSError):
-            there += find_files(path, kinds)
-    found = describe(there, memory)
+        with contextlib.suppress(OSError, *([ValueError] if hub.is_hub(os.fspath(path)) else [])):
+            found |= describe(find_files(path, kinds), memory)
     return {
         SOURCES: {name: about["bytes"] for name, about in found.items()},
         "sha256": {name: str(about["sha256"])[:16] for name, about in found.items()},

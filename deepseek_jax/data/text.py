@@ -188,6 +188,8 @@ def _parse_json(line: bytes) -> Any:
         return json.loads(line.decode("utf-8").rstrip())
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error.msg} at column {error.colno}); one JSON object a line") from error
+    except RecursionError as error:
+        raise ValueError("JSON that is nested too deeply to be read") from error
 
 
 def _parquet_rows(path: Path, columns: list[str] | None, read: Counter[str] | None) -> _Records:
@@ -197,18 +199,34 @@ def _parquet_rows(path: Path, columns: list[str] | None, read: Counter[str] | No
     try:
         # No pre-buffering: a row group of gigabytes is read page by page.
         file = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20)
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        if isinstance(error, FileNotFoundError | PermissionError):
+            raise
         raise ValueError(f"{path}: not a whole Parquet file ({error})") from error
     with file:
         names = _present(path, file.schema_arrow.names, columns)
         number, size = 0, path.stat().st_size
-        for batch in file.iter_batches(batch_size=256, columns=names):
+        for batch in _batches(path, file, names):
             columns_of = list(zip(batch.schema.names, batch.columns, strict=True))
             for index in range(batch.num_rows):
                 number += 1
-                yield number, lambda columns=columns_of, index=index: {n: at[index].as_py() for n, at in columns}
+                yield number, lambda columns=columns_of, index=index: {n: _own(at[index].as_py()) for n, at in columns}
             if read is not None:
                 read[str(path)] = size * number // file.metadata.num_rows
+
+
+def _batches(path: Path, file: Any, names: list[str] | None) -> Iterator[Any]:
+    try:
+        yield from file.iter_batches(batch_size=256, columns=names)
+    except (OSError, ValueError) as error:  # Arrow's own, which name no file
+        raise ValueError(f"{path}: the Parquet data cannot be read on ({error})") from error
+
+
+def _own(value: Any) -> Any:
+    """The value without the nulls of its structs: Arrow gives each the fields of all in its column."""
+    if isinstance(value, dict):
+        return {name: _own(field) for name, field in value.items() if field is not None}
+    return [_own(item) for item in value] if isinstance(value, list) else value
 
 
 def _hub_rows(path: str, columns: list[str] | None, read: Counter[str] | None) -> _Records:
@@ -219,7 +237,7 @@ def _hub_rows(path: str, columns: list[str] | None, read: Counter[str] | None) -
     for number, row in enumerate(dataset, start=1):
         if read is not None:
             read[path] = size * number // len(dataset)
-        yield number, lambda row=row: row
+        yield number, lambda row=row: {column: _own(value) for column, value in row.items()}
 
 
 def _present(path: PathLike, names: list[str], columns: list[str] | None) -> list[str] | None:

@@ -12,17 +12,19 @@ import json
 import os
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from deepseek_jax.data.files import ROWS, TEXTS, PathLike, describe, find_files
+from deepseek_jax.data import hub
+from deepseek_jax.data.files import ROWS, TEXTS, PathLike, describe, find_files, try_lock
 from deepseek_jax.data.text import LONGEST_TEXT, read_documents
 from deepseek_jax.data.token_writers import TokenWriters
 from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.saying import say
 
 FORMAT = 1
 SHARD_BYTES = 8 * 2**20  # of text
@@ -79,12 +81,14 @@ def tokenize(
     """The tokens of the documents that `read_documents` reads, in its order, from `cache` or made there.
 
     Shards that an earlier call has finished are kept. Of several processes that want the same corpus one works, the
-    others wait for it. workers: processes; 0 for one per core, at most six. progress: called with bytes read and
-    their total. ValueError and OSError as of `read_documents`, and an OSError that names the file where one cannot be
-    written.
+    others say so and wait for it. workers: processes; 0 for one per core, at most six. progress: called with bytes read
+    and their total. ValueError and OSError as of `read_documents`, an OSError that names the file where one cannot be
+    written, and a ValueError that names a file that changes meanwhile.
     """
     files = find_files(paths, (*TEXTS, *ROWS))
+    states = {file: _state(file) for file in files}
     sources = describe(files, cache / "hashes")
+    _check_unchanged(states)
     made_of = {
         "format": FORMAT,
         "shard": [SHARD_BYTES, LONGEST_TEXT],
@@ -106,7 +110,8 @@ def tokenize(
             )
             dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
             workers = 0 if total <= SHARD_BYTES else workers or min(_cores(), MOST_WORKERS)
-            with TokenWriters(tokenizer, "H" if dtype.itemsize == 2 else "I", workers) as writers:
+            typecode = "H" if dtype.itemsize == 2 else "I"
+            with _of_unchanged(states, folder), TokenWriters(tokenizer, typecode, workers) as writers:
                 shards = 0
                 for shards, group in enumerate(_groups(documents), start=1):
                     if not (path := _shard(folder, shards - 1)).exists():
@@ -115,6 +120,34 @@ def tokenize(
             meta = made_of | {"shards": shards, "dtype": dtype.str, "skipped": [skipped[str(file)] for file in files]}
             _write_meta(folder, meta)
     return Tokens(folder, files)
+
+
+def _state(file: Path) -> tuple[int, int] | None:
+    """Size and time of a file; None of a dataset of the hub."""
+    if hub.is_hub(str(file)):
+        return None
+    about = file.stat()
+    return about.st_size, about.st_mtime_ns
+
+
+def _check_unchanged(states: Mapping[Path, tuple[int, int] | None]) -> None:
+    for file, state in states.items():
+        if state is not None and not (file.is_file() and _state(file) == state):
+            raise ValueError(f"{file}: was changed or taken away while it was read; start again when it is whole")
+
+
+@contextlib.contextmanager
+def _of_unchanged(states: Mapping[Path, tuple[int, int] | None], folder: Path) -> Iterator[None]:
+    """Removes the shards of files that have changed meanwhile, as they are not of what the folder's name says."""
+    try:
+        yield
+    finally:
+        try:
+            _check_unchanged(states)
+        except ValueError:
+            for shard in folder.glob("*.tokens"):
+                shard.unlink()
+            raise
 
 
 def _groups(documents: Iterable[str]) -> Iterator[list[bytes]]:
@@ -135,7 +168,9 @@ def _sole_writer(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        if not try_lock(handle, folder):
+            say(f"another process is tokenising this corpus in {folder}; waiting for it")
+            fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
         os.close(handle)

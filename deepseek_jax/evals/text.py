@@ -17,6 +17,7 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.data.files import ROWS, TEXTS, PathLike, find_files
 from deepseek_jax.data.packing import Row, pack_stream
 from deepseek_jax.data.text import read_texts
+from deepseek_jax.data.tokenizer import whole_text
 from deepseek_jax.model import transformer
 from deepseek_jax.parallel.sharding import place_batch
 from deepseek_jax.train.losses import LanguageModelLoss
@@ -82,8 +83,11 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """``exp`` of the nats per token, which only models of one tokenizer can be compared by."""
-        return math.exp(self.nats / self.targets) if self.targets else math.nan
+        """``exp`` of the nats per token, which only models of one tokenizer can be compared by; inf past float64."""
+        try:
+            return math.exp(self.nats / self.targets) if self.targets else math.nan
+        except OverflowError:
+            return math.inf
 
     def numbers(self) -> dict[str, float]:
         return {"bits_per_byte": self.bits_per_byte, "perplexity": self.perplexity}
@@ -115,16 +119,16 @@ class HeldOut:
 
     def __init__(self, paths: Iterable[PathLike], *, text_field: str = "text", kinds: tuple[str, ...] = ()):
         files = list(dict.fromkeys(find_files(paths, (*TEXTS, *ROWS))))
-        short = {file: file.name for file in files}
+        short = {file: whole_text(file.name) for file in files}  # JSON and TensorBoard take no other names
         if len(set(short.values())) < len(files):
-            short = {file: str(file) for file in files}
+            short = {file: whole_text(str(file)) for file in files}
         self.documents: dict[tuple[str, str | None], list[str]] = {}
         for file in files:
             rows = list(read_texts(file, text_field=text_field, also="kind"))
             if not rows:
                 raise ValueError(f"{file}: there is no document in it to measure")
             for row in rows:
-                kind = None if row.get("kind") is None else str(row["kind"])
+                kind = None if row.get("kind") is None else whole_text(str(row["kind"]))
                 if not kinds or kind is None or kind in kinds:
                     self.documents.setdefault((short[file], kind), []).append(row[text_field])
         if not self.documents:

@@ -48,7 +48,8 @@ class TaskConfig:
     name: str = "rows"
     """rows, gsm8k, countdown, arithmetic, or file.py:function, a function from a row to text or messages."""
     path: tuple[str, ...] = ()
-    """Files of rows: .jsonl, .jsonl.gz or .parquet."""
+    """Files of rows, folders of them, quoted globs: .jsonl(.gz|.zst), .parquet; or hf:NAME[:CONFIG]:SPLIT, a dataset of
+    the Hugging Face hub."""
     prompt: str = ""
     """The column that is asked: text, or a list of {"role", "content"}."""
     answer: str = ""

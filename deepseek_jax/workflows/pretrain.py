@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -31,7 +31,7 @@ from deepseek_jax.workflows.stage import (
     train_stage,
     write_json,
 )
-from deepseek_kernels.cache import cache_folder
+from deepseek_kernels.cache import cache_folder, user_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,10 +157,16 @@ def prepare_rows(data: PretrainData, tokenizer: Tokenizer, folder: Path, *, seed
         **sources_of(data.path, (*TEXTS, *ROWS), cache / "hashes"),
     }
     if folder.exists():
-        check_rows(folder, made_of)
+        check_rows(folder, made_of, data.path)
         return folder
+    marks = _Marks.of(tokenizer, data.fim_rate)  # what a tokenizer lacks is known before a corpus is tokenized
+    if not data.cache and user_folder() is None:
+        say(
+            "the cache folder ($XDG_CACHE_HOME, else ~/.cache) cannot be written: tokens are kept for this run alone; "
+            "--data.cache names another"
+        )
     tokens = _tokens(data, tokenizer, cache)
-    documents = _shuffled(tokens, tokenizer, seed=seed, fim_rate=data.fim_rate)
+    documents = _shuffled(tokens, marks, seed=seed, fim_rate=data.fim_rate)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with doing(f"packing {tokens.count:,} tokens") as tell:
         told = _told(documents, lambda done: tell(f"{done:,} of {len(tokens):,} documents"))
@@ -190,12 +196,24 @@ def _told(documents: Iterator[list[int]], tell: Callable[[int], None]) -> Iterat
         yield document
 
 
-def _shuffled(tokens: Tokens, tokenizer: Tokenizer, *, seed: int, fim_rate: float) -> Iterator[list[int]]:
+class _Marks(NamedTuple):
+    """What is put around and into documents."""
+
+    bos: list[int]
+    eos: int
+    fim: FimTokens | None
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, fim_rate: float) -> "_Marks":
+        """ValueError where the tokenizer lacks one; one without FIM will do where none is asked for."""
+        return cls(tokenizer.bos_ids, tokenizer.eos_id, FimTokens.of(tokenizer) if fim_rate else None)
+
+
+def _shuffled(tokens: Tokens, marks: _Marks, *, seed: int, fim_rate: float) -> Iterator[list[int]]:
     rng = np.random.default_rng([seed, 1])
     order = np.arange(len(tokens), dtype=np.uint32 if len(tokens) < 2**32 else np.uint64)
     rng.shuffle(order)  # as rng.permutation, in half its memory
-    fim = FimTokens.of(tokenizer) if fim_rate else None  # whose tokens a tokenizer without FIM lacks
-    bos, eos = tokenizer.bos_ids, tokenizer.eos_id
+    bos, eos, fim = marks
     for index in order:
         ids = tokens[int(index)].tolist()
         if fim is not None:

@@ -171,7 +171,7 @@ def prepare_chats(data: SFTData, tokenizer: Tokenizer, folder: Path) -> Path:
         **sources_of(data.path, ROWS),
     }
     if folder.exists():
-        check_rows(folder, made_of)
+        check_rows(folder, made_of, data.path)
         return folder
     skipped, turns = Counter[str](), set[int]()
     with doing("packing chats"):

@@ -1,8 +1,11 @@
 """Rows on disk: they come back as they were, and nothing half-written looks whole."""
 
 import errno
+import fcntl
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from deepseek_jax.data import hub
 from deepseek_jax.data.files import ROWS, TEXTS
 from deepseek_jax.data.packing import Row, pack_samples
 from deepseek_jax.data.rows import check_rows, open_rows, sources_of, write_rows
@@ -108,6 +112,16 @@ def test_two_processes_do_not_pack_into_one_folder(tmp_path: Path, make_rows: Ma
     assert len(open_rows(tmp_path / "rows")) == 2 and os.listdir(tmp_path) == ["rows"]
 
 
+def test_locks_that_do_not_work_are_warned_of(tmp_path: Path, make_rows: MakeRows, monkeypatch, caplog) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    write_rows(tmp_path / "rows", make_rows(1), meta=META)
+    assert len(open_rows(tmp_path / "rows")) == 1
+    assert f"{tmp_path}/rows.partial: locks do not work there" in caplog.text
+
+
 def test_a_full_disk_is_named_wherever_it_shows(tmp_path: Path, make_rows: MakeRows, monkeypatch) -> None:
     def full(handle: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -179,8 +193,38 @@ def test_rows_of_other_data_are_named_field_by_field(tmp_path: Path, make_rows: 
     (tmp_path / "b.txt").write_text("new in the folder")
     with pytest.raises(ValueError, match=rf"sources\.{tmp_path}/b\.txt is '\(absent\)' there and 17 here"):
         check_rows(folder, made_of | sources(tmp_path))
-    text.unlink()
-    check_rows(folder, made_of | sources())  # packed rows outlive their source
+
+
+def test_files_that_are_gone_are_told_from_sources_that_are(tmp_path: Path, make_rows: MakeRows, monkeypatch, capsys):
+    """Packed rows outlive their source, but a folder that has lost a file is another corpus."""
+    (tmp_path / "texts").mkdir()
+    for name in ("a", "b", "c"):
+        (tmp_path / "texts" / f"{name}.txt").write_text(name)
+    (tmp_path / "single.txt").write_text("one")
+    monkeypatch.setattr(hub, "describe", lambda path: {"bytes": 9, "sha256": "f"})
+    paths = [f"{tmp_path}/texts", f"{tmp_path}/single.txt", f"{tmp_path}/**/[bc].txt", "hf:some/set:train"]
+    kinds = (*TEXTS, *ROWS)
+    made_of = META | sources_of(paths, kinds)
+    write_rows(tmp_path / "rows", make_rows(1), meta=made_of)
+    check_rows(tmp_path / "rows", made_of, paths)
+    assert not capsys.readouterr().err
+
+    def no_network(path: str) -> dict[str, int | str]:
+        raise ValueError(f"{path}: could not be loaded")
+
+    monkeypatch.setattr(hub, "describe", no_network)
+    (tmp_path / "single.txt").unlink()
+    check_rows(tmp_path / "rows", META | sources_of(paths, kinds), paths)
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert re.findall(r"(\S+): is not to be had now", said) == [f"{tmp_path}/single.txt", "hf:some/set:train"]
+    (tmp_path / "texts" / "b.txt").unlink()
+    with pytest.raises(ValueError, match=rf"sources\.{tmp_path}/texts/b\.txt is 1 there and '\(absent\)' here;"):
+        check_rows(tmp_path / "rows", META | sources_of(paths, kinds), paths)
+    with pytest.raises(ValueError, match=r"sources\..*single\.txt is 3 there and '\(absent\)' here"):
+        check_rows(tmp_path / "rows", META | sources_of(paths[:1], kinds), paths[:1])  # it is not asked for
+    shutil.rmtree(tmp_path / "texts")
+    check_rows(tmp_path / "rows", META | sources_of(paths, kinds), paths)
+    assert capsys.readouterr().err.count("is not to be had now") >= 4
 
 
 def test_a_dataset_cut_while_copied_is_named(dataset: Path) -> None:

@@ -48,6 +48,7 @@ BROKEN = [
     (b'{"other": "x"}', 'no field "text"'),
     (b'{"text": 3}', '"text" is of type int; it must be text'),
     (b'["x"]', 'no field "text"'),
+    (b"[" * 100_000, "nested too deeply"),
     (b'{"text": "\xff"}', "can't decode byte 0xff"),
     (b'{"text": "\\ud800"}', "surrogates not allowed"),
 ]
@@ -87,6 +88,16 @@ def test_broken_files_are_named_even_when_lines_may_be_skipped(tmp_path: Path) -
     (tmp_path / "a.parquet").write_bytes(write(tmp_path / "b.parquet", TEXTS).read_bytes()[:-10])
     with pytest.raises(ValueError, match=r"a\.parquet: not a whole Parquet file"):
         list(read_documents(tmp_path / "a.parquet", skip_broken=True))
+    about = pyarrow.parquet.read_metadata(tmp_path / "b.parquet")
+    for where in (
+        about.row_group(0).column(1).dictionary_page_offset,
+        -8 - about.serialized_size,
+    ):  # a page, the footer
+        damaged = bytearray((tmp_path / "b.parquet").read_bytes())
+        damaged[where : where + 8] = b"\xff" * 8
+        (tmp_path / "a.parquet").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"a\.parquet: .*Parquet.*thrift"):
+            list(read_documents(tmp_path / "a.parquet", skip_broken=True))
     with pytest.raises(ValueError, match=r'b\.parquet: no column "body"; it has other, text'):
         list(read_documents(tmp_path / "b.parquet", text_field="body"))
     (tmp_path / "a.csv").touch()
@@ -135,6 +146,20 @@ def test_rows_of_any_columns_know_where_they_stand(tmp_path: Path) -> None:
     numbers = [(0, 1), (0, 3), (1, 1), (1, 2), (2, 1), (2, 2)]
     assert [row.where for row in found] == [f"{paths[file]}:{number}" for file, number in numbers]
     assert read_objects(paths[-1]) == ROWS
+
+
+def test_fields_that_arrow_adds_to_structs_are_no_part_of_a_row(tmp_path: Path) -> None:
+    def chat(**arguments: Any) -> dict[str, Any]:
+        call = {"type": "function", "function": {"name": "ask", "arguments": arguments}}
+        return {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "tool_calls": [call]}], "x": None}
+
+    chats = [chat(city="Paris"), chat(unit={"of": "heat"}), chat(unit={"in": ["K", None]})]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(chats), tmp_path / "a.parquet")
+    assert read_objects(tmp_path / "a.parquet") == chats
+    asked = [call.messages[1]["tool_calls"][0]["function"]["arguments"] for call in read_chats(tmp_path / "a.parquet")]
+    assert asked == [{"city": "Paris"}, {"unit": {"of": "heat"}}, {"unit": {"in": ["K", None]}}]
+    nulls = write(tmp_path / "b.jsonl", [{"city": None}])  # written on purpose
+    assert read_objects(nulls) == [{"text": {"city": None}}]
 
 
 def test_rows_that_cannot_be_read_are_named(tmp_path: Path) -> None:

@@ -1,12 +1,15 @@
 """Tokens on disk: what encoding one by one gives, made once, by several processes, killed and gone on with."""
 
+import fcntl
 import gzip
 import json
+import os
 import resource
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +88,33 @@ def test_broken_lines_are_counted_again_from_the_cache(tmp_path: Path, tokenizer
         assert len(made) == 1 and made.skipped == {str(path): 2}
     with pytest.raises(ValueError, match=r"a\.jsonl:2: not JSON"):
         tokenize(path, tokenizer, tmp_path / "cache")
+
+
+def test_a_corpus_that_changes_while_it_is_read_leaves_nothing(
+    tmp_path: Path, corpus: Path, documents: list[str], tokenizer: Tokenizer
+) -> None:
+    b = corpus / "b.jsonl"
+    whole = b.read_bytes()
+    for change in (lambda: b.write_bytes(whole[:-9] + b'a line"}\n'), lambda: b.unlink(missing_ok=True)):
+        with pytest.raises(ValueError, match=f"{b}: was changed or taken away while it was read"):
+            tokenize(corpus, tokenizer, tmp_path / "cache", workers=1, progress=lambda *_, change=change: change())
+        b.write_bytes(whole)
+        assert not list((tmp_path / "cache").glob("*/*.tokens"))
+    made = tokenize(corpus, tokenizer, tmp_path / "cache", workers=1)
+    assert made[len(documents) - 1].tolist() == tokenizer.encode(documents[-1])
+
+
+def test_who_waits_for_another_process_says_so(tmp_path: Path, corpus: Path, tokenizer: Tokenizer, capsys) -> None:
+    folder = tokenize(corpus, tokenizer, tmp_path / "cache", workers=1).folder
+    handle = os.open(folder, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(tokenize, corpus, tokenizer, tmp_path / "cache")
+        while "another process is tokenising this corpus" not in capsys.readouterr().err:
+            assert not other.done()
+            time.sleep(0.01)
+        os.close(handle)
+        assert other.result().folder == folder
 
 
 KILLED = """

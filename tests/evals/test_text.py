@@ -13,8 +13,9 @@ from small import SPEAKER, tokenizer
 
 from deepseek_jax.data.packing import pack_stream
 from deepseek_jax.data.tokenizer import EOS, Tokenizer
-from deepseek_jax.evals.text import row_loss, score_text
+from deepseek_jax.evals.text import HeldOut, Score, row_loss, score_text
 from deepseek_jax.model import transformer
+from deepseek_jax.workflows.stage import write_json
 
 TEXTS = ["def add(a, b):\n    return a + b\n", "12+34=46\n", "größer als ünïcode ½\n" * 2]
 SIZE = 16
@@ -62,6 +63,20 @@ def test_isolated_rows_do_not_see_the_document_before():
     rows = rows_of(["a" * 5, "b" * 5])[:1]
     joined, isolated = (row_loss(MODEL, rows, batch_size=1, isolate=isolate) for isolate in (False, True))
     assert joined[1] == isolated[1] and abs(joined[0] - isolated[0]) > 1e-3
+
+
+def test_a_perplexity_past_all_numbers_is_infinite():
+    score = Score(documents=1, bytes=1, tokens=2, targets=1, nats=800.0)
+    assert score.perplexity == math.inf and math.isfinite(score.bits_per_byte)
+
+
+def test_names_that_are_no_utf8_can_be_written(tmp_path):
+    """They come as halves of surrogate pairs, which neither JSON files nor TensorBoard take."""
+    (tmp_path / "caf\udce9.txt").write_text("a")
+    (tmp_path / "b.jsonl").write_text('{"text": "b", "kind": "\\udce9"}')
+    parts = HeldOut([tmp_path]).documents
+    assert list(parts) == [("b.jsonl", "\ufffd"), ("caf\ufffd.txt", None)]
+    write_json(tmp_path / "result.json", {"caf\udce9": 1})
 
 
 def test_score_of_a_model_that_knows_nothing():

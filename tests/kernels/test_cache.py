@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from deepseek_kernels.cache import cache_folder
+from deepseek_kernels.cache import cache_folder, user_folder
 
 
 def no_home() -> Path:
@@ -25,4 +25,5 @@ def test_the_home_is_used_and_where_there_is_none_a_temporary_folder(monkeypatch
     for home in (no_home, lambda: tmp_path / "file"):  # none, and one that cannot be written to
         monkeypatch.setattr(Path, "home", home)
         found.append(cache_folder())
+        assert user_folder() is None
     assert found[0] == found[1] and found[0].stat().st_mode & 0o777 == 0o700

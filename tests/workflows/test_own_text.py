@@ -1,5 +1,6 @@
 """Pretraining on text of one's own: files of every kind, held out by file and kind, the tokenizer's vocabulary."""
 
+import dataclasses
 import json
 import math
 import re
@@ -155,6 +156,9 @@ def test_a_tokenizer_without_fim_will_do_where_there_is_none(tmp_path: Path) -> 
     (tmp_path / "a.txt").write_text(PROSE[0])
     data = PretrainData(path=(str(tmp_path / "a.txt"),), seq_len=8, fim_rate=0.0, cache=str(tmp_path / "cache"))
     plain = Tokenizer.from_folder(tmp_path / "t")
+    with pytest.raises(ValueError, match=r"fill in the middle \(--data\.fim-rate 0"):
+        prepare_rows(dataclasses.replace(data, fim_rate=0.1), plain, tmp_path / "rows", seed=0)
+    assert not list((tmp_path / "cache").rglob("*.tokens"))  # known before a corpus is tokenized
     assert len(open_rows(prepare_rows(data, plain, tmp_path / "rows", seed=0))) > 1
     shutil.rmtree(tmp_path / "cache")  # rows outlive it
     prepare_rows(data, plain, tmp_path / "rows", seed=0)

@@ -127,8 +127,9 @@ class Tokenizer:
         path: a folder that a model was released in or that a stage wrote, or its tokenizer.json. Under any other name
         a file in that format is read alone.
 
-        BOS, EOS and PAD are those of the config; without that file those of special_tokens_map.json, else those whose
-        ids the model's config.json names, else DeepSeek's, as far as they are there. `eos_token_id` of
+        BOS, EOS and PAD are, each for itself, what the config says, null too, else special_tokens_map.json, else the
+        id of it in the model's config.json; where neither of the first two is there, DeepSeek's as far as the
+        vocabulary has them. `eos_token_id` of
         generation_config.json, or else of config.json, a number or a list, ends answers too. Truncation and padding
         that another program left in tokenizer.json are off. ValueError names what is wrong: no tokenizer.json, a token
         that the vocabulary lacks (but a PAD: EOS pads then), a template that is no template.
@@ -139,10 +140,10 @@ class Tokenizer:
         if file.name != TOKENIZER:
             return cls(backend, bos=_spelled(backend, None, BOS), eos=_spelled(backend, None, EOS))
         files = TextFiles.read(folder)
-        config = read_json_object(folder / "tokenizer_config.json") or read_json_object(folder / TOKENS_MAP)
-        if not config:
-            ids = {name: files.ids.get(f"{name}_token_id") for name in _NAMES}
-            config = {f"{name}_token": _spelled(backend, ids[name], token) for name, token in _NAMES.items()}
+        said = read_json_object(folder / TOKENS_MAP) | read_json_object(folder / "tokenizer_config.json")
+        defaults = dict.fromkeys(_NAMES) if said else _NAMES
+        ids = {name: files.ids.get(f"{name}_token_id") for name in _NAMES}
+        config = {f"{name}_token": _spelled(backend, ids[name], token) for name, token in defaults.items()} | said
         names = {name: token_text(config, f"{name}_token") for name in _NAMES}
         for name, token in names.items():
             if name != "pad" and token is not None and backend.token_to_id(token) is None:
@@ -191,7 +192,13 @@ class Tokenizer:
             more["tokenizer_config.json"], ids = self._own_config(), self._own_ids() | dict(ids)
         elif self.template is None and self.has_chat_tokens:
             more["chat_template.jinja"] = DEEPSEEK_TEMPLATE.encode()
-        return TextFiles(more | dict(given.files), ids).stopping_at(self.stop_ids)
+        files = more | dict(given.files)
+        config, named = (json.loads(files.get(name, b"{}")) for name in ("tokenizer_config.json", TOKENS_MAP))
+        own = {"bos_token": self._bos, "eos_token": self._eos, "pad_token": self._pad}
+        # What only ids of the model's config.json have named: that file is no part of these.
+        unnamed = {name: token for name, token in own.items() if token is not None and name not in config | named}
+        files |= {TOKENS_MAP: json_bytes(named | unnamed)} if unnamed else {}
+        return TextFiles(files, ids).stopping_at(self.stop_ids)
 
     def _own_config(self) -> bytes:
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
@@ -361,11 +368,11 @@ def whole_text(text: str) -> str:
     return _SURROGATES.sub("\ufffd", text)
 
 
-def _spelled(backend: tokenizers.Tokenizer, ids: Any, default: str) -> str | None:
+def _spelled(backend: tokenizers.Tokenizer, ids: Any, default: str | None) -> str | None:
     """The token of an id or of the first of a list; without one the default, if the vocabulary has it."""
     first = ids[0] if isinstance(ids, list) and ids else ids
     token = backend.id_to_token(first) if type(first) is int and first >= 0 else None
-    return token or (default if backend.token_to_id(default) is not None else None)
+    return token or (default if default and backend.token_to_id(default) is not None else None)
 
 
 def _added(token: str) -> AddedToken:

@@ -1,4 +1,4 @@
-"""The byte-level BPE tokenizer with DeepSeek's special tokens: load, train, encode, decode."""
+"""The byte-level BPE tokenizer with DeepSeek's special tokens: load, encode, decode, save."""
 
 import copy
 import hashlib
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from deepseek_jax.data.model_folder import (
     TOKENIZER,
@@ -49,9 +48,8 @@ TOOL_TOKENS = (
     "<｜tool▁sep｜>",
 )
 # In the order of R1's ids: the first three open the vocabulary, the others close it.
-_FIRST = (BOS, EOS, PAD)
-_LAST = (THINK, END_THINK, FIM_HOLE, FIM_BEGIN, FIM_END, USER, ASSISTANT, EOT, *TOOL_TOKENS)
-SPECIAL_TOKENS = _FIRST + _LAST
+SPECIAL_TOKENS = (BOS, EOS, PAD)
+SPECIAL_TOKENS += (THINK, END_THINK, FIM_HOLE, FIM_BEGIN, FIM_END, USER, ASSISTANT, EOT, *TOOL_TOKENS)
 PAD_ID = 2
 _NAMES = {"bos": BOS, "eos": EOS, "pad": PAD}
 
@@ -71,15 +69,6 @@ DEEPSEEK_TEMPLATE = f"""\
 {{%- endfor %}}
 {{%- if add_generation_prompt %}}{{{{- '{ASSISTANT}' }}}}{{% endif %}}"""
 
-# R1's pre-tokenizer, but that every digit stands alone (R1 takes up to three together).
-_DIGIT = r"\p{N}"
-_CJK = "[一-龥぀-ゟ゠-ヿ]+"
-_WORDS = (
-    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"
-    r"|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
-    r"| ?[\p{P}\p{S}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 # Halves of surrogate pairs are no text: what a terminal read as bytes holds them, or a file cut in mid-character.
 _SURROGATES = re.compile("[\ud800-\udfff]+")
 
@@ -330,39 +319,6 @@ class Tokenizer:
         return self._special.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Trains a byte-level BPE of at most `vocab_size` ids (fewer where `texts` have no pair left to merge).
-
-    The layout is R1's: BOS, EOS, PAD are 0, 1, 2; then bytes and merges; the other special tokens last.
-    The same texts in the same order give the same tokenizer.
-    """
-    smallest = len(SPECIAL_TOKENS) + 256
-    if vocab_size < smallest:
-        raise ValueError(
-            f"vocab_size={vocab_size} is too small: {len(SPECIAL_TOKENS)} special tokens and 256 bytes "
-            f"need at least {smallest}"
-        )
-    backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            *(pre_tokenizers.Split(Regex(rule), behavior="isolated") for rule in (_DIGIT, _CJK, _WORDS)),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(_LAST),
-        special_tokens=[_added(token) for token in _FIRST],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(map(whole_text, texts), trainer)
-    backend.add_tokens([_added(token) for token in _LAST])
-    tokenizer = Tokenizer(backend)
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (0, 1, PAD_ID)
-    return tokenizer
-
-
 def whole_text(text: str) -> str:
     """The text with each run of what is no character (half a surrogate pair, a byte that is no UTF-8) as U+FFFD."""
     return _SURROGATES.sub("\ufffd", text)
@@ -373,7 +329,3 @@ def _spelled(backend: tokenizers.Tokenizer, ids: Any, default: str | None) -> st
     first = ids[0] if isinstance(ids, list) and ids else ids
     token = backend.id_to_token(first) if type(first) is int and first >= 0 else None
     return token or (default if default and backend.token_to_id(default) is not None else None)
-
-
-def _added(token: str) -> AddedToken:
-    return AddedToken(token, normalized=False, special=token in (BOS, EOS, PAD, EOT))

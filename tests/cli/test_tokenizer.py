@@ -7,7 +7,8 @@ import pytest
 from data.families import write_qwen
 
 from deepseek_jax.cli.main import main
-from deepseek_jax.data.tokenizer import Tokenizer, train_tokenizer
+from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.data.tokenizer_training import train_tokenizer
 
 TEXTS = ["def add(a, b):\n    return a + b\n", "12+34=46, the quick brown fox\n" * 3]
 

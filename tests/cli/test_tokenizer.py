@@ -74,5 +74,10 @@ def test_what_is_in_one(files, tmp_path, capsys, monkeypatch):
         count = len(Tokenizer.from_folder(folder).encode(text))
         assert f"5 bytes, {count} tokens, {5 / count:.2f} bytes per token" in shown
         assert [line for line in lines if line not in shown] == []
+    folder = tmp_path / "[" / "bold]"  # no markup, in a path or a text
+    train_tokenizer(TEXTS, 300).save(folder)
+    assert main(["tokenizer", "inspect", str(folder), "--text", "[/INST] :key:"]) == 0
+    shown = capsys.readouterr().out
+    assert "[/bold]" in shown and "'[/INST] :key:'" in shown
     assert main(["tokenizer", "inspect", "nowhere"]) == 1
     assert "nowhere/tokenizer.json: no such tokenizer file" in capsys.readouterr().err

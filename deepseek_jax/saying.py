@@ -6,11 +6,17 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 from rich.console import Console
+from rich.text import Text
 
 _SHORT = 1.0  # seconds: what takes less is not told
 _EVERY = 10.0  # seconds between lines where there is no terminal
 
 _quiet: ContextVar[bool] = ContextVar("quiet", default=False)
+
+
+def terminal(*, stderr: bool = False) -> Console:
+    """Prints text as it stands: neither `[/INST]` in a prompt nor `:key:` in a path is markup."""
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
 
 
 @contextmanager
@@ -26,7 +32,7 @@ def quietly(quiet: bool) -> Iterator[None]:
 def say(text: str) -> None:
     """A line."""
     if not _quiet.get():
-        Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+        terminal(stderr=True).print(text, soft_wrap=True)
 
 
 @contextmanager
@@ -40,10 +46,10 @@ def doing(what: str) -> Iterator[Callable[[str], None]]:
     if _quiet.get():
         yield lambda text: None
         return
-    console = Console(stderr=True)
+    console = terminal(stderr=True)
     if console.is_terminal:
-        with console.status(f"{what} …") as status:
-            yield lambda text: status.update(f"{what} … {text}")
+        with console.status(Text(f"{what} …")) as status:
+            yield lambda text: status.update(Text(f"{what} … {text}"))
     else:
         say(f"{what} …")
         yield _now_and_then(lambda text: say(f"{what} … {text}"))

@@ -5,6 +5,7 @@ Everything goes through the environment, before jax is imported, so that the pro
 """
 
 import os
+import signal
 from importlib.metadata import version
 from pathlib import Path
 
@@ -29,6 +30,10 @@ if version("jaxlib").startswith("0.10."):  # later ones do not know the flag, an
 # Tokens of corpora: not where the user keeps theirs.
 ENVIRONMENT["XDG_CACHE_HOME"] = str(CACHE.parent / "home")
 os.environ.update(ENVIRONMENT)
+
+# A shell's background jobs ignore Ctrl-C, and so would all that they start, tests of Ctrl-C among it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from hypothesis import settings  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from model.tiny import V3, config, weights
 
-from deepseek_jax.data.tokenizer import Tokenizer, train_tokenizer
+from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.data.tokenizer_training import train_tokenizer
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.train.state import TrainState
 

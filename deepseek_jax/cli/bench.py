@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import numpy as np
 import tyro
-from rich.console import Console
 from rich.table import Table
 
 from deepseek_jax.compute import ComputeConfig
@@ -27,6 +26,7 @@ from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.weights import sampling_config, sampling_weights
 from deepseek_jax.model import transformer
 from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.saying import terminal
 from deepseek_jax.train.losses import LanguageModelLoss
 from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer
 from deepseek_jax.train.state import create_state
@@ -84,7 +84,7 @@ def run_bench(arguments: Sequence[str]) -> None:
         theirs = [found[work] for found in peers]
         ratio = statistics.median(a / b for a, b in zip(mine, theirs, strict=True))
         table.add_row(work, f"{statistics.median(mine):,.0f}", f"{statistics.median(theirs):,.0f}", f"{ratio:.2f}×")
-    console = Console()
+    console = terminal()
     console.print(table)
     console.print(
         f"train: {options.rows} rows of {options.seq}, ours with MTP; decode: prompt {options.prompt}, "

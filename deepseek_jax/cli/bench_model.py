@@ -17,6 +17,7 @@ from deepseek_jax.cli.longest_kernels import longest_kernels
 from deepseek_jax.model.costs import attention_flops, count_parameters, forward_flops
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.sharding import place_batch
+from deepseek_jax.saying import terminal
 from deepseek_jax.train.optimizer import make_optimizer
 from deepseek_jax.train.state import create_state
 from deepseek_jax.train.step import make_step
@@ -57,7 +58,7 @@ def run_bench_model(name: str, arguments: Sequence[str]) -> None:
     table = Table(title=f"{name}: {options.work}", show_header=False)
     for fact, value in facts.items():
         table.add_row(fact, value)
-    console = Console()
+    console = terminal()
     console.print(table)
     if options.profile:
         _print_kernels(console, longest_kernels(step, options.profile), options.profile)
@@ -178,4 +179,4 @@ def _print_kernels(console: Console, kernels: list, folder: str) -> None:
     for kernel in kernels[:20]:
         share = kernel.seconds / total
         line = f"{1e3 * kernel.seconds:9.2f} ms {share:6.1%} ×{kernel.calls:<5} {kernel.name[:90]}"
-        console.print(line, highlight=False, markup=False)
+        console.print(line)

@@ -17,6 +17,7 @@ from deepseek_jax.cli.talk import Answering, ask, turn
 from deepseek_jax.cli.thinking import Thinking
 from deepseek_jax.data.turns import SINGLE, known_turns
 from deepseek_jax.inference.engine import Engine
+from deepseek_jax.saying import terminal
 
 HELP = """/new            start anew
 /system TEXT    what opens every talk from now on (without TEXT: nothing), and start anew
@@ -40,12 +41,11 @@ class _Chat(Answering):
 
 def run_chat(arguments: Sequence[str]) -> None:
     options = tyro.cli(_Chat, args=list(arguments), prog="deepseek-jax chat")
-    console, lines, folder = Console(highlight=False), Lines("> "), options.folder
+    console, lines, folder = terminal(), Lines("> "), options.folder
     talk = _Talk(options, options.engine(), console)
     console.print(
         f"{folder} · {talk.manner}an empty line ends the talk, /help says more",
         style="dim",
-        markup=False,
         soft_wrap=True,
     )
     while line := lines.read():
@@ -133,7 +133,7 @@ class _Talk:
         for thinking, text in parts:
             style = "dim" if thinking else None
             text = text.translate(_CONTROLS)
-            self._console.print(text, end="", style=style, soft_wrap=True, markup=False, emoji=False)
+            self._console.print(text, end="", style=style, soft_wrap=True)
 
     def _save(self, file: Path) -> None:
         opening = [turn("system", self._system)] if self._system else []
@@ -148,10 +148,10 @@ class _Talk:
             self._note(f"{len(chats)} chats → {file}" if len(chats) != 1 else f"→ {file}")
 
     def _note(self, text: str) -> None:
-        self._console.print(text, style="dim", markup=False, soft_wrap=True)
+        self._console.print(text, style="dim", soft_wrap=True)
 
     def _warn(self, text: str) -> None:
-        self._console.print(text, style="yellow", markup=False, soft_wrap=True)
+        self._console.print(text, style="yellow", soft_wrap=True)
 
 
 @contextlib.contextmanager

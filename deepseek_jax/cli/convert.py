@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from deepseek_jax.checkpoint import CheckpointStore
@@ -21,6 +20,7 @@ from deepseek_jax.checkpoint.model import load, read_config
 from deepseek_jax.checkpoint.publishing import check_place
 from deepseek_jax.checkpoint.safetensors import TensorFiles
 from deepseek_jax.compute import ComputeConfig
+from deepseek_jax.saying import terminal
 from deepseek_kernels.block_fp8 import FP8
 
 GIGABYTE = 10**9
@@ -69,7 +69,7 @@ def run_convert(arguments: Sequence[str]) -> None:
             on_start=start,
             on_tensor=advance,
         )
-    Console().print(f"→ {options.dst}")
+    terminal().print(f"→ {options.dst}", soft_wrap=True)
 
 
 def _read_as(source: Path, dtype: str) -> Literal["bfloat16", "float32", "float8_e4m3"]:

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 
 from deepseek_jax.checkpoint.finding import find_model
 from deepseek_jax.checkpoint.model import Model, is_released, load
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.evals.text import HeldOut, Score
-from deepseek_jax.saying import doing
+from deepseek_jax.saying import doing, terminal
 from deepseek_jax.train.resume import saved_meta
 
 
@@ -55,7 +54,7 @@ def run_eval(arguments: Sequence[str]) -> None:
     lines = {**scores.files, **{f"kind {kind}": score for kind, score in scores.kinds.items()}}
     width = max(map(len, [*lines, "all"]))
     for name, score in [*lines.items(), ("all", scores.total)]:
-        Console().print(f"{name:{width}}  {_told(score)}", highlight=False, markup=False, soft_wrap=True)
+        terminal().print(f"{name:{width}}  {_told(score)}", soft_wrap=True)
 
 
 def _told(score: Score) -> str:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 from rich.table import Table
 
 from deepseek_jax.checkpoint import CheckpointStore
@@ -16,6 +15,7 @@ from deepseek_jax.checkpoint.finding import CHECKPOINTS, expanded, find_model
 from deepseek_jax.checkpoint.hf_names import hf_tensors
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.costs import attention_flops, count_parameters, forward_flops
+from deepseek_jax.saying import terminal
 from deepseek_jax.workflows.pretrain import PretrainConfig
 from deepseek_jax.workflows.recipe import find_recipe, load_recipe
 
@@ -39,7 +39,7 @@ def run_inspect(arguments: Sequence[str]) -> None:
     table = Table(title=options.what, show_header=False)
     for name, value in describe(config, options.context).items():
         table.add_row(name, value)
-    Console().print(table)
+    terminal().print(table)
 
 
 def describe(config: ModelConfig, context: int | None = None) -> dict[str, str]:

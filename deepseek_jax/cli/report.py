@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 
+from deepseek_jax.saying import terminal
 from deepseek_jax.workflows.compare import print_comparison, read_runs, write_comparison
 from deepseek_jax.workflows.report import print_summary, write_report
 
@@ -32,7 +32,7 @@ class _Compare:
 def run_report(arguments: Sequence[str]) -> None:
     run = tyro.cli(_Report, args=list(arguments), prog="deepseek-jax report").run
     path = write_report(run)
-    print_summary(run, Console())
+    print_summary(run, terminal())
     print(path)
 
 
@@ -40,5 +40,5 @@ def run_compare(arguments: Sequence[str]) -> None:
     asked = tyro.cli(_Compare, args=list(arguments), prog="deepseek-jax compare")
     runs = read_runs(asked.runs)
     path = write_comparison(runs, asked.output)
-    print_comparison(runs, Console())
+    print_comparison(runs, terminal())
     print(path)

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import tyro
-from rich.console import Console
 
+from deepseek_jax.saying import terminal
 from deepseek_jax.workflows.grpo import GRPOConfig, grpo
 from deepseek_jax.workflows.pretrain import PretrainConfig, pretrain
 from deepseek_jax.workflows.recipe import load_recipe
@@ -52,11 +52,11 @@ def _shown(value: Any) -> str:
 
 
 def _finish(run_dir: str, result: dict[str, Any]) -> None:
-    console = Console()
+    console = terminal()
     for name, value in _flat(result):
-        console.print(f"{name:32} {value}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{name:32} {value}", soft_wrap=True)
     named = [f"{name} {result[name]:.4g}" for name in HEADLINE if isinstance(result.get(name), float)]
-    console.print(f"→ {run_dir}: {', '.join(named)}" if named else f"→ {run_dir}", highlight=False, soft_wrap=True)
+    console.print(f"→ {run_dir}: {', '.join(named)}" if named else f"→ {run_dir}", soft_wrap=True)
 
 
 def run_pretrain(arguments: Sequence[str]) -> None:

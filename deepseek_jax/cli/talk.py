@@ -1,7 +1,6 @@
 """What answering in the terminal takes, and ``generate``: completions of a trained stage or a released model."""
 
 import dataclasses
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +12,7 @@ from deepseek_jax.checkpoint.finding import find_model
 from deepseek_jax.checkpoint.model import load
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.data.chat import encode_prompt, prompt_opens_thinking
-from deepseek_jax.data.tokenizer import THINK
+from deepseek_jax.data.tokenizer import THINK, whole_text
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_kernels.target import Target
@@ -84,7 +83,7 @@ def run_generate(arguments: Sequence[str]) -> None:
     if not options.prompt:
         raise ValueError("give at least one --prompt TEXT")
     engine = options.engine()
-    prompts = starts = [readable(text) for text in options.prompt]  # starts: what is printed in front of each answer
+    prompts = starts = [whole_text(text) for text in options.prompt]  # starts: what is printed in front of each answer
     if options.chat:
         prompts, starts = zip(*(ask(engine, [turn("user", text)]) for text in prompts), strict=True)
     for start, completion in zip(starts, engine.generate(prompts, options.params()), strict=True):
@@ -99,8 +98,3 @@ def ask(engine: Engine, turns: Sequence[dict[str, str]]) -> tuple[list[int], str
     """The prompt's ids, and how the answer begins: with ``<think>`` where the prompt has opened it already."""
     tokenizer = engine.tokenizer
     return encode_prompt(tokenizer, turns), THINK if prompt_opens_thinking(tokenizer, turns) else ""
-
-
-def readable(text: str) -> str:
-    """Text with U+FFFD for what is none: bytes of a command line that are no UTF-8."""
-    return re.sub("[\ud800-\udfff]", "\ufffd", text)

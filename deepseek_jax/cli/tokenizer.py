@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from deepseek_jax.data.model_folder import TOKENIZER
 from deepseek_jax.data.text import read_documents
 from deepseek_jax.data.tokenizer import DEEPSEEK_TEMPLATE, Tokenizer
+from deepseek_jax.saying import terminal
 from deepseek_jax.workflows.tokenizer import train_on_files
 
 
@@ -67,7 +66,7 @@ def _train(options: _Train) -> None:
         raise ValueError("give FILES to train on")
     if (Path(options.out) / TOKENIZER).exists():  # runs may be going on with it
         raise FileExistsError(f"{options.out}/{TOKENIZER} exists already; choose another --out or remove it")
-    console, began = Console(), time.monotonic()
+    console, began = terminal(), time.monotonic()
     console.print("reading the text and counting its pairs …", style="dim")
     tokenizer = train_on_files(
         options.files,
@@ -77,8 +76,8 @@ def _train(options: _Train) -> None:
         skip_broken=options.skip_broken,
     )
     seconds = time.monotonic() - began
-    console.print(f"{tokenizer.vocab_size:,} ids in {seconds:.1f} s → {options.out}", highlight=False)
-    console.print(f"--data.tokenizer {options.out} pretrains with it", highlight=False)
+    console.print(f"{tokenizer.vocab_size:,} ids in {seconds:.1f} s → {options.out}", soft_wrap=True)
+    console.print(f"--data.tokenizer {options.out} pretrains with it", soft_wrap=True)
 
 
 def _inspect(options: _Inspect) -> None:
@@ -87,14 +86,14 @@ def _inspect(options: _Inspect) -> None:
     table.add_column()
     table.add_column(overflow="fold")
     for name, value in describe(tokenizer).items():
-        table.add_row(name, Text(value))
+        table.add_row(name, value)
     for text in options.text:
         shown = [tokenizer.decode([i], skip_special_tokens=False) for i in tokenizer.encode(text)]
-        table.add_row(f"{text!r:.40}", Text(f"{packing(tokenizer, [text])}: {' '.join(map(repr, shown))}"))
+        table.add_row(f"{text!r:.40}", f"{packing(tokenizer, [text])}: {' '.join(map(repr, shown))}")
     for file in options.file:
         documents = read_documents(file, text_field=options.text_field)
         table.add_row(file, packing(tokenizer, documents))
-    Console().print(table)
+    terminal().print(table)
 
 
 def describe(tokenizer: Tokenizer) -> dict[str, str]:

@@ -8,9 +8,11 @@ from typing import Any
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # Other spellings: ShareGPT's, OpenAI's older one, Llama's.
 _ALSO = {"human": "user", "gpt": "assistant", "model": "assistant", "chatgpt": "assistant", "bot": "assistant"}
-_ALSO |= dict.fromkeys(("function", "ipython", "observation", "function_response"), "tool")
+_ALSO |= dict.fromkeys(("function", "ipython", "observation", "function_response", "tool_response"), "tool")
+_CALLING = ("function_call", "tool_call")  # roles, of an assistant whose content is a call's JSON
 _LISTS = ("messages", "conversations", "conversation")
 _PAIRS = (("prompt", "completion"), ("prompt", "response"), ("instruction", "output"), ("question", "answer"))
+_PAIRS += (("query", "response"),)
 REASONING = ("reasoning_content", "thinking", "reasoning")
 _KEPT = ("name", "tool_call_id", "weight")
 
@@ -31,7 +33,8 @@ def read_conversation(row: Any) -> Conversation:
 
     * `messages`, `conversations` or `conversation`: a list of messages, see `read_messages`;
     * or a question and its answer: `prompt` with `completion` or `response`, `instruction` (and `input`, under it)
-      with `output`, `question` with `answer`; texts, or lists of messages;
+      with `output`, `question` with `answer`, `query` with `response`; texts, or lists of messages; in front of them
+      the turns of `history`, a list of [question, answer];
     * `system`: a text that opens it, where no message does; `tools`: a list, or its JSON.
 
     ValueError says what is wrong, or what the row has in their place.
@@ -42,7 +45,9 @@ def read_conversation(row: Any) -> Conversation:
     if (name := next((name for name in _LISTS if name in row), None)) is not None:
         messages = read_messages(row[name])
     elif (pair := next((pair for pair in _PAIRS if set(pair) <= set(row)), None)) is not None:
-        messages = [*_side(row, pair[0], "user"), *_side(row, pair[1], "assistant")]
+        ask, answer = _side(row, pair[0], "user"), _side(row, pair[1], "assistant")
+        opening = 1 if ask[0]["role"] == "system" else 0
+        messages = [*ask[:opening], *_history(row.get("history")), *ask[opening:], *answer]
     else:
         lists, pairs = ", ".join(_LISTS), ", ".join(f"{ask} with {answer}" for ask, answer in _PAIRS)
         raise ValueError(f"no field of {lists}, nor {pairs}; it has {', '.join(map(str, row)) or 'none'}")
@@ -62,12 +67,30 @@ def _side(row: Mapping[str, Any], name: str, role: str) -> list[Message]:
     return read_messages(value)
 
 
+def _history(value: Any) -> list[Message]:
+    turns = value or []
+    if not isinstance(turns, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
+        raise ValueError(f'"history" is no list of [question, answer]: {value!r:.60}')
+    roles = ("user", "assistant")
+    return [
+        _message({"role": role, "content": text}, f'"history" {index}: what the {role} says')
+        for index, turn in enumerate(turns)
+        for role, text in zip(roles, turn, strict=True)
+    ]
+
+
+def _parsed(value: Any, which: str) -> Any:
+    """What stands in a text as JSON, None in an empty one; what is no text, as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value) if value.strip() else None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{which} is a text that is no JSON ({error.msg} at character {error.pos})") from error
+
+
 def _tools(value: Any) -> list[Any] | None:
-    if isinstance(value, str):
-        try:
-            value = json.loads(value) if value.strip() else None
-        except json.JSONDecodeError as error:
-            raise ValueError(f'"tools" is a text that is no JSON ({error.msg} at character {error.pos})') from error
+    value = _parsed(value, '"tools"')
     if not isinstance(value, list | None):
         raise ValueError(f'"tools" is of type {type(value).__name__}; it must be a list, or its JSON')
     return value or None
@@ -80,7 +103,8 @@ def read_messages(value: Any) -> list[Message]:
     * the content is a text, or a list of {"type": "text", "text": ...}, under `content` or `value`; only beside tool
       calls or reasoning may it be missing, and beside calls it is None then;
     * reasoning, under any of REASONING or as a part of type "thinking", is `reasoning_content`;
-    * `tool_calls` is a list of {"type": "function", "function": {"name", "arguments"}}, with or without the frame;
+    * `tool_calls` is a list of {"type": "function", "function": {"name", "arguments"}}, with or without the frame, or
+      the JSON of one; so is the content of a role `function_call` or `tool_call`, which is an assistant then;
     * `name`, `tool_call_id` and `weight` are kept, others left out: what is null, and what data sets note for
       themselves.
 
@@ -95,15 +119,17 @@ def _message(given: Any, which: str) -> Message:
     if not isinstance(given, Mapping):
         raise ValueError(f'{which} is of type {type(given).__name__}; it must be {{"role": ..., "content": ...}}')
     given = {key: value for key, value in given.items() if value is not None}
-    role = given.get("role", given.get("from"))
+    role, said = given.get("role", given.get("from")), given.get("content", given.get("value"))
+    if role in _CALLING:
+        role, said, given = "assistant", None, given | {"tool_calls": said}
     role = _ALSO.get(role, role) if isinstance(role, str) else role
     if role not in ROLES:
         raise ValueError(f"{which} has role {role!r}; allowed are {', '.join(ROLES)}")
     message: Message = {"role": role} | {key: given[key] for key in _KEPT if key in given}
-    calls = given.get("tool_calls") or ([given["function_call"]] if "function_call" in given else [])
+    calls = _parsed(given.get("tool_calls") or given.get("function_call"), f"what {which} calls") or []
     if calls:
-        message["tool_calls"] = [_call(call, which) for call in calls]
-    content, thoughts = _text(given.get("content", given.get("value")), which)
+        message["tool_calls"] = [_call(call, which) for call in (calls if isinstance(calls, list) else [calls])]
+    content, thoughts = _text(said, which)
     thoughts = next((given[key] for key in REASONING if key in given), thoughts)
     if thoughts:
         if not isinstance(thoughts, str):

@@ -1,4 +1,4 @@
-"""The byte-level BPE tokenizer with DeepSeek's special tokens: load, train, encode, decode."""
+"""The byte-level BPE tokenizer with DeepSeek's special tokens: load, encode, decode, save."""
 
 import copy
 import hashlib
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from deepseek_jax.data.model_folder import (
     TOKENIZER,
@@ -49,9 +48,8 @@ TOOL_TOKENS = (
     "<｜tool▁sep｜>",
 )
 # In the order of R1's ids: the first three open the vocabulary, the others close it.
-_FIRST = (BOS, EOS, PAD)
-_LAST = (THINK, END_THINK, FIM_HOLE, FIM_BEGIN, FIM_END, USER, ASSISTANT, EOT, *TOOL_TOKENS)
-SPECIAL_TOKENS = _FIRST + _LAST
+SPECIAL_TOKENS = (BOS, EOS, PAD)
+SPECIAL_TOKENS += (THINK, END_THINK, FIM_HOLE, FIM_BEGIN, FIM_END, USER, ASSISTANT, EOT, *TOOL_TOKENS)
 PAD_ID = 2
 _NAMES = {"bos": BOS, "eos": EOS, "pad": PAD}
 
@@ -71,15 +69,6 @@ DEEPSEEK_TEMPLATE = f"""\
 {{%- endfor %}}
 {{%- if add_generation_prompt %}}{{{{- '{ASSISTANT}' }}}}{{% endif %}}"""
 
-# R1's pre-tokenizer, but that every digit stands alone (R1 takes up to three together).
-_DIGIT = r"\p{N}"
-_CJK = "[一-龥぀-ゟ゠-ヿ]+"
-_WORDS = (
-    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"
-    r"|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
-    r"| ?[\p{P}\p{S}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 # Halves of surrogate pairs are no text: what a terminal read as bytes holds them, or a file cut in mid-character.
 _SURROGATES = re.compile("[\ud800-\udfff]+")
 
@@ -127,8 +116,9 @@ class Tokenizer:
         path: a folder that a model was released in or that a stage wrote, or its tokenizer.json. Under any other name
         a file in that format is read alone.
 
-        BOS, EOS and PAD are those of the config; without that file those of special_tokens_map.json, else those whose
-        ids the model's config.json names, else DeepSeek's, as far as they are there. `eos_token_id` of
+        BOS, EOS and PAD are, each for itself, what the config says, null too, else special_tokens_map.json, else the
+        id of it in the model's config.json; where neither of the first two is there, DeepSeek's as far as the
+        vocabulary has them. `eos_token_id` of
         generation_config.json, or else of config.json, a number or a list, ends answers too. Truncation and padding
         that another program left in tokenizer.json are off. ValueError names what is wrong: no tokenizer.json, a token
         that the vocabulary lacks (but a PAD: EOS pads then), a template that is no template.
@@ -139,10 +129,10 @@ class Tokenizer:
         if file.name != TOKENIZER:
             return cls(backend, bos=_spelled(backend, None, BOS), eos=_spelled(backend, None, EOS))
         files = TextFiles.read(folder)
-        config = read_json_object(folder / "tokenizer_config.json") or read_json_object(folder / TOKENS_MAP)
-        if not config:
-            ids = {name: files.ids.get(f"{name}_token_id") for name in _NAMES}
-            config = {f"{name}_token": _spelled(backend, ids[name], token) for name, token in _NAMES.items()}
+        said = read_json_object(folder / TOKENS_MAP) | read_json_object(folder / "tokenizer_config.json")
+        defaults = dict.fromkeys(_NAMES) if said else _NAMES
+        ids = {name: files.ids.get(f"{name}_token_id") for name in _NAMES}
+        config = {f"{name}_token": _spelled(backend, ids[name], token) for name, token in defaults.items()} | said
         names = {name: token_text(config, f"{name}_token") for name in _NAMES}
         for name, token in names.items():
             if name != "pad" and token is not None and backend.token_to_id(token) is None:
@@ -191,7 +181,13 @@ class Tokenizer:
             more["tokenizer_config.json"], ids = self._own_config(), self._own_ids() | dict(ids)
         elif self.template is None and self.has_chat_tokens:
             more["chat_template.jinja"] = DEEPSEEK_TEMPLATE.encode()
-        return TextFiles(more | dict(given.files), ids).stopping_at(self.stop_ids)
+        files = more | dict(given.files)
+        config, named = (json.loads(files.get(name, b"{}")) for name in ("tokenizer_config.json", TOKENS_MAP))
+        own = {"bos_token": self._bos, "eos_token": self._eos, "pad_token": self._pad}
+        # What only ids of the model's config.json have named: that file is no part of these.
+        unnamed = {name: token for name, token in own.items() if token is not None and name not in config | named}
+        files |= {TOKENS_MAP: json_bytes(named | unnamed)} if unnamed else {}
+        return TextFiles(files, ids).stopping_at(self.stop_ids)
 
     def _own_config(self) -> bytes:
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
@@ -323,50 +319,13 @@ class Tokenizer:
         return self._special.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Trains a byte-level BPE of at most `vocab_size` ids (fewer where `texts` have no pair left to merge).
-
-    The layout is R1's: BOS, EOS, PAD are 0, 1, 2; then bytes and merges; the other special tokens last.
-    The same texts in the same order give the same tokenizer.
-    """
-    smallest = len(SPECIAL_TOKENS) + 256
-    if vocab_size < smallest:
-        raise ValueError(
-            f"vocab_size={vocab_size} is too small: {len(SPECIAL_TOKENS)} special tokens and 256 bytes "
-            f"need at least {smallest}"
-        )
-    backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            *(pre_tokenizers.Split(Regex(rule), behavior="isolated") for rule in (_DIGIT, _CJK, _WORDS)),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(_LAST),
-        special_tokens=[_added(token) for token in _FIRST],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(map(whole_text, texts), trainer)
-    backend.add_tokens([_added(token) for token in _LAST])
-    tokenizer = Tokenizer(backend)
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (0, 1, PAD_ID)
-    return tokenizer
-
-
 def whole_text(text: str) -> str:
     """The text with each run of what is no character (half a surrogate pair, a byte that is no UTF-8) as U+FFFD."""
     return _SURROGATES.sub("\ufffd", text)
 
 
-def _spelled(backend: tokenizers.Tokenizer, ids: Any, default: str) -> str | None:
+def _spelled(backend: tokenizers.Tokenizer, ids: Any, default: str | None) -> str | None:
     """The token of an id or of the first of a list; without one the default, if the vocabulary has it."""
     first = ids[0] if isinstance(ids, list) and ids else ids
     token = backend.id_to_token(first) if type(first) is int and first >= 0 else None
-    return token or (default if backend.token_to_id(default) is not None else None)
-
-
-def _added(token: str) -> AddedToken:
-    return AddedToken(token, normalized=False, special=token in (BOS, EOS, PAD, EOT))
+    return token or (default if default and backend.token_to_id(default) is not None else None)

@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from deepseek_jax.saying import terminal
+
 
 class Progress:
     """The progress of one stage, with the remaining time and the metrics named in `keys`.
@@ -31,7 +33,7 @@ class Progress:
     ) -> None:
         self._stage, self._total, self._keys = stage, total, tuple(keys)
         self._every_seconds = every_seconds
-        self._console = console or Console(stderr=True)
+        self._console = console or terminal(stderr=True)
         self._text = ""
         self._bar: RichProgress | None = None
         self._began: tuple[int, float] | None = None
@@ -47,11 +49,11 @@ class Progress:
             self._say(f"{self._stage}: compiling …")
         else:
             self._bar = RichProgress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[text]}", style="dim"),
+                TextColumn("{task.fields[text]}", style="dim", markup=False),
                 console=self._console,
             )
             self._bar.add_task(self._stage, total=self._total, completed=step, text="compiling …")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from deepseek_jax.train.resume import flat
 from deepseek_jax.workflows.report import write_page
@@ -59,14 +60,14 @@ def different_settings(runs: Sequence[Stage]) -> list[tuple[str, list[str]]]:
 
 def print_comparison(runs: Sequence[Stage], console: Console) -> None:
     """Print the numbers of the runs, and the settings in which they differ, as a table."""
-    shown = Table("", *(run.title for run in runs))
-    for column in shown.columns[1:]:
-        column.justify, column.overflow = "right", "fold"
+    shown = Table("")
+    for run in runs:
+        shown.add_column(Text(run.title), justify="right", overflow="fold")
     for label, cells in summary_rows(runs, chain=False):
-        shown.add_row(label, *cells)
+        shown.add_row(*map(Text, (label, *cells)))
     shown.add_section()
     for label, cells in different_settings(runs):
-        shown.add_row(label, *cells)
+        shown.add_row(*map(Text, (label, *cells)))
     console.print(shown)
 
 

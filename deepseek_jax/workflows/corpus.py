@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
+from deepseek_jax.data.tokenizer import whole_text
 from deepseek_jax.rl import arithmetic as rl
 from deepseek_jax.typed import check_least, check_types
 
@@ -34,9 +35,6 @@ _SKIPPED_PREFIXES = ("_sysconfigdata", "config-", "_distutils_system_mod", "site
 # a+b, a-b or a*b with one or two digits each. The second operand is only looked at, so that "1-12-30" gives
 # both pairs. It also finds dates and ranges: a file too many is dropped rather than one too few.
 _OPERATION = re.compile(r"(?<![0-9])([0-9]{1,2})\s*[-+*]\s*(?=([0-9]{1,2})(?![0-9]))")
-
-# An escape in a docstring can stand for half a character, which is no text that a file could hold.
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 Document = dict[str, str]
 
@@ -123,7 +121,8 @@ def split_prose(source: str, min_lines: int) -> tuple[str, str]:
         assert last is not None
         alone = lines[first - 1][: body[0].col_offset].strip() == "" and body[1].lineno > last
         cleaned = inspect.cleandoc(text)
-        if alone and cleaned.count("\n") + 1 >= min_lines and not _SURROGATE.search(cleaned):
+        whole = whole_text(cleaned) == cleaned  # an escape in it can stand for half a character
+        if alone and cleaned.count("\n") + 1 >= min_lines and whole:
             prose.append(cleaned)
             taken.update(range(first - 1, last))
     code = "\n".join(line for number, line in enumerate(lines) if number not in taken)

@@ -11,12 +11,14 @@ import time
 from pathlib import Path
 
 from rich.console import Console
+from rich.text import Text
 
 from deepseek_jax.checkpoint.model import TOKENIZER, load
 from deepseek_jax.data.chat import encode_chat
 from deepseek_jax.data.text import read_objects
 from deepseek_jax.evals.experts import expert_shares, token_kinds
 from deepseek_jax.rl.arithmetic import read_jsonl, to_messages
+from deepseek_jax.saying import terminal
 from deepseek_jax.train.preemption import stop_signals
 from deepseek_jax.train.resume import check_resume, differences, saved_meta
 from deepseek_jax.train.run_lock import run_lock
@@ -84,7 +86,7 @@ def demo(config: DemoConfig, console: Console | None = None) -> None:
 
     ValueError where a stage was run with other settings, or another process works in ``run_dir``.
     """
-    console = console or Console()
+    console = console or terminal()
     with run_lock(config.run_dir), stop_signals("; the same command goes on from what was saved"):
         _demo(config, console)
 
@@ -92,7 +94,10 @@ def demo(config: DemoConfig, console: Console | None = None) -> None:
 def _demo(config: DemoConfig, console: Console) -> None:
     run_dir = Path(config.run_dir)
     began = time.monotonic()
-    say = console.print if not config.quiet else lambda text: None
+
+    def say(name: str, more: str) -> None:
+        if not config.quiet:
+            console.print(Text.assemble((name, "bold"), more))
 
     def recipe(name: str, kind: type):
         loaded = moved(load_recipe(f"{config.recipes}/{name}", kind), RECIPE_DIR, str(run_dir))
@@ -106,13 +111,13 @@ def _demo(config: DemoConfig, console: Console) -> None:
         ("grpo", grpo, recipe("grpo", GRPOConfig)),
     ]
     corpus = recipe("corpus", CorpusStage)
-    say(f"[bold]corpus[/bold] and tokenizer → {corpus.folder}")
+    say("corpus", f" and tokenizer → {corpus.folder}")
     make_corpus(corpus)
     for name, run, stage in stages:
         if _is_done(stage, run_dir):
-            say(f"[bold]{name}[/bold] is done already")
+            say(name, " is done already")
         else:
-            say(f"[bold]{name}[/bold] → {stage.run_dir}")
+            say(name, f" → {stage.run_dir}")
             run(stage)
         if name == "grpo" and not (run_dir / name / EXPERT_SHARES).exists():
             write_expert_shares(Path(corpus.folder), run_dir / name, seq_len=stages[0][2].data.seq_len)
@@ -121,7 +126,7 @@ def _demo(config: DemoConfig, console: Console) -> None:
     print_summary(run_dir, console)
     console.print(f"report: {report}   ({time.monotonic() - began:.0f} s for what was run now)")
     program = os.path.relpath(sys.argv[0]) if Path(sys.argv[0]).is_file() else "deepseek-jax"  # it may not be on PATH
-    console.print(f"ask it 23+58=, say: {program} chat {run_dir}", markup=False, soft_wrap=True)
+    console.print(f"ask it 23+58=, say: {program} chat {run_dir}")
 
 
 def _is_done(stage: StageConfig, run_dir: Path) -> bool:

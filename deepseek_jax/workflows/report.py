@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from deepseek_jax.workflows.report_data import (
     Stage,
@@ -65,11 +66,11 @@ def write_page(path: Path, title: str, sections: Sequence[str]) -> Path:
 def print_summary(run_dir: str | os.PathLike[str], console: Console) -> None:
     """Print the report's headline numbers as a table."""
     stages = read_stages(Path(run_dir))
-    table = Table("", *(stage.title for stage in stages), title="Summary")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = Table("", title="Summary")
+    for stage in stages:
+        table.add_column(Text(stage.title), justify="right")
     for label, cells in summary_rows(stages):
-        table.add_row(label, *cells)
+        table.add_row(*map(Text, (label, *cells)))
     console.print(table)
 
 

@@ -4,7 +4,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from deepseek_jax.data.text import PathLike, read_documents
-from deepseek_jax.data.tokenizer import Tokenizer, train_tokenizer
+from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.data.tokenizer_training import train_tokenizer
 
 
 def train_on_files(

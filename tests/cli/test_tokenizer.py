@@ -7,7 +7,8 @@ import pytest
 from data.families import write_qwen
 
 from deepseek_jax.cli.main import main
-from deepseek_jax.data.tokenizer import Tokenizer, train_tokenizer
+from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.data.tokenizer_training import train_tokenizer
 
 TEXTS = ["def add(a, b):\n    return a + b\n", "12+34=46, the quick brown fox\n" * 3]
 
@@ -73,5 +74,10 @@ def test_what_is_in_one(files, tmp_path, capsys, monkeypatch):
         count = len(Tokenizer.from_folder(folder).encode(text))
         assert f"5 bytes, {count} tokens, {5 / count:.2f} bytes per token" in shown
         assert [line for line in lines if line not in shown] == []
+    folder = tmp_path / "[" / "bold]"  # no markup, in a path or a text
+    train_tokenizer(TEXTS, 300).save(folder)
+    assert main(["tokenizer", "inspect", str(folder), "--text", "[/INST] :key:"]) == 0
+    shown = capsys.readouterr().out
+    assert "[/bold]" in shown and "'[/INST] :key:'" in shown
     assert main(["tokenizer", "inspect", "nowhere"]) == 1
     assert "nowhere/tokenizer.json: no such tokenizer file" in capsys.readouterr().err

@@ -8,7 +8,8 @@ import pytest
 
 from deepseek_jax.data.packing import Row, pack_stream
 from deepseek_jax.data.rows import write_rows
-from deepseek_jax.data.tokenizer import Tokenizer, train_tokenizer
+from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.data.tokenizer_training import train_tokenizer
 
 TEXTS = [
     "def add(a, b):\n    return a + b  # 12 + 34 = 46\n" * 4,

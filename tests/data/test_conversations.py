@@ -34,6 +34,7 @@ TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
         {"prompt": [SYSTEM, ASK], "response": "2"},
         {"instruction": "1+1?", "input": "", "output": "2", "system": "Be brief."},
         {"question": "1+1?", "answer": "2", "system": "Be brief."},
+        {"query": "1+1?", "response": "2", "system": "Be brief.", "history": []},
     ],
 )
 def test_every_spelling_is_one_conversation(row):
@@ -43,6 +44,15 @@ def test_every_spelling_is_one_conversation(row):
 def test_an_instruction_has_its_input_under_it():
     messages = read_conversation({"instruction": "Add.", "input": "1 1", "output": "2"}).messages
     assert messages == [{"role": "user", "content": "Add.\n\n1 1"}, SAY]
+
+
+def test_a_history_is_what_was_said_before():
+    earlier = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    row = {"instruction": "1+1?", "output": "2", "history": [["Hi", "Hello"]]}
+    assert read_conversation(row).messages == [*earlier, ASK, SAY]
+    assert read_conversation(row | {"system": "Be brief."}).messages == [SYSTEM, *earlier, ASK, SAY]
+    row = {"prompt": [SYSTEM, ASK], "completion": "2", "history": [["Hi", "Hello"]]}
+    assert read_conversation(row).messages == [SYSTEM, *earlier, ASK, SAY]
 
 
 def test_tools_and_calls():
@@ -55,6 +65,10 @@ def test_tools_and_calls():
     bare = CALL["function"] | {"extra": None}
     for call in ({"tool_calls": [bare]}, {"tool_calls": [{"function": bare, "id": None}]}, {"function_call": bare}):
         assert read_messages([ASK, {"role": "assistant"} | call])[1] == answer
+        as_text = {name: json.dumps(value) for name, value in call.items()}
+        assert read_messages([ASK, {"role": "assistant"} | as_text])[1] == answer
+    for calls in (bare, [bare]):
+        assert read_messages([{"from": "function_call", "value": json.dumps(calls)}]) == [answer]
     assert [m["role"] for m in read_messages([ASK | {"role": r} for r in ("function", "ipython")])] == ["tool"] * 2
 
 
@@ -85,6 +99,12 @@ def test_reasoning_under_each_of_its_names(name):
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, "part of type 'image"),
         ({"messages": [SAY | {"tool_calls": [{"name": "f", "arguments": 7}]}]}, "message 0 has a tool call that is no"),
         ({"messages": [SAY | {"tool_calls": ["f"]}]}, "message 0 has a tool call that is no"),
+        ({"messages": [SAY | {"tool_calls": "[f"}]}, "what message 0 calls is a text that is no JSON"),
+        ({"messages": [{"from": "function_call", "value": "f()"}]}, "what message 0 calls is a text that is no JSON"),
+        ({"messages": [{"from": "function_call", "value": "7"}]}, "message 0 has a tool call that is no"),
+        ({"messages": [{"from": "function_call", "value": ""}]}, "message 0 has no content"),
+        ({"query": "x", "response": "y", "history": [["a"]]}, '"history" is no list of .question, answer.'),
+        ({"query": "x", "response": "y", "history": [["a", 7]]}, '"history" 0: what the assistant says has content of'),
         ({"messages": [SAY | {"reasoning": 7}]}, "reasoning of type int"),
         ({"messages": [ASK], "tools": 7}, '"tools" is of type int'),
         ({"messages": [ASK], "tools": "{"}, "tools. is a text that is no JSON .Expecting property"),

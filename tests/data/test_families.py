@@ -10,7 +10,8 @@ from small import tokenizer as demo_tokenizer
 from deepseek_jax.data.chat import encode_chat, encode_prompt
 from deepseek_jax.data.fim import FimTokens
 from deepseek_jax.data.template import ChatTemplate
-from deepseek_jax.data.tokenizer import BOS, DEEPSEEK_TEMPLATE, EOS, PAD, Tokenizer, train_tokenizer
+from deepseek_jax.data.tokenizer import BOS, DEEPSEEK_TEMPLATE, EOS, PAD, Tokenizer
+from deepseek_jax.data.tokenizer_training import train_tokenizer
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.workflows.pretrain import PretrainData, prepare_rows
@@ -57,6 +58,23 @@ def test_without_settings_only_tokens_that_are_there_are_named(tmp_path):
     assert Tokenizer.from_folder(tmp_path / "run").bos_ids == [1]
     (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": QWEN[0]}}))
     assert Tokenizer.from_folder(folder).eos_id == 0
+
+
+def test_each_token_is_named_by_the_first_file_that_says_anything_of_it(tmp_path):
+    folder = write_qwen(tmp_path / "q", config={"tokenizer_class": "PreTrainedTokenizerFast"})
+    (folder / "special_tokens_map.json").write_text(json.dumps({"bos_token": QWEN[0], "eos_token": QWEN[2]}))
+    (folder / "config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 1}))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2}))
+    both = Tokenizer.from_folder(folder)
+    assert (both.bos_id, both.eos_id, both.pad_id) == (0, 2, 1)
+    both.save(tmp_path / "run")  # without the model's config.json
+    again = Tokenizer.from_folder(tmp_path / "run")
+    assert (again.bos_id, again.eos_id, again.pad_id, again.stop_ids) == (0, 2, 1, (2,))
+    (folder / "special_tokens_map.json").unlink()
+    assert Tokenizer.from_folder(folder).bos_id == 1
+    write_qwen(folder, {"bos_token": None, "eos_token": QWEN[0], "pad_token": None})
+    null = Tokenizer.from_folder(folder)
+    assert (null.bos_ids, null.eos_id, null.pad_id) == ([], 0, 0)
 
 
 def test_bos_stands_in_front_where_the_settings_have_it_so(tmp_path):

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek_jax.data import tokenizer as module
-from deepseek_jax.data.tokenizer import BOS, EOS, EOT, PAD, SPECIAL_TOKENS, THINK, Tokenizer, train_tokenizer
+from deepseek_jax.data.tokenizer import BOS, EOS, EOT, PAD, SPECIAL_TOKENS, THINK, Tokenizer
+from deepseek_jax.data.tokenizer_training import train_tokenizer
 
 R1 = Path(__file__).parents[3] / "shared/data/deepseek_r1_tokenizer/tokenizer.json.gz"
 

@@ -165,3 +165,14 @@ def test_conversations_of_many_turns_are_what_transformers_writes(tmp_path, talk
     assert encode_chat(ours, talk, tools) == expected == encode_chat(ours, as_text, tools)
     for index in (i for i, m in enumerate(talk) if m["role"] == "assistant"):
         assert encode_prompt(ours, talk[:index], tools) == written(talk[:index], add_generation_prompt=True)
+
+
+def test_tokens_that_only_the_map_names(tmp_path):
+    """Where tokenizer_config.json names the same token otherwise or null, theirs is the map's and ours the config's."""
+    folder = write_qwen(tmp_path, config={"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": QWEN[1]})
+    (folder / "special_tokens_map.json").write_text(
+        json.dumps({"bos_token": QWEN[0], "pad_token": {"content": QWEN[2]}})
+    )
+    ours, theirs = Tokenizer.from_folder(folder), transformers.AutoTokenizer.from_pretrained(str(folder))
+    assert (ours.bos_id, ours.eos_id, ours.pad_id) == (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id)
+    assert (ours.bos_id, ours.eos_id, ours.pad_id) == (0, 1, 2)

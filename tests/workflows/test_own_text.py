@@ -13,7 +13,8 @@ from small import tokenizer
 
 from deepseek_jax.cli.main import main
 from deepseek_jax.data.rows import open_rows
-from deepseek_jax.data.tokenizer import Tokenizer, train_tokenizer
+from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.data.tokenizer_training import train_tokenizer
 from deepseek_jax.train.metrics import read_metrics
 from deepseek_jax.workflows.pretrain import PretrainData, prepare_rows
 

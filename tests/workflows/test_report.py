@@ -261,18 +261,36 @@ def test_the_folder_of_a_single_stage_has_a_report_of_its_own(tmp_path, stage, t
 def test_runs_side_by_side(tmp_path):
     paths = [own_run(tmp_path / "a" / "<run>", "pretrain", optimizer={"peak_lr": 0.01}, seed=1)]
     paths.append(own_run(tmp_path / "b" / "<run>", "pretrain", optimizer={"peak_lr": 0.02}, seed=1))
-    paths.append(own_run(tmp_path / "b" / "third", "pretrain", optimizer={"peak_lr": 0.01}, seed=1, model={"width": 8}))
+    paths.append(
+        own_run(
+            tmp_path / "b" / "third",
+            "pretrain",
+            optimizer={"peak_lr": 0.01},
+            seed=1,
+            model={"width": "[/INST] 8 :key:"},
+        )
+    )
     runs = read_runs(paths)
     assert [run.title for run in runs] == ["a/<run>", "b/<run>", "third"]
     assert different_settings(runs) == [
         ("optimizer.peak_lr", ["0.01", "0.02", "0.01"]),
-        ("model.width", ["\N{EN DASH}", "\N{EN DASH}", "8"]),
+        ("model.width", ["\N{EN DASH}", "\N{EN DASH}", "[/INST] 8 :key:"]),
     ]
     console = Console(file=io.StringIO(), width=120)
     print_comparison(runs, console)
     text = write_comparison(runs, tmp_path / "out.html").read_text(encoding="utf-8")
     printed = console.file.getvalue()  # type: ignore[attr-defined]
-    for part in ("optimizer.peak_lr", "0.02", "6,123", "2,312,448", "12.34 GB", "17.25", "6,400,000", "1m 02s"):
+    for part in (
+        "[/INST] 8 :key:",
+        "optimizer.peak_lr",
+        "0.02",
+        "6,123",
+        "2,312,448",
+        "12.34 GB",
+        "17.25",
+        "6,400,000",
+        "1m 02s",
+    ):
         assert part in printed and part in text, part
     titles = ["Loss of the next token over tokens", "Loss of the next token over time", "Held-out text over tokens"]
     for title in [*titles, "MaxVio over tokens", "Speed over tokens"]:

@@ -4,8 +4,6 @@ What a step computes is the caller's: the loop sees a pytree with a `.step` and 
 does not wait for the host: metrics stay on the device until the step after theirs has been dispatched.
 """
 
-import json
-import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -17,6 +15,7 @@ import jax
 
 from deepseek_jax.checkpoint import CheckpointStore
 from deepseek_jax.checkpoint.model import CHECKPOINTS
+from deepseek_jax.files import write_json
 from deepseek_jax.train.metrics import MetricsWriter, peak_memory, read_metrics
 from deepseek_jax.train.preemption import Preempted, stop_signals
 from deepseek_jax.train.progress import Progress
@@ -152,7 +151,7 @@ def run_loop(
         step = int(state.step)
         if jax.process_index() == 0:
             path = run_dir / "config.json"
-            _write_config(path, with_history(path, step, {"loop": asdict(config), **meta}))
+            write_json(path, with_history(path, step, {"loop": asdict(config), **meta}))
         writer = MetricsWriter(run_dir, after_step=step, tensorboard=config.tensorboard)
         stack.callback(writer.close)
         log = _Log(config, store, writer, saved, on_log, progress)
@@ -210,12 +209,6 @@ def _ended(run_dir: Path, step: int, config: LoopConfig, stop_when: Callable[[Ma
     """Whether the evaluation after the restored step says that the run was to end there."""
     last = read_metrics(run_dir)[-1:]
     return config.due(config.eval_every, step) and any(line["step"] == step and stop_when(line) for line in last)
-
-
-def _write_config(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 class _Log:

@@ -1,8 +1,6 @@
 """What every training stage does around its own step: devices, state, the loop, the result."""
 
 import dataclasses
-import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from deepseek_jax import files
 from deepseek_jax.checkpoint.model import Model
 from deepseek_jax.checkpoint.store import check_directory
 from deepseek_jax.compute import ComputeConfig
@@ -205,17 +204,13 @@ def _measured(step: Step, rate: Callable[[jax.Array], jax.typing.ArrayLike], upd
 
 def read_result(run_dir: str | Path) -> dict[str, Any] | None:
     """A finished stage's result, or None."""
-    path = Path(run_dir) / RESULT
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    return files.read_json_object(Path(run_dir) / RESULT) or None
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write and move: a killed process leaves the old file or the new one. Of several the first alone writes."""
-    if jax.process_index() > 0:
-        return
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    """``files.write_json``; of several processes the first alone writes."""
+    if jax.process_index() == 0:
+        files.write_json(path, content)
 
 
 class LoaderBatches:

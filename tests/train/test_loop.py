@@ -21,7 +21,8 @@ from train.toy import META, ToyBatches, toy_step, train
 
 from deepseek_jax.checkpoint import CheckpointStore
 from deepseek_jax.train import loop as loop_module
-from deepseek_jax.train.loop import CHECKPOINTS, LoopConfig, NonFiniteError
+from deepseek_jax.train.log import NonFiniteError
+from deepseek_jax.train.loop import CHECKPOINTS, LoopConfig
 from deepseek_jax.train.metrics import read_metrics
 from deepseek_jax.train.preemption import Preempted
 from deepseek_jax.train.progress import Progress

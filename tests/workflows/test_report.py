@@ -269,6 +269,12 @@ def test_runs_side_by_side(tmp_path):
         ("optimizer.peak_lr", ["0.01", "0.02", "0.01"]),
         ("model.width", ["\N{EN DASH}", "\N{EN DASH}", "8"]),
     ]
+    sft = own_run(tmp_path / "sft", "sft", optimizer={"peak_lr": 0.02}, batch_size=8, check={"count": 3})
+    assert different_settings(read_runs([paths[2], sft])) == [
+        ("stage", ["pretrain", "sft"]),
+        ("optimizer.peak_lr", ["0.01", "0.02"]),
+        ("settings that not all stages have", ["2", "2"]),  # seed, model.width; batch_size, check.count
+    ]
     console = Console(file=io.StringIO(), width=120)
     print_comparison(runs, console)
     text = write_comparison(runs, tmp_path / "out.html").read_text(encoding="utf-8")

@@ -73,6 +73,7 @@ class StepLog:
     def flush(self, *, check: bool = False) -> None:
         """Write the line that waits, if one does; `check` looks for bad steps in any case."""
         if self._line is None:
+            self._tell()
             if check:
                 self._count()
                 self._refuse_bad_steps()
@@ -92,6 +93,13 @@ class StepLog:
         self._refuse_bad_steps()
         if self._on_log is not None:
             self._on_log(step, line)
+
+    def _tell(self) -> None:
+        """Show metrics of the last step, though it has no line, where nothing has been shown for long."""
+        step, metrics = self._last
+        if self._progress is not None and self._progress.due():
+            known = {key: metrics[key] for key in self._progress.keys if key in metrics}
+            self._progress.update(step, jax.device_get(known))
 
     def totals(self) -> dict[str, Any]:
         """What has come together since the run began, other processes' parts included."""

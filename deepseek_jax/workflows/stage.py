@@ -224,7 +224,7 @@ def finish(config: StageConfig, facts: dict[str, Any], measure: Callable[[], dic
 
 
 def _has_changed(config: StageConfig) -> bool:
-    """Whether settings, other than where the run is and what it says, differ from when it was last begun or gone on with."""
+    """Whether settings differ from the last time, other than where the run is and what it says."""
     before = files.read_json_object(Path(config.run_dir) / "config.json").get("recipe", {})
     return bool(differences(before, dataclasses.asdict(config)).keys() - {"run_dir", "quiet", "log_to"})
 

@@ -26,9 +26,16 @@ def find_model(path: str | Path) -> Path:
     if is_released(folder):
         return folder
     for candidate in (folder, *(folder / stage for stage in STAGES)):
-        if (candidate / CHECKPOINTS).is_dir():
+        if checkpoint_steps(candidate / CHECKPOINTS):
             return candidate
     raise FileNotFoundError(f"{path} {_instead(folder)}")
+
+
+def checkpoint_steps(directory: Path) -> list[int]:
+    """The committed steps in a run's folder of checkpoints, oldest first; unfinished ones carry another name."""
+    if not directory.is_dir():
+        return []
+    return sorted(int(entry.name) for entry in directory.iterdir() if entry.name.isdecimal())
 
 
 def expanded(path: str | Path) -> Path:
@@ -69,9 +76,9 @@ def _instead(path: Path) -> str:
         )
     if ".gguf" in held:
         return "holds GGUF files, llama.cpp's own format: give the folder of safetensors that they were made from"
-    if "metrics.jsonl" in names or {*STAGES} & {*names}:
+    if {"metrics.jsonl", CHECKPOINTS, *STAGES} & {*names}:
         return "holds a run that has saved no checkpoint yet: go on with it, or give another"
-    if models := [name for name in names if is_released(path / name) or (path / name / CHECKPOINTS).is_dir()]:
+    if models := [name for name in names if is_released(path / name) or checkpoint_steps(path / name / CHECKPOINTS)]:
         return f"holds models in folders of their own: give one of them, {_list(models)}"
     if "config.json" in names:
         return "holds config.json and no safetensors: the weights are missing, as after a download that was cut off"

@@ -20,6 +20,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from deepseek_jax.checkpoint.faults import silence_repeats
+from deepseek_jax.checkpoint.finding import checkpoint_steps
 
 INVENTORY = "inventory.json"
 FORMAT_VERSION = 2
@@ -33,13 +34,6 @@ T = TypeVar("T")
 
 class DamagedCheckpointError(ValueError):
     """A checkpoint folder whose files are missing, cut short or corrupt."""
-
-
-def checkpoint_steps(directory: Path) -> list[int]:
-    """The committed steps in `directory`, oldest first; unfinished ones carry another name."""
-    if not directory.is_dir():
-        return []
-    return sorted(int(entry.name) for entry in directory.iterdir() if entry.name.isdecimal())
 
 
 def named_leaves(tree: Any) -> dict[LeafPath, Any]:

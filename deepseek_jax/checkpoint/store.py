@@ -16,6 +16,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from deepseek_jax.checkpoint import reading
 from deepseek_jax.checkpoint.faults import no_room, silence_repeats
+from deepseek_jax.checkpoint.finding import checkpoint_steps
 
 _DELETED = "deleted"
 
@@ -99,7 +100,7 @@ class CheckpointStore:
 
     def steps(self) -> list[int]:
         """The committed steps on disk, oldest first."""
-        return reading.checkpoint_steps(self.directory)
+        return checkpoint_steps(self.directory)
 
     def latest_step(self) -> int | None:
         """The newest committed step, or None."""

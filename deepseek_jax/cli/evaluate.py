@@ -7,12 +7,12 @@ from typing import Annotated
 
 import tyro
 
-from deepseek_jax.checkpoint.finding import find_model
-from deepseek_jax.checkpoint.model import Model, is_released, load
+from deepseek_jax.checkpoint import CheckpointStore
+from deepseek_jax.checkpoint.finding import CHECKPOINTS, find_model, is_released
+from deepseek_jax.checkpoint.model import Model, load
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.evals.text import HeldOut, Score
 from deepseek_jax.saying import doing, terminal
-from deepseek_jax.train.resume import saved_meta
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +68,8 @@ def _seq_len(path: Path, model: Model, wanted: int) -> int:
     longest = model.config.max_position_embeddings
     if wanted and not 2 <= wanted <= longest:
         raise ValueError(f"--seq-len {wanted}: must lie in 2…max_position_embeddings={longest}")
-    saved = None if wanted or is_released(path) else saved_meta(path)
-    own = {} if saved is None else saved["recipe"].get("data", {})
-    return wanted or own.get("seq_len") or min(1024, longest)
+    if wanted or is_released(path):
+        return wanted or min(1024, longest)
+    with CheckpointStore(path / CHECKPOINTS, keep=1) as store:
+        recipe = store.read_meta().get("recipe", {})
+    return recipe.get("data", {}).get("seq_len") or min(1024, longest)

@@ -2,12 +2,12 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from deepseek_jax.data.template import ChatTemplate
+from deepseek_jax.files import read_json_object, write_whole
 
 TOKENIZER = "tokenizer.json"
 TOKENS_MAP = "special_tokens_map.json"
@@ -68,26 +68,11 @@ class TextFiles:
         for name in sorted(files, key=TOKENIZER.__eq__):
             file = folder / name
             file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_name(file.name + ".partial")
-            partial.write_bytes(files[name])
-            os.replace(partial, file)
+            write_whole(file, files[name])
 
 
 def json_bytes(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(dict(content), indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def read_json_object(file: Path) -> dict[str, Any]:
-    """A file that may be missing ({} then). ValueError: not a JSON object."""
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: holds a {type(content).__name__}, not an object")
-    return content
 
 
 def token_text(config: Mapping[str, Any], name: str) -> str | None:

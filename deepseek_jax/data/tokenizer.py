@@ -17,12 +17,12 @@ from deepseek_jax.data.model_folder import (
     TOKENS_MAP,
     TextFiles,
     json_bytes,
-    read_json_object,
     read_stop_ids,
     read_template,
     token_text,
 )
 from deepseek_jax.data.template import ChatTemplate
+from deepseek_jax.files import read_json_object
 
 # The bar is U+FF5C and the underscore U+2581, as in DeepSeek's released tokenizers.
 BOS = "<｜begin▁of▁sentence｜>"

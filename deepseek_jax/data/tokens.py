@@ -24,6 +24,7 @@ from deepseek_jax.data.files import ROWS, TEXTS, PathLike, describe, find_files,
 from deepseek_jax.data.text import LONGEST_TEXT, read_documents
 from deepseek_jax.data.token_writers import TokenWriters
 from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.files import write_json
 from deepseek_jax.saying import say
 
 FORMAT = 1
@@ -118,7 +119,7 @@ def tokenize(
                         writers.write(group, path)
                     progress(sum(read.values()), total)
             meta = made_of | {"shards": shards, "dtype": dtype.str, "skipped": [skipped[str(file)] for file in files]}
-            _write_meta(folder, meta)
+            write_json(folder / _META, meta, indent=None)
     return Tokens(folder, files)
 
 
@@ -206,12 +207,3 @@ def _read_meta(folder: Path) -> dict[str, Any]:
         return json.loads((folder / _META).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder / _META}: is damaged ({error}); remove its folder, and it is made anew") from error
-
-
-def _write_meta(folder: Path, meta: dict[str, Any]) -> None:
-    temporary = folder / f"{_META}.tmp"
-    try:
-        temporary.write_text(json.dumps(meta) + "\n", encoding="utf-8")
-        os.replace(temporary, folder / _META)
-    except OSError as error:
-        raise OSError(error.errno, f"{error.strerror}: cannot be written", str(folder / _META)) from error

@@ -14,6 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from deepseek_jax.files import read_json_lines, write_whole
+
 FILE_NAME = "metrics.jsonl"
 
 
@@ -79,15 +81,10 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """
     path = Path(path)
     path = path / FILE_NAME if path.is_dir() else path
-    lines = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: not JSON ({error}); expected an object with a step") from error
-        if not isinstance(line, dict) or "step" not in line:
-            raise ValueError(f"{path}:{number}: expected a JSON object with a step, found {text[:80].strip()!r}")
-        lines.append(line)
+    lines = read_json_lines(path)
+    for number, line in enumerate(lines, start=1):
+        if "step" not in line:
+            raise ValueError(f"{path}:{number}: expected an object with a step, found {str(line)[:80]}")
     return lines
 
 
@@ -104,9 +101,7 @@ def peak_memory() -> dict[str, int]:
 
 def _cut(path: Path, after_step: int) -> None:
     kept = [json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= after_step]
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, "".join(kept))
 
 
 def _plain(value: Any) -> Any:
@@ -114,4 +109,6 @@ def _plain(value: Any) -> Any:
         value = np.asarray(value).tolist()
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    if isinstance(value, float):
+        return value + 0.0 if math.isfinite(value) else None  # and 0 for -0, a mean that nothing pulls
+    return value

@@ -31,7 +31,7 @@ class Progress:
         every_seconds: float = 10.0,
         console: Console | None = None,
     ) -> None:
-        self._stage, self._total, self._keys = stage, total, tuple(keys)
+        self._stage, self._total, self.keys = stage, total, tuple(keys)
         self._every_seconds = every_seconds
         self._console = console or terminal(stderr=True)
         self._text = ""
@@ -66,13 +66,19 @@ class Progress:
             self._began, self._printed = (step, now), now
             self._say(f"{self._stage}: first step after {now - self._started:.1f} s")
         if metrics is not None:
-            shown = [f"{key} {metrics[key]:.4g}" for key in self._keys if metrics.get(key) is not None]
+            shown = [f"{key} {metrics[key] + 0.0:.4g}" for key in self.keys if metrics.get(key) is not None]
             self._text = " · ".join(shown)
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=step, text=self._text)
-        elif now - self._printed >= self._every_seconds or (step == self._total and metrics is not None):
+            self._printed = now if metrics is not None else self._printed
+        elif self.due() or (step == self._total and metrics is not None):
             self._printed = now
-            self._say(f"{self._stage} {step}/{self._total} · {self._remaining(step, now)} left · {self._text}")
+            parts = [f"{self._stage} {step}/{self._total}", f"{self._remaining(step, now)} left", self._text]
+            self._say(" · ".join(part for part in parts if part))
+
+    def due(self) -> bool:
+        """Whether it is time for a line, or in a terminal for newer metrics."""
+        return self._began is not None and time.monotonic() - self._printed >= self._every_seconds
 
     def stop(self) -> None:
         """Leave the terminal as it was found."""

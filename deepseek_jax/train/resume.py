@@ -8,6 +8,7 @@ from typing import Any
 
 from deepseek_jax.checkpoint import CheckpointStore
 from deepseek_jax.checkpoint.model import CHECKPOINTS
+from deepseek_jax.files import read_json_object
 
 _OWN = (
     "format",
@@ -68,11 +69,9 @@ def with_history(path: Path, step: int, content: dict[str, Any]) -> dict[str, An
     if step == 0 or not path.exists():
         return content
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}: not JSON ({error}), so what was changed before is lost; delete it to go on"
-        ) from error
+        before = read_json_object(path)
+    except ValueError as error:
+        raise ValueError(f"{error}, so what was changed before is lost; delete it to go on") from error
     settings = "recipe" if "recipe" in content else "loop"
     changed = differences(before.get(settings, {}), content[settings])
     history = list(before.get("history", []))

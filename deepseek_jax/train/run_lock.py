@@ -47,6 +47,24 @@ def run_lock(run_dir: str | Path) -> Iterator[None]:
                 place.rmdir()
 
 
+def is_held(run_dir: str | Path) -> bool:
+    """Whether a process works in the folder now; where locks do not work, whether one has begun to."""
+    path = Path(run_dir).resolve() / LOCK
+    if path in _held:  # closing another descriptor of the file would free it
+        return True
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def _take(path: Path, folder: Path) -> int:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)

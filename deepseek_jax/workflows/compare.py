@@ -21,6 +21,7 @@ from deepseek_jax.workflows.report_training import HELD_OUT, section
 COLOURS = ("blue", "orange", "green", "purple", "gold", "slate")
 MOST = 2 * len(COLOURS)  # each of them solid and dashed
 _PLACES = ("run_dir", "log_to", "quiet")  # differ without a difference
+_OWN = "settings that not all stages have"
 
 
 def read_runs(paths: Sequence[str | os.PathLike[str]]) -> list[Stage]:
@@ -51,11 +52,17 @@ def read_runs(paths: Sequence[str | os.PathLike[str]]) -> list[Stage]:
 
 
 def different_settings(runs: Sequence[Stage]) -> list[tuple[str, list[str]]]:
-    """(setting, its value in each run) of those that are not the same in all; the recipe's, and the stage."""
+    """(setting, its value in each run) of those that are not the same in all; the recipe's, and the stage.
+
+    Of different stages, what one of them does not have is counted in a last row.
+    """
     trees = [{"stage": run.name} | dict(flat(run.config.get("recipe", {}))) for run in runs]
     names = dict.fromkeys(name for tree in trees for name in tree if name not in _PLACES)
-    rows = [(name, [str(tree.get(name, NOTHING)) for tree in trees]) for name in names]
-    return [(name, cells) for name, cells in rows if len(set(cells)) > 1]
+    several = len({run.name for run in runs}) > 1
+    own = [name for name in names if several and any(name not in tree for tree in trees)]
+    rows = [(name, [str(tree.get(name, NOTHING)) for tree in trees]) for name in names if name not in own]
+    counted = [(_OWN, [str(sum(name in tree for name in own)) for tree in trees])] if own else []
+    return [(name, cells) for name, cells in rows if len(set(cells)) > 1] + counted
 
 
 def print_comparison(runs: Sequence[Stage], console: Console) -> None:

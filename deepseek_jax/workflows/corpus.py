@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from deepseek_jax.data.tokenizer import whole_text
+from deepseek_jax.files import write_whole
 from deepseek_jax.rl import arithmetic as rl
 from deepseek_jax.typed import check_least, check_types
 
@@ -209,9 +210,7 @@ def _write_lines(path: Path, lines: Iterable[object]) -> dict[str, int | str]:
     """Writes JSON lines under a temporary name, then moves the file into place: its counts and SHA-256."""
     data = [json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in lines]
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(b"".join(data))
-    os.replace(temporary, path)
+    write_whole(path, b"".join(data))
     return {
         "lines": len(data),
         "bytes": sum(map(len, data)),

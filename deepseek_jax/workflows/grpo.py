@@ -16,13 +16,7 @@ from deepseek_jax.train.grpo import GRPOLoss
 from deepseek_jax.train.reference import Reference
 from deepseek_jax.train.scoring import Scorer
 from deepseek_jax.workflows.own_run import open_start, owns_run, with_turns
-from deepseek_jax.workflows.stage import (
-    RESULT,
-    StageConfig,
-    read_result,
-    train_stage,
-    write_json,
-)
+from deepseek_jax.workflows.stage import StageConfig, finish, train_stage
 from deepseek_jax.workflows.task_eval import Exam, TaskEval, open_exam
 
 
@@ -71,9 +65,7 @@ def grpo(config: GRPOConfig) -> dict[str, Any]:
         task.check(rows)
         grader.check(rows)
         turns = {count_turns(task.messages(row)) for row in rows}
-        found = _train(config, task, grader, exam, turns)
-    write_json(Path(config.run_dir) / RESULT, found)
-    return read_result(config.run_dir) or {}
+        return _train(config, task, grader, exam, turns)
 
 
 def _train(config: GRPOConfig, task: Task, grader: Grader, exam: Exam | None, turns: set[int]) -> dict[str, Any]:
@@ -106,4 +98,4 @@ def _train(config: GRPOConfig, task: Task, grader: Grader, exam: Exam | None, tu
         minibatches=config.minibatches,
         evaluate=exam.metrics if exam and config.loop.eval_every else None,
     )
-    return facts | (exam.result(trained, Path(config.run_dir), stage="grpo") if exam else {})
+    return finish(config, facts, lambda: exam.result(trained, Path(config.run_dir), stage="grpo") if exam else {})

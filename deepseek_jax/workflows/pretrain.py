@@ -16,21 +16,14 @@ from deepseek_jax.data.packing import pack_stream
 from deepseek_jax.data.rows import RowLoader, check_rows, sources_of, write_rows
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.data.tokens import Tokens, tokenize
-from deepseek_jax.evals.text import HeldOut
+from deepseek_jax.evals.text import HeldOut, Scores
 from deepseek_jax.parallel.hosts import first_host_first
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.saying import doing, say
 from deepseek_jax.train.losses import LanguageModelLoss
 from deepseek_jax.typed import check_least, check_types
 from deepseek_jax.workflows.own_run import owns_run
-from deepseek_jax.workflows.stage import (
-    RESULT,
-    LoaderBatches,
-    StageConfig,
-    read_result,
-    train_stage,
-    write_json,
-)
+from deepseek_jax.workflows.stage import LoaderBatches, StageConfig, finish, train_stage
 from deepseek_kernels.cache import cache_folder, user_folder
 
 
@@ -108,9 +101,18 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         process_count=jax.process_count(),
     )
 
+    latest: Scores | None = None  # where anything is trained and evaluated, of its last step
+
     def measure(model: Model) -> Mapping[str, float]:
+        nonlocal latest
         assert heldout is not None
-        return heldout.scores(model, seq_len=config.data.seq_len, batch_size=config.batch_size).metrics()
+        latest = heldout.scores(model, seq_len=config.data.seq_len, batch_size=config.batch_size)
+        return latest.metrics()
+
+    def measure_last() -> dict[str, Any]:
+        if heldout is not None and latest is None:
+            measure(trained)
+        return {} if latest is None else latest.result()
 
     mesh = make_mesh(config.mesh)
     start = Model(config.model, config.compute.on(mesh), None, None, tokenizer, mesh)
@@ -123,10 +125,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         batches=LoaderBatches(loader),
         evaluate=measure if config.loop.eval_every else None,
     )
-    if heldout is not None:
-        facts |= heldout.scores(trained, seq_len=config.data.seq_len, batch_size=config.batch_size).result()
-    write_json(run_dir / RESULT, facts)
-    return read_result(run_dir) or {}
+    return finish(config, facts, measure_last)
 
 
 def _with_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:

@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from deepseek_jax.files import read_json_object, write_whole
 from deepseek_jax.workflows.report_data import (
     Stage,
     accuracy_after,
     accuracy_before,
-    read_json,
     read_stages,
     show_accuracy,
     show_percent,
@@ -45,7 +45,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
     name = run_dir.resolve().name
     if len(stages) > 1:
         title, sections = f"{name}: DeepSeek in miniature", _demo_sections(stages)
-        configurations = {"Corpus": read_json(run_dir / "corpus" / "meta.json")}
+        configurations = {"Corpus": read_json_object(run_dir / "corpus" / "meta.json")}
     else:
         title, sections = f"{name}: {stages[0].title}", _own_sections(stages[0], name)
         configurations = {}
@@ -57,9 +57,7 @@ def write_page(path: Path, title: str, sections: Sequence[str]) -> Path:
     """One HTML file of these sections; a reader sees the old one or the new one."""
     template = Template((Path(__file__).parent / "report_template.html").read_text(encoding="utf-8"))
     page = template.substitute(title=html.escape(title), body="\n".join(sections))
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(page, encoding="utf-8", errors="replace")
-    partial.replace(path)
+    write_whole(path, page)
     return path
 
 

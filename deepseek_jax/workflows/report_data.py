@@ -1,6 +1,5 @@
 """What a run has written so far, and its summary: the report and the terminal show the same numbers."""
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,6 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from deepseek_jax.files import read_json_lines, read_json_object
+from deepseek_jax.train.metrics import FILE_NAME, read_metrics
+from deepseek_jax.train.run_lock import is_held
 
 TITLES = {"pretrain": "Pretraining", "sft": "SFT", "grpo": "GRPO"}
 DEMO_TITLES = TITLES | {"sft": "Cold-start SFT"}
@@ -53,12 +56,16 @@ class Stage:
     samples: list[dict[str, Any]]
     experts: dict[str, Any]
     config: dict[str, Any]
+    running: bool
+    """Whether a process holds its folder."""
 
     @property
     def status(self) -> str:
         if self.result:
             return "finished"
-        return f"running, step {self.last_step:,}" if self.metrics else "not started"
+        if self.running:
+            return f"running, step {self.last_step:,}" if self.metrics else "running, no step logged yet"
+        return f"stopped at step {self.last_step:,}" if self.metrics else "not started"
 
     @property
     def last_step(self) -> int:
@@ -110,7 +117,7 @@ def read_stages(run_dir: Path) -> list[Stage]:
     """
     if not run_dir.is_dir():
         raise FileNotFoundError(f"{run_dir} does not exist" if not run_dir.exists() else f"{run_dir} is no folder")
-    if name := str(read_json(run_dir / "config.json").get("stage", "")):
+    if name := str(read_json_object(run_dir / "config.json").get("stage", "")):
         return [_read_stage(run_dir, name, TITLES.get(name, name))]
     if not any((run_dir / name).is_dir() for name in DEMO_TITLES):
         raise ValueError(
@@ -124,11 +131,12 @@ def _read_stage(folder: Path, name: str, title: str) -> Stage:
     return Stage(
         name,
         title,
-        _read_lines(folder / "metrics.jsonl"),
-        read_json(folder / "result.json"),
-        _read_lines(folder / "samples.jsonl"),
-        read_json(folder / EXPERT_SHARES),
-        read_json(folder / "config.json"),
+        read_metrics(folder) if (folder / FILE_NAME).exists() else [],
+        read_json_object(folder / "result.json"),
+        _lines(folder / "samples.jsonl"),
+        read_json_object(folder / EXPERT_SHARES),
+        read_json_object(folder / "config.json"),
+        is_held(folder),
     )
 
 
@@ -183,24 +191,5 @@ def show_percent(value: float | None) -> str:
     return NOTHING if value is None else f"{100 * value:.1f}%"
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not JSON ({error.msg}); delete it and run its stage again") from error
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file, [] if there is none. A last line without line end is ignored."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: not a line of JSON ({error.msg})") from error
-    return rows
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return read_json_lines(path) if path.exists() else []

@@ -26,14 +26,7 @@ from deepseek_jax.saying import doing
 from deepseek_jax.train.losses import LanguageModelLoss
 from deepseek_jax.typed import check_least, check_types
 from deepseek_jax.workflows.own_run import open_start, owns_run, with_turns
-from deepseek_jax.workflows.stage import (
-    RESULT,
-    LoaderBatches,
-    StageConfig,
-    read_result,
-    train_stage,
-    write_json,
-)
+from deepseek_jax.workflows.stage import LoaderBatches, StageConfig, finish, train_stage
 from deepseek_jax.workflows.task_eval import Exam, TaskEval, open_exam
 
 
@@ -104,22 +97,26 @@ def sft(config: SFTConfig) -> dict[str, Any]:
         process_count=jax.process_count(),
     )
     start = with_turns(config, start, loader.meta.get("turns", ()))
+    latest: dict[str, float] = {}  # where anything is trained and evaluated, of its last step
     trained, facts = train_stage(
         config,
         stage="sft",
         start=start,
         loss=config.loss,
         batches=LoaderBatches(loader),
-        evaluate=_measure(config, heldout, check),
+        evaluate=_measure(config, heldout, check, latest),
         stop_when=lambda found: found.get("eval/accuracy_held_in", 0.0) >= config.enough_accuracy < 1,
     )
-    found = {"heldout_loss": _loss(trained, heldout, config)} if heldout else {}
-    found |= exam.result(trained, run_dir, stage="sft") if exam else {}
-    write_json(run_dir / RESULT, facts | found)
-    return read_result(run_dir) or {}
+
+    def measure_last() -> dict[str, Any]:
+        loss = latest["eval/loss"] if "eval/loss" in latest else _loss(trained, heldout, config) if heldout else None
+        found = {} if loss is None else {"heldout_loss": loss}
+        return found | (exam.result(trained, run_dir, stage="sft") if exam else {})
+
+    return finish(config, facts, measure_last)
 
 
-def _measure(config: SFTConfig, heldout: list[Row], check: Exam | None):
+def _measure(config: SFTConfig, heldout: list[Row], check: Exam | None, latest: dict[str, float]):
     if not config.loop.eval_every:
         return None
     if not heldout and check is None:
@@ -131,6 +128,7 @@ def _measure(config: SFTConfig, heldout: list[Row], check: Exam | None):
         found = {"eval/loss": _loss(model, heldout, config)} if heldout else {}
         if check is not None:
             found["eval/accuracy_held_in"], _ = accuracy(check.answers(Engine(model), "sampled"))
+        latest.update(found)
         return found
 
     return measure

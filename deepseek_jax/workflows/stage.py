@@ -1,8 +1,6 @@
 """What every training stage does around its own step: devices, state, the loop, the result."""
 
 import dataclasses
-import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from deepseek_jax import files
 from deepseek_jax.checkpoint.model import Model
 from deepseek_jax.checkpoint.store import check_directory
 from deepseek_jax.compute import ComputeConfig
@@ -23,7 +22,7 @@ from deepseek_jax.train.metrics import read_metrics
 from deepseek_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer, warmup_updates
 from deepseek_jax.train.progress import Progress
 from deepseek_jax.train.reference import Reference
-from deepseek_jax.train.resume import check_resume, saved_meta
+from deepseek_jax.train.resume import check_resume, differences, saved_meta
 from deepseek_jax.train.state import TrainState, abstract_state, create_state
 from deepseek_jax.train.step import Batch, Loss, Step, StepConfig, make_step
 from deepseek_jax.typed import check_least, check_types
@@ -97,6 +96,8 @@ def train_stage(
     if (saved := saved_meta(run_dir)) is not None:
         check_resume(run_dir, saved, settings, config.MAY_CHANGE)
         schedule_steps = saved["schedule_steps"]
+        if jax.process_index() == 0 and _has_changed(config):
+            (run_dir / RESULT).unlink(missing_ok=True)  # it may have been measured otherwise
     run_dir.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
         start.text.save(run_dir)
@@ -205,17 +206,33 @@ def _measured(step: Step, rate: Callable[[jax.Array], jax.typing.ArrayLike], upd
 
 def read_result(run_dir: str | Path) -> dict[str, Any] | None:
     """A finished stage's result, or None."""
-    path = Path(run_dir) / RESULT
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    return files.read_json_object(Path(run_dir) / RESULT) or None
+
+
+def finish(config: StageConfig, facts: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Write and return a stage's result: the ``facts`` of ``train_stage``, and what ``measure`` finds.
+
+    Where nothing was trained, the result that is there stands: ``train_stage`` leaves none of other settings.
+    """
+    path = Path(config.run_dir) / RESULT
+    there = None if facts["steps_here"] or jax.process_count() > 1 else read_result(config.run_dir)
+    if there is not None:
+        say(f"{path} stands; remove it to measure again")
+        return there | {"steps_here": 0}
+    write_json(path, facts | measure())
+    return read_result(config.run_dir) or {}
+
+
+def _has_changed(config: StageConfig) -> bool:
+    """Whether settings differ from the last time, other than where the run is and what it says."""
+    before = files.read_json_object(Path(config.run_dir) / "config.json").get("recipe", {})
+    return bool(differences(before, dataclasses.asdict(config)).keys() - {"run_dir", "quiet", "log_to"})
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write and move: a killed process leaves the old file or the new one. Of several the first alone writes."""
-    if jax.process_index() > 0:
-        return
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    """``files.write_json``; of several processes the first alone writes."""
+    if jax.process_index() == 0:
+        files.write_json(path, content)
 
 
 class LoaderBatches:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from deepseek_jax.checkpoint.model import Model
 from deepseek_jax.data.text import read_rows
 from deepseek_jax.evals.accuracy import Answered, accuracy, accuracy_by, answer
+from deepseek_jax.files import read_json_lines, write_whole
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.rl.tasks import TaskConfig, column, make_task, where
 from deepseek_jax.saying import doing
@@ -102,10 +102,6 @@ def write_samples(path: Path, samples: Iterable[dict[str, Any]]) -> None:
     """Append completions to ``samples.jsonl``, once: what an earlier try wrote of the same kind is replaced."""
     samples = list(samples)
     kinds = {(sample["when"], sample["mode"]) for sample in samples}
-    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
-    earlier = [json.loads(line) for line in lines if line]
+    earlier = read_json_lines(path) if path.exists() else []
     kept = [sample for sample in earlier if (sample["when"], sample["mode"]) not in kinds]
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in [*kept, *samples])
-    os.replace(temporary, path)
+    write_whole(path, "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in [*kept, *samples]))

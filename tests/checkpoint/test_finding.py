@@ -24,8 +24,10 @@ def test_a_model_is_found(tmp_path, monkeypatch):
     released = folder(tmp_path / "released", "config.json", "model.safetensors")
     assert is_released(released) and find_model(released) == released
     for stage in ("pretrain", "sft", "grpo"):
-        (tmp_path / "demo" / stage / "checkpoints").mkdir(parents=True)
+        (tmp_path / "demo" / stage / "checkpoints" / "20").mkdir(parents=True)
         assert find_model(tmp_path / "demo") == find_model(tmp_path / "demo" / stage) == tmp_path / "demo" / stage
+    (tmp_path / "demo" / "grpo" / "checkpoints" / "20").rename(tmp_path / "demo" / "grpo" / "checkpoints" / "20.tmp")
+    assert find_model(tmp_path / "demo") == tmp_path / "demo" / "sft"  # a first save that was killed is none
     monkeypatch.setenv("HOME", str(tmp_path))
     assert find_model("~/released") == released
     (released / "model.safetensors").unlink()
@@ -41,8 +43,9 @@ CASES = {  # files of the folder, and what is said of it
     "bare": (["model.safetensors"], "safetensors and no config.json"),
     "cut": (["config.json", "tokenizer.json"], "config.json and no safetensors"),
     "young": (["metrics.jsonl", "config.json"], "has saved no checkpoint yet"),
+    "killed": (["checkpoints/3.orbax-checkpoint-tmp/x", "config.json"], "has saved no checkpoint yet"),
     "demo": (["sft/rows/meta.json"], "has saved no checkpoint yet"),
-    "several": (["a/config.json", "a/m.safetensors", "b/checkpoints/x"], "give one of them, a, b"),
+    "several": (["a/config.json", "a/m.safetensors", "b/checkpoints/3/x", "c/checkpoints/x"], "give one of them, a, b"),
     "other": (["notes.txt"], "neither a run's checkpoints/ nor config.json beside safetensors, but notes.txt"),
 }
 

@@ -21,7 +21,8 @@ from train.toy import META, ToyBatches, toy_step, train
 
 from deepseek_jax.checkpoint import CheckpointStore
 from deepseek_jax.train import loop as loop_module
-from deepseek_jax.train.loop import CHECKPOINTS, LoopConfig, NonFiniteError
+from deepseek_jax.train.log import NonFiniteError
+from deepseek_jax.train.loop import CHECKPOINTS, LoopConfig
 from deepseek_jax.train.metrics import read_metrics
 from deepseek_jax.train.preemption import Preempted
 from deepseek_jax.train.progress import Progress
@@ -88,6 +89,10 @@ def test_progress_follows_the_run(tmp_path):
     shown = Progress("toy", 12, every_seconds=0.0, console=Console(file=out, width=200))
     train(tmp_path, callbacks={"progress": shown})
     assert re.search(r"toy 12/12 · 0:00:00 left · loss \S+ · tokens_per_second", out.getvalue())
+    out.truncate(0)
+    shown = Progress("toy", 12, every_seconds=0.0, console=Console(file=out, width=200))
+    train(tmp_path / "rare", log_every=100, callbacks={"progress": shown})  # fewer lines than are shown
+    assert re.search(r"toy 7/12 · \S+ left · loss \d", out.getvalue())
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -134,6 +139,7 @@ def test_a_signal_that_meets_the_compiler_is_answered_and_a_second_one_does_not_
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None and process.stdout.readline() == "compiling\n"
+        time.sleep(0.5)  # until it waits
         process.send_signal(signal.SIGINT)
         assert process.stderr is not None and process.stderr.readline() == "\n"
         assert process.stderr.readline() == "SIGINT: stopping as soon as the compiler returns; again to stop at once\n"

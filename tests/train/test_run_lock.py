@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from deepseek_jax.train import run_lock as module
-from deepseek_jax.train.run_lock import LOCK, run_lock
+from deepseek_jax.train.run_lock import LOCK, is_held, run_lock
 
 # Loaded by its path: a process that imports no jax starts at once. Its child must not keep the lock.
 HOLDER = """
@@ -48,10 +48,13 @@ def test_a_second_process_is_told_which_one_trains_there_until_that_is_killed(ho
     with pytest.raises(ValueError, match=says), run_lock(folder):
         pytest.fail("two processes in one folder")
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    assert is_held(folder)
     holder.kill()  # its child lives on
     holder.wait()
+    assert not is_held(folder)
     with run_lock(folder):
         assert json.loads((folder / LOCK).read_text())["pid"] == os.getpid()
+        assert is_held(folder)
     assert [path.name for path in folder.iterdir()] == ["metrics.jsonl"]
 
 

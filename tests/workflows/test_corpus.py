@@ -1,5 +1,6 @@
 import ast
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -259,7 +260,7 @@ def test_a_build_that_is_cut_off_does_not_look_whole(tmp_path, monkeypatch):
 
     def replace_twice(*paths) -> None:
         if len(moved) == 2:
-            raise OSError("disk full")
+            raise OSError(errno.ENOSPC, "disk full")
         moved.append(move(*paths))
 
     monkeypatch.setattr(os, "replace", replace_twice)

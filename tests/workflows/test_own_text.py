@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 from small import tokenizer
 
+from deepseek_jax.checkpoint import reading
 from deepseek_jax.cli.main import main
 from deepseek_jax.data.rows import open_rows
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.data.tokenizer_training import train_tokenizer
+from deepseek_jax.evals.text import HeldOut
 from deepseek_jax.train.metrics import read_metrics
 from deepseek_jax.workflows.pretrain import PretrainData, prepare_rows
 
@@ -87,6 +89,7 @@ def test_every_document_is_measured_by_file_and_by_kind(folder: Path, ran: dict[
 
 def test_eval_measures_the_same(folder: Path, ran: dict[str, Any], monkeypatch, capsys) -> None:
     monkeypatch.chdir(folder)
+    monkeypatch.setattr(reading, "FORMAT_VERSION", 3)  # of an older one, which `load` reads
     assert main(["eval", "run", "--data", "held/*", "text/a.md", "--batch-size", "8"]) == 0
     said = dict(re.findall(r"^(\S+|kind \S+) +(\d+\.\d+) bits per byte", capsys.readouterr().out, flags=re.MULTILINE))
     expected = {name: score["bits_per_byte"] for name, score in ran["heldout"]["files"].items()}
@@ -113,10 +116,15 @@ def test_what_eval_cannot_do(folder: Path, ran, monkeypatch, capsys, arguments, 
 
 def test_the_last_line_names_what_came_out(folder: Path, ran: dict[str, Any], monkeypatch, capsys) -> None:
     monkeypatch.chdir(folder)
+    scores, calls = HeldOut.scores, list[int]()
+    monkeypatch.setattr(HeldOut, "scores", lambda *args, **options: calls.append(1) or scores(*args, **options))
     assert main(["pretrain", *OPTIONS, *TEXT, *HELDOUT]) == 0  # finished, and again the same
+    assert not calls and json.loads(Path("run/result.json").read_text()) == ran
     last = capsys.readouterr().out.strip().split("\n")[-1]
     assert f"bits_per_byte {ran['bits_per_byte']:.4g}, perplexity {ran['perplexity']:.4g}" in last
     assert last.startswith("→ run: ")
+    assert main(["pretrain", *OPTIONS, *TEXT, *HELDOUT[:2], "--quiet"]) == 0  # measured on other text
+    assert len(calls) == 1 and json.loads(Path("run/result.json").read_text())["bits_per_byte"] != ran["bits_per_byte"]
 
 
 def test_the_vocabulary_is_the_tokenizers(folder: Path, ran, monkeypatch, capsys) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from deepseek_jax.train.run_lock import run_lock
 from deepseek_jax.workflows.compare import different_settings, print_comparison, read_runs, write_comparison
 from deepseek_jax.workflows.report import print_summary, write_report
 from deepseek_jax.workflows.report_figures import OVER, UNDER, Line, Panel, heat_map, line_chart
@@ -118,7 +119,7 @@ def summary(run: Path) -> str:
 
 def test_report_is_one_file_that_needs_nothing_else(full_run: Path) -> None:
     path = write_report(full_run)
-    assert path == full_run / "report.html" and not (full_run / "report.html.partial").exists()
+    assert path == full_run / "report.html" and not (full_run / "report.html.tmp").exists()
     text = path.read_text(encoding="utf-8")
     page = Page(text)
     assert not page.names() & {"script", "link", "iframe", "object", "embed", "base", "img", "image"}
@@ -276,6 +277,12 @@ def test_runs_side_by_side(tmp_path):
         ("optimizer.peak_lr", ["0.01", "0.02", "0.01"]),
         ("model.width", ["\N{EN DASH}", "\N{EN DASH}", "[/INST] 8 :key:"]),
     ]
+    sft = own_run(tmp_path / "sft", "sft", optimizer={"peak_lr": 0.02}, batch_size=8, check={"count": 3})
+    assert different_settings(read_runs([paths[2], sft])) == [
+        ("stage", ["pretrain", "sft"]),
+        ("optimizer.peak_lr", ["0.01", "0.02"]),
+        ("settings that not all stages have", ["2", "2"]),  # seed, model.width; batch_size, check.count
+    ]
     console = Console(file=io.StringIO(), width=120)
     print_comparison(runs, console)
     text = write_comparison(runs, tmp_path / "out.html").read_text(encoding="utf-8")
@@ -335,7 +342,9 @@ def test_run_that_is_still_going(tmp_path: Path) -> None:
     (tmp_path / "sft" / "experts.json").unlink()
     with (tmp_path / "sft" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 110, "ce": 2.')  # the line that is being written just now
-    text = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "Cold-start SFT is stopped at step 100; GRPO" in write_report(tmp_path).read_text(encoding="utf-8")
+    with run_lock(tmp_path / "sft"):
+        text = write_report(tmp_path).read_text(encoding="utf-8")
     assert "Cold-start SFT is running, step 100; GRPO is not started" in text
     assert "Reinforcement learning has no accuracy to show yet" in text
     assert "take after Pretraining" in text and "Not measured yet." in text
@@ -346,7 +355,10 @@ def test_run_that_is_still_going(tmp_path: Path) -> None:
 def test_broken_line_is_named(full_run: Path) -> None:
     path = full_run / "sft" / "samples.jsonl"
     path.write_text("{}\nbroken\n")
-    with pytest.raises(ValueError, match=r"samples\.jsonl:2: not a line of JSON"):
+    with pytest.raises(ValueError, match=r"samples\.jsonl:2: not JSON"):
+        write_report(full_run)
+    (full_run / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"config\.json: holds a list, not an object"):
         write_report(full_run)
 
 

@@ -138,7 +138,8 @@ class Tokenizer:
             if name != "pad" and token is not None and backend.token_to_id(token) is None:
                 raise ValueError(f"{folder}: {name}_token={token!r} is not in tokenizer.json")
         stop_ids, template = read_stop_ids(folder), read_template(folder, config)
-        adds = config.get("add_bos_token") is not False
+        # An id in config.json alone names a BOS that generation may begin with, not one in front of every text.
+        adds = config.get("add_bos_token") is not False and ("bos_token" in said or not said)
         return cls(backend, **names, add_bos=adds, stop_ids=stop_ids, template=template, files=files)
 
     @staticmethod

@@ -61,7 +61,7 @@ deepseek-jax inspect demo/pretrain
 # A tiny corpus and pretraining: two steps, and what a run leaves behind.
 deepseek-jax corpus demo/corpus --folder runs/corpus --corpus.max-code-bytes 100000 --corpus.train-per-kind 64
 deepseek-jax pretrain demo/pretrain --run-dir runs/tiny --loop.steps 2 --loop.eval-every 0 --batch-size 4 \
-  --data.path runs/corpus/documents/train.jsonl --data.heldout "" --data.tokenizer runs/corpus/tokenizer.json
+  --data.path runs/corpus/documents/train.jsonl --data.heldout --data.tokenizer runs/corpus/tokenizer.json
 deepseek-jax generate runs/tiny --prompt "import " --max-tokens 4
 for file in config.json metrics.jsonl checkpoints; do
   [ -e "runs/tiny/$file" ] || {

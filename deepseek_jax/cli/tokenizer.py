@@ -76,7 +76,8 @@ def _train(options: _Train) -> None:
         skip_broken=options.skip_broken,
     )
     seconds = time.monotonic() - began
-    console.print(f"{tokenizer.vocab_size:,} ids in {seconds:.1f} s → {options.out}", soft_wrap=True)
+    fewer = "" if tokenizer.vocab_size >= options.vocab_size else f", all that the text gives of {options.vocab_size:,}"
+    console.print(f"{tokenizer.vocab_size:,} ids{fewer} in {seconds:.1f} s → {options.out}", soft_wrap=True)
     console.print(f"--data.tokenizer {options.out} pretrains with it", soft_wrap=True)
 
 

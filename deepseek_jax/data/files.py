@@ -35,6 +35,8 @@ def find_files(paths: PathLike | Iterable[PathLike], kinds: tuple[str, ...] = RO
     found: list[Path] = []
     for given in [paths] if isinstance(paths, str | os.PathLike) else paths:
         name = os.path.expanduser(given)
+        if not name:
+            raise ValueError("an empty path: give none for no files, or . for this folder")
         path = Path(name)
         if hub.is_hub(name) or path.is_file():
             found.append(path)

@@ -89,7 +89,13 @@ class ChatTemplate:
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
-        return "".join(_pieces(self._templates[tools is not None], given))
+        try:
+            return "".join(_pieces(self._templates[tools is not None], given))
+        except ValueError as error:
+            silent = [index for index, message in enumerate(given["messages"]) if message.get("content") is None]
+            if not silent or "content" not in str(error):
+                raise
+            raise ValueError(f"{error}; message {silent[0]} has none, and this template has no place for it") from error
 
 
 def opens_thinking(prompt: str) -> bool:

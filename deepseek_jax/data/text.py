@@ -55,8 +55,11 @@ def read_texts(
     """`read_documents` as rows, which hold the column `also` beside the text, where they have it."""
 
     def document(value: Any) -> dict[str, Any]:
-        if not isinstance(value, dict) or text_field not in value:
-            raise ValueError(f'no field "{text_field}"; each line must be {{"{text_field}": "..."}}')
+        if not isinstance(value, dict):
+            raise ValueError(f"a {type(value).__name__}; each line must be an object")
+        if text_field not in value:
+            has = ", ".join(map(str, value)) or "none"
+            raise ValueError(f'no field "{text_field}" but {has}: --data.text-field (or --text-field) names the text')
         check_text(value[text_field], text_field)
         return {name: value[name] for name in (text_field, also) if name is not None and name in value}
 
@@ -187,7 +190,7 @@ def _parse_json(line: bytes) -> Any:
     try:
         return json.loads(line.decode("utf-8").rstrip())
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg} at column {error.colno}); one JSON object a line") from error
+        raise ValueError(f"not JSON (column {error.colno}: {error.msg}); one JSON object a line") from error
     except RecursionError as error:
         raise ValueError("JSON that is nested too deeply to be read") from error
 

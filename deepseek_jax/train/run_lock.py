@@ -32,6 +32,8 @@ def run_lock(run_dir: str | Path) -> Iterator[None]:
     if path in _held:
         raise ValueError(f"{folder}: this process trains there already")
     made = [place for place in (folder, *folder.parents) if not place.exists()]
+    if (taken := next((place for place in (folder, *folder.parents) if place.is_file()), None)) is not None:
+        raise ValueError(f"run_dir={str(run_dir)!r}: {taken} is a file; a run takes a folder")
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = _take(path, folder)
     _held.add(path)

@@ -53,7 +53,7 @@ def score_batch(model: Transformer, batch: Batch, *, chunk: int, microbatches: i
     batch = {name: batch[name] for name in read if name in batch}
     if microbatches == 1:
         return score(batch)
-    parts = jax.lax.map(score, split_rows(batch, microbatches, model.compute.rules, "microbatches"))
+    parts = jax.lax.map(score, split_rows(batch, microbatches, model.compute.rules, "step.microbatches"))
     return jnp.swapaxes(parts, 0, 1).reshape(batch["tokens"].shape)
 
 

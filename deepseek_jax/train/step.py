@@ -128,7 +128,7 @@ def _accumulate(build, loss, state, batch, microbatches, rules):
     if microbatches == 1:
         (value, parts), gradients = gradient(state.params, batch)
         return gradients, value, parts
-    stacked = split_rows(batch, microbatches, rules, "microbatches")
+    stacked = split_rows(batch, microbatches, rules, "step.microbatches")
 
     def add(total, rows):
         (value, parts), gradients = gradient(state.params, rows)

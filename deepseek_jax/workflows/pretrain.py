@@ -89,6 +89,11 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     tokenizer = Tokenizer.from_folder(config.data.tokenizer)
     config = dataclasses.replace(config, model=_with_vocabulary(config.model, tokenizer))
     tokenizer = tokenizer.over(config.model.vocab_size)
+    if config.data.seq_len > config.model.max_position_embeddings:
+        raise ValueError(
+            f"data.seq_len={config.data.seq_len} is more than "
+            f"model.max_position_embeddings={config.model.max_position_embeddings}"
+        )
     heldout = _heldout(config.data)
     if config.loop.eval_every and heldout is None:
         raise ValueError(f"loop.eval_every={config.loop.eval_every}: nothing to evaluate without data.heldout")

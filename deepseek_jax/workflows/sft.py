@@ -175,7 +175,8 @@ def prepare_chats(data: SFTData, tokenizer: Tokenizer, folder: Path) -> Path:
     with doing("packing chats"):
         rows = _packed(data, data.path, tokenizer, skipped, turns)
     if not rows:
-        raise ValueError(f"data.path={list(data.path)}: there is no chat in it, or none is left ({dict(skipped)})")
+        left_out = f", or none is left ({dict(skipped)})" if skipped else ""
+        raise ValueError(f"data.path={list(data.path)}: there is no chat in it{left_out}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     write_rows(folder, rows, meta=made_of | {"skipped": dict(skipped), "turns": sorted(turns)})
     return folder

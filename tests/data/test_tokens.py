@@ -229,6 +229,8 @@ def test_folders_globs_and_what_is_not_there(tmp_path: Path) -> None:
     def found(*paths: str, kinds: tuple[str, ...] = (*files.TEXTS, *files.ROWS)) -> list[str]:
         return [str(path.relative_to(tmp_path)) for path in find_files([tmp_path / path for path in paths], kinds)]
 
+    with pytest.raises(ValueError, match="an empty path"):
+        find_files([""])
     assert found(".") == ["a.md", "b.txt", "d.parquet", "deep/er/c.jsonl", "g[1].txt", "h.jsonl.zst"]
     assert found(".", kinds=files.ROWS) == ["d.parquet", "deep/er/c.jsonl", "h.jsonl.zst"]
     assert found("*.txt", "a.md", "a.md") == ["b.txt", "g[1].txt", "a.md", "a.md"]

@@ -110,7 +110,7 @@ def test_both_stages_learn(folder: Path, ran: subprocess.CompletedProcess[str]):
 
 
 def test_it_answers_by_its_own_template_and_needs_no_demo(ran: subprocess.CompletedProcess[str]):
-    assert "grpo · an empty line ends the talk" in ran.stdout
+    assert "grpo · each question is asked by itself" in ran.stdout  # its rows have one question each
     assert ran.stdout.strip().endswith("[]")
 
 

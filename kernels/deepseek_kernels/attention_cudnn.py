@@ -60,13 +60,14 @@ def causal(
     return _bind_forward(q_BSHK, k_BSGK, v_BSGV, scale, training=False)[0]
 
 
-def _settings(scale):
+def settings(scale, mask_type=fused.MaskType.CAUSAL):
+    """What cuDNN's two calls are told beside their operands."""
     return {
         "scale": scale,
         "seed": 0,
         "dropout_rate": 0.0,
         "variadic_args": (False, False),
-        "mask_type": fused.MaskType.CAUSAL,
+        "mask_type": mask_type,
         "layout": fused.AttentionLayout.BTNH.value,
         "sliding_window_length": None,
     }
@@ -79,7 +80,7 @@ def _unused(q_BSHK):
 
 def _bind_forward(q, k, v, scale, *, training):
     forward = fused._dot_product_attention_fwd_p_wrapper
-    return forward.bind(q, k, v, *_unused(q), is_training=training, **_settings(scale))
+    return forward.bind(q, k, v, *_unused(q), is_training=training, **settings(scale))
 
 
 def _forward(q, k, v, scale):
@@ -90,7 +91,7 @@ def _forward(q, k, v, scale):
 def _backward(scale, residuals, dout):
     q, k, v, log_sum, out = residuals
     backward = fused._dot_product_attention_bwd_p_wrapper
-    return tuple(backward.bind(q, k, v, *_unused(q), log_sum, out, dout.astype(out.dtype), **_settings(scale)))
+    return tuple(backward.bind(q, k, v, *_unused(q), log_sum, out, dout.astype(out.dtype), **settings(scale)))
 
 
 causal.defvjp(_forward, _backward)

@@ -15,6 +15,7 @@ from jax._src.cudnn import fused_attention_stablehlo as fused
 from jaxtyping import Array, Float, Int
 
 from deepseek_kernels import attention_blockwise
+from deepseek_kernels.attention_cudnn import settings
 from deepseek_kernels.kept import kept
 from deepseek_kernels.visible import Visible
 
@@ -42,7 +43,7 @@ def _forward(q, k, v, visible, scale):
     def by_cudnn(M):
         lists = _lists(q, starts_BS, sizes_BS, M)
         out, log_sum = fused._dot_product_attention_fwd_p_wrapper.bind(
-            q, k, _wide(v, k), *lists, is_training=True, **_settings(scale)
+            q, k, _wide(v, k), *lists, is_training=True, **settings(scale, fused.MaskType.PADDING_CAUSAL)
         )
         return out[..., : v.shape[3]], room.at[: B * M].set(log_sum)
 
@@ -67,7 +68,7 @@ def _backward(scale, residuals, dout):
             log_sum[: len(q) * M],
             _wide(out, k),
             _wide(dout.astype(out.dtype), k),
-            **_settings(scale),
+            **settings(scale, fused.MaskType.PADDING_CAUSAL),
         )
         return dq, dk, dv[..., : v.shape[3]]
 
@@ -111,15 +112,3 @@ def _lists(q, starts_BS, sizes_BS, most):
 
 def _wide(v, k):
     return jnp.pad(v, [(0, 0)] * 3 + [(0, k.shape[3] - v.shape[3])])
-
-
-def _settings(scale):
-    return {
-        "scale": scale,
-        "seed": 0,
-        "dropout_rate": 0.0,
-        "variadic_args": (False, False),
-        "mask_type": fused.MaskType.PADDING_CAUSAL,
-        "layout": fused.AttentionLayout.BTNH.value,
-        "sliding_window_length": None,
-    }

@@ -37,7 +37,7 @@ from deepseek_jax.workflows.recipe import load_recipe
 
 @dataclasses.dataclass(frozen=True)
 class BenchConfig:
-    """Speed of a recipe's model in training, with MTP, and in greedy decoding."""
+    """Speed of a recipe's model in training, without MTP as the peer and with, and in greedy decoding."""
 
     recipe: str = "demo/pretrain"
     """Of the model: of pretraining."""
@@ -81,23 +81,30 @@ def run_bench(arguments: Sequence[str]) -> None:
         if not peers:
             table.add_row(work, f"{statistics.median(mine):,.0f}", "–", "–")
             continue
-        theirs = [found[work] for found in peers]
+        theirs = [found[work if work in found else _train_work(options)] for found in peers]
         ratio = statistics.median(a / b for a, b in zip(mine, theirs, strict=True))
         table.add_row(work, f"{statistics.median(mine):,.0f}", f"{statistics.median(theirs):,.0f}", f"{ratio:.2f}×")
     console = terminal()
     console.print(table)
     console.print(
-        f"train: {options.rows} rows of {options.seq}, ours with MTP; decode: prompt {options.prompt}, "
-        f"{options.new_tokens} new tokens, greedy; {compute.dtype}; load average {os.getloadavg()[0]:.1f}"
+        f"decode: prompt {options.prompt}, {options.new_tokens} new tokens, greedy; {compute.dtype}; "
+        f"load average {os.getloadavg()[0]:.1f}"
     )
 
 
 def measure(model: ModelConfig, compute: ComputeConfig, options: BenchConfig) -> dict[str, float]:
-    """Our tokens per second by kind of work."""
-    found = {f"train {options.rows}×{options.seq}": _train_speed(model, compute, options)}
+    """Our tokens per second by kind of work: of the network that the peer trains, and of it with its MTP modules."""
+    alone = dataclasses.replace(model, num_nextn_predict_layers=0)
+    found = {_train_work(options): _train_speed(alone, compute, options)}
+    if model.num_nextn_predict_layers:
+        found[f"{_train_work(options)}, ours with MTP"] = _train_speed(model, compute, options)
     for batch in options.decode_batches:
         found[f"decode, batch {batch}"] = _decode_speed(model, compute, options, batch)
     return found
+
+
+def _train_work(options: BenchConfig) -> str:
+    return f"train {options.rows}×{options.seq}"
 
 
 def _median_seconds(call: Callable[[], Any], repeats: int) -> float:
@@ -172,7 +179,7 @@ def measure_peer(model: ModelConfig, options: BenchConfig) -> dict[str, float]:
     if done.returncode:
         raise RuntimeError(f"the peer failed: {done.stderr.strip().splitlines()[-1:]}")
     found = json.loads(done.stdout.strip().split("\n")[-1])
-    result = {f"train {options.rows}×{options.seq}": found["train"]["tokens_per_second"]}
+    result = {_train_work(options): found["train"]["tokens_per_second"]}
     for batch in options.decode_batches:
         result[f"decode, batch {batch}"] = found["decode"][str(batch)]["tokens_per_second"]
     return result

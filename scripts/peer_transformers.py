@@ -1,4 +1,4 @@
-"""The peer's side of the speed benchmark: transformers' DeepseekV3ForCausalLM on torch, on the CPU.
+"""The peer's side of the speed benchmark: transformers' DeepseekV3ForCausalLM on torch, on a CPU or an NVIDIA GPU.
 
     .venv-peer/bin/python scripts/peer_transformers.py < request.json
 
@@ -7,13 +7,15 @@ It runs in a venv of its own (`make peer`), started by `deepseek-jax bench`. It 
     {"config": {"hidden_size": 128, ...},          a config.json of the model type deepseek_v3
      "rows": 8, "seq": 128, "steps": 10,           the training batch, and how many steps are timed
      "decode_batches": [64, 1], "prompt": 32, "new_tokens": 96, "repeats": 3,
-     "threads": [2, 1], "seed": 0}
+     "threads": [2, 1], "seed": 0,
+     "device": "cpu", "dtype": "float32",          or "cuda" and "bfloat16": parameters and optimizer's state in it
+     "checkpointed": false}                        activations of a layer computed again in the backward pass
 
 (only "config" must be there; the rest has the values shown) and prints one JSON line with tokens a second:
 medians over steps or repeats, after a warm-up, each with the number of threads that did best (torch's threads
 wait for each other spinning, so on a machine that is busy otherwise two are many times slower than one: the
-load average stands in the result). Training is forward, backward and a fused AdamW step in
-float32, without MTP, which the peer does not train. Decoding is greedy `generate` with its cache: the new
+load average stands in the result). Training is forward, backward and a fused AdamW step, all
+in the one dtype, without MTP, which the peer does not train. Decoding is greedy `generate` with its cache: the new
 tokens over the whole call, prefill included, and no token ends an answer early.
 """
 # pyright: reportMissingImports=false, reportArgumentType=false
@@ -48,6 +50,9 @@ class Request:
     repeats: int = 3
     threads: tuple[int, ...] = (2, 1)
     seed: int = 0
+    device: str = "cpu"
+    dtype: str = "float32"
+    checkpointed: bool = False
 
 
 def read_request(text: str) -> Request:
@@ -62,12 +67,15 @@ def read_request(text: str) -> Request:
 
 
 def build_model(request: Request) -> torch.nn.Module:
-    """The model in float32 with random weights, experts by grouped_mm, attention by SDPA."""
+    """The model with random weights, experts by grouped_mm, attention by SDPA."""
     torch.manual_seed(request.seed)
     config = transformers.DeepseekV3Config(**request.config)
     config._experts_implementation = "grouped_mm"
     config._attn_implementation = "sdpa"
-    model = transformers.DeepseekV3ForCausalLM(config).to(torch.float32)
+    with torch.device(request.device):
+        model = transformers.DeepseekV3ForCausalLM(config).to(getattr(torch, request.dtype))
+    if request.checkpointed:
+        model.gradient_checkpointing_enable()
     assert model.config._experts_implementation == "grouped_mm"
     # Every answer has the full length: nothing is an end of text.
     model.generation_config.eos_token_id = None
@@ -81,6 +89,8 @@ def median_seconds(call: Callable[[], object], *, warm_up: int, repeats: int) ->
     for _ in range(warm_up + repeats):
         start = time.perf_counter()
         call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[warm_up:])
 
@@ -88,7 +98,7 @@ def median_seconds(call: Callable[[], object], *, warm_up: int, repeats: int) ->
 def train_speed(model: torch.nn.Module, request: Request) -> float:
     """Tokens a second of forward, backward and AdamW step."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    tokens = torch.randint(0, request.config["vocab_size"], (request.rows, request.seq))
+    tokens = torch.randint(0, request.config["vocab_size"], (request.rows, request.seq), device=request.device)
 
     def step() -> None:
         model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
@@ -101,7 +111,7 @@ def train_speed(model: torch.nn.Module, request: Request) -> float:
 
 def decode_speed(model: Any, batch: int, request: Request) -> float:
     """New tokens a second of greedy generation, prefill included."""
-    prompt = torch.randint(0, request.config["vocab_size"], (batch, request.prompt))
+    prompt = torch.randint(0, request.config["vocab_size"], (batch, request.prompt), device=request.device)
     mask = torch.ones_like(prompt)
 
     def generate() -> None:
@@ -132,7 +142,7 @@ def main() -> None:
     load_before = os.getloadavg()[0]
     model = build_model(request)
     result = {
-        "peer": f"transformers {transformers.__version__}, torch {torch.__version__}, grouped_mm, float32",
+        "peer": f"transformers {transformers.__version__}, torch {torch.__version__}, grouped_mm, {request.dtype}",
         "load_average_before": round(load_before, 2),
         "parameters": sum(p.numel() for p in model.parameters()),
         "train_batch": [request.rows, request.seq],

@@ -1,6 +1,7 @@
 """V3's train step and decode step, lowered on a CPU host for the machines that they are meant for."""
 
 import dataclasses
+import math
 import re
 
 import jax
@@ -8,6 +9,7 @@ import jax.extend.core
 import jax.numpy as jnp
 import pytest
 
+from deepseek_jax.cli.bench_model import ModelBench, training_flops
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.inference.generate import generate
@@ -19,6 +21,7 @@ from deepseek_jax.train.losses import LanguageModelLoss
 from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer
 from deepseek_jax.train.state import TrainState
 from deepseek_jax.train.step import StepConfig, make_step
+from deepseek_jax.workflows.pretrain import PretrainConfig
 from deepseek_jax.workflows.recipe import load_recipe
 
 TARGETS = [("cuda:9.0:132", "cuda"), ("tpu:TPU v5p", "tpu")]
@@ -63,14 +66,51 @@ def test_what_is_kept_is_not_computed_again(remat, products, attention, choices)
 
 @pytest.mark.parametrize(("target", "platform"), TARGETS)
 def test_the_train_step(target, platform):
-    config, compute = v3(), ComputeConfig(dtype="bfloat16", target=target, remat="full")
+    compute = ComputeConfig(dtype="bfloat16", target=target, remat="full")
+    check(traced_step(v3(), compute, LanguageModelLoss(), rows=2), platform)
+
+
+def traced_step(config: ModelConfig, compute: ComputeConfig, loss: LanguageModelLoss, *, rows: int):
+    """The train step of rows of 4096 tokens, of shapes alone."""
     optimizer = make_optimizer(OptimizerConfig(), config, 10)
     create = lambda params, bias: TrainState(jnp.int32(0), params, optimizer.init(params), bias)  # noqa: E731
     state = jax.eval_shape(create, *transformer.abstract_arrays(config))
-    batch = {name: jax.ShapeDtypeStruct((2, 4096), jnp.int32) for name in ("tokens", "segment_ids", "positions")}
-    batch["loss_mask"] = jax.ShapeDtypeStruct((2, 4096), jnp.float32)
-    step = make_step(config, LanguageModelLoss(), optimizer, StepConfig(), compute=compute)
-    check(jax.jit(step).trace(state, batch), platform)
+    batch = {name: jax.ShapeDtypeStruct((rows, 4096), jnp.int32) for name in ("tokens", "segment_ids", "positions")}
+    batch["loss_mask"] = jax.ShapeDtypeStruct((rows, 4096), jnp.float32)
+    step = make_step(config, loss, optimizer, StepConfig(), compute=compute)
+    return jax.jit(step).trace(state, batch)
+
+
+def test_with_everything_kept_a_step_computes_what_the_model_needs():
+    """V2-Lite's benchmark on Hopper: the step's products and kernels beside three times the forward pass."""
+    recipe = load_recipe("bench/v2_lite_8_layers", PretrainConfig)
+    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, num_hidden_layers=3))
+    compute = dataclasses.replace(recipe.compute, target="cuda:9.0:132")
+    traced = traced_step(recipe.model, compute, recipe.loss, rows=4)
+    done, needed = count_flops(traced.jaxpr.jaxpr), training_flops(ModelBench(recipe)) * 4 * 4096
+    assert needed <= done <= 1.15 * needed, done / needed
+
+
+def count_flops(jaxpr) -> int:
+    """Of matrix products, of the Hopper kernels (by their operands) and of cuDNN's causal attention (half a square;
+    scores, their gradient, dq and dk are as wide as keys, the result, dp and dv as values)."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        name, shapes = eqn.primitive.name, [getattr(operand.aval, "shape", ()) for operand in eqn.invars]
+        if name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shapes[0][axis] for axis in contracted)
+        elif name.startswith("dot_product_attention"):
+            (B, S, H, K), V = shapes[0], shapes[2][-1]
+            total += B * S * S * H * (K + V if "fwd" in name else 3 * K + 2 * V)
+        elif name == "mpmd_map":  # of Mosaic GPU: groups' numbers or sizes, then rows with matrices or with rows
+            matrices = [shape for shape in (*shapes, eqn.outvars[0].aval.shape) if len(shape) == 3]
+            assert len(matrices) <= 1, shapes
+            total += sum(2 * shapes[1][0] * D * F for _, D, F in matrices)  # none: the gate's gradient
+        else:
+            times = eqn.params["length"] if name == "scan" else 1
+            total += times * sum(count_flops(inner) for inner in jax.extend.core.jaxprs_in_params(eqn.params))
+    return total
 
 
 @pytest.mark.parametrize(("target", "platform"), TARGETS)

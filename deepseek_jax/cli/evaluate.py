@@ -1,6 +1,7 @@
-"""``eval``: how well a model predicts text of any kind."""
+"""``eval``: how well a model predicts text of any kind, and how many questions it answers right."""
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -12,15 +13,26 @@ from deepseek_jax.checkpoint.finding import CHECKPOINTS, find_model, is_released
 from deepseek_jax.checkpoint.model import Model, load
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.evals.text import HeldOut, Score
+from deepseek_jax.rl.tasks import TaskConfig
 from deepseek_jax.saying import doing, terminal
+from deepseek_jax.workflows.questions import Asking, ask_questions, identity
 
 
 @dataclasses.dataclass(frozen=True)
 class _Eval:
-    """Bits per byte and perplexity of a model on documents, by file, and by kind where rows have one."""
+    """Accuracy of a model on the questions of tasks, and its bits per byte and perplexity on documents, by file, and by
+    kind where rows have one."""
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
     """A folder that a stage or the demo wrote, or a released model's, with its tokenizer.json."""
+    tasks: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="TASK=FILES")] = ()
+    """Questions, gsm8k=test.jsonl for instance: TASK as --task.name has it, FILES as --data."""
+    ask: Annotated[Asking, tyro.conf.arg(name="")] = Asking()
+    task: TaskConfig = TaskConfig()
+    """Columns and wording, of all tasks."""
+    out: str = ""
+    """The folder for answers, a JSON line each, and result.json; by default one in runs/eval. The same command goes on
+    where it was cut off."""
     data: tuple[str, ...] = ()
     """Files, folders and quoted globs of .txt, .md, .jsonl(.gz|.zst), .parquet; or hf:NAME[:CONFIG]:SPLIT."""
     text_field: str = "text"
@@ -29,7 +41,7 @@ class _Eval:
     """Tokens of a row, into which documents are packed; 0 for those of the run's own rows, else 1024 or the most that
     the model takes."""
     batch_size: int = 8
-    """Rows at a time."""
+    """Rows or answers at a time."""
     step: int = 0
     """Of a run, a checkpoint other than the newest (0)."""
     ema: bool = False
@@ -41,13 +53,31 @@ class _Eval:
 
 def run_eval(arguments: Sequence[str]) -> None:
     options = tyro.cli(_Eval, args=list(arguments), prog="deepseek-jax eval")
-    if not options.data:
-        raise ValueError("give --data FILES to measure")
-    heldout = HeldOut(options.data, text_field=options.text_field)  # what is wrong with it is known before the model
+    if not options.data and not options.tasks:
+        raise ValueError("give TASK=FILES to ask, --data FILES to measure, or both")
+    # What is wrong with them is known before the model.
+    heldout = HeldOut(options.data, text_field=options.text_field) if options.data else None
+    tasks = [_task(options.task, text) for text in options.tasks]
     path = find_model(options.run)
     with doing(f"reading {path}"):
         reading = {"compute": options.compute, "step": options.step or None, "ema": options.ema}
         model = load(path, **reading, ignore_config=options.ignore_config)
+    if heldout is not None:
+        _predict(options, path, model, heldout)
+    if tasks:
+        _ask(options, path, model, tasks)
+
+
+def _task(config: TaskConfig, text: str) -> TaskConfig:
+    name, found, files = text.partition("=")
+    if not found or not name or not files:
+        raise ValueError(f"{text!r}: expected TASK=FILES, such as gsm8k=test.jsonl")
+    if config.name != TaskConfig.name or config.path:
+        raise ValueError("--task.name, --task.path: a task is given as TASK=FILES here")
+    return dataclasses.replace(config, name=name, path=(files,))
+
+
+def _predict(options: _Eval, path: Path, model: Model, heldout: HeldOut) -> None:
     seq_len = _seq_len(path, model, options.seq_len)
     with doing("measuring"):
         scores = heldout.scores(model, seq_len=seq_len, batch_size=options.batch_size)
@@ -55,6 +85,23 @@ def run_eval(arguments: Sequence[str]) -> None:
     width = max(map(len, [*lines, "all"]))
     for name, score in [*lines.items(), ("all", scores.total)]:
         terminal().print(f"{name:{width}}  {_told(score)}", soft_wrap=True)
+
+
+def _ask(options: _Eval, path: Path, model: Model, tasks: list[TaskConfig]) -> None:
+    digest = hashlib.sha256(repr((identity(model), options.compute.dtype, options.ask)).encode()).hexdigest()[:8]
+    folder = Path(options.out or f"runs/eval/{path.resolve().name}-{digest}")
+    found = ask_questions(model, tasks, options.ask, folder, batch_size=options.batch_size)
+    for name, figures in found.items():
+        terminal().print(f"{name}  {_shares(figures)}", soft_wrap=True)
+    terminal().print(f"answers: {folder}", soft_wrap=True)
+
+
+def _shares(figures: dict[str, float]) -> str:
+    told = [f"{name} {100 * share:.1f} %" for name, share in figures.items() if "@" in name]
+    if figures["questions"] > 1:
+        told[0] += f" ± {100 * figures['stderr']:.1f}"
+    asked = f"{figures['questions']:,} questions × {figures['samples']}"
+    return f"{'   '.join(told)}   {asked}, {100 * figures['cut_off']:.0f} % cut off, {figures['tokens']:.0f} tokens"
 
 
 def _told(score: Score) -> str:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from deepseek_jax.data.text import read_rows
 from deepseek_jax.evals.accuracy import Answered, accuracy, accuracy_by, answer
 from deepseek_jax.files import read_json_lines, write_whole
 from deepseek_jax.inference.engine import Engine
-from deepseek_jax.rl.tasks import TaskConfig, column, make_task, where
+from deepseek_jax.rl.tasks import Row, Task, TaskConfig, column, make_task, where
 from deepseek_jax.saying import doing
 from deepseek_jax.typed import check_least, check_types
 
@@ -46,15 +46,10 @@ class Exam:
     def __init__(self, config: TaskEval, *, seed: int):
         self.config, self.seed, self.task = config, seed, make_task(config.task)
         self.rows = list(islice(read_rows(config.task.path), config.count or None))
-        if not self.rows:
-            raise ValueError(f"{', '.join(config.task.path)}: no rows to ask")
-        self.task.check(self.rows)
-        for row in self.rows:
+        check_answerable(self.task, self.rows, config.task.path)
+        for row in self.rows if config.by else ():
             try:
-                if config.by:
-                    column(row, config.by)
-                if self.task.accuracy("", row) is None:
-                    raise ValueError("it has no answer to compare with")
+                column(row, config.by)
             except ValueError as error:
                 raise ValueError(f"{where(row)}: {error}") from error
 
@@ -92,6 +87,19 @@ class Exam:
     def _sample(self, item: Answered) -> dict[str, Any]:
         right = self.task.right(item.question.row)
         return {"prompt": item.question.text, "completion": item.completion, "answer": right, "correct": item.correct}
+
+
+def check_answerable(task: Task, rows: Sequence[Row], path: Sequence[str]) -> None:
+    """ValueError for no rows, and for the first that cannot be asked or has no answer to compare with."""
+    if not rows:
+        raise ValueError(f"{', '.join(path)}: no rows to ask")
+    task.check(rows)
+    for row in rows:
+        try:
+            if task.accuracy("", row) is None:
+                raise ValueError("it has no answer to compare with")
+        except ValueError as error:
+            raise ValueError(f"{where(row)}: {error}") from error
 
 
 def open_exam(config: TaskEval, *, seed: int) -> Exam | None:

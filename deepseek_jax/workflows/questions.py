@@ -1,0 +1,171 @@
+"""Questions of tasks put to a model several times, each answer kept, and the figures that come of it."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from deepseek_jax.checkpoint.model import Model
+from deepseek_jax.data.text import read_rows
+from deepseek_jax.evals.samples import cons_at_k, pass_at_1, pass_at_k
+from deepseek_jax.files import read_json_lines, read_json_object, write_json, write_whole
+from deepseek_jax.inference.engine import Engine
+from deepseek_jax.inference.sampling import SamplingParams
+from deepseek_jax.rl.answers import final_answer, to_number
+from deepseek_jax.rl.asking import Question, ask, read_answers
+from deepseek_jax.rl.tasks import TaskConfig, make_task
+from deepseek_jax.saying import doing
+from deepseek_jax.train.reference import fingerprint
+from deepseek_jax.typed import check_least, check_types
+from deepseek_jax.workflows.task_eval import check_answerable
+
+
+@dataclasses.dataclass(frozen=True)
+class Asking:
+    """How questions are asked: by default as DeepSeek evaluates R1 (arXiv 2501.12948, section 3)."""
+
+    samples: int = 4
+    """Answers to each question; pass@1 is the mean of them."""
+    temperature: float = 0.6
+    """Of the answers; 0: greedy, with one sample."""
+    top_p: float = 0.95
+    """The most likely tokens that together have this probability."""
+    max_tokens: int = 32768
+    """Of an answer; less where the model's positions do not hold prompt and answer."""
+    count: int = 0
+    """The first so many questions of each task; 0: all."""
+    seed: int = 0
+    """Of the draws."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_least(self, 1, "samples", "max_tokens")
+        SamplingParams(temperature=self.temperature, top_p=self.top_p)
+        if self.samples > 1 and not self.temperature:
+            raise ValueError(f"samples={self.samples}, temperature=0: greedy answers are all the same, so ask once")
+
+
+class Answers:
+    """The answers of one task in ``FOLDER/NAME.jsonl``, a line each, as they come: a run that was cut off goes on.
+
+    An answer is a function of model, question, ``seed`` and its number alone, not of what is answered beside it.
+    """
+
+    def __init__(self, folder: Path, config: TaskConfig, asking: Asking):
+        self.name = f"{config.name}={','.join(config.path)}"
+        self.asking, self.task = asking, make_task(config)
+        self.rows = list(islice(read_rows(config.path), asking.count or None))
+        check_answerable(self.task, self.rows, config.path)
+        asked = json.dumps([dataclasses.asdict(config), *map(dict, self.rows)], default=str)
+        digest = hashlib.sha256(asked.encode()).hexdigest()[:8]
+        self.path = folder / f"{Path(config.name.partition(':')[0]).stem}-{digest}.jsonl"
+
+    def complete(self, engine: Engine, batch_size: int) -> list[dict[str, Any]]:
+        """Ask what has not been answered yet; all answers, ordered by question and sample."""
+        known = read_json_lines(self.path) if self.path.exists() else []
+        done = {(line["question"], line["sample"]): line for line in known}
+        wanted = [(row, sample) for row in range(len(self.rows)) for sample in range(self.asking.samples)]
+        missing = [key for key in wanted if key not in done]
+        write_whole(self.path, "".join(map(_line, known)))  # without the half line that a kill may have left
+        with doing(f"{self.name}: {len(missing):,} answers") as tell, self.path.open("a", encoding="utf-8") as file:
+            for start in range(0, len(missing), batch_size):
+                tell(f"{start:,} of {len(missing):,}")
+                part = missing[start : start + batch_size]
+                for key, line in zip(part, self._ask(engine, part, batch_size), strict=True):
+                    done[key] = line
+                    file.write(_line(line))
+                file.flush()
+        return [done[key] for key in wanted]
+
+    def _ask(self, engine: Engine, part: Sequence[tuple[int, int]], batch_size: int) -> Iterator[dict[str, Any]]:
+        questions = [ask(self.task, engine.tokenizer, self.rows[row]) for row, _ in part]
+        sampling = [self._sampling(engine, question, *key) for question, key in zip(questions, part, strict=True)]
+        filling = batch_size - len(part)  # so that the last batch compiles nothing
+        prompts = [question.prompt for question in questions] + [questions[0].prompt] * filling
+        sampling += [dataclasses.replace(sampling[0], max_tokens=1)] * filling
+        out = jax.device_get(engine.generate_ids(prompts, sampling))
+        said = read_answers(engine.tokenizer, questions, out)
+        for number, ((row, sample), question, answer) in enumerate(zip(part, questions, said, strict=True)):
+            yield {
+                "question": row,
+                "sample": sample,
+                "prompt": question.text,
+                "answer": self.task.right(question.row),
+                "completion": answer.text,
+                "tokens": int(out.lengths_B[number]),
+                "ended": answer.ended,
+                "correct": answer.ended and self.task.accuracy(answer.text, question.row) == 1.0,
+            }
+
+    def _sampling(self, engine: Engine, question: Question, row: int, sample: int) -> SamplingParams:
+        room = engine.config.max_position_embeddings - len(question.prompt)
+        if room < 1:
+            raise ValueError(
+                f"{self.name}, question {row + 1}: a prompt of {len(question.prompt)} tokens leaves no room for an "
+                f"answer in max_position_embeddings={engine.config.max_position_embeddings}"
+            )
+        seed = int(np.random.SeedSequence((self.asking.seed, row, sample)).generate_state(1)[0] >> 1)
+        return SamplingParams(
+            temperature=self.asking.temperature,
+            top_p=self.asking.top_p,
+            max_tokens=min(self.asking.max_tokens, room),
+            seed=seed,
+        )
+
+
+def ask_questions(
+    model: Model, tasks: Sequence[TaskConfig], asking: Asking, folder: Path, *, batch_size: int
+) -> dict[str, dict[str, float]]:
+    """The figures of each task, see ``figures``; answers and ``result.json`` lie in ``folder``.
+
+    Raises:
+      ValueError: rows that cannot be asked or have no answer, or a folder with answers of another model or asking.
+    """
+    every = [Answers(folder, task, asking) for task in tasks]
+    settings = {"model": identity(model), "dtype": model.compute.dtype, **dataclasses.asdict(asking)}
+    folder.mkdir(parents=True, exist_ok=True)
+    earlier = read_json_object(folder / "settings.json")
+    if differs := {name: earlier[name] for name in earlier if earlier[name] != settings.get(name)}:
+        raise ValueError(f"{folder} holds answers by other settings, {differs}: give another --out")
+    write_json(folder / "settings.json", settings)
+    engine, found = Engine(model), {}
+    for answers in every:
+        found[answers.name] = figures(answers.complete(engine, batch_size), asking.samples)
+        write_json(folder / "result.json", found)
+    return found
+
+
+def identity(model: Model) -> str:
+    """A name for the model's numbers and vocabulary, wherever they lie."""
+    return f"{fingerprint((model.params, model.router_bias))}-{model.text.fingerprint[:8]}"
+
+
+def figures(lines: Sequence[dict[str, Any]], samples: int) -> dict[str, float]:
+    """``pass@1`` with ``stderr``, ``pass@k`` and ``cons@k`` for k = 2, 4, … up to the samples, and these themselves;
+    the share that was cut off, and the mean length in tokens."""
+    groups = [lines[start : start + samples] for start in range(0, len(lines), samples)]
+    correct = [[line["correct"] for line in group] for group in groups]
+    votes = [[_vote(line) for line in group] for group in groups]
+    mean, stderr = pass_at_1(correct)
+    found = {"questions": len(groups), "samples": samples, "pass@1": mean, "stderr": stderr}
+    for k in sorted({samples, *(2**power for power in range(1, samples.bit_length()))} - {1}):
+        found |= {f"pass@{k}": pass_at_k(correct, k), f"cons@{k}": cons_at_k(votes, correct, k)}
+    cut = 1 - float(np.mean([line["ended"] for line in lines]))
+    return found | {"cut_off": cut, "tokens": float(np.mean([line["tokens"] for line in lines]))}
+
+
+def _vote(line: dict[str, Any]) -> str | None:
+    """What tells one wrong answer from another: its number, else its text; None without an answer."""
+    text = final_answer(line["completion"])[0] if line["ended"] else ""
+    number = to_number(text)
+    return (str(number.normalize()) if number is not None else text) or None
+
+
+def _line(content: dict[str, Any]) -> str:
+    return json.dumps(content, ensure_ascii=False) + "\n"

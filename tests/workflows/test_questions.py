@@ -1,0 +1,61 @@
+"""``eval`` with tasks: answers are kept, a run that was cut off goes on, and nothing of another model is taken."""
+
+import json
+
+import numpy as np
+import pytest
+from model.tiny import weights, whole
+from small import SPEAKER, tokenizer
+
+from deepseek_jax.evals.samples import pass_at_1
+from deepseek_jax.files import read_json_lines
+from deepseek_jax.rl import arithmetic
+from deepseek_jax.rl.tasks import TaskConfig
+from deepseek_jax.workflows.questions import Asking, ask_questions
+
+MODEL = whole(SPEAKER, *weights(SPEAKER), tokenizer())
+ASKING = Asking(samples=3, max_tokens=8, temperature=1.0, top_p=1.0)
+
+
+@pytest.fixture
+def task(tmp_path) -> TaskConfig:
+    problems = arithmetic.sample_problems(np.random.default_rng(0), 5, arithmetic.KINDS, held_out=False)
+    arithmetic.write_jsonl(tmp_path / "problems.jsonl", problems)
+    return TaskConfig(name="arithmetic", path=(str(tmp_path / "problems.jsonl"),))
+
+
+def lines(folder) -> list[dict]:
+    (path,) = folder.glob("arithmetic-*.jsonl")
+    return read_json_lines(path)
+
+
+def test_answers_are_kept_and_a_run_goes_on(task, tmp_path):
+    whole_run = ask_questions(MODEL, [task], ASKING, tmp_path / "whole", batch_size=4)
+    (found,) = whole_run.values()
+    kept = lines(tmp_path / "whole")
+    assert [(line["question"], line["sample"]) for line in kept] == [(q, s) for q in range(5) for s in range(3)]
+    assert len({line["completion"] for line in kept}) > 5  # samples differ
+    correct = np.reshape([line["correct"] for line in kept], (5, 3))
+    assert (found["pass@1"], found["stderr"]) == pass_at_1(correct.tolist())
+    assert found["questions"] == 5 and {"pass@2", "cons@2", "pass@3", "cons@3"} <= set(found)
+    assert json.loads((tmp_path / "whole" / "result.json").read_text()) == whole_run
+
+    # Cut off within a line; what is missing is asked beside other rows, and says the same.
+    (path,) = (tmp_path / "whole").glob("arithmetic-*.jsonl")
+    path.write_text("".join(json.dumps(line) + "\n" for line in kept[:5]) + '{"question": 1, "sam')
+    assert ask_questions(MODEL, [task], ASKING, tmp_path / "whole", batch_size=16) == whole_run
+    assert lines(tmp_path / "whole") == kept
+
+
+def test_what_does_not_fit_is_refused(task, tmp_path):
+    ask_questions(MODEL, [task], Asking(samples=1, count=1, max_tokens=4), tmp_path / "out", batch_size=1)
+    with pytest.raises(ValueError, match="answers by other settings, {'samples': 1.*give another --out"):
+        ask_questions(MODEL, [task], ASKING, tmp_path / "out", batch_size=1)
+    with pytest.raises(ValueError, match="ask once"):
+        Asking(temperature=0.0)
+    with pytest.raises(ValueError, match="top_p=2"):
+        Asking(top_p=2.0)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1+1="}\n')
+    rows = TaskConfig(path=(str(tmp_path / "rows.jsonl"),))
+    with pytest.raises(ValueError, match='rows.jsonl:1: no column "answer"'):
+        ask_questions(MODEL, [rows], ASKING, tmp_path / "new", batch_size=1)

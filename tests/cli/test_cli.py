@@ -85,6 +85,19 @@ def test_a_wrong_type_is_refused(option, value, right, capsys):
 
 
 @pytest.mark.parametrize(
+    "command, option, value, advice",
+    [
+        ("pretrain", "--model.attention", "mha", "mha is gqa with num_key_value_heads = num_attention_heads"),
+        ("sft", "--compute.dtype", "bf16", "bf16 is bfloat16"),
+        ("grpo", "--compute.param-dtype", "float16", "'float16' is none of float32, bfloat16, float8_e4m3"),
+    ],
+)
+def test_a_word_of_others_is_answered_with_what_it_is_here(command, option, value, advice, capsys):
+    message = parse_error(capsys, command, option, value)
+    assert option in message and advice in message
+
+
+@pytest.mark.parametrize(
     "options, names",
     [
         (["--model.n-group", "3"], ["n_group=3", "n_routed_experts=16"]),

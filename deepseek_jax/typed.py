@@ -21,7 +21,7 @@ OTHERWISE = {
 
 def written_here(word: Any, choices: Sequence[Any]) -> str:
     """How a word that is none of the choices is written by them, as "mha is gqa with ..."; "" where it is not."""
-    choice, more = OTHERWISE.get(word, ("", "")) if isinstance(word, str) else ("", "")
+    choice, more = OTHERWISE.get(word if isinstance(word, str) else "", (None, ""))
     return f"{word} is {choice} {more}".rstrip() if choice in choices else ""
 
 

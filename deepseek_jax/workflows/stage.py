@@ -79,7 +79,7 @@ class StageConfig:
         for name, parts in (("minibatches", minibatches), ("step.microbatches", self.step.microbatches)):
             if rows % parts:
                 raise ValueError(f"{name}={parts} does not divide the {rows} rows of {said}")
-            rows, said = rows // parts, f"{said}, {name}={parts}"
+            rows, said = rows // parts, said if parts == 1 else f"{said}, {name}={parts}"
 
 
 def train_stage(

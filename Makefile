@@ -1,12 +1,16 @@
 # Everything a person needs, from a fresh clone: `make demo`, `make test`.
 #   ACCELERATOR=cpu|cuda12|cuda13|tpu   the JAX build (default: the one that .venv holds, else cpu)
 #   PYTHON=python3.12                   the Python that makes .venv (3.11 or newer)
+#   PYTHON312=...                       the Python 3.12 of `make kernels` (default: the first that runs)
 #   ARGS="--seed 1"                     more arguments for demo, bench, test and notebook-server
 
 VENV := .venv
 PEER := .venv-peer
+NEXT := .venv-jax011
 PYTHON ?= python3
 ACCELERATOR ?= $(shell cat $(VENV)/accelerator 2>/dev/null || echo cpu)
+PYTHON312 ?= $(shell for found in python3.12 "$$HOME"/.pyenv/versions/3.12*/bin/python; do \
+  "$$found" -c '' 2>/dev/null && echo "$$found" && break; done)
 ARGS ?=
 # Large pages for large buffers: XLA on a CPU allocates its temporary ones anew in every step (docs/results/speed.md).
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
@@ -17,6 +21,7 @@ PIP_INSTALL := -m pip install -qq --disable-pip-version-check
 # One stamp for what runs the package, one for what tests it; an older pyproject.toml leaves both alone.
 INSTALLED := $(VENV)/installed-$(ACCELERATOR)
 TESTABLE := $(VENV)/testable-$(ACCELERATOR)
+KERNEL_TESTS := $(addprefix tests/kernels/test_,$(addsuffix .py,hopper decode_hopper look_up))
 PARITY := $(VENV)/parity-$(ACCELERATOR)
 NOTEBOOK := $(VENV)/notebook-$(ACCELERATOR)
 EXTRA_cpu :=
@@ -30,17 +35,18 @@ endif
 
 .DELETE_ON_ERROR:
 # setup: what runs the package. install: what the tests and checks need too.
-.PHONY: help demo setup install test parity lint format notebook notebook-server peer bench wheel clean
+.PHONY: help demo setup install test parity kernels lint format notebook notebook-server peer bench wheel clean
 
 help:
 	@echo "make demo      set up and train a small DeepSeek from raw text to answers (runs/demo/)"
 	@echo "make test      set up and run all tests"
 	@echo "make parity    released models beside transformers (installs torch and transformers, pinned)"
+	@echo "make kernels   the kernels' tests with jax 0.11, Mosaic GPU's interpreter included (Python 3.12, PYTHON312=...)"
 	@echo "make lint      ruff and pyright          make format    let ruff rewrite the files"
 	@echo "make notebook  execute the notebooks     make notebook-server   open them in JupyterLab (installs it)"
 	@echo "make wheel     build the wheel and try it in an empty venv"
 	@echo "make bench     speed, beside transformers (make peer: set it up in $(PEER))"
-	@echo "make clean     remove caches, builds and both venvs; runs/ stays"
+	@echo "make clean     remove caches, builds and venvs; runs/ stays"
 	@echo "ACCELERATOR=cpu|cuda12|cuda13|tpu picks the JAX build, PYTHON=... the Python"
 
 demo: $(INSTALLED)
@@ -55,6 +61,16 @@ test: $(TESTABLE)
 
 parity: $(PARITY)
 	@$(BIN)/python -m pytest tests/parity $(ARGS)
+
+# The interpreter that runs the Hopper kernels on a CPU needs jax 0.11, which needs Python 3.12. They import jax alone, so
+# the package is not installed.
+kernels:
+	@if [ -z "$(PYTHON312)" ]; then \
+	  echo "no Python 3.12 here, so the kernels' tests with jax 0.11 are left out (make kernels PYTHON312=...)"; \
+	else \
+	  $(MAKE) --no-print-directory $(NEXT)/installed && \
+	  PYTHONPATH=kernels $(NEXT)/bin/python -m pytest $(KERNEL_TESTS) $(ARGS); \
+	fi
 
 lint: $(TESTABLE)
 	@$(BIN)/ruff check
@@ -81,7 +97,7 @@ bench: $(INSTALLED) $(PEER)/installed
 	@$(BIN)/deepseek-jax bench --peer-python $(PEER)/bin/python $(ARGS)
 
 clean:
-	@rm -rf $(VENV) $(PEER) build dist .cache .pytest_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) $(PEER) $(NEXT) build dist .cache .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 # A venv holds one JAX build: asking for another accelerator makes it anew.
@@ -119,4 +135,10 @@ $(PEER)/installed: scripts/peer_requirements.txt
 	@echo "installing transformers and torch into $(PEER) ..."
 	@$(PYTHON) -m venv --clear $(PEER)
 	@$(PEER)/bin/python $(PIP_INSTALL) --requirement scripts/peer_requirements.txt
+	@touch $@
+
+$(NEXT)/installed: Makefile
+	@echo "making $(NEXT) ($$("$(PYTHON312)" -V)) with jax 0.11 ..."
+	@"$(PYTHON312)" -m venv --clear $(NEXT)
+	@$(NEXT)/bin/python $(PIP_INSTALL) 'jax>=0.11,<0.12' jaxtyping beartype hypothesis pytest pytest-timeout pytest-xdist
 	@touch $@

@@ -4,7 +4,7 @@
     deepseek-jax grpo arithmetic --init-from DIR --task.path runs/demo/corpus/problems_train.jsonl
 
 Others are asked at the end with --evaluation.task.path runs/demo/corpus/problems_heldout.jsonl. Not run to its end yet,
-so without a score.
+so without a score; a few steps: docs/results/tasks.md.
 """
 
 from deepseek_jax.rl.rollout import RolloutConfig

@@ -3,7 +3,8 @@
     deepseek-jax grpo countdown --init-from DIR --task.path train.jsonl
 
 Rows have nums, a list of integers, and target. Others are asked at the end with --evaluation.task.path test.jsonl;
---reward mine.py:score grades by a function of your own. Not run to its end yet, so without a score.
+--reward mine.py:score grades by a function of your own. Not run to its end yet, so without a score; a few steps:
+docs/results/tasks.md.
 """
 
 from deepseek_jax.rl.rollout import RolloutConfig

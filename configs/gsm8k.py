@@ -4,7 +4,8 @@
 
 Rows have a question, and an answer that ends in #### NUMBER. Others are asked at the end with --evaluation.task.path
 test.jsonl; --reward mine.py:score grades by a function of your own. Rate and KL weight are R1's. A model of a billion
-parameters wants --compute.dtype bfloat16 --compute.remat full on a GPU. Not run to its end yet, so without a score.
+parameters wants --compute.dtype bfloat16 --compute.remat full on a GPU. Not run to its end yet, so without a score; a
+few steps: docs/results/tasks.md.
 """
 
 from deepseek_jax.rl.rollout import RolloutConfig

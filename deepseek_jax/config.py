@@ -141,11 +141,6 @@ class ModelConfig:
     """Standard deviation of fresh parameters."""
 
     def __post_init__(self) -> None:
-        if str(self.attention) == "mha":
-            raise ValueError(
-                "attention='mha': expected 'mla' or 'gqa'; multi-head attention is attention='gqa' with "
-                f"num_key_value_heads=num_attention_heads={self.num_attention_heads}"
-            )
         check_types(self)
         positive = [
             "vocab_size",

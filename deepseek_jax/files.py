@@ -1,6 +1,7 @@
 """Small files of JSON and text: written whole or not at all, and read with errors that name them."""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,17 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def write_json(path: Path, content: Any, *, indent: int | None = 2) -> None:
-    """The same, as JSON."""
-    write_whole(path, json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
+    """The same, as JSON; a number that is not finite is null, since strict readers know no Infinity."""
+    write_whole(path, json.dumps(finite(content), indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def finite(tree: Any) -> Any:
+    """The same tree with None in the place of numbers that are not finite: JSON has no word for them."""
+    if isinstance(tree, dict):
+        return {name: finite(value) for name, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [finite(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

@@ -4,9 +4,25 @@ import dataclasses
 import inspect
 import sys
 import typing
+from collections.abc import Sequence
 from typing import Any
 
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
+
+# What others write where there is a choice: the word that is expected here, and what belongs to it.
+OTHERWISE = {
+    "mha": ("gqa", "with num_key_value_heads = num_attention_heads"),
+    "mqa": ("gqa", "with num_key_value_heads = 1"),
+    "bf16": ("bfloat16", ""),
+    "fp32": ("float32", ""),
+    "fp8": ("float8_e4m3", ""),
+}
+
+
+def written_here(word: Any, choices: Sequence[Any]) -> str:
+    """How a word that is none of the choices is written by them, as "mha is gqa with ..."; "" where it is not."""
+    choice, more = OTHERWISE.get(word if isinstance(word, str) else "", (None, ""))
+    return f"{word} is {choice} {more}".rstrip() if choice in choices else ""
 
 
 def from_dict(cls: type, values: dict[str, Any]) -> Any:
@@ -38,9 +54,10 @@ def check_types(config: Any) -> None:
         except TypeCheckError:
             fits = False
         if not fits:
+            advice = written_here(value, typing.get_args(hint))
             raise ValueError(
                 f"{type(config).__name__}.{name}={value!r}: expected {inspect.formatannotation(hint)}, "
-                f"got {type(value).__name__}"
+                f"got {type(value).__name__}{advice and '; ' + advice}"
             )
         for number in items:
             if isinstance(number, int | float) and (wrong := _wrong(number, hint)):

@@ -2,10 +2,10 @@
 
     python scripts/check_gguf.py WORK TOKENIZER [MODEL …]
 
-WORK: a folder for llama.cpp, from the source distribution of `llama-cpp-python` on PyPI (CMake, a C++ compiler, three
+WORK: a folder for llama.cpp, from the source distribution of `llama-cpp-python` on PyPI (CMake, a C++ compiler, five
 minutes of two cores), the models and their GGUF files; what is there is used again. TOKENIZER: a folder with R1's
 tokenizer.json, plain or gzipped, whose splitting llama.cpp's converter knows. Needs torch, transformers and gguf
-(`pip install -e '.[test]'`). MODEL: one of those below, by default each. docs/results/gguf.md holds a result.
+(`pip install -e '.[parity]'`). MODEL: one of those below, by default each. docs/results/gguf.md holds a result.
 """
 
 import gzip

@@ -51,7 +51,7 @@ REFUSED = [
     (dict(tie_word_embeddings=1), ["tie_word_embeddings=1", "bool", "int"]),
     (dict(norm_topk_prob=None), ["norm_topk_prob=None", "bool"]),
     (dict(rope_scaling=None), ["rope_scaling=None", "RopeScaling"]),
-    (dict(attention="mha"), ["attention='mha'", "'gqa'", "num_key_value_heads=num_attention_heads=4"]),
+    (dict(attention="mha"), ["attention='mha'", "mha is gqa with num_key_value_heads = num_attention_heads"]),
     (dict(scoring="tanh"), ["scoring='tanh'", "'softmax'", "'sigmoid'"]),
     (dict(topk_method="top2"), ["topk_method='top2'", "'greedy'", "'group_limited_greedy'", "'noaux_tc'"]),
 ]
@@ -73,6 +73,7 @@ def test_refused_by_field_value_and_what_is_allowed(changes, named):
     [
         (dict(scan_unroll=0), ["scan_unroll=0", "at least 1"]),
         (dict(dtype="float16"), ["dtype='float16'", "'float32'", "'bfloat16'"]),
+        (dict(dtype="bf16"), ["dtype='bf16'", "bf16 is bfloat16"]),
         (dict(remat="some"), ["remat='some'", "'none'", "'dots'", "'full'"]),
         (dict(target="gpu"), ["target='gpu'", "cpu, cuda, rocm, tpu", "auto"]),
         (dict(target="cuda:9.0:many"), ["target='cuda:9.0:many'"]),

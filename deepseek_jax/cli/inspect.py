@@ -1,11 +1,10 @@
 """``inspect``: what a model costs before it is built."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from rich.table import Table
@@ -14,6 +13,7 @@ from deepseek_jax.checkpoint import CheckpointStore
 from deepseek_jax.checkpoint.finding import CHECKPOINTS, expanded, find_model
 from deepseek_jax.checkpoint.hf_names import hf_tensors
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.files import read_json_object
 from deepseek_jax.model.costs import attention_flops, count_parameters, forward_flops
 from deepseek_jax.saying import terminal
 from deepseek_jax.workflows.pretrain import PretrainConfig
@@ -25,8 +25,8 @@ class _Inspect:
     """What a model costs: parameters, cache, arithmetic and memory, before it is built."""
 
     what: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH|RECIPE")] = "demo/pretrain"
-    """A released model's folder or config.json, a folder that a stage or the demo wrote, or a recipe of a model or of
-    pretraining (models/deepseek_v3, demo/pretrain)."""
+    """A folder that a stage or the demo wrote, a released model's, the config.json of either, or a recipe of a model or
+    of pretraining (models/deepseek_v3, demo/pretrain)."""
     context: int | None = None
     """Tokens in the cache, and in a row of training; by default 4096, or the most that the model takes."""
     ignore_config: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -35,8 +35,8 @@ class _Inspect:
 
 def run_inspect(arguments: Sequence[str]) -> None:
     options = tyro.cli(_Inspect, args=list(arguments), prog="deepseek-jax inspect")
-    config = _model_of(options.what, options.ignore_config)
-    table = Table(title=options.what, show_header=False)
+    config, title = _model_of(options.what, options.ignore_config)
+    table = Table(title=title, show_header=False)
     for name, value in describe(config, options.context).items():
         table.add_row(name, value)
     terminal().print(table)
@@ -100,15 +100,21 @@ def _gigabytes(size: int) -> str:
     return f"{size:,} bytes ({size / 1e9:,.1f} GB)"
 
 
-def _model_of(what: str, ignore_config: Sequence[str]) -> ModelConfig:
+def _model_of(what: str, ignore_config: Sequence[str]) -> tuple[ModelConfig, str]:
+    """The model, and what to call it."""
     path = expanded(what)
-    if path.suffix == ".json" or _names_an_architecture(path):
-        return ModelConfig.from_hf(path, ignore_config=ignore_config)
+    content = _content(path if path.suffix == ".json" else path / "config.json")
+    if content is None or not {"model_type", "architectures"}.isdisjoint(content):
+        return ModelConfig.from_hf(path, ignore_config=ignore_config), what
     if path.suffix != ".py" and path.exists():
+        if "stage" not in content and path.suffix != ".json":  # a demo's folder, a run of an older release, or neither
+            with CheckpointStore(find_model(path) / CHECKPOINTS, keep=1) as store:
+                content = store.read_meta()
+        if not isinstance(content.get("model"), dict):
+            return ModelConfig.from_hf(path, ignore_config=ignore_config), what  # which says what is missing
         if ignore_config:
             raise ValueError(f"--ignore-config is for a released model's config.json, and {what} is none")
-        with CheckpointStore(find_model(path) / CHECKPOINTS, keep=1) as store:
-            return ModelConfig.from_dict(store.read_meta()["model"])
+        return ModelConfig.from_dict(content["model"]), f"{what}, a run of {content.get('stage', 'a stage')}"
     try:
         find_recipe(what)
     except ValueError as error:
@@ -116,16 +122,12 @@ def _model_of(what: str, ignore_config: Sequence[str]) -> ModelConfig:
     config = load_recipe(what, object)
     if not isinstance(config, PretrainConfig | ModelConfig):
         raise ValueError(f"{what} gives a {type(config).__name__}; inspect takes a PretrainConfig or a ModelConfig")
-    return config if isinstance(config, ModelConfig) else config.model
+    return config if isinstance(config, ModelConfig) else config.model, what
 
 
-def _names_an_architecture(folder: Path) -> bool:
-    """Whether a folder holds a model's config.json; a run's own has no architectures in it."""
-    file = folder / "config.json"
-    if not file.is_file():
-        return False
+def _content(file: Path) -> dict[str, Any] | None:
+    """A config.json, of a released model or of a run; {} where there is none, None where it is no JSON object."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        return read_json_object(file)
     except ValueError:
-        return True  # from_hf says what is wrong with it
-    return isinstance(content, dict) and not {"model_type", "architectures"}.isdisjoint(content)
+        return None  # from_hf says what is wrong with it

@@ -86,12 +86,14 @@ def _run(arguments: list[str]) -> int:
         return 2
     try:
         module = importlib.import_module(f"deepseek_jax.cli.{COMMANDS[command]}")
+        from deepseek_jax.cli import choices
         from deepseek_jax.parallel.hosts import join_hosts
 
         program.interruptible()
         _keep_compiled_programs()
         join_hosts()
-        getattr(module, f"run_{command}")(rest)
+        with choices.registry:
+            getattr(module, f"run_{command}")(rest)
         sys.stdout.flush()  # an answer that cannot be written is an error
     except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
         if os.environ.get("DEEPSEEK_JAX_TRACEBACK") == "1":

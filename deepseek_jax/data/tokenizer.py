@@ -145,7 +145,11 @@ class Tokenizer:
     @staticmethod
     def _read(file: Path) -> tokenizers.Tokenizer:
         if not file.is_file():
-            raise ValueError(f"{file}: no such tokenizer file; a tokenizer.json or a folder holding one is needed")
+            beside = (file.with_name(f"{file.name}.gz"), file.parent)  # the latter where it was given itself
+            unpack = "".join(f"; gunzip -k {packed}" for packed in beside if packed.is_file())
+            raise ValueError(
+                f"{file}: no such tokenizer file; a tokenizer.json or a folder holding one is needed{unpack}"
+            )
         text = file.read_text(encoding="utf-8")
         try:
             content = json.loads(text)

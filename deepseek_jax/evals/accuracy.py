@@ -38,7 +38,8 @@ def answer(
     answered = []
     for start in range(0, len(rows), batch_size):
         part = questions[start : start + batch_size]
-        filled = [question.prompt for question in part] + [part[0].prompt] * (batch_size - len(part))
+        # The last part is filled up to the others' size, whose program it shares.
+        filled = [question.prompt for question in part] + [part[0].prompt] * (min(batch_size, len(rows)) - len(part))
         key = jax.random.fold_in(jax.random.key(seed), start)
         out = jax.device_get(engine.generate_ids(filled, sampling, key))
         for question, said in zip(part, read_answers(engine.tokenizer, part, out), strict=True):

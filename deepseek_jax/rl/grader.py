@@ -90,7 +90,7 @@ class Grader:
     processes, and a call that takes more than `time_limit` seconds, or ends its process, has no score: that is
     counted, and the process is replaced. So is a call that raises, and the first of each reward is logged with its
     row; when every call of a reward in a batch raises or ends its process, the reward is taken to be wrong and `grade`
-    raises ValueError.
+    raises ValueError. The first batch in which a reward has no score at all is logged too.
     """
 
     def __init__(
@@ -142,6 +142,7 @@ class Grader:
         failed_N = np.zeros(len(rows), bool)
         scores |= self._grade_there(completions, rows, failures, failed_N)
         rewards = {spec.name: np.array(scores[spec.name], np.float64) for spec in self._specs}  # None becomes NaN
+        self._report_none(rewards, failed_N)
         total_N = np.array([self._total(scores, index) for index in range(len(rows))])
         return Grades(total_N, failed_N, rewards, failures)
 
@@ -190,6 +191,14 @@ class Grader:
                 self._logged.add((name, outcome.failure))
                 what = (name, outcome.failure, where(row), outcome.text)
                 logger.warning("reward %s: %s for %s (%s); from now on only counted", *what)
+
+    def _report_none(self, rewards: Mapping[str, np.ndarray], failed_N: np.ndarray) -> None:
+        """Say once of a reward that it has no score for any of a batch: None alone, as from a forgotten return."""
+        for name, scores in rewards.items():
+            if np.isnan(scores).all() and not failed_N.any() and (name, "none") not in self._logged:
+                self._logged.add((name, "none"))
+                message = "reward %s: None for all %d completions of a batch, which it teaches nothing; said once"
+                logger.warning(message, name, len(scores))
 
 
 def _scored(outcome: Outcome) -> Outcome:

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import math
 import os
 import resource
 import sys
@@ -14,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from deepseek_jax.files import read_json_lines, write_whole
+from deepseek_jax.files import finite, read_json_lines, write_whole
 
 FILE_NAME = "metrics.jsonl"
 
@@ -109,6 +108,4 @@ def _plain(value: Any) -> Any:
         value = np.asarray(value).tolist()
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return value + 0.0 if math.isfinite(value) else None  # and 0 for -0, a mean that nothing pulls
-    return value
+    return finite(value + 0.0 if isinstance(value, float) else value)  # 0 for -0, a mean that nothing pulls

@@ -51,6 +51,10 @@ class GRPOConfig(StageConfig):
         if self.reference_every and not self.loss.kl_weight:
             raise ValueError(f"reference_every={self.reference_every}: without loss.kl_weight there is no reference")
 
+    def rows_of_step(self) -> tuple[int, str]:
+        prompts, group = self.rollout.prompts, self.rollout.group
+        return prompts * group, f"rollout.prompts={prompts}, rollout.group={group}"
+
 
 @owns_run("init_from", "task.path")
 def grpo(config: GRPOConfig) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Where a stage's metrics go beside its own files: Weights & Biases, or a function of the user's."""
 
 import importlib.util
+import logging
 import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,6 +13,8 @@ import jax
 
 from deepseek_jax.rl.tasks import split_function
 from deepseek_jax.rl.user_worker import describe, load_function
+
+logger = logging.getLogger(__name__)
 
 Log = Callable[[int, dict[str, Any]], None]
 
@@ -32,40 +35,37 @@ def check_logs(names: Sequence[str]) -> None:
 def opened_logs(names: Sequence[str], run_dir: Path, settings: Mapping[str, Any]) -> Iterator[Log | None]:
     """One function (step, line of metrics) that hands on to all of them; None where there are none.
 
-    Of several processes the first alone logs. What a function raises ends the run as a RuntimeError that names it.
+    Of several processes the first alone logs. A log that raises misses that line and the run goes on, as with a reward
+    that raises; the first error of each is said.
     """
     if not names or jax.process_index() > 0:
         yield None
         return
+    failed: set[str] = set()
     with ExitStack() as stack:
-        logs = [
-            stack.enter_context(_wandb_log(run_dir, settings)) if name == "wandb" else _user_log(name) for name in names
-        ]
+        logs = {
+            name: stack.enter_context(_wandb_log(run_dir, settings)) if name == "wandb" else _function(name)
+            for name in names
+        }
 
         def log(step: int, line: dict[str, Any]) -> None:
-            for each in logs:
-                each(step, line)
+            for name, each in logs.items():
+                try:
+                    each(step, dict(line))
+                except Exception as error:  # whatever it raises
+                    if name not in failed:
+                        failed.add(name)
+                        what = describe(error, name.rpartition(":")[0])
+                        logger.warning("log_to %s, step %d: %s; the run goes on, this is said once", name, step, what)
 
         yield log
 
 
-def _function(name: str) -> tuple[str, Log]:
+def _function(name: str) -> Log:
     found = split_function(name)
     if found is None:
         raise ValueError(f"log_to={name!r}: expected wandb, or file.py:function")
-    return found[0], load_function(*found, arguments=2)
-
-
-def _user_log(name: str) -> Log:
-    file, function = _function(name)
-
-    def log(step: int, line: dict[str, Any]) -> None:
-        try:
-            function(step, dict(line))
-        except Exception as error:  # whatever it raises is told with its line
-            raise RuntimeError(f"log_to {name}, step {step}: {describe(error, file)}") from error
-
-    return log
+    return load_function(*found, arguments=2)
 
 
 @contextmanager

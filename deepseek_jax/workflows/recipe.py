@@ -1,6 +1,7 @@
 """Recipes: Python files with a docstring and a function ``config()`` that returns a stage's configuration."""
 
 import dataclasses
+import difflib
 import importlib.util
 import sys
 import traceback
@@ -31,7 +32,8 @@ def find_recipe(name: str) -> Path:
             for file in folder.rglob("*.py")
         }
     )
-    raise ValueError(f"no recipe {name!r}: give a Python file, or one of {', '.join(known) or 'none'}")
+    likely = "".join(f"did you mean {near}? " for near in difflib.get_close_matches(name, known, n=1))
+    raise ValueError(f"no recipe {name!r}: {likely}give a Python file, or one of {', '.join(known) or 'none'}")
 
 
 def load_recipe(name: str, kind: type) -> Any:

@@ -1,6 +1,7 @@
 """What every training stage does around its own step: devices, state, the loop, the result."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from deepseek_jax.train.metrics import read_metrics
 from deepseek_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer, warmup_updates
 from deepseek_jax.train.progress import Progress
 from deepseek_jax.train.reference import Reference
-from deepseek_jax.train.resume import check_resume, differences, saved_meta
+from deepseek_jax.train.resume import check_resume, differences, flat, saved_meta
 from deepseek_jax.train.state import TrainState, abstract_state, create_state
 from deepseek_jax.train.step import Batch, Loss, Step, StepConfig, make_step
 from deepseek_jax.typed import check_least, check_types
@@ -45,7 +46,8 @@ class StageConfig:
     mesh: MeshConfig = MeshConfig()
     compute: ComputeConfig = ComputeConfig()
     log_to: tuple[str, ...] = ()
-    """Where metrics go beside metrics.jsonl: wandb, or file.py:function, called with the step and the line."""
+    """Where metrics go beside metrics.jsonl: wandb, or file.py:function, called with the step and the line; what it
+    raises is said once, and the run goes on."""
     quiet: bool = False
     """Say nothing before the result."""
 
@@ -55,6 +57,7 @@ class StageConfig:
     def __post_init__(self) -> None:
         check_types(self)
         check_least(self, 1, *(name for name in ("batch_size", "minibatches", "inner_epochs") if hasattr(self, name)))
+        self._check_parts()
         try:
             check_directory(self.run_dir)
         except ValueError as error:
@@ -64,6 +67,19 @@ class StageConfig:
                 f"compute.param_dtype={self.compute.param_dtype!r}: a stage trains float32 masters; another is for "
                 "inference alone"
             )
+
+    def rows_of_step(self) -> tuple[int, str]:
+        """How many rows a step has, and what says so."""
+        rows = getattr(self, "batch_size", 0)
+        return rows, f"batch_size={rows}"
+
+    def _check_parts(self) -> None:
+        rows, said = self.rows_of_step()
+        minibatches = getattr(self, "minibatches", 1)
+        for name, parts in (("minibatches", minibatches), ("step.microbatches", self.step.microbatches)):
+            if rows % parts:
+                raise ValueError(f"{name}={parts} does not divide the {rows} rows of {said}")
+            rows, said = rows // parts, said if parts == 1 else f"{said}, {name}={parts}"
 
 
 def train_stage(
@@ -89,19 +105,11 @@ def train_stage(
 
     Raises ValueError where ``run_dir`` holds a run with other settings (``check_resume``), and what ``run_loop`` does.
     """
-    run_dir = Path(config.run_dir)
+    run_dir, updates = Path(config.run_dir), epochs * minibatches
     model, compute, mesh = start.config, start.compute, start.mesh
     settings = _settings(config, stage, start, reference)
-    schedule_steps = config.loop.steps
-    if (saved := saved_meta(run_dir)) is not None:
-        check_resume(run_dir, saved, settings, config.MAY_CHANGE)
-        schedule_steps = saved["schedule_steps"]
-        if jax.process_index() == 0 and _has_changed(config):
-            (run_dir / RESULT).unlink(missing_ok=True)  # it may have been measured otherwise
-    run_dir.mkdir(parents=True, exist_ok=True)
-    if jax.process_index() == 0:
-        start.text.save(run_dir)
-    updates = epochs * minibatches
+    saved = _open_run(config, settings, start)
+    schedule_steps = config.loop.steps if saved is None else saved["schedule_steps"]
     _tell_warmup(config.optimizer, schedule_steps * updates)
     optimizer = make_optimizer(config.optimizer, model, schedule_steps * updates)
     keep = reference is not None and not reference.every  # they are the reference's
@@ -148,6 +156,19 @@ def train_stage(
         **count_parameters(model),
         "cache_numbers_per_token_layer": model.cache_numbers_per_token_layer,
     }
+
+
+def _open_run(config: StageConfig, settings: dict[str, Any], start: Model) -> dict[str, Any] | None:
+    """Make the run's folder, with its tokenizer; what its checkpoint says, if it has one, which must be of this run."""
+    run_dir, first = Path(config.run_dir), jax.process_index() == 0
+    if (saved := saved_meta(run_dir)) is not None:
+        check_resume(run_dir, saved, settings, config.MAY_CHANGE)
+        if first and _has_changed(config):
+            (run_dir / RESULT).unlink(missing_ok=True)  # it may have been measured otherwise
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if first:
+        start.text.save(run_dir)
+    return saved
 
 
 def _state(
@@ -212,14 +233,18 @@ def read_result(run_dir: str | Path) -> dict[str, Any] | None:
 def finish(config: StageConfig, facts: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Write and return a stage's result: the ``facts`` of ``train_stage``, and what ``measure`` finds.
 
-    Where nothing was trained, the result that is there stands: ``train_stage`` leaves none of other settings.
+    A number that is not finite, as a perplexity past all floats, is null there, which is said. Where nothing was
+    trained, the result that is there stands: ``train_stage`` leaves none of other settings.
     """
     path = Path(config.run_dir) / RESULT
     there = None if facts["steps_here"] or jax.process_count() > 1 else read_result(config.run_dir)
     if there is not None:
         say(f"{path} stands; remove it to measure again")
         return there | {"steps_here": 0}
-    write_json(path, facts | measure())
+    result = facts | measure()
+    if past := [name for name, value in flat(result) if isinstance(value, float) and not math.isfinite(value)]:
+        say(f"{path}: {', '.join(past)}: not finite, so null")
+    write_json(path, result)
     return read_result(config.run_dir) or {}
 
 

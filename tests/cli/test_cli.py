@@ -85,12 +85,26 @@ def test_a_wrong_type_is_refused(option, value, right, capsys):
 
 
 @pytest.mark.parametrize(
+    "command, option, value, advice",
+    [
+        ("pretrain", "--model.attention", "mha", "mha is gqa with num_key_value_heads = num_attention_heads"),
+        ("sft", "--compute.dtype", "bf16", "bf16 is bfloat16"),
+        ("grpo", "--compute.param-dtype", "float16", "'float16' is none of float32, bfloat16, float8_e4m3"),
+    ],
+)
+def test_a_word_of_others_is_answered_with_what_it_is_here(command, option, value, advice, capsys):
+    message = parse_error(capsys, command, option, value)
+    assert option in message and advice in message
+
+
+@pytest.mark.parametrize(
     "options, names",
     [
         (["--model.n-group", "3"], ["n_group=3", "n_routed_experts=16"]),
         (["--model.num-experts-per-tok", "9"], ["num_experts_per_tok=9", "leaves only 8"]),
         (["--mesh.fsdp", "0"], ["fsdp=0", "at least 1"]),
         (["--step.microbatches", "0"], ["microbatches=0"]),
+        (["--step.microbatches", "3"], ["step.microbatches=3", "8 rows of batch_size=8"]),
     ],
 )
 def test_a_combination_that_makes_no_sense_is_refused(options, names, capsys):
@@ -183,8 +197,11 @@ def test_stages_are_compared_and_reported_on_by_themselves(workplace, capsys):
 
 
 def test_inspect_reads_a_run(workplace, capsys):
-    assert main(["inspect", "run"]) == 0
-    assert "1 dense, 1 MoE, 1 MTP" in capsys.readouterr().out
+    shutil.rmtree(workplace / "run" / "sft" / "checkpoints")  # its config.json says it too
+    for path, stage in (("run", "grpo"), ("run/sft", "sft"), ("run/pretrain/config.json", "pretrain")):
+        assert main(["inspect", path]) == 0
+        printed = capsys.readouterr().out
+        assert f"{path}, a run of {stage}" in printed and "1 dense, 1 MoE, 1 MTP" in printed
 
 
 def test_without_a_run_it_says_where_it_looked(refused, tmp_path):

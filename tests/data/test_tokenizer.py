@@ -87,6 +87,11 @@ def test_save_and_load(tokenizer: Tokenizer, tmp_path: Path, texts: list[str]) -
 def test_what_is_wrong_is_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nowhere/tokenizer\.json: no such tokenizer"):
         Tokenizer.from_folder(tmp_path / "nowhere")
+    packed = tmp_path / "tokenizer.json.gz"
+    packed.write_bytes(b"")
+    for path in (tmp_path, packed):
+        with pytest.raises(ValueError, match=rf"is needed; gunzip -k {packed}$"):
+            Tokenizer.from_folder(path)
     (tmp_path / "cut.json").write_text('{"model": {\n"typ')
     with pytest.raises(ValueError, match=r"cut\.json:2: not JSON"):
         Tokenizer.from_folder(tmp_path / "cut.json")

@@ -52,6 +52,7 @@ def test_right_answers_are_counted_row_by_row(monkeypatch):
     assert [item.correct for item in answered] == [True, False, False, True, False, False, True]
     assert answered[0].completion == "</think>" + PROBLEMS[0].answer
     assert sizes == {3}  # one shape: one program
+    assert ask(batch_size=64) == answered and sizes == {3, 7}  # no more than there are
 
 
 def test_greedy_answers_do_not_depend_on_the_batch():

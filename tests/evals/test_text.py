@@ -15,7 +15,7 @@ from deepseek_jax.data.packing import pack_stream
 from deepseek_jax.data.tokenizer import EOS, Tokenizer
 from deepseek_jax.evals.text import HeldOut, Score, row_loss, score_text
 from deepseek_jax.model import transformer
-from deepseek_jax.workflows.stage import write_json
+from deepseek_jax.workflows.stage import StageConfig, finish, write_json
 
 TEXTS = ["def add(a, b):\n    return a + b\n", "12+34=46\n", "größer als ünïcode ½\n" * 2]
 SIZE = 16
@@ -68,6 +68,13 @@ def test_isolated_rows_do_not_see_the_document_before():
 def test_a_perplexity_past_all_numbers_is_infinite():
     score = Score(documents=1, bytes=1, tokens=2, targets=1, nats=800.0)
     assert score.perplexity == math.inf and math.isfinite(score.bits_per_byte)
+
+
+def test_what_is_not_finite_is_null_in_a_result_and_said(tmp_path, capsys):
+    config, found = StageConfig(run_dir=str(tmp_path)), {"perplexity": math.inf, "heldout": {"files": {"a": math.nan}}}
+    assert finish(config, {"steps_here": 1}, lambda: found)["perplexity"] is None
+    assert (tmp_path / "result.json").read_text().count("null") == 2
+    assert "result.json: perplexity, heldout.files.a: not finite, so null" in capsys.readouterr().err
 
 
 def test_names_that_are_no_utf8_can_be_written(tmp_path):

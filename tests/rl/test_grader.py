@@ -210,6 +210,14 @@ def test_hanging_dying_printing_and_raising_calls(
     assert printed.out == "" and '{"score": 6}' in printed.err
 
 
+def test_a_reward_that_never_has_a_score_is_said_once(mine: Path, caplog: pytest.LogCaptureFixture):
+    with grader(f"{mine}:naughty", "format") as made:
+        for texts in (["none", "ok"], ["none", "none"], ["none", "none"]):
+            made.grade(texts, rows(2))
+    message = "reward mine.naughty: None for all 2 completions of a batch, which it teaches nothing; said once"
+    assert caplog.messages == [message]
+
+
 def test_a_reward_that_always_raises_stops_the_run(mine: Path):
     with grader(f"{mine}:digits") as made:
         given = [Record({"size": 4}, f"t.jsonl:{i + 1}") for i in range(3)]

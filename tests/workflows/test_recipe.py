@@ -102,7 +102,8 @@ def test_what_is_no_recipe_is_refused(tmp_path, text, message):
 
 
 def test_a_name_that_does_not_exist_lists_those_that_do(tmp_path):
-    with pytest.raises(ValueError, match="no recipe 'demo/pretrian': .*demo/corpus, .*demo/pretrain, demo/sft"):
+    said = "no recipe 'demo/pretrian': did you mean demo/pretrain. give .*demo/corpus, .*demo/pretrain, demo/sft"
+    with pytest.raises(ValueError, match=said):
         load_recipe("demo/pretrian", PretrainConfig)
     (tmp_path / "notes.md").write_text("# no recipe\n")
     with pytest.raises(ValueError, match="no recipe .*notes.md"):

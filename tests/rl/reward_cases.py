@@ -3,7 +3,7 @@ r"""What completions are worth, written down by hand before any of it was run.
 MATHS: (right answer, what stands in the box, score). A decimal that was rounded is not the number; units, currency
 and percent signs are not compared, nor upper and lower case of words; a list is a set, a point is not.
 WHOLE and CHOICE: (right answer, completion, score). TAGS: (completion, score). LANGUAGE: (target, completion, score).
-REPETITION: (n, completion, score). OVERLONG: (tokens, limit, buffer, score). LENGTH: (tokens, limit, target, score).
+REPETITION: (n, completion, score). OVERLONG: (count, limit, buffer, score).
 """
 
 MATHS: dict[str, list[tuple[str, str, int]]] = {
@@ -587,13 +587,4 @@ OVERLONG: list[tuple[int, int, int, float]] = [
     (18432, 20480, 4096, -0.5),
     (20480, 20480, 4096, -1),
     (1, 1, 1, -1),
-]
-
-LENGTH: list[tuple[int, int, int, float]] = [
-    (0, 100, 0, 0),
-    (50, 100, 0, -0.5),
-    (100, 100, 0, -1),
-    (50, 100, 50, 0),
-    (20, 100, 50, -0.3),
-    (80, 100, 50, -0.3),
 ]

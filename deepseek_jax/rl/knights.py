@@ -26,7 +26,7 @@ _PAIR = re.compile(r"([^\W\d_]+)(?: is)?(?: an?)?[ :=]+(knight|knave)\b", re.IGN
 
 def make(rng: np.random.Generator, size: int) -> dict[str, Any]:
     """A puzzle of `size` people, who say a thing each, with a single solution."""
-    names = list(NAMES[:size])
+    names: list[str] = list(NAMES[:size])
     while True:
         rules = [[name, _claim(rng, name, names)] for name in names]
         found = list(solutions({"names": names, "rules": rules}))

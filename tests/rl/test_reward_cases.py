@@ -23,7 +23,7 @@ Cases = list[tuple[str, str, int]]
 @pytest.fixture(scope="module")
 def maths() -> Iterator[Grader]:
     pytest.importorskip("math_verify", reason="math-verify (the extra rewards) is not installed")
-    with Grader(("maths",), task=make_task(TaskConfig()), workers=2) as made:
+    with Grader(("maths",), task=make_task(TaskConfig()), workers=4) as made:
         yield made
 
 

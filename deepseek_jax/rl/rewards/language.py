@@ -51,7 +51,7 @@ def _is_symbol(script: str, word: str) -> bool:
     return script in ("Latin", "Greek") and (len(word) == 1 or word.isupper())
 
 
-def _scripts(name: object) -> tuple[str, ...]:
+def _scripts(name: Any) -> tuple[str, ...]:
     if name not in LANGUAGES:
         raise ValueError(f"language {name!r}: expected one of {', '.join(LANGUAGES)}")
     return LANGUAGES[name]

@@ -33,10 +33,10 @@ class Named:
 
 NAMED = {
     "accuracy": Named(),
-    "format": Named(lambda: format_reward),
-    "tags": Named(lambda: tags_reward),
     "maths": Named(file=Path(__file__).with_name("maths.py"), compares=True),
     "choice": Named(lambda: choice.score, compares=True),
+    "format": Named(lambda: format_reward),
+    "tags": Named(lambda: tags_reward),
     "language": Named(language, cut=True),
     "repetition": Named(repetition, cut=True),
     "length": Named(length, cut=True),

@@ -1,11 +1,12 @@
 """Language consistency, as in R1's first reinforcement learning (arXiv 2501.12948, section 2.3.2)."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from deepseek_jax.data.tokenizer import END_THINK, THINK
-from deepseek_jax.rl.rewards.words import split_words
+from deepseek_jax.rl.rewards.words import script_of, split_words
 
 # Told by script, so one language for each: English text and French have the same share of Latin words.
 LANGUAGES = {
@@ -41,8 +42,13 @@ def language(target: str = "en") -> Callable[[str, Mapping[str, Any]], float | N
         scripts = _scripts(row.get("language") or target)
         thought, end, _ = completion.rpartition(END_THINK)
         text = _NO_TEXT.sub(" ", (thought if end else completion).replace(THINK, " "))
-        words = [script for script, word in split_words(text) if script != "Number" and not _is_symbol(script, word)]
-        return sum(script in scripts for script in words) / len(words) if words else None
+        ours = total = 0
+        for word, count in Counter(split_words(text)).items():
+            script = script_of(word)
+            if script != "Number" and not _is_symbol(script, word):
+                total += count
+                ours += count * (script in scripts)
+        return ours / total if total else None
 
     return score
 

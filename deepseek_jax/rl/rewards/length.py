@@ -13,7 +13,7 @@ def length(limit: int, buffer: int) -> Callable[[str, Mapping[str, Any]], float]
 
     def score(completion: str, row: Mapping[str, Any]) -> float:
         del row
-        return overlong(sum(1 for _ in split_words(completion)), limit, buffer)
+        return overlong(len(split_words(completion)), limit, buffer)
 
     return score
 

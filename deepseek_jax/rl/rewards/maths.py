@@ -4,11 +4,14 @@ LaTeX that a model writes can make sympy spin or take all memory: here math-veri
 that, and where neither does, the worker is killed. What is not right in time is wrong.
 """
 
+import contextlib
 import functools
 import logging
 import re
 import resource
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import math_verify  # pyright: ignore[reportMissingImports]
@@ -116,15 +119,16 @@ def _verify(right: list[Any], said: list[Any]) -> bool:
     )
 
 
-class _limited_memory:  # noqa: N801
+@contextlib.contextmanager
+def _limited_memory() -> Iterator[None]:
     """While it is open, more memory than a little is a MemoryError, which math-verify takes for 'not equal'."""
-
-    def __enter__(self) -> None:
-        self.before = resource.getrlimit(resource.RLIMIT_AS)
-        with open("/proc/self/statm") as file:
-            size = int(file.read().split()[0]) * resource.getpagesize()
-        most = size + _MEMORY if self.before[1] == resource.RLIM_INFINITY else min(size + _MEMORY, self.before[1])
-        resource.setrlimit(resource.RLIMIT_AS, (most, self.before[1]))
-
-    def __exit__(self, *_: object) -> None:
-        resource.setrlimit(resource.RLIMIT_AS, self.before)
+    if sys.platform != "linux":  # where such a limit is not kept
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    most = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + _MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

@@ -13,7 +13,7 @@ def repetition(n: int = 6) -> Callable[[str, Mapping[str, Any]], float]:
 
     def score(completion: str, row: Mapping[str, Any]) -> float:
         del row
-        words = [word.casefold() for _, word in split_words(completion)]
+        words = split_words(completion.casefold())
         count = len(words) - n + 1
         if count < 1:
             return 0.0

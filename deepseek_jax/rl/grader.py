@@ -14,7 +14,7 @@ from typing import Self
 
 import numpy as np
 
-from deepseek_jax.rl.rewards.named import NAMED, Named, check_arguments
+from deepseek_jax.rl.rewards.named import NAMED, check_arguments
 from deepseek_jax.rl.tasks import Reward, Row, Task, split_function, where
 from deepseek_jax.rl.workers import Outcome, WorkerPool
 
@@ -114,8 +114,7 @@ class Grader:
         if not 0 < time_limit < math.inf:
             raise ValueError(f"time_limit={time_limit}: expected seconds")
         for spec in self._specs:
-            named = NAMED.get(spec.name)
-            if task is None and named is not None and (named.compares or named == Named()):
+            if task is None and spec.name in NAMED and (NAMED[spec.name].compares or spec.name == "accuracy"):
                 raise ValueError(f"reward {spec.name} needs a task, which says what is right")
         self._task = task
         self._here: dict[str, Reward] = {spec.name: _own(spec, task) for spec in self._specs if not spec.source}
@@ -178,14 +177,14 @@ class Grader:
         assert self._task is not None
         answers = []
         for row in rows:
-            with _named(name, row):
+            with _telling(name, row):
                 answers.append({"answer": self._task.right(row)})
         return list(zip(completions, answers, strict=True))
 
     def _grade_here(self, name: str, seen: Sequence[_Seen], rows: Sequence[Row]) -> list[float | None]:
         scores = []
         for arguments, row in zip(seen, rows, strict=True):
-            with _named(name, row):
+            with _telling(name, row):
                 scores.append(self._here[name](*arguments))
         return scores
 
@@ -235,7 +234,7 @@ def _scored(outcome: Outcome) -> Outcome:
 
 
 @contextlib.contextmanager
-def _named(name: str, row: Row) -> Iterator[None]:
+def _telling(name: str, row: Row) -> Iterator[None]:
     """A ValueError inside says of which reward and row it is."""
     try:
         yield

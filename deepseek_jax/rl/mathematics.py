@@ -3,7 +3,7 @@ r"""Mathematics whose answers are LaTeX or numbers: MATH, AIME and their like, c
 import weakref
 
 from deepseek_jax.rl.answers import final_answer
-from deepseek_jax.rl.rewards.named import NAMED
+from deepseek_jax.rl.rewards.named import NAMED, check_arguments
 from deepseek_jax.rl.tasks import Row, Task, TaskConfig, make_rows_task
 from deepseek_jax.rl.workers import WorkerPool
 
@@ -14,6 +14,7 @@ _SECONDS = 10.0
 def make(config: TaskConfig) -> Task:
     """Columns `problem` and `answer` unless the configuration names others; an answer with a box (MATH's `solution`)
     is what stands in its last. Accuracy is what the reward `maths` says, in a process of its own."""
+    check_arguments("maths", ())  # that math-verify is there
     rows = make_rows_task(config, prompt="problem", template=TEMPLATE, answer=right_answer)
     pool: list[WorkerPool] = []  # started when first needed: training grades by the grader's own
 

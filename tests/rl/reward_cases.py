@@ -1,4 +1,4 @@
-r"""What completions are worth, written down by hand before any of it was run.
+r"""What completions are worth, written down by hand before any of it was run; more come at the end of a category.
 
 MATHS: (right answer, what stands in the box, score). A decimal that was rounded is not the number; units, currency
 and percent signs are not compared, nor upper and lower case of words; a list is a set, a point is not.
@@ -424,6 +424,8 @@ WHOLE: dict[str, list[tuple[str, str, int]]] = {
         ("4", "", 0),
         ("4", "no idea", 0),
         ("4", "$" * 100_000, 0),
+        ("4", "a" * MILLION, 0),
+        ("4", "answer is " * 100_000, 0),
         ("4", "<think>" * 100_000 + "</think>4", 1),
         ("4", "\\boxed{4}" * 100_000, 1),
         ("4", "\\boxed{" * 100_000, 0),

@@ -98,6 +98,36 @@ def test_length(count: int, limit: int, buffer: int, score: float):
     assert length(limit, buffer)("word " * count, {}) == pytest.approx(score)
 
 
+PIECES = [
+    "a",
+    " ",
+    "$",
+    "$$a",
+    "`",
+    "```a",
+    "\\(",
+    "\\[",
+    "\\a{",
+    "{",
+    "Answer: ",
+    "answer",
+    "<answer>",
+    "</think>",
+    "数a",
+]
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_the_cost_is_linear(piece: str):
+    """Half a million characters of anything are read in a moment: a quadratic search would take hours."""
+    said, rewards = (
+        piece * (500_000 // len(piece)),
+        ("choice", "tags", "format", "language", "repetition", "length:9:9"),
+    )
+    with Grader(rewards, task=make_task(TaskConfig())) as grader:
+        grader.grade([said, f"<think>{said}</think>{said}"], [{"answer": "C"}] * 2)
+
+
 # MATH-500's texts that are one value: all others are different.
 SAME = [
     ("2\\sqrt{5}", "2 \\sqrt{5}"),

@@ -307,12 +307,11 @@ def test_mathematics():
     row = {"problem": "What is half of $x$?", "answer": "\\frac{x}{2}"}
     assert task.messages(row)[0]["content"].startswith("What is half of $x$?\nReason step by step")
     assert [task.accuracy(text, row) for text in ("\\boxed{0.5x}", "<think>x</think>\\boxed{x}", "")] == [1, 0, 0]
-    assert task.accuracy("\\boxed{9^{9^{9^{9}}}}", row) == 0 and task.accuracy("\\boxed{x/2}", row) == 1
     assert task.accuracy("x", {"answer": None}) is None
     own = make_task(TaskConfig(name="maths", prompt="Problem", answer="solution"))
     row = {"Problem": "?", "solution": "So $\\boxed{3}$, then \\boxed{\\frac{1}{4}}."}
     assert own.right(row) == "\\frac{1}{4}" and own.accuracy("\\boxed{0.25}", row) == 1
-    with Grader(own.rewards, task=own) as grader:
+    with Grader(own.rewards, task=own, workers=1) as grader:
         assert grader.grade(["<think>x</think>\\boxed{.25}", "\\boxed{25}"], [row] * 2).total_N.tolist() == [1.2, 0]
         with pytest.raises(ValueError, match="t:1: reward maths: no answer in"):
             grader.check([Record({"Problem": "?", "solution": "\\boxed{}"}, "t:1")])

@@ -48,8 +48,7 @@ def tags_reward(completion: str, row: object = None) -> float:
     if any(text.count(tag) != 1 for tag in (THINK, END_THINK, _ANSWER, _END_ANSWER)):
         return 0.0
     thinking, _, rest = text.removeprefix(THINK).partition(END_THINK)
-    before, _, reply = rest.removesuffix(_END_ANSWER).partition(_ANSWER)
-    whole = text.startswith(THINK) and text.endswith(_END_ANSWER) and not before.strip(_WHITESPACE)
-    # The tags are in order, or one of them is left inside a part.
-    inside = any(tag in thinking or tag in reply for tag in (_ANSWER, _END_ANSWER, THINK, END_THINK))
-    return float(whole and _ANSWER in rest and not inside and not _is_blank(thinking) and not _is_blank(reply))
+    between, opened, reply = rest.removesuffix(_END_ANSWER).partition(_ANSWER)
+    if not (text.startswith(THINK) and text.endswith(_END_ANSWER) and opened) or between.strip(_WHITESPACE):
+        return 0.0
+    return float(not _is_blank(thinking) and not _is_blank(reply))

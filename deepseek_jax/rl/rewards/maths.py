@@ -28,7 +28,7 @@ _WORDS = re.compile(r"\\(?:text(?:bf|it|rm|sf)?|mathrm|mathbf|mbox|operatorname)
 _IGNORED = re.compile(r"\\(?:left|right|displaystyle)(?![A-Za-z])|\\[!,;:> ]|\\?%|\\?\$|[\s~]")
 _BASED = re.compile(r"([0-9A-F]+)_\{?(\d+)\}?")
 _LETTER = re.compile(r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])")
-_SENTENCE = re.compile(r"[A-Za-z]{2,} +[A-Za-z]{2,}|[A-Za-z]{2,}:")
+_SENTENCE = re.compile(r"(?<![A-Za-z])[A-Za-z]{2,30}(?: +[A-Za-z]{2}|:)")  # bounded, or the cost is quadratic
 
 for _name in ("math_verify", "latex2sympy2_extended"):
     logging.getLogger(_name).setLevel(logging.CRITICAL)
@@ -110,7 +110,10 @@ def _parse(text: str) -> list[Any]:
 
 def _with_unit(item: Any) -> Any:
     """The same with i as the imaginary unit, which it is to math-verify in some places and a variable in others."""
-    return item.subs({symbol: sympy.I for symbol in item.free_symbols if symbol.name == "i"})
+    try:
+        return item.subs({symbol: sympy.I for symbol in item.free_symbols if symbol.name == "i"})
+    except Exception:  # sympy raises whatever it likes on what a model writes: left for math-verify to refuse
+        return item
 
 
 def _verify(right: list[Any], said: list[Any]) -> bool:

@@ -16,6 +16,7 @@ from raw text to answers
   demo                   all stages in miniature, with a report (runs/demo/)
   corpus [RECIPE]        text, problems and tokenizer of the demo
   tokenizer train FILES  a tokenizer of one's own; tokenizer inspect DIR shows one
+  puzzles OUT.jsonl      logic puzzles for grpo, generated
   pretrain [RECIPE]      pretraining on documents
   sft [RECIPE]           supervised fine-tuning on chats
   grpo [RECIPE]          reinforcement learning with rule rewards
@@ -45,6 +46,7 @@ COMMANDS = {
     "report": "report",
     "compare": "report",
     "tokenizer": "tokenizer",
+    "puzzles": "puzzles",
     "generate": "talk",
     "chat": "chat",
     "eval": "evaluate",

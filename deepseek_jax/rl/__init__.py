@@ -1,6 +1,7 @@
 """Reinforcement learning from rules: what is asked and what answers earn.
 
-`tasks` turns rows of a file into questions and knows what is right (`gsm8k`, `countdown`, `arithmetic`: modules that
-are imported by name); `grader` turns completions into rewards, the package's or a user's, the latter in processes
-that may hang (`workers`). None of these knows of models or of the workflow that uses it; `rollout` samples.
+`tasks` turns rows of a file into questions and knows what is right (`gsm8k`, `mathematics`, `multiple_choice`, `logic`,
+`countdown`, `arithmetic`: modules that are imported by name); `grader` turns completions into rewards, the package's
+(`rewards`) or a user's, what may hang in processes that are killed then (`workers`). None of these knows of models or
+of the workflow that uses it; `rollout` samples.
 """

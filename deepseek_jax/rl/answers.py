@@ -27,6 +27,20 @@ def final_answer(completion: str) -> tuple[str, bool]:
     return (rest.lstrip().partition("\n")[0].strip(), True) if mark else (reply.strip(), False)
 
 
+def last_reply(completion: str) -> str:
+    """What is said and not thought, as far as it is meant as the answer.
+
+    Behind the last `</think>` up to a thought that opens again, and in that behind the last `<answer>` up to
+    `</answer>`; nothing where the thinking never ends.
+    """
+    _, end, reply = completion.rpartition(END_THINK)
+    if not end and THINK in reply:
+        return ""
+    reply = reply.partition(THINK)[0]
+    _, opened, inside = reply.rpartition("<answer>")
+    return inside.partition("</answer>")[0] if opened else reply
+
+
 def _last_boxed(text: str) -> str | None:
     start = text.rfind(_BOXED)
     if start < 0:

@@ -1,5 +1,6 @@
 """Completions to rewards: rewards by specification, in this process or in one that can be killed."""
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -7,39 +8,42 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 
-from deepseek_jax.rl.rewards import format_reward
+from deepseek_jax.rl.rewards.named import NAMED, check_arguments
 from deepseek_jax.rl.tasks import Reward, Row, Task, split_function, where
 from deepseek_jax.rl.workers import Outcome, WorkerPool
 
 logger = logging.getLogger(__name__)
 
-NAMES = ("accuracy", "format")
+_Seen = tuple[str, Row]
+_BY_ANSWER = ("timeout", "crash")  # how an answer ends a reward of the package
 _PLURALS = {"timeout": "timeouts", "crash": "crashes", "error": "errors"}
 
 
 @dataclasses.dataclass(frozen=True)
 class RewardSpec:
-    """`NAME[=WEIGHT]` or `file.py:function[=WEIGHT]`, see ``parse_reward``; name: what metrics call it."""
+    """`NAME[:ARGUMENT...][=WEIGHT]` or `file.py:function[=WEIGHT]`, see ``parse_reward``; metrics call it `name`."""
 
     name: str
     weight: float
     source: tuple[str, str] | None = None  # file and function
+    arguments: tuple[str | int, ...] = ()
 
 
 def parse_reward(text: str) -> RewardSpec:
     """One of the package's rewards or a function of a file, and its weight (1 if left out).
 
-    ValueError names an unknown reward, a missing file, and a weight that is no finite number.
+    ValueError names an unknown reward, arguments that it does not take, a missing file, and a weight that is no finite
+    number.
     """
     found = re.fullmatch(r"(.+\.py:[^:/=]*|[^=]*?)(?:=([^=]*))?", text)
     if found is None:
-        raise ValueError(f"reward {text!r}: expected NAME[=WEIGHT] or file.py:function[=WEIGHT]")
+        raise ValueError(f"reward {text!r}: expected NAME[:ARGUMENT...][=WEIGHT] or file.py:function[=WEIGHT]")
     name, spelled = found.groups()
     try:
         weight = float("1" if spelled is None else spelled)
@@ -50,9 +54,15 @@ def parse_reward(text: str) -> RewardSpec:
     source = split_function(name)
     if source is not None:
         return RewardSpec(f"{Path(source[0]).stem}.{source[1]}", weight, source)
-    if name not in NAMES:
-        raise ValueError(f"reward {text!r}: expected one of {', '.join(NAMES)}, or file.py:function")
-    return RewardSpec(name, weight)
+    name, *given = name.split(":")
+    if name not in NAMED:
+        raise ValueError(f"reward {text!r}: expected one of {', '.join(NAMED)}, or file.py:function")
+    try:
+        arguments = check_arguments(name, given)
+    except ValueError as error:
+        raise ValueError(f"reward {text!r}: {error}") from error
+    file = NAMED[name].file
+    return RewardSpec(name, weight, (str(file), "score") if file else None, arguments)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,11 +96,12 @@ class Grader:
             grades = grader.grade(completions, rows)
 
     A reward is `score(completion: str, row: Mapping) -> float | None`; None: the row is not graded by it. `accuracy` is
-    the task's, `format` asks for thinking and a one-line answer. A function of a file runs in one of `workers`
-    processes, and a call that takes more than `time_limit` seconds, or ends its process, has no score: that is
+    the task's, the others of the package are in `rewards`. A function of a file runs in one of `workers` processes, as
+    `maths` does, and a call that takes more than `time_limit` seconds, or ends its process, has no score: that is
     counted, and the process is replaced. So is a call that raises, and the first of each reward is logged with its
     row; when every call of a reward in a batch raises or ends its process, the reward is taken to be wrong and `grade`
-    raises ValueError. The first batch in which a reward has no score at all is logged too.
+    raises ValueError. Where one of the package runs out of time or ends its process, the answer is to blame: 0, and
+    counted. The first batch in which a reward has no score at all is logged too.
     """
 
     def __init__(
@@ -102,7 +113,11 @@ class Grader:
             raise ValueError(f"rewards {', '.join(specs) or '()'}: expected at least one, none of the same name twice")
         if not 0 < time_limit < math.inf:
             raise ValueError(f"time_limit={time_limit}: expected seconds")
-        self._here: dict[str, Reward] = {spec.name: _own(spec.name, task) for spec in self._specs if not spec.source}
+        for spec in self._specs:
+            if task is None and spec.name in NAMED and (NAMED[spec.name].compares or spec.name == "accuracy"):
+                raise ValueError(f"reward {spec.name} needs a task, which says what is right")
+        self._task = task
+        self._here: dict[str, Reward] = {spec.name: _own(spec, task) for spec in self._specs if not spec.source}
         self._functions = {spec.name: spec.source for spec in self._specs if spec.source}
         self._logged: set[tuple[str, str]] = set()
         self._pool: WorkerPool | None = None
@@ -124,23 +139,26 @@ class Grader:
 
     def check(self, rows: Sequence[Row]) -> None:
         """ValueError for the first row that a reward of the package cannot use: better known before training."""
-        for name in self._here:
-            self._grade_here(name, [""] * len(rows), rows)
+        for spec in self._specs:
+            seen = self._seen(spec.name, [""] * len(rows), rows, [True] * len(rows))
+            if spec.name in self._here:
+                self._grade_here(spec.name, seen, rows)
 
     def grade(self, completions: Sequence[str], rows: Sequence[Row], *, ended: Sequence[bool] | None = None) -> Grades:
         """The rewards of each completion, which answers the row at its place.
 
-        ended: whether it ended by itself (by default all). The package's rewards take one that was cut off for an
-        empty text, whatever it says so far; a function of a file gets it as it stands.
+        ended: whether it ended by itself (by default all). The package's rewards of answers take one that was cut off
+        for an empty text, whatever it says so far; those of how it is written, and functions of files, get it as it
+        stands.
         """
         ended = [True] * len(rows) if ended is None else ended
         if not len(completions) == len(rows) == len(ended) or not rows:
             raise ValueError(f"{len(completions)} completions of {len(rows)} rows: expected as many, at least one")
         failures = {name: Counter[str]() for name in self._functions}
-        whole = [text if end else "" for text, end in zip(completions, ended, strict=True)]
-        scores = {name: self._grade_here(name, whole, rows) for name in self._here}
+        seen = {spec.name: self._seen(spec.name, completions, rows, ended) for spec in self._specs}
+        scores = {name: self._grade_here(name, seen[name], rows) for name in self._here}
         failed_N = np.zeros(len(rows), bool)
-        scores |= self._grade_there(completions, rows, failures, failed_N)
+        scores |= self._grade_there(seen, rows, failures, failed_N)
         rewards = {spec.name: np.array(scores[spec.name], np.float64) for spec in self._specs}  # None becomes NaN
         self._report_none(rewards, failed_N)
         total_N = np.array([self._total(scores, index) for index in range(len(rows))])
@@ -150,38 +168,51 @@ class Grader:
         given = ((spec.weight, scores[spec.name][index]) for spec in self._specs)
         return math.fsum(weight * score for weight, score in given if score is not None)
 
-    def _grade_here(self, name: str, completions: Sequence[str], rows: Sequence[Row]) -> list[float | None]:
+    def _seen(self, name: str, completions: Sequence[str], rows: Sequence[Row], ended: Sequence[bool]) -> list[_Seen]:
+        """What a reward gets of each completion and its row, see ``Named``."""
+        named = NAMED.get(name)
+        if named is not None and not named.cut:
+            completions = [text if end else "" for text, end in zip(completions, ended, strict=True)]
+        if named is None or not named.compares:
+            return list(zip(completions, rows, strict=True))
+        assert self._task is not None
+        answers = []
+        for row in rows:
+            with _telling(name, row):
+                answers.append({"answer": self._task.right(row)})
+        return list(zip(completions, answers, strict=True))
+
+    def _grade_here(self, name: str, seen: Sequence[_Seen], rows: Sequence[Row]) -> list[float | None]:
         scores = []
-        for completion, row in zip(completions, rows, strict=True):
-            try:
-                scores.append(self._here[name](completion, row))
-            except ValueError as error:
-                raise ValueError(f"{where(row)}: reward {name}: {error}") from error
+        for arguments, row in zip(seen, rows, strict=True):
+            with _telling(name, row):
+                scores.append(self._here[name](*arguments))
         return scores
 
     def _grade_there(
         self,
-        completions: Sequence[str],
+        seen: Mapping[str, Sequence[_Seen]],
         rows: Sequence[Row],
         failures: Mapping[str, Counter[str]],
         failed_N: np.ndarray,
     ) -> dict[str, list[float | None]]:
         if self._pool is None:
             return {}
-        answers = list(zip(completions, rows, strict=True))
-        requests = [(index, *answer) for index in range(len(self._functions)) for answer in answers]
+        requests = [(index, *arguments) for index, name in enumerate(self._functions) for arguments in seen[name]]
         outcomes = [_scored(outcome) for outcome in self._pool.call(requests)]
         scores = {}
         for index, name in enumerate(self._functions):
             own = outcomes[index * len(rows) : (index + 1) * len(rows)]
             failures[name].update(outcome.failure for outcome in own if outcome.failure)
-            failed_N |= [bool(outcome.failure) for outcome in own]
+            if name in NAMED:
+                own = [outcome._replace(value=0.0) if outcome.failure in _BY_ANSWER else outcome for outcome in own]
+            failed_N |= [outcome.failure != "" and outcome.value is None for outcome in own]
             self._report(name, own, rows)
             scores[name] = [outcome.value for outcome in own]
         return scores
 
     def _report(self, name: str, outcomes: Sequence[Outcome], rows: Sequence[Row]) -> None:
-        if all(outcome.failure for outcome in outcomes):
+        if all(outcome.failure and outcome.value is None for outcome in outcomes):
             first = outcomes[0]
             raise ValueError(
                 f"reward {name} fails for every completion; for {where(rows[0])}: {first.failure}: {first.text}"
@@ -211,9 +242,18 @@ def _scored(outcome: Outcome) -> Outcome:
     return Outcome(float(value))
 
 
-def _own(name: str, task: Task | None) -> Reward:
-    if name == "format":
-        return format_reward
-    if task is None:
-        raise ValueError("reward accuracy needs a task, which says what is right")
+@contextlib.contextmanager
+def _telling(name: str, row: Row) -> Iterator[None]:
+    """A ValueError inside says of which reward and row it is."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where(row)}: reward {name}: {error}") from error
+
+
+def _own(spec: RewardSpec, task: Task | None) -> Reward:
+    make = NAMED[spec.name].make
+    if make is not None:
+        return make(*spec.arguments)
+    assert task is not None
     return task.accuracy

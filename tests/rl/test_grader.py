@@ -78,6 +78,8 @@ def grader(*specs: str, task: Task | None = None) -> Iterator[Grader]:
     [
         ("accuracy", RewardSpec("accuracy", 1.0)),
         ("format=-0.2", RewardSpec("format", -0.2)),
+        ("length:900:100=0.5", RewardSpec("length", 0.5, arguments=(900, 100))),
+        ("language:zh", RewardSpec("language", 1.0, arguments=("zh",))),
         ("a=b/mine.py:score", RewardSpec("mine.score", 1.0, ("a=b/mine.py", "score"))),
         ("a=b/mine.py:score=1e-1", RewardSpec("mine.score", 0.1, ("a=b/mine.py", "score"))),
     ],
@@ -93,7 +95,10 @@ def test_specifications(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: s
     ("specs", "message"),
     [
         ((), "expected at least one"),
-        (("acuracy",), "reward 'acuracy': expected one of accuracy, format, or file.py:function"),
+        (
+            ("acuracy",),
+            "reward 'acuracy': expected one of accuracy, .*length, or file.py:function",
+        ),
         (("",), "reward '': expected one of"),
         (("mine.py",), "reward 'mine.py': expected one of"),
         (("format=",), "weight '' is no finite number"),
@@ -103,6 +108,14 @@ def test_specifications(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: s
         (("none.py:f=1",), r"none\.py:f: there is no file none\.py"),
         (("format", "format=2"), "none of the same name twice"),
         (("accuracy",), "accuracy needs a task"),
+        (("maths",), "maths needs a task"),
+        (("choice",), "choice needs a task"),
+        (("format:3",), "reward 'format:3': format takes no arguments, got 3"),
+        (("length",), "reward 'length': length takes :LIMIT:BUFFER, got none"),
+        (("length:9:x=2",), "BUFFER of length is 'x'; it must be a whole number"),
+        (("length:9:10",), "length of 9 words with a buffer of 10: expected 1 <= buffer <= limit"),
+        (("repetition:0",), "repetition of 0 words: expected at least 1"),
+        (("language:fr",), "language 'fr': expected one of en, zh, ja"),
     ],
 )
 def test_wrong_specifications_are_named(specs: tuple[str, ...], message: str):
@@ -152,6 +165,17 @@ def test_what_was_cut_off_is_no_answer_but_a_users_function_reads_it(mine: Path)
     with grader("accuracy", f"{mine}:digits", task=make_task(TaskConfig())) as made:
         grades = made.grade(["14", "14"], [row, row], ended=[True, False])
     assert grades.rewards["accuracy"].tolist() == [1, 0] and grades.rewards["mine.digits"].tolist() == [1, 1]
+
+
+def test_how_it_is_written_counts_in_what_was_cut_off_too():
+    said, row = "<think>你好 again and again", {"answer": "again"}
+    with grader("tags", "language=0.5", "repetition:1=2", "choice", task=make_task(TaskConfig())) as made:
+        made.check([row])
+        grades = made.grade([said], [row], ended=[False])
+    found = {name: scores[0] for name, scores in grades.rewards.items()}
+    assert found == pytest.approx({"tags": 0, "language": 3 / 5, "repetition": -1 / 6, "choice": 0})
+    with grader("language", task=make_task(TaskConfig())) as made, pytest.raises(ValueError, match="t:3: .*'Welsh'"):
+        made.check([Record({"language": "Welsh"}, "t:3")])
 
 
 def test_arithmetic_is_graded_by_its_rules():

@@ -18,6 +18,7 @@ from deepseek_jax.rl import tasks
 from deepseek_jax.rl.answers import is_right
 from deepseek_jax.rl.arithmetic import make_problem
 from deepseek_jax.rl.countdown import reaches
+from deepseek_jax.rl.grader import Grader
 from deepseek_jax.rl.rewards import accuracy_reward
 from deepseek_jax.rl.tasks import TASKS, Task, TaskConfig, make_task
 
@@ -75,7 +76,10 @@ def test_a_row_that_gives_no_question_is_named(config, row, message):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"name": "gsm9k"}, "task.name='gsm9k': expected rows, arithmetic, countdown, gsm8k or file.py:function"),
+        (
+            {"name": "gsm9k"},
+            "task.name='gsm9k': expected rows, arithmetic, .*gsm8k, .* or file.py:function",
+        ),
         ({"name": "none.py:ask"}, r"none\.py:ask: there is no file none\.py"),
         ({"prompt": "q", "template": "{q}"}, "task.prompt='q' is not used"),
         ({"name": "arithmetic", "answer": "x"}, "task.answer='x': the task arithmetic asks its own problems"),
@@ -295,3 +299,59 @@ def test_other_tasks_do_not_bring_arithmetic(tmp_path: Path):
     )
     assert run.stdout.strip() == "[]"
     assert isinstance(make_task(TaskConfig(name="arithmetic")), Task) and "arithmetic" in TASKS
+
+
+def test_mathematics():
+    pytest.importorskip("math_verify", reason="math-verify (the extra rewards) is not installed")
+    task = make_task(TaskConfig(name="maths"))
+    row = {"problem": "What is half of $x$?", "answer": "\\frac{x}{2}"}
+    assert task.messages(row)[0]["content"].startswith("What is half of $x$?\nReason step by step")
+    assert [task.accuracy(text, row) for text in ("\\boxed{0.5x}", "<think>x</think>\\boxed{x}", "")] == [1, 0, 0]
+    assert task.accuracy("x", {"answer": None}) is None
+    own = make_task(TaskConfig(name="maths", prompt="Problem", answer="solution"))
+    row = {"Problem": "?", "solution": "So $\\boxed{3}$, then \\boxed{\\frac{1}{4}}."}
+    assert own.right(row) == "\\frac{1}{4}" and own.accuracy("\\boxed{0.25}", row) == 1
+    with Grader(own.rewards, task=own, workers=1) as grader:
+        assert grader.grade(["<think>x</think>\\boxed{.25}", "\\boxed{25}"], [row] * 2).total_N.tolist() == [1.2, 0]
+        with pytest.raises(ValueError, match="t:1: reward maths: no answer in"):
+            grader.check([Record({"Problem": "?", "solution": "\\boxed{}"}, "t:1")])
+
+
+def test_multiple_choice():
+    task = make_task(TaskConfig(name="choice"))
+    mmlu = {"question": "Of France?", "choices": ["Nice", "Paris", "Lyon"], "answer": 1}
+    pro = {"question": "Of France?", "options": ["Nice", "Paris"], "answer": "B", "answer_index": 1}
+    assert task.messages(mmlu)[0]["content"].startswith("Of France?\n\n(A) Nice\n(B) Paris\n(C) Lyon\n\nThink")
+    for row in (mmlu, pro):
+        assert task.right(row) == "B"
+        assert [task.accuracy(text, row) for text in ("#### B", "The answer is (A).", "<think>B</think>")] == [1, 0, 0]
+    own = make_task(TaskConfig(name="choice", prompt="q", answer="a", template="{question} {n}\n{options}"))
+    assert own.messages({"q": "?", "n": 3, "options": [1, 2], "a": "a"}) == user("? 3\n(A) 1\n(B) 2")
+
+
+def test_gpqa_comes_in_an_order_of_its_own():
+    task, orders = make_task(TaskConfig(name="choice")), set()
+    for i in range(40):
+        row = {"Question": f"{i}?", "Correct Answer": "yes"} | {f"Incorrect Answer {n}": f"no {n}" for n in (1, 2, 3)}
+        asked, right = task.messages(row)[0]["content"], task.right(row)
+        assert f"({right}) yes" in asked and all(f"no {n}" in asked for n in (1, 2, 3))
+        assert asked == task.messages(row)[0]["content"] and task.accuracy(f"#### {right}", row) == 1
+        orders.add(right)
+    assert orders == {*"ABCD"}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": "?", "options": ["a", "b"], "answer": "C"}, "the answer is 'C'; it must be one of A to B, or 0"),
+        ({"question": "?", "options": ["a", "b"], "answer": 2}, "the answer is 2; it must be one of A to B, or 0 to 1"),
+        ({"question": "?", "options": ["a", "b"], "answer": True}, "the answer is True"),
+        ({"question": "?", "options": "ab", "answer": "A"}, "the options are 'ab'; they must be a list of 2 to 26"),
+        ({"question": "?", "answer": "A"}, 'no column "options"; it has question, answer'),
+        ({"question": 3, "options": ["a", "b"], "answer": "A"}, "the question is of type int"),
+        ({"Question": "?", "Correct Answer": "x"}, 'no column "Incorrect Answer 1"'),
+    ],
+)
+def test_what_is_no_multiple_choice_is_named(row, message):
+    with pytest.raises(ValueError, match=message):
+        make_task(TaskConfig(name="choice")).check([row])

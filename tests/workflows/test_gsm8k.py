@@ -24,6 +24,7 @@ ROWS = [{"question": f"{a} and {b}?", "answer": f"It is {a + b}.\n#### {a + b}",
 REWARD = "def score(completion, row):\n    return sum(c > 'M' for c in completion) / 16 + len(row['unit'])\n"
 OPTIONS = ["--init-from", "model", "--task.path", "train.jsonl", "--rollout.prompts", "2", "--rollout.group", "4"]
 OPTIONS += ["--rollout.max-tokens", "8", "--step.microbatches", "1", "--loop.steps", "2", "--run-dir", "run"]
+OTHERS = ["--reward", "accuracy=2", "--reward", "language:zh=0.5", "--reward", "repetition:1=0"]
 OPTIONS += ["--evaluation.task.path", "train.jsonl", "--evaluation.max-tokens", "8", "--evaluation.count", "3"]
 PROGRAM = """
 import sys
@@ -46,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ran(folder: Path) -> subprocess.CompletedProcess[str]:
-    arguments = ("grpo", "gsm8k", *OPTIONS, "--reward", "mine.py:score", "--reward", "accuracy=2")
+    arguments = ("grpo", "gsm8k", *OPTIONS, "--reward", "mine.py:score", *OTHERS)
     return run_program("-c", PROGRAM, *arguments, cwd=folder)
 
 
@@ -56,7 +57,9 @@ def test_grpo_runs_on_ones_own_rows_and_reward(folder: Path, ran: subprocess.Com
     assert [line["step"] for line in lines] == [1, 2]
     for line in lines:
         assert line["reward_mine.score"] > 1 and "reward_format" not in line and line["reward_errors"] == 0
-        assert line["reward"] == pytest.approx(line["reward_mine.score"] + 2 * line["reward_accuracy"])
+        more = 2 * line["reward_accuracy"] + 0.5 * line["reward_language"]
+        assert line["reward"] == pytest.approx(line["reward_mine.score"] + more)
+        assert -1 < line["reward_repetition"] <= 0 <= line["reward_language"] <= 1
         assert line["signal_groups"] > 0 and 0 <= line["kl_sampler"] < 1e-6
     assert lines[1]["kl_reference"] > 0
     before, after = (jax.tree.leaves(load(folder / name).params) for name in ("model", "run"))
@@ -109,7 +112,8 @@ def test_a_run_may_be_evaluated_otherwise_but_not_rewarded_otherwise(folder: Pat
     monkeypatch.chdir(folder)
     again = ["grpo", "gsm8k", *OPTIONS, "--reward", "mine.py:score"]
     assert main(again) == 1
-    assert "reward is ['mine.py:score', 'accuracy=2'] there and ['mine.py:score'] here" in capsys.readouterr().err
-    assert main([*again, "--reward", "accuracy=2", "--evaluation.count", "1", "--evaluation.by", "unit"]) == 0
+    message = r"reward is \['mine.py:score', 'accuracy=2', .*\] there and \['mine.py:score'\] here"
+    assert re.search(message, capsys.readouterr().err)
+    assert main([*again, *OTHERS, "--evaluation.count", "1", "--evaluation.by", "unit"]) == 0
     result = json.loads((folder / "run" / "result.json").read_text())
     assert result["problems"] == 1 and result["by_kind"].keys() == {"m"}

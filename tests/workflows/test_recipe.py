@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from deepseek_jax.rl.tasks import TASKS
 from deepseek_jax.workflows.demo import RECIPE_DIR, CorpusStage
 from deepseek_jax.workflows.grpo import GRPOConfig
 from deepseek_jax.workflows.pretrain import PretrainConfig, PretrainData
@@ -33,7 +34,7 @@ def test_the_demos_recipes_load_by_name(name):
     assert f"deepseek-jax {name.split('/')[1]} {name}" in docstring
 
 
-@pytest.mark.parametrize("name", ["arithmetic", "countdown", "gsm8k"])
+@pytest.mark.parametrize("name", TASKS)
 def test_tasks_are_recipes(name):
     """The user gives the model and the rows, and other rewards if they like."""
     config = load_recipe(name, GRPOConfig)

@@ -11,6 +11,8 @@ import pytest
 import deepseek_jax
 from deepseek_jax.cli.main import main
 from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.rl.grader import parse_reward
+from deepseek_jax.rl.rewards.named import NAMED
 
 PAGE = (Path(__file__).parents[2] / "docs" / "your-own-data.md").read_text(encoding="utf-8")
 NETWORK = "--model.hidden-size 16 --model.intermediate-size 16 --model.moe-intermediate-size 8"
@@ -58,6 +60,13 @@ def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert deepseek_jax.load("my-model").config.vocab_size == vocabulary
     said = capsys.readouterr().out
     assert "bits per byte" in said and "step.bias_update_speed" in said
+
+
+def test_the_pages_rewards_are_the_packages() -> None:
+    """Each row of the table is a specification that is understood, and none is missing."""
+    table = PAGE.partition("| reward | for what |")[2].partition("\n\n")[0]
+    listed = [parse_reward(spec).name for spec in re.findall(r"^\| `([^`]+)` \|", table, flags=re.MULTILINE)]
+    assert listed == list(NAMED)
 
 
 def last_line(run: str) -> dict[str, float]:

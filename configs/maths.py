@@ -1,0 +1,30 @@
+"""GRPO on mathematics with answers in LaTeX (MATH, AIME), from any model that can be chatted with.
+
+    deepseek-jax grpo maths --init-from DIR --task.path train.jsonl
+
+Rows have problem and answer; MATH's own have the answer in the box of their solution, --task.answer solution. Others
+are asked at the end with --evaluation.task.path test.jsonl. It needs math-verify: pip install 'deepseek-jax[rewards]'.
+Not run to its end yet, so without a score.
+"""
+
+from deepseek_jax.rl.rollout import RolloutConfig
+from deepseek_jax.rl.tasks import TaskConfig
+from deepseek_jax.train.grpo import GRPOLoss
+from deepseek_jax.train.loop import LoopConfig
+from deepseek_jax.train.optimizer import OptimizerConfig
+from deepseek_jax.train.step import StepConfig
+from deepseek_jax.workflows.grpo import GRPOConfig
+from deepseek_jax.workflows.task_eval import TaskEval
+
+
+def config() -> GRPOConfig:
+    return GRPOConfig(
+        run_dir="runs/maths",
+        task=TaskConfig(name="maths"),
+        rollout=RolloutConfig(prompts=16, group=8, max_tokens=1024),
+        loss=GRPOLoss(kl_weight=0.001),
+        optimizer=OptimizerConfig(peak_lr=3e-6, warmup_steps=5, constant_until=1.0, cosine_until=1.0, weight_decay=0.0),
+        step=StepConfig(microbatches=8),
+        loop=LoopConfig(steps=400, log_every=1, checkpoint_every=50),
+        evaluation=TaskEval(task=TaskConfig(name="maths"), max_tokens=1024),
+    )

@@ -1,0 +1,36 @@
+"""``puzzles``: logic puzzles as rows for the task logic."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from deepseek_jax.saying import terminal
+
+
+@dataclasses.dataclass(frozen=True)
+class _Puzzles:
+    """Write different logic puzzles, each with one solution, as rows of the task logic, which `grpo logic` asks."""
+
+    out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT.jsonl")]
+    """The file to write; it must not exist."""
+    kind: Literal["knights", "grid"] = "knights"
+    """Knights and knaves, or things in houses."""
+    size: int = 3
+    """People (2 to 8) or houses (2 to 4)."""
+    count: int = 1000
+    """Puzzles."""
+    seed: int = 0
+    """The same seed gives the same puzzles; other seeds may repeat some."""
+
+
+def run_puzzles(arguments: Sequence[str]) -> None:
+    options = tyro.cli(_Puzzles, args=list(arguments), prog="deepseek-jax puzzles")
+    if Path(options.out).exists():
+        raise FileExistsError(f"{options.out} exists already; choose another file or remove it")
+    from deepseek_jax.rl.logic import stream_puzzles, write_puzzles  # --help does not wait for it
+
+    write_puzzles(options.out, stream_puzzles(options.kind, options.size, options.seed), options.count)
+    terminal().print(f"{options.count:,} puzzles → {options.out}", soft_wrap=True)

@@ -13,13 +13,14 @@ from typing import Self
 
 import numpy as np
 
+from deepseek_jax.rl.code_reward import code_reward
 from deepseek_jax.rl.rewards import format_reward
-from deepseek_jax.rl.tasks import Reward, Row, Task, split_function, where
+from deepseek_jax.rl.tasks import Reward, Row, Task, score_all, split_function, where
 from deepseek_jax.rl.workers import Outcome, WorkerPool
 
 logger = logging.getLogger(__name__)
 
-NAMES = ("accuracy", "format")
+NAMES = ("accuracy", "format", "code")
 _PLURALS = {"timeout": "timeouts", "crash": "crashes", "error": "errors"}
 
 
@@ -150,13 +151,7 @@ class Grader:
         return math.fsum(weight * score for weight, score in given if score is not None)
 
     def _grade_here(self, name: str, completions: Sequence[str], rows: Sequence[Row]) -> list[float | None]:
-        scores = []
-        for completion, row in zip(completions, rows, strict=True):
-            try:
-                scores.append(self._here[name](completion, row))
-            except ValueError as error:
-                raise ValueError(f"{where(row)}: reward {name}: {error}") from error
-        return scores
+        return score_all(self._here[name], completions, rows, name=name)
 
     def _grade_there(
         self,
@@ -205,6 +200,8 @@ def _scored(outcome: Outcome) -> Outcome:
 def _own(name: str, task: Task | None) -> Reward:
     if name == "format":
         return format_reward
+    if name == "code":
+        return code_reward()
     if task is None:
         raise ValueError("reward accuracy needs a task, which says what is right")
     return task.accuracy

@@ -93,7 +93,7 @@ def test_specifications(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: s
     ("specs", "message"),
     [
         ((), "expected at least one"),
-        (("acuracy",), "reward 'acuracy': expected one of accuracy, format, or file.py:function"),
+        (("acuracy",), "reward 'acuracy': expected one of accuracy, format, code, or file.py:function"),
         (("",), "reward '': expected one of"),
         (("mine.py",), "reward 'mine.py': expected one of"),
         (("format=",), "weight '' is no finite number"),

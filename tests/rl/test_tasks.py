@@ -75,7 +75,10 @@ def test_a_row_that_gives_no_question_is_named(config, row, message):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"name": "gsm9k"}, "task.name='gsm9k': expected rows, arithmetic, countdown, gsm8k or file.py:function"),
+        (
+            {"name": "gsm9k"},
+            "task.name='gsm9k': expected rows, arithmetic, code, countdown, gsm8k, humaneval or file.py:function",
+        ),
         ({"name": "none.py:ask"}, r"none\.py:ask: there is no file none\.py"),
         ({"prompt": "q", "template": "{q}"}, "task.prompt='q' is not used"),
         ({"name": "arithmetic", "answer": "x"}, "task.answer='x': the task arithmetic asks its own problems"),

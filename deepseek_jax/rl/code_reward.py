@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from deepseek_jax.data.tokenizer import END_THINK, THINK
 from deepseek_jax.rl.sandbox import Sandbox
-from deepseek_jax.rl.tasks import Row
+from deepseek_jax.rl.tasks import Row, column
 
 SECONDS = 10.0  # of CPU for each run, unless the row has a `time_limit`
 _ALL_SECONDS = 60.0  # by the clock, for all the runs of one answer
@@ -82,7 +82,7 @@ def extract_code(completion: str) -> str:
 
 def read_tests(row: Row, name: str = "tests") -> UnitTests | None:
     """The tests in a column, None where it is empty. ValueError says what is wrong with them."""
-    given, seconds = row.get(name), row.get("time_limit") or SECONDS
+    given, seconds = column(row, name), row.get("time_limit") or SECONDS
     if not isinstance(seconds, int | float) or not 0 < seconds <= 3600:
         raise ValueError(f'"time_limit" is {seconds!r}; it must be seconds')
     if isinstance(given, str) and given.lstrip()[:1] in ("[", "{"):
@@ -97,12 +97,16 @@ def read_tests(row: Row, name: str = "tests") -> UnitTests | None:
     if isinstance(given, list) and all(isinstance(item, str) for item in given):
         return UnitTests(asserts="\n".join(given), seconds=seconds)
     if not isinstance(given, list) or not all(_is_pair(item) for item in given):
-        raise ValueError(f'"{name}" must be Python text, a list of it, or a list of {{"input": text, "output": text}}')
+        raise ValueError(
+            f'"{name}" must be Python text, a list of it, or a list of {{"input": text, "output": text}} for programs'
+        )
     return UnitTests(pairs=[Pair(item["input"], item["output"]) for item in given], seconds=seconds)
 
 
 def _is_pair(item: Any) -> bool:
-    return isinstance(item, dict) and all(isinstance(item.get(name), str) for name in Pair._fields)
+    """LiveCodeBench's pairs for functions have the same keys, and another `testtype`."""
+    program = isinstance(item, dict) and item.get("testtype", "stdin") == "stdin"
+    return program and all(isinstance(item.get(name), str) for name in Pair._fields)
 
 
 def passes(sandbox: Sandbox, code: str, tests: UnitTests) -> bool:
@@ -136,9 +140,9 @@ class CodeReward:
         return None if tests is None else float(bool(code) and passes(self._sandbox, code, tests))
 
 
-def code_reward(column: str = "tests") -> CodeReward:
-    """The reward of that name, for rows with tests in a column; see ``read_tests``."""
-    return CodeReward(functools.partial(read_tests, name=column))
+def code_reward(name: str = "tests") -> CodeReward:
+    """The reward `code`, for rows with tests in a column; see ``read_tests``."""
+    return CodeReward(functools.partial(read_tests, name=name))
 
 
 @functools.cache

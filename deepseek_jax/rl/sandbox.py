@@ -85,16 +85,16 @@ class Sandbox:
     """
 
     def __init__(self, *, count: int | None = None, limits: Limits | None = None, python: str | None = None):
-        self.limits = limits or Limits()
-        if not Path("/proc/thread-self/children").exists():
-            raise ValueError("the sandbox sums what processes use by /proc/PID/task/TID/children, which is not here")
-        self._python = Path(python or sys.executable).resolve()
-        self._filter = system_call_filter(platform.machine())
-        self._view = [*_system(), *_interpreter(self._python)]
         self._bwrap, self._prlimit = _find("bwrap", "bubblewrap"), _find("prlimit", "util-linux")
         self._setpriv = _find("setpriv", "util-linux") if _is_root() else None
-        self._slots: queue.SimpleQueue[int] = queue.SimpleQueue()
+        if not Path("/proc/thread-self/children").exists():
+            raise ValueError("the sandbox sums what processes use by /proc/PID/task/TID/children, which is not here")
+        self.limits = limits or Limits()
+        self._python = Path(python or sys.executable).resolve()
+        self._view = [*_system(), *_interpreter(self._python)]
+        self._filter = system_call_filter(platform.machine())
         self.count = count or min(_MOST, len(os.sched_getaffinity(0)))
+        self._slots: queue.SimpleQueue[int] = queue.SimpleQueue()
         for slot in range(self.count):
             self._slots.put(slot)
         try:
@@ -108,9 +108,7 @@ class Sandbox:
         """Runs `source`, as the main module, to its end. Raises SandboxError where that cannot be done."""
         slot = self._slots.get()
         try:
-            return self._run(
-                source.encode(errors="replace"), stdin.encode(errors="replace"), limits or self.limits, slot
-            )
+            return self._run(_encode(source), _encode(stdin), limits or self.limits, slot)
         finally:
             self._slots.put(slot)
 
@@ -236,7 +234,9 @@ def _used(pid: int) -> tuple[int, float]:
 def _end(pidfd: int, pid: int, process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-    select.select([pidfd], [], [])  # the kernel ends an init after all the processes under it
+    ended = select.poll()
+    ended.register(pidfd, select.POLLIN)
+    ended.poll()  # the kernel ends an init after all the processes under it
     process.wait()
     with contextlib.suppress(ChildProcessError):
         os.waitpid(pid, 0)  # it has become this process's child where that is the machine's init
@@ -274,6 +274,10 @@ def _find(tool: str, package: str) -> str:
     if found is None:
         raise ValueError(f"there is no {tool}: the sandbox needs the package {package} (apt-get install {package})")
     return found
+
+
+def _encode(text: str) -> bytes:
+    return text.encode(errors="replace")  # a lone surrogate is what a model may well write
 
 
 def _pipe() -> tuple[BinaryIO, BinaryIO]:

@@ -31,8 +31,8 @@ class GRPOConfig(StageConfig):
     """A field of a released model's config.json to take as absent; give it several times for more."""
     task: TaskConfig = TaskConfig()
     reward: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """NAME[=WEIGHT] (accuracy, format, code), or file.py:function[=WEIGHT] for a function (completion, row) -> number or
-    None; give it several times for more. By default the task's own."""
+    """NAME[=WEIGHT] (accuracy, format, code), or file.py:function[=WEIGHT] for a function (completion, row) -> number
+    or None; give it several times for more. By default the task's own."""
     rollout: RolloutConfig = RolloutConfig()
     loss: GRPOLoss = GRPOLoss()
     minibatches: int = 1

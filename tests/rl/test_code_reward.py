@@ -52,7 +52,6 @@ PAIRS = [{"input": "1 2\n", "output": "3\n"}, {"input": "-1 1\n", "output": "0"}
 @pytest.mark.parametrize(
     ("row", "tests"),
     [
-        ({}, None),
         ({"tests": None}, None),
         ({"tests": ""}, None),
         ({"tests": "[]"}, None),
@@ -69,6 +68,8 @@ def test_tests_are_python_or_pairs(row: dict[str, Any], tests: UnitTests | None)
 @pytest.mark.parametrize(
     ("row", "message"),
     [
+        ({"test": "x"}, 'no column "tests"; it has test'),
+        ({"tests": [{"input": "1", "output": "2", "testtype": "functional"}]}, '"tests" must be Python text, a list'),
         ({"tests": 3}, '"tests" must be Python text, a list'),
         ({"tests": [{"input": "1"}]}, '"tests" must be Python text, a list'),
         ({"tests": [{"input": "1", "output": 2}]}, '"tests" must be Python text, a list'),
@@ -154,7 +155,10 @@ def test_all_the_tests_of_a_program_have_a_time_together(monkeypatch: pytest.Mon
 
 @needs_bubblewrap
 def test_rows_with_tests_are_graded_beside_others():
-    rows = [Record({"tests": "assert add(1, 2) == 3"}, "t.jsonl:1"), Record({"checks": PAIRS}, "t.jsonl:2")] * 2
+    rows = [
+        Record({"tests": "assert add(1, 2) == 3", "checks": ""}, "t.jsonl:1"),
+        Record({"tests": None, "checks": PAIRS}, "t.jsonl:2"),
+    ] * 2
     said = [fenced(ADD), fenced("print(sum(map(int, input().split())))"), "I cannot.", fenced(ADD)]
     with Grader(("code=0.5",)) as grader:
         grader.check(rows)

@@ -188,8 +188,9 @@ PROGRAMS = {
         """
         for path in "sysrq-trigger", "sys/kernel/core_pattern", "sys/vm/drop_caches", "sys/kernel/hostname":
             attempt(write, f"/proc/{path}")
-        for path in "1/root/etc/passwd", "self/root/etc/passwd", "1/cwd/../etc/passwd":
+        for path in "1/mem", "1/maps", "1/fd/0", "1/root/etc/passwd", "self/root/etc/passwd", "1/cwd/../etc/passwd":
             attempt(read, f"/proc/{path}")
+        attempt(write, "/proc/1/hostile")
         if len([name for name in os.listdir("/proc") if name.isdecimal()]) > 3: print("ESCAPED")
         """,
     ),
@@ -211,11 +212,15 @@ PROGRAMS = {
             attempt(libc.ptrace, 16, pid, 0, 0)
             attempt(libc.process_vm_readv, pid, 0, 0, 0, 0, 0)
         attempt(libc.ptrace, 0, 0, 0, 0)
+        attempt(libc.syscall, 438, os.pidfd_open(1), 1, 0)
         """,
     ),
     "endless output": ("output", "while True: print('x' * 1000)"),
     "endless errors": ("output", "while True: os.write(2, bytes(100000))"),
-    "output of many processes": ("output", "forked(10, lambda: [os.write(1, bytes(1000)) for _ in iter(int, 1)])"),
+    "output of many processes": (
+        "output",
+        "forked(10, lambda: [os.write(1, bytes(1000)) for _ in iter(int, 1)])\nos.wait()",
+    ),
     "a daemon that outlives": (
         "exit",
         """

@@ -31,6 +31,10 @@ from deepseek_jax.rl.seccomp import system_call_filter
 
 _TICK = 0.02  # seconds between two looks at the processes
 _MOST = 32  # programs at a time unless told otherwise: each is a thread here, and ten open files
+_APART = """
+    --unshare-pid --unshare-net --unshare-ipc --unshare-uts --unshare-cgroup-try --hostname sandbox
+    --die-with-parent --new-session
+"""
 _PROGRAM = "/program/main.py"
 _ENVIRONMENT = {
     **{"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/tmp", "TMPDIR": "/tmp", "LANG": "C.UTF-8"},
@@ -158,17 +162,19 @@ class Sandbox:
             user = str((1 << 30) + (os.getpid() << 7) + slot)  # nobody else's, so that its processes are counted alone
             ids = ["--reuid", user, "--regid", user, "--clear-groups", "--inh-caps=-all"]
             own, drop = ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"], [self._setpriv, *ids, "--"]
-        folder = ["--perms", "1777", "--size", str(limits.file_bytes), "--tmpfs"]
-        environment = [word for item in _ENVIRONMENT.items() for word in ("--setenv", *item)]
+        folder = f"--perms 1777 --size {limits.file_bytes} --tmpfs"
+        # /proc/1: without root, a program is the same user as its init, which is bubblewrap's, and could write to it.
+        options = f"""
+            --proc /proc --tmpfs /proc/1 --remount-ro /proc/1 --dev /dev {folder} /dev/shm {folder} /tmp
+            --dir /program --perms 0444 --ro-bind-data {fds["program"]} {_PROGRAM}
+            --remount-ro /dev --remount-ro / --chdir /tmp --clearenv
+            --seccomp {fds["filter"]} --json-status-fd {fds["status"]} --block-fd {fds["held"]}
+        """
         bounds = {"nproc": limits.processes, "as": 2 * limits.memory, "cpu": math.ceil(limits.cpu_seconds) + 1}
         bounds |= {"fsize": limits.file_bytes, "nofile": 128, "core": 0}
         return [
-            *(self._bwrap, *own, "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"),
-            *("--unshare-cgroup-try", "--hostname", "sandbox", "--die-with-parent", "--new-session", *self._view),
-            *("--proc", "/proc", "--dev", "/dev", *folder, "/tmp", *folder, "/dev/shm", "--dir", "/program"),
-            *("--perms", "0444", "--ro-bind-data", str(fds["program"]), _PROGRAM),
-            *("--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/tmp", "--clearenv", *environment),
-            *("--seccomp", str(fds["filter"]), "--json-status-fd", str(fds["status"]), "--block-fd", str(fds["held"])),
+            *(self._bwrap, *own, *_APART.split(), *self._view, *options.split()),
+            *(word for item in _ENVIRONMENT.items() for word in ("--setenv", *item)),
             *("--", *drop, self._prlimit, *(f"--{name}={most}" for name, most in bounds.items()), "--"),
             *(str(self._python), "-s", "-P", "-B", _PROGRAM),
         ]

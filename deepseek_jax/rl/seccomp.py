@@ -24,7 +24,7 @@ _REFUSED = {
         **{"userfaultfd": 282},
     },
 }
-_EVERYWHERE = {"io_uring_setup": 425, "fsopen": 430, "memfd_secret": 447}
+_EVERYWHERE = {"io_uring_setup": 425, "fsopen": 430, "pidfd_getfd": 438, "memfd_secret": 447}
 _CLONE, _SOCKET = {"x86_64": 56, "aarch64": 220}, {"x86_64": 41, "aarch64": 198}
 _CLONE3 = 435  # its flags lie in memory, where a filter cannot look: the C library falls back on clone
 _NEW_NAMESPACES = 0x7E020000

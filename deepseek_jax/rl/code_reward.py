@@ -1,9 +1,9 @@
 """Code graded by its tests, run in the sandbox.
 
 A row's tests are either Python, `assert`s as text or a list of them (HumanEval, MBPP), run behind the code in the same
-process; or pairs `{"input", "output"}` (Codeforces, LiveCodeBench), for each of which the program is run, and which say
-the same words to standard output as expected, white space aside. A column may also hold them as JSON text. The reward
-is 1 where all of them pass, else 0.
+process; or pairs `{"input", "output"}` (Codeforces, LiveCodeBench), also as `{"inputs", "outputs"}` (APPS, TACO), for
+each of which the program is run and says the same words to standard output as expected, white space aside. A column may
+hold them as JSON text. The reward is 1 where all of them pass, else 0.
 
 Leaving early, with whatever exit code, passes no tests: they have passed where a word has come back that is new in each
 run. A program that attacks `assert`s on purpose (a value that equals everything, a search through the frames for the
@@ -23,7 +23,7 @@ from deepseek_jax.data.tokenizer import END_THINK, THINK
 from deepseek_jax.rl.sandbox import Sandbox
 from deepseek_jax.rl.tasks import Row, column
 
-SECONDS = 10.0  # of CPU for each run, unless the row has a `time_limit`
+SECONDS = 6.0  # of CPU for each run, as LiveCodeBench has it, unless the row has a `time_limit`
 _ALL_SECONDS = 60.0  # by the clock, for all the runs of one answer
 _FENCE = re.compile(r"^[ \t]*```([^\n`]*)$", re.MULTILINE)
 # The parts are read to the end before the first of them runs, and none of them finds its own text.
@@ -82,7 +82,8 @@ def extract_code(completion: str) -> str:
 
 def read_tests(row: Row, name: str = "tests") -> UnitTests | None:
     """The tests in a column, None where it is empty. ValueError says what is wrong with them."""
-    given, seconds = column(row, name), row.get("time_limit") or SECONDS
+    given: Any = column(row, name)
+    seconds = row.get("time_limit") or SECONDS
     if not isinstance(seconds, int | float) or not 0 < seconds <= 3600:
         raise ValueError(f'"time_limit" is {seconds!r}; it must be seconds')
     if isinstance(given, str) and given.lstrip()[:1] in ("[", "{"):
@@ -90,8 +91,11 @@ def read_tests(row: Row, name: str = "tests") -> UnitTests | None:
             given = json.loads(given)
         except ValueError as error:
             raise ValueError(f'"{name}" is no JSON: {error}') from error
-    if given is None or given in ("", []):
-        return None
+    match given:
+        case None | "" | []:
+            return None
+        case {"inputs": [*inputs], "outputs": [*outputs], **rest} if not rest and len(inputs) == len(outputs):
+            given = [{"input": said, "output": expected} for said, expected in zip(inputs, outputs, strict=True)]
     if isinstance(given, str):
         return UnitTests(asserts=given, seconds=seconds)
     if isinstance(given, list) and all(isinstance(item, str) for item in given):

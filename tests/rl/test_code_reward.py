@@ -58,6 +58,7 @@ PAIRS = [{"input": "1 2\n", "output": "3\n"}, {"input": "-1 1\n", "output": "0"}
         ({"tests": "assert f(1)"}, UnitTests(asserts="assert f(1)")),
         ({"tests": ["assert f(1)", "assert f(2)"]}, UnitTests(asserts="assert f(1)\nassert f(2)")),
         ({"tests": PAIRS, "time_limit": 2}, UnitTests(pairs=[Pair("1 2\n", "3\n"), Pair("-1 1\n", "0")], seconds=2)),
+        ({"tests": {"inputs": ["1", "2"], "outputs": ["3", "4"]}}, UnitTests(pairs=[Pair("1", "3"), Pair("2", "4")])),
         ({"tests": json.dumps(PAIRS)}, UnitTests(pairs=[Pair("1 2\n", "3\n"), Pair("-1 1\n", "0")])),
     ],
 )
@@ -70,6 +71,8 @@ def test_tests_are_python_or_pairs(row: dict[str, Any], tests: UnitTests | None)
     [
         ({"test": "x"}, 'no column "tests"; it has test'),
         ({"tests": [{"input": "1", "output": "2", "testtype": "functional"}]}, '"tests" must be Python text, a list'),
+        ({"tests": {"inputs": ["1"], "outputs": ["1"], "fn_name": "f"}}, '"tests" must be Python text, a list'),
+        ({"tests": {"inputs": ["1"], "outputs": []}}, '"tests" must be Python text, a list'),
         ({"tests": 3}, '"tests" must be Python text, a list'),
         ({"tests": [{"input": "1"}]}, '"tests" must be Python text, a list'),
         ({"tests": [{"input": "1", "output": 2}]}, '"tests" must be Python text, a list'),

@@ -144,9 +144,9 @@ class CodeReward:
         return None if tests is None else float(bool(code) and passes(self._sandbox, code, tests))
 
 
-def code_reward(name: str = "tests") -> CodeReward:
-    """The reward `code`, for rows with tests in a column; see ``read_tests``."""
-    return CodeReward(functools.partial(read_tests, name=name))
+def code_reward(tests: str = "tests") -> CodeReward:
+    """The reward `code`, for rows with tests in the column of that name; see ``read_tests``."""
+    return CodeReward(functools.partial(read_tests, name=tests))
 
 
 @functools.cache

@@ -33,7 +33,7 @@ def test_the_demos_recipes_load_by_name(name):
     assert f"deepseek-jax {name.split('/')[1]} {name}" in docstring
 
 
-@pytest.mark.parametrize("name", ["arithmetic", "countdown", "gsm8k"])
+@pytest.mark.parametrize("name", ["arithmetic", "code", "countdown", "gsm8k"])
 def test_tasks_are_recipes(name):
     """The user gives the model and the rows, and other rewards if they like."""
     config = load_recipe(name, GRPOConfig)

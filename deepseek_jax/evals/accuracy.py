@@ -10,7 +10,7 @@ import numpy as np
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.rl.asking import Question, ask, read_answers
-from deepseek_jax.rl.tasks import Row, Task
+from deepseek_jax.rl.tasks import Row, Task, score_all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +42,11 @@ def answer(
         filled = [question.prompt for question in part] + [part[0].prompt] * (min(batch_size, len(rows)) - len(part))
         key = jax.random.fold_in(jax.random.key(seed), start)
         out = jax.device_get(engine.generate_ids(filled, sampling, key))
-        for question, said in zip(part, read_answers(engine.tokenizer, part, out), strict=True):
-            right = said.ended and task.accuracy(said.text, question.row) == 1.0
-            answered.append(Answered(question, said.text, right))
+        said = read_answers(engine.tokenizer, part, out)
+        texts = [item.text if item.ended else "" for item in said]
+        scores = score_all(task.accuracy, texts, [question.row for question in part])
+        for question, item, score in zip(part, said, scores, strict=True):
+            answered.append(Answered(question, item.text, item.ended and score == 1.0))
     return answered
 
 

@@ -9,6 +9,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Self
 
@@ -183,11 +184,14 @@ class Grader:
         return list(zip(completions, answers, strict=True))
 
     def _grade_here(self, name: str, seen: Sequence[_Seen], rows: Sequence[Row]) -> list[float | None]:
-        scores = []
-        for arguments, row in zip(seen, rows, strict=True):
+        reward = self._here[name]
+
+        def score(arguments: _Seen, row: Row) -> float | None:
             with _telling(name, row):
-                scores.append(self._here[name](*arguments))
-        return scores
+                return reward(*arguments)
+
+        with ThreadPoolExecutor(getattr(reward, "threads", 1), thread_name_prefix="reward") as threads:
+            return list(threads.map(score, seen, rows))
 
     def _grade_there(
         self,

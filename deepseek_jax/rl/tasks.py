@@ -19,7 +19,8 @@ import dataclasses
 import importlib
 import re
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ Messages = list[Message]
 Reward = Callable[[str, Row], float | None]
 
 # By name, the modules of the package's tasks.
-TASKS = {name: f"deepseek_jax.rl.{name}" for name in ("arithmetic", "countdown", "gsm8k", "logic")}
+TASKS = {name: f"deepseek_jax.rl.{name}" for name in ("arithmetic", "code", "countdown", "gsm8k", "humaneval", "logic")}
 TASKS |= {"maths": "deepseek_jax.rl.mathematics", "choice": "deepseek_jax.rl.multiple_choice"}
 _ASK_SECONDS = 10.0  # what a call of a user's function may take
 _FILE = re.compile(r"(.+\.py):([^:/]+)")
@@ -47,7 +48,8 @@ class TaskConfig:
     """Which task, and which columns of which files it reads. "" is the task's own default."""
 
     name: str = "rows"
-    """rows, gsm8k, maths, choice, countdown, arithmetic, logic, or file.py:function, from a row to text or messages."""
+    """rows, gsm8k, maths, choice, code, humaneval, countdown, arithmetic, logic, or file.py:function, from a row to
+    text or messages."""
     path: tuple[str, ...] = ()
     """Files of rows, folders of them, quoted globs: .jsonl(.gz|.zst), .parquet; or hf:NAME[:CONFIG]:SPLIT, a dataset of
     the Hugging Face hub."""
@@ -69,9 +71,9 @@ class Task:
     """What is asked and what is right; both functions raise ValueError for a row that they cannot use.
 
     ask: a row as messages, or as the text of a single one; `messages` checks it. accuracy: the reward of that name,
-    1 or 0, or None for a row without an answer; it runs in this process, so it must not hang. right: the answer as
-    text, None where the row has none. rewards: the specifications (see ``Grader``) that grade by default. system:
-    text that opens each conversation.
+    1 or 0, or None for a row without an answer; it runs in this process, so it must not hang (see ``score_all``).
+    right: the answer as text, None where the row has none. rewards: the specifications (see ``Grader``) that grade by
+    default. system: text that opens each conversation.
     """
 
     ask: Callable[[Row], Any]
@@ -111,6 +113,24 @@ def make_task(config: TaskConfig) -> Task:
     if (found := split_function(config.name)) is not None:
         return _make_file_task(config, *found)
     raise ValueError(f"task.name={config.name!r}: expected rows, {', '.join(TASKS)} or file.py:function")
+
+
+def score_all(
+    reward: Reward, completions: Sequence[str], rows: Sequence[Row], *, name: str = "accuracy"
+) -> list[float | None]:
+    """The reward of each completion, which answers the row at its place; a ValueError names the row.
+
+    A reward that waits for other processes says by its `threads` how many calls at a time it takes.
+    """
+
+    def score(completion: str, row: Row) -> float | None:
+        try:
+            return reward(completion, row)
+        except ValueError as error:
+            raise ValueError(f"{where(row)}: reward {name}: {error}") from error
+
+    with ThreadPoolExecutor(getattr(reward, "threads", 1), thread_name_prefix="reward") as threads:
+        return list(threads.map(score, completions, rows))
 
 
 def where(row: Row) -> str:

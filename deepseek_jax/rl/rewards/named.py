@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from deepseek_jax.rl.code_reward import code_reward
 from deepseek_jax.rl.rewards import choice
 from deepseek_jax.rl.rewards.form import format_reward, tags_reward
 from deepseek_jax.rl.rewards.language import language
@@ -34,6 +35,7 @@ class Named:
 NAMED = {
     "accuracy": Named(),
     "maths": Named(file=Path(__file__).with_name("maths.py"), compares=True),
+    "code": Named(code_reward),
     "choice": Named(lambda: choice.score, compares=True),
     "format": Named(lambda: format_reward),
     "tags": Named(lambda: tags_reward),

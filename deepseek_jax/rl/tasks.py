@@ -19,7 +19,7 @@ import dataclasses
 import importlib
 import re
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,9 @@ from deepseek_jax.typed import check_types
 
 Row = Mapping[str, Any]
 Messages = list[Message]
-Reward = Callable[[str, Row], float | None]
+# Of each step of a completion its end, in characters, and its reward.
+Steps = Sequence[tuple[int, float]]
+Reward = Callable[[str, Row], float | Steps | None]
 
 # By name, the modules of the package's tasks.
 TASKS = {name: f"deepseek_jax.rl.{name}" for name in ("arithmetic", "countdown", "gsm8k")}

@@ -18,9 +18,11 @@ from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.generate import Generated
 from deepseek_jax.rl import arithmetic
-from deepseek_jax.rl.asking import ask, read_answers
+from deepseek_jax.rl.advantages import settled
+from deepseek_jax.rl.asking import Answer, Question, ask, read_answers
 from deepseek_jax.rl.grader import Grader
-from deepseek_jax.rl.rollout import NoSignalError, RolloutConfig, Rollouts, open_questions, rollout_batch, settled
+from deepseek_jax.rl.rollout import NoSignalError, RolloutConfig, Rollouts, open_questions
+from deepseek_jax.rl.samples import Sample, rollout_batch
 from deepseek_jax.rl.tasks import TaskConfig, make_task
 from deepseek_jax.train.grpo import GRPOLoss
 
@@ -53,7 +55,8 @@ def scripted(monkeypatch, scripts):
     """The engine answers each problem's group as its script says."""
     calls = iter(scripts)
 
-    def generate_ids(self, prompts, sampling, key):
+    def generate_ids(self, prompts, sampling, key, experts):
+        assert not experts
         kinds = [kind for group in next(calls) for kind in group]
         assert len(prompts) == len(kinds)
         tokens = np.full((len(prompts), sampling.max_tokens), tokenizer().pad_id, np.int32)
@@ -238,9 +241,9 @@ def test_the_limit_is_what_the_positions_leave():
 
 @pytest.mark.parametrize(("longest", "most", "width"), [(9, 35, 35), (9, 999, 128), (129, 999, 256), (600, 700, 700)])
 def test_widths_come_in_few_sizes(longest, most, width):
-    one = np.ones((2, 1))
-    out = Generated(one, one, np.array([1, 1]), np.array([True, False]))  # pyright: ignore[reportArgumentType]
-    batch = rollout_batch([[1] * (longest - 1), [1]], out, pad_id=0, most=most)
+    questions = [Question({}, "", prompt, "") for prompt in ([1] * (longest - 1), [1])]
+    samples = [Sample(question, Answer("", True), np.ones(1), np.ones(1)) for question in questions]
+    batch = rollout_batch(samples, pad_id=0, most=most)
     assert batch["tokens"].shape == (2, width) and batch["segment_ids"].sum(axis=1).tolist() == [longest, 2]
 
 

@@ -2,5 +2,6 @@
 
 `tasks` turns rows of a file into questions and knows what is right (`gsm8k`, `countdown`, `arithmetic`: modules that
 are imported by name); `grader` turns completions into rewards, the package's or a user's, the latter in processes
-that may hang (`workers`). None of these knows of models or of the workflow that uses it; `rollout` samples.
+that may hang (`workers`). None of these knows of models or of the workflow that uses it; `rollout` samples, `samples`
+are what a batch is made of, and `advantages` what their rewards are worth.
 """

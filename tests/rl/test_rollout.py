@@ -269,6 +269,7 @@ def test_the_learner_takes_the_experts_that_the_sampler_took():
     routers and bias have moved on sends each token where the sampler did, which alone it would not."""
     config = dataclasses.replace(SPEAKER, num_hidden_layers=4, first_k_dense_replace=2)
     params, bias = weights(config)
+    assert bias is not None
     engine = Engine(whole(config, params, bias, tokenizer()))
     questions = [Question({}, "", tokenizer().encode(text), "") for text in ("12+34=", "7*8=5")]
     prompts = [question.prompt for question in questions]
@@ -287,8 +288,8 @@ def test_the_learner_takes_the_experts_that_the_sampler_took():
         return score_tokens(transformer.merge(config, params, bias), batch, 16)[1]
 
     run = jax.jit(load)
-    moved = params | {"moe_layers": params["moe_layers"] | {"mlp": params["moe_layers"]["mlp"] | {}}}
-    moved["moe_layers"]["mlp"]["router"] = -moved["moe_layers"]["mlp"]["router"]
+    experts = params["moe_layers"]["mlp"]
+    moved = params | {"moe_layers": params["moe_layers"] | {"mlp": experts | {"router": -experts["router"]}}}
     alone = {name: value for name, value in placed.items() if name != "experts"}
     taken = batch["experts"][ran_BS > 0]
     expected = np.stack([np.bincount(taken[:, layer].ravel(), minlength=8) for layer in range(2)])

@@ -71,6 +71,8 @@ class RolloutConfig:
     """Rewards of a group that lie no further apart, overlong shaping aside, are equal: no signal."""
     replay_routing: bool = False
     """The learner takes the experts that the sampler took."""
+    pack: int = 0
+    """Tokens of a row that holds several prompts and answers, whose attention is kept apart; 0: one each."""
     min_signal: float = 0.1
     """Stop when under this share of the groups has unequal rewards for patience steps in a row."""
     patience: int = 20
@@ -128,12 +130,21 @@ class Rollouts:
     """
 
     def __init__(
-        self, model: Model, task: Task, grader: Grader, loader: PromptLoader, config: RolloutConfig, *, seed: int
+        self,
+        model: Model,
+        task: Task,
+        grader: Grader,
+        loader: PromptLoader,
+        config: RolloutConfig,
+        *,
+        seed: int,
+        multiple: int = 1,
     ):
+        """multiple: what the learner needs the number of rows to be a multiple of, where they are packed."""
         if config.replay_routing and not model.config.num_moe_layers:
             raise ValueError("rollout.replay_routing=True: the model has no experts that could be replayed")
         self.engine, self.tokenizer, self.positions = Engine(model), model.text, model.config.max_position_embeddings
-        self.task, self.grader, self.loader, self.config = task, grader, loader, config
+        self.task, self.grader, self.loader, self.config, self.multiple = task, grader, loader, config, multiple
         self.key = jax.random.key(seed)
         self.quiet_steps = 0
 
@@ -146,8 +157,6 @@ class Rollouts:
         self._watch(signal)
         chosen = choose_groups(signal_P, config.prompts)
         trained = [samples[group * config.group + i] for group in chosen for i in range(config.group)]
-        most = config.prompt_limit(self.positions) + config.max_tokens
-        batch = rollout_batch(trained, pad_id=self.tokenizer.pad_id, most=most)
         lengths = np.array([len(sample.ids) for sample in samples])
         metrics = {
             **grades.metrics(),
@@ -164,9 +173,17 @@ class Rollouts:
             metrics["reward"] += config.overlong_weight * metrics["reward_overlong"]
             total_PG = total_PG + config.overlong_weight * overlong_N.reshape(total_PG.shape).astype(np.float32)
         steps = [grades.steps_N[group * config.group + i] for group in chosen for i in range(config.group)]
-        batch["advantages"] = self._advantages(batch, trained, total_PG[chosen], steps)
+        batch = rollout_batch(
+            trained,
+            self._advantages(trained, total_PG[chosen], steps),
+            pad_id=self.tokenizer.pad_id,
+            most=config.prompt_limit(self.positions) + config.max_tokens,
+            pack=config.pack,
+            multiple=self.multiple,
+        )
         same = {"temperature": config.temperature, "max_tokens": config.max_tokens}
-        return batch | {name: np.full((len(trained), 1), value, np.float32) for name, value in same.items()}, metrics
+        rows = len(batch["tokens"])
+        return batch | {name: np.full((rows, 1), value, np.float32) for name, value in same.items()}, metrics
 
     def _enough(self, step: int) -> tuple[list[Sample], Grades, np.ndarray, np.ndarray]:
         """Samples of as many groups with signal as a step trains on, as far as ``resample`` allows, and of all others
@@ -198,27 +215,22 @@ class Rollouts:
         return [make_sample(out, row, *pair) for row, pair in enumerate(zip(questions, answers, strict=True))]
 
     def _advantages(
-        self, batch: dict[str, np.ndarray], samples: list[Sample], total_PG: np.ndarray, steps: list[Steps]
-    ) -> np.ndarray:
-        """Of answers (B 1); where some have steps, of tokens (B S): the answer's and its steps' together."""
+        self, samples: list[Sample], total_PG: np.ndarray, steps: list[Steps]
+    ) -> Sequence[float | np.ndarray]:
+        """Of each answer; where some have steps, of its tokens: the answer's and its steps' together."""
         scale, group = self.config.advantage, self.config.group
-        whole_PG = np.asarray(group_advantages(jnp.asarray(total_PG), scale=scale))
-        whole_B1 = whole_PG.reshape(-1, 1).astype(np.float32)
+        whole_N = np.asarray(group_advantages(jnp.asarray(total_PG), scale=scale)).ravel()
         if not any(steps):
-            return whole_B1
-        tokens_BS = whole_B1 * batch["loss_mask"]
+            return whole_N.tolist()
         ends = [
             token_ends(self.tokenizer, sample.ids.tolist(), sample.question.start, sample.answer.text, own)
             for sample, own in zip(samples, steps, strict=True)
         ]
-        lengths = [len(sample.ids) for sample in samples]
+        lengths, made = [len(sample.ids) for sample in samples], list[np.ndarray]()
         for first in range(0, len(samples), group):
             some = slice(first, first + group)
-            made = step_advantages(ends[some], lengths[some], scale=scale, tolerance=self.config.tolerance)
-            for row, advantage in enumerate(made, start=first):
-                begin = len(samples[row].question.prompt)
-                tokens_BS[row, begin : begin + len(advantage)] += advantage
-        return tokens_BS
+            made += step_advantages(ends[some], lengths[some], scale=scale, tolerance=self.config.tolerance)
+        return [whole + own for whole, own in zip(whole_N, made, strict=True)]
 
     def state(self) -> dict[str, Any]:
         return {"loader": self.loader.state(), "quiet_steps": self.quiet_steps}

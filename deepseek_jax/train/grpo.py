@@ -47,6 +47,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from deepseek_jax.model.router import segment_bounds
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.train.losses import shift
 from deepseek_jax.train.scoring import score_tokens
@@ -107,10 +108,11 @@ class GRPOLoss:
 
     def normalisers(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         mask_BS = self._mask(batch)
-        return {
-            "tokens": jnp.maximum(jnp.sum(mask_BS), 1.0),
-            "answers": jnp.maximum(jnp.sum(jnp.any(mask_BS > 0, axis=1)), 1.0),
-        }
+        if "answer_tokens" in batch:
+            answers = jnp.round(jnp.sum(mask_BS / jnp.maximum(batch["answer_tokens"], 1.0)))
+        else:
+            answers = jnp.sum(jnp.any(mask_BS > 0, axis=1))
+        return {"tokens": jnp.maximum(jnp.sum(mask_BS), 1.0), "answers": jnp.maximum(answers, 1.0)}
 
     def __call__(
         self,
@@ -126,6 +128,9 @@ class GRPOLoss:
         ``sampler_logprobs``, ``old_logprobs`` of the policy before the batch's first update (absent where there is one
         update: it is the policy itself), and with a kl_weight ``reference_logprobs``; and ``experts`` (B S L K) to
         take in each MoE layer, where routing is replayed.
+
+        Rows may hold several prompts and answers, a segment each: then ``answer_tokens`` (B S) is the number of tokens
+        of the answer that a token belongs to, and ``advantages`` and ``truncated`` are of tokens.
         """
         del step
         scores, load_LE = score_tokens(model, batch, self.chunk)
@@ -135,8 +140,14 @@ class GRPOLoss:
         given = lambda name: shift(batch[name], 1)  # noqa: E731
         old_BS = given("old_logprobs") if "old_logprobs" in batch else jax.lax.stop_gradient(new_BS)
         advantage_BX = given("advantages") if batch["advantages"].shape[1] > 1 else batch["advantages"]
-        gain_BS, clipped_BS = self._gain(new_BS, old_BS, advantage_BX, mask_BS)
-        weight_BS = self._token_weights(mask_BS, batch, norm)
+        length_BX = given("answer_tokens") if "answer_tokens" in batch else jnp.sum(mask_BS, axis=1, keepdims=True)
+        length_BX = jnp.maximum(length_BX, 1.0)
+        log_BS = jnp.where(mask_BS > 0, new_BS - old_BS, 0.0)
+        if self.ratio == "sequence":
+            mean_BX = jax.lax.stop_gradient(_answer_sum(log_BS, batch) / length_BX)
+            log_BS = mean_BX + (log_BS - jax.lax.stop_gradient(log_BS))
+        gain_BS, clipped_BS = self._gain(jnp.exp(log_BS), advantage_BX, new_BS)
+        weight_BS = self._token_weights(mask_BS, length_BX, batch, norm)
         mean = lambda x_BS: jnp.sum(x_BS * mask_BS) / norm["tokens"]  # noqa: E731
         sampler_BS = jnp.where(mask_BS > 0, given("sampler_logprobs") - old_BS, 0.0)
         parts = {}
@@ -159,14 +170,8 @@ class GRPOLoss:
             parts["load"] = load_LE
         return loss, parts
 
-    def _gain(self, new_BS, old_BS, advantage_BX, mask_BS):
+    def _gain(self, ratio_BS, advantage_BX, new_BS):
         """What each token adds to the objective, and whether it was clipped."""
-        log_BS = jnp.where(mask_BS > 0, new_BS - old_BS, 0.0)
-        if self.ratio == "sequence":
-            fixed = jax.lax.stop_gradient
-            log_B1 = jnp.sum(log_BS, axis=1, keepdims=True) / jnp.maximum(jnp.sum(mask_BS, axis=1, keepdims=True), 1.0)
-            log_BS = fixed(log_B1) + (log_BS - fixed(log_BS))
-        ratio_BS = jnp.exp(log_BS)
         bounded_BS = jnp.clip(ratio_BS, 1 - self.clip_low, 1 + self.clip_high)
         if self.objective == "cispo":
             return jax.lax.stop_gradient(bounded_BS) * advantage_BX * new_BS, bounded_BS != ratio_BS
@@ -177,14 +182,24 @@ class GRPOLoss:
         mask_BS = batch["loss_mask"]
         return mask_BS * (1 - batch["truncated"]) if self.mask_truncated else mask_BS
 
-    def _token_weights(self, mask_BS, batch, norm):
+    def _token_weights(self, mask_BS, length_BX, batch, norm):
         if self.normalise == "dapo":
             return mask_BS / norm["tokens"]
         if self.normalise == "dr_grpo":
             return mask_BS / (norm["answers"] * batch["max_tokens"])
         if self.normalise == "rloo":
             return mask_BS / norm["answers"]
-        return mask_BS / jnp.maximum(jnp.sum(mask_BS, axis=1, keepdims=True), 1.0) / norm["answers"]
+        return mask_BS / length_BX / norm["answers"]
+
+
+def _answer_sum(x_BS: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
+    """At each position i the sum over the answer of token i + 1, which is its row's, or where rows hold several, its
+    segment's."""
+    if "answer_tokens" not in batch:
+        return jnp.sum(x_BS, axis=1, keepdims=True)
+    first_BS, end_BS = segment_bounds(shift(batch["segment_ids"], 1))
+    before_BS = jnp.pad(jnp.cumsum(x_BS, axis=1), ((0, 0), (1, 0)))
+    return jnp.take_along_axis(before_BS, end_BS, axis=1) - jnp.take_along_axis(before_BS, first_BS, axis=1)
 
 
 def k3(log_ratio: jax.Array) -> jax.Array:

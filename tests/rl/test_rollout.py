@@ -261,6 +261,74 @@ def steps(completion, row):
             np.testing.assert_allclose(batch["advantages"][row, batch["loss_mask"][row] > 0], expected, atol=1e-5)
 
 
+# Packing
+
+
+def test_packed_rows_hold_every_answer_once(path):
+    plain, metrics = rollouts(path).next(state())
+    run = rollouts(path, dataclasses.replace(CONFIG, pack=70))
+    run.multiple = 2
+    batch, packed_metrics = run.next(state())
+    assert packed_metrics == metrics and batch["tokens"].shape[1] == 70
+    assert len(batch["tokens"]) % 2 == 0 and len(batch["tokens"]) < len(plain["tokens"])
+    found, names = [], ("tokens", "positions", "loss_mask", "sampler_logprobs", "advantages", "truncated")
+    for row in range(len(batch["tokens"])):
+        for segment in range(1, batch["segment_ids"][row].max() + 1):
+            own = batch["segment_ids"][row] == segment
+            found.append([batch[name][row, own].tolist() for name in names])
+            assert set(batch["answer_tokens"][row, own]) == {0, batch["loss_mask"][row, own].sum()}
+    expected = []
+    for row, real in enumerate(plain["segment_ids"] > 0):
+        spread = {name: np.broadcast_to(plain[name][row], real.shape)[real] for name in names}
+        for name in ("advantages", "truncated"):  # of the answer's tokens
+            spread[name] = spread[name] * spread["loss_mask"]
+        expected.append([spread[name].tolist() for name in names])
+    assert sorted(found) == sorted(expected)
+
+
+OTHERS = {"old_logprobs": 1.05, "reference_logprobs": 0.9}
+
+
+def test_packed_answers_see_themselves_alone(path):
+    """A network's loss, its parts and gradient are what they are with a row for each answer."""
+    loss = GRPOLoss(chunk=16, ratio="sequence", kl_weight=0.1)
+    params, bias = weights(SPEAKER)
+
+    @jax.jit
+    def run(batch):
+        def value(params):
+            network = transformer.merge(SPEAKER, params, bias)
+            return loss(network, batch, loss.normalisers(batch), jnp.int32(0))
+
+        return jax.value_and_grad(value, has_aux=True)(params)
+
+    found = []
+    for pack in (0, 96):
+        config = dataclasses.replace(CONFIG, pack=pack, replay_routing=True)
+        batch, _ = rollouts(path, config).next(state())
+        others = {name: batch["sampler_logprobs"] * factor for name, factor in OTHERS.items()}
+        found.append(jax.device_get(run({name: jnp.asarray(value) for name, value in (batch | others).items()})))
+    ((plain, plain_parts), plain_gradient), ((packed, packed_parts), packed_gradient) = found
+    assert packed == pytest.approx(float(plain), rel=1e-5) and abs(plain) > 1e-3
+    for name in ("kl_sampler", "kl_reference", "clip_fraction", "entropy", "load"):
+        np.testing.assert_allclose(packed_parts[name], plain_parts[name], rtol=1e-5, err_msg=name)
+    norm = np.sqrt(sum(np.sum(leaf**2) for leaf in jax.tree.leaves(plain_gradient)))
+    for one, other in zip(jax.tree.leaves(packed_gradient), jax.tree.leaves(plain_gradient), strict=True):
+        assert np.linalg.norm(one - other) <= 1e-5 * norm
+
+
+def test_packed_rows_come_in_few_numbers():
+    questions = [Question({}, "", [1] * 9, "")] * 41
+    samples = [Sample(question, Answer("", True), np.ones(1), np.ones(1)) for question in questions]
+    sizes = set()
+    for count in range(1, 42):
+        batch = rollout_batch(samples[:count], [0.0] * count, pad_id=0, most=64, pack=10, multiple=3)
+        rows = len(batch["tokens"])
+        assert rows % 3 == 0 and count <= rows < 1.25 * count + 3
+        sizes.add(rows)
+    assert len(sizes) <= 12
+
+
 # Routing replay
 
 
@@ -277,7 +345,7 @@ def test_the_learner_takes_the_experts_that_the_sampler_took():
     out = jax.device_get(engine.generate_ids(prompts, sampling, key, experts=True))
     answers = [Answer("", bool(stopped)) for stopped in out.stopped_B]
     samples = [make_sample(out, row, question, answers[row]) for row, question in enumerate(questions)]
-    batch = rollout_batch(samples, pad_id=0, most=64)
+    batch = rollout_batch(samples, [0.0] * 2, pad_id=0, most=64)
     most = batch["tokens"].shape[1]
     assert batch["experts"].shape == (2, most, 2, config.num_experts_per_tok)
     placed = {name: jnp.asarray(value) for name, value in batch.items()} | {"temperature": jnp.ones((2, 1))}
@@ -434,7 +502,7 @@ def test_the_limit_is_what_the_positions_leave():
 def test_widths_come_in_few_sizes(longest, most, width):
     questions = [Question({}, "", prompt, "") for prompt in ([1] * (longest - 1), [1])]
     samples = [Sample(question, Answer("", True), np.ones(1), np.ones(1)) for question in questions]
-    batch = rollout_batch(samples, pad_id=0, most=most)
+    batch = rollout_batch(samples, [0.0] * 2, pad_id=0, most=most)
     assert batch["tokens"].shape == (2, width) and batch["segment_ids"].sum(axis=1).tolist() == [longest, 2]
 
 

@@ -234,6 +234,37 @@ def test_neither_split_nor_padding_nor_mesh_matters(name, monkeypatch):
     assert_close(state.opt_state.trace["table"], gradient)
 
 
+def packed(batch: dict[str, np.ndarray], together: int, width: int) -> dict[str, np.ndarray]:
+    """So many rows behind each other in one, a segment each, and a row of padding behind the last."""
+    rows = len(batch["tokens"]) // together
+    made = {name: np.zeros((rows + 1, width), value.dtype) for name, value in batch.items()}
+    made["answer_tokens"] = np.zeros((rows + 1, width), np.float32)
+    for row in range(rows):
+        start = 0
+        for segment, one in enumerate(range(row * together, (row + 1) * together), start=1):
+            real = batch["segment_ids"][one] > 0
+            place = slice(start, start + real.sum())
+            for name, value in batch.items():
+                made[name][row, place] = np.broadcast_to(value[one], real.shape)[real]
+            made["segment_ids"][row, place] = segment
+            made["answer_tokens"][row, place] = batch["loss_mask"][one].sum() * batch["loss_mask"][one][real]
+            start = place.stop
+    constant = {name: np.full((rows + 1, 1), batch[name][0, 0]) for name in ("temperature", "max_tokens")}
+    return made | constant
+
+
+@every_variant
+def test_packing_does_not_matter(name, monkeypatch):
+    loss, table, batch = draw(name, 6)
+    value, gradient = by_hand(loss, table, batch)
+    together = packed(batch, 4, 4 * COLUMNS + 3)
+    assert together["segment_ids"].max() == 4
+    take = step_of(monkeypatch, loss, optax.trace(0.0), microbatches=2)  # of rows with answers and with none
+    state, metrics = take(table, on_device(together))
+    assert_close(metrics["loss"], value)
+    assert_close(state.opt_state.trace["table"], gradient)
+
+
 @every_variant
 def test_several_updates_of_several_minibatches(name, monkeypatch):
     loss, table, batch = draw(name, 4)

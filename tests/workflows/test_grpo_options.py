@@ -35,7 +35,7 @@ OPTIONS = [
 OPTIONS += ["--rollout.prompts", "4", "--rollout.group", "4", "--rollout.max-tokens", "8", "--step.microbatches", "1"]
 # GSPO on advantages of tokens, with dynamic sampling that is never content, and a reference that moves.
 OPTIONS += ["--loss.ratio", "sequence", "--loss.tis-cap", "2", "--loss.kl-weight", "0.1", "--reference-every", "1"]
-OPTIONS += ["--rollout.replay-routing", "--rollout.resample", "2", "--rollout.tolerance", "0.9"]
+OPTIONS += ["--rollout.replay-routing", "--rollout.pack", "64", "--rollout.resample", "2", "--rollout.tolerance", "0.9"]
 OPTIONS += ["--rollout.overlong-buffer", "4", "--inner-epochs", "2", "--minibatches", "2"]
 OPTIONS += ["--loop.checkpoint-every", "1", "--loop.log-every", "1", "--loop.keep", "2", "--loop.no-tensorboard"]
 CLOCKS = ("time", "seconds", "tokens_per_second", "peak_bytes_process")

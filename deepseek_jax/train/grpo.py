@@ -8,6 +8,10 @@ For token t of answer o_i, with its advantage A and no gradient through sg(·):
     ρ    = π / π_old of the token               ratio="token"
            (Π_t π / π_old)^(1/|o_i|)            ratio="sequence"; a token's gradient is its own share of it
     w    = min(π_old / π_sampler, tis_cap)      no gradient; 1 where tis_cap is 0
+    A    = (r_i - mean(r)) / std(r)             rollout.advantage="std": r are the rewards of the prompt's group
+           r_i - mean(r)                        "none"
+           r_i - mean of the others             "leave_one_out"
+           … + Σ r̃ of steps that end at t on    where a reward is of steps (rl/advantages.py)
     mean = 1/N Σ_i 1/|o_i| Σ_t                  normalise="grpo", over the N answers
            1/N Σ_i 1/max_tokens Σ_t             normalise="dr_grpo": a constant, the sampler's limit
            1/Σ_i |o_i| Σ_i Σ_t                  normalise="dapo"

@@ -261,6 +261,17 @@ def steps(completion, row):
             np.testing.assert_allclose(batch["advantages"][row, batch["loss_mask"][row] > 0], expected, atol=1e-5)
 
 
+def test_where_no_reward_applies_nothing_is_taught(path, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "def score(completion, row): return None\ndef steps(completion, row): return []\n"
+    )
+    scripted(monkeypatch, [SCRIPT])
+    run = rollouts(path, rewards=(f"{tmp_path}/mine.py:score", f"{tmp_path}/mine.py:steps"))
+    with run.grader:
+        batch, metrics = run.next(state())
+    assert not np.any(batch["advantages"]) and metrics["signal_groups"] == metrics["reward"] == 0
+
+
 # Packing
 
 

@@ -81,22 +81,24 @@ def pack_samples(
     if dropped:
         skipped["too long"] += dropped
         logger.warning("left out %d samples longer than seq_len=%d", dropped, seq_len)
-    return [_row(pieces, seq_len, pad_id) for pieces in _best_fit(fitting, seq_len)]
+    rows = best_fit([len(ids) for ids, _ in fitting], seq_len)
+    return [_row([fitting[index] for index in row], seq_len, pad_id) for row in rows]
 
 
-def _best_fit(samples: list[Piece], seq_len: int) -> list[list[Piece]]:
-    """Each sample, from the longest, goes where it leaves the least room; a new row where it fits nowhere."""
-    rows: list[list[Piece]] = []
+def best_fit(lengths: Sequence[int], seq_len: int) -> list[list[int]]:
+    """Rows of what has these lengths, by index: each, from the longest, goes where it leaves the least room; a new row
+    where it fits nowhere."""
+    rows: list[list[int]] = []
     rooms: list[tuple[int, int]] = []  # (room left, row), sorted
-    for sample in sorted(samples, key=lambda sample: -len(sample[0])):
-        length = len(sample[0])
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        length = lengths[index]
         place = bisect_left(rooms, (length, 0))
         if place == len(rooms):
-            rows.append([sample])
+            rows.append([index])
             room, row = seq_len, len(rows) - 1
         else:
             room, row = rooms.pop(place)
-            rows[row].append(sample)
+            rows[row].append(index)
         if room > length:
             insort(rooms, (room - length, row))
     return rows

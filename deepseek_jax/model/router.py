@@ -105,7 +105,7 @@ def router_stats(
     if config.topk_method == "noaux_tc":
         counted_BSE = _one_hot_sum(jax.lax.top_k(jax.lax.stop_gradient(scores_BSE), top)[1], experts) * real_BS1
     share_BSE = scores_BSE / (jnp.sum(scores_BSE, axis=-1, keepdims=True) + 1e-20) * real_BS1
-    first_BS, end_BS = _segment_bounds(segment_ids_BS)
+    first_BS, end_BS = segment_bounds(segment_ids_BS)
     before_BSE = jnp.pad(jnp.cumsum(counted_BSE, axis=1), ((0, 0), (1, 0), (0, 0)))
     at = lambda index_BS: jnp.take_along_axis(before_BSE, index_BS[:, :, None], axis=1)  # noqa: E731
     f_BSE = at(end_BS) - at(first_BS)
@@ -127,7 +127,7 @@ def _one_hot_sum(indices_BSK: Int[Array, "B S K"], size: int) -> Float[Array, "B
     return jnp.sum(indices_BSK[..., None] == jnp.arange(size), axis=2).astype(jnp.float32)
 
 
-def _segment_bounds(segment_ids_BS: Int[Array, "B S"]) -> tuple[Int[Array, "B S"], Int[Array, "B S"]]:
+def segment_bounds(segment_ids_BS: Int[Array, "B S"]) -> tuple[Int[Array, "B S"], Int[Array, "B S"]]:
     """For each token the position of its segment's first token, and the one behind its last."""
     position_S = jnp.arange(segment_ids_BS.shape[1], dtype=jnp.int32)
     changes = segment_ids_BS[:, 1:] != segment_ids_BS[:, :-1]

@@ -88,7 +88,7 @@ def tree_shardings(mesh: Mesh, axes_tree: Any, arrays_tree: Any, rules: Sharding
 def place_batch(
     batch: dict[str, Any], mesh: Mesh, rules: ShardingRules = ShardingRules(), *, whole: bool = False
 ) -> dict[str, jax.Array]:
-    """Put the host's rows (B S), or (B 1), of a batch on the mesh, split by row and sequence.
+    """Put the host's rows (B S …), or (B 1), of a batch on the mesh, split by row and sequence.
 
     whole: every host has all the rows, as an evaluation does, not its own ones alone, as from a loader.
 
@@ -96,9 +96,9 @@ def place_batch(
     """
 
     def put(value: Any) -> jax.Array:
-        axes = ("batch", "sequence" if value.shape[1] > 1 else None)
+        axes = ("batch", "sequence" if value.shape[1] > 1 else None, *[None] * (value.ndim - 2))
         rows = value.shape[0] * (1 if whole else jax.process_count())
-        sharding = named_sharding(mesh, axes, (rows, value.shape[1]), rules)
+        sharding = named_sharding(mesh, axes, (rows, *value.shape[1:]), rules)
         if whole:
             return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
         return jax.make_array_from_process_local_data(sharding, value)

@@ -11,16 +11,17 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
 from deepseek_jax.rl.rewards.named import NAMED, check_arguments
-from deepseek_jax.rl.tasks import Reward, Row, Task, split_function, where
+from deepseek_jax.rl.tasks import Reward, Row, Steps, Task, split_function, where
 from deepseek_jax.rl.workers import Outcome, WorkerPool
 
 logger = logging.getLogger(__name__)
 
+Score = float | Steps | None
 _Seen = tuple[str, Row]
 _BY_ANSWER = ("timeout", "crash")  # how an answer ends a reward of the package
 _PLURALS = {"timeout": "timeouts", "crash": "crashes", "error": "errors"}
@@ -71,18 +72,34 @@ class Grades:
     """The rewards of n completions.
 
     total_N: Σ weight · reward of each (float64); a reward that has no score adds nothing.
-    rewards: by name, unweighted, (n,); NaN where the reward gave None or failed.
+    steps_N: of each the steps that rewards of steps gave, weighted.
+    rewards: by name, unweighted, (n,), the sum of steps; NaN where the reward gave None or failed.
     failed_N: completions on which a call ended by timeout, crash or error. failures: by name, how many of each.
     """
 
     total_N: np.ndarray
+    steps_N: Sequence[Steps]
     failed_N: np.ndarray
     rewards: Mapping[str, np.ndarray]
     failures: Mapping[str, Mapping[str, int]]
 
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """Those of several calls of one grader, one behind the other."""
+        first = parts[0]
+        return cls(
+            np.concatenate([part.total_N for part in parts]),
+            [steps for part in parts for steps in part.steps_N],
+            np.concatenate([part.failed_N for part in parts]),
+            {name: np.concatenate([part.rewards[name] for part in parts]) for name in first.rewards},
+            {name: sum((Counter(part.failures[name]) for part in parts), Counter()) for name in first.failures},
+        )
+
     def metrics(self) -> dict[str, float]:
-        """`reward`, the mean of the totals; `reward_NAME`, of what it graded (0 if nothing); the failures' counts."""
-        found = {"reward": float(self.total_N.mean())}
+        """`reward`, the mean of the totals, steps included; `reward_NAME`, of what it graded (0 if nothing); the
+        failures' counts."""
+        total_N = self.total_N + [math.fsum(score for _, score in steps) for steps in self.steps_N]
+        found = {"reward": float(total_N.mean())}
         for name, scores in self.rewards.items():
             found[f"reward_{name}"] = float(np.nanmean(scores)) if np.isfinite(scores).any() else 0.0
         for failure, plural in _PLURALS.items() if self.failures else ():
@@ -96,7 +113,8 @@ class Grader:
         with Grader(("accuracy=1.0", "mine.py:score=0.5"), task=task) as grader:
             grades = grader.grade(completions, rows)
 
-    A reward is `score(completion: str, row: Mapping) -> float | None`; None: the row is not graded by it. `accuracy` is
+    A reward is `score(completion: str, row: Mapping) -> float | None`; None: the row is not graded by it. One of steps
+    (a process reward) gives a list of (end, number), each step's end in characters of the completion. `accuracy` is
     the task's, the others of the package are in `rewards`. A function of a file runs in one of `workers` processes, as
     `maths` does, and a call that takes more than `time_limit` seconds, or ends its process, has no score: that is
     counted, and the process is replaced. So is a call that raises, and the first of each reward is logged with its
@@ -160,14 +178,19 @@ class Grader:
         scores = {name: self._grade_here(name, seen[name], rows) for name in self._here}
         failed_N = np.zeros(len(rows), bool)
         scores |= self._grade_there(seen, rows, failures, failed_N)
-        rewards = {spec.name: np.array(scores[spec.name], np.float64) for spec in self._specs}  # None becomes NaN
+        rewards = {spec.name: np.array([*map(_summed, scores[spec.name])], np.float64) for spec in self._specs}
         self._report_none(rewards, failed_N)
         total_N = np.array([self._total(scores, index) for index in range(len(rows))])
-        return Grades(total_N, failed_N, rewards, failures)
+        steps_N = [self._steps(scores, index) for index in range(len(rows))]
+        return Grades(total_N, steps_N, failed_N, rewards, failures)
 
-    def _total(self, scores: Mapping[str, Sequence[float | None]], index: int) -> float:
+    def _total(self, scores: Mapping[str, Sequence[Score]], index: int) -> float:
         given = ((spec.weight, scores[spec.name][index]) for spec in self._specs)
-        return math.fsum(weight * score for weight, score in given if score is not None)
+        return math.fsum(weight * score for weight, score in given if isinstance(score, int | float))
+
+    def _steps(self, scores: Mapping[str, Sequence[Score]], index: int) -> Steps:
+        given = ((spec.weight, scores[spec.name][index]) for spec in self._specs)
+        return [(end, weight * score) for weight, steps in given if isinstance(steps, Sequence) for end, score in steps]
 
     def _seen(self, name: str, completions: Sequence[str], rows: Sequence[Row], ended: Sequence[bool]) -> list[_Seen]:
         """What a reward gets of each completion and its row, see ``Named``."""
@@ -183,10 +206,10 @@ class Grader:
                 answers.append({"answer": self._task.right(row)})
         return list(zip(completions, answers, strict=True))
 
-    def _grade_here(self, name: str, seen: Sequence[_Seen], rows: Sequence[Row]) -> list[float | None]:
+    def _grade_here(self, name: str, seen: Sequence[_Seen], rows: Sequence[Row]) -> list[Score]:
         reward = self._here[name]
 
-        def score(arguments: _Seen, row: Row) -> float | None:
+        def score(arguments: _Seen, row: Row) -> Score:
             with _telling(name, row):
                 return reward(*arguments)
 
@@ -199,11 +222,13 @@ class Grader:
         rows: Sequence[Row],
         failures: Mapping[str, Counter[str]],
         failed_N: np.ndarray,
-    ) -> dict[str, list[float | None]]:
+    ) -> dict[str, list[Score]]:
         if self._pool is None:
             return {}
         requests = [(index, *arguments) for index, name in enumerate(self._functions) for arguments in seen[name]]
-        outcomes = [_scored(outcome) for outcome in self._pool.call(requests)]
+        outcomes = [
+            _scored(outcome, text) for (_, text, _), outcome in zip(requests, self._pool.call(requests), strict=True)
+        ]
         scores = {}
         for index, name in enumerate(self._functions):
             own = outcomes[index * len(rows) : (index + 1) * len(rows)]
@@ -236,14 +261,32 @@ class Grader:
                 logger.warning(message, name, len(scores))
 
 
-def _scored(outcome: Outcome) -> Outcome:
-    """The outcome, its value a float or None; a value that is no score is an error."""
+def _scored(outcome: Outcome, completion: str) -> Outcome:
+    """The outcome, its value a float, steps or None; a value that is no score is an error."""
     value = outcome.value
     if value is None:
         return outcome
-    if not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
+    if _is_number(value):
+        return Outcome(float(value))
+    if not isinstance(value, list):
         return Outcome(None, "error", f"returned {value!r:.200}; a score is a finite number or None")
-    return Outcome(float(value))
+    for step in value:
+        pair = isinstance(step, list) and len(step) == 2 and all(map(_is_number, step))
+        if not pair or step[0] not in range(len(completion) + 1):
+            what = f"is no (end, number) of a step, with an end of 0…{len(completion)} characters"
+            return Outcome(None, "error", f"returned a list in which {step!r:.200} {what}")
+    return Outcome([(int(end), float(score)) for end, score in value])
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
+
+
+def _summed(score: Score) -> float:
+    """As a number, NaN for None."""
+    if isinstance(score, Sequence):
+        return math.fsum(number for _, number in score)
+    return math.nan if score is None else score
 
 
 @contextlib.contextmanager

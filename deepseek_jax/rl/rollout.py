@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Unpack
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -13,18 +13,25 @@ from deepseek_jax.checkpoint.model import Model
 from deepseek_jax.data.loader import LoaderOptions
 from deepseek_jax.data.rows import PromptLoader
 from deepseek_jax.inference.engine import Engine
-from deepseek_jax.inference.generate import Generated
 from deepseek_jax.inference.sampling import SamplingParams
+from deepseek_jax.rl.advantages import (
+    choose_groups,
+    has_signal,
+    levelled,
+    overlong,
+    settled,
+    step_advantages,
+    token_ends,
+)
 from deepseek_jax.rl.asking import ask, read_answers
-from deepseek_jax.rl.grader import Grader
-from deepseek_jax.rl.tasks import Row, Task, where
-from deepseek_jax.train.grpo import group_advantages
+from deepseek_jax.rl.grader import Grader, Grades
+from deepseek_jax.rl.samples import Sample, make_sample, rollout_batch
+from deepseek_jax.rl.tasks import Row, Steps, Task, where
+from deepseek_jax.train.grpo import Scale, group_advantages
 from deepseek_jax.train.state import TrainState
 from deepseek_jax.typed import check_least, check_types
 
 logger = logging.getLogger(__name__)
-
-_LEAST_WIDTH = 128  # shorter rows share one program
 
 
 class NoSignalError(RuntimeError):
@@ -50,8 +57,22 @@ class RolloutConfig:
     """Of the answers, which the learner scores as they were sampled."""
     reward_seconds: float = 10.0
     """What a call of a reward from a file may take."""
-    advantage: Literal["std", "none"] = "std"
-    """Of an answer: its reward less the group's mean, divided by the standard deviation or not (Dr. GRPO)."""
+    advantage: Scale = "std"
+    """Of an answer: its reward less the group's mean, divided by the standard deviation or not (Dr. GRPO); or less the
+    mean of the others (RLOO)."""
+    overlong_buffer: int = 0
+    """The last so many of max_tokens cost a growing part of overlong_weight (DAPO's overlong shaping); 0: nothing."""
+    overlong_weight: float = 1.0
+    """What an answer of max_tokens costs."""
+    resample: int = 0
+    """How often a step asks so many further prompts, at most, until as many groups as it trains on have signal (DAPO's
+    dynamic sampling)."""
+    tolerance: float = 1e-6
+    """Rewards of a group that lie no further apart, overlong shaping aside, are equal: no signal."""
+    replay_routing: bool = False
+    """The learner takes the experts that the sampler took."""
+    pack: int = 0
+    """Tokens of a row that holds several prompts and answers, whose attention is kept apart; 0: one each."""
     min_signal: float = 0.1
     """Stop when under this share of the groups has unequal rewards for patience steps in a row."""
     patience: int = 20
@@ -61,6 +82,8 @@ class RolloutConfig:
         check_types(self)
         check_least(self, 1, "prompts", "max_tokens")
         check_least(self, 2, "group")
+        if self.overlong_buffer > self.max_tokens:
+            raise ValueError(f"overlong_buffer={self.overlong_buffer}: is more than max_tokens={self.max_tokens}")
         if not self.temperature:
             raise ValueError(f"temperature={self.temperature}: rollouts are sampled, so it must be positive")
 
@@ -107,43 +130,107 @@ class Rollouts:
     """
 
     def __init__(
-        self, model: Model, task: Task, grader: Grader, loader: PromptLoader, config: RolloutConfig, *, seed: int
+        self,
+        model: Model,
+        task: Task,
+        grader: Grader,
+        loader: PromptLoader,
+        config: RolloutConfig,
+        *,
+        seed: int,
+        multiple: int = 1,
     ):
+        """multiple: what the learner needs the number of rows to be a multiple of, where they are packed."""
+        if config.replay_routing and not model.config.num_moe_layers:
+            raise ValueError("rollout.replay_routing=True: the model has no experts that could be replayed")
         self.engine, self.tokenizer, self.positions = Engine(model), model.text, model.config.max_position_embeddings
-        self.task, self.grader, self.loader, self.config = task, grader, loader, config
+        self.task, self.grader, self.loader, self.config, self.multiple = task, grader, loader, config, multiple
         self.key = jax.random.key(seed)
         self.quiet_steps = 0
 
     def next(self, state: TrainState) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-        """The next batch and its metrics. Raises NoSignalError, see RolloutConfig."""
+        """The next batch and its metrics, which are of all that was asked. Raises NoSignalError, see RolloutConfig."""
+        config = self.config
+        self.engine.update(state.params, state.router_bias)
+        samples, grades, total_PG, signal_P = self._enough(int(state.step))
+        signal = float(np.mean(signal_P))
+        self._watch(signal)
+        chosen = choose_groups(signal_P, config.prompts)
+        trained = [samples[group * config.group + i] for group in chosen for i in range(config.group)]
+        lengths = np.array([len(sample.ids) for sample in samples])
+        metrics = {
+            **grades.metrics(),
+            "response_length": float(np.mean(lengths)),
+            "truncated": 1 - float(np.mean([sample.answer.ended for sample in samples])),
+            "signal_groups": signal,
+        }
+        if config.resample:
+            metrics |= {"asked": float(len(signal_P)), "signal_groups_trained": float(np.mean(signal_P[chosen]))}
+        total_PG = levelled(total_PG, config.tolerance)
+        if config.overlong_buffer:
+            overlong_N = overlong(lengths, limit=config.max_tokens, buffer=config.overlong_buffer)
+            metrics["reward_overlong"] = float(np.mean(overlong_N))
+            metrics["reward"] += config.overlong_weight * metrics["reward_overlong"]
+            total_PG = total_PG + config.overlong_weight * overlong_N.reshape(total_PG.shape).astype(np.float32)
+        steps = [grades.steps_N[group * config.group + i] for group in chosen for i in range(config.group)]
+        batch = rollout_batch(
+            trained,
+            self._advantages(trained, total_PG[chosen], steps),
+            pad_id=self.tokenizer.pad_id,
+            most=config.prompt_limit(self.positions) + config.max_tokens,
+            pack=config.pack,
+            multiple=self.multiple,
+        )
+        same = {"temperature": config.temperature, "max_tokens": config.max_tokens}
+        rows = len(batch["tokens"])
+        return batch | {name: np.full((rows, 1), value, np.float32) for name, value in same.items()}, metrics
+
+    def _enough(self, step: int) -> tuple[list[Sample], Grades, np.ndarray, np.ndarray]:
+        """Samples of as many groups with signal as a step trains on, as far as ``resample`` allows, and of all others
+        that were asked on the way; their grades, rewards (P G), and which groups have signal (P)."""
+        config, samples, parts = self.config, list[Sample](), list[Grades]()
+        while True:
+            samples += self._sampled(step, len(parts))
+            new = samples[-config.prompts * config.group :]
+            texts, rows = [sample.answer.text for sample in new], [sample.question.row for sample in new]
+            parts.append(self.grader.grade(texts, rows, ended=[sample.answer.ended for sample in new]))
+            grades, groups = Grades.joined(parts), (-1, config.group)
+            total_PG = settled(grades.total_N.reshape(groups), grades.failed_N.reshape(groups)).astype(np.float32)
+            steps_PG = [grades.steps_N[i : i + config.group] for i in range(0, len(samples), config.group)]
+            signal_P = has_signal(total_PG, steps_PG, config.tolerance)
+            if np.sum(signal_P) >= config.prompts or len(parts) > config.resample:
+                return samples, grades, total_PG, signal_P
+
+    def _sampled(self, step: int, attempt: int) -> list[Sample]:
+        """A group of answers to each of the loader's next questions."""
         config = self.config
         asked = [ask(self.task, self.tokenizer, row) for row in next(self.loader)]
         questions = [question for question in asked for _ in range(config.group)]
-        prompts = [question.prompt for question in questions]
-        self.engine.update(state.params, state.router_bias)
         sampling = SamplingParams(temperature=config.temperature, max_tokens=config.max_tokens)
-        key = jax.random.fold_in(self.key, int(state.step))
-        out = jax.device_get(self.engine.generate_ids(prompts, sampling, key))
+        # Keys of no step's first attempt.
+        key = self.key if not attempt else jax.random.fold_in(self.key, np.uint32(2**32 - attempt))
+        prompts, key = [question.prompt for question in questions], jax.random.fold_in(key, step)
+        out = jax.device_get(self.engine.generate_ids(prompts, sampling, key, experts=config.replay_routing))
         answers = read_answers(self.tokenizer, questions, out)
-        ended = [answer.ended for answer in answers]
-        rows = [question.row for question in questions]
-        grades = self.grader.grade([answer.text for answer in answers], rows, ended=ended)
-        groups = -1, config.group
-        total_PG = settled(grades.total_N.reshape(groups), grades.failed_N.reshape(groups)).astype(np.float32)
-        most = config.prompt_limit(self.positions) + config.max_tokens
-        batch = rollout_batch(prompts, out, pad_id=self.tokenizer.pad_id, most=most)
-        signal = float(np.mean(np.ptp(total_PG, axis=1) > 1e-6))
-        self._watch(signal)
-        metrics = {
-            **grades.metrics(),
-            "response_length": float(np.mean(out.lengths_B[: len(prompts)])),
-            "truncated": 1 - float(np.mean(ended)),
-            "signal_groups": signal,
-        }
-        same = {"temperature": config.temperature, "max_tokens": config.max_tokens}
-        advantages = np.asarray(group_advantages(jnp.asarray(total_PG), scale=config.advantage))
-        batch["advantages"] = advantages.reshape(-1, 1).astype(np.float32)
-        return batch | {name: np.full((len(prompts), 1), value, np.float32) for name, value in same.items()}, metrics
+        return [make_sample(out, row, *pair) for row, pair in enumerate(zip(questions, answers, strict=True))]
+
+    def _advantages(
+        self, samples: list[Sample], total_PG: np.ndarray, steps: list[Steps]
+    ) -> Sequence[float | np.ndarray]:
+        """Of each answer; where some have steps, of its tokens: the answer's and its steps' together."""
+        scale, group = self.config.advantage, self.config.group
+        whole_N = np.asarray(group_advantages(jnp.asarray(total_PG), scale=scale)).ravel()
+        if not any(steps):
+            return whole_N.tolist()
+        ends = [
+            token_ends(self.tokenizer, sample.ids.tolist(), sample.question.start, sample.answer.text, own)
+            for sample, own in zip(samples, steps, strict=True)
+        ]
+        lengths, made = [len(sample.ids) for sample in samples], list[np.ndarray]()
+        for first in range(0, len(samples), group):
+            some = slice(first, first + group)
+            made += step_advantages(ends[some], lengths[some], scale=scale, tolerance=self.config.tolerance)
+        return [whole + own for whole, own in zip(whole_N, made, strict=True)]
 
     def state(self) -> dict[str, Any]:
         return {"loader": self.loader.state(), "quiet_steps": self.quiet_steps}
@@ -160,40 +247,3 @@ class Rollouts:
                 "steps: all answers to a question earn the same. Start from a model that answers some questions some "
                 "of the time (more or less SFT), choose other questions, or a reward that tells answers apart."
             )
-
-
-def settled(total_PG: np.ndarray, failed_PG: np.ndarray) -> np.ndarray:
-    """Rewards in which an answer whose grading failed has the mean of its group's others, so that it teaches nothing:
-    a grader that breaks must be worth neither less nor more than the others. 0 where all of a group failed."""
-    counted_PG = np.where(failed_PG, 0.0, total_PG)
-    mean_P1 = counted_PG.sum(axis=1, keepdims=True) / np.maximum((~failed_PG).sum(axis=1, keepdims=True), 1)
-    return np.where(failed_PG, mean_P1, total_PG)
-
-
-def rollout_batch(prompts: Sequence[Sequence[int]], out: Generated, *, pad_id: int, most: int) -> dict[str, np.ndarray]:
-    """Each row a prompt, its answer as sampled and padding; ``loss_mask`` is 1 on the answer, its stop token included.
-
-    The width S is that of the longest row, rounded up to a power of two from 128 on, at most ``most``: other lengths
-    compile few programs.
-    """
-    count, lengths_B = len(prompts), np.asarray(out.lengths_B)
-    longest = max(len(prompt) + int(length) for prompt, length in zip(prompts, lengths_B, strict=False))
-    shape = count, min(max(_LEAST_WIDTH, 1 << (longest - 1).bit_length()), most)
-    batch = {
-        "tokens": np.full(shape, pad_id, np.int32),
-        "segment_ids": np.zeros(shape, np.int32),
-        "positions": np.zeros(shape, np.int32),
-        "loss_mask": np.zeros(shape, np.float32),
-        "sampler_logprobs": np.zeros(shape, np.float32),
-        "truncated": (~np.asarray(out.stopped_B[:count], bool))[:, None].astype(np.float32),
-    }
-    for row, prompt in enumerate(prompts):
-        begin, length = len(prompt), int(lengths_B[row])
-        end = begin + length
-        batch["tokens"][row, :begin] = prompt
-        batch["tokens"][row, begin:end] = out.tokens_BN[row, :length]
-        batch["segment_ids"][row, :end] = 1
-        batch["positions"][row, :end] = np.arange(end)
-        batch["loss_mask"][row, begin:end] = 1
-        batch["sampler_logprobs"][row, begin:end] = out.logprobs_BN[row, :length]
-    return batch

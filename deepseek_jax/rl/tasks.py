@@ -32,7 +32,10 @@ from deepseek_jax.typed import check_types
 
 Row = Mapping[str, Any]
 Messages = list[Message]
-Reward = Callable[[str, Row], float | None]
+# Of each step of a completion its end, in characters, and its reward.
+Steps = Sequence[tuple[int, float]]
+Reward = Callable[[str, Row], float | Steps | None]
+Accuracy = Callable[[str, Row], float | None]
 
 # By name, the modules of the package's tasks.
 TASKS = {name: f"deepseek_jax.rl.{name}" for name in ("arithmetic", "code", "countdown", "gsm8k", "humaneval", "logic")}
@@ -77,7 +80,7 @@ class Task:
     """
 
     ask: Callable[[Row], Any]
-    accuracy: Reward
+    accuracy: Accuracy
     right: Callable[[Row], str | None]
     rewards: tuple[str, ...] = ("accuracy=1.0", "format=0.2")
     system: str = ""
@@ -116,7 +119,7 @@ def make_task(config: TaskConfig) -> Task:
 
 
 def score_all(
-    reward: Reward, completions: Sequence[str], rows: Sequence[Row], *, name: str = "accuracy"
+    reward: Accuracy, completions: Sequence[str], rows: Sequence[Row], *, name: str = "accuracy"
 ) -> list[float | None]:
     """The reward of each completion, which answers the row at its place; a ValueError names the row.
 
@@ -191,7 +194,7 @@ def _conversation(value: Any, name: str) -> Any:
     return value
 
 
-def _answers(name: str, extract: Callable[[str], str]) -> tuple[Reward, Callable[[Row], str | None]]:
+def _answers(name: str, extract: Callable[[str], str]) -> tuple[Accuracy, Callable[[Row], str | None]]:
     def right(row: Row) -> str | None:
         value = column(row, name)
         if value is None or value == "":

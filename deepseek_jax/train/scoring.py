@@ -22,14 +22,18 @@ Batch = dict[str, jax.Array]
 def score_tokens(model: Transformer, batch: Batch, chunk: int) -> tuple[TokenScores, jax.Array | None]:
     """The scores at position i of the token at i + 1, and the routers' loads (L E) where there are experts.
 
-    ``temperature`` (B 1), where the batch has it, divides the logits, as the sampler's did.
+    Where the batch has them, ``temperature`` (B 1) divides the logits, as the sampler's did, and ``experts`` (B S L K)
+    are those that each MoE layer takes, -1 leaving the choice to its router. ``answer_tokens``: rows hold several
+    answers, each a segment that sees itself alone.
     """
+    experts_BSLK = batch.get("experts")
     out = model(
         batch["tokens"],
         positions_BS=batch["positions"],
         segment_ids_BS=batch["segment_ids"],
-        # A row is prompt and answer, with padding behind: order within it is enough, and a plain causal kernel.
-        visible=Visible.rows(),
+        # A row of one prompt and answer, with padding behind: order within it is enough, and a plain causal kernel.
+        visible=Visible.rows(batch["segment_ids"] if "answer_tokens" in batch else None),
+        chosen_LBSK=None if experts_BSLK is None else jnp.moveaxis(experts_BSLK, 2, 0),
         head=False,
     )
     scores = score_targets(
@@ -49,7 +53,7 @@ def score_batch(model: Transformer, batch: Batch, *, chunk: int, microbatches: i
     def score(rows):
         return jnp.pad(score_tokens(model, rows, chunk)[0].logprob_BS, ((0, 0), (1, 0)))[:, :-1]
 
-    read = ("tokens", "positions", "segment_ids", "temperature")
+    read = ("tokens", "positions", "segment_ids", "temperature", "experts", "answer_tokens")
     batch = {name: batch[name] for name in read if name in batch}
     if microbatches == 1:
         return score(batch)
@@ -62,7 +66,7 @@ class Scorer:
 
     Args:
       old: add ``old_logprobs``, the policy's before the batch's updates: needed where there is more than one.
-      reference: add its ``reference_logprobs``.
+      reference: add its ``reference_logprobs``, by its own routing.
     """
 
     def __init__(
@@ -89,5 +93,6 @@ class Scorer:
         if self.old:
             found["old_logprobs"] = self._score(state.params, state.router_bias, batch)
         if self.reference is not None:
-            found["reference_logprobs"] = self._score(self.reference.params, self.reference.router_bias, batch)
+            own = {name: value for name, value in batch.items() if name != "experts"}
+            found["reference_logprobs"] = self._score(self.reference.params, self.reference.router_bias, own)
         return batch | found

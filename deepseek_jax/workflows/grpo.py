@@ -1,6 +1,7 @@
 """Reinforcement learning with GRPO on the questions of any task with rule rewards, as R1-Zero does it."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -90,12 +91,14 @@ def _train(config: GRPOConfig, task: Task, grader: Grader, exam: Exam | None, tu
         old=config.inner_epochs * config.minibatches > 1,
         reference=reference,
     )
+    ways = math.prod(start.mesh.shape[axis] for axis in start.compute.rules.batch)
+    multiple = config.minibatches * config.step.microbatches * ways
     trained, facts = train_stage(
         config,
         stage="grpo",
         start=start,
         loss=config.loss,
-        batches=Rollouts(start, task, grader, loader, config.rollout, seed=config.seed),
+        batches=Rollouts(start, task, grader, loader, config.rollout, seed=config.seed, multiple=multiple),
         prepare=scorer,
         reference=reference,
         epochs=config.inner_epochs,

@@ -19,7 +19,7 @@ from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.rl.answers import final_answer, to_number
 from deepseek_jax.rl.asking import Question, ask, read_answers
-from deepseek_jax.rl.tasks import TaskConfig, make_task
+from deepseek_jax.rl.tasks import TaskConfig, make_task, score_all
 from deepseek_jax.saying import doing
 from deepseek_jax.train.reference import fingerprint
 from deepseek_jax.typed import check_least, check_types
@@ -91,6 +91,8 @@ class Answers:
         sampling += [dataclasses.replace(sampling[0], max_tokens=1)] * filling
         out = jax.device_get(engine.generate_ids(prompts, sampling))
         said = read_answers(engine.tokenizer, questions, out)
+        texts = [answer.text if answer.ended else "" for answer in said]
+        scores = score_all(self.task.accuracy, texts, [question.row for question in questions])
         for number, ((row, sample), question, answer) in enumerate(zip(part, questions, said, strict=True)):
             yield {
                 "question": row,
@@ -100,7 +102,7 @@ class Answers:
                 "completion": answer.text,
                 "tokens": int(out.lengths_B[number]),
                 "ended": answer.ended,
-                "correct": answer.ended and self.task.accuracy(answer.text, question.row) == 1.0,
+                "correct": answer.ended and scores[number] == 1.0,
             }
 
     def _sampling(self, engine: Engine, question: Question, row: int, sample: int) -> SamplingParams:

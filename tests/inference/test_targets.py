@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from typing import Any
 
 import jax
 import jax.extend.core
@@ -96,7 +97,8 @@ def count_flops(jaxpr) -> int:
     scores, their gradient, dq and dk are as wide as keys, the result, dp and dv as values)."""
     total = 0
     for eqn in jaxpr.eqns:
-        name, shapes = eqn.primitive.name, [getattr(operand.aval, "shape", ()) for operand in eqn.invars]
+        name = eqn.primitive.name
+        shapes: list[Any] = [getattr(operand.aval, "shape", ()) for operand in eqn.invars]
         if name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
             total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shapes[0][axis] for axis in contracted)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from deepseek_jax.data.text import Record
-from deepseek_jax.rl.grader import Grader, RewardSpec, parse_reward
+from deepseek_jax.rl.grader import Grader, Grades, RewardSpec, parse_reward
 from deepseek_jax.rl.rewards import accuracy_reward, format_reward
 from deepseek_jax.rl.tasks import Task, TaskConfig, make_task
 
@@ -262,6 +262,39 @@ def test_any_text_arrives_and_no_jax_is_imported(mine: Path, said: str):
     row = {"said": said, "when": datetime.date(2024, 5, 1), "bytes": b"\xff"}
     with grader(f"{mine}:echo") as made:
         assert made.grade([said], [row]).total_N.tolist() == [1]
+
+
+STEPS = """
+import json
+
+def steps(completion, row):
+    return json.loads(completion) if completion != "null" else None
+"""
+
+
+def test_a_reward_of_steps_is_weighted_summed_and_joined(tmp_path: Path):
+    (tmp_path / "mine.py").write_text(STEPS)
+    texts = ["[[3, 0.5], [0, -1]]", "[]", "null", "2", "[[16, 1]]       "]
+    with grader(f"{tmp_path}/mine.py:steps=2", "format") as made:
+        grades = made.grade(texts, rows(5))
+        assert grades.steps_N == [[(3, 1.0), (0, -2.0)], [], [], [], [(16, 2.0)]] and len(texts[4]) == 16
+        np.testing.assert_array_equal(grades.rewards["mine.steps"], [-0.5, 0, np.nan, 2, 1])
+        assert grades.total_N.tolist() == [0, 0, 0, 4, 0]  # of answers as wholes
+        assert grades.metrics()["reward"] == pytest.approx((-1 + 4 + 2) / 5)
+        twice = Grades.joined([grades, made.grade(["1", "["], rows(2))])
+    assert twice.total_N.tolist() == [0, 0, 0, 4, 0, 2, 0] and twice.failed_N.tolist() == [False] * 6 + [True]
+    assert len(twice.steps_N) == 7 and len(twice.rewards["format"]) == 7
+    assert twice.failures == {"mine.steps": {"error": 1}}
+
+
+@pytest.mark.parametrize("said", ["[[18, 1]]x", "[[0.5, 1]]", "[[-1, 1]]", "[[true, 1], 3]", "[[1, NaN]]", "[[1]]"])
+def test_steps_that_are_none_are_errors(tmp_path: Path, said: str):
+    (tmp_path / "mine.py").write_text(STEPS.replace("json.loads(completion)", 'json.loads(completion.rstrip("x"))'))
+    with grader(f"{tmp_path}/mine.py:steps") as made:
+        grades = made.grade([said, "1"], rows(2))
+        assert grades.failed_N.tolist() == [True, False]
+        with pytest.raises(ValueError, match=r"is no \(end, number\) of a step, with an end of 0…\d+ characters"):
+            made.grade(["[[99, 1]]"], rows(1))
 
 
 def alive(pid: int) -> bool:

@@ -11,18 +11,25 @@ import pytest
 from model.tiny import weights, whole
 from small import SPEAKER, state, tokenizer
 
+from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.data.chat import encode_prompt
 from deepseek_jax.data.rows import PromptLoader
 from deepseek_jax.data.template import ChatTemplate
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.generate import Generated
+from deepseek_jax.inference.sampling import SamplingParams
+from deepseek_jax.model import transformer
 from deepseek_jax.rl import arithmetic
-from deepseek_jax.rl.asking import ask, read_answers
+from deepseek_jax.rl.advantages import settled
+from deepseek_jax.rl.asking import Answer, Question, ask, read_answers
 from deepseek_jax.rl.grader import Grader
-from deepseek_jax.rl.rollout import NoSignalError, RolloutConfig, Rollouts, open_questions, rollout_batch, settled
+from deepseek_jax.rl.rollout import NoSignalError, RolloutConfig, Rollouts, open_questions
+from deepseek_jax.rl.samples import Sample, make_sample, rollout_batch
 from deepseek_jax.rl.tasks import TaskConfig, make_task
 from deepseek_jax.train.grpo import GRPOLoss
+from deepseek_jax.train.reference import Reference
+from deepseek_jax.train.scoring import Scorer, score_tokens
 
 CONFIG = RolloutConfig(prompts=3, group=4, max_prompt=12, max_tokens=20, temperature=1.3)
 PROBLEMS = arithmetic.sample_problems(np.random.default_rng(0), 7, arithmetic.KINDS, held_out=False)
@@ -53,7 +60,8 @@ def scripted(monkeypatch, scripts):
     """The engine answers each problem's group as its script says."""
     calls = iter(scripts)
 
-    def generate_ids(self, prompts, sampling, key):
+    def generate_ids(self, prompts, sampling, key, experts):
+        assert not experts
         kinds = [kind for group in next(calls) for kind in group]
         assert len(prompts) == len(kinds)
         tokens = np.full((len(prompts), sampling.max_tokens), tokenizer().pad_id, np.int32)
@@ -131,6 +139,271 @@ def test_advantages_without_scaling(path, monkeypatch):
     np.testing.assert_allclose(
         batch["advantages"].reshape(3, 4), rewards - rewards.mean(axis=1, keepdims=True), atol=1e-6
     )
+
+
+def test_overlong_answers_cost(path, monkeypatch):
+    scripted(monkeypatch, [SCRIPT])
+    config = dataclasses.replace(CONFIG, overlong_buffer=18, overlong_weight=0.5, advantage="none")
+    batch, metrics = rollouts(path, config).next(state())
+    lengths = batch["loss_mask"].sum(axis=1).reshape(3, 4)
+    costs = -np.clip((lengths - 2) / 18, 0, 1)
+    graded = np.array([TOTAL[kind] for group in SCRIPT for kind in group]).reshape(3, 4)
+    rewards = graded + 0.5 * costs
+    np.testing.assert_allclose(
+        batch["advantages"].reshape(3, 4), rewards - rewards.mean(axis=1, keepdims=True), atol=1e-6
+    )
+    assert metrics["reward_overlong"] == pytest.approx(costs.mean()) and costs.min() < 0
+    assert metrics["reward"] == pytest.approx(rewards.mean())
+    assert metrics["signal_groups"] == 2 / 3  # the length alone is none
+
+
+# Dynamic sampling
+
+
+DULL, SHARP = [RIGHT] * 4, [RIGHT, WRONG, BARE, CUT]
+
+
+def asked_of(batch) -> list[list[int]]:
+    """The prompts of the groups, without their answers."""
+    rows = zip(batch["tokens"][::4], batch["loss_mask"][::4], strict=True)
+    return [tokens[: np.flatnonzero(mask)[0]].tolist() for tokens, mask in rows]
+
+
+def test_groups_without_signal_are_replaced_by_further_questions(path, monkeypatch):
+    script = [[SHARP, DULL, DULL], [DULL, DULL, SHARP], [SHARP, SHARP, DULL], [SHARP] * 3]
+    scripted(monkeypatch, script)
+    config = dataclasses.replace(CONFIG, resample=5)
+    run, loader = rollouts(path, config), PromptLoader(path, batch_size=3, seed=1)
+    asked = [prompt_of(arithmetic.check_problem(row)) for _ in range(4) for row in next(loader)]
+    batch, metrics = run.next(state())
+    # Of nine, the first three that have signal, in their order; the tenth is for the next step.
+    assert asked_of(batch) == [asked[0], asked[5], asked[6]]
+    assert metrics["asked"] == 9 and metrics["signal_groups_trained"] == 1 and metrics["signal_groups"] == 4 / 9
+    kinds = [kind for groups in script[:3] for group in groups for kind in group]
+    assert metrics["reward"] == pytest.approx(np.mean([TOTAL[kind] for kind in kinds]))  # of all, not of the chosen
+    assert run.state()["loader"] == rollouts_after(path, config, 3)
+    batch, metrics = run.next(state(1))
+    assert asked_of(batch) == asked[9:] and metrics["asked"] == 3
+
+
+def rollouts_after(path, config, batches: int):
+    run = rollouts(path, config)
+    for _ in range(batches):
+        next(run.loader)
+    return run.state()["loader"]
+
+
+def test_resampling_is_bounded_and_what_is_missing_is_filled_up(path, monkeypatch):
+    scripted(monkeypatch, [[DULL, DULL, DULL], [DULL, SHARP, DULL], [SHARP] * 3])
+    config = dataclasses.replace(CONFIG, resample=1, patience=3, min_signal=0.2)
+    run = rollouts(path, config)
+    batch, metrics = run.next(state())
+    assert metrics["asked"] == 6 and metrics["signal_groups_trained"] == 1 / 3
+    assert [bool(np.any(group)) for group in batch["advantages"].reshape(3, 4)] == [False, False, True]
+    assert run.state()["quiet_steps"] == 1  # one of six, which is what the run is watched by
+
+
+def test_rewards_within_the_tolerance_are_equal(path, monkeypatch):
+    scripted(monkeypatch, [[[RIGHT, WRONG, WRONG, WRONG], [WRONG, BARE, BARE, WRONG], DULL]])
+    batch, metrics = rollouts(path, dataclasses.replace(CONFIG, tolerance=0.6)).next(state())
+    assert metrics["signal_groups"] == 1 / 3  # 1.5 and 0.5 are apart, 0.5 and 0 are not
+    assert [bool(np.any(group)) for group in batch["advantages"].reshape(3, 4)] == [True, False, False]
+
+
+def test_a_restored_run_resamples_the_same(path):
+    """Further questions have keys of their own, and what was asked is known to the loader."""
+    config = dataclasses.replace(CONFIG, resample=2, tolerance=100.0, patience=0)  # nothing is ever enough
+    first = rollouts(path, config)
+    saved = json.loads(json.dumps(first.state()))
+    expected, metrics = first.next(state(3))
+    again = rollouts(path, config)
+    again.restore(saved)
+    found, found_metrics = again.next(state(3))
+    assert found_metrics == metrics and metrics["asked"] == 9
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value)
+    assert first.state() == again.state()
+
+
+# Rewards of steps
+
+
+def test_a_reward_of_steps_gives_advantages_of_tokens(path, tmp_path, monkeypatch):
+    """The thinking is worth 0.5 where it is there, and the whole 1 or 0: two steps that end where a token does."""
+    source = """
+def steps(completion, row):
+    end = completion.find("</think>") + len("</think>")
+    thought = [(end, 0.5)] if end > 7 else []
+    return [*thought, (len(completion), float(row["answer"] in completion))]
+"""
+    (tmp_path / "mine.py").write_text(source)
+    scripted(monkeypatch, [SCRIPT])
+    run = rollouts(path, rewards=("accuracy", f"{tmp_path}/mine.py:steps=2"))
+    with run.grader:
+        batch, metrics = run.next(state())
+    assert batch["advantages"].shape == batch["tokens"].shape
+    assert not np.any(batch["advantages"] * (1 - batch["loss_mask"]))
+    sums = np.array([[0.5 * (kind != BARE) + (kind != WRONG) for kind in group] for group in SCRIPT])
+    assert metrics["reward_mine.steps"] == pytest.approx(sums.mean())
+    assert metrics["reward"] == pytest.approx((2 * sums).mean() + metrics["reward_accuracy"])
+    for index, group in enumerate(SCRIPT):
+        rows = slice(4 * index, 4 * index + 4)
+        steps = [[1.0] * (kind != BARE) + [2.0 * (kind != WRONG)] for kind in group]
+        every = [reward for own in steps for reward in own]
+        unit = np.std(every) or 1.0
+        graded = np.array([float(kind == RIGHT) for kind in group])
+        whole = (graded - graded.mean()) / (graded.std() or 1.0)
+        for row, (own, outcome) in enumerate(zip(steps, whole, strict=True), start=rows.start):
+            tokens = batch["tokens"][row, batch["loss_mask"][row] > 0].tolist()
+            marks = [(reward - np.mean(every)) / unit for reward in own]
+            thought = tokens.index(tokenizer().end_think_id) + 1 if tokenizer().end_think_id in tokens else 0
+            expected = [outcome + (sum(marks) if t < thought else marks[-1]) for t in range(len(tokens))]
+            np.testing.assert_allclose(batch["advantages"][row, batch["loss_mask"][row] > 0], expected, atol=1e-5)
+
+
+def test_where_no_reward_applies_nothing_is_taught(path, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "def score(completion, row): return None\ndef steps(completion, row): return []\n"
+    )
+    scripted(monkeypatch, [SCRIPT])
+    run = rollouts(path, rewards=(f"{tmp_path}/mine.py:score", f"{tmp_path}/mine.py:steps"))
+    with run.grader:
+        batch, metrics = run.next(state())
+    assert not np.any(batch["advantages"]) and metrics["signal_groups"] == metrics["reward"] == 0
+
+
+# Packing
+
+
+def test_packed_rows_hold_every_answer_once(path):
+    plain, metrics = rollouts(path).next(state())
+    run = rollouts(path, dataclasses.replace(CONFIG, pack=70))
+    run.multiple = 2
+    batch, packed_metrics = run.next(state())
+    assert packed_metrics == metrics and batch["tokens"].shape[1] == 70
+    assert len(batch["tokens"]) % 2 == 0 and len(batch["tokens"]) < len(plain["tokens"])
+    found, names = [], ("tokens", "positions", "loss_mask", "sampler_logprobs", "advantages", "truncated")
+    for row in range(len(batch["tokens"])):
+        for segment in range(1, batch["segment_ids"][row].max() + 1):
+            own = batch["segment_ids"][row] == segment
+            found.append([batch[name][row, own].tolist() for name in names])
+            assert set(batch["answer_tokens"][row, own]) == {0, batch["loss_mask"][row, own].sum()}
+    expected = []
+    for row, real in enumerate(plain["segment_ids"] > 0):
+        spread = {name: np.broadcast_to(plain[name][row], real.shape)[real] for name in names}
+        for name in ("advantages", "truncated"):  # of the answer's tokens
+            spread[name] = spread[name] * spread["loss_mask"]
+        expected.append([spread[name].tolist() for name in names])
+    assert sorted(found) == sorted(expected)
+
+
+OTHERS = {"old_logprobs": 1.05, "reference_logprobs": 0.9}
+
+
+def test_packed_answers_see_themselves_alone(path):
+    """A network's loss, its parts and gradient are what they are with a row for each answer."""
+    loss = GRPOLoss(chunk=16, ratio="sequence", kl_weight=0.1)
+    params, bias = weights(SPEAKER)
+
+    @jax.jit
+    def run(batch):
+        def value(params):
+            network = transformer.merge(SPEAKER, params, bias)
+            return loss(network, batch, loss.normalisers(batch), jnp.int32(0))
+
+        return jax.value_and_grad(value, has_aux=True)(params)
+
+    found = []
+    for pack in (0, 96):
+        config = dataclasses.replace(CONFIG, pack=pack, replay_routing=True)
+        batch, _ = rollouts(path, config).next(state())
+        others = {name: batch["sampler_logprobs"] * factor for name, factor in OTHERS.items()}
+        found.append(jax.device_get(run({name: jnp.asarray(value) for name, value in (batch | others).items()})))
+    ((plain, plain_parts), plain_gradient), ((packed, packed_parts), packed_gradient) = found
+    assert packed == pytest.approx(float(plain), rel=1e-5) and abs(plain) > 1e-3
+    for name in ("kl_sampler", "kl_reference", "clip_fraction", "entropy", "load"):
+        np.testing.assert_allclose(packed_parts[name], plain_parts[name], rtol=1e-5, err_msg=name)
+    norm = np.sqrt(sum(np.sum(leaf**2) for leaf in jax.tree.leaves(plain_gradient)))
+    for one, other in zip(jax.tree.leaves(packed_gradient), jax.tree.leaves(plain_gradient), strict=True):
+        assert np.linalg.norm(one - other) <= 1e-5 * norm
+
+
+def test_packed_rows_come_in_few_numbers():
+    questions = [Question({}, "", [1] * 9, "")] * 41
+    samples = [Sample(question, Answer("", True), np.ones(1), np.ones(1)) for question in questions]
+    sizes = set()
+    for count in range(1, 42):
+        batch = rollout_batch(samples[:count], [0.0] * count, pad_id=0, most=64, pack=10, multiple=3)
+        rows = len(batch["tokens"])
+        assert rows % 3 == 0 and count <= rows < 1.25 * count + 3
+        sizes.add(rows)
+    assert len(sizes) <= 12
+
+
+# Routing replay
+
+
+def test_the_learner_takes_the_experts_that_the_sampler_took():
+    """Two dense layers, then two of experts: the sampler's first choice belongs to the third layer. A learner whose
+    routers and bias have moved on sends each token where the sampler did, which alone it would not."""
+    config = dataclasses.replace(SPEAKER, num_hidden_layers=4, first_k_dense_replace=2)
+    params, bias = weights(config)
+    assert bias is not None
+    engine = Engine(whole(config, params, bias, tokenizer()))
+    questions = [Question({}, "", tokenizer().encode(text), "") for text in ("12+34=", "7*8=5")]
+    prompts = [question.prompt for question in questions]
+    key, sampling = jax.random.key(0), SamplingParams(max_tokens=9)
+    out = jax.device_get(engine.generate_ids(prompts, sampling, key, experts=True))
+    answers = [Answer("", bool(stopped)) for stopped in out.stopped_B]
+    samples = [make_sample(out, row, question, answers[row]) for row, question in enumerate(questions)]
+    batch = rollout_batch(samples, [0.0] * 2, pad_id=0, most=64)
+    most = batch["tokens"].shape[1]
+    assert batch["experts"].shape == (2, most, 2, config.num_experts_per_tok)
+    placed = {name: jnp.asarray(value) for name, value in batch.items()} | {"temperature": jnp.ones((2, 1))}
+    ran_BS = batch["segment_ids"] * (np.roll(batch["segment_ids"], -1, axis=1) > 0)  # but for an answer's last token
+    assert np.array_equal(batch["experts"][:, :, 0, 0] >= 0, ran_BS > 0)
+
+    def load(params, bias, batch):
+        return score_tokens(transformer.merge(config, params, bias), batch, 16)[1]
+
+    run = jax.jit(load)
+    experts = params["moe_layers"]["mlp"]
+    moved = params | {"moe_layers": params["moe_layers"] | {"mlp": experts | {"router": -experts["router"]}}}
+    alone = {name: value for name, value in placed.items() if name != "experts"}
+    taken = batch["experts"][ran_BS > 0]
+    expected = np.stack([np.bincount(taken[:, layer].ravel(), minlength=8) for layer in range(2)])
+    assert not np.array_equal(expected[0], expected[1])
+    last = 2 * config.num_experts_per_tok  # of either layer: these the router chose
+    for arrays in ((params, bias), (moved, -bias)):
+        surplus = np.asarray(run(*arrays, placed)) - expected
+        assert np.all(surplus >= 0) and np.all(surplus.sum(axis=1) == last)
+    assert np.any(np.asarray(run(moved, -bias, alone)) - expected < 0)
+    # The old policy is scored with the same experts, a reference with its own.
+    reference = Reference(moved, -bias, path="other")
+    scorer = Scorer(config, ComputeConfig(), chunk=16, old=True, reference=reference)
+    found = scorer(dataclasses.replace(state(), params=moved, router_bias=-bias), placed)
+    assert np.abs(found["old_logprobs"] - found["reference_logprobs"]).max() > 1e-3
+    own = scorer(dataclasses.replace(state(), params=moved, router_bias=-bias), alone)
+    np.testing.assert_array_equal(own["reference_logprobs"], found["reference_logprobs"])
+
+
+def test_replayed_routing_leaves_a_policy_that_agrees_as_it_was(path):
+    batch, _ = rollouts(path, dataclasses.replace(CONFIG, replay_routing=True)).next(state())
+    plain, _ = rollouts(path).next(state())
+    assert batch.keys() - plain.keys() == {"experts"} and batch["experts"].dtype == np.int16
+    np.testing.assert_array_equal(batch["tokens"], plain["tokens"])
+    loss = GRPOLoss(chunk=8, tis_cap=2.0)
+    placed = {name: jnp.asarray(value) for name, value in batch.items()}
+    parts = jax.jit(lambda batch: loss(MODEL.network(), batch, loss.normalisers(batch), jnp.int32(0))[1])(placed)
+    assert 0 <= parts["kl_sampler"] < 1e-6 and parts["tis_capped"] == 0
+
+
+def test_a_model_without_experts_has_nothing_to_replay(path):
+    config = dataclasses.replace(SPEAKER, n_routed_experts=0, first_k_dense_replace=2)
+    dense = whole(config, *weights(config), tokenizer())
+    loader = open_questions(TASK, dense, (str(path),), CONFIG, batch_size=3, seed=1)
+    with pytest.raises(ValueError, match="rollout.replay_routing=True: the model has no experts"):
+        Rollouts(dense, TASK, None, loader, dataclasses.replace(CONFIG, replay_routing=True), seed=0)  # pyright: ignore
 
 
 def test_a_users_reward_sees_what_was_cut_off_and_the_row(path, tmp_path, monkeypatch):
@@ -238,9 +511,9 @@ def test_the_limit_is_what_the_positions_leave():
 
 @pytest.mark.parametrize(("longest", "most", "width"), [(9, 35, 35), (9, 999, 128), (129, 999, 256), (600, 700, 700)])
 def test_widths_come_in_few_sizes(longest, most, width):
-    one = np.ones((2, 1))
-    out = Generated(one, one, np.array([1, 1]), np.array([True, False]))  # pyright: ignore[reportArgumentType]
-    batch = rollout_batch([[1] * (longest - 1), [1]], out, pad_id=0, most=most)
+    questions = [Question({}, "", prompt, "") for prompt in ([1] * (longest - 1), [1])]
+    samples = [Sample(question, Answer("", True), np.ones(1), np.ones(1)) for question in questions]
+    batch = rollout_batch(samples, [0.0] * 2, pad_id=0, most=most)
     assert batch["tokens"].shape == (2, width) and batch["segment_ids"].sum(axis=1).tolist() == [longest, 2]
 
 
@@ -264,6 +537,8 @@ def test_an_answer_begins_with_the_thinking_that_the_prompt_has_opened():
         ({"max_tokens": 0}, "max_tokens=0"),
         ({"advantage": "mean"}, "advantage='mean': expected .*Literal"),
         ({"temperature": 0.0}, "temperature=0.0.*must be positive"),
+        ({"overlong_buffer": 21, "max_tokens": 20}, "overlong_buffer=21: is more than max_tokens=20"),
+        ({"tolerance": -0.1}, "tolerance=-0.1"),
         ({"patience": None}, "patience=None.*int"),
     ],
 )

@@ -47,6 +47,8 @@ def advantages_by_hand(rewards, scale):
         for i, r in enumerate(row):
             if scale == "none":
                 made[group, i] = r - mean
+            elif scale == "leave_one_out":
+                made[group, i] = r - (sum(row) - r) / (len(row) - 1)
             elif max(row) != min(row):
                 made[group, i] = (r - mean) / std
     return made
@@ -54,7 +56,7 @@ def advantages_by_hand(rewards, scale):
 
 @given(
     hnp.arrays(np.float64, (3, 4), elements=st.sampled_from([0.0, 0.2, 0.7, 1.0, 1.2])),
-    st.sampled_from(["std", "none"]),
+    st.sampled_from(["std", "none", "leave_one_out"]),
 )
 def test_advantages_equal_their_formula(rewards, scale):
     found = np.asarray(group_advantages(jnp.asarray(rewards, jnp.float32), scale=scale))

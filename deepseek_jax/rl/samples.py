@@ -1,0 +1,107 @@
+"""Answers as they were sampled, and as the rows of a batch."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from deepseek_jax.data.packing import best_fit
+from deepseek_jax.inference.generate import Generated
+from deepseek_jax.rl.asking import Answer, Question
+
+_LEAST_WIDTH = 128  # shorter rows share one program
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """An answer as it was sampled: its tokens, the one that ended it included, with their log-probabilities; and, where
+    asked for, the experts that were chosen for the tokens of prompt and answer (T L K)."""
+
+    question: Question
+    answer: Answer
+    ids: np.ndarray
+    logprobs: np.ndarray
+    experts_TLK: np.ndarray | None = None
+
+
+def make_sample(out: Generated, row: int, question: Question, answer: Answer) -> Sample:
+    """What the engine drew in this row."""
+    length = int(out.lengths_B[row])
+    experts_TLK = None
+    if out.experts_LBTK is not None:
+        seen = slice(len(question.prompt) + length)
+        experts_TLK = np.moveaxis(np.asarray(out.experts_LBTK)[:, row, seen], 0, 1).astype(np.int16)
+    ids, logprobs = (np.asarray(x[row, :length]) for x in (out.tokens_BN, out.logprobs_BN))
+    return Sample(question, answer, ids, logprobs, experts_TLK)
+
+
+def rollout_batch(
+    samples: Sequence[Sample],
+    advantages: Sequence[float | np.ndarray],
+    *,
+    pad_id: int,
+    most: int,
+    pack: int = 0,
+    multiple: int = 1,
+) -> dict[str, np.ndarray]:
+    """Each row a prompt, its answer as sampled and padding; ``loss_mask`` is 1 on the answer, its stop token included.
+
+    The width S is that of the longest row, rounded up to a power of two from 128 on, at most ``most``: other lengths
+    compile few programs. ``experts`` (B S L K), where samples have them, is -1 where none was chosen.
+
+    Args:
+      advantages: of each sample, or of each of its tokens.
+      pack: the width of rows that hold several samples, a segment each; what they need, see ``GRPOLoss``. 0: no such.
+      multiple: what the number of packed rows is a multiple of; rows behind the last are padding.
+    """
+    lengths = [len(sample.question.prompt) + len(sample.ids) for sample in samples]
+    width = min(max(_LEAST_WIDTH, 1 << (max(lengths) - 1).bit_length()), most)
+    if pack and pack >= max(lengths):
+        width = pack
+    rows = best_fit(lengths, width) if pack else [[index] for index in range(len(samples))]
+    shape = (_round_up(len(rows), multiple) if pack else len(rows)), width
+    tokens = pack or any(np.ndim(advantage) for advantage in advantages)
+    batch = {
+        "tokens": np.full(shape, pad_id, np.int32),
+        "segment_ids": np.zeros(shape, np.int32),
+        "positions": np.zeros(shape, np.int32),
+        "loss_mask": np.zeros(shape, np.float32),
+        "sampler_logprobs": np.zeros(shape, np.float32),
+        "advantages": np.zeros(shape if tokens else (shape[0], 1), np.float32),
+        "truncated": np.zeros(shape if pack else (shape[0], 1), np.float32),
+    }
+    if pack:
+        batch["answer_tokens"] = np.zeros(shape, np.float32)
+    if samples[0].experts_TLK is not None:
+        batch["experts"] = np.full((*shape, *samples[0].experts_TLK.shape[1:]), -1, np.int16)
+    for row, indices in enumerate(rows):
+        start = 0
+        for segment, index in enumerate(indices, start=1):
+            _place(batch, row, start, segment, samples[index], advantages[index])
+            start += lengths[index]
+    return batch
+
+
+def _place(
+    batch: dict[str, np.ndarray], row: int, start: int, segment: int, sample: Sample, advantage: float | np.ndarray
+) -> None:
+    begin, end = (start + length for length in np.cumsum([len(sample.question.prompt), len(sample.ids)]))
+    whole, answer = slice(start, end), slice(begin, end)
+    batch["tokens"][row, start:begin], batch["tokens"][row, answer] = sample.question.prompt, sample.ids
+    batch["segment_ids"][row, whole] = segment
+    batch["positions"][row, whole] = np.arange(end - start)
+    batch["loss_mask"][row, answer] = 1
+    batch["sampler_logprobs"][row, answer] = sample.logprobs
+    for name, value in (("advantages", advantage), ("truncated", not sample.answer.ended)):
+        batch[name][row, answer if batch[name].shape[1] > 1 else 0] = value
+    if "answer_tokens" in batch:
+        batch["answer_tokens"][row, answer] = end - begin
+    if sample.experts_TLK is not None:
+        batch["experts"][row, whole] = sample.experts_TLK
+
+
+def _round_up(rows: int, multiple: int) -> int:
+    """The next multiple, of which there are four from one power of two to the next: few programs are compiled."""
+    units = -(-rows // multiple)
+    step = 1 << max(0, units.bit_length() - 3)
+    return -(-units // step) * step * multiple

@@ -1,0 +1,73 @@
+"""GRPO's options together, as a user gives them: a run that stops and goes on is the run that does not."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from model.tiny import weights, whole
+from small import SPEAKER, tokenizer
+
+from deepseek_jax import save_hf
+from deepseek_jax.checkpoint.model import load
+from deepseek_jax.cli.main import main
+from deepseek_jax.train.metrics import read_metrics
+
+STEPS = """
+def steps(completion, row):
+    half = len(completion) // 2
+    return [(half, completion[:half].count("a")), (len(completion), len(set(completion)) / 8)]
+"""
+OPTIONS = [
+    "--init-from",
+    "model",
+    "--task.path",
+    "train.jsonl",
+    "--task.prompt",
+    "question",
+    "--reward",
+    "mine.py:steps",
+    "--reward",
+    "format=2",
+]
+OPTIONS += ["--rollout.prompts", "4", "--rollout.group", "4", "--rollout.max-tokens", "8", "--step.microbatches", "1"]
+# GSPO on advantages of tokens, with dynamic sampling that is never content, and a reference that moves.
+OPTIONS += ["--loss.ratio", "sequence", "--loss.tis-cap", "2", "--loss.kl-weight", "0.1", "--reference-every", "1"]
+OPTIONS += ["--rollout.replay-routing", "--rollout.pack", "64", "--rollout.resample", "2", "--rollout.tolerance", "0.9"]
+OPTIONS += ["--rollout.overlong-buffer", "4", "--inner-epochs", "2", "--minibatches", "2"]
+OPTIONS += ["--loop.checkpoint-every", "1", "--loop.log-every", "1", "--loop.keep", "2", "--loop.no-tensorboard"]
+CLOCKS = ("time", "seconds", "tokens_per_second", "peak_bytes_process")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    save_hf(whole(SPEAKER, *weights(SPEAKER)).network(), tmp_path / "model", dtype="float32")
+    tokenizer().save(tmp_path / "model")
+    rows = [{"question": f"{n}+1?", "answer": f"#### {n + 1}"} for n in range(9)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "mine.py").write_text(STEPS)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_all_of_them_train_and_a_run_goes_on_to_the_bit(folder: Path):
+    run = lambda: main(["grpo", *OPTIONS, "--run-dir", "run", "--loop.steps", "2"])  # noqa: E731
+
+    def lines():
+        return [{name: value for name, value in line.items() if name not in CLOCKS} for line in read_metrics("run")]
+
+    assert run() == 0
+    whole_run = lines()
+    assert [line["step"] for line in whole_run] == [1, 2]
+    assert [line["asked"] for line in whole_run] == [8, 8]  # four at first, then four more
+    for line in whole_run:
+        assert line["finite"] == 1 and line["grad_norm"] > 0 and line["kl_sampler"] < 1e-6
+        assert line["signal_groups_trained"] >= line["signal_groups"] > 0 and line["reward_errors"] == 0
+        assert -1 <= line["reward_overlong"] < 0 and line["tis_capped"] == 0
+    before, after = (jax.tree.leaves(load(folder / name).params) for name in ("model", "run"))
+    assert any(np.any(old != new) for old, new in zip(before, after, strict=True))
+    (folder / "run" / "result.json").unlink()
+    shutil.rmtree(folder / "run" / "checkpoints" / "2")
+    assert run() == 0 and lines() == whole_run

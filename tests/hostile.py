@@ -80,7 +80,9 @@ PROGRAMS = {
         """
         if os.fork(): time.sleep(100)
         while True:
-            if os.fork(): os._exit(0)
+            try:
+                if os.fork(): os._exit(0)
+            except BlockingIOError: pass  # the dead are counted until they are reaped
             sum(range(100000))
         """,
     ),
@@ -310,7 +312,8 @@ def run(sandbox: Sandbox, name: str) -> str:
     expected, source = PROGRAMS[name]
     ran = sandbox.run(PRELUDE + textwrap.dedent(source), limits=BRIEF if expected == "seconds" else LIMITS)
     text = f"{name}: {ran.ended} {ran.code}, {ran.stdout[-2000:]} {ran.stderr[-2000:]}"
-    if "ESCAPED" in ran.stdout or ran.ended != expected:
+    starved = expected == "cpu_seconds" and ran.ended == "seconds"  # on a crowded machine the clock is first
+    if "ESCAPED" in ran.stdout or not (ran.ended == expected or starved):
         return text
     if "Traceback" in ran.stderr:  # then it has not tried all
         return text

@@ -99,7 +99,7 @@ PROGRAMS = {
         time.sleep(100)
         """,
     ),
-    "memory shared by processes": ("memory", "m = mmap.mmap(-1, 1 << 29)\nwhile m.write(bytes(1 << 20)): pass"),
+    "memory shared by processes": ("memory", "m = mmap.mmap(-1, 900 << 20)\nwhile m.write(bytes(1 << 20)): pass"),
     "memory in anonymous files": ("exit", "attempt(os.memfd_create, 'x')\nattempt(libc.syscall, 447, 0)"),
     "memory in System V segments": (
         "exit",

@@ -7,6 +7,7 @@ and 2.5 % of the result's norm off for normal numbers, so it must be named. ``re
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +41,8 @@ def fp8_matmul(
         raise ValueError(f"x {x.shape} and w {tuple(w.shape)}: expected (…, {depth})")
     target = target or Target.here()
     name = choose("fp8_matmul", target, x.dtype, implementation=implementation, **facts(w)).name
-    return _matmul(x.reshape(-1, depth), w, name, target.cores).reshape(*x.shape[:-1], -1)
+    y_TF: Any = _matmul(x.reshape(-1, depth), w, name, target.cores)
+    return y_TF.reshape(*x.shape[:-1], -1)
 
 
 def _dense(x_TD, w, name, cores):

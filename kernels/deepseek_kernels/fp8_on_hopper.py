@@ -53,9 +53,10 @@ def multiply(
     is not a group. quantised: x too is brought to FP8."""
     values_EFD, scales_EJK, groups, layer = _matrices(w)
     group_N = jnp.where(group_N < groups, group_N + layer * groups, len(values_EFD))
-    x_TD, scale_KT = quantise_rows(x_TD) if quantised else (x_TD, None)
-    kernel = hopper_fp8.many if quantised and len(x_TD) == BLOCK * len(group_N) else hopper_fp8.few
-    return kernel(x_TD, scale_KT, values_EFD, scales_EJK, group_N, cores=cores)
+    if not quantised:
+        return hopper_fp8.few(x_TD, None, values_EFD, scales_EJK, group_N, cores=cores)
+    kernel = hopper_fp8.many if len(x_TD) == BLOCK * len(group_N) else hopper_fp8.few
+    return kernel(*quantise_rows(x_TD), values_EFD, scales_EJK, group_N, cores=cores)
 
 
 def _matrices(w: Weight) -> tuple[jax.Array, jax.Array, int, Any]:

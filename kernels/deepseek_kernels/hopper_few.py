@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from deepseek_kernels.hopper import STEP
+from deepseek_kernels.hopper_sizes import HOPPER, Sizes
 from deepseek_kernels.hopper_tiles import step, tiled
 
 _COLUMNS = 128  # of a tile, 64 for each of two warp groups
@@ -24,13 +25,18 @@ def tile(rows: int, groups: int) -> int:
 
 
 def grouped_product(
-    x_TD: Float[Array, "T D"], w: Float[Array, "E D F"], group_N: Int[Array, "N"], *, cores: int
+    x_TD: Float[Array, "T D"],
+    w: Float[Array, "E D F"],
+    group_N: Int[Array, "N"],
+    *,
+    cores: int,
+    sizes: Sizes = HOPPER["few"],
 ) -> Float[Array, "T F"]:
     """``y[t] = x[t] @ w[g]`` for ``g`` the group of t's tile of T/N rows, 16 or 32; zero where that is E. Tiles of no
     group are the last. cores: of the target, 0 for an H100's."""
     (size, depth), groups, width, tiles = x_TD.shape, len(w), w.shape[2], len(group_N)
     tile_rows, across = size // tiles, pl.cdiv(width, _COLUMNS)
-    stages = min(depth // STEP, _BYTES // (2 * STEP * (_COLUMNS + tile_rows)))
+    stages = min(depth // STEP, sizes.stages or _BYTES // (2 * STEP * (_COLUMNS + tile_rows)))
     # Those with a group come first, a group's tiles side by side; the rest are filled with zeros.
     index = jnp.concatenate([group_N, jnp.sum(group_N < groups)[None]]).astype(jnp.int32)
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from deepseek_kernels import hopper_fp8
+from deepseek_kernels import hopper_fp8, hopper_quantise
 from deepseek_kernels.block_fp8 import BLOCK, quantise_rows, split_shape
 from deepseek_kernels.target import Target
 from deepseek_kernels.weights import InStack, Weight, block_scaled
@@ -41,8 +41,9 @@ def does_not_fit(w: Weight) -> str:
     whole = len(sizes) == 1 or sizes[-1] % BLOCK == 0
     if first != BLOCK or [block for _, block in others] != [1] * (len(others) - 1) + [BLOCK] or not whole:
         return f"it needs blocks of {BLOCK} × {BLOCK} of a matrix, not {scaled.groups} of {scaled.shape}"
-    if depth % BLOCK or math.prod(sizes) % 8:
-        return f"it needs D of a multiple of {BLOCK} and F of 8, not {(depth, math.prod(sizes))}"
+    # What is handed over is 64 columns wide: where that reached over a row's end, it was written to the next one.
+    if depth % BLOCK or (width := math.prod(sizes)) % 64 or width < BLOCK:
+        return f"it needs D of a multiple of {BLOCK}, F of that and further multiples of 64, not {scaled.shape}"
     return ""
 
 
@@ -55,8 +56,9 @@ def multiply(
     group_N = jnp.where(group_N < groups, group_N + layer * groups, len(values_EFD))
     if not quantised:
         return hopper_fp8.few(x_TD, None, values_EFD, scales_EJK, group_N, cores=cores)
-    kernel = hopper_fp8.many if len(x_TD) == BLOCK * len(group_N) else hopper_fp8.few
-    return kernel(*quantise_rows(x_TD), values_EFD, scales_EJK, group_N, cores=cores)
+    many = len(x_TD) == BLOCK * len(group_N)
+    kernel, rows = (hopper_fp8.many, hopper_quantise.quantise_rows) if many else (hopper_fp8.few, quantise_rows)
+    return kernel(*rows(x_TD), values_EFD, scales_EJK, group_N, cores=cores)
 
 
 def _matrices(w: Weight) -> tuple[jax.Array, jax.Array, int, Any]:

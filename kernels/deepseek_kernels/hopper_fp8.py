@@ -97,7 +97,7 @@ def few(
 
     out = jax.ShapeDtypeStruct((size, width), dtype)
     kernel = _tiled(tile, tiles * across, out, tile_rows, x_TD.dtype, cores, sizes, turned=True)
-    scales = () if x_scale_KT is None else (x_scale_KT,)
+    scales = () if x_scale_KT is None else (jnp.pad(x_scale_KT, ((0, 0), (0, max(0, _LEAST - size)))),)
     return kernel(index, x_TD, *scales, w_EFD, w_scale_EJK)
 
 

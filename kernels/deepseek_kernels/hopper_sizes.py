@@ -23,6 +23,7 @@ TABLE: dict[str, dict[str, Sizes]] = {
         "grouped": Sizes(stages=4, columns=256, band=8),  # 4 · (128 + 256) · 64 · 2 bytes = 192 of 227 KiB
         "few": Sizes(),
         "fp8": Sizes(band=8),
+        "quantise": Sizes(stages=2),
         "gate": Sizes(stages=3),  # 72 KiB of three inputs, 32 KiB of two outputs
     }
 }

@@ -18,6 +18,7 @@ from deepseek_kernels import (
     fp8_matmul,
     grouped_matmul,
     hopper_fp8,
+    hopper_quantise,
     product,
     quantise,
     registry,
@@ -90,6 +91,12 @@ def test_rows_are_rounded_by_128_numbers(seed, count):
     # A quotient in float32 may fall to the other side of a tie.
     assert np.mean(~np.isclose(found, in_fp8(x), rtol=1e-6, atol=0)) < 0.01
     assert x8.dtype == FP8 and scale.shape == (D // 128, count)
+
+
+def test_the_kernel_that_rounds_rows_equals_the_plain_one(hopper_gpu):
+    x = rows(192, 384)
+    for found, right in zip(jax.jit(hopper_quantise.quantise_rows)(x), jax.jit(quantise_rows)(x), strict=True):
+        np.testing.assert_array_equal(np.asarray(found, np.float32), np.asarray(right, np.float32))
 
 
 @pytest.mark.parametrize("groups", [((1, 128), (1, 1), (1, 128)), ((2, 128), (1, 128))])
@@ -171,9 +178,10 @@ def check(found, x, w, sizes, implementation):
 @pytest.mark.parametrize(
     ("equation", "count", "shape", "groups"),
     [
-        ("bsd,df->bsf", (3, 7), (256, 328), ((1, 128), (1, 128))),
+        ("bsd,df->bsf", (3, 7), (256, 320), ((1, 128), (1, 128))),
         ("...d,dgf->...gf", (2, 50), (256, 2, 128), ((1, 128), (1, 1), (1, 128))),
-        ("bshv,hvd->bsd", (1, 200), (2, 128, 136), ((2, 128), (1, 128))),
+        ("bsd,df->bsf", (1, 3), (256, 128), ((1, 128), (1, 128))),
+        ("bshv,hvd->bsd", (1, 200), (2, 128, 192), ((2, 128), (1, 128))),
     ],
 )
 def test_dense_products(hopper_gpu, implementation, equation, count, shape, groups):
@@ -236,8 +244,8 @@ def test_what_does_not_fit_is_named(caplog):
         run(x, jnp.zeros((256, 320), jnp.bfloat16))
     with pytest.raises(ValueError, match=r"x \(4, 128\) and w \(256, 320\): expected \(…, 256\)"):
         run(x[:, :128], weight(D, F))
-    with pytest.raises(ValueError, match=r"'hopper_fp8' of fp8_matmul cannot run.*D of a multiple of 128 and F of 8"):
-        run(x, weight(D, 330), implementation="hopper_fp8")
+    with pytest.raises(ValueError, match=r"'hopper_fp8' of fp8_matmul cannot run.*D of a multiple of 128, F of that"):
+        run(x, weight(D, 328), implementation="hopper_fp8")
     ragged = BlockScaled(jnp.zeros((256, 2, 72), FP8), jnp.ones((2, 2, 1)), ((1, 128), (1, 1), (1, 128)))
     with pytest.raises(ValueError, match="it needs blocks of 128 × 128 of a matrix"):
         run(x, ragged, implementation="hopper")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from deepseek_kernels import hopper_fp8, hopper_quantise
-from deepseek_kernels.block_fp8 import BLOCK, quantise_rows, split_shape
+from deepseek_kernels.block_fp8 import BLOCK, BlockScaled, quantise_rows, split_shape
 from deepseek_kernels.target import Target
 from deepseek_kernels.weights import InStack, Weight, block_scaled
 
@@ -45,6 +45,12 @@ def does_not_fit(w: Weight) -> str:
     if depth % BLOCK or (width := math.prod(sizes)) % 64 or width < BLOCK:
         return f"it needs D of a multiple of {BLOCK}, F of that and further multiples of 64, not {scaled.shape}"
     return ""
+
+
+def laid_out(w: BlockScaled, target: Target) -> BlockScaled:
+    """The weight as the target's kernels read it; of many layers too."""
+    ours = (target.platform, target.chip) == ("cuda", "9.0") and not does_not_fit(w)
+    return w.with_terms_last() if ours else w
 
 
 def multiply(

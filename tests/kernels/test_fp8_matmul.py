@@ -25,6 +25,7 @@ from deepseek_kernels import (
     routed_experts,
 )
 from deepseek_kernels.block_fp8 import FP8, quantise_rows
+from deepseek_kernels.fp8_on_hopper import laid_out
 
 ON_GPU = jax.default_backend() == "gpu"
 TARGET = Target("cuda", "9.0", 0 if ON_GPU else 2)  # two blocks in the interpreter
@@ -110,6 +111,7 @@ def test_a_weight_is_the_same_with_its_terms_last(groups):
     assert laid.shape == w.shape and laid.values.shape != w.shape and laid.with_terms_last() is laid
     np.testing.assert_array_equal(laid.astype(jnp.float32), w.astype(jnp.float32))
     np.testing.assert_array_equal(laid[1].astype(jnp.float32), w.astype(jnp.float32)[1])
+    assert laid_out(w, TARGET).terms_last and laid_out(w, Target("cpu")) is w
     back = laid.with_terms_last(False)
     assert jax.tree.structure(back) == jax.tree.structure(w)
     jax.tree.map(np.testing.assert_array_equal, back, w)

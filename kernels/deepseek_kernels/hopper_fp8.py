@@ -86,10 +86,14 @@ def few(
     def tile(place, index, x, *refs):
         *x_scale, w, w_scale, y = refs
         used = index[tiles]
-        full = place < used * across
-        place = jnp.where(full, place, place - used * across)
-        start, count = jnp.where(full, 0, used), jnp.maximum(jnp.where(full, used, tiles - used), 1)
-        i, j = start + jax.lax.rem(place, count), place // count
+        if tile_rows < BLOCK:
+            full = place < used * across
+            place = jnp.where(full, place, place - used * across)
+            start, count = jnp.where(full, 0, used), jnp.maximum(jnp.where(full, used, tiles - used), 1)
+            i, j = start + jax.lax.rem(place, count), place // count
+        else:  # rows that the second-level cache does not hold
+            i, j = plgpu.planar_snake(place, (tiles, across), 0, sizes.band)
+            full = i < used
         rows, columns, g = pl.ds(i * tile_rows, tile_rows), pl.ds(j * BLOCK, BLOCK), jnp.minimum(index[i], groups - 1)
         scales = x_scale[0].at[:, pl.ds(i * tile_rows, max(tile_rows, _LEAST))] if x_scale else None
         steps = jnp.where(full, depth // BLOCK, 0)

@@ -71,6 +71,8 @@ def _matrices(w: Weight) -> tuple[jax.Array, jax.Array, int, Any]:
     """All matrices as (E, F, D), their scales as (E, F/128, D/128), how many are of one layer, and w's layer."""
     scaled = block_scaled(w)
     assert scaled is not None
+    if isinstance(w, InStack) and not scaled.terms_last:  # one layer is transposed, not all
+        w = scaled = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, w.layer, keepdims=False), scaled)
     lead, (depth, *sizes) = split_shape(scaled.shape, scaled.groups)
     laid = scaled.with_terms_last()
     values = laid.values.reshape(-1, math.prod(sizes), depth)

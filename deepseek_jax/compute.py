@@ -17,6 +17,7 @@ OPERATIONS = {
     "decode_attention": ("mla_decode",),
     "experts": ("routed_experts",),
     "grouped_matmul": ("grouped_matmul",),
+    "fp8_matmul": ("fp8_matmul",),
 }
 
 
@@ -46,7 +47,9 @@ class ComputeConfig:
     experts: str = "auto"
     """Of the routed experts."""
     grouped_matmul: str = "auto"
-    """Of the products of tokens sorted by expert."""
+    """Of the products of tokens sorted by expert; hopper_fp8 rounds the tokens to FP8 as well, for FP8 weights."""
+    fp8_matmul: str = "auto"
+    """Of the other products with FP8 weights; hopper_fp8 as above."""
     rules: ShardingRules = ShardingRules()
     """Which mesh axes split which logical axis."""
 

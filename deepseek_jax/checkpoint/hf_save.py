@@ -196,6 +196,7 @@ def _take(leaf: Any, starts: Any, *, index: tuple[bool, ...], inputs: int, dtype
         return jax.lax.dynamic_slice(scaled.scales, firsts, sizes)
 
     if isinstance(leaf, BlockScaled):
+        leaf = leaf.with_terms_last(False)
         piece = BlockScaled(cut(leaf.values), cut_scales(leaf), leaf.groups)
         return [piece.values, piece.scales] if dtype == FP8 else [piece.astype(dtype)]
     piece = cut(leaf)

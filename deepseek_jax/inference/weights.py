@@ -13,6 +13,7 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.model import transformer
 from deepseek_jax.parallel.sharding import ShardingRules, named_sharding
 from deepseek_kernels.block_fp8 import BlockScaled
+from deepseek_kernels.fp8_on_hopper import laid_out
 
 READ_IN_FLOAT32 = ("router", "gain")  # bfloat16 router weights would choose other experts than the learner's
 
@@ -54,7 +55,7 @@ def sampling_weights(
 
     def make(path, leaf, axes):
         if isinstance(leaf, BlockScaled):
-            return jax.tree.map(jnp.copy, leaf)
+            return jax.tree.map(jnp.copy, laid_out(leaf, compute.kernels))
         kept = any(getattr(part, "key", None) in READ_IN_FLOAT32 for part in path)
         leaf = jnp.copy(leaf) if kept else jnp.copy(leaf).astype(compute.dtype)
         return jax.lax.with_sharding_constraint(leaf, named_sharding(mesh, axes, leaf.shape, compute.rules))

@@ -55,7 +55,8 @@ class Linear(nnx.Module):
         self.b = zeros(compute, shape[1:], axes[1:]) if bias else None
 
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
-        y = product("...i,io->...o", x.astype(self.compute.dtype), self.w[...], target=self.compute.kernels)
+        x, compute = x.astype(self.compute.dtype), self.compute
+        y = product("...i,io->...o", x, self.w[...], target=compute.kernels, fp8=compute.fp8_matmul)
         return y if self.b is None else biased(y, self.b[...])
 
 
@@ -89,6 +90,7 @@ class SwiGLU(nnx.Module):
         self.wo = param(config, compute, rngs, (width, config.hidden_size), ("mlp", "embed"))
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        gate_up = product("...d,dgf->...gf", x, self.wi[...], target=self.compute.kernels)
+        how = {"target": self.compute.kernels, "fp8": self.compute.fp8_matmul}
+        gate_up = product("...d,dgf->...gf", x, self.wi[...], **how)
         h = jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
-        return product("...f,fd->...d", h, self.wo[...], target=self.compute.kernels)
+        return product("...f,fd->...d", h, self.wo[...], **how)

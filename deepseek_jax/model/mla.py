@@ -62,16 +62,20 @@ class MLA(nnx.Module):
         attend = self._absorbed if absorbed else self._plain
         with jax.named_scope("attend"):
             out_BSHV: jax.Array = attend(q_BSHN, q_BSHR, entry, visible)
-        y = product("bshv,hvd->bsd", out_BSHV, self.o[...], target=self.compute.kernels)
+        y = product("bshv,hvd->bsd", out_BSHV, self.o[...], **self._products)
         if self.o_bias is not None:
             y = biased(y, self.o_bias[...])
         return y, memory
+
+    @property
+    def _products(self):
+        return {"target": self.compute.kernels, "fp8": self.compute.fp8_matmul}
 
     def _queries(self, x_BSD, rope):
         config = self.config
         with jax.named_scope("queries"):
             c = x_BSD if self.q_a is None or self.q_norm is None else self.q_norm(self.q_a(x_BSD))
-            q = product("bsq,qhn->bshn", c, self.q_b[...], target=self.compute.kernels)
+            q = product("bsq,qhn->bshn", c, self.q_b[...], **self._products)
             nope, pe = jnp.split(q, [config.qk_nope_head_dim], axis=-1)
             return nope, rotate(pe, rope, interleave=config.rope_interleave)
 
@@ -85,7 +89,7 @@ class MLA(nnx.Module):
 
     def _plain(self, q_BSHN, q_BSHR, entry_BTW, visible):
         latent_BTC, pe_BTR = jnp.split(entry_BTW.astype(q_BSHN.dtype), [self.config.kv_lora_rank], axis=-1)
-        kv = product("btc,chw->bthw", latent_BTC, self.kv_b[...], target=self.compute.kernels)
+        kv = product("btc,chw->bthw", latent_BTC, self.kv_b[...], **self._products)
         q = jnp.concatenate([q_BSHN, q_BSHR], axis=-1)
         kernel = {"target": self.compute.kernels, "implementation": self.compute.attention}
         return mla_attention(q, kv, pe_BTR, visible, softmax_scale(self.config), **kernel)

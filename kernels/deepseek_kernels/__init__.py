@@ -2,6 +2,7 @@
 
 from deepseek_kernels.attention import attention_reference, gqa_attention, mla_attention, mla_decode
 from deepseek_kernels.block_fp8 import BlockScaled, dequantise, dequantise_reference, quantise
+from deepseek_kernels.fp8_matmul import fp8_matmul
 from deepseek_kernels.grouped_matmul import grouped_matmul, grouped_matmul_reference
 from deepseek_kernels.look_up import look_up
 from deepseek_kernels.product import product, weight_gradient
@@ -22,6 +23,7 @@ __all__ = [
     "choose",
     "dequantise",
     "dequantise_reference",
+    "fp8_matmul",
     "gqa_attention",
     "grouped_matmul",
     "grouped_matmul_reference",

@@ -20,10 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deepseek_kernels import hopper
 from deepseek_kernels.attention import mla_attention
 from deepseek_kernels.grouped_matmul import grouped_matmul
 from deepseek_kernels.registry import TABLE, Choice, choose
 from deepseek_kernels.target import Target
+from deepseek_kernels.tune import tune
 from deepseek_kernels.visible import Visible
 
 # name: groups, D, F, rows; and the dtype. What the demo does on a CPU, what V2-Lite and V3 do on an accelerator.
@@ -169,6 +171,7 @@ def peer_seconds(shape: tuple[int, int, int, int], repeats: int, peer_python: st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--tune", action="store_true", help="time other sizes of the Hopper kernels instead")
     parser.add_argument("--peer-python", default="", help="a Python with torch and CUDA")
     options = parser.parse_args()
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves the peer its memory
@@ -176,6 +179,10 @@ def main() -> None:
     dtype = jnp.dtype(jnp.float32 if platform == "cpu" else jnp.bfloat16)
     if options.peer_python and platform == "cpu":
         parser.error("--peer-python: the peer is measured on a GPU only")
+    if options.tune:
+        if why := hopper.refuses(Target.here(), dtype):
+            parser.error(f"--tune: {why}")
+        return tune(functools.partial(median_seconds, repeats=options.repeats))
     top = ceiling(dtype, 1024 if platform == "cpu" else 8192, options.repeats)
     print(f"{jax.devices()[0].device_kind}, {dtype.name}; dense {top / 1e12:.3f} TFLOP/s; uneven groups")
     for name, shape in SHAPES[platform]:

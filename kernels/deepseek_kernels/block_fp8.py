@@ -27,15 +27,22 @@ class BlockScaled:
     values: FP8, of any layout. groups: for each axis of the scales' end, (axes of ``values`` merged into it, entries
     that share a scale); the axes before are the same in both. ``((1, 128), (1, 128))`` is a matrix, and with it
     (..., I, O) values have (..., ⌈I/128⌉, ⌈O/128⌉) scales. A pytree, so ``scan`` and indexing slice both.
+    terms_last: the first group's axes, which a product sums over, lie behind the others in ``values`` and ``scales``,
+    though not in ``shape``: as a checkpoint has them, and as FP8 tensor cores read them.
     """
 
     values: Any
     scales: Any
     groups: Groups = dataclasses.field(default=MATRIX, metadata={"static": True})
+    terms_last: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.values.shape
+        shape, terms = self.values.shape, self.groups[0][0]
+        if not self.terms_last:
+            return shape
+        lead = len(shape) - sum(axes for axes, _ in self.groups)
+        return (*shape[:lead], *shape[-terms:], *shape[lead:-terms])
 
     @property
     def dtype(self) -> Any:
@@ -47,10 +54,27 @@ class BlockScaled:
             return self
         if self.values.ndim <= sum(axes for axes, _ in self.groups):
             raise IndexError(f"BlockScaled{self.shape}: the first axis belongs to the scales' blocks {self.groups}")
-        return BlockScaled(self.values[index], self.scales[index], self.groups)
+        return dataclasses.replace(self, values=self.values[index], scales=self.scales[index])
+
+    def with_terms_last(self, last: bool = True) -> "BlockScaled":
+        """The same weight, its memory in this order."""
+        if last == self.terms_last:
+            return self
+        axes, rest = self.groups[0][0], sum(axes for axes, _ in self.groups[1:])
+
+        def moved(array, axes, rest):
+            count, by = (axes, rest) if last else (rest, axes)
+            lead = array.ndim - count - by
+            order = (*range(lead), *range(lead + count, array.ndim), *range(lead, lead + count))
+            return jnp.transpose(array, order)
+
+        values, scales = moved(self.values, axes, rest), moved(self.scales, 1, len(self.groups) - 1)
+        return BlockScaled(values, scales, self.groups, last)
 
     def astype(self, dtype: Any) -> jax.Array:
         """Dequantise: ``values · scale`` in float32, rounded once to ``dtype``."""
+        if self.terms_last:
+            return self.with_terms_last(False).astype(dtype)
         lead, sizes = split_shape(self.shape, self.groups)
         scales = self.scales
         for axis, (size, (_, block)) in enumerate(zip(sizes, self.groups, strict=True), start=len(lead)):
@@ -86,6 +110,18 @@ def quantise(w_OI: Float[Array, "O I"]) -> tuple[Float[Array, "O I"], Float[Arra
     # Division by a subnormal scale could pass 448, which e4m3fn answers with NaN.
     scaled = jnp.clip(blocks / scale[:, None, :, None], -E4M3_MAX, E4M3_MAX)
     return scaled.reshape(padded.shape)[:rows, :columns].astype(FP8), scale
+
+
+def quantise_rows(x_TD: Float[Array, "T D"]) -> tuple[Float[Array, "T D"], Float[Array, "K T"]]:
+    """(FP8 values, float32 scales) of activations: each 128 numbers of a row have ``scale = max|x| / 448``, 1 where all
+    are zero. D is a multiple of 128; the scales lie as (D/128, T), those of a block of terms side by side."""
+    rows, width = x_TD.shape
+    assert width % BLOCK == 0, width
+    blocks_TKB = x_TD.astype(jnp.float32).reshape(rows, width // BLOCK, BLOCK)
+    largest_TK = jnp.max(jnp.abs(blocks_TKB), axis=2)
+    scale_TK = jnp.where(largest_TK > 0, largest_TK / E4M3_MAX, 1.0)
+    scaled = jnp.clip(blocks_TKB / scale_TK[..., None], -E4M3_MAX, E4M3_MAX)
+    return scaled.astype(FP8).reshape(rows, width), scale_TK.T
 
 
 def dequantise(w8_OI: Float[Array, "O I"], scale_inv: Float[Array, "o i"], dtype: Any = jnp.bfloat16) -> jax.Array:

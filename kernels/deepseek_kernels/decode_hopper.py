@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from deepseek_kernels.decode_hopper_parts import KEYS, LOWEST, PARAMS, ROWS, inverse, parts
-from deepseek_kernels.hopper import CORES
+from deepseek_kernels.hopper_sizes import CORES
 from deepseek_kernels.target import Target
 from deepseek_kernels.visible import Visible
 

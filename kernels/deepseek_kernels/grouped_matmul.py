@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from deepseek_kernels import cpu, grouped_blocks, hopper, hopper_few
+from deepseek_kernels import cpu, fp8_on_hopper, grouped_blocks, hopper, hopper_few
 from deepseek_kernels.kept import kept
 from deepseek_kernels.registry import choose
 from deepseek_kernels.target import Target
-from deepseek_kernels.weights import InStack, Weight, stored_gradient
+from deepseek_kernels.weights import InStack, Weight, block_scaled, stored_gradient
 
 
 def grouped_matmul(
@@ -39,9 +39,9 @@ def grouped_matmul(
 
     Args:
       w_EDF: (E, D, F), or (E, D, …) for a result of (T, …): an array of any dtype, a BlockScaled or an InStack, which
-        ``hopper`` reads where it lies.
+        ``hopper`` reads where it lies, FP8 without a copy in another dtype (fp8_matmul.py).
       aligned: promises that every group size is a multiple of this many rows, and T too; groups may hold zero rows.
-      implementation: ``c``, ``hopper``, ``ragged_dot``, ``blocks`` or ``reference``.
+      implementation: ``c``, ``hopper``, ``hopper_fp8``, ``ragged_dot``, ``blocks`` or ``reference``.
 
     Raises:
       ValueError: shapes that do not fit, T not a multiple of ``aligned``, or an implementation that cannot run.
@@ -54,7 +54,7 @@ def grouped_matmul(
     if T % aligned:
         raise ValueError(f"T={T} is not a multiple of aligned={aligned}")
     target, widths = target or Target.here(), (D, math.prod(shape[2:]))
-    facts = {"rows": T, "groups": shape[0], "widths": widths}
+    facts = {"rows": T, "groups": shape[0], "widths": widths, "weight": w_EDF}
     choice = choose("grouped_matmul", target, x_TD.dtype, implementation=implementation, **facts)
     sizes_E = group_sizes_E.astype(jnp.int32)
     if not T:
@@ -64,8 +64,9 @@ def grouped_matmul(
             T, *shape[2:]
         )
     # Blocks may be of any size; only the Hopper kernels insist.
-    few = choice.name == "hopper" and aligned in hopper_few.TILES
-    as_it_lies = few or aligned % hopper.ROWS == 0 if choice.name == "hopper" else aligned > 1 or choice.rows == 1
+    on_hopper = choice.name in _ON_HOPPER
+    few = on_hopper and aligned in hopper_few.TILES
+    as_it_lies = few or aligned % hopper.ROWS == 0 if on_hopper else aligned > 1 or choice.rows == 1
     block = aligned if as_it_lies or (choice.name == "blocks" and shape[0] >= T) else choice.rows
     product = functools.partial(_grouped, w=w_EDF, block=block, name=choice.name, cores=target.cores)
     if block == aligned:
@@ -93,10 +94,13 @@ class _Kernels(NamedTuple):
     dw: Callable[..., jax.Array]
 
 
+_ON_HOPPER = "hopper", "hopper_fp8"
+
+
 def _kernels(name: str, cores: int) -> _Kernels:
-    if name == "hopper":
+    if name in _ON_HOPPER:
         return _Kernels(
-            functools.partial(_hopper, cores=cores),
+            functools.partial(_hopper, cores=cores, quantised=name == "hopper_fp8"),
             functools.partial(_hopper, cores=cores, transpose=True),
             lambda x, dy, sizes, block, dtype: (
                 hopper.grouped_weight_gradient(x, dy, sizes, cores=cores, dtype=dtype)
@@ -121,11 +125,15 @@ def _kernels(name: str, cores: int) -> _Kernels:
     }[name]
 
 
-def _hopper(x, w, sizes, block, *, cores, transpose=False):
-    """Few rows have a kernel of their own, forward; their gradients, which nothing fast needs, are blocks'."""
-    if transpose and block % hopper.ROWS:
+def _hopper(x, w, sizes, block, *, cores, transpose=False, quantised=False):
+    """Few rows have a kernel of their own, forward; their gradients, which nothing fast needs, are blocks', and so are
+    those through FP8 weights."""
+    scaled = block_scaled(w) is not None
+    if transpose and (block % hopper.ROWS or scaled):
         return grouped_blocks.dx(x, _values(w, x.dtype), sizes, block)
     group_N = grouped_blocks.groups(sizes, len(x), block if block in hopper_few.TILES else hopper.ROWS)
+    if scaled and not fp8_on_hopper.does_not_fit(w):
+        return fp8_on_hopper.multiply(x, w, group_N, cores=cores, quantised=quantised)
     if isinstance(w, InStack) and w.dtype == x.dtype:  # read where it lies, as some of the stack's groups
         matrices = w.stack.reshape(-1, w.shape[1], math.prod(w.shape[2:]))
         group_N = jnp.where(group_N < len(sizes), group_N + w.layer * len(sizes), len(matrices))
@@ -153,13 +161,13 @@ def _values(w, dtype):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _grouped(x, w, group_sizes_E, block, name, cores):
-    w = w if name == "hopper" else _values(w, x.dtype)
+    w = w if name in _ON_HOPPER else _values(w, x.dtype)
     return _kernels(name, cores).forward(x, w, group_sizes_E, block)
 
 
 def _forward(x, w, group_sizes_E, block, name, cores):
     y: Any = _grouped(x, w, group_sizes_E, block, name, cores)
-    if name == "hopper":
+    if name in _ON_HOPPER:
         # In a scan, where y is put into a stack for the backward pass, XLA would run the kernel a second time for that.
         y = jax.lax.optimization_barrier(y)
     return kept(y), (x, w, group_sizes_E)
@@ -168,7 +176,7 @@ def _forward(x, w, group_sizes_E, block, name, cores):
 def _backward(block, name, cores, residuals, dy):
     x, w, sizes = residuals
     kernels = _kernels(name, cores)
-    dx = kernels.dx(dy, w if name == "hopper" else _values(w, x.dtype), sizes, block)
+    dx = kernels.dx(dy, w if name in _ON_HOPPER else _values(w, x.dtype), sizes, block)
     dtype = x.dtype if w.dtype == x.dtype else jnp.dtype(jnp.float32)
     return dx, stored_gradient(w, lambda: kernels.dw(x, dy, sizes, block, dtype).reshape(w.shape)), None
 

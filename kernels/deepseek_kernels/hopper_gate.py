@@ -10,8 +10,9 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from deepseek_kernels.hopper_sizes import HOPPER, Sizes
+
 _ROWS = _COLUMNS = 64  # of a tile: a row of 128 bytes
-_STAGES = 3  # steps in shared memory at once, of three inputs, 72 KiB; two of two outputs, 32 KiB
 
 
 def takes(rows: int, hidden: int) -> bool:
@@ -20,7 +21,11 @@ def takes(rows: int, hidden: int) -> bool:
 
 
 def gate_backward(
-    gate_up_P2F: Float[Array, "P 2 F"], weight_P: Float[Array, "P"], dh_PF: Float[Array, "P F"]
+    gate_up_P2F: Float[Array, "P 2 F"],
+    weight_P: Float[Array, "P"],
+    dh_PF: Float[Array, "P F"],
+    *,
+    sizes: Sizes = HOPPER["gate"],
 ) -> tuple[Float[Array, "P 2 F"], Float[Array, "P"]]:
     """The gradients of ``weight · silu(gate) · up`` in gate and up, and in weight; P and F are multiples of 64."""
     P, _, F = gate_up_P2F.shape
@@ -57,7 +62,7 @@ def gate_backward(
             tile,
             grid=(steps,),
             in_specs=[part(0), part(steps), part(0)],
-            max_concurrent_steps=min(_STAGES, steps),
+            max_concurrent_steps=min(sizes.stages, steps),
             init_carry=plgpu.layout_cast(jnp.zeros(_ROWS, jnp.float32), plgpu.Layout.WGMMA.reduce(1)),
         )
         numbers[...] = pipeline(gate_up.at[rows], gate_up.at[rows], dh.at[rows])

@@ -14,9 +14,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from deepseek_kernels import cpu
+from deepseek_kernels.fp8_matmul import fp8_matmul
+from deepseek_kernels.fp8_on_hopper import facts
 from deepseek_kernels.registry import choose
 from deepseek_kernels.target import Target
-from deepseek_kernels.weights import Weight, stored_gradient
+from deepseek_kernels.weights import Weight, block_scaled, stored_gradient
 
 
 def product(
@@ -28,6 +30,7 @@ def product(
     precision: Any = None,
     target: Target | None = None,
     implementation: str = "auto",
+    fp8: str = "auto",
 ) -> Float[Array, "..."]:
     """``einsum(equation, x, w)`` in x's dtype with float32 sums, returned in ``dtype``, by default x's.
 
@@ -38,12 +41,20 @@ def product(
       w: an array of any dtype, a BlockScaled, an InStack or Columns. The first and stacks of the first have gradients.
       precision: of this product and of its gradients', as in ``jnp.einsum``.
       implementation: ``c`` or ``dot``: what computes the weight's gradient.
+      fp8: of a product with an FP8 weight's matrix, see ``fp8_matmul``.
 
     Raises:
       ValueError: an equation that is not of this kind or does not fit the shapes, or an implementation that cannot run.
     """
-    name = choose("product", target or Target.here(), x.dtype, implementation=implementation).name
-    form = _parse(equation, x.shape, tuple(w.shape))
+    target = target or Target.here()
+    name = choose("product", target, x.dtype, implementation=implementation).name
+    form, scaled = _parse(equation, x.shape, tuple(w.shape)), block_scaled(w)
+    if scaled is not None and form.plain and len(form.summed) == scaled.groups[0][0]:
+        choice = choose("fp8_matmul", target, x.dtype, implementation=fp8, **facts(w))
+        if choice.name != "dequantised":
+            rows = x.shape[: len(form.rows)]
+            y = fp8_matmul(x.reshape(*rows, -1), w, target=target, implementation=choice.name)
+            return y.reshape(*rows, *w.shape[len(form.summed) :]).astype(dtype or x.dtype)
     return _product(x, w, form, None if dtype is None else jnp.dtype(dtype), precision, name)
 
 

@@ -9,9 +9,11 @@ import logging
 from collections.abc import Callable
 from typing import Any, get_args
 
+import jax
 import jax.numpy as jnp
 
-from deepseek_kernels import attention_cudnn, cpu, decode_hopper, hopper, hopper_few
+from deepseek_kernels import attention_cudnn, cpu, decode_hopper, fp8_on_hopper, hopper, hopper_few
+from deepseek_kernels.block_fp8 import FP8, BlockScaled
 from deepseek_kernels.target import Platform, Target
 
 ANYWHERE: tuple[Platform, ...] = get_args(Platform)
@@ -72,8 +74,16 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
     "grouped_matmul": (
         _C,
         Implementation("hopper", ("cuda",), hopper.refuses, _hopper_rows),
+        Implementation("hopper_fp8", (), fp8_on_hopper.refuses, _hopper_rows),  # rounds x: by name alone
         Implementation("ragged_dot", ("tpu",)),
         Implementation("blocks", rows=_block_rows, slow="batched XLA products over padded blocks"),
+        _REFERENCE,
+    ),
+    # With a weight in FP8.
+    "fp8_matmul": (
+        Implementation("hopper", ("cuda",), fp8_on_hopper.refuses),
+        Implementation("hopper_fp8", (), fp8_on_hopper.refuses),
+        Implementation("dequantised", slow="a copy of the weight in the dtype of the product"),
         _REFERENCE,
     ),
     "routed_experts": (
@@ -92,9 +102,9 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
 def choose(operation: str, target: Target, dtype: Any, *, implementation: str = "auto", **facts: Any) -> Choice:
     """The implementation of an operation for a target, a dtype and the facts that the operation's rules read.
 
-    facts: of grouped_matmul ``rows, groups, widths``; of mla_attention and gqa_attention those of
-    ``attention_cudnn.refuses``, of mla_decode those of ``decode_hopper.refuses``; of the others none. A slow choice is
-    logged once, with its reason.
+    facts: of grouped_matmul ``rows, groups, widths`` and for FP8 ``weight``, of fp8_matmul those of
+    ``fp8_on_hopper.refuses``, of mla_attention and gqa_attention those of ``attention_cudnn.refuses``, of mla_decode
+    those of ``decode_hopper.refuses``; of the others none. A slow choice is logged once, with its reason.
 
     Raises:
       ValueError: an operation or implementation that does not exist, or one that cannot run there.
@@ -133,7 +143,9 @@ def _say(level: int, operation: str, target: Target, dtype: str, name: str, reas
 
 # V2-Lite's training step, and decoding: what the printed table is about.
 _ROWS = {"in_row_order": True, "queries": 4096, "keys": 4096}
+_FP8 = BlockScaled(jax.ShapeDtypeStruct((2048, 1408), FP8), jax.ShapeDtypeStruct((16, 11), jnp.float32))
 _TYPICAL: dict[str, dict[str, Any]] = {
+    "fp8_matmul": {"weight": _FP8},
     "grouped_matmul": {"rows": 6 * 4096, "groups": 64, "widths": (2048, 2816)},
     "mla_attention": _ROWS | {"key_width": 192, "value_width": 128},
     "gqa_attention": _ROWS | {"key_width": 128, "value_width": 128},

@@ -71,8 +71,8 @@ def _sorted(x_TD, weights_TK, experts_TK, wi_ED2F, wo_EFD, target, grouped):
     E, F, D = wo_EFD.shape
     facts = {"rows": experts_TK.size, "groups": E}
     choices = [
-        choose("grouped_matmul", target, x_TD.dtype, implementation=grouped, widths=widths, **facts)
-        for widths in ((D, 2 * F), (F, D))
+        choose("grouped_matmul", target, x_TD.dtype, implementation=grouped, widths=widths, weight=weight, **facts)
+        for widths, weight in (((D, 2 * F), wi_ED2F), ((F, D), wo_EFD))
     ]
     aligned = max(choice.rows for choice in choices)
     layout = sort_by_expert(experts_TK, E, block=aligned)

@@ -65,6 +65,12 @@ class Columns:
         return self.weight.astype(dtype)[..., self.start : self.stop]
 
 
+def block_scaled(w: Weight) -> BlockScaled | None:
+    """The weight's FP8 values, of all layers where it is one of a stack; None where it has none."""
+    array = w.stack if isinstance(w, InStack) else w
+    return array if isinstance(array, BlockScaled) else None
+
+
 def stored_gradient(w: Weight, gradient: Callable[[], jax.Array]) -> Any:
     """The gradient, float32 and of ``w.shape``, as the cotangent of w: in the stored dtype. What is stored in blocks or
     as integers has none, and it is not computed."""

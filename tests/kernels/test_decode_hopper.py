@@ -17,15 +17,7 @@ C, R, SCALE = 128, 64, 0.1
 
 
 @pytest.fixture
-def hopper_gpu(monkeypatch):
-    if ON_GPU:
-        if Target.here().chip != "9.0":
-            pytest.skip("this GPU is not of compute capability 9.0")
-        yield
-        return
-    if not hasattr(plgpu, "InterpretGPUParams"):
-        pytest.skip("Mosaic GPU's interpreter needs jax 0.11")
-
+def hopper_gpu(hopper_gpu, monkeypatch):
     def added(sums, a, b):  # the interpreter starts sums at zero alone
         def product(acc):
             plgpu.wgmma(acc, a, b)
@@ -33,9 +25,8 @@ def hopper_gpu(monkeypatch):
 
         return sums + pl.run_scoped(product, plgpu.WGMMAAccumulatorRef(sums.shape))
 
-    monkeypatch.setattr(decode_hopper_parts, "_accumulate", added)
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):  # pyright: ignore[reportAttributeAccessIssue]
-        yield
+    if not ON_GPU:
+        monkeypatch.setattr(decode_hopper_parts, "_accumulate", added)
 
 
 def draw(batch, queries, heads, columns, width=C):

@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,19 +10,6 @@ import pytest
 from deepseek_kernels import InStack, Target, grouped_matmul, hopper, hopper_few, hopper_gate
 
 TARGET = Target("cuda", "9.0", 0 if jax.default_backend() == "gpu" else 2)  # two blocks in the interpreter
-
-
-@pytest.fixture
-def hopper_gpu():
-    if jax.default_backend() == "gpu":
-        if Target.here().chip != "9.0":
-            pytest.skip("this GPU is not of compute capability 9.0")
-        yield
-        return
-    if not hasattr(plgpu, "InterpretGPUParams"):
-        pytest.skip("Mosaic GPU's interpreter needs jax 0.11")
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):  # pyright: ignore[reportAttributeAccessIssue]
-        yield
 
 
 @functools.cache

@@ -13,16 +13,17 @@ import pytest
 from deepseek_kernels import Target, Visible, choose, cpu, mla_attention, product, registry, routed_experts, table
 
 CPU, H100, A100, TPU = Target("cpu"), Target("cuda", "9.0", 132), Target("cuda", "8.0"), Target("tpu", "TPU v5p")
-OPERATIONS = ["product", "grouped_matmul", "routed_experts", "look_up", "mla_attention", "gqa_attention", "mla_decode"]
+OPERATIONS = ["product", "grouped_matmul", "fp8_matmul", "routed_experts", "look_up"]
+OPERATIONS += ["mla_attention", "gqa_attention", "mla_decode"]
 
 EXPECTED = {  # in the order of OPERATIONS
-    (CPU, "float32"): ["c", "c", "fused", "scatter", "c", "c", "blockwise"],
-    (CPU, "bfloat16"): ["dot", "blocks", "sorted", "scatter", "blockwise", "blockwise", "blockwise"],
-    (H100, "bfloat16"): ["dot", "hopper", "sorted", "sorted", "cudnn", "cudnn", "hopper"],
-    (H100, "float32"): ["dot", "blocks", "sorted", "sorted", "blockwise", "blockwise", "blockwise"],
-    (A100, "bfloat16"): ["dot", "blocks", "sorted", "sorted", "blockwise", "cudnn", "blockwise"],
-    (TPU, "bfloat16"): ["dot", "ragged_dot", "sorted", "scatter", "blockwise", "blockwise", "blockwise"],
-    (TPU, "float32"): ["dot", "ragged_dot", "sorted", "scatter", "blockwise", "blockwise", "blockwise"],
+    (CPU, "float32"): ["c", "c", "dequantised", "fused", "scatter", "c", "c", "blockwise"],
+    (CPU, "bfloat16"): ["dot", "blocks", "dequantised", "sorted", "scatter", "blockwise", "blockwise", "blockwise"],
+    (H100, "bfloat16"): ["dot", "hopper", "hopper", "sorted", "sorted", "cudnn", "cudnn", "hopper"],
+    (H100, "float32"): ["dot", "blocks", "dequantised", "sorted", "sorted", "blockwise", "blockwise", "blockwise"],
+    (A100, "bfloat16"): ["dot", "blocks", "dequantised", "sorted", "sorted", "blockwise", "cudnn", "blockwise"],
+    (TPU, "bfloat16"): ["dot", "ragged_dot", "dequantised", "sorted", "scatter", "blockwise", "blockwise", "blockwise"],
+    (TPU, "float32"): ["dot", "ragged_dot", "dequantised", "sorted", "scatter", "blockwise", "blockwise", "blockwise"],
 }
 
 
@@ -89,9 +90,9 @@ def test_a_slow_choice_is_said_once(caplog):
         for _ in range(2):
             table(A100, "bfloat16")
     said = {record.getMessage(): record.levelname for record in caplog.records}
-    assert len(said) == len(caplog.records) == 3
+    assert len(said) == len(caplog.records) == 4
     levels = {message.split()[0]: level for message, level in said.items()}
-    assert levels == {"grouped_matmul": "WARNING", "mla_attention": "WARNING", "mla_decode": "WARNING"}
+    assert levels == dict.fromkeys(["grouped_matmul", "fp8_matmul", "mla_attention", "mla_decode"], "WARNING")
     assert any("blocks, not hopper: it needs cuda of capability 9.0" in message for message in said)
 
 

@@ -1,0 +1,81 @@
+"""FP8 weights as Hopper's kernels read them: which fit, and where the matrices of one, or of a stack's layer, lie."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from deepseek_kernels import hopper_fp8, hopper_quantise
+from deepseek_kernels.block_fp8 import BLOCK, BlockScaled, quantise_rows, split_shape
+from deepseek_kernels.target import Target
+from deepseek_kernels.weights import InStack, Weight, block_scaled
+
+
+def facts(w: Weight) -> dict[str, Any]:
+    """What ``refuses`` is to know of a dense product: the weight, and that of a mesh's devices each has a part."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return {"weight": w, "devices": 1 if mesh.empty else mesh.size}
+
+
+def refuses(target: Target, dtype: Any, *, weight: Weight = None, devices: int = 1, **_: Any) -> str:
+    """Why the kernels cannot run; "" where they can."""
+    if (target.platform, target.chip) != ("cuda", "9.0"):
+        return f"it needs cuda of capability 9.0, not {target.platform} {target.chip}".rstrip()
+    if dtype != jnp.bfloat16:
+        return f"it needs bfloat16, not {dtype.name}"
+    if devices > 1:
+        return f"it needs a whole weight on one device, not a mesh of {devices}"
+    return does_not_fit(weight)
+
+
+def does_not_fit(w: Weight) -> str:
+    """Why the kernels do not take this weight, "" where they do: blocks of 128 × 128 of one matrix (D, F)."""
+    scaled = block_scaled(w)
+    if scaled is None:
+        return "it needs a weight in FP8 with scales for its blocks"
+    (_, first), *others = scaled.groups
+    depth, *sizes = split_shape(scaled.shape, scaled.groups)[1]
+    # Blocks of the last axis must not reach over its end where others are merged with it.
+    whole = len(sizes) == 1 or sizes[-1] % BLOCK == 0
+    if first != BLOCK or [block for _, block in others] != [1] * (len(others) - 1) + [BLOCK] or not whole:
+        return f"it needs blocks of {BLOCK} × {BLOCK} of a matrix, not {scaled.groups} of {scaled.shape}"
+    # What is handed over is 64 columns wide: where that reached over a row's end, it was written to the next one.
+    if depth % BLOCK or (width := math.prod(sizes)) % 64 or width < BLOCK:
+        return f"it needs D of a multiple of {BLOCK}, F of that and further multiples of 64, not {scaled.shape}"
+    return ""
+
+
+def laid_out(w: BlockScaled, target: Target) -> BlockScaled:
+    """The weight as the target's kernels read it; of many layers too."""
+    ours = (target.platform, target.chip) == ("cuda", "9.0") and not does_not_fit(w)
+    return w.with_terms_last() if ours else w
+
+
+def multiply(
+    x_TD: Float[Array, "T D"], w: Weight, group_N: Int[Array, "N"], *, cores: int, quantised: bool
+) -> Float[Array, "T F"]:
+    """``y[t] = x[t] @ W[g]`` on Hopper for ``g`` the group of t's tile of T/N rows, 16, 32, 64 or 128; zero where that
+    is not a group. quantised: x too is brought to FP8."""
+    values_EFD, scales_EJK, groups, layer = _matrices(w)
+    group_N = jnp.where(group_N < groups, group_N + layer * groups, len(values_EFD))
+    if not quantised:
+        return hopper_fp8.few(x_TD, None, values_EFD, scales_EJK, group_N, cores=cores)
+    many = len(x_TD) == BLOCK * len(group_N)
+    kernel, rows = (hopper_fp8.many, hopper_quantise.quantise_rows) if many else (hopper_fp8.few, quantise_rows)
+    return kernel(*rows(x_TD), values_EFD, scales_EJK, group_N, cores=cores)
+
+
+def _matrices(w: Weight) -> tuple[jax.Array, jax.Array, int, Any]:
+    """All matrices as (E, F, D), their scales as (E, F/128, D/128), how many are of one layer, and w's layer."""
+    scaled = block_scaled(w)
+    assert scaled is not None
+    if isinstance(w, InStack) and not scaled.terms_last:  # one layer is transposed, not all
+        w = scaled = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, w.layer, keepdims=False), scaled)
+    lead, (depth, *sizes) = split_shape(scaled.shape, scaled.groups)
+    laid = scaled.with_terms_last()
+    values = laid.values.reshape(-1, math.prod(sizes), depth)
+    scales = laid.scales.reshape(len(values), -1, depth // BLOCK)
+    in_stack = isinstance(w, InStack)
+    return values, scales, math.prod(lead[in_stack:]), w.layer if in_stack else 0

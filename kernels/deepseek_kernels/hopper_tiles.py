@@ -1,0 +1,117 @@
+"""What the bfloat16 products on Hopper share: tiles taken one after another, each a sum of products over steps.
+
+One warp group streams both operands of the steps to shared memory, two multiply, each its part of the tile. As many
+blocks as the GPU has processors take the tiles in turn.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+from deepseek_kernels.hopper_sizes import CORES
+
+
+def tiled(
+    tile: Callable[..., tuple],
+    product: Callable[..., tuple],
+    steps_of: tuple[plgpu.BlockSpec, plgpu.BlockSpec],
+    sums: tuple[int, int],
+    out: jax.ShapeDtypeStruct,
+    *,
+    grid: tuple[int, ...],
+    cores: int,
+    stages: int,
+    stored: int,
+) -> Callable[..., jax.Array]:
+    """The kernel of ``(index, lhs, rhs) -> out``.
+
+    Args:
+      tile: ``(place in the grid, warp group, index, lhs, rhs, out)`` -> lhs' and rhs' part of all steps, this warp
+        group's part of out and the number of steps, 0 for a tile of zeros. What sticks out of an array is read as zero
+        and not written.
+      product: ``(warp group, lhs, rhs)`` of a step -> what is multiplied.
+      steps_of: the blocks of a step of lhs and rhs.
+      sums: shape of a warp group's part of a tile.
+      cores: of the target, 0 for an H100's.
+      stages: steps in shared memory at once.
+      stored: columns of the sums that are handed over at once.
+    """
+
+    def pipeline(steps, multiply, compute):
+        return plgpu.emit_pipeline_warp_specialized(
+            multiply,
+            grid=(steps,),
+            in_specs=list(steps_of),
+            max_concurrent_steps=stages,
+            memory_registers=40,
+            wg_axis="warpgroup",
+            num_compute_wgs=2,
+            compute_context=compute,
+        )
+
+    def kernel(index, lhs, rhs, out_ref):
+        scratch = (
+            pipeline(stages, lambda *_: None, lambda _: None).get_allocations(lhs, rhs),
+            plgpu.SMEM((2, sums[0], stored), out.dtype, transforms=swizzled(stored, out.dtype)),
+            plgpu.Barrier(num_arrivals=2),
+        )
+        each = functools.partial(tiles, lambda *place: tile(*place, index, lhs, rhs, out_ref))
+        pl.run_scoped(each, *scratch, collective_axes="warpgroup")
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    def tiles(tile, allocations, room, multiplied):
+        warpgroup = jax.lax.axis_index("warpgroup")
+
+        def multiply(_, lhs, rhs, acc):
+            plgpu.wgmma(acc, *product(warpgroup, lhs, rhs))
+            plgpu.wgmma_wait(1)  # for the step before, whose place in shared memory is released now
+            return acc
+
+        @plgpu.nd_loop(grid, collective_axes="block")
+        def _(loop):
+            lhs_part, rhs_part, out_part, steps = tile(loop.index, warpgroup)
+
+            def compute(run):
+                pl.run_scoped(functools.partial(store, run), plgpu.WGMMAAccumulatorRef(sums))
+
+            def store(run, acc):
+                run(acc)
+                values = acc[...].astype(out.dtype)
+                pl.when(steps > 0)(lambda: plgpu.barrier_arrive(multiplied))
+                for first in range(0, sums[1], stored):
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    room[warpgroup] = values[:, first : first + stored]
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(room.at[warpgroup], out_part.at[:, first : first + stored])
+
+            pipeline(steps, multiply, compute)(lhs_part, rhs_part, allocations=allocations)
+
+            @pl.when((warpgroup == 2) & (steps > 0))
+            def _():  # the last step's place is not released: the next tile must not be streamed over it
+                plgpu.barrier_wait(multiplied)
+
+    return plgpu.kernel(
+        kernel,
+        out_type=out,
+        grid=(cores or CORES,),
+        grid_names=("block",),
+        num_threads=3,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+    )
+
+
+def step(block: tuple[int, int], terms_first: bool) -> plgpu.BlockSpec:
+    """Block of one step of a bfloat16 operand whose terms lie along the first or the second axis."""
+    where = (lambda k: (k, 0)) if terms_first else (lambda k: (0, k))
+    return plgpu.BlockSpec(block, where, transforms=swizzled(64, jnp.bfloat16), delay_release=1)
+
+
+def swizzled(columns: int, dtype: Any) -> tuple[Any, Any]:
+    """Rows of 128 bytes or less, in tiles of 8: what products read and copies write without two lanes in one bank."""
+    return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(columns * jnp.dtype(dtype).itemsize)

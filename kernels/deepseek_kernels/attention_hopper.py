@@ -65,32 +65,32 @@ def attend(
 
 
 def _forward(q, kv, pe, visible, scale):
-    out, logs = map(kept, _run_forward(q, kv, pe, visible, scale))
+    out, logs = map(kept, hopper_attention(q, kv, pe, visible, scale))
     return out, (q, kv, pe, visible, out, logs)
 
 
 def _backward(scale, residuals, dout):
-    return *_run_backward(*residuals, dout, scale), None
+    return *hopper_attention_gradients(*residuals, dout, scale), None
 
 
 attend.defvjp(_forward, _backward)
 
 
 @functools.partial(jax.jit, static_argnums=4)  # lowered once for all layers, like the next
-def _run_forward(q, kv, pe, visible, scale):
+def hopper_attention(q, kv, pe, visible, scale):
     S = q.shape[1]
     ids, (of_queries, _) = _plan(visible, len(q), S)
-    out, logs = forward(*(_whole(x, _UNIT) for x in (q, kv, pe)), ids, of_queries, scale)
+    out, logs = forward(_whole(q, _UNIT), _whole(kv, _UNIT), _whole(pe, _UNIT), ids, of_queries, scale)
     return out[:, :S], logs
 
 
 @functools.partial(jax.jit, static_argnums=7)
-def _run_backward(q, kv, pe, visible, out, logs, dout, scale):
+def hopper_attention_gradients(q, kv, pe, visible, out, logs, dout, scale):
     S = q.shape[1]
     along_BSH = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
     along_BHP = jnp.swapaxes(_whole(along_BSH, BLOCK), 1, 2)
     padded = (_whole(x, _UNIT) for x in (q, kv, pe, dout.astype(q.dtype)))
-    operands = backward.Operands(*padded, logs, along_BHP)
+    operands = backward.Operands._make([*padded, logs, along_BHP])
     ids, (of_queries, of_keys) = _plan(visible, len(q), S)
     dq = backward.of_queries(operands, ids, of_queries, scale)
     dkv, dpe_BTHR = backward.of_keys(operands, ids, of_keys, scale)
@@ -106,11 +106,11 @@ def _whole(x, unit):
 
 def _plan(visible: Visible, batch: int, size: int):
     """Segments of queries and of keys, or None, and what blocks see of each other."""
-    if visible.q_segments_BS is None:
+    if visible.q_segments_BS is None or visible.k_segments_BT is None:
         none = jnp.zeros((1, 1, 2), jnp.int32)  # not read
         return None, (none, none)
-    given = visible.q_segments_BS, visible.k_segments_BT
-    ids = tuple(_whole(jnp.broadcast_to(ids, (batch, size)).astype(jnp.int32), BLOCK) for ids in given)
+    rows = lambda ids: _whole(jnp.broadcast_to(ids, (batch, size)).astype(jnp.int32), BLOCK)  # noqa: E731
+    ids = rows(visible.q_segments_BS), rows(visible.k_segments_BT)
     return ids, seen(*ids)
 
 
@@ -131,7 +131,8 @@ def seen(q_ids_BP: Int[Array, "B P"], k_ids_BP: Int[Array, "B P"]) -> tuple[Int[
     whole_from = jnp.maximum(jnp.max(jnp.where(all_but, j + 1, 0), axis=2), first)
     end = jnp.max(jnp.where(some, i + 1, j + 1), axis=1)
     whole_end = jnp.minimum(jnp.min(jnp.where(all_but, i, blocks), axis=1), end)
-    return tuple(jnp.stack(pair, axis=2).astype(jnp.int32) for pair in ((first, whole_from), (whole_end, end)))
+    pair = lambda *numbers: jnp.stack(numbers, axis=2).astype(jnp.int32)  # noqa: E731
+    return pair(first, whole_from), pair(whole_end, end)
 
 
 def _ranges(ids_BP):

@@ -21,6 +21,7 @@ from deepseek_kernels.attention_hopper_tiles import (
     OF_COLUMNS,
     OF_ROWS,
     TILED,
+    Ids,
     across,
     down,
     hide,
@@ -44,9 +45,7 @@ class Operands(NamedTuple):
     along_BHP: Float[Array, "B H P"]
 
 
-def of_queries(
-    operands: Operands, ids_BP: tuple[Int[Array, "B P"], Int[Array, "B P"]] | None, plan_BI2: Int[Array, "B I 2"], scale: float
-) -> Float[Array, "B S H K"]:
+def of_queries(operands: Operands, ids_BP: Ids, plan_BI2: Int[Array, "_ I 2"], scale: float) -> Float[Array, "B S H K"]:
     """The gradient in q."""
     (B, S, H, K), R, V = operands.q_BSHK.shape, operands.pe_BTR.shape[-1], operands.dout_BSHV.shape[-1]
     dtype, extra = operands.q_BSHK.dtype, ids_BP is not None
@@ -62,18 +61,16 @@ def of_queries(
     )
 
     def body(here, *refs):
-        tile = _OfQueries(_QueryRefs(*refs), here, extra, scale)
+        tile = _OfQueries(_QueryRefs._make(refs), here, extra, scale)
         share(tile.stream, tile.compute)
 
-    tiles = B, H, pl.cdiv(S, BLOCK)
-    kernel = launch(
-        body, jax.ShapeDtypeStruct((B, S, H, K), dtype), scratch, tiles, S * (K + V) * 2, forwards=False
-    )
+    out, tiles = jax.ShapeDtypeStruct((B, S, H, K), dtype), (B, H, pl.cdiv(S, BLOCK))
+    kernel = launch("attention_of_queries", body, out, scratch, tiles, S * (K + V) * 2, forwards=False)
     return kernel(plan_BI2, *(ids_BP or (plan_BI2, plan_BI2)), *operands)
 
 
 def of_keys(
-    operands: Operands, ids_BP: tuple[Int[Array, "B P"], Int[Array, "B P"]] | None, plan_BJ2: Int[Array, "B J 2"], scale: float
+    operands: Operands, ids_BP: Ids, plan_BJ2: Int[Array, "_ J 2"], scale: float
 ) -> tuple[Float[Array, "B T H W"], Float[Array, "B T H R"]]:
     """The gradient in kv, and what each head adds to that in pe."""
     (B, T, H, W), R, V = operands.kv_BTHW.shape, operands.pe_BTR.shape[-1], operands.dout_BSHV.shape[-1]
@@ -90,11 +87,11 @@ def of_keys(
     )
 
     def body(here, *refs):
-        tile = _OfKeys(_KeyRefs(*refs), here, extra, scale, blocks)
+        tile = _OfKeys(_KeyRefs._make(refs), here, extra, scale, blocks)
         share(tile.stream, tile.compute)
 
     out = jax.ShapeDtypeStruct((B, T, H, W), dtype), jax.ShapeDtypeStruct((B, T, H, R), dtype)
-    kernel = launch(body, out, scratch, (B, H, blocks), T * (K + V) * 2, forwards=True)
+    kernel = launch("attention_of_keys", body, out, scratch, (B, H, blocks), T * (K + V) * 2, forwards=True)
     return kernel(plan_BJ2, *(ids_BP or (plan_BJ2, plan_BJ2)), *operands)
 
 
@@ -174,7 +171,7 @@ class _OfQueries(NamedTuple):
     def compute(self) -> None:
         refs, group = self.refs, jax.lax.axis_index("warpgroup")
         plgpu.barrier_wait(refs.there)
-        logs, along = (plgpu.load(refs.numbers.at[group, which], layout=OF_ROWS) for which in range(2))
+        logs, along = (plgpu.layout_cast(refs.numbers[group, which], OF_ROWS) for which in range(2))
 
         def sums(of_nope, of_rope):
             block = functools.partial(self.block, of_nope, of_rope, logs, along)
@@ -214,8 +211,8 @@ class _OfQueries(NamedTuple):
     def hide(self, scores, t, slot):
         group, ids = jax.lax.axis_index("warpgroup"), None
         if self.segments:
-            k_ids = plgpu.load(self.refs.k_ids.at[slot], layout=OF_COLUMNS)
-            ids = plgpu.load(self.refs.q_ids.at[group], layout=OF_ROWS), k_ids
+            k_ids = plgpu.layout_cast(self.refs.k_ids[slot], OF_COLUMNS)
+            ids = plgpu.layout_cast(self.refs.q_ids[group], OF_ROWS), k_ids
         return hide(scores, (self.number(t) - 2 * self.here[2] - group) * HALF, ids)
 
 
@@ -328,13 +325,12 @@ class _OfKeys(NamedTuple):
         factor = self.scale * math.log2(math.e)
         scores = product(score, HALF)
         _free(refs.free, t - 1, self.queries[1])
-        logs = plgpu.load(refs.numbers.at[slot, 0], layout=OF_COLUMNS)
+        logs = plgpu.layout_cast(refs.numbers[slot, 0], OF_COLUMNS)
         scores = jax.lax.cond(t < self.queries[2], lambda x: self.hide(x, t, slot), lambda x: x, scores)
-        weights = jnp.exp2(scores * factor - across(logs)).astype(refs.q.dtype)
-
+        weights = jax.lax.optimization_barrier(jnp.exp2(scores * factor - across(logs)).astype(refs.q.dtype))
         times(dv, weights, dout)
         dweights = product(lambda acc: plgpu.wgmma(acc, refs.values.at[group], dout.transpose((1, 0))), HALF)
-        along = plgpu.load(refs.numbers.at[slot, 1], layout=OF_COLUMNS)
+        along = plgpu.layout_cast(refs.numbers[slot, 1], OF_COLUMNS)
         dweights -= across(along)
         # From the rounded weights: there are no registers for both.
         times(dk, (weights.astype(jnp.float32) * dweights).astype(weights.dtype), q)
@@ -342,8 +338,8 @@ class _OfKeys(NamedTuple):
     def hide(self, scores, t, slot):
         group, ids = jax.lax.axis_index("warpgroup"), None
         if self.segments:
-            q_ids = plgpu.load(self.refs.q_ids.at[slot], layout=OF_COLUMNS)
-            ids = plgpu.load(self.refs.k_ids.at[group], layout=OF_ROWS), q_ids
+            q_ids = plgpu.layout_cast(self.refs.q_ids[slot], OF_COLUMNS)
+            ids = plgpu.layout_cast(self.refs.k_ids[group], OF_ROWS), q_ids
         return hide(scores, (self.number(t) - 2 * self.here[2] - group) * HALF, ids, keys_down=True)
 
 

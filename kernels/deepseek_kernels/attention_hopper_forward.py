@@ -20,6 +20,7 @@ from deepseek_kernels.attention_hopper_tiles import (
     OF_COLUMNS,
     OF_ROWS,
     TILED,
+    Ids,
     down,
     every_row,
     hide,
@@ -63,8 +64,8 @@ def forward(
     q_BSHK: Float[Array, "B S H K"],
     kv_BTHW: Float[Array, "B T H W"],
     pe_BTR: Float[Array, "B T R"],
-    ids_BP: tuple[Int[Array, "B P"], Int[Array, "B P"]] | None,
-    plan_BI2: Int[Array, "B I 2"],
+    ids_BP: Ids,
+    plan_BI2: Int[Array, "_ I 2"],
     scale: float,
 ) -> tuple[Float[Array, "B S H V"], Float[Array, "B H P"]]:
     """The result and ``log2 Σ exp`` of each query. P: whole blocks. ids_BP: of queries' and keys' segments.
@@ -89,11 +90,11 @@ def forward(
 
     def body(here, *refs):
         (q_there, staged), rest = refs[8], refs[9:]
-        tile = _Tile(_Refs(*refs[:8], q_there, staged, *rest), here, extra, scale * math.log2(math.e))
+        tile = _Tile(_Refs._make([*refs[:8], q_there, staged, *rest]), here, extra, scale * math.log2(math.e))
         share(tile.stream, tile.compute)
 
     out = jax.ShapeDtypeStruct((B, S, H, V), dtype), jax.ShapeDtypeStruct((B, H, blocks * BLOCK), jnp.float32)
-    kernel = launch(body, out, scratch, (B, H, blocks), S * (K + V) * 2, forwards=False)
+    kernel = launch("attention_forward", body, out, scratch, (B, H, blocks), S * (K + V) * 2, forwards=False)
     return kernel(plan_BI2, *(ids_BP or (plan_BI2, plan_BI2)), q_BSHK, kv_BTHW, pe_BTR)
 
 
@@ -189,8 +190,8 @@ class _Tile(NamedTuple):
     def hide(self, scores, t):
         refs, group, ids = self.refs, self.mine[0], None
         if self.segments:
-            k_ids = plgpu.load(refs.k_ids.at[jax.lax.rem(t, _SLOTS)], layout=OF_COLUMNS)
-            ids = plgpu.load(refs.q_ids.at[group], layout=OF_ROWS), k_ids
+            k_ids = plgpu.layout_cast(refs.k_ids[jax.lax.rem(t, _SLOTS)], OF_COLUMNS)
+            ids = plgpu.layout_cast(refs.q_ids[group], OF_ROWS), k_ids
         return hide(scores, (self.number(t) - self.here[2]) * BLOCK - group * HALF, ids)
 
     def softmax(self, scores, top, total):
@@ -209,7 +210,7 @@ class _Tile(NamedTuple):
 
 def _accumulate(sums, weights, values):
     """``sums + weights @ values``"""
-    return pl.run_state(lambda acc: times(acc, weights, values))(plgpu.WGMMAAccumulatorRef.init(sums))
+    return product(lambda acc: times(acc, weights, values), sums)
 
 
 def _overlapped(sums, weights, values, score, meanwhile):

@@ -7,17 +7,26 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
 BLOCK = 128  # queries or keys of a tile
 HALF = BLOCK // 2  # what one warp group has of them: the rows of a product
 TILED = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)  # bfloat16 rows of 128 bytes
 OF_ROWS, OF_COLUMNS = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+Ids = tuple[Int[Array, "B P"], Int[Array, "B P"]] | None  # the segments of queries and of keys, of whole blocks
 _CACHE = 32 << 20  # bytes that the tiles which run side by side may read again and again: of a second-level cache of 50
 _FOR_STREAMING, _FOR_PRODUCTS = 24, 240  # registers of a thread
 
 
 def launch(
-    body: Callable[..., None], out: Any, scratch: tuple, tiles: tuple[int, int, int], size: int, *, forwards: bool
+    name: str,
+    body: Callable[..., None],
+    out: Any,
+    scratch: tuple,
+    tiles: tuple[int, int, int],
+    size: int,
+    *,
+    forwards: bool,
 ) -> Callable[..., Any]:
     """A kernel of a block of threads for each tile, ``body((row, head, tile), *refs, *scratch)``.
 
@@ -35,6 +44,7 @@ def launch(
         here = head // heads, jax.lax.rem(head, heads), i if forwards else blocks - 1 - i
         pl.run_scoped(lambda *scratch: body(here, *refs, *scratch), *scratch, collective_axes="warpgroup")
 
+    kernel.__name__ = name  # in profiles
     return plgpu.kernel(
         kernel,
         out_type=out,

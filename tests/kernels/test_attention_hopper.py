@@ -184,6 +184,6 @@ def test_what_they_cannot_take_is_named():
     with pytest.raises(ValueError, match="keys of 192 and values of 128 numbers, not 192 and 64"):
         run(q, kv[..., :192], pe, Visible())
     with pytest.raises(ValueError, match="it needs bfloat16, not float32"):
-        run(*(x.astype(jnp.float32) for x in (q, kv, pe)), Visible())
+        run(q.astype(jnp.float32), kv.astype(jnp.float32), pe.astype(jnp.float32), Visible())
     with pytest.raises(ValueError, match=r"not cuda 8\.0"):
         run(q, kv, pe, Visible(), target=Target("cuda", "8.0"))

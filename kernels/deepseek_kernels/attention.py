@@ -12,7 +12,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from deepseek_kernels import attention_blockwise, attention_cpu, attention_cudnn, attention_packed, decode_hopper
+from deepseek_kernels import (
+    attention_blockwise,
+    attention_cpu,
+    attention_cudnn,
+    attention_hopper,
+    attention_packed,
+    decode_hopper,
+)
 from deepseek_kernels.kept import kept
 from deepseek_kernels.registry import choose
 from deepseek_kernels.target import Target
@@ -48,6 +55,8 @@ def mla_attention(
     if name == "c":
         out_BSHV: jax.Array = _c(q_BSHK, kv_BTHW, pe_BTR, visible, scale)
         return out_BSHV
+    if name == "hopper":
+        return attention_hopper.attend(q_BSHK, kv_BTHW, pe_BTR, visible, scale)
     nope_BTHN, v_BTHV = jnp.split(kv_BTHW, [K - R], axis=-1)
     # Through float32, which costs nothing, so that the gradient of what all heads share is summed in it.
     pe_BTHR = jnp.broadcast_to(pe_BTR.astype(jnp.float32)[:, :, None], (B, T, H, R)).astype(pe_BTR.dtype)

@@ -12,7 +12,15 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 
-from deepseek_kernels import attention_cudnn, cpu, decode_hopper, fp8_on_hopper, hopper, hopper_few
+from deepseek_kernels import (
+    attention_cudnn,
+    attention_hopper,
+    cpu,
+    decode_hopper,
+    fp8_on_hopper,
+    hopper,
+    hopper_few,
+)
 from deepseek_kernels.block_fp8 import FP8, BlockScaled
 from deepseek_kernels.target import Platform, Target
 
@@ -93,7 +101,13 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
     ),
     # "sorted" adds up a row's gradients in one order always; a GPU's scatter takes them as they come.
     "look_up": (Implementation("sorted", ("cuda", "rocm")), Implementation("scatter")),
-    "mla_attention": (_C, _CUDNN, _BLOCKWISE, _REFERENCE),
+    "mla_attention": (
+        _C,
+        Implementation("hopper", ("cuda",), attention_hopper.refuses),
+        _CUDNN,
+        _BLOCKWISE,
+        _REFERENCE,
+    ),
     "gqa_attention": (_C, _CUDNN, _BLOCKWISE, _REFERENCE),
     "mla_decode": (Implementation("hopper", ("cuda",), decode_hopper.refuses), _BLOCKWISE, _REFERENCE),
 }

@@ -112,12 +112,13 @@ def test_the_runs_of_packed_rows():
 
 
 def test_it_is_lowered_for_cuda_without_a_gpu():
-    """Chosen by itself for causal rows of V2-Lite's widths, segments too, forward and backward; not for positions."""
+    """Causal rows of V2-Lite's widths, segments too, forward and backward; positions are refused."""
     q, kv, pe = (jax.ShapeDtypeStruct((2, 256, *rest), jnp.bfloat16) for rest in ((4, 192), (4, 256), (64,)))
 
     def text(visible):
         def loss(*inputs):
-            return jnp.sum(mla_attention(*inputs, visible=visible, scale=0.1, target=HOPPER).astype(jnp.float32))
+            options = {"target": HOPPER, "implementation": "cudnn"}
+            return jnp.sum(mla_attention(*inputs, visible=visible, scale=0.1, **options).astype(jnp.float32))
 
         traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(q, kv, pe)
         return traced.lower(lowering_platforms=("cuda",)).as_text()
@@ -126,4 +127,5 @@ def test_it_is_lowered_for_cuda_without_a_gpu():
     assert "cudnn$fmhaSoftmax(" in plain and "cudnn$fmhaSoftmaxBackward(" in plain
     assert "PADDING_CAUSAL" in text(Visible.rows(jnp.ones((2, 256), jnp.int32)))
     positions = jnp.zeros((2, 256), jnp.int32)
-    assert "cudnn" not in text(Visible(q_positions_BS=positions, k_positions_BT=positions))
+    with pytest.raises(ValueError, match="without positions"):
+        text(Visible(q_positions_BS=positions, k_positions_BT=positions))

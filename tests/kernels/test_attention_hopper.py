@@ -1,0 +1,189 @@
+"""MLA's Hopper kernels against the definition: on such a GPU with ``TEST_ON=cuda``, else in Mosaic's interpreter."""
+
+import functools
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deepseek_kernels import (
+    Target,
+    Visible,
+    attention_hopper,
+    attention_hopper_backward,
+    attention_hopper_forward,
+    mla_attention,
+)
+from deepseek_kernels import attention_hopper_tiles as tiles
+from deepseek_kernels.attention import attention_reference
+
+ON_GPU = jax.default_backend() == "gpu"
+HOPPER = Target("cuda", "9.0", 132)
+SCALE = 192**-0.5
+
+
+@pytest.fixture
+def hopper_gpu(monkeypatch):
+    if ON_GPU:
+        if Target.here().chip != "9.0":
+            pytest.skip("this GPU is not of compute capability 9.0")
+        yield
+        return
+    if not hasattr(plgpu, "InterpretGPUParams"):
+        pytest.skip("Mosaic GPU's interpreter needs jax 0.11")
+    room = []
+
+    def launch(name, body, out, scratch, *rest, **options):
+        def with_room(here, *refs):
+            room[:] = refs[-1:]
+            body(here, *refs[:-1])
+
+        more = plgpu.SMEM((2, tiles.HALF, tiles.BLOCK), jnp.bfloat16, transforms=tiles.TILED)
+        return tiles.launch(name, with_room, out, (*scratch, more), *rest, **options)
+
+    def times(acc, weights, b):  # the interpreter multiplies what is in shared memory alone
+        place = room[0].at[jax.lax.axis_index("warpgroup"), :, : weights.shape[1]]
+        place[...] = weights
+        plgpu.commit_smem()
+        plgpu.wgmma(acc, place, b)
+
+    def product(fill, start, **_):  # and starts sums at zero alone
+        return tiles.product(fill, start) if isinstance(start, int) else start + tiles.product(fill, start.shape[1])
+
+    def overlapped(sums, weights, values, score, meanwhile):
+        sums = product(lambda acc: times(acc, weights, values), sums)
+        return sums, meanwhile(tiles.product(score, tiles.BLOCK))
+
+    for module in attention_hopper_forward, attention_hopper_backward:
+        for function in launch, times, product:
+            monkeypatch.setattr(module, function.__name__, function)
+    monkeypatch.setattr(attention_hopper_forward, "_overlapped", overlapped)
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):  # pyright: ignore[reportAttributeAccessIssue]
+        jax.clear_caches()  # of what was traced without all this
+        yield
+    jax.clear_caches()
+
+
+def draw(batch, size, heads):
+    rng = np.random.default_rng(size)
+    shapes = (heads, 192), (heads, 256), (64,), (heads, 128)
+    return [jnp.asarray(rng.standard_normal((batch, size, *shape)), jnp.bfloat16) for shape in shapes]
+
+
+def both(attention, q, kv, pe, dout):
+    out, pullback = jax.vjp(attention, q, kv, pe)
+    return out, *pullback(dout.astype(out.dtype))
+
+
+def definition(q, kv, pe, visible):
+    pe_BTHR = jnp.broadcast_to(pe[:, :, None], (*kv.shape[:3], 64))
+    keys = jnp.concatenate([kv[..., :128], pe_BTHR], axis=-1)
+    return attention_reference(q, keys, kv[..., 128:], visible, SCALE)
+
+
+def check(batch, size, heads, visible):
+    """Result and gradients are the definition's, to bfloat16's rounding of weights and results; twice the same bits."""
+    operands = draw(batch, size, heads)
+    mine = functools.partial(mla_attention, scale=SCALE, target=HOPPER, implementation="hopper")
+    run = jax.jit(lambda visible, *rest: both(lambda *x: mine(*x, visible=visible), *rest))
+    if ON_GPU:  # memory that is full of NaN
+        jax.block_until_ready([jnp.full(1 << 26, jnp.nan) for _ in range(8)])
+    found = run(visible, *operands)
+    exact = [x.astype(jnp.float32) for x in operands]
+    with jax.default_matmul_precision("highest"):
+        right = both(functools.partial(definition, visible=visible), *exact)
+    for value, wanted, again in zip(found, right, run(visible, *operands), strict=True):
+        assert value.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(value, again)
+        value, wanted = (np.asarray(x, np.float64) for x in (value, wanted))
+        assert np.linalg.norm(value - wanted) <= 5e-3 * np.linalg.norm(wanted) + 1e-6
+        np.testing.assert_allclose(value, wanted, rtol=2**-6, atol=0.01 * np.abs(wanted).max() + 1e-6)
+
+
+def segments(size, *rows):
+    """Rows of segments 1, 2, … of these sizes; 0 behind the last."""
+    ids = [np.repeat(np.arange(1, len(row) + 1), row) for row in rows]
+    return Visible.rows(jnp.asarray(np.stack([np.pad(row, (0, size - len(row))) for row in ids]), jnp.int32))
+
+
+def test_causal_rows(hopper_gpu):
+    check(1, 263, 1, Visible())  # three blocks, no multiple of 8
+
+
+def test_segments(hopper_gpu):
+    check(2, 256, 1, segments(256, [100, 1, 27, 70], [3, 253]))
+
+
+def test_segments_in_any_order_and_a_query_that_sees_nothing(hopper_gpu):
+    ids = np.repeat([7, 2, 7, 2**31 - 1, 0], [100, 30, 70, 40, 16]).astype(np.int32)[None]
+    of_keys = ids.copy()
+    of_keys[:, 5:9] = 99
+    ids[:, 0] = -4  # sees no key
+    check(1, 256, 1, Visible(q_segments_BS=jnp.asarray(ids), k_segments_BT=jnp.asarray(of_keys)))
+
+
+@pytest.mark.skipif(not ON_GPU, reason="many shapes need the card")
+@settings(max_examples=8)
+@given(
+    batch=st.integers(1, 3),
+    size=st.integers(1, 1500),
+    heads=st.sampled_from([1, 3, 16]),
+    cuts=st.none() | st.lists(st.integers(1, 1499), max_size=40),
+)
+def test_drawn_shapes(batch, size, heads, cuts):
+    if Target.here().chip != "9.0":
+        pytest.skip("this GPU is not of compute capability 9.0")
+    if cuts is None:
+        visible = Visible()
+    else:
+        at = np.searchsorted(np.unique(cuts), np.arange(size), side="right")
+        visible = Visible.rows(jnp.asarray(np.tile(at + 1, (batch, 1)), jnp.int32))
+    check(batch, size, heads, visible)
+
+
+@given(st.lists(st.integers(0, 5), min_size=6, max_size=6), st.data())
+def test_what_blocks_see_of_each_other(starts, data):
+    """All that any query of a block sees is gone over, and where nothing is hidden all is seen."""
+    of_q = np.repeat(np.sort(starts) if data.draw(st.booleans()) else starts, 64).astype(np.int32)
+    of_k = of_q if data.draw(st.booleans()) else np.roll(of_q, 64)
+    mask = np.tril(of_q[:, None] == of_k[None])
+    tile = mask.reshape(3, 128, 3, 128)
+    some, whole = tile.any((1, 3)), tile.all((1, 3))
+    of_queries, of_keys = (
+        np.asarray(x)[0] for x in attention_hopper.seen(jnp.asarray(of_q)[None], jnp.asarray(of_k)[None])
+    )
+    for i, (first, whole_from) in enumerate(of_queries):
+        assert 0 <= first <= whole_from <= i and not some[i, :first].any() and whole[i, whole_from:i].all()
+    for j, (whole_end, end) in enumerate(of_keys):
+        assert j < whole_end <= end <= 3 and not some[end:, j].any() and whole[j + 1 : whole_end, j].all()
+
+
+@pytest.mark.parametrize("heads", [16, 128])
+@pytest.mark.parametrize("visible", [Visible(), segments(4096, [4096])], ids=["causal", "segments"])
+def test_they_are_lowered_for_cuda_without_a_gpu(heads, visible):
+    """Chosen by themselves at the widths of V2-Lite and V3; any jax that the package allows takes them."""
+    q, kv, pe = (jax.ShapeDtypeStruct((1, 4096, *rest), jnp.bfloat16) for rest in ((heads, 192), (heads, 256), (64,)))
+
+    def loss(*inputs):
+        return jnp.sum(mla_attention(*inputs, visible=visible, scale=0.1, target=HOPPER).astype(jnp.float32))
+
+    traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(q, kv, pe)
+    assert traced.lower(lowering_platforms=("cuda",)).as_text().count("custom_call @mosaic_gpu") == 3
+
+
+def test_what_they_cannot_take_is_named():
+    q, kv, pe, _ = draw(1, 128, 1)
+    run = functools.partial(mla_attention, scale=SCALE, target=HOPPER, implementation="hopper")
+    positions = jnp.zeros((1, 128), jnp.int32)
+    with pytest.raises(ValueError, match="it needs causal rows without positions"):
+        run(q, kv, pe, Visible(q_positions_BS=positions, k_positions_BT=positions))
+    with pytest.raises(ValueError, match="keys of 192 and values of 128 numbers, not 192 and 64"):
+        run(q, kv[..., :192], pe, Visible())
+    with pytest.raises(ValueError, match="it needs bfloat16, not float32"):
+        run(q.astype(jnp.float32), kv.astype(jnp.float32), pe.astype(jnp.float32), Visible())
+    with pytest.raises(ValueError, match=r"not cuda 8\.0"):
+        run(q, kv, pe, Visible(), target=Target("cuda", "8.0"))

@@ -11,7 +11,16 @@ from typing import Any, get_args
 
 import jax.numpy as jnp
 
-from deepseek_kernels import attention_cudnn, cpu, decode_hopper, hopper, hopper_few
+from deepseek_kernels import (
+    attention_cudnn,
+    attention_splash,
+    cpu,
+    decode_hopper,
+    decode_tpu,
+    grouped_tpu,
+    hopper,
+    hopper_few,
+)
 from deepseek_kernels.target import Platform, Target
 
 ANYWHERE: tuple[Platform, ...] = get_args(Platform)
@@ -62,6 +71,7 @@ def _hopper_rows(target: Target, *, rows: int, groups: int, **_) -> int:
 
 _C = Implementation("c", ("cpu",), _needs_c)
 _CUDNN = Implementation("cudnn", ("cuda",), attention_cudnn.refuses)
+_SPLASH = Implementation("splash", ("tpu",), attention_splash.refuses)
 _BLOCKWISE = Implementation("blockwise", slow="plain XLA, there is no kernel for this target")
 _REFERENCE = Implementation("reference", ())
 
@@ -72,6 +82,7 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
     "grouped_matmul": (
         _C,
         Implementation("hopper", ("cuda",), hopper.refuses, _hopper_rows),
+        Implementation("megablox", ("tpu",), grouped_tpu.refuses),
         Implementation("ragged_dot", ("tpu",)),
         Implementation("blocks", rows=_block_rows, slow="batched XLA products over padded blocks"),
         _REFERENCE,
@@ -83,9 +94,14 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
     ),
     # "sorted" adds up a row's gradients in one order always; a GPU's scatter takes them as they come.
     "look_up": (Implementation("sorted", ("cuda", "rocm")), Implementation("scatter")),
-    "mla_attention": (_C, _CUDNN, _BLOCKWISE, _REFERENCE),
-    "gqa_attention": (_C, _CUDNN, _BLOCKWISE, _REFERENCE),
-    "mla_decode": (Implementation("hopper", ("cuda",), decode_hopper.refuses), _BLOCKWISE, _REFERENCE),
+    "mla_attention": (_C, _CUDNN, _SPLASH, _BLOCKWISE, _REFERENCE),
+    "gqa_attention": (_C, _CUDNN, _SPLASH, _BLOCKWISE, _REFERENCE),
+    "mla_decode": (
+        Implementation("hopper", ("cuda",), decode_hopper.refuses),
+        Implementation("tpu", ("tpu",), decode_tpu.refuses),
+        _BLOCKWISE,
+        _REFERENCE,
+    ),
 }
 
 

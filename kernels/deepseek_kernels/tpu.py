@@ -1,0 +1,58 @@
+"""What the TPU kernels need to know of a chip: one table of block sizes that compile within its vector memory.
+
+Chosen by estimate and by what libtpu compiles (kernels/README.md): nothing here has run on a TPU.
+"""
+
+import dataclasses
+
+from deepseek_kernels.target import Target
+
+LANES = 128  # of a vector register, what blocks are multiples of
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """attention: rows and columns of a block of scores, and how many columns are multiplied at once. rows, terms,
+    columns: at most, of a grouped product's tile; dw: (D, F) at most of a weight gradient's. keys: of a block in
+    decoding. cores: that share one device, each with a part of a grid."""
+
+    attention: tuple[int, int]
+    rows: int
+    terms: int
+    columns: int
+    dw: tuple[int, int]
+    keys: int
+    cores: int = 1
+
+
+_V5E = Chip(attention=(1024, 512), rows=512, terms=1024, columns=1024, dw=(1024, 768), keys=1024)
+_V5P = dataclasses.replace(_V5E, cores=2)
+_V6E = Chip(attention=(2048, 512), rows=512, terms=2048, columns=1408, dw=(1024, 1408), keys=2048)
+_7X = Chip(attention=(1024, 512), rows=512, terms=1024, columns=1408, dw=(1024, 1024), keys=2048)
+
+# By the kinds that jax and libtpu call a device.
+CHIPS = {
+    "TPU v5 lite": _V5E,
+    "TPU v5e": _V5E,
+    "TPU v5": _V5P,
+    "TPU v5p": _V5P,
+    "TPU v6 lite": _V6E,
+    "TPU v6e": _V6E,
+    "TPU7x": _7X,
+}
+
+
+def refuses(target: Target, dtype: object) -> str:
+    """Why no kernel of ours runs there; "" where they can."""
+    if target.platform != "tpu":
+        return f"it needs tpu, not {target.platform}"
+    if target.chip not in CHIPS:
+        return f"it needs one of {', '.join(CHIPS)}, not {target.chip or 'a TPU without a name'}"
+    if str(dtype) != "bfloat16":
+        return f"it needs bfloat16, not {dtype}"
+    return ""
+
+
+def even(size: int, largest: int) -> int:
+    """The size of the fewest blocks of at most ``largest``, of about one size: a multiple of ``LANES``."""
+    return -(-size // (-(-size // largest) * LANES)) * LANES

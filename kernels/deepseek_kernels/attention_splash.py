@@ -60,24 +60,26 @@ def attend(
 ) -> Float[Array, "B S H V"]:
     """``out[s] = Σ_t softmax_t(q[s]·k[t] · scale) v[t]`` over the t ≤ s of s's segment, if ``visible`` has segments;
     zeros where there are none. H/G query heads share a head of keys."""
-    (B, S), dtype = q_BSHK.shape[:2], q_BSHK.dtype
-    largest, at_once = tpu.CHIPS[chip].attention
+    (B, S), G, dtype, chosen = q_BSHK.shape[:2], k_BSGK.shape[2], q_BSHK.dtype, tpu.CHIPS[chip]
+    largest, at_once = chosen.attention
     block = tpu.even(S, largest)
     padded = -(-S // block) * block
-    # A padded key stands behind every query. The scale is rounded into q, as the kernel has none.
-    q_BHSK = _heads_first((q_BSHK.astype(jnp.float32) * scale).astype(dtype), padded)
+    # Cores share the rows of the batch: where those are uneven, heads are taken for rows.
+    parts = chosen.cores if B % chosen.cores and not G % chosen.cores else 1
+
+    def heads_first(x_BSHK):
+        x_BHSK = jnp.pad(jnp.swapaxes(x_BSHK, 1, 2), ((0, 0), (0, 0), (0, padded - S), (0, 0)))
+        return x_BHSK.reshape(B * parts, -1, *x_BHSK.shape[2:])
+
     segments = None
     if visible.q_segments_BS is not None:
         rows = (jnp.broadcast_to(ids, (B, S)) for ids in (visible.q_segments_BS, visible.k_segments_BT))
-        segments = splash.SegmentIds(*(jnp.pad(ids, ((0, 0), (0, padded - S))) for ids in rows))
-    out_BHSV: Any = _attend(
-        q_BHSK, _heads_first(k_BSGK, padded), _heads_first(v_BSGV, padded), segments, block, _divisor(block, at_once)
-    )
-    return jnp.swapaxes(out_BHSV, 1, 2)[:, :S]
-
-
-def _heads_first(x, padded):
-    return jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, padded - x.shape[1]), (0, 0)))
+        rows = (jnp.pad(ids, ((0, 0), (0, padded - S))) for ids in rows)
+        segments = splash.SegmentIds(*(jnp.repeat(ids, parts, axis=0) for ids in rows))
+    # A padded key stands behind every query. The scale is rounded into q, as the kernel has none.
+    q_BHSK, k_BGSK, v_BGSV = map(heads_first, ((q_BSHK.astype(jnp.float32) * scale).astype(dtype), k_BSGK, v_BSGV))
+    out_BHSV: Any = _attend(q_BHSK, k_BGSK, v_BGSV, segments, block, _divisor(block, at_once))
+    return jnp.swapaxes(out_BHSV.reshape(B, -1, *out_BHSV.shape[2:]), 1, 2)[:, :S]
 
 
 def _divisor(block: int, largest: int) -> int:

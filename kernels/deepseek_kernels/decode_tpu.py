@@ -57,7 +57,8 @@ def attend(
     (B, S, H, W), T = q_BSHW.shape, entry_LBTW.shape[2]
     tiles = pl.cdiv(S * H, _ROWS)
     rows = pl.cdiv(S * H, _UNIT * tiles) * _UNIT
-    keys = min(tpu.CHIPS[chip].keys, max(tpu.LANES, _SCORES // rows // tpu.LANES * tpu.LANES), tpu.even(T, T))
+    fitting = max(tpu.LANES, _SCORES // rows // tpu.LANES * tpu.LANES)
+    keys = min(tpu.CHIPS[chip].keys, fitting, pl.cdiv(T, tpu.LANES) * tpu.LANES)
     limit_BS = visible.limits(B, S, T)
     fit = lambda x: jnp.pad(x, [(0, 0), (0, rows * tiles - S * H), (0, 0)])  # noqa: E731
     limit_BR1 = fit(jnp.repeat(limit_BS, H, axis=1)[..., None])

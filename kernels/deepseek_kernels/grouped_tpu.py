@@ -34,13 +34,13 @@ def grouped_product(
 ) -> Float[Array, "T F"]:
     """``y[t] = x[t] @ w[first + e]``, or ``x[t] @ w[first + e]ᵀ``, for ``e`` the group of t; zero past the last."""
     (T, D), F, chosen = x_TD.shape, w.shape[1 if transpose else 2], tpu.CHIPS[chip]
-    tile = _rows(T, len(group_sizes_E), chip), tpu.even(D, chosen.terms), tpu.even(F, chosen.columns)
+    rows, tile = _rows(T, len(group_sizes_E), chip), tpu.matrix_tile(D, F, chosen.matrix, chosen.cores)
     y_TF = gmm(
-        _whole(x_TD, tile[0]),
+        _whole(x_TD, rows),
         w,
         group_sizes_E,
         preferred_element_type=x_TD.dtype,
-        tiling=tile,
+        tiling=(rows, *tile),
         group_offset=-jnp.asarray(first, jnp.int32),  # which it takes from a group's number to find the matrix
         transpose_rhs=transpose,
     )[:T]
@@ -52,14 +52,14 @@ def grouped_weight_gradient(
     x_TD: Float[Array, "T D"], dy_TF: Float[Array, "T F"], group_sizes_E: Int[Array, "E"], *, chip: str, dtype: Any
 ) -> Float[Array, "E D F"]:
     """``dw[e] = Σ x[t]ᵀ dy[t]`` over the rows of group e: sums in float32, written in ``dtype``."""
-    (T, D), F, largest = x_TD.shape, dy_TF.shape[1], tpu.CHIPS[chip].dw
+    (T, D), F, chosen = x_TD.shape, dy_TF.shape[1], tpu.CHIPS[chip]
     rows = _rows(T, len(group_sizes_E), chip)
     return tgmm(
         _whole(x_TD, rows).T,
         _whole(dy_TF, rows),
         group_sizes_E,
         preferred_element_type=dtype,
-        tiling=(rows, tpu.even(D, largest[0]), tpu.even(F, largest[1])),
+        tiling=(rows, *tpu.matrix_tile(D, F, chosen.dw, chosen.cores)),
     )
 
 

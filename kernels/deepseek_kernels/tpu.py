@@ -12,23 +12,23 @@ LANES = 128  # of a vector register, what blocks are multiples of
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """attention: rows and columns of a block of scores, and how many columns are multiplied at once. rows, terms,
-    columns: at most, of a grouped product's tile; dw: (D, F) at most of a weight gradient's. keys: of a block in
-    decoding. cores: that share one device, each with a part of a grid."""
+    """attention: rows and columns of a block of scores, and how many columns are multiplied at once. rows: of a grouped
+    product's tile, at most; matrix: of its part of a group's matrix the longest side and the numbers, at most, and dw:
+    the same of a weight gradient's. keys: of a block in decoding. cores: that share one device, each with a part of a
+    grid."""
 
     attention: tuple[int, int]
     rows: int
-    terms: int
-    columns: int
+    matrix: tuple[int, int]
     dw: tuple[int, int]
     keys: int
     cores: int = 1
 
 
-_V5E = Chip(attention=(1024, 512), rows=512, terms=1024, columns=1024, dw=(1024, 768), keys=1024)
+_V5E = Chip(attention=(1024, 512), rows=512, matrix=(1408, 1408 * 1024), dw=(1408, 1024 * 768), keys=1024)
 _V5P = dataclasses.replace(_V5E, cores=2)
-_V6E = Chip(attention=(2048, 512), rows=512, terms=2048, columns=1408, dw=(1024, 1408), keys=2048)
-_7X = Chip(attention=(1024, 512), rows=512, terms=1024, columns=1408, dw=(1024, 1024), keys=2048)
+_V6E = dataclasses.replace(_V5E, matrix=(2048, 2048 * 1408), dw=(1408, 1408 * 1024), keys=2048)
+_7X = _V6E
 
 # By the kinds that jax and libtpu call a device.
 CHIPS = {
@@ -53,6 +53,17 @@ def refuses(target: Target, dtype: object) -> str:
     return ""
 
 
-def even(size: int, largest: int) -> int:
-    """The size of the fewest blocks of at most ``largest``, of about one size: a multiple of ``LANES``."""
-    return -(-size // (-(-size // largest) * LANES)) * LANES
+def even(size: int, largest: int, parts: int = 1) -> int:
+    """The block, ``largest`` at most and a multiple of ``LANES``, by which blocks of some multiple of ``parts`` cover
+    ``size`` with the least beyond it. Only what would be fewer blocks than that is less than half of ``largest``."""
+    if size <= parts * (largest // 2):
+        return -(-size // (parts * LANES)) * LANES
+    covered = lambda block: -(-size // (block * parts)) * block * parts  # noqa: E731
+    return min(range(largest // LANES * LANES, largest // 2 - 1, -LANES), key=covered)
+
+
+def matrix_tile(terms: int, columns: int, largest: tuple[int, int], parts: int = 1) -> tuple[int, int]:
+    """Of a matrix; the number of tiles across is a multiple of ``parts``."""
+    side, numbers = largest
+    across = even(columns, side, parts)
+    return even(terms, min(side, numbers // across)), across

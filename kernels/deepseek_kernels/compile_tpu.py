@@ -1,0 +1,161 @@
+"""Compile the TPU kernels for chips that are not here: ``python -m deepseek_kernels.compile_tpu [CASE …]``.
+
+Prints for each chip and case the compiler's seconds and the bytes beside arguments and results. Needs libtpu (the
+version that jax's ``tpu`` extra pins), no TPU. Each compilation is a process of its own with a time limit: blocks that
+do not fit can keep the compiler busy for minutes before it says so.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+_LIMIT = 240  # seconds
+_ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1"}
+
+
+def _attention(heads: int, size: int, *, keys: int = 0, widths=(192, 128), batch: int = 1, forward: bool = False):
+    """Rows of segments; the gradients by q, k and v."""
+
+    def program(target):
+        import jax
+        import jax.numpy as jnp
+
+        from deepseek_kernels import Visible, gqa_attention
+
+        def run(q, k, v, ids):
+            attend = lambda q, k, v: gqa_attention(q, k, v, Visible.rows(ids), 0.1, target=target)  # noqa: E731
+            if forward:
+                return attend(q, k, v)
+            out, gradients = jax.vjp(attend, q, k, v)
+            return gradients(out)
+
+        of = lambda heads, width: ((batch, size, heads, width), jnp.bfloat16)  # noqa: E731
+        K, V = widths
+        return run, [of(heads, K), of(keys or heads, K), of(keys or heads, V), ((batch, size), jnp.int32)]
+
+    return program
+
+
+def _grouped(experts: int, width: int, hidden: int, rows: int, *, forward: bool = False):
+    """Uneven groups; the gradients by x and, in float32, by w."""
+
+    def program(target):
+        import jax
+        import jax.numpy as jnp
+
+        from deepseek_kernels import grouped_matmul
+
+        def run(x, w, sizes):
+            multiply = lambda x, w: grouped_matmul(x, w, sizes, target=target)  # noqa: E731
+            if forward:
+                return multiply(x, w)
+            y, gradients = jax.vjp(multiply, x, w)
+            return gradients(y)
+
+        dtype = jnp.bfloat16 if forward else jnp.float32
+        return run, [((rows, width), jnp.bfloat16), ((experts, width, hidden), dtype), ((experts,), jnp.int32)]
+
+    return program
+
+
+def _decode(batch: int, columns: int, heads: int, queries: int = 1, layers: int = 2):
+    """One layer of a stack, rows of different lengths."""
+
+    def program(target):
+        import jax.numpy as jnp
+
+        from deepseek_kernels import InStack, Visible, mla_decode
+
+        def run(q, stack, layer, positions, lengths):
+            visible = Visible(q_positions_BS=positions, lengths_B=lengths)
+            return mla_decode(q, InStack(stack, layer), visible, 0.1, values=512, target=target)
+
+        shapes: list[Any] = [
+            ((batch, queries, heads, 576), jnp.bfloat16),
+            ((layers, batch, columns, 576), jnp.bfloat16),
+        ]
+        return run, [*shapes, ((), jnp.int32), ((batch, queries), jnp.int32), ((batch,), jnp.int32)]
+
+    return program
+
+
+CASES: dict[str, Callable[..., Any]] = {
+    "attention, 16 heads, 4096": _attention(16, 4096),
+    "attention, 128 heads, 4096": _attention(128, 4096),
+    "attention, 16 heads, 32768": _attention(16, 32768),
+    "attention, 16 heads, 131072": _attention(16, 131072),
+    "attention, 16 heads, 2 x 5000": _attention(16, 5000, batch=2),
+    "prefill, 128 heads, 4096": _attention(128, 4096, forward=True),
+    "grouped heads, 28 of 4, 4096": _attention(28, 4096, keys=4, widths=(128, 128)),
+    "grouped heads, 14 of 2, 64 wide": _attention(14, 4096, keys=2, widths=(64, 64)),
+    "experts V2-Lite, wi": _grouped(64, 2048, 2816, 6 * 8192),
+    "experts V2-Lite, wo": _grouped(64, 1408, 2048, 6 * 8192),
+    "experts V2-Lite, halved": _grouped(64, 2048, 704, 6 * 8192),
+    "experts V3, 8 of 256, wi": _grouped(8, 7168, 4096, 8192),
+    "experts V3, 8 of 256, wo": _grouped(8, 2048, 7168, 8192),
+    "experts V3, 256, wi, few rows": _grouped(256, 7168, 4096, 512, forward=True),
+    "experts, 384, few rows": _grouped(384, 7168, 4096, 512, forward=True),
+    "experts, 1": _grouped(1, 2048, 2816, 1000),
+    "decode, 64 x 4096, 16 heads": _decode(64, 4096, 16),
+    "decode, 64 x 4096, 128 heads": _decode(64, 4096, 128),
+    "decode, 8 x 32768, 128 heads, 4 queries": _decode(8, 32768, 128, 4),
+    "decode, 1 x 131072, 16 heads": _decode(1, 131072, 16),
+    "decode, 64 x 1000, 16 heads": _decode(64, 1000, 16),
+}
+
+
+def compiled(chip: str, case: str) -> dict[str, float]:
+    """Seconds of the compiler, bytes of temporaries, FLOPs (of a loop's body once, of splash attention none)."""
+    import jax
+    from jax.experimental import topologies
+    from jax.experimental.layout import Format, Layout
+    from jax.sharding import SingleDeviceSharding
+
+    from deepseek_kernels import Target
+
+    device = topologies.get_topology_desc(TOPOLOGIES[chip], "tpu").devices[0]
+    run, shapes = CASES[case](Target.of(device))
+    place = SingleDeviceSharding(device)
+    # Arguments lie as a program's own arrays do that a kernel reads, not as XLA would have them come.
+    formats = [Format(Layout(tuple(range(len(shape)))), place) if shape else place for shape, _ in shapes]
+    operands = [jax.ShapeDtypeStruct(*shape, sharding=format) for shape, format in zip(shapes, formats, strict=True)]
+    lowered = jax.jit(run).lower(*operands)
+    start = time.perf_counter()
+    program = lowered.compile()
+    seconds = time.perf_counter() - start
+    cost, memory = program.cost_analysis(), program.memory_analysis()
+    return {"seconds": seconds, "temporaries": memory.temp_size_in_bytes, "flops": cost["flops"]}
+
+
+def apart(chip: str, case: str, limit: float = _LIMIT) -> dict[str, Any]:
+    """``compiled`` in a process of its own; ``failure`` where it did not come to an end, or to a good one."""
+    command = [sys.executable, "-m", "deepseek_kernels.compile_tpu", "--one", chip, case]
+    own = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, env=own | _ENVIRONMENT)
+    except subprocess.TimeoutExpired:
+        return {"failure": f"not compiled in {limit:.0f} s"}
+    if done.returncode:
+        return {"failure": (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main(arguments: list[str]) -> None:
+    if arguments[:1] == ["--one"]:
+        print(json.dumps(compiled(*arguments[1:])))
+        return
+    print("| case | chip | compiled in | temporaries |\n|---|---|---|---|")
+    for case in [case for case in CASES if not arguments or any(part in case for part in arguments)]:
+        for chip in TOPOLOGIES:
+            found = apart(chip, case)
+            told = found.get("failure") or f"{found['seconds']:.1f} s | {found['temporaries'] / 2**20:,.0f} MiB"
+            print(f"| {case} | {chip} | {told} |", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -72,7 +72,7 @@ def attend(
         return x_BHSK.reshape(B * parts, -1, *x_BHSK.shape[2:])
 
     segments = None
-    if visible.q_segments_BS is not None:
+    if visible.q_segments_BS is not None and visible.k_segments_BT is not None:
         rows = (jnp.broadcast_to(ids, (B, S)) for ids in (visible.q_segments_BS, visible.k_segments_BT))
         rows = (jnp.pad(ids, ((0, 0), (0, padded - S))) for ids in rows)
         segments = splash.SegmentIds(*(jnp.repeat(ids, parts, axis=0) for ids in rows))
@@ -94,6 +94,13 @@ def _attend(q_BHSK, k_BGSK, v_BGSV, segments, block, at_once) -> Any:
 
 
 def _forward(q_BHSK, k_BGSK, v_BGSV, segments, block, at_once):
+    out, log_sum_BHS = _with_sums(q_BHSK, k_BGSK, v_BGSV, segments, block, at_once)
+    out, log_sum_BHS = kept(_seen(out, log_sum_BHS, segments)), kept(log_sum_BHS)
+    return out, (q_BHSK, k_BGSK, v_BGSV, segments, out, log_sum_BHS)
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5))  # a bare kernel stays where a checkpoint computes nothing again
+def _with_sums(q_BHSK, k_BGSK, v_BGSV, segments, block, at_once):
     tables, same = _tables(q_BHSK.shape[2], block), _same(block, at_once, q_BHSK.shape[2])
 
     def row(q, k, v, segments):
@@ -102,23 +109,26 @@ def _forward(q_BHSK, k_BGSK, v_BGSV, segments, block, at_once):
         )
 
     out, (log_sum_BHS,) = jax.vmap(row)(q_BHSK, k_BGSK, v_BGSV, segments)
-    out = jnp.where(log_sum_BHS[..., None] > _HIDDEN / 2, out, 0)
-    out, log_sum_BHS = kept(out), kept(log_sum_BHS)
-    return out, (q_BHSK, k_BGSK, v_BGSV, segments, out, log_sum_BHS)
+    return out, log_sum_BHS
+
+
+def _seen(out, log_sum_BHS, segments):
+    """Zeros for queries that see no key, of whom there are none without segments: to the kernel they see all alike."""
+    return out if segments is None else jnp.where(log_sum_BHS[..., None] > _HIDDEN / 2, out, 0)
 
 
 def _backward(block, at_once, residuals, dout_BHSV):
-    q_BHSK, _, _, _, out, log_sum_BHS = residuals
-    # What sees no key hands on nothing.
-    dout_BHSV = jnp.where(log_sum_BHS[..., None] > _HIDDEN / 2, dout_BHSV.astype(out.dtype), 0)
+    q_BHSK, _, _, segments, out, log_sum_BHS = residuals
+    dout_BHSV = _seen(dout_BHSV.astype(out.dtype), log_sum_BHS, segments)
     tables, same = _tables(q_BHSK.shape[2], block), _same(block, at_once, q_BHSK.shape[2])
 
-    def row(q, k, v, segments, out, log_sum, dout):
-        residuals = q, k, v, segments, None, out, log_sum, *tables
+    def row(residuals: Any, dout):
+        *operands, segments, out, log_sum = residuals
+        residuals = *operands, segments, None, out, log_sum, *tables
         nothing = {"save_residuals": False, "residual_checkpoint_name": None}
         return splash._splash_attention_bwd(res=residuals, do=dout, **nothing, **same)[3:6]
 
-    return *jax.vmap(row)(*residuals, dout_BHSV), None
+    return *jax.vmap(row)(residuals, dout_BHSV), None
 
 
 _attend.defvjp(_forward, _backward)

@@ -1,21 +1,27 @@
 """Compile the TPU kernels for chips that are not here: ``python -m deepseek_kernels.compile_tpu [CASE …]``.
 
-Prints for each chip and case the compiler's seconds and the bytes beside arguments and results. Needs libtpu (the
-version that jax's ``tpu`` extra pins), no TPU. Each compilation is a process of its own with a time limit: blocks that
-do not fit can keep the compiler busy for minutes before it says so.
+Prints for each chip and case the compiler's seconds and the bytes beside arguments and results. Needs no TPU, but
+libtpu: ``--install`` puts the one that jax pins into a folder beside the environment's packages and not among them,
+where every command on a CPU would look for a TPU and complain. Each compilation is a process of its own with a time
+limit: blocks that do not fit can keep the compiler busy for minutes before it says so.
 """
 
+import importlib.metadata
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+FOLDER = Path(sys.prefix) / "libtpu"
 _LIMIT = 240  # seconds
 _ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1"}
+_ENVIRONMENT |= {"JAX_ENABLE_COMPILATION_CACHE": "0"}  # which cannot read again what it wrote of another machine's
 
 
 def _attention(heads: int, size: int, *, keys: int = 0, widths=(192, 128), batch: int = 1, forward: bool = False):
@@ -99,7 +105,7 @@ CASES: dict[str, Callable[..., Any]] = {
     "experts V3, 8 of 256, wi": _grouped(8, 7168, 4096, 8192),
     "experts V3, 8 of 256, wo": _grouped(8, 2048, 7168, 8192),
     "experts V3, 256, wi, few rows": _grouped(256, 7168, 4096, 512, forward=True),
-    "experts, 384, few rows": _grouped(384, 7168, 4096, 512, forward=True),
+    "experts, 384, few rows": _grouped(384, 2048, 2048, 512, forward=True),
     "experts, 1": _grouped(1, 2048, 2816, 1000),
     "decode, 64 x 4096, 16 heads": _decode(64, 4096, 16),
     "decode, 64 x 4096, 128 heads": _decode(64, 4096, 128),
@@ -129,31 +135,51 @@ def compiled(chip: str, case: str) -> dict[str, float]:
     program = lowered.compile()
     seconds = time.perf_counter() - start
     cost, memory = program.cost_analysis(), program.memory_analysis()
+    assert cost and memory, case
     return {"seconds": seconds, "temporaries": memory.temp_size_in_bytes, "flops": cost["flops"]}
 
 
-def apart(chip: str, case: str, limit: float = _LIMIT) -> dict[str, Any]:
-    """``compiled`` in a process of its own; ``failure`` where it did not come to an end, or to a good one."""
-    command = [sys.executable, "-m", "deepseek_kernels.compile_tpu", "--one", chip, case]
-    own = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+def available() -> bool:
+    return FOLDER.exists() or bool(importlib.util.find_spec("libtpu"))
+
+
+def install() -> None:
+    """libtpu, as the ``tpu`` extra of this jax has it, into ``FOLDER``."""
+    pinned = next(line for line in importlib.metadata.requires("jax") or () if line.startswith("libtpu"))
+    pip = [sys.executable, "-m", "pip", "install", "-qq", "--disable-pip-version-check", "--no-deps", "--no-compile"]
+    subprocess.run([*pip, "--upgrade", "--target", str(FOLDER), pinned.split(";")[0]], check=True)
+
+
+def apart(chip: str, *cases: str, limit: float = _LIMIT) -> list[dict[str, Any]]:
+    """``compiled`` of each case, in one process apart. RuntimeError where that fails or takes ``limit`` seconds."""
+    command = [sys.executable, "-m", "deepseek_kernels.compile_tpu", "--these", chip, *cases]
+    path = os.pathsep.join([str(Path(__file__).parents[1]), str(FOLDER), os.environ.get("PYTHONPATH", "")])
+    own = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"PYTHONPATH": path}
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit, env=own | _ENVIRONMENT)
     except subprocess.TimeoutExpired:
-        return {"failure": f"not compiled in {limit:.0f} s"}
+        raise RuntimeError(f"not compiled in {limit:.0f} s") from None
     if done.returncode:
-        return {"failure": (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]}
-    return json.loads(done.stdout.splitlines()[-1])
+        lines = done.stderr.strip().splitlines()
+        raise RuntimeError(next((line for line in reversed(lines) if "rror: " in line), lines[-1] if lines else ""))
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
 def main(arguments: list[str]) -> None:
-    if arguments[:1] == ["--one"]:
-        print(json.dumps(compiled(*arguments[1:])))
+    if arguments == ["--install"]:
+        return install()
+    if arguments[:1] == ["--these"]:
+        for case in arguments[2:]:
+            print(json.dumps(compiled(arguments[1], case)))
         return
     print("| case | chip | compiled in | temporaries |\n|---|---|---|---|")
     for case in [case for case in CASES if not arguments or any(part in case for part in arguments)]:
         for chip in TOPOLOGIES:
-            found = apart(chip, case)
-            told = found.get("failure") or f"{found['seconds']:.1f} s | {found['temporaries'] / 2**20:,.0f} MiB"
+            try:
+                (found,) = apart(chip, case)
+                told = f"{found['seconds']:.1f} s | {found['temporaries'] / 2**20:,.0f} MiB"
+            except RuntimeError as error:
+                told = f"{error} | "
             print(f"| {case} | {chip} | {told} |", flush=True)
 
 

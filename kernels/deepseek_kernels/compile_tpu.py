@@ -144,7 +144,9 @@ def available() -> bool:
 
 
 def install() -> None:
-    """libtpu, as the ``tpu`` extra of this jax has it, into ``FOLDER``."""
+    """libtpu, as the ``tpu`` extra of this jax has it, into ``FOLDER``, unless the environment has it itself."""
+    if importlib.util.find_spec("libtpu"):
+        return
     pinned = next(line for line in importlib.metadata.requires("jax") or () if line.startswith("libtpu"))
     pip = [sys.executable, "-m", "pip", "install", "-qq", "--disable-pip-version-check", "--no-deps", "--no-compile"]
     subprocess.run([*pip, "--upgrade", "--target", str(FOLDER), pinned.split(";")[0]], check=True)

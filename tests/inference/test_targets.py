@@ -15,6 +15,7 @@ from deepseek_jax.inference.requests import make_requests
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.weights import sampling_config
 from deepseek_jax.model import transformer
+from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
 from deepseek_jax.train.losses import LanguageModelLoss
 from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer
 from deepseek_jax.train.state import TrainState
@@ -50,19 +51,41 @@ def test_what_is_kept_is_not_computed_again(remat, products, attention, choices)
     """V2-Lite on Hopper: the experts' two products and their four gradients, and the gate's; attention of two stacks.
     With nothing kept, gate and up are multiplied again; what comes out of an expert is not needed by any gradient.
     Kept rows need the choice of experts that sorted them: the router's must be kept too."""
+    text = gradient(ComputeConfig(dtype="bfloat16", target="cuda:9.0:132", remat=remat), "cuda")
+    assert text.count("custom_call @mosaic_gpu") == products + 1
+    assert text.count("custom_call @__cudnn$fmhaSoftmax(") == attention
+    assert len(re.findall(r"= chlo\.top_k|custom_call @mhlo\.topk", text)) == choices
+
+
+def gradient(compute, platform: str, rows: int = 1) -> str:
+    """V2-Lite's, lowered."""
     config = dataclasses.replace(load_recipe("models/deepseek_v2_lite", ModelConfig), num_hidden_layers=3)
-    compute = ComputeConfig(dtype="bfloat16", target="cuda:9.0:132", remat=remat)
     params, bias = transformer.abstract_arrays(config, compute)
 
     def loss(params, tokens):
         model = transformer.merge(config, params, bias, compute)
         return jnp.sum(model(tokens, head=False).hidden.astype(jnp.float32))
 
-    traced = jax.jit(jax.grad(loss)).trace(params, jax.ShapeDtypeStruct((1, 512), jnp.int32))
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("custom_call @mosaic_gpu") == products + 1
-    assert text.count("custom_call @__cudnn$fmhaSoftmax(") == attention
-    assert len(re.findall(r"= chlo\.top_k|custom_call @mhlo\.topk", text)) == choices
+    traced = jax.jit(jax.grad(loss)).trace(params, jax.ShapeDtypeStruct((rows, 512), jnp.int32))
+    return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+def of_tpu(text: str) -> tuple[int, int, int]:
+    """Grouped products, and attention forward and backward. Both stacks of layers call one program of attention's."""
+    return tuple(text.count(f'kernel_name = "{name}') for name in ('kernel"', "splash_mha_fwd", "splash_mha_dkv"))
+
+
+@pytest.mark.parametrize(("remat", "kernels"), [("kernels", (6, 1, 2)), ("full", (7, 2, 2))])
+def test_what_is_kept_is_not_computed_again_on_a_tpu(remat, kernels):
+    assert of_tpu(gradient(ComputeConfig(dtype="bfloat16", target="tpu:TPU v5p", remat=remat), "tpu")) == kernels
+
+
+@pytest.mark.parametrize("axes", [{"fsdp": 4, "tensor": 2}, {"context": 2}], ids=str)
+def test_kernels_of_tpus_on_a_mesh(axes):
+    """Each device attends to its own rows and heads; where sequences are split none can, and blocks do it."""
+    with jax.set_mesh(make_mesh(MeshConfig(**axes))):
+        text = gradient(ComputeConfig(dtype="bfloat16", target="tpu:TPU v5p", remat="kernels"), "tpu", rows=8)
+    assert of_tpu(text) == ((6, 0, 0) if "context" in axes else (6, 1, 2))
 
 
 @pytest.mark.parametrize(("target", "platform"), TARGETS)

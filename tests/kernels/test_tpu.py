@@ -100,13 +100,14 @@ def test_grouped_products_and_their_gradients(sizes):
 
 def test_a_grouped_product_reads_its_layer_of_a_stack():
     x, stack, sizes_E = normal(0, 128, 256), normal(1, 3, 4, 256, 128), jnp.array([1, 0, 90, 30])
-    y = in_interpreter(lambda stack: grouped_matmul(x, InStack(stack, 2), sizes_E, target=CHIP))(stack)
-    near(y, grouped_matmul_reference(*wide(x, stack[2]), sizes_E))
+    multiply = in_interpreter(lambda w: grouped_matmul(x, w, sizes_E, target=CHIP))
+    x_, w_ = wide(x, stack[2])
+    near(multiply(InStack(stack, 2)), grouped_matmul_reference(x_, w_, sizes_E))
 
 
 @functools.cache
 def attention(fused):
-    """In Pallas' other interpreter: the one for TPUs does not take a batch of a kernel with named axes."""
+    """In Pallas' other interpreter: the one for TPUs does not take a kernel under vmap that says how its axes run."""
     B, H, G = (1, 4, 2) if fused else (2, 2, 1)  # of one row the cores share the heads
     operands = [normal(i, B, 300, *shape) for i, shape in enumerate([(H, 192), (G, 192), (G, 128), (H, 128)])]
 

@@ -99,7 +99,7 @@ def _forward(q_BHSK, k_BGSK, v_BGSV, segments, block, at_once):
     return out, (q_BHSK, k_BGSK, v_BGSV, segments, out, log_sum_BHS)
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5))  # a bare kernel stays where a checkpoint computes nothing again
+@functools.partial(jax.jit, static_argnums=(4, 5))  # a checkpoint computes a bare kernel again, needed or not
 def _with_sums(q_BHSK, k_BGSK, v_BGSV, segments, block, at_once):
     tables, same = _tables(q_BHSK.shape[2], block), _same(block, at_once, q_BHSK.shape[2])
 

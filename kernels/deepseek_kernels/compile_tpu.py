@@ -14,8 +14,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.experimental.layout import Format, Layout
+from jax.sharding import SingleDeviceSharding
+
+from deepseek_kernels import InStack, Target, Visible, gqa_attention, grouped_matmul, mla_decode
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 FOLDER = Path(sys.prefix) / "libtpu"
@@ -24,108 +33,76 @@ _ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_
 _ENVIRONMENT |= {"JAX_ENABLE_COMPILATION_CACHE": "0"}  # which cannot read again what it wrote of another machine's
 
 
-def _attention(heads: int, size: int, *, keys: int = 0, widths=(192, 128), batch: int = 1, forward: bool = False):
+def _attention(heads: int, size: int, *, target, keys: int = 0, widths=(192, 128), batch: int = 1, forward=False):
     """Rows of segments; the gradients by q, k and v."""
 
-    def program(target):
-        import jax
-        import jax.numpy as jnp
+    def run(q, k, v, ids):
+        attend = lambda q, k, v: gqa_attention(q, k, v, Visible.rows(ids), 0.1, target=target)  # noqa: E731
+        if forward:
+            return attend(q, k, v)
+        out, gradients = jax.vjp(attend, q, k, v)
+        return gradients(out)
 
-        from deepseek_kernels import Visible, gqa_attention
-
-        def run(q, k, v, ids):
-            attend = lambda q, k, v: gqa_attention(q, k, v, Visible.rows(ids), 0.1, target=target)  # noqa: E731
-            if forward:
-                return attend(q, k, v)
-            out, gradients = jax.vjp(attend, q, k, v)
-            return gradients(out)
-
-        of = lambda heads, width: ((batch, size, heads, width), jnp.bfloat16)  # noqa: E731
-        K, V = widths
-        return run, [of(heads, K), of(keys or heads, K), of(keys or heads, V), ((batch, size), jnp.int32)]
-
-    return program
+    of = lambda heads, width: ((batch, size, heads, width), jnp.bfloat16)  # noqa: E731
+    K, V = widths
+    return run, [of(heads, K), of(keys or heads, K), of(keys or heads, V), ((batch, size), jnp.int32)]
 
 
-def _grouped(experts: int, width: int, hidden: int, rows: int, *, forward: bool = False):
-    """Uneven groups; the gradients by x and, in float32, by w."""
+def _grouped(experts: int, width: int, hidden: int, rows: int, *, target, forward=False):
+    """The gradients by x and, in float32, by w; forward alone as in decoding, with weights in bfloat16."""
 
-    def program(target):
-        import jax
-        import jax.numpy as jnp
+    def run(x, w, sizes):
+        multiply = lambda x, w: grouped_matmul(x, w, sizes, target=target)  # noqa: E731
+        if forward:
+            return multiply(x, w)
+        y, gradients = jax.vjp(multiply, x, w)
+        return gradients(y)
 
-        from deepseek_kernels import grouped_matmul
-
-        def run(x, w, sizes):
-            multiply = lambda x, w: grouped_matmul(x, w, sizes, target=target)  # noqa: E731
-            if forward:
-                return multiply(x, w)
-            y, gradients = jax.vjp(multiply, x, w)
-            return gradients(y)
-
-        dtype = jnp.bfloat16 if forward else jnp.float32
-        return run, [((rows, width), jnp.bfloat16), ((experts, width, hidden), dtype), ((experts,), jnp.int32)]
-
-    return program
+    dtype = jnp.bfloat16 if forward else jnp.float32
+    return run, [((rows, width), jnp.bfloat16), ((experts, width, hidden), dtype), ((experts,), jnp.int32)]
 
 
-def _decode(batch: int, columns: int, heads: int, queries: int = 1, layers: int = 2):
-    """One layer of a stack, rows of different lengths."""
+def _decode(batch: int, columns: int, heads: int, queries: int = 1, *, target):
+    """One layer of a stack of two, rows of different lengths."""
 
-    def program(target):
-        import jax.numpy as jnp
+    def run(q, stack, layer, positions, lengths):
+        visible = Visible(q_positions_BS=positions, lengths_B=lengths)
+        return mla_decode(q, InStack(stack, layer), visible, 0.1, values=512, target=target)
 
-        from deepseek_kernels import InStack, Visible, mla_decode
-
-        def run(q, stack, layer, positions, lengths):
-            visible = Visible(q_positions_BS=positions, lengths_B=lengths)
-            return mla_decode(q, InStack(stack, layer), visible, 0.1, values=512, target=target)
-
-        shapes: list[Any] = [
-            ((batch, queries, heads, 576), jnp.bfloat16),
-            ((layers, batch, columns, 576), jnp.bfloat16),
-        ]
-        return run, [*shapes, ((), jnp.int32), ((batch, queries), jnp.int32), ((batch,), jnp.int32)]
-
-    return program
+    arrays = [((batch, queries, heads, 576), jnp.bfloat16), ((2, batch, columns, 576), jnp.bfloat16)]
+    return run, [*arrays, ((), jnp.int32), ((batch, queries), jnp.int32), ((batch,), jnp.int32)]
 
 
-CASES: dict[str, Callable[..., Any]] = {
-    "attention, 16 heads, 4096": _attention(16, 4096),
-    "attention, 128 heads, 4096": _attention(128, 4096),
-    "attention, 16 heads, 32768": _attention(16, 32768),
-    "attention, 16 heads, 131072": _attention(16, 131072),
-    "attention, 16 heads, 2 x 5000": _attention(16, 5000, batch=2),
-    "prefill, 128 heads, 4096": _attention(128, 4096, forward=True),
-    "grouped heads, 28 of 4, 4096": _attention(28, 4096, keys=4, widths=(128, 128)),
-    "grouped heads, 14 of 2, 64 wide": _attention(14, 4096, keys=2, widths=(64, 64)),
-    "experts V2-Lite, wi": _grouped(64, 2048, 2816, 6 * 8192),
-    "experts V2-Lite, wo": _grouped(64, 1408, 2048, 6 * 8192),
-    "experts V2-Lite, halved": _grouped(64, 2048, 704, 6 * 8192),
-    "experts V3, 8 of 256, wi": _grouped(8, 7168, 4096, 8192),
-    "experts V3, 8 of 256, wo": _grouped(8, 2048, 7168, 8192),
-    "experts V3, 256, wi, few rows": _grouped(256, 7168, 4096, 512, forward=True),
-    "experts, 384, few rows": _grouped(384, 2048, 2048, 512, forward=True),
-    "experts, 1": _grouped(1, 2048, 2816, 1000),
-    "decode, 64 x 4096, 16 heads": _decode(64, 4096, 16),
-    "decode, 64 x 4096, 128 heads": _decode(64, 4096, 128),
-    "decode, 8 x 32768, 128 heads, 4 queries": _decode(8, 32768, 128, 4),
-    "decode, 1 x 131072, 16 heads": _decode(1, 131072, 16),
-    "decode, 64 x 1000, 16 heads": _decode(64, 1000, 16),
+# Of a target: a program, and its arguments' shapes and dtypes.
+CASES: dict[str, Callable[..., tuple[Callable[..., Any], list[Any]]]] = {
+    "attention, 16 heads, 4096": partial(_attention, 16, 4096),
+    "attention, 128 heads, 4096": partial(_attention, 128, 4096),
+    "attention, 16 heads, 32768": partial(_attention, 16, 32768),
+    "attention, 16 heads, 131072": partial(_attention, 16, 131072),
+    "attention, 16 heads, 2 x 5000": partial(_attention, 16, 5000, batch=2),
+    "prefill, 128 heads, 4096": partial(_attention, 128, 4096, forward=True),
+    "grouped heads, 28 of 4, 4096": partial(_attention, 28, 4096, keys=4, widths=(128, 128)),
+    "grouped heads, 14 of 2, 64 wide": partial(_attention, 14, 4096, keys=2, widths=(64, 64)),
+    "experts V2-Lite, wi": partial(_grouped, 64, 2048, 2816, 6 * 8192),
+    "experts V2-Lite, wo": partial(_grouped, 64, 1408, 2048, 6 * 8192),
+    "experts V2-Lite, halved": partial(_grouped, 64, 2048, 704, 6 * 8192),
+    "experts V3, 8 of 256, wi": partial(_grouped, 8, 7168, 4096, 8192),
+    "experts V3, 8 of 256, wo": partial(_grouped, 8, 2048, 7168, 8192),
+    "experts V3, 256, wi, few rows": partial(_grouped, 256, 7168, 4096, 512, forward=True),
+    "experts, 384, few rows": partial(_grouped, 384, 2048, 2048, 512, forward=True),
+    "experts, 1": partial(_grouped, 1, 2048, 2816, 1000),
+    "decode, 64 x 4096, 16 heads": partial(_decode, 64, 4096, 16),
+    "decode, 64 x 4096, 128 heads": partial(_decode, 64, 4096, 128),
+    "decode, 8 x 32768, 128 heads, 4 queries": partial(_decode, 8, 32768, 128, 4),
+    "decode, 1 x 131072, 16 heads": partial(_decode, 1, 131072, 16),
+    "decode, 64 x 1000, 16 heads": partial(_decode, 64, 1000, 16),
 }
 
 
 def compiled(chip: str, case: str) -> dict[str, float]:
     """Seconds of the compiler, bytes of temporaries, FLOPs (of a loop's body once, of splash attention none)."""
-    import jax
-    from jax.experimental import topologies
-    from jax.experimental.layout import Format, Layout
-    from jax.sharding import SingleDeviceSharding
-
-    from deepseek_kernels import Target
-
     device = topologies.get_topology_desc(TOPOLOGIES[chip], "tpu").devices[0]
-    run, shapes = CASES[case](Target.of(device))
+    run, shapes = CASES[case](target=Target.of(device))
     place = SingleDeviceSharding(device)
     # Arguments lie as a program's own arrays do that a kernel reads, not as XLA would have them come.
     formats = [Format(Layout(tuple(range(len(shape)))), place) if shape else place for shape, _ in shapes]

@@ -28,7 +28,6 @@ class Chip:
 _V5E = Chip(attention=(1024, 512), rows=512, matrix=(1408, 1408 * 1024), dw=(1408, 1024 * 768), keys=1024)
 _V5P = dataclasses.replace(_V5E, cores=2)
 _V6E = dataclasses.replace(_V5E, matrix=(2048, 2048 * 1408), dw=(1408, 1408 * 1024), keys=2048)
-_7X = _V6E
 
 # By the kinds that jax and libtpu call a device.
 CHIPS = {
@@ -38,7 +37,7 @@ CHIPS = {
     "TPU v5p": _V5P,
     "TPU v6 lite": _V6E,
     "TPU v6e": _V6E,
-    "TPU7x": _7X,
+    "TPU7x": _V6E,
 }
 
 

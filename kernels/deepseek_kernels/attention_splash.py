@@ -90,26 +90,27 @@ def _divisor(block: int, largest: int) -> int:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _attend(q_BHSK, k_BGSK, v_BGSV, segments, block, at_once) -> Any:
+    if segments is None:  # nobody asks for the sums
+        return _kernel(q_BHSK, k_BGSK, v_BGSV, None, block, at_once, False)
     return _forward(q_BHSK, k_BGSK, v_BGSV, segments, block, at_once)[0]
 
 
 def _forward(q_BHSK, k_BGSK, v_BGSV, segments, block, at_once):
-    out, log_sum_BHS = _with_sums(q_BHSK, k_BGSK, v_BGSV, segments, block, at_once)
+    out, (log_sum_BHS,) = _kernel(q_BHSK, k_BGSK, v_BGSV, segments, block, at_once, True)
     out, log_sum_BHS = kept(_seen(out, log_sum_BHS, segments)), kept(log_sum_BHS)
     return out, (q_BHSK, k_BGSK, v_BGSV, segments, out, log_sum_BHS)
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5))  # a checkpoint computes a bare kernel again, needed or not
-def _with_sums(q_BHSK, k_BGSK, v_BGSV, segments, block, at_once):
+@functools.partial(jax.jit, static_argnums=(4, 5, 6))  # a checkpoint computes a bare kernel again, needed or not
+def _kernel(q_BHSK, k_BGSK, v_BGSV, segments, block, at_once, sums) -> Any:
     tables, same = _tables(q_BHSK.shape[2], block), _same(block, at_once, q_BHSK.shape[2])
 
     def row(q, k, v, segments):
         return splash._splash_attention_forward(
-            tables[0], q, k, v, segments, None, residual_checkpoint_name=None, save_residuals=True, **same
+            tables[0], q, k, v, segments, None, residual_checkpoint_name=None, save_residuals=sums, **same
         )
 
-    out, (log_sum_BHS,) = jax.vmap(row)(q_BHSK, k_BGSK, v_BGSV, segments)
-    return out, log_sum_BHS
+    return jax.vmap(row)(q_BHSK, k_BGSK, v_BGSV, segments)
 
 
 def _seen(out, log_sum_BHS, segments):

@@ -34,12 +34,12 @@ _ENVIRONMENT |= {"JAX_ENABLE_COMPILATION_CACHE": "0"}  # which cannot read again
 
 
 def _attention(heads: int, size: int, *, target, keys: int = 0, widths=(192, 128), batch: int = 1, forward=False):
-    """Rows of segments; the gradients by q, k and v."""
+    """Rows of segments, the gradients by q, k and v; forward alone of whole rows, as prefill has them."""
 
     def run(q, k, v, ids):
-        attend = lambda q, k, v: gqa_attention(q, k, v, Visible.rows(ids), 0.1, target=target)  # noqa: E731
         if forward:
-            return attend(q, k, v)
+            return gqa_attention(q, k, v, Visible(), 0.1, target=target)
+        attend = lambda q, k, v: gqa_attention(q, k, v, Visible.rows(ids), 0.1, target=target)  # noqa: E731
         out, gradients = jax.vjp(attend, q, k, v)
         return gradients(out)
 

@@ -49,7 +49,7 @@ def normal(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.bfloat16)
 
 
-def wide(*arrays):
+def wide(*arrays) -> Any:
     return [array.astype(jnp.float32) for array in arrays]
 
 
@@ -115,14 +115,15 @@ def attention(fused):
         out, gradients = jax.vjp(lambda q, k, v: attend(q, k, v, visible, 0.1), q, k, v)
         return out, *gradients(dout.astype(out.dtype))
 
-    jitted = jax.jit(functools.partial(run, functools.partial(gqa_attention, target=CHIP)))
+    (q, k, v, _), attend = operands, functools.partial(gqa_attention, target=CHIP)
+    jitted = jax.jit(functools.partial(run, attend))
 
-    def call(visible):
+    def call(visible, gradients=True):
         inner = pl.pallas_call
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(pl, "pallas_call", lambda *a, **options: inner(*a, **{**options, "interpret": True}))
             patch.setattr(attention_splash, "_FUSED", 4 if fused else 2)
-            return jitted(visible, *operands)
+            return jitted(visible, *operands) if gradients else attend(q, k, v, visible, 0.1)
 
     return call, lambda visible: run(attention_reference, visible, *wide(*operands)), B
 
@@ -140,6 +141,15 @@ def test_attention_within_segments_and_its_gradients(fused, data):
     for found, expected in zip(call(visible), reference(visible), strict=True):
         assert found.dtype == jnp.bfloat16
         near(found, expected, share=0.02)
+
+
+def test_attention_of_whole_rows_its_gradients_and_prefill():
+    """Where nobody asks for gradients the kernel keeps no sums, and gives the same."""
+    call, reference, _ = attention(True)
+    found = call(Visible())
+    for value, expected in zip(found, reference(Visible()), strict=True):
+        near(value, expected, share=0.02)
+    near(call(Visible(), gradients=False), found[0], share=0)
 
 
 def test_which_blocks_attention_visits_is_what_jax_finds_by_looking():

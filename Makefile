@@ -117,6 +117,7 @@ $(INSTALLED): pyproject.toml
 $(TESTABLE): $(INSTALLED)
 	@echo "installing what the tests need into $(VENV) ..."
 	@$(BIN)/python $(PIP_INSTALL) --editable '.[test$(addprefix $(comma),$(filter-out cpu,$(ACCELERATOR)))]'
+	@$(BIN)/python -m deepseek_kernels.compile_tpu --install
 	@touch $@
 
 $(PARITY): $(TESTABLE)

@@ -1,5 +1,6 @@
 """Grouped-query attention with rotary positions: V1 (every head its own keys) and the dense students."""
 
+import functools
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.fresh import Source
 from deepseek_jax.model.layers import biased, param, zeros
 from deepseek_jax.model.rope import rotate, softmax_scale
+from deepseek_jax.parallel.sharding import per_row_and_head
 from deepseek_kernels import Visible, gqa_attention, product
 
 
@@ -61,5 +63,6 @@ class GQA(nnx.Module):
         with jax.named_scope("attend"):
             name = compute.decode_attention if absorbed else compute.attention
             kernel = {"target": compute.kernels, "implementation": name}
-            out = gqa_attention(q_BSHN, k_BTGN, v_BTGN, visible, softmax_scale(config), **kernel)
+            attend = functools.partial(gqa_attention, scale=softmax_scale(config), **kernel)
+            out: jax.Array = per_row_and_head(attend, compute.rules, (q_BSHN, k_BTGN, v_BTGN), visible)
         return product("bshn,hnd->bsd", out, self.o[...], target=compute.kernels), memory

@@ -13,7 +13,7 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.fresh import Source
 from deepseek_jax.model.layers import Linear, RMSNorm, biased, param, zeros
 from deepseek_jax.model.rope import rotate, softmax_scale
-from deepseek_jax.parallel.sharding import per_device
+from deepseek_jax.parallel.sharding import per_device, per_row_and_head
 from deepseek_kernels import Columns, InStack, Visible, mla_attention, mla_decode, product
 
 LATENT_EPS = 1e-6  # of the two latents' norms, whatever rms_norm_eps says: so in the released code
@@ -92,7 +92,8 @@ class MLA(nnx.Module):
         kv = product("btc,chw->bthw", latent_BTC, self.kv_b[...], **self._products)
         q = jnp.concatenate([q_BSHN, q_BSHR], axis=-1)
         kernel = {"target": self.compute.kernels, "implementation": self.compute.attention}
-        return mla_attention(q, kv, pe_BTR, visible, softmax_scale(self.config), **kernel)
+        attend = functools.partial(mla_attention, scale=softmax_scale(self.config), **kernel)
+        return per_row_and_head(attend, self.compute.rules, (q, kv, pe_BTR), visible)
 
     def _absorbed(self, q_BSHN, q_BSHR, entry_BTW, visible):
         N, V, C = self.config.qk_nope_head_dim, self.config.v_head_dim, self.config.kv_lora_rank

@@ -166,6 +166,27 @@ def per_device(function: Callable[..., Any], rules: ShardingRules, operands: Any
     return jax.shard_map(function, in_specs=specs, out_specs=rules.spec(out_axes), check_vma=False)(*operands)
 
 
+def per_row_and_head(
+    attend: Callable[..., jax.Array], rules: ShardingRules, operands: Sequence[jax.Array], visible: Any
+):
+    """``attend(*operands, visible)`` of (B S H …), or (B S …) for all heads, on each device's own rows and heads.
+
+    Where the mesh splits sequences, or rows or heads unevenly, a plain call, which the compiler splits if it can.
+    """
+    mesh = current_mesh()
+
+    def ways(axis: str) -> int:
+        return 1 if mesh is None else math.prod(mesh.shape.get(name, 1) for name in getattr(rules, axis))
+
+    even = all(len(x) % ways("batch") == 0 and (x.ndim < 4 or x.shape[2] % ways("heads") == 0) for x in operands)
+    if ways("sequence") > 1 or not even:
+        return attend(*operands, visible)
+    heads = "batch", None, "heads", None
+    axes = [heads if x.ndim == 4 else ("batch", None, None) for x in operands]
+    rows = jax.tree.map(lambda x: ("batch" if len(x) > 1 else None, *[None] * (x.ndim - 1)), visible)
+    return per_device(attend, rules, (*operands, visible), (*axes, rows), heads)
+
+
 def split_rows(arrays: Any, parts: int, rules: ShardingRules, name: str) -> Any:
     """Each array (B …) as (parts B/parts …): row r goes to part r mod parts, so that every device has some of each.
 

@@ -6,6 +6,7 @@ softmax and sums are float32, the result has the values' dtype, and a query that
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -18,7 +19,9 @@ from deepseek_kernels import (
     attention_cudnn,
     attention_hopper,
     attention_packed,
+    attention_splash,
     decode_hopper,
+    decode_tpu,
 )
 from deepseek_kernels.kept import kept
 from deepseek_kernels.registry import choose
@@ -51,6 +54,7 @@ def mla_attention(
             "expected (B, S, H, N+R), (B, T, H, N+V), (B, T, R)"
         )
     visible.check(B, S, T)
+    target = target or Target.here()
     name = _choose("mla_attention", (q_BSHK, kv_BTHW, pe_BTR), K, W - K + R, visible, target, implementation)
     if name == "c":
         out_BSHV: jax.Array = _c(q_BSHK, kv_BTHW, pe_BTR, visible, scale)
@@ -60,7 +64,8 @@ def mla_attention(
     nope_BTHN, v_BTHV = jnp.split(kv_BTHW, [K - R], axis=-1)
     # Through float32, which costs nothing, so that the gradient of what all heads share is summed in it.
     pe_BTHR = jnp.broadcast_to(pe_BTR.astype(jnp.float32)[:, :, None], (B, T, H, R)).astype(pe_BTR.dtype)
-    return _attend(name, q_BSHK, jnp.concatenate([nope_BTHN, pe_BTHR], axis=-1), v_BTHV, visible, scale)
+    k_BTHK = jnp.concatenate([nope_BTHN, pe_BTHR], axis=-1)
+    return _attend(name, q_BSHK, k_BTHK, v_BTHV, visible, scale, target)
 
 
 def gqa_attention(
@@ -85,8 +90,9 @@ def gqa_attention(
             "with H a multiple of G"
         )
     visible.check(B, S, T)
+    target = target or Target.here()
     name = _choose("gqa_attention", (q_BSHN, k_BTGN, v_BTGV), N, V, visible, target, implementation, H // G)
-    return _attend(name, q_BSHN, k_BTGN, v_BTGV, visible, scale)
+    return _attend(name, q_BSHN, k_BTGN, v_BTGV, visible, scale, target)
 
 
 def mla_decode(
@@ -102,8 +108,8 @@ def mla_decode(
     """Absorbed MLA: every head attends to the cached entries ``[c | k_rope]`` themselves, whose first ``values``
     numbers are the values too.
 
-    entry: an array or a layer of a stack (L, B, T, W), which the Hopper kernel reads where it lies; that one has no
-    gradient. What stands behind a row's length is multiplied by zero, so it must be finite.
+    entry: an array or a layer of a stack (L, B, T, W), which the Hopper and TPU kernels read where it lies;
+    those have no gradient. What stands behind a row's length is multiplied by zero, so it must be finite.
 
     Raises:
       ValueError: shapes or dtypes that do not fit, or an implementation that cannot run on the target.
@@ -116,12 +122,15 @@ def mla_decode(
     visible.check(B, S, T)
     target = target or Target.here()
     name = _choose("mla_decode", (q_BSHW, entry_BTW), W, values, visible, target, implementation)
-    if name == "hopper":
+    if name in ("hopper", "tpu"):
         stack, layer = (entry_BTW.stack, entry_BTW.layer) if isinstance(entry_BTW, InStack) else (entry_BTW[None], 0)
-        return decode_hopper.attend(q_BSHW, stack, layer, visible, scale, values=values, cores=target.cores)
+        operands = q_BSHW, stack, layer, visible, scale
+        if name == "tpu":
+            return decode_tpu.attend(*operands, values=values, chip=target.chip)
+        return decode_hopper.attend(*operands, values=values, cores=target.cores)
     entry_BT1W = entry_BTW.astype(q_BSHW.dtype)[:, :, None]
     # The rotated keys ride along as values and are dropped: cheaper than a copy of the cache without them.
-    return _attend(name, q_BSHW, entry_BT1W, entry_BT1W, visible, scale)[..., :values]
+    return _attend(name, q_BSHW, entry_BT1W, entry_BT1W, visible, scale, target)[..., :values]
 
 
 def attention_reference(q_BSHK, k_BTGK, v_BTGV, visible, scale):
@@ -143,20 +152,26 @@ def _choose(operation, operands, key_width, value_width, visible, target, implem
     if operation == "mla_decode":
         facts["by_column"] = visible.by_column
     else:
-        mesh = jax.sharding.get_abstract_mesh()
         facts |= {"in_row_order": visible.in_row_order, "in_segments": visible.in_segments}
-        facts |= {"shared_by": shared_by, "devices": 1 if mesh.empty else mesh.size}
-    target = target or Target.here()
+        facts |= {"shared_by": shared_by, "devices": _devices()}
     return choose(operation, target, dtypes.pop(), implementation=implementation, **facts).name
 
 
-def _attend(name, q_BSHK, k_BTGK, v_BTGV, visible, scale) -> Any:
+def _devices() -> int:
+    """That the operands may be split over: one inside a shard_map over the whole mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(size for name, size in mesh.shape.items() if name not in mesh.manual_axes)
+
+
+def _attend(name, q_BSHK, k_BTGK, v_BTGV, visible, scale, target) -> Any:
     if name == "c":
         return _c(q_BSHK, k_BTGK, v_BTGV, visible, scale)
     if name == "cudnn":
         if not visible.in_row_order:
             return attention_packed.packed(q_BSHK, k_BTGK, v_BTGV, visible, scale)
         return attention_cudnn.causal(q_BSHK, k_BTGK, v_BTGV, scale)
+    if name == "splash":
+        return attention_splash.attend(q_BSHK, k_BTGK, v_BTGV, visible, scale, chip=target.chip)
     if name == "blockwise":
         return attention_blockwise.attend(q_BSHK, k_BTGK, v_BTGV, visible, scale)
     assert name == "reference", name

@@ -58,7 +58,7 @@ def attend(
     (B, S, H, W), (L, _, T, _) = q_BSHW.shape, entry_LBTW.shape
     cores, rows = cores or CORES, _padded(S * H)
     tiles = pl.cdiv(rows, ROWS)
-    limit_BS = _limits(visible, B, S, T)
+    limit_BS = visible.limits(B, S, T)
     assert T < 2**24, T
     # In float32, exact there, to lie beside what else is kept of a query.
     limit_BR = _pad(jnp.repeat(limit_BS.astype(jnp.float32), H, axis=1), tiles * ROWS)
@@ -80,17 +80,6 @@ def _padded(rows: int) -> int:
 
 def _pad(x, rows):
     return jnp.pad(x, [(0, 0), (0, rows - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
-
-
-def _limits(visible: Visible, batch: int, queries: int, keys: int) -> Int[Array, "B S"]:
-    """How many keys, from the first on, each query sees."""
-    limit = jnp.full((1, 1), keys, jnp.int32)
-    if visible.lengths_B is not None:
-        limit = jnp.minimum(limit, visible.lengths_B[:, None])
-    if visible.causal:
-        order = jnp.arange(queries, dtype=jnp.int32)[None]
-        limit = jnp.minimum(limit, 1 + (order if visible.q_positions_BS is None else visible.q_positions_BS))
-    return jnp.broadcast_to(jnp.maximum(limit, 0), (batch, queries)).astype(jnp.int32)
 
 
 class _Plan(NamedTuple):

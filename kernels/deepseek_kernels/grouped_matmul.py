@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from deepseek_kernels import cpu, fp8_on_hopper, grouped_blocks, hopper, hopper_few
+from deepseek_kernels import cpu, fp8_on_hopper, grouped_blocks, grouped_tpu, hopper, hopper_few
 from deepseek_kernels.kept import kept
 from deepseek_kernels.registry import choose
 from deepseek_kernels.target import Target
@@ -39,9 +39,10 @@ def grouped_matmul(
 
     Args:
       w_EDF: (E, D, F), or (E, D, …) for a result of (T, …): an array of any dtype, a BlockScaled or an InStack, which
-        ``hopper`` reads where it lies, FP8 without a copy in another dtype (fp8_matmul.py).
+        ``hopper`` reads where it lies, FP8 without a copy in another dtype (fp8_matmul.py), and ``megablox`` if its
+        matrices have two axes.
       aligned: promises that every group size is a multiple of this many rows, and T too; groups may hold zero rows.
-      implementation: ``c``, ``hopper``, ``hopper_fp8``, ``ragged_dot``, ``blocks`` or ``reference``.
+      implementation: ``c``, ``hopper``, ``hopper_fp8``, ``megablox``, ``ragged_dot``, ``blocks`` or ``reference``.
 
     Raises:
       ValueError: shapes that do not fit, T not a multiple of ``aligned``, or an implementation that cannot run.
@@ -68,7 +69,7 @@ def grouped_matmul(
     few = on_hopper and aligned in hopper_few.TILES
     as_it_lies = few or aligned % hopper.ROWS == 0 if on_hopper else aligned > 1 or choice.rows == 1
     block = aligned if as_it_lies or (choice.name == "blocks" and shape[0] >= T) else choice.rows
-    product = functools.partial(_grouped, w=w_EDF, block=block, name=choice.name, cores=target.cores)
+    product = functools.partial(_grouped, w=w_EDF, block=block, name=choice.name, target=target)
     if block == aligned:
         y_TF = product(x_TD, group_sizes_E=sizes_E)
     else:
@@ -95,10 +96,20 @@ class _Kernels(NamedTuple):
 
 
 _ON_HOPPER = "hopper", "hopper_fp8"
+_AS_STORED = *_ON_HOPPER, "megablox"  # which take a weight as it comes
 
 
-def _kernels(name: str, cores: int) -> _Kernels:
+def _kernels(name: str, target: Target) -> _Kernels:
+    if name == "megablox":
+        return _Kernels(
+            lambda x, w, sizes, block: _megablox(x, w, sizes, target.chip),
+            lambda dy, w, sizes, block: _megablox(dy, w, sizes, target.chip, transpose=True),
+            lambda x, dy, sizes, block, dtype: grouped_tpu.grouped_weight_gradient(
+                x, dy, sizes, chip=target.chip, dtype=dtype
+            ),
+        )
     if name in _ON_HOPPER:
+        cores = target.cores
         return _Kernels(
             functools.partial(_hopper, cores=cores, quantised=name == "hopper_fp8"),
             functools.partial(_hopper, cores=cores, transpose=True),
@@ -144,6 +155,15 @@ def _hopper(x, w, sizes, block, *, cores, transpose=False, quantised=False):
     return hopper.grouped_product(x, matrices, group_N, cores=cores, transpose=transpose)
 
 
+def _megablox(x, w, sizes, chip, transpose=False):
+    # (…, 2, F) is tiled otherwise than (…, 2 F) on a TPU: a stack of those would be copied whole.
+    if isinstance(w, InStack) and w.dtype == x.dtype and len(w.shape) == 3:
+        matrices, first = w.stack.reshape(-1, *w.shape[1:]), w.layer * len(sizes)
+    else:
+        matrices, first = _values(w, x.dtype), 0
+    return grouped_tpu.grouped_product(x, matrices, sizes, first, chip=chip, transpose=transpose)
+
+
 def _ragged(x, w, sizes, terms):
     """Rows times each group's matrix, summed over the matrix' axis ``terms``."""
     numbers = jax.lax.RaggedDotDimensionNumbers((((1,), (terms,)), ((), ())), [0], [0])
@@ -160,23 +180,23 @@ def _values(w, dtype):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _grouped(x, w, group_sizes_E, block, name, cores):
-    w = w if name in _ON_HOPPER else _values(w, x.dtype)
-    return _kernels(name, cores).forward(x, w, group_sizes_E, block)
+def _grouped(x, w, group_sizes_E, block, name, target):
+    w = w if name in _AS_STORED else _values(w, x.dtype)
+    return _kernels(name, target).forward(x, w, group_sizes_E, block)
 
 
-def _forward(x, w, group_sizes_E, block, name, cores):
-    y: Any = _grouped(x, w, group_sizes_E, block, name, cores)
+def _forward(x, w, group_sizes_E, block, name, target):
+    y: Any = _grouped(x, w, group_sizes_E, block, name, target)
     if name in _ON_HOPPER:
         # In a scan, where y is put into a stack for the backward pass, XLA would run the kernel a second time for that.
         y = jax.lax.optimization_barrier(y)
     return kept(y), (x, w, group_sizes_E)
 
 
-def _backward(block, name, cores, residuals, dy):
+def _backward(block, name, target, residuals, dy):
     x, w, sizes = residuals
-    kernels = _kernels(name, cores)
-    dx = kernels.dx(dy, w if name in _ON_HOPPER else _values(w, x.dtype), sizes, block)
+    kernels = _kernels(name, target)
+    dx = kernels.dx(dy, w if name in _AS_STORED else _values(w, x.dtype), sizes, block)
     dtype = x.dtype if w.dtype == x.dtype else jnp.dtype(jnp.float32)
     return dx, stored_gradient(w, lambda: kernels.dw(x, dy, sizes, block, dtype).reshape(w.shape)), None
 

@@ -15,9 +15,12 @@ import jax.numpy as jnp
 from deepseek_kernels import (
     attention_cudnn,
     attention_hopper,
+    attention_splash,
     cpu,
     decode_hopper,
+    decode_tpu,
     fp8_on_hopper,
+    grouped_tpu,
     hopper,
     hopper_few,
 )
@@ -72,6 +75,7 @@ def _hopper_rows(target: Target, *, rows: int, groups: int, **_) -> int:
 
 _C = Implementation("c", ("cpu",), _needs_c)
 _CUDNN = Implementation("cudnn", ("cuda",), attention_cudnn.refuses)
+_SPLASH = Implementation("splash", ("tpu",), attention_splash.refuses)
 _BLOCKWISE = Implementation("blockwise", slow="plain XLA, there is no kernel for this target")
 _REFERENCE = Implementation("reference", ())
 
@@ -83,6 +87,7 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         _C,
         Implementation("hopper", ("cuda",), hopper.refuses, _hopper_rows),
         Implementation("hopper_fp8", (), fp8_on_hopper.refuses, _hopper_rows),  # rounds x: by name alone
+        Implementation("megablox", ("tpu",), grouped_tpu.refuses),
         Implementation("ragged_dot", ("tpu",)),
         Implementation("blocks", rows=_block_rows, slow="batched XLA products over padded blocks"),
         _REFERENCE,
@@ -105,11 +110,17 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         _C,
         Implementation("hopper", ("cuda",), attention_hopper.refuses),
         _CUDNN,
+        _SPLASH,
         _BLOCKWISE,
         _REFERENCE,
     ),
-    "gqa_attention": (_C, _CUDNN, _BLOCKWISE, _REFERENCE),
-    "mla_decode": (Implementation("hopper", ("cuda",), decode_hopper.refuses), _BLOCKWISE, _REFERENCE),
+    "gqa_attention": (_C, _CUDNN, _SPLASH, _BLOCKWISE, _REFERENCE),
+    "mla_decode": (
+        Implementation("hopper", ("cuda",), decode_hopper.refuses),
+        Implementation("tpu", ("tpu",), decode_tpu.refuses),
+        _BLOCKWISE,
+        _REFERENCE,
+    ),
 }
 
 

@@ -70,6 +70,15 @@ class Visible:
         if (self.q_segments_BS is None) != (self.k_segments_BT is None):
             raise ValueError("visible: segments of queries and of keys are given both or not at all")
 
+    def limits(self, batch: int, queries: int, keys: int) -> Int[Array, "B S"]:
+        """How many keys, from the first on, each query sees, where it is ``by_column``."""
+        limit = jnp.full((1, 1), keys, jnp.int32)
+        if self.lengths_B is not None:
+            limit = jnp.minimum(limit, self.lengths_B[:, None])
+        if self.causal:
+            limit = jnp.minimum(limit, 1 + _or_order(self.q_positions_BS, queries))
+        return jnp.broadcast_to(jnp.maximum(limit, 0), (batch, queries)).astype(jnp.int32)
+
     def mask(self, batch: int, queries: int, keys: int) -> Bool[Array, "B S T"]:
         """The definition, S × T: for references and tests."""
         q_BS1 = _or_order(self.q_positions_BS, queries)[:, :, None]

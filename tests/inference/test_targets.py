@@ -18,6 +18,7 @@ from deepseek_jax.inference.requests import make_requests
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.weights import sampling_config
 from deepseek_jax.model import transformer
+from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
 from deepseek_jax.train.losses import LanguageModelLoss
 from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer
 from deepseek_jax.train.state import TrainState
@@ -35,11 +36,15 @@ def v3() -> ModelConfig:
     )
 
 
-def check(traced, platform: str) -> None:
+# What the experts' and attention's kernels are called: megablox has no other name for its own.
+KERNELS = {"cuda": {"mosaic_gpu", "@hopper_attention"}, "tpu": {'kernel_name = "kernel"', "splash_mha_fwd"}}
+
+
+def check(traced, platform: str) -> str:
     text = traced.lower(lowering_platforms=(platform,)).as_text()
-    assert not re.search(r"deepseek_(grouped|experts|attention)", text)  # what the C kernels are called
-    assert ("mosaic_gpu" in text) == (platform == "cuda") and ("ragged_dot" in text) == (platform == "tpu")
-    assert ("@hopper_attention" in text) == (platform == "cuda")
+    assert not re.search(r"deepseek_(grouped|experts|attention)|ragged_dot", text)  # the first are the C kernels
+    assert {name for names in KERNELS.values() for name in names if name in text} == KERNELS[platform]
+    return text
 
 
 @pytest.mark.parametrize(
@@ -50,16 +55,7 @@ def test_what_is_kept_is_not_computed_again(remat, products, attention, choices)
     """V2-Lite on Hopper: the experts' two products and their four gradients, and the gate's; attention of two stacks.
     With nothing kept, gate and up are multiplied again; what comes out of an expert is not needed by any gradient.
     Kept rows need the choice of experts that sorted them: the router's must be kept too."""
-    config = dataclasses.replace(load_recipe("models/deepseek_v2_lite", ModelConfig), num_hidden_layers=3)
-    compute = ComputeConfig(dtype="bfloat16", target="cuda:9.0:132", remat=remat)
-    params, bias = transformer.abstract_arrays(config, compute)
-
-    def loss(params, tokens):
-        model = transformer.merge(config, params, bias, compute)
-        return jnp.sum(model(tokens, head=False).hidden.astype(jnp.float32))
-
-    traced = jax.jit(jax.grad(loss)).trace(params, jax.ShapeDtypeStruct((1, 512), jnp.int32))
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    text = gradient(ComputeConfig(dtype="bfloat16", target="cuda:9.0:132", remat=remat), "cuda")
     # Attention's kernels stand in functions that both stacks call.
     assert len(re.findall(r"call @hopper_attention(_\d+)?\(%", text)) == attention
     assert len(re.findall(r"call @hopper_attention_gradients(_\d+)?\(%", text)) == 2
@@ -68,10 +64,42 @@ def test_what_is_kept_is_not_computed_again(remat, products, attention, choices)
     assert len(re.findall(r"= chlo\.top_k|custom_call @mhlo\.topk", text)) == choices
 
 
+def gradient(compute, platform: str, rows: int = 1) -> str:
+    """V2-Lite's, lowered."""
+    config = dataclasses.replace(load_recipe("models/deepseek_v2_lite", ModelConfig), num_hidden_layers=3)
+    params, bias = transformer.abstract_arrays(config, compute)
+
+    def loss(params, tokens):
+        model = transformer.merge(config, params, bias, compute)
+        return jnp.sum(model(tokens, head=False).hidden.astype(jnp.float32))
+
+    traced = jax.jit(jax.grad(loss)).trace(params, jax.ShapeDtypeStruct((rows, 512), jnp.int32))
+    return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+def of_tpu(text: str) -> tuple[int, int, int]:
+    """Grouped products, and attention forward and backward. Both stacks of layers call one program of attention's."""
+    return tuple(text.count(f'kernel_name = "{name}') for name in ('kernel"', "splash_mha_fwd", "splash_mha_dkv"))
+
+
+@pytest.mark.parametrize(("remat", "kernels"), [("kernels", (6, 1, 2)), ("full", (7, 2, 2))])
+def test_what_is_kept_is_not_computed_again_on_a_tpu(remat, kernels):
+    assert of_tpu(gradient(ComputeConfig(dtype="bfloat16", target="tpu:TPU v5p", remat=remat), "tpu")) == kernels
+
+
+@pytest.mark.parametrize("axes", [{"fsdp": 4, "tensor": 2}, {"context": 2}], ids=str)
+def test_kernels_of_tpus_on_a_mesh(axes):
+    """Each device attends to its own rows and heads; where sequences are split none can, and blocks do it."""
+    with jax.set_mesh(make_mesh(MeshConfig(**axes))):
+        text = gradient(ComputeConfig(dtype="bfloat16", target="tpu:TPU v5p", remat="kernels"), "tpu", rows=8)
+    assert of_tpu(text) == ((6, 0, 0) if "context" in axes else (6, 1, 2))
+
+
 @pytest.mark.parametrize(("target", "platform"), TARGETS)
 def test_the_train_step(target, platform):
     compute = ComputeConfig(dtype="bfloat16", target=target, remat="full")
-    check(traced_step(v3(), compute, LanguageModelLoss(), rows=2), platform)
+    text = check(traced_step(v3(), compute, LanguageModelLoss(), rows=2), platform)
+    assert ("splash_mha_dkv" in text) == (platform == "tpu")
 
 
 def traced_step(config: ModelConfig, compute: ComputeConfig, loss: LanguageModelLoss, *, rows: int):
@@ -96,26 +124,34 @@ def test_with_everything_kept_a_step_computes_what_the_model_needs():
 
 
 def count_flops(jaxpr) -> int:
-    """Of matrix products, of the Hopper kernels (by their operands) and of cuDNN's causal attention (half a square;
-    scores, their gradient, dq and dk are as wide as keys, the result, dp and dv as values)."""
+    """Of matrix products and of the Hopper kernels, told by their operands."""
     total = 0
     for eqn in jaxpr.eqns:
-        name = eqn.primitive.name
+        name, out = eqn.primitive.name, eqn.outvars[0].aval.shape if eqn.outvars else ()
         shapes: list[Any] = [getattr(operand.aval, "shape", ()) for operand in eqn.invars]
         if name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
-            total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shapes[0][axis] for axis in contracted)
-        elif name.startswith("dot_product_attention"):
-            (B, S, H, K), V = shapes[0], shapes[2][-1]
-            total += B * S * S * H * (K + V if "fwd" in name else 3 * K + 2 * V)
-        elif name == "mpmd_map":  # of Mosaic GPU: groups' numbers or sizes, then rows with matrices or with rows
-            matrices = [shape for shape in (*shapes, eqn.outvars[0].aval.shape) if len(shape) == 3]
+            total += 2 * math.prod(out) * math.prod(shapes[0][axis] for axis in contracted)
+        elif name == "mpmd_map" and len(out) == 4:
+            total += attention_kernel_flops(
+                shapes[3], shapes[4], gradients=len(shapes) > 6, of_queries=len(eqn.outvars) == 1
+            )
+        elif name == "mpmd_map":  # groups' numbers or sizes, then rows with matrices or with rows
+            matrices = [shape for shape in (*shapes, out) if len(shape) == 3]
             assert len(matrices) <= 1, shapes
             total += sum(2 * shapes[1][0] * D * F for _, D, F in matrices)  # none: the gate's gradient
         else:
+            assert not name.startswith("dot_product_attention"), name
             times = eqn.params["length"] if name == "scan" else 1
             total += times * sum(count_flops(inner) for inner in jax.extend.core.jaxprs_in_params(eqn.params))
     return total
+
+
+def attention_kernel_flops(q, kv, *, gradients: bool, of_queries: bool) -> int:
+    """Half a square for each product: scores, dq and dk are as wide as keys; results, dp and dv as values. Both kernels
+    of gradients make scores and dp."""
+    (B, S, H, K), V = q, kv[-1] - (192 - 64)  # keys as far as they are not the rotated ones
+    return B * S * S * H * (K + V if not gradients else 2 * K + V if of_queries else 2 * K + 2 * V)
 
 
 @pytest.mark.parametrize(("target", "platform"), TARGETS)
@@ -123,7 +159,8 @@ def test_prefill_and_decode(target, platform):
     config, compute = sampling_config(v3()), ComputeConfig(dtype="bfloat16", target=target)
     params, bias = transformer.abstract_arrays(config, ComputeConfig(param_dtype="bfloat16"))
     requests = make_requests([[1, 2, 3]] * 64, SamplingParams(max_tokens=64), pad_id=2)
-    check(generate.trace(config, compute, jax.eval_shape(transformer.unstack, params), bias, requests), platform)
+    text = check(generate.trace(config, compute, jax.eval_shape(transformer.unstack, params), bias, requests), platform)
+    assert ('kernel_name = "mla_decode"' in text) == (platform == "tpu")
 
 
 def shapes_cut_out(jaxpr):

@@ -12,7 +12,8 @@ import pytest
 
 from deepseek_kernels import Target, Visible, choose, cpu, mla_attention, product, registry, routed_experts, table
 
-CPU, H100, A100, TPU = Target("cpu"), Target("cuda", "9.0", 132), Target("cuda", "8.0"), Target("tpu", "TPU v5p")
+CPU, H100, A100 = Target("cpu"), Target("cuda", "9.0", 132), Target("cuda", "8.0")
+TPU, V4 = Target("tpu", "TPU v5p"), Target("tpu", "TPU v4")
 OPERATIONS = ["product", "grouped_matmul", "fp8_matmul", "routed_experts", "look_up"]
 OPERATIONS += ["mla_attention", "gqa_attention", "mla_decode"]
 
@@ -22,7 +23,8 @@ EXPECTED = {  # in the order of OPERATIONS
     (H100, "bfloat16"): ["dot", "hopper", "hopper", "sorted", "sorted", "hopper", "cudnn", "hopper"],
     (H100, "float32"): ["dot", "blocks", "dequantised", "sorted", "sorted", "blockwise", "blockwise", "blockwise"],
     (A100, "bfloat16"): ["dot", "blocks", "dequantised", "sorted", "sorted", "blockwise", "cudnn", "blockwise"],
-    (TPU, "bfloat16"): ["dot", "ragged_dot", "dequantised", "sorted", "scatter", "blockwise", "blockwise", "blockwise"],
+    (TPU, "bfloat16"): ["dot", "megablox", "dequantised", "sorted", "scatter", "splash", "splash", "tpu"],
+    (V4, "bfloat16"): ["dot", "ragged_dot", "dequantised", "sorted", "scatter", "blockwise", "blockwise", "blockwise"],
     (TPU, "float32"): ["dot", "ragged_dot", "dequantised", "sorted", "scatter", "blockwise", "blockwise", "blockwise"],
 }
 
@@ -135,4 +137,5 @@ def test_a_layers_gradient_is_lowered_for_its_target_on_a_cpu_host(target, platf
     text = jax.jit(jax.grad(loss)).trace(masters, *operands).lower(lowering_platforms=(platform,)).as_text()
     assert not re.search(r"deepseek_(grouped|experts|attention)", text)
     assert ("mosaic_gpu" in text) == ("hopper_attention_gradients" in text) == (platform == "cuda")
-    assert ("ragged_dot" in text) == (platform == "tpu")
+    assert ("tpu_custom_call" in text) == ("splash_mha_dkv" in text) == (platform == "tpu")
+    assert "ragged_dot" not in text

@@ -11,6 +11,8 @@ from jaxtyping import Array, Float, Int
 from deepseek_jax.config import ModelConfig
 from deepseek_kernels.kept import kept
 
+_FEW = 1 << 22  # comparisons of experts with each other
+
 
 @struct.dataclass
 class Routing:
@@ -62,7 +64,7 @@ def route(
         choice = limit_to_groups(config, choice + bias_E, best=2)
     elif config.topk_method == "group_limited_greedy":
         choice = limit_to_groups(config, choice, best=1)
-    experts_TK = jax.lax.top_k(choice, config.num_experts_per_tok)[1]
+    experts_TK = best_experts(choice, config.num_experts_per_tok)
     if chosen_TK is not None:
         experts_TK = jnp.where(chosen_TK >= 0, chosen_TK, experts_TK)
     # Kept with the rows that it sorted: chosen again from logits of another rounding, one choice would move all rows.
@@ -71,6 +73,26 @@ def route(
     if config.norm_topk_prob:
         weights_TK = weights_TK / (jnp.sum(weights_TK, axis=1, keepdims=True) + 1e-20)
     return Routing(experts_TK, weights_TK * config.routed_scaling_factor, scores)
+
+
+def best_experts(choice_TE: Float[Array, "T E"], count: int) -> Int[Array, "T K"]:
+    """The experts of the ``count`` highest numbers, best first, ties to the lower index.
+
+    On a GPU, of few tokens, each expert's place is the number of those before it: two kernels, where XLA sorts.
+    """
+    tokens, experts = choice_TE.shape
+
+    def by_comparing(choice_TE):
+        one, other = choice_TE[:, :, None], choice_TE[:, None, :]
+        lower = jnp.arange(experts) < jnp.arange(experts)[:, None]
+        place_TE = jnp.sum((other > one) | ((other == one) & lower), axis=2, dtype=jnp.int32)
+        is_kth_TKE = place_TE[:, None, :] == jnp.arange(count, dtype=jnp.int32)[:, None]
+        return jnp.sum(jnp.where(is_kth_TKE, jnp.arange(experts, dtype=jnp.int32), 0), axis=2)
+
+    by_sorting = lambda choice_TE: jax.lax.top_k(choice_TE, count)[1]  # noqa: E731
+    if tokens * experts**2 > _FEW:
+        return by_sorting(choice_TE)
+    return jax.lax.platform_dependent(choice_TE, cuda=by_comparing, default=by_sorting)
 
 
 def limit_to_groups(config: ModelConfig, choice_TE: Float[Array, "T E"], *, best: int) -> Float[Array, "T E"]:

@@ -38,6 +38,7 @@ def refuses(target: Target, dtype: Any, *, widths: tuple[int, ...] = (), **_: An
     return ""
 
 
+@functools.partial(jax.jit, static_argnames=("cores", "transpose"))  # lowered once for all layers
 def grouped_product(
     x_TD: Float[Array, "T D"],
     w: Float[Array, "E _ _"],

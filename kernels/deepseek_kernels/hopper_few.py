@@ -26,6 +26,7 @@ def tile(rows: int, groups: int) -> int:
     return next((tile for tile in TILES if 2 * rows <= tile * max(groups, 1)), 0)
 
 
+@functools.partial(jax.jit, static_argnames="cores")  # lowered once for all layers
 def grouped_product(
     x_TD: Float[Array, "T D"], w: Float[Array, "E D F"], group_N: Int[Array, "N"], *, cores: int
 ) -> Float[Array, "T F"]:

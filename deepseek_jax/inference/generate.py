@@ -44,7 +44,11 @@ class Decoding:
     chosen_BTX: jax.Array | None
 
 
-@functools.partial(jax.jit, static_argnames=("config", "compute", "experts"))
+# On a GPU kernels of a step that need nothing of each other run side by side, such as shared experts and the routing.
+OPTIONS = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
+
+
+@functools.partial(jax.jit, static_argnames=("config", "compute", "experts"), compiler_options=OPTIONS)
 def generate(
     config: ModelConfig,
     compute: ComputeConfig,
@@ -74,7 +78,7 @@ def generate(
     return dataclasses.replace(decoding.answered, experts_LBTK=jnp.moveaxis(decoding.chosen_BTX.reshape(shape), 2, 0))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "compute"))
+@functools.partial(jax.jit, static_argnames=("config", "compute"), compiler_options=OPTIONS)
 def begin(
     config: ModelConfig, compute: ComputeConfig, params: Any, router_bias: jax.Array | None, requests: Requests
 ) -> Decoding:
@@ -83,7 +87,9 @@ def begin(
     return _prefill(network, _rows(requests, compute), experts=False)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "compute"), donate_argnames="decoding")
+@functools.partial(
+    jax.jit, static_argnames=("config", "compute"), donate_argnames="decoding", compiler_options=OPTIONS
+)
 def go_on(
     config: ModelConfig,
     compute: ComputeConfig,

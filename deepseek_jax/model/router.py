@@ -3,6 +3,8 @@
 Everything here is float32: bf16 logits change which experts are chosen.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -53,9 +55,7 @@ def route(
 
     chosen_TK: experts to take instead, those that a sampler took for instance; -1 leaves the choice to the router.
     """
-    # A GPU would take TF32 for this product and a TPU bf16.
-    x_TD, w_DE = x_TD.astype(jnp.float32), w_DE.astype(jnp.float32)
-    logits = jnp.einsum("td,de->te", x_TD, w_DE, precision=jax.lax.Precision.HIGHEST)
+    logits = _logits(x_TD.astype(jnp.float32), w_DE.astype(jnp.float32))
     scores = jax.nn.sigmoid(logits) if config.scoring == "sigmoid" else jax.nn.softmax(logits, axis=-1)
     # One comparison decides, but no gradient flows through it.
     choice = jax.lax.stop_gradient(scores)
@@ -73,6 +73,16 @@ def route(
     if config.norm_topk_prob:
         weights_TK = weights_TK / (jnp.sum(weights_TK, axis=1, keepdims=True) + 1e-20)
     return Routing(experts_TK, weights_TK * config.routed_scaling_factor, scores)
+
+
+def _logits(x_TD, w_DE):
+    # A GPU would take TF32 for this product and a TPU bf16.
+    product = functools.partial(jnp.einsum, "td,de->te", precision=jax.lax.Precision.HIGHEST)
+    if len(x_TD) > 1:
+        return product(x_TD, w_DE)
+    # XLA:GPU writes a single row's products to memory before it adds them up.
+    of_eight = lambda x_TD, w_DE: product(jnp.pad(x_TD, ((0, 7), (0, 0))), w_DE)[:1]  # noqa: E731
+    return jax.lax.platform_dependent(x_TD, w_DE, cuda=of_eight, default=product)
 
 
 def best_experts(choice_TE: Float[Array, "T E"], count: int) -> Int[Array, "T K"]:

@@ -12,8 +12,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-_FEW = 512  # choices
-
 
 @functools.partial(
     jax.tree_util.register_dataclass,
@@ -42,8 +40,6 @@ def sort_by_expert(experts_TK: Int[Array, "T K"], experts: int, *, block: int) -
     rows = (choices + min(experts, choices) * (block - 1)) // block * block
     chosen_N = experts_TK.reshape(-1).astype(jnp.int32)
     chosen_N = jnp.where((chosen_N >= 0) & (chosen_N < experts), chosen_N, experts)  # no expert: sorted last
-    if choices <= _FEW:
-        return _by_comparing(chosen_N, (tokens, top), experts, rows, block)
     key_N = jnp.sort(chosen_N * choices + jnp.arange(choices, dtype=jnp.int32))
     expert_N, choice_N = key_N // choices, key_N % choices
     sizes_E = jnp.sum(chosen_N[:, None] == jnp.arange(experts), axis=0)
@@ -57,24 +53,6 @@ def sort_by_expert(experts_TK: Int[Array, "T K"], experts: int, *, block: int) -
     choice_P = jnp.full(rows, choices, jnp.int32).at[slot_N].set(choice_N, mode="drop", unique_indices=True)
     slot_TK = jnp.minimum(slot_TK.reshape(tokens, top), rows)
     return Layout(slot_TK, choice_P, padded_E.astype(jnp.int32), block)
-
-
-def _by_comparing(chosen_N, shape, experts: int, rows: int, block: int) -> Layout:
-    """The same layout of few choices, each compared with all others: sums of comparisons are single kernels, where a
-    sort, running sums and scatters are a dozen, and a step of decoding is made of the time that kernels take to start.
-    """
-    order_N = jnp.arange(len(chosen_N), dtype=jnp.int32)
-    same_NN = chosen_N[:, None] == chosen_N
-    rank_N = jnp.sum(same_NN & (order_N < order_N[:, None]), axis=1, dtype=jnp.int32)
-    # Blocks before a choice's own: as many as choices of earlier experts that begin one.
-    begins_N = rank_N % block == 0
-    blocks_N = jnp.sum(begins_N & (chosen_N < chosen_N[:, None]), axis=1, dtype=jnp.int32)
-    slot_N = jnp.where(chosen_N < experts, blocks_N * block + rank_N, rows)
-    here_PN = slot_N == jnp.arange(rows, dtype=jnp.int32)[:, None]
-    choice_P = jnp.min(jnp.where(here_PN, order_N, len(chosen_N)), axis=1)
-    begins_EN = begins_N & (chosen_N == jnp.arange(experts, dtype=jnp.int32)[:, None])
-    sizes_E = block * jnp.sum(begins_EN, axis=1, dtype=jnp.int32)
-    return Layout(slot_N.reshape(shape), choice_P, sizes_E, block)
 
 
 @jax.custom_vjp

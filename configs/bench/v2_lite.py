@@ -17,7 +17,7 @@ from deepseek_jax.workflows.recipe import load_recipe
 def config() -> PretrainConfig:
     return PretrainConfig(
         model=load_recipe("models/deepseek_v2_lite", ModelConfig),
-        compute=ComputeConfig(dtype="bfloat16", scan_decode=True),
+        compute=ComputeConfig(dtype="bfloat16", scan_decode=True, scan_unroll=26),
         data=PretrainData(seq_len=2048),
         batch_size=8,
     )

@@ -3,6 +3,7 @@ random weights that are drawn on the device."""
 
 import dataclasses
 import functools
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -31,7 +32,7 @@ TRACED = 8  # steps of decoding in a profile
 
 
 @dataclasses.dataclass(frozen=True)
-class _Setting:
+class Setting:
     """A recipe's network with random weights, and a batch of rows to answer."""
 
     config: ModelConfig
@@ -41,13 +42,14 @@ class _Setting:
     requests: Requests
 
     @classmethod
-    def of(cls, recipe: PretrainConfig, prompt: int, answer: int, columns: int) -> "_Setting":
+    def of(cls, recipe: PretrainConfig, prompt: int, answer: int, columns: int) -> "Setting":
         mesh, config = make_mesh(recipe.mesh), sampling_config(recipe.model)
         compute = dataclasses.replace(recipe.compute.on(mesh), rules=sampling_rules(recipe.compute.rules))
         rng = np.random.default_rng(0)
         prompts = rng.integers(0, config.vocab_size, (recipe.batch_size, prompt)).tolist()
         with jax.set_mesh(mesh):
-            requests = make_requests(prompts, SamplingParams(temperature=0.0, max_tokens=answer), width=prompt)
+            greedy = SamplingParams(temperature=0.0, max_tokens=answer)
+            requests = make_requests(prompts, greedy, width=prompt, ways=_ways(mesh, compute.rules.batch))
             weights = jax.block_until_ready(random_weights(config, compute, mesh))
         # Exactly as many columns as there are tokens, and rows that do not end while they are timed.
         limit_B = np.full_like(requests.limit_B, answer + 1)
@@ -67,7 +69,7 @@ class _Setting:
 
 def measure_prefill(recipe: PretrainConfig, columns: int, repeats: int) -> Measured:
     """Prompts of ``columns`` tokens up to the first token of each answer: the median of ``repeats``."""
-    its = _Setting.of(recipe, columns, 1, columns)
+    its = Setting.of(recipe, columns, 1, columns)
     compiled, compiling = its.compile(begin, its.requests)
     call = functools.partial(compiled, *its.weights, its.requests)
     jax.block_until_ready(call())
@@ -88,7 +90,7 @@ def measure_prefill(recipe: PretrainConfig, columns: int, repeats: int) -> Measu
 def measure_decoding(recipe: PretrainConfig, columns: int, new_tokens: int, repeats: int) -> Measured:
     """``new_tokens`` greedy steps over a cache of random numbers, up to ``columns`` tokens a row: the median of
     ``repeats`` such calls, divided by the steps."""
-    its = _Setting.of(recipe, columns - new_tokens, new_tokens, columns)
+    its = Setting.of(recipe, columns - new_tokens, new_tokens, columns)
     decoding = _begun(its, jax.jit(_random_cache, static_argnames=("config", "compute", "batch", "columns")))
     load_LE = _loads(its, decoding.token_B[:, None], decoding.cache)
     compiled, compiling = its.compile(go_on, its.requests, decoding, np.int32(0))
@@ -107,14 +109,14 @@ def measure_decoding(recipe: PretrainConfig, columns: int, new_tokens: int, repe
     facts = {
         "work": f"{its.batch} rows, {columns - new_tokens}…{columns} tokens before them, {_network(its)}",
         **rates(its.batch, seconds, flops / seconds / its.mesh.size, its.compute.dtype),
-        "weights and cache": bandwidth(_touched(its, load_LE, context) / its.mesh.size, seconds),
+        "weights and cache": bandwidth(_touched(its, load_LE, context), seconds),
         **_program(compiled, compiling),
         **_routing(load_LE),
     }
     return Measured(facts, call)
 
 
-def _begun(its: _Setting, cache: Callable[..., Cache]) -> Decoding:
+def _begun(its: Setting, cache: Callable[..., Cache]) -> Decoding:
     """Answers of which one token is there, behind prompts that fill all but the answers' columns."""
     requests, batch = its.requests, its.batch
     cached = cache(config=its.config, compute=its.compute, batch=batch, columns=requests.columns)
@@ -129,7 +131,11 @@ def _begun(its: _Setting, cache: Callable[..., Cache]) -> Decoding:
 def _random_cache(config: ModelConfig, compute: ComputeConfig, batch: int, columns: int) -> Cache:
     cache = Cache.empty(config, compute, batch, columns)
     keys = jax.random.split(jax.random.key(1, impl="rbg"), len(cache.layers))
-    draw = lambda key, leaf: jax.random.normal(key, leaf.shape, leaf.dtype)  # noqa: E731
+
+    def draw(key, leaf):  # in parts: the bits of a large one would take more than it
+        part = lambda key: jax.random.normal(key, leaf.shape[1:], leaf.dtype)  # noqa: E731
+        return jax.lax.map(part, jax.random.split(key, leaf.shape[0]))
+
     return dataclasses.replace(cache, layers=tuple(map(draw, keys, cache.layers)))
 
 
@@ -145,28 +151,27 @@ def _load(config: ModelConfig, compute: ComputeConfig, params, router_bias, toke
     return None if out.router is None else out.router.load_E
 
 
-def _loads(its: _Setting, tokens_BS: Any, cache: Cache | None) -> np.ndarray | None:
+def _loads(its: Setting, tokens_BS: Any, cache: Cache | None) -> np.ndarray | None:
     with jax.set_mesh(its.mesh):
         load_LE = _load(its.config, its.compute, *its.weights, jnp.asarray(tokens_BS), cache)
     return None if load_LE is None else np.asarray(load_LE)
 
 
-def _touched(its: _Setting, load_LE: np.ndarray | None, context: int) -> float:
-    """Bytes of all weights that a step reads, of experts those that are chosen, and of the cache."""
-    size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))  # noqa: E731
+def _touched(its: Setting, load_LE: np.ndarray | None, context: int) -> float:
+    """Bytes that a step reads on a device: all weights, of experts those that any row has chosen, and its rows' cache."""
+    config, rules, itemsize = its.config, its.compute.rules, jnp.dtype(its.compute.dtype).itemsize
+    here = lambda leaf: leaf.addressable_shards[0].data.nbytes  # noqa: E731
     params = its.weights[0]
-    read = size(params) - (0 if its.config.tie_word_embeddings else params["embed"].nbytes)
+    read = sum(map(here, jax.tree.leaves(params))) - (0 if config.tie_word_embeddings else here(params["embed"]))
     if load_LE is not None:
-        experts = count_experts(its.config) * jnp.dtype(its.compute.dtype).itemsize
-        read -= experts * (1 - np.mean(load_LE > 0))
-    numbers = its.config.cache_numbers_per_token_layer * its.config.num_hidden_layers
-    return read + its.batch * context * numbers * jnp.dtype(its.compute.dtype).itemsize
+        one = 3 * config.hidden_size * config.moe_intermediate_size * itemsize / _ways(its.mesh, rules.expert_mlp)
+        read -= one * np.sum(load_LE == 0)
+    numbers = config.cache_numbers_per_token_layer * config.num_hidden_layers
+    return read + its.batch / _ways(its.mesh, rules.batch) * context * numbers * itemsize
 
 
-def count_experts(config: ModelConfig) -> int:
-    """Numbers of all routed experts."""
-    one = 3 * config.hidden_size * config.moe_intermediate_size
-    return config.num_moe_layers * config.n_routed_experts * one
+def _ways(mesh: Mesh, axes: tuple[str, ...]) -> int:
+    return math.prod(mesh.shape[axis] for axis in axes)
 
 
 def _seconds(call: Callable[[], Any]) -> float:
@@ -175,7 +180,7 @@ def _seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-def _network(its: _Setting) -> str:
+def _network(its: Setting) -> str:
     return f"{count_parameters(its.config)['parameters_total']:,} parameters, {its.compute.dtype}"
 
 

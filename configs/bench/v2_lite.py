@@ -1,4 +1,4 @@
-"""The speed of DeepSeek-V2-Lite, all of its 15.7 B parameters, random and in bfloat16, before the first token and after.
+"""The speed of DeepSeek-V2-Lite before the first token and after it: 15.7 B parameters, random, in bfloat16.
 
     deepseek-jax bench bench/v2_lite --work prefill --batch-size 8 --columns 2048
     deepseek-jax bench bench/v2_lite --work decode --batch-size 64 --columns 512

@@ -1,5 +1,5 @@
-"""``bench RECIPE --work prefill`` and ``--work decode``: what ``generate`` does before the first token and after it, with
-random weights that are drawn on the device."""
+"""``bench RECIPE --work prefill`` and ``--work decode``: what ``generate`` does before the first token and after it,
+with random weights that are drawn on the device."""
 
 import dataclasses
 import functools
@@ -158,7 +158,7 @@ def _loads(its: Setting, tokens_BS: Any, cache: Cache | None) -> np.ndarray | No
 
 
 def _touched(its: Setting, load_LE: np.ndarray | None, context: int) -> float:
-    """Bytes that a step reads on a device: all weights, of experts those that any row has chosen, and its rows' cache."""
+    """Bytes that a step reads on a device: weights, of experts those that any row has chosen, and its rows' cache."""
     config, rules, itemsize = its.config, its.compute.rules, jnp.dtype(its.compute.dtype).itemsize
     here = lambda leaf: leaf.addressable_shards[0].data.nbytes  # noqa: E731
     params = its.weights[0]

@@ -87,9 +87,7 @@ def begin(
     return _prefill(network, _rows(requests, compute), experts=False)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("config", "compute"), donate_argnames="decoding", compiler_options=OPTIONS
-)
+@functools.partial(jax.jit, static_argnames=("config", "compute"), donate_argnames="decoding", compiler_options=OPTIONS)
 def go_on(
     config: ModelConfig,
     compute: ComputeConfig,

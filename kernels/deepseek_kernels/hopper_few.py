@@ -1,5 +1,5 @@
 """Products of few rows with large matrices on NVIDIA Hopper, as decoding has them: the matrices' bandwidth is all that
-counts. Each group of rows has a matrix of its own, or all rows have one, which then is split over the terms of its sums.
+counts. Each group of rows has a matrix of its own, or all rows have one, which then is split over its sums' terms.
 
 The product is transposed, ``yᵀ = wᵀ xᵀ``, so that a matrix' columns fill the 64 rows that a tensor-core product takes
 and the rows are its short side; a result is turned again on its way to shared memory. Tiles of 128 columns and of a few

@@ -98,9 +98,9 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
 def choose(operation: str, target: Target, dtype: Any, *, implementation: str = "auto", **facts: Any) -> Choice:
     """The implementation of an operation for a target, a dtype and the facts that the operation's rules read.
 
-    facts: of product those of ``hopper_few.refuses_dense``; of grouped_matmul ``rows, groups, widths``; of mla_attention and gqa_attention those of
-    ``attention_cudnn.refuses``, of mla_decode those of ``decode_hopper.refuses``; of the others none. A slow choice is
-    logged once, with its reason.
+    facts: of product those of ``hopper_few.refuses_dense``; of grouped_matmul ``rows, groups, widths``; of
+    mla_attention and gqa_attention those of ``attention_cudnn.refuses``, of mla_decode those of
+    ``decode_hopper.refuses``; of the others none. A slow choice is logged once, with its reason.
 
     Raises:
       ValueError: an operation or implementation that does not exist, or one that cannot run there.

@@ -162,7 +162,9 @@ def test_no_rows_at_all():
     assert y.shape == (0, 320) and dx.shape == (0, 256) and not np.any(dw)
 
 
-@pytest.mark.parametrize("kernel", ["product", "few", "dense", "transposed", "weight_gradient", "rounded_weight_gradient"])
+@pytest.mark.parametrize(
+    "kernel", ["product", "few", "dense", "transposed", "weight_gradient", "rounded_weight_gradient"]
+)
 def test_kernels_are_lowered_for_cuda_without_a_gpu(kernel):
     """Any jax that the package allows takes them through Mosaic GPU's passes."""
     x, w, dy = draw(256, 2, 320, 448)

@@ -1,5 +1,5 @@
 """Seconds from a fresh process to the first token of a recipe's model, with random weights made on the device, while
-XLA's compile cache is empty and once it is filled; then the first call of ``generate``, which decodes too, and the second.
+XLA's compile cache is empty and once it is filled; then to the end of ``generate``'s first call, and of its second.
 
     python scripts/first_token.py bench/v2_lite
 """

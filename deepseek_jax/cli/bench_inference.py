@@ -153,7 +153,8 @@ def _load(config: ModelConfig, compute: ComputeConfig, params, router_bias, toke
 
 def _loads(its: Setting, tokens_BS: Any, cache: Cache | None) -> np.ndarray | None:
     with jax.set_mesh(its.mesh):
-        load_LE = _load(its.config, its.compute, *its.weights, jnp.asarray(tokens_BS), cache)
+        compute = dataclasses.replace(its.compute, scan_unroll=1)  # for it is run once
+        load_LE = _load(its.config, compute, *its.weights, jnp.asarray(tokens_BS), cache)
     return None if load_LE is None else np.asarray(load_LE)
 
 

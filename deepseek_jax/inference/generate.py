@@ -78,7 +78,7 @@ def generate(
     return dataclasses.replace(decoding.answered, experts_LBTK=jnp.moveaxis(decoding.chosen_BTX.reshape(shape), 2, 0))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "compute"), compiler_options=OPTIONS)
+@functools.partial(jax.jit, static_argnames=("config", "compute"))
 def begin(
     config: ModelConfig, compute: ComputeConfig, params: Any, router_bias: jax.Array | None, requests: Requests
 ) -> Decoding:

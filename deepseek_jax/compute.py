@@ -37,7 +37,8 @@ class ComputeConfig:
     """Layers per turn of the scan: more compile longer and run faster, on a CPU above all."""
     scan_decode: bool = False
     """Scan the layers of a kind when decoding too: compiles once for all of them, and copies each one's weights out of
-    their stacks at every token, but for what a kernel reads where it lies: on Hopper experts and cache."""
+    their stacks at every token, but for what a kernel reads where it lies: on Hopper nearly all weights and the cache.
+    With scan_unroll as many layers as that are a turn of the loop; the prompt's pass is scanned one by one."""
     target: str = "auto"
     """What kernels are chosen for: PLATFORM[:CHIP[:CORES]]; auto: the mesh's first device."""
     attention: str = "auto"

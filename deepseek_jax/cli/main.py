@@ -30,7 +30,7 @@ using a model
   convert PATH DST       write it as released ones are: safetensors, tokenizer, chat template
   inspect PATH|RECIPE    parameters, cache and arithmetic per token
   bench                  train and decode speed of the demo's model beside transformers
-  bench RECIPE --work train   speed, memory and longest kernels of a recipe's model
+  bench RECIPE --work train|prefill|decode   speed, memory and longest kernels of a recipe's model
 
 RECIPE is a name such as demo/pretrain or a Python file with a function config(); without one a stage has its defaults
 and says what is missing. RUN is a folder that a stage or the demo wrote; PATH is a RUN or a released model's folder,

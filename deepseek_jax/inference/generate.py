@@ -44,7 +44,11 @@ class Decoding:
     chosen_BTX: jax.Array | None
 
 
-@functools.partial(jax.jit, static_argnames=("config", "compute", "experts"))
+# On a GPU kernels of a step that need nothing of each other run side by side, such as shared experts and the routing.
+OPTIONS = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
+
+
+@functools.partial(jax.jit, static_argnames=("config", "compute", "experts"), compiler_options=OPTIONS)
 def generate(
     config: ModelConfig,
     compute: ComputeConfig,
@@ -83,7 +87,7 @@ def begin(
     return _prefill(network, _rows(requests, compute), experts=False)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "compute"), donate_argnames="decoding")
+@functools.partial(jax.jit, static_argnames=("config", "compute"), donate_argnames="decoding", compiler_options=OPTIONS)
 def go_on(
     config: ModelConfig,
     compute: ComputeConfig,

@@ -46,27 +46,66 @@ def sampling_weights(
     Nothing of the result shares memory with ``params``, which a train step may then give away.
     """
     params = {name: tree for name, tree in params.items() if name != "mtp"}
-    axes = {name: tree for name, tree in transformer.logical_axes(config).items() if name != "mtp"}
     if router_bias is not None:
         whole = NamedSharding(mesh, PartitionSpec())
         router_bias = jax.lax.with_sharding_constraint(jnp.copy(router_bias[: config.num_moe_layers]), whole)
-    if not compute.scan_decode:
-        params, axes = transformer.unstack(params), _unstacked(config, axes)
+    params = params if compute.scan_decode else transformer.unstack(params)
 
     def make(path, leaf, axes):
         if isinstance(leaf, BlockScaled):
             return jax.tree.map(jnp.copy, laid_out(leaf, compute.kernels))
-        kept = any(getattr(part, "key", None) in READ_IN_FLOAT32 for part in path)
-        leaf = jnp.copy(leaf) if kept else jnp.copy(leaf).astype(compute.dtype)
+        leaf = jnp.copy(leaf) if _named(path, READ_IN_FLOAT32) else jnp.copy(leaf).astype(compute.dtype)
         return jax.lax.with_sharding_constraint(leaf, named_sharding(mesh, axes, leaf.shape, compute.rules))
 
     is_leaf = lambda leaf: isinstance(leaf, BlockScaled)  # noqa: E731
+    axes = _axes(config, compute)
     return jax.tree_util.tree_map_with_path(make, params, axes, is_leaf=is_leaf), router_bias
 
 
-def _unstacked(config: ModelConfig, axes: dict[str, Any]) -> dict[str, Any]:
-    """Logical axes of ``transformer.unstack``'s result."""
-    axes, layers = dict(axes), []
+def random_weights(
+    config: ModelConfig, compute: ComputeConfig, mesh: Mesh, seed: int = 0
+) -> tuple[dict[str, Any], jax.Array | None]:
+    """What ``sampling_weights`` makes, drawn where it lies instead of made from a model, for measurements: no second
+    copy, nothing in float32 but what is read so. The same widths as fresh weights, other numbers."""
+    shapes = transformer.abstract_arrays(config, compute)
+    shapes, bias = jax.eval_shape(
+        functools.partial(sampling_weights, config=config, compute=compute, mesh=mesh), *shapes
+    )
+    keys = iter(jax.random.split(jax.random.key(seed, impl="rbg"), len(jax.tree.leaves(shapes))))
+
+    def make(path, leaf, axes):
+        place = named_sharding(mesh, axes, leaf.shape, compute.rules)
+        scale = None if _named(path, ("gain",)) else config.initializer_range
+        return _drawn(next(keys), shape=leaf.shape, dtype=leaf.dtype, scale=scale, place=place)
+
+    params = jax.tree_util.tree_map_with_path(make, shapes, _axes(config, compute))
+    return params, None if bias is None else jnp.zeros(bias.shape, bias.dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "dtype", "scale", "place"))
+def _drawn(key, *, shape, dtype, scale, place):
+    """Normal numbers, or ones; a large array in parts, since their bits are as large as float32."""
+    if scale is None:
+        drawn = jnp.ones(shape, dtype)
+    else:
+        draw = lambda key, shape: (scale * jax.random.normal(key, shape)).astype(dtype)  # noqa: E731
+        if len(shape) > 2:
+            drawn = jax.lax.map(lambda key: draw(key, shape[1:]), jax.random.split(key, shape[0]))
+        else:
+            drawn = draw(key, shape)
+    return jax.lax.with_sharding_constraint(drawn, place)
+
+
+def _named(path, names: tuple[str, ...]) -> bool:
+    return any(getattr(part, "key", None) in names for part in path)
+
+
+def _axes(config: ModelConfig, compute: ComputeConfig) -> dict[str, Any]:
+    """Logical axes of ``sampling_weights``' result."""
+    axes = {name: tree for name, tree in transformer.logical_axes(config).items() if name != "mtp"}
+    if compute.scan_decode:
+        return axes
+    layers = []
     for name, count in (("dense_layers", config.num_dense_layers), ("moe_layers", config.num_moe_layers)):
         stack = axes.pop(name, None)
         layer = jax.tree.map(lambda named: named[1:], stack, is_leaf=lambda named: isinstance(named, tuple))

@@ -3,6 +3,8 @@
 Everything here is float32: bf16 logits change which experts are chosen.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -10,6 +12,8 @@ from jaxtyping import Array, Float, Int
 
 from deepseek_jax.config import ModelConfig
 from deepseek_kernels.kept import kept
+
+_FEW = 64  # tokens: a step of decoding's
 
 
 @struct.dataclass
@@ -51,9 +55,7 @@ def route(
 
     chosen_TK: experts to take instead, those that a sampler took for instance; -1 leaves the choice to the router.
     """
-    # A GPU would take TF32 for this product and a TPU bf16.
-    x_TD, w_DE = x_TD.astype(jnp.float32), w_DE.astype(jnp.float32)
-    logits = jnp.einsum("td,de->te", x_TD, w_DE, precision=jax.lax.Precision.HIGHEST)
+    logits = _logits(x_TD.astype(jnp.float32), w_DE.astype(jnp.float32))
     scores = jax.nn.sigmoid(logits) if config.scoring == "sigmoid" else jax.nn.softmax(logits, axis=-1)
     # One comparison decides, but no gradient flows through it.
     choice = jax.lax.stop_gradient(scores)
@@ -62,7 +64,7 @@ def route(
         choice = limit_to_groups(config, choice + bias_E, best=2)
     elif config.topk_method == "group_limited_greedy":
         choice = limit_to_groups(config, choice, best=1)
-    experts_TK = jax.lax.top_k(choice, config.num_experts_per_tok)[1]
+    experts_TK = best_experts(choice, config.num_experts_per_tok)
     if chosen_TK is not None:
         experts_TK = jnp.where(chosen_TK >= 0, chosen_TK, experts_TK)
     # Kept with the rows that it sorted: chosen again from logits of another rounding, one choice would move all rows.
@@ -71,6 +73,36 @@ def route(
     if config.norm_topk_prob:
         weights_TK = weights_TK / (jnp.sum(weights_TK, axis=1, keepdims=True) + 1e-20)
     return Routing(experts_TK, weights_TK * config.routed_scaling_factor, scores)
+
+
+def _logits(x_TD, w_DE):
+    # A GPU would take TF32 for this product and a TPU bf16.
+    product = functools.partial(jnp.einsum, "td,de->te", precision=jax.lax.Precision.HIGHEST)
+    if len(x_TD) > 1:
+        return product(x_TD, w_DE)
+    # XLA:GPU writes a single row's products to memory before it adds them up.
+    of_eight = lambda x_TD, w_DE: product(jnp.pad(x_TD, ((0, 7), (0, 0))), w_DE)[:1]  # noqa: E731
+    return jax.lax.platform_dependent(x_TD, w_DE, cuda=of_eight, default=product)
+
+
+def best_experts(choice_TE: Float[Array, "T E"], count: int) -> Int[Array, "T K"]:
+    """The experts of the ``count`` highest numbers, best first, ties to the lower index.
+
+    On a GPU, of few tokens, each expert's place is the number of those before it: two kernels, where XLA sorts.
+    """
+    tokens, experts = choice_TE.shape
+
+    def by_comparing(choice_TE):
+        one, other = choice_TE[:, :, None], choice_TE[:, None, :]
+        lower = jnp.arange(experts) < jnp.arange(experts)[:, None]
+        place_TE = jnp.sum((other > one) | ((other == one) & lower), axis=2, dtype=jnp.int32)
+        is_kth_TKE = place_TE[:, None, :] == jnp.arange(count, dtype=jnp.int32)[:, None]
+        return jnp.sum(jnp.where(is_kth_TKE, jnp.arange(experts, dtype=jnp.int32), 0), axis=2)
+
+    by_sorting = lambda choice_TE: jax.lax.top_k(choice_TE, count)[1]  # noqa: E731
+    if tokens > _FEW:
+        return by_sorting(choice_TE)
+    return jax.lax.platform_dependent(choice_TE, cuda=by_comparing, default=by_sorting)
 
 
 def limit_to_groups(config: ModelConfig, choice_TE: Float[Array, "T E"], *, best: int) -> Float[Array, "T E"]:

@@ -260,7 +260,8 @@ class Transformer(nnx.Module):
             x, router, memory = nnx.merge(graph, get(part))(x, context, bias_E, **options)
             return (x, _stacks(memory)), router
 
-        unroll = self.compute.scan_unroll
+        # Rows of a prompt keep the device busy: nothing is gained there by another copy of a layer's program.
+        unroll = 1 if memories is not None and not absorbed else self.compute.scan_unroll
         body = _rematerialised(layer, self.compute.remat, looped=_count(state) > unroll)
         (x_BSD, memories), router = jax.lax.scan(body, (x_BSD, memories), (weights, bias, chosen), unroll=unroll)
         return x_BSD, router, memories

@@ -19,7 +19,7 @@ from deepseek_kernels import cpu, fp8_on_hopper, grouped_blocks, grouped_tpu, ho
 from deepseek_kernels.kept import kept
 from deepseek_kernels.registry import choose
 from deepseek_kernels.target import Target
-from deepseek_kernels.weights import InStack, Weight, block_scaled, stored_gradient
+from deepseek_kernels.weights import Weight, block_scaled, in_stack, stored_gradient
 
 
 def grouped_matmul(
@@ -145,13 +145,14 @@ def _hopper(x, w, sizes, block, *, cores, transpose=False, quantised=False):
     group_N = grouped_blocks.groups(sizes, len(x), block if block in hopper_few.TILES else hopper.ROWS)
     if scaled and not fp8_on_hopper.does_not_fit(w):
         return fp8_on_hopper.multiply(x, w, group_N, cores=cores, quantised=quantised)
-    if isinstance(w, InStack) and w.dtype == x.dtype:  # read where it lies, as some of the stack's groups
+    if in_stack(w, x.dtype):  # read where it lies, as some of the stack's groups
         matrices = w.stack.reshape(-1, w.shape[1], math.prod(w.shape[2:]))
         group_N = jnp.where(group_N < len(sizes), group_N + w.layer * len(sizes), len(matrices))
     else:
         matrices = _values(w, x.dtype)
     if block in hopper_few.TILES:
-        return hopper_few.grouped_product(x, matrices, group_N, cores=cores)
+        blocks_M = jnp.append(group_N, jnp.sum(group_N < len(matrices))).astype(jnp.int32)
+        return hopper_few.grouped_product(x, matrices, blocks_M, cores=cores)
     return hopper.grouped_product(x, matrices, group_N, cores=cores, transpose=transpose)
 
 

@@ -4,6 +4,7 @@ Tiles of 128 × 256 are sums of products over steps of 64 terms; of two warp gro
 A tile's rows are of one group, so that its matrix is read where it lies: no masks, no copies.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +34,7 @@ def refuses(target: Target, dtype: Any, *, widths: tuple[int, ...] = (), **_: An
     return ""
 
 
+@functools.partial(jax.jit, static_argnames=("cores", "transpose", "sizes"))  # lowered once for all layers
 def grouped_product(
     x_TD: Float[Array, "T D"],
     w: Float[Array, "E _ _"],

@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from deepseek_kernels import cpu
+from deepseek_kernels import cpu, hopper_few
 from deepseek_kernels.fp8_matmul import fp8_matmul
-from deepseek_kernels.fp8_on_hopper import facts
+from deepseek_kernels.fp8_on_hopper import facts as fp8_facts
 from deepseek_kernels.registry import choose
 from deepseek_kernels.target import Target
-from deepseek_kernels.weights import Weight, block_scaled, stored_gradient
+from deepseek_kernels.weights import InStack, Weight, as_it_lies, block_scaled, stored_gradient
 
 
 def product(
@@ -40,22 +40,26 @@ def product(
     Args:
       w: an array of any dtype, a BlockScaled, an InStack or Columns. The first and stacks of the first have gradients.
       precision: of this product and of its gradients', as in ``jnp.einsum``.
-      implementation: ``c`` or ``dot``: what computes the weight's gradient.
+      implementation: ``hopper``, a kernel for few rows; ``dot``; ``c``, a dot with the weight's gradient by a kernel.
       fp8: of a product with an FP8 weight's matrix, see ``fp8_matmul``.
 
     Raises:
       ValueError: an equation that is not of this kind or does not fit the shapes, or an implementation that cannot run.
     """
-    target = target or Target.here()
-    name = choose("product", target, x.dtype, implementation=implementation).name
-    form, scaled = _parse(equation, x.shape, tuple(w.shape)), block_scaled(w)
+    target, form, scaled = target or Target.here(), _parse(equation, x.shape, tuple(w.shape)), block_scaled(w)
+    dtype, mesh = None if dtype is None else jnp.dtype(dtype), jax.sharding.get_abstract_mesh()
+    facts: dict[str, Any] = {"devices": 1 if mesh.empty else mesh.size}
+    if form.plain and precision is None and dtype in (None, x.dtype) and as_it_lies(w, x.dtype):
+        sizes = [math.prod(part) for part in (x.shape[: len(form.rows)], w.shape[: len(form.summed)], w.shape)]
+        facts |= {"rows": sizes[0], "widths": (sizes[1], sizes[2] // max(sizes[1], 1))}
+    name = choose("product", target, x.dtype, implementation=implementation, **facts).name
     if scaled is not None and form.plain and len(form.summed) == scaled.groups[0][0]:
-        choice = choose("fp8_matmul", target, x.dtype, implementation=fp8, **facts(w))
+        choice = choose("fp8_matmul", target, x.dtype, implementation=fp8, **fp8_facts(w))
         if choice.name != "dequantised":
             rows = x.shape[: len(form.rows)]
             y = fp8_matmul(x.reshape(*rows, -1), w, target=target, implementation=choice.name)
             return y.reshape(*rows, *w.shape[len(form.summed) :]).astype(dtype or x.dtype)
-    return _product(x, w, form, None if dtype is None else jnp.dtype(dtype), precision, name)
+    return _product(x, w, form, dtype, precision, name, target.cores)
 
 
 def weight_gradient(
@@ -139,8 +143,13 @@ def _parse(equation: str, x_shape: tuple[int, ...], w_shape: tuple[int, ...]) ->
     return _Form(x, w, out, summed, "".join(letter for letter in w if letter not in x))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
-def _product(x, w, form, dtype, precision, name):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5, 6))
+def _product(x, w, form, dtype, precision, name, cores):
+    if name == "hopper":
+        rows, (stack, layer) = x.shape[: len(form.rows)], (w.stack, w.layer) if isinstance(w, InStack) else (w[None], 0)
+        x = x.reshape(math.prod(rows), -1)
+        y = hopper_few.dense_product(x, stack.reshape(len(stack), x.shape[1], -1), layer, cores=cores)
+        return y.reshape(*rows, *w.shape[len(form.summed) :])
     wide = None if dtype is None else jnp.promote_types(x.dtype, dtype)
     values = w.astype(x.dtype)
     if form.plain:
@@ -154,11 +163,11 @@ def _product(x, w, form, dtype, precision, name):
     return y if dtype is None else y.astype(dtype)
 
 
-def _forward(x, w, form, dtype, precision, name):
-    return _product(x, w, form, dtype, precision, name), (x, w)
+def _forward(x, w, form, dtype, precision, name, cores):
+    return _product(x, w, form, dtype, precision, name, cores), (x, w)
 
 
-def _backward(form, dtype, precision, name, residuals, dy):
+def _backward(form, dtype, precision, name, cores, residuals, dy):
     x, w = residuals
     dy, values = dy.astype(x.dtype), w.astype(x.dtype)
     rows = x.shape[: len(form.rows)]

@@ -43,13 +43,15 @@ class Choice:
 @dataclasses.dataclass(frozen=True)
 class Implementation:
     """platforms: where it is chosen by itself if it does not refuse; elsewhere it must be named. refuses: why it cannot
-    run, "" where it can. rows: the alignment. slow: the reason where no faster one of the platform has refused."""
+    run, "" where it can. rows: the alignment. slow: the reason where no faster one of the platform has refused.
+    special: made for some shapes alone, so that another is no slow choice where it refuses."""
 
     name: str
     platforms: tuple[Platform, ...] = ANYWHERE
     refuses: Callable[..., str] = lambda target, dtype, **facts: ""
     rows: Callable[..., int] = lambda target, **facts: 1
     slow: str = ""
+    special: bool = False
 
 
 def _needs_c(target: Target, dtype: Any, **_) -> str:
@@ -81,8 +83,12 @@ _REFERENCE = Implementation("reference", ())
 
 # The first that is chosen by itself on the platform and does not refuse is taken.
 TABLE: dict[str, tuple[Implementation, ...]] = {
-    # XLA's product; with "c" the weight's gradient by the C kernel.
-    "product": (_C, Implementation("dot")),
+    # XLA's; with "c" the weight's gradient by the C kernel; "hopper" is of few rows, as decoding has them.
+    "product": (
+        _C,
+        Implementation("hopper", ("cuda",), hopper_few.refuses_dense, special=True),
+        Implementation("dot"),
+    ),
     "grouped_matmul": (
         _C,
         Implementation("hopper", ("cuda",), hopper.refuses, _hopper_rows),
@@ -127,9 +133,10 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
 def choose(operation: str, target: Target, dtype: Any, *, implementation: str = "auto", **facts: Any) -> Choice:
     """The implementation of an operation for a target, a dtype and the facts that the operation's rules read.
 
-    facts: of grouped_matmul ``rows, groups, widths`` and for FP8 ``weight``, of fp8_matmul those of
-    ``fp8_on_hopper.refuses``, of mla_attention and gqa_attention those of ``attention_cudnn.refuses``, of mla_decode
-    those of ``decode_hopper.refuses``; of the others none. A slow choice is logged once, with its reason.
+    facts: of product those of ``hopper_few.refuses_dense``; of grouped_matmul ``rows, groups, widths`` and for FP8
+    ``weight``, of fp8_matmul those of ``fp8_on_hopper.refuses``; of mla_attention and gqa_attention those of
+    ``attention_cudnn.refuses``, of mla_decode those of ``decode_hopper.refuses``; of the others none. A slow choice is
+    logged once, with its reason.
 
     Raises:
       ValueError: an operation or implementation that does not exist, or one that cannot run there.
@@ -150,7 +157,7 @@ def choose(operation: str, target: Target, dtype: Any, *, implementation: str = 
         if target.platform not in row.platforms:
             continue
         if why := row.refuses(target, dtype, **facts):
-            refusals.append(f"not {row.name}: {why}")
+            refusals += [] if row.special else [f"not {row.name}: {why}"]
             continue
         choice = Choice(row.name, row.rows(target, **facts), "; ".join(refusals) or row.slow)
         if choice.reason:  # a warning, which is seen by default, where the platform has a faster one

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from deepseek_kernels import cpu, hopper_gate
+from deepseek_kernels import cpu, experts_few, hopper_few, hopper_gate
 from deepseek_kernels.experts_sorted import gather_rows, sort_by_expert, sum_rows, weight_rows
 from deepseek_kernels.grouped_matmul import grouped_matmul
 from deepseek_kernels.kept import kept
@@ -75,6 +75,10 @@ def _sorted(x_TD, weights_TK, experts_TK, wi_ED2F, wo_EFD, target, grouped):
         for widths, weight in (((D, 2 * F), wi_ED2F), ((F, D), wo_EFD))
     ]
     aligned = max(choice.rows for choice in choices)
+    few = all(choice.name == "hopper" and choice.rows in hopper_few.TILES for choice in choices)
+    if few and experts_TK.size <= experts_few.MOST:
+        y_TD: jax.Array = _few(x_TD, weights_TK, experts_TK, wi_ED2F, wo_EFD, aligned, target)
+        return y_TD
     layout = sort_by_expert(experts_TK, E, block=aligned)
     options = {"aligned": aligned, "target": target, "implementation": grouped}
     x_PD = gather_rows(x_TD, layout)
@@ -82,6 +86,23 @@ def _sorted(x_TD, weights_TK, experts_TK, wi_ED2F, wo_EFD, target, grouped):
     on_hopper = all(choice.name == "hopper" for choice in choices) and hopper_gate.takes(len(x_PD), F)
     h_PF: jax.Array = _weighted_gate(gate_up_P2F, weight_rows(weights_TK.astype(jnp.float32), layout), on_hopper)
     return sum_rows(grouped_matmul(h_PF, wo_EFD, layout.group_sizes_E, **options), layout)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _few(x_TD, weights_TK, experts_TK, wi_ED2F, wo_EFD, tile, target):
+    """Few rows on Hopper; their gradients, which nothing fast needs, are blocks'."""
+    options = {"tile": tile, "cores": target.cores}
+    return experts_few.forward(x_TD, weights_TK, experts_TK, wi_ED2F, wo_EFD, **options)
+
+
+def _few_backward(tile, target, operands, dy_TD):
+    x_TD, weights_TK, experts_TK, *matrices = operands
+    by_blocks = lambda x, weights, wi, wo: _sorted(x, weights, experts_TK, wi, wo, target, "blocks")  # noqa: E731
+    dx_TD, dweights_TK, *dmatrices = jax.vjp(by_blocks, x_TD, weights_TK, *matrices)[1](dy_TD)
+    return dx_TD, dweights_TK, None, *dmatrices
+
+
+_few.defvjp(lambda *operands: (_few(*operands), operands[:5]), _few_backward)
 
 
 def _gate(gate_up):

@@ -27,7 +27,7 @@ def _cases() -> Iterator[tuple[str, Callable[..., Any], tuple]]:
     normal = lambda *shape: jax.random.normal(key, shape, jnp.bfloat16)  # noqa: E731
     groups = lambda tiles, each: jnp.asarray(np.arange(tiles) // each, jnp.int32)  # noqa: E731
     yield "grouped", hopper.grouped_product, (normal(32768, 2048), normal(64, 2048, 2816), groups(256, 4))
-    yield "few", hopper_few.grouped_product, (normal(1024, 2048), normal(64, 2048, 2816), groups(64, 1))
+    yield "few", hopper_few.grouped_product, (normal(1024, 2048), normal(64, 2048, 2816), jnp.append(groups(64, 1), 64))
     x, w = normal(16384, 7168).astype(FP8), normal(8, 4096, 7168).astype(FP8)
     yield "fp8", hopper_fp8.many, (x, jnp.ones((56, 16384)), w, jnp.ones((8, 32, 56)), groups(128, 16))
     yield "quantise", hopper_quantise.quantise_rows, (normal(16384, 7168),)

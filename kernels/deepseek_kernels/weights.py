@@ -71,6 +71,16 @@ def block_scaled(w: Weight) -> BlockScaled | None:
     return array if isinstance(array, BlockScaled) else None
 
 
+def in_stack(w: Weight, dtype: Any) -> bool:
+    """Whether it is a layer of a stack of arrays of ``dtype``, which a kernel can read where it lies."""
+    return isinstance(w, InStack) and not isinstance(w.stack, BlockScaled) and w.dtype == dtype
+
+
+def as_it_lies(w: Weight, dtype: Any) -> bool:
+    """Whether it is an array of ``dtype``, or a layer of a stack of such."""
+    return in_stack(w, dtype) or (isinstance(w, jax.Array) and w.dtype == dtype)
+
+
 def stored_gradient(w: Weight, gradient: Callable[[], jax.Array]) -> Any:
     """The gradient, float32 and of ``w.shape``, as the cotangent of w: in the stored dtype. What is stored in blocks or
     as integers has none, and it is not computed."""

@@ -6,16 +6,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.cli.bench_model import ModelBench, random_batch, training_flops
+from deepseek_jax.cli.bench_model import ModelBench, measure
+from deepseek_jax.cli.bench_training import random_batch, training_flops
 from deepseek_jax.cli.longest_kernels import longest_kernels
 from deepseek_jax.cli.main import main
-from deepseek_jax.model.costs import attention_flops, forward_flops
+from deepseek_jax.compute import ComputeConfig
+from deepseek_jax.inference.weights import sampling_config
+from deepseek_jax.model.costs import attention_flops, count_parameters, forward_flops
 from deepseek_jax.workflows.pretrain import PretrainConfig
 from deepseek_jax.workflows.recipe import load_recipe
 
 
 def test_a_batch_is_cut_into_segments():
-    batch = random_batch(ModelBench(PretrainConfig(batch_size=3), segments=7))
+    batch = random_batch(PretrainConfig(batch_size=3), 7)
     assert batch["tokens"].shape == (3, 128)
     for segments, positions in zip(batch["segment_ids"], batch["positions"], strict=True):
         sizes = np.bincount(segments)[1:]
@@ -24,22 +27,39 @@ def test_a_batch_is_cut_into_segments():
 
 
 def test_arithmetic_is_three_times_the_forward_pass_and_attention_keeps_to_segments():
-    options = ModelBench(load_recipe("bench/v2_lite_8_layers", PretrainConfig))
-    model = options.recipe.model
-    assert training_flops(options) == 3 * (forward_flops(model) + attention_flops(model, 2048))
-    apart = training_flops(dataclasses.replace(options, segments=4096))
+    recipe = load_recipe("bench/v2_lite_8_layers", PretrainConfig)
+    model = recipe.model
+    assert training_flops(recipe) == 3 * (forward_flops(model) + attention_flops(model, 2048))
+    apart = training_flops(recipe, 4096)
     assert apart == 3 * forward_flops(model)  # of one token each
 
 
 def test_what_cannot_be_is_refused(capsys):
-    for wrong in (["--segments", "129"], ["--repeats", "0"], ["--work", "nothing"]):
+    few = ["--new-tokens", "127", "--work", "decode"]
+    for wrong in (["--segments", "129"], ["--repeats", "0"], ["--work", "nothing"], few):
         with pytest.raises(SystemExit):
             main(["bench", "demo/pretrain", *wrong])
-        assert wrong[0][2:] in capsys.readouterr().err
+        assert wrong[0][2:].replace("-", "_") in capsys.readouterr().err
     assert main(["bench", "nothing"]) == 1
     assert "no recipe 'nothing'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("scanned", [False, True])
+def test_prefill_and_decoding_of_a_tiny_recipe(scanned):
+    """What a step reads, of experts those that are chosen, and what is said of the routing."""
+    tiny = dataclasses.replace(load_recipe("demo/pretrain", PretrainConfig).model, num_hidden_layers=2)
+    compute = ComputeConfig(scan_decode=scanned)
+    recipe = PretrainConfig(batch_size=2, model=tiny, compute=compute)
+    for work in ("prefill", "decode"):
+        found = measure(ModelBench(recipe, work=work, columns=16, new_tokens=2, repeats=1))
+        assert {"work", "tokens a second", "time", "peak memory", "compile time", "routing"} < set(found.facts)
+        assert "experts touched in a layer" in found.facts["routing"]
+        assert found.call() is not None
+    params = count_parameters(sampling_config(tiny))
+    touched = found.facts["weights and cache"].split(" GB")[0]
+    assert 4 * params["parameters_active"] / 1e9 < 1.5 * float(touched) < 1.5 * 4 * params["parameters_total"] / 1e9
+
+
 def test_a_cpus_trace_has_no_kernels(tmp_path):
-    assert longest_kernels(lambda: jnp.ones(2) + 1, str(tmp_path)) == []
+    assert longest_kernels(lambda: jnp.ones(2) + 1, str(tmp_path)) == ([], 0)
     assert list(tmp_path.glob("**/*.xplane.pb"))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_kernels import InStack, Target, grouped_matmul, hopper, hopper_few, hopper_gate
+from deepseek_kernels import InStack, Target, grouped_matmul, hopper, hopper_few, hopper_gate, product, routed_experts
 
 TARGET = Target("cuda", "9.0", 0 if jax.default_backend() == "gpu" else 2)  # two blocks in the interpreter
 
@@ -15,8 +15,8 @@ TARGET = Target("cuda", "9.0", 0 if jax.default_backend() == "gpu" else 2)  # tw
 @functools.cache
 def compiled(aligned):
     def run(x, w, sizes, dy):
-        product = functools.partial(grouped_matmul, aligned=aligned, target=TARGET, implementation="hopper")
-        y, pullback = jax.vjp(lambda x, w: product(x, w, sizes), x, w)
+        matmul = functools.partial(grouped_matmul, aligned=aligned, target=TARGET, implementation="hopper")
+        y, pullback = jax.vjp(lambda x, w: matmul(x, w, sizes), x, w)
         return y, *pullback(dy)
 
     return jax.jit(run)
@@ -77,11 +77,11 @@ def test_a_float32_master_gets_an_unrounded_gradient(hopper_gpu, width, hidden):
 )
 def test_few_rows_read_a_layer_where_it_lies(hopper_gpu, block, sizes, rows):
     x, w, dy = draw(rows, len(sizes), 320, 448)
-    product = functools.partial(grouped_matmul, aligned=block, target=TARGET, implementation="hopper")
+    matmul = functools.partial(grouped_matmul, aligned=block, target=TARGET, implementation="hopper")
 
     @jax.jit
     def run(x, stack, sizes, dy):
-        y, pullback = jax.vjp(lambda x, stack: product(x, InStack(stack, jnp.int32(1)), sizes), x, stack)
+        y, pullback = jax.vjp(lambda x, stack: matmul(x, InStack(stack, jnp.int32(1)), sizes), x, stack)
         return y, *pullback(dy)
 
     y, dx, dstack = run(x, jnp.stack([0 * w, w, jnp.inf * w]), np.array(sizes, np.int32), dy)
@@ -94,6 +94,43 @@ def test_few_rows_read_a_layer_where_it_lies(hopper_gpu, block, sizes, rows):
         right = x[mine].T @ dy[mine]
         np.testing.assert_allclose(np.asarray(dstack[1, e], np.float64), right, rtol=1.01 * 2**-8, atol=1e-4)
     assert not np.any(y[start:]) and not np.any(dx[start:])
+
+
+@pytest.mark.parametrize("rows", [1, 20, 64])
+def test_one_matrix_for_few_rows_is_split_over_its_sums(hopper_gpu, rows):
+    """In three parts in the interpreter, of one and two steps; columns that end within a tile."""
+    target = Target("cuda", "9.0", TARGET.cores and 12)
+    x, w, _ = draw(rows, 3, 320, 448)
+    run = functools.partial(product, "btd,dhf->bthf", target=target, implementation="hopper")
+    y = jax.jit(run)(x[None], InStack(w.reshape(3, 320, 2, 224), jnp.int32(1)))
+    assert y.shape == (1, rows, 2, 224) and y.dtype == jnp.bfloat16
+    right = np.asarray(x, np.float64) @ np.asarray(w[1], np.float64)
+    np.testing.assert_allclose(np.asarray(y, np.float64).reshape(right.shape), right, rtol=1.01 * 2**-8, atol=1e-4)
+    np.testing.assert_array_equal(jax.jit(run)(x[None], w[1].reshape(320, 2, 224)), y)
+
+
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_experts_of_few_rows_equal_the_definition(hopper_gpu, tokens):
+    """And their gradients; a choice of no expert adds nothing."""
+    rng, E, K, D, F = np.random.default_rng(0), 4, 3, 256, 320
+    chosen = np.stack([rng.permutation(E)[:K] for _ in range(tokens)]).astype(np.int32)
+    chosen[::3, 1], chosen[2::3, 0] = -1, E
+    shapes = (tokens, D), (2, E, D, 2, F), (2, E, F, D), (tokens, D)
+    x, wi, wo, dy = (jnp.asarray(rng.standard_normal(shape) / 16, jnp.bfloat16) for shape in shapes)
+    weights = jnp.asarray(rng.random((tokens, K)), jnp.float32)
+
+    def both(grouped, x, weights, wi, wo):
+        def run(x, weights, wi, wo):
+            matrices = (InStack(stack, jnp.int32(1)) for stack in (wi, wo))
+            return routed_experts(x, weights, jnp.asarray(chosen), *matrices, target=TARGET, grouped=grouped)
+
+        y, pullback = jax.vjp(run, x, weights, wi, wo)
+        return y, *pullback(dy)
+
+    found, right = (jax.jit(functools.partial(both, how))(x, weights, wi, wo) for how in ("hopper", "blocks"))
+    for value, expected in zip(found, right, strict=True):
+        expected = np.asarray(expected, np.float64)
+        assert np.linalg.norm(np.asarray(value, np.float64) - expected) <= 2**-8 * np.linalg.norm(expected)
 
 
 def test_the_default_where_it_can_run():
@@ -111,17 +148,21 @@ def test_no_rows_at_all():
     assert y.shape == (0, 320) and dx.shape == (0, 256) and not np.any(dw)
 
 
-@pytest.mark.parametrize("kernel", ["product", "few", "transposed", "weight_gradient", "rounded_weight_gradient"])
+@pytest.mark.parametrize(
+    "kernel", ["product", "few", "dense", "transposed", "weight_gradient", "rounded_weight_gradient"]
+)
 def test_kernels_are_lowered_for_cuda_without_a_gpu(kernel):
     """Any jax that the package allows takes them through Mosaic GPU's passes."""
     x, w, dy = draw(256, 2, 320, 448)
     groups, sizes = jnp.array([0, 1], jnp.int32), jnp.array([128, 128], jnp.int32)
-    product = functools.partial(hopper.grouped_product, cores=0)
+    many = functools.partial(hopper.grouped_product, cores=0)
+    dense = functools.partial(hopper_few.dense_product, cores=0)
     gradient = functools.partial(hopper.grouped_weight_gradient, cores=0)
     traced = {
-        "product": jax.jit(product).trace(x, w, groups),
+        "product": jax.jit(many).trace(x, w, groups),
+        "dense": jax.jit(dense).trace(x[:20], w, jnp.int32(1)),
         "few": jax.jit(functools.partial(hopper_few.grouped_product, cores=0)).trace(x[:32], w, groups),
-        "transposed": jax.jit(functools.partial(product, transpose=True)).trace(dy, w, groups),
+        "transposed": jax.jit(functools.partial(many, transpose=True)).trace(dy, w, groups),
         "weight_gradient": jax.jit(gradient).trace(x, dy, sizes),
         "rounded_weight_gradient": jax.jit(functools.partial(gradient, dtype=jnp.bfloat16)).trace(x, dy, sizes),
     }[kernel]

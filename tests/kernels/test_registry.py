@@ -80,7 +80,7 @@ def test_cudnn_takes_causal_rows_and_their_segments():
 
 
 def test_what_does_not_exist_or_cannot_run_is_named():
-    with pytest.raises(ValueError, match="implementation='pallas' of product: expected one of auto, c, dot"):
+    with pytest.raises(ValueError, match="implementation='pallas' of product: expected one of auto, c, hopper, dot"):
         choose("product", CPU, jnp.float32, implementation="pallas")
     with pytest.raises(ValueError, match="operation='addition': expected one of product, "):
         choose("addition", CPU, jnp.float32)

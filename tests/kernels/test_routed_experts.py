@@ -12,6 +12,9 @@ from hypothesis import strategies as st
 
 from deepseek_kernels import BlockScaled, InStack, Target, routed_experts, weight_gradient
 from deepseek_kernels.block_fp8 import FP8, scales_shape
+from deepseek_kernels.experts_few import lay_out
+from deepseek_kernels.experts_sorted import sort_by_expert
+from deepseek_kernels.grouped_blocks import groups
 
 CASES = {  # tokens, K, experts, D, F: whole and broken vectors, tiles and tasks
     "whole": (64, 2, 4, 64, 32),
@@ -189,3 +192,16 @@ def test_weight_gradient(tokens, width, hidden):
     x, dy = rng.standard_normal((tokens, width)), rng.standard_normal((tokens, hidden))
     found = weight_gradient(jnp.asarray(x, jnp.float32), jnp.asarray(dy, jnp.float32))
     np.testing.assert_allclose(found, x.T @ dy, rtol=0, atol=1e-4)  # sums of up to 400 products of size 1
+
+
+@pytest.mark.parametrize(("tokens", "top", "experts"), [(64, 6, 64), (5, 3, 7), (40, 4, 8)])
+def test_few_choices_are_laid_out_as_many_are(tokens, top, experts):
+    rng = np.random.default_rng(0)
+    chosen = np.stack([rng.permutation(experts)[:top] for _ in range(tokens)]).astype(np.int32)
+    chosen[::3, 0], chosen[1::4, 1] = -1, experts
+    layout, blocks = lay_out(jnp.asarray(chosen), experts, block=16)
+    right = sort_by_expert(jnp.asarray(chosen), experts, block=16)
+    np.testing.assert_array_equal(layout.slot_TK, right.slot_TK)
+    np.testing.assert_array_equal(layout.choice_P, right.choice_P)
+    np.testing.assert_array_equal(blocks[:-1], groups(right.group_sizes_E, len(right.choice_P), 16))
+    assert blocks[-1] == sum(right.group_sizes_E) // 16

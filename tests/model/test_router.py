@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from model import oracle
 from model.tiny import V1, V2, V3, config, relative_error
 
-from deepseek_jax.model.router import count_sequences, limit_to_groups, route, router_stats
+from deepseek_jax.model.router import best_experts, count_sequences, limit_to_groups, route, router_stats
 
 T, D, E = 20, 6, 8
 ROUTERS = {
@@ -206,3 +206,16 @@ def test_count_sequences():
     assert count_sequences(jnp.asarray(SEGMENTS)) == 5
     assert count_sequences(jnp.array([[0, 0], [0, 0]])) == 0
     assert count_sequences(jnp.array([[1, 1], [1, 2]])) == 3
+
+
+def test_what_a_gpu_does_for_few_tokens_is_the_same(monkeypatch):
+    """Best experts by comparing, ties and -inf among them, and one token's scores by eight rows."""
+    rng = np.random.default_rng(0)
+    choice = jnp.asarray(rng.integers(0, 5, (3, 16)), jnp.float32).at[0, :12].set(-jnp.inf)
+    x, w = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((1, 32), (32, 16)))
+    expected = best_experts(choice, 6), route(config(V1), x, w[:, : config(V1).n_routed_experts], None)
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *operands, cuda, default: cuda(*operands))
+    np.testing.assert_array_equal(best_experts(choice, 6), expected[0])
+    found = route(config(V1), x, w[:, : config(V1).n_routed_experts], None)
+    np.testing.assert_array_equal(found.experts_TK, expected[1].experts_TK)
+    np.testing.assert_allclose(found.weights_TK, expected[1].weights_TK, rtol=1e-6)

@@ -1,0 +1,103 @@
+"""``bench RECIPE --work train``: train steps on random tokens."""
+
+import dataclasses
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from deepseek_jax.cli.bench_report import Measured, peak_memory, rates
+from deepseek_jax.model.costs import attention_flops, count_parameters, forward_flops
+from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.parallel.sharding import place_batch
+from deepseek_jax.train.optimizer import make_optimizer
+from deepseek_jax.train.state import create_state
+from deepseek_jax.train.step import make_step
+from deepseek_jax.workflows.pretrain import PretrainConfig
+
+
+def measure_training(recipe: PretrainConfig, *, segments: int = 0, repeats: int = 10) -> Measured:
+    """The recipe's train step, with its own routing: the mean of ``repeats`` one after another without a pause, after
+    two that are not timed.
+
+    segments: see ``random_batch``.
+    """
+    mesh = make_mesh(recipe.mesh)
+    with jax.set_mesh(mesh):
+        began = time.perf_counter()
+        compiled, state, batch = _compile(recipe, segments, mesh)
+        compiling = time.perf_counter() - began
+    last: dict[str, jax.Array] = {}
+
+    def call() -> Any:
+        nonlocal state, last
+        state, last = compiled(state, batch)
+        return last
+
+    for _ in range(2):
+        first = jax.block_until_ready(call())
+    began = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    jax.block_until_ready((state, last))
+    seconds = (time.perf_counter() - began) / repeats
+    tokens = recipe.batch_size * recipe.data.seq_len
+    flops = tokens * training_flops(recipe, segments) / seconds / mesh.size
+    losses = [float(np.asarray(metrics["loss"])) for metrics in (first, last)]
+    facts = {
+        "work": _work(recipe, segments),
+        **rates(tokens, seconds, flops, recipe.compute.dtype),
+        "peak memory": peak_memory(compiled),
+        "until compiled": f"{compiling:.1f} s, with drawing the weights; less from the compile cache",
+        "loss": f"{losses[0]:.6f} in step 2, {losses[1]:.6f} in the last",
+    }
+    if "max_vio" in last:
+        facts["routing"] = f"its own, MaxVio {float(np.asarray(last['max_vio'])):.2f}"
+    return Measured(facts, call)
+
+
+def _compile(recipe: PretrainConfig, segments: int, mesh: Mesh) -> tuple[Any, Any, Any]:
+    """The compiled step, its first state and a batch."""
+    compute = recipe.compute.on(mesh)
+    loss = dataclasses.replace(recipe.loss, isolate=recipe.loss.isolate or segments > 0)
+    optimizer = make_optimizer(recipe.optimizer, recipe.model, recipe.loop.steps)
+    state = create_state(recipe.model, optimizer, mesh, compute=compute, seed=recipe.seed)
+    batch = place_batch(random_batch(recipe, segments), mesh, compute.rules)
+    step = make_step(recipe.model, loss, optimizer, recipe.step, compute=compute)
+    return jax.jit(step, donate_argnums=0).lower(state, batch).compile(), state, batch
+
+
+def _work(recipe: PretrainConfig, segments: int) -> str:
+    rows = f"{recipe.batch_size} × {recipe.data.seq_len} tokens"
+    rows += f" in {segments} segments a row" if segments else ""
+    return f"{rows}, {count_parameters(recipe.model)['parameters_total']:,} parameters, {recipe.compute.dtype}"
+
+
+def training_flops(recipe: PretrainConfig, segments: int = 0) -> float:
+    """Per token: three times the forward pass, in which a token attends to half of its segment on average. What is
+    computed a second time does not count."""
+    segments_BS = random_batch(recipe, segments)["segment_ids"]
+    longest = int(segments_BS.max()) + 1
+    sizes = np.concatenate([np.bincount(row, minlength=longest) for row in segments_BS])
+    context = round(float(np.sum(sizes.astype(np.float64) ** 2) / segments_BS.size / 2))
+    return 3 * (forward_flops(recipe.model) + attention_flops(recipe.model, context))
+
+
+def random_batch(recipe: PretrainConfig, segments: int = 0) -> dict[str, np.ndarray]:
+    """Rows of random tokens, cut at random places into so many ``segments`` each, where any are asked for."""
+    rng = np.random.default_rng(0)
+    shape = rows, size = recipe.batch_size, recipe.data.seq_len
+    tokens = rng.integers(0, recipe.model.vocab_size, shape, np.int32)
+    starts = np.zeros(shape, bool)
+    starts[:, 0] = True
+    for row in range(rows):
+        starts[row, rng.choice(np.arange(1, size), max(segments - 1, 0), replace=False)] = True
+    place = np.broadcast_to(np.arange(size, dtype=np.int32), shape)
+    return {
+        "tokens": tokens,
+        "segment_ids": np.cumsum(starts, axis=1, dtype=np.int32),
+        "positions": place - np.maximum.accumulate(np.where(starts, place, 0), axis=1),
+        "loss_mask": np.ones(shape, np.float32),
+    }

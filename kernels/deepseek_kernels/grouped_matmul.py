@@ -158,7 +158,7 @@ def _hopper(x, w, sizes, block, *, cores, transpose=False, quantised=False):
 
 def _megablox(x, w, sizes, chip, transpose=False):
     # (…, 2, F) is tiled otherwise than (…, 2 F) on a TPU: a stack of those would be copied whole.
-    if isinstance(w, InStack) and w.dtype == x.dtype and len(w.shape) == 3:
+    if in_stack(w, x.dtype) and len(w.shape) == 3:
         matrices, first = w.stack.reshape(-1, *w.shape[1:]), w.layer * len(sizes)
     else:
         matrices, first = _values(w, x.dtype), 0

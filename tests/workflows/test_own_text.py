@@ -101,7 +101,7 @@ def test_eval_measures_the_same(folder: Path, ran: dict[str, Any], monkeypatch, 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run"], "give --data FILES"),
+        (["run"], "--data FILES to measure"),
         (["run", "--data", "none.txt"], "none.txt: there is no such file or folder"),
         (["run", "--data", "empty.jsonl"], "empty.jsonl: there is no document in it to measure"),
         (["run", "--data", "text", "--seq-len", "4097"], "--seq-len 4097: must lie in 2…max_position_embeddings=4096"),

@@ -60,7 +60,13 @@ def attend(
 ) -> Float[Array, "B S H V"]:
     """``out[s] = Σ_t softmax_t(q[s]·[k | pe][t] · scale) v[t]`` over the t ≤ s, of s's segment where there are any,
     with ``kv = [k | v]``; zeros for a query that sees no key. Scores, softmax and sums are float32, weights are
-    rounded to bfloat16 for their products."""
+    rounded to bfloat16 for their products.
+
+    Raises:
+      ValueError: a rotated part that no copy takes.
+    """
+    if pe_BTR.shape[-1] % 64:
+        raise ValueError(f"pe {pe_BTR.shape}: expected a multiple of 64 rotated numbers, or implementation='cudnn'")
     return _forward(q_BSHK, kv_BTHW, pe_BTR, visible, scale)[0]
 
 

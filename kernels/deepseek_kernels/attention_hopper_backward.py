@@ -24,6 +24,7 @@ from deepseek_kernels.attention_hopper_tiles import (
     Ids,
     across,
     down,
+    free,
     hide,
     launch,
     product,
@@ -199,7 +200,7 @@ class _OfQueries(NamedTuple):
             plgpu.wgmma(scores, q.at[:, width:], refs.rope.at[slot].transpose((1, 0)))
             plgpu.wgmma(dweights, refs.dout_there.at[group], refs.values.at[slot].transpose((1, 0)))
             scores = plgpu.wgmma_accumulator_load(scores, wait_n=1)
-            _free(refs.free, t - 1, self.keys[1])
+            free(refs.free, t - 1, self.keys[1], _SLOTS)
             scores = jax.lax.cond(t < self.keys[2], lambda x: self.hide(x, t, slot), lambda x: x, scores)
             p = jnp.exp2(scores * (self.scale * math.log2(math.e)) - down(logs, HALF))
             return (p * (dweights[...] - down(along, HALF))).astype(refs.q.dtype)
@@ -324,7 +325,7 @@ class _OfKeys(NamedTuple):
 
         factor = self.scale * math.log2(math.e)
         scores = product(score, HALF)
-        _free(refs.free, t - 1, self.queries[1])
+        free(refs.free, t - 1, self.queries[1], _SLOTS)
         logs = plgpu.layout_cast(refs.numbers[slot, 0], OF_COLUMNS)
         scores = jax.lax.cond(t < self.queries[2], lambda x: self.hide(x, t, slot), lambda x: x, scores)
         weights = jax.lax.optimization_barrier(jnp.exp2(scores * factor - across(logs)).astype(refs.q.dtype))
@@ -341,8 +342,3 @@ class _OfKeys(NamedTuple):
             q_ids = plgpu.layout_cast(self.refs.q_ids[slot], OF_COLUMNS)
             ids = plgpu.layout_cast(self.refs.k_ids[group], OF_ROWS), q_ids
         return hide(scores, (self.number(t) - 2 * self.here[2] - group) * HALF, ids, keys_down=True)
-
-
-def _free(barriers, t, count) -> None:
-    """Block t's place may be filled again, if another block is to come there."""
-    pl.when((t >= 0) & (t + _SLOTS < count))(lambda: plgpu.barrier_arrive(barriers.at[jax.lax.rem(t, _SLOTS)]))

@@ -23,6 +23,7 @@ from deepseek_kernels.attention_hopper_tiles import (
     Ids,
     down,
     every_row,
+    free,
     hide,
     launch,
     product,
@@ -74,8 +75,9 @@ def forward(
     N, blocks, extra = K - R, pl.cdiv(S, BLOCK), ids_BP is not None
     V = kv_BTHW.shape[-1] - N
     scratch = (
+        # As large for a group, so that the result of one is not written over the other's queries.
         plgpu.RefUnion(
-            plgpu.SMEM((2, HALF, K), dtype, transforms=TILED), plgpu.SMEM((2, HALF, V), dtype, transforms=TILED)
+            *(plgpu.SMEM((2, HALF * K // width, width), dtype, transforms=TILED) for width in (K, V)),
         ),
         *(plgpu.SMEM((_SLOTS, BLOCK, width), dtype, transforms=TILED) for width in (N, R, V)),
         plgpu.SMEM((2, HALF), jnp.float32),
@@ -152,7 +154,7 @@ class _Tile(NamedTuple):
         plgpu.barrier_wait(refs.q_full)
         plgpu.barrier_wait(refs.k_full.at[0])
         scores = self.hide(product(functools.partial(self.score, 0), BLOCK), 0)
-        _free(refs.k_free, jnp.int32(0), count)
+        free(refs.k_free, jnp.int32(0), count, _SLOTS)
         weights, top, total, _ = self.softmax(scores, every_row(_LOWEST), every_row(0))
         zeros = plgpu.layout_cast(jnp.zeros((HALF, refs.values.shape[-1]), jnp.float32), plgpu.Layout.WGMMA)
         sums, weights, top, total = jax.lax.fori_loop(1, count, self.block, (zeros, weights, top, total))
@@ -174,12 +176,12 @@ class _Tile(NamedTuple):
             if self.segments:
                 hidden = functools.partial(self.hide, t=t)
                 scores = jax.lax.cond(t < self.keys[2], hidden, lambda scores: scores, scores)
-            _free(refs.k_free, t, self.keys[1])
+            free(refs.k_free, t, self.keys[1], _SLOTS)
             return self.softmax(scores, top, total)
 
         score = functools.partial(self.score, slot)
         sums, (weights, top, total, shrink) = _overlapped(sums, weights, refs.values.at[before], score, meanwhile)
-        _free(refs.v_free, t - 1, self.keys[1])
+        free(refs.v_free, t - 1, self.keys[1], _SLOTS)
         return sums * down(shrink, sums.shape[1]), weights, top, total
 
     def score(self, slot, acc) -> None:
@@ -201,9 +203,9 @@ class _Tile(NamedTuple):
 
     def store(self, out, logs) -> None:
         refs, (b, h, _), (group, rows) = self.refs, self.here, self.mine
-        refs.staged[group], refs.numbers[group] = out.astype(refs.staged.dtype), logs
+        refs.staged[group, :HALF], refs.numbers[group] = out.astype(refs.staged.dtype), logs
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(refs.staged.at[group], refs.out.at[b, rows, h])
+        plgpu.copy_smem_to_gmem(refs.staged.at[group, :HALF], refs.out.at[b, rows, h])
         plgpu.copy_smem_to_gmem(refs.numbers.at[group], refs.logs.at[b, h, rows])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
@@ -224,8 +226,3 @@ def _overlapped(sums, weights, values, score, meanwhile):
         return acc[...], result
 
     return pl.run_scoped(body, plgpu.WGMMAAccumulatorRef(sums.shape), plgpu.WGMMAAccumulatorRef((HALF, BLOCK)))
-
-
-def _free(barriers, t, count) -> None:
-    """Block t's place may be filled again, if another block is to come there."""
-    pl.when(t + _SLOTS < count)(lambda: plgpu.barrier_arrive(barriers.at[jax.lax.rem(t, _SLOTS)]))

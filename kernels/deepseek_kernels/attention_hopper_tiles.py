@@ -94,6 +94,12 @@ def times(acc, weights, b) -> None:
     plgpu.wgmma(acc, weights, b)
 
 
+def free(barriers, t, count, slots: int) -> None:
+    """Block t is done with: another may be copied to its place, if one of the ``count`` is to come there."""
+    coming = (t >= 0) & (t + slots < count)
+    pl.when(coming)(lambda: plgpu.barrier_arrive(barriers.at[jax.lax.rem(t, slots)]))
+
+
 def hide(scores, seen_from, ids, *, keys_down: bool = False):
     """-∞ for keys that a query does not see. seen_from: the place of the first column behind that of the first row.
     ids: of rows and of columns, or None. keys_down: the rows are keys, and not queries."""

@@ -19,7 +19,6 @@ from deepseek_kernels import (
     mla_attention,
 )
 from deepseek_kernels import attention_hopper_tiles as tiles
-from deepseek_kernels.attention import attention_reference
 
 ON_GPU = jax.default_backend() == "gpu"
 HOPPER = Target("cuda", "9.0", 132)
@@ -74,34 +73,44 @@ def draw(batch, size, heads):
     return [jnp.asarray(rng.standard_normal((batch, size, *shape)), jnp.bfloat16) for shape in shapes]
 
 
-def both(attention, q, kv, pe, dout):
-    out, pullback = jax.vjp(attention, q, kv, pe)
-    return out, *pullback(dout.astype(out.dtype))
-
-
-def definition(q, kv, pe, visible):
-    pe_BTHR = jnp.broadcast_to(pe[:, :, None], (*kv.shape[:3], 64))
-    keys = jnp.concatenate([kv[..., :128], pe_BTHR], axis=-1)
-    return attention_reference(q, keys, kv[..., 128:], visible, SCALE)
+def definition(q, kv, pe, dout, mask_BST):
+    """The result and the gradients in q, kv and pe, a head at a time, in float64."""
+    q, kv, pe, dout = (np.asarray(x, np.float64) for x in (q, kv, pe, dout))
+    out, dq, dkv, dpe = np.zeros_like(dout), np.zeros_like(q), np.zeros_like(kv), np.zeros_like(pe)
+    for b, h in np.ndindex(q.shape[0], q.shape[2]):
+        keys, values, mask = np.concatenate([kv[b, :, h, :128], pe[b]], axis=1), kv[b, :, h, 128:], mask_BST[b]
+        scores = np.where(mask, q[b, :, h] @ keys.T * SCALE, -np.inf)
+        p = np.exp(scores - np.maximum(scores.max(1, keepdims=True), -1e300))
+        p /= np.maximum(p.sum(1, keepdims=True), 1e-300)
+        dp = dout[b, :, h] @ values.T
+        ds = p * (dp - (dp * p).sum(1, keepdims=True)) * SCALE
+        dkeys = ds.T @ q[b, :, h]
+        out[b, :, h], dq[b, :, h] = p @ values, ds @ keys
+        dkv[b, :, h] = np.concatenate([dkeys[:, :128], p.T @ dout[b, :, h]], axis=1)
+        dpe[b] += dkeys[:, 128:]
+    return out, dq, dkv, dpe
 
 
 def check(batch, size, heads, visible):
     """Result and gradients are the definition's, to bfloat16's rounding of weights and results; twice the same bits."""
-    operands = draw(batch, size, heads)
-    mine = functools.partial(mla_attention, scale=SCALE, target=HOPPER, implementation="hopper")
-    run = jax.jit(lambda visible, *rest: both(lambda *x: mine(*x, visible=visible), *rest))
+    q, kv, pe, dout = draw(batch, size, heads)
+
+    @jax.jit
+    def run(visible, q, kv, pe, dout):
+        options = {"target": HOPPER, "implementation": "hopper"}
+        out, pullback = jax.vjp(lambda *x: mla_attention(*x, visible=visible, scale=SCALE, **options), q, kv, pe)
+        return out, *pullback(dout)
+
     if ON_GPU:  # memory that is full of NaN
         jax.block_until_ready([jnp.full(1 << 26, jnp.nan) for _ in range(8)])
-    found = run(visible, *operands)
-    exact = [x.astype(jnp.float32) for x in operands]
-    with jax.default_matmul_precision("highest"):
-        right = both(functools.partial(definition, visible=visible), *exact)
-    for value, wanted, again in zip(found, right, run(visible, *operands), strict=True):
+    found, again = run(visible, q, kv, pe, dout), run(visible, q, kv, pe, dout)
+    right = definition(q, kv, pe, dout, np.asarray(visible.mask(batch, size, size)))
+    for value, same, wanted in zip(found, again, right, strict=True):
         assert value.dtype == jnp.bfloat16
-        np.testing.assert_array_equal(value, again)
-        value, wanted = (np.asarray(x, np.float64) for x in (value, wanted))
-        assert np.linalg.norm(value - wanted) <= 5e-3 * np.linalg.norm(wanted) + 1e-6
-        np.testing.assert_allclose(value, wanted, rtol=2**-6, atol=0.01 * np.abs(wanted).max() + 1e-6)
+        np.testing.assert_array_equal(value, same)
+        value = np.asarray(value, np.float64)
+        assert np.linalg.norm(value - wanted) <= 5e-3 * np.linalg.norm(wanted) + 1e-4
+        np.testing.assert_allclose(value, wanted, rtol=2**-6, atol=0.01 * np.abs(wanted).max() + 1e-4)
 
 
 def segments(size, *rows):
@@ -127,12 +136,12 @@ def test_segments_in_any_order_and_a_query_that_sees_nothing(hopper_gpu):
 
 
 @pytest.mark.skipif(not ON_GPU, reason="many shapes need the card")
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(
-    batch=st.integers(1, 3),
-    size=st.integers(1, 1500),
+    batch=st.integers(1, 2),
+    size=st.integers(1, 1000),
     heads=st.sampled_from([1, 3, 16]),
-    cuts=st.none() | st.lists(st.integers(1, 1499), max_size=40),
+    cuts=st.none() | st.lists(st.integers(1, 999), max_size=40),
 )
 def test_drawn_shapes(batch, size, heads, cuts):
     if Target.here().chip != "9.0":

@@ -70,7 +70,7 @@ def gradient(compute, platform: str, rows: int = 1) -> str:
     return traced.lower(lowering_platforms=(platform,)).as_text()
 
 
-def of_tpu(text: str) -> tuple[int, int, int]:
+def of_tpu(text: str) -> tuple[int, ...]:
     """Grouped products, and attention forward and backward. Both stacks of layers call one program of attention's."""
     return tuple(text.count(f'kernel_name = "{name}') for name in ('kernel"', "splash_mha_fwd", "splash_mha_dkv"))
 

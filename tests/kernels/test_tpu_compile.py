@@ -39,6 +39,6 @@ FLOPS = {  # three products of the rows, whatever the number of experts
 def test_kernels_compile_for_chips_that_are_not_here(chip):
     """Within the chip's vector memory, or the compiler would fail; nothing of S × T or of E × rows beside them."""
     for case, found in zip(CASES[chip], compile_tpu.apart(chip, *CASES[chip]), strict=True):
-        assert found["temporaries"] <= MOST.get(case, 64) * 2**20, (case, found)
+        assert found["temporaries"] <= MOST.get(case, 100) * 2**20, (case, found)
         if case in FLOPS:
             assert found["flops"] == pytest.approx(FLOPS[case], rel=1e-3), case

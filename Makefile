@@ -21,7 +21,7 @@ PIP_INSTALL := -m pip install -qq --disable-pip-version-check
 # One stamp for what runs the package, one for what tests it; an older pyproject.toml leaves both alone.
 INSTALLED := $(VENV)/installed-$(ACCELERATOR)
 TESTABLE := $(VENV)/testable-$(ACCELERATOR)
-KERNEL_TESTS := $(addprefix tests/kernels/test_,$(addsuffix .py,hopper decode_hopper look_up))
+KERNEL_TESTS := $(addprefix tests/kernels/test_,$(addsuffix .py,hopper decode_hopper look_up fp8_matmul attention_hopper))
 PARITY := $(VENV)/parity-$(ACCELERATOR)
 NOTEBOOK := $(VENV)/notebook-$(ACCELERATOR)
 EXTRA_cpu :=

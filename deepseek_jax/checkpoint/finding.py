@@ -31,6 +31,16 @@ def find_model(path: str | Path) -> Path:
     raise FileNotFoundError(f"{path} {_instead(folder)}")
 
 
+def described(path: str | Path, step: int | None = None) -> str:
+    """The model that ``path`` names, for who reads it: of a run also which step, and whether more may come."""
+    folder = find_model(path)
+    steps = [] if is_released(folder) else checkpoint_steps(folder / CHECKPOINTS)
+    if not steps:
+        return str(folder)
+    unfinished = "" if (folder / "result.json").exists() else " of a run that has not finished"
+    return f"{folder}, step {step or steps[-1]}{unfinished}"
+
+
 def checkpoint_steps(directory: Path) -> list[int]:
     """The committed steps in a run's folder of checkpoints, oldest first; unfinished ones carry another name."""
     if not directory.is_dir():

@@ -1,7 +1,6 @@
 """``eval``: how well a model predicts text of any kind, and how many questions it answers right."""
 
 import dataclasses
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -9,13 +8,14 @@ from typing import Annotated
 import tyro
 
 from deepseek_jax.checkpoint import CheckpointStore
-from deepseek_jax.checkpoint.finding import CHECKPOINTS, find_model, is_released
+from deepseek_jax.checkpoint.finding import CHECKPOINTS, described, find_model, is_released
 from deepseek_jax.checkpoint.model import Model, load
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.evals.text import HeldOut, Score
 from deepseek_jax.rl.tasks import TaskConfig
 from deepseek_jax.saying import doing, terminal
-from deepseek_jax.workflows.questions import Asking, ask_questions, identity
+from deepseek_jax.typed import check_least
+from deepseek_jax.workflows.questions import Answers, Asking, ask_questions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +50,9 @@ class _Eval:
     """A field of a released model's config.json to take as absent; give it several times for more."""
     compute: ComputeConfig = ComputeConfig()
 
+    def __post_init__(self) -> None:
+        check_least(self, 1, "batch_size")
+
 
 def run_eval(arguments: Sequence[str]) -> None:
     options = tyro.cli(_Eval, args=list(arguments), prog="deepseek-jax eval")
@@ -57,15 +60,15 @@ def run_eval(arguments: Sequence[str]) -> None:
         raise ValueError("give TASK=FILES to ask, --data FILES to measure, or both")
     # What is wrong with them is known before the model.
     heldout = HeldOut(options.data, text_field=options.text_field) if options.data else None
-    tasks = [_task(options.task, text) for text in options.tasks]
+    answers = [Answers(_task(options.task, text), options.ask) for text in options.tasks]
     path = find_model(options.run)
-    with doing(f"reading {path}"):
+    with doing(f"reading {described(path, options.step or None)}"):
         reading = {"compute": options.compute, "step": options.step or None, "ema": options.ema}
         model = load(path, **reading, ignore_config=options.ignore_config)
     if heldout is not None:
         _predict(options, path, model, heldout)
-    if tasks:
-        _ask(options, path, model, tasks)
+    if answers:
+        _ask(options, model, answers)
 
 
 def _task(config: TaskConfig, text: str) -> TaskConfig:
@@ -87,10 +90,8 @@ def _predict(options: _Eval, path: Path, model: Model, heldout: HeldOut) -> None
         terminal().print(f"{name:{width}}  {_told(score)}", soft_wrap=True)
 
 
-def _ask(options: _Eval, path: Path, model: Model, tasks: list[TaskConfig]) -> None:
-    digest = hashlib.sha256(repr((identity(model), options.compute.dtype, options.ask)).encode()).hexdigest()[:8]
-    folder = Path(options.out or f"runs/eval/{path.resolve().name}-{digest}")
-    found = ask_questions(model, tasks, options.ask, folder, batch_size=options.batch_size)
+def _ask(options: _Eval, model: Model, answers: list[Answers]) -> None:
+    found, folder = ask_questions(model, answers, options.ask, options.out, batch_size=options.batch_size)
     for name, figures in found.items():
         terminal().print(f"{name}  {_shares(figures)}", soft_wrap=True)
     terminal().print(f"answers: {folder}", soft_wrap=True)

@@ -49,8 +49,9 @@ class GQA(nnx.Module):
         """Attend over this row, or over all that ``memory`` holds. There is nothing to absorb: with ``absorbed`` it is
         the same attention, by the implementation that is named for decoding."""
         config, compute = self.config, self.compute
-        q_BSHN = product("bsd,dhn->bshn", x_BSD, self.q[...], target=compute.kernels)
-        kv = product("bsd,dxgn->bsxgn", x_BSD, self.kv[...], target=compute.kernels)
+        options: dict[str, Any] = {"target": compute.kernels, "fp8": compute.fp8_matmul}
+        q_BSHN = product("bsd,dhn->bshn", x_BSD, self.q[...], **options)
+        kv = product("bsd,dxgn->bsxgn", x_BSD, self.kv[...], **options)
         if self.q_bias is not None and self.kv_bias is not None:
             q_BSHN, kv = biased(q_BSHN, self.q_bias[...]), biased(kv, self.kv_bias[...])
         q_BSHN = rotate(q_BSHN, rope, interleave=config.rope_interleave)
@@ -65,4 +66,4 @@ class GQA(nnx.Module):
             kernel = {"target": compute.kernels, "implementation": name}
             attend = functools.partial(gqa_attention, scale=softmax_scale(config), **kernel)
             out: jax.Array = per_row_and_head(attend, compute.rules, (q_BSHN, k_BTGN, v_BTGN), visible)
-        return product("bshn,hnd->bsd", out, self.o[...], target=compute.kernels), memory
+        return product("bshn,hnd->bsd", out, self.o[...], **options), memory

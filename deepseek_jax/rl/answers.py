@@ -59,15 +59,23 @@ def to_number(text: str) -> Decimal | None:
     return Decimal(found.group().replace(",", "")) if found else None
 
 
+def said(completion: str, answer: str) -> Decimal | str | None:
+    """The final answer as `is_right` compares it with `answer`, so that two that say the same are equal: the last
+    number where `answer` is one, else the text; None where there is none."""
+    text, _ = final_answer(completion)
+    if to_number(answer) is None:
+        return text or None
+    numbers = _NUMBER.findall(text)
+    return Decimal(numbers[-1].replace(",", "")) if numbers else None
+
+
 def is_right(completion: str, answer: str) -> bool:
     """Whether the final answer is `answer`.
 
     A number is compared by value with the last number of the final answer, so "so 1,072.0 clips." is 1072; any
     other text must be the final answer to the letter, white space around it aside.
     """
-    said, _ = final_answer(completion)
     number = to_number(answer)
     if number is None:
-        return said == answer.strip()
-    numbers = _NUMBER.findall(said)
-    return bool(numbers) and Decimal(numbers[-1].replace(",", "")) == number
+        return final_answer(completion)[0] == answer.strip()
+    return said(completion, answer) == number

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from deepseek_jax.data.tokenizer import END_THINK, THINK
+from deepseek_jax.rl.answers import final_answer
 from deepseek_jax.rl.rewards import accuracy_reward
 from deepseek_jax.rl.tasks import Row, Task, TaskConfig
 
@@ -221,4 +222,5 @@ def make(config: TaskConfig) -> Task:
     def right(row: Row) -> str:
         return check_problem(row).answer
 
-    return Task(lambda row: to_prompt(check_problem(row)), accuracy, right, system=config.system)
+    said = lambda completion, row: final_answer(completion)[0] or None  # noqa: E731
+    return Task(lambda row: to_prompt(check_problem(row)), accuracy, right, system=config.system, said=said)

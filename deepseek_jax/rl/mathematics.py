@@ -30,7 +30,9 @@ def make(config: TaskConfig) -> Task:
             raise ValueError(outcome.text)
         return outcome.value or 0.0  # what takes its time, or the process with it, is wrong
 
-    return Task(rows.ask, accuracy, rows.right, rewards=("maths=1.0", "format=0.2"), system=config.system)
+    # Wrong answers are told apart by their text: one value written in two ways has two votes.
+    said = lambda completion, row: final_answer(completion)[0] or None  # noqa: E731
+    return Task(rows.ask, accuracy, rows.right, ("maths=1.0", "format=0.2"), config.system, said)
 
 
 def right_answer(text: str) -> str:

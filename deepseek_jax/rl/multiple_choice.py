@@ -38,7 +38,8 @@ def make(config: TaskConfig) -> Task:
     def accuracy(completion: str, row: Row) -> float | None:
         return choice.score(completion, {"answer": read(row)[2]})
 
-    return Task(ask, accuracy, lambda row: read(row)[2], system=config.system)
+    said = lambda completion, row: choice.chosen(completion)  # noqa: E731
+    return Task(ask, accuracy, lambda row: read(row)[2], system=config.system, said=said)
 
 
 def _letter(answer: Any, count: int) -> str:

@@ -16,17 +16,18 @@ killed when it hangs; it is graded as "rows" is.
 """
 
 import dataclasses
+import difflib
 import importlib
 import re
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from deepseek_jax.data.conversations import Message, read_messages
 from deepseek_jax.data.text import check_text
-from deepseek_jax.rl.answers import is_right
+from deepseek_jax.rl import answers
 from deepseek_jax.rl.workers import WorkerPool
 from deepseek_jax.typed import check_types
 
@@ -76,7 +77,8 @@ class Task:
     ask: a row as messages, or as the text of a single one; `messages` checks it. accuracy: the reward of that name,
     1 or 0, or None for a row without an answer; it runs in this process, so it must not hang (see ``score_all``).
     right: the answer as text, None where the row has none. rewards: the specifications (see ``Grader``) that grade by
-    default. system: text that opens each conversation.
+    default. system: text that opens each conversation. said: what a completion answers, as accuracy reads it, so that
+    those that say the same are equal (None: nothing); absent where wrong answers cannot be compared.
     """
 
     ask: Callable[[Row], Any]
@@ -84,6 +86,7 @@ class Task:
     right: Callable[[Row], str | None]
     rewards: tuple[str, ...] = ("accuracy=1.0", "format=0.2")
     system: str = ""
+    said: Callable[[str, Row], Hashable | None] | None = None
 
     def messages(self, row: Row) -> Messages:
         """The conversation to be answered. ValueError "FILE:LINE: what" for a row that gives none."""
@@ -115,7 +118,10 @@ def make_task(config: TaskConfig) -> Task:
         return importlib.import_module(TASKS[config.name]).make(config)
     if (found := split_function(config.name)) is not None:
         return _make_file_task(config, *found)
-    raise ValueError(f"task.name={config.name!r}: expected rows, {', '.join(TASKS)} or file.py:function")
+    near = "".join(f" did you mean {name}?" for name in difflib.get_close_matches(config.name, TASKS, n=1))
+    raise ValueError(
+        f"task.name={config.name!r}: expected rows, {', '.join(TASKS)} or file.py:function;{near}".rstrip(";")
+    )
 
 
 def score_all(
@@ -185,7 +191,7 @@ def make_rows_task(
     def ask(row: Row) -> Any:
         return fill(written, row) if written else _conversation(column(row, asked_by), asked_by)
 
-    return Task(ask, *_answers(config.answer or "answer", answer), system=config.system)
+    return _answered(ask, config, answer)
 
 
 def _conversation(value: Any, name: str) -> Any:
@@ -194,7 +200,10 @@ def _conversation(value: Any, name: str) -> Any:
     return value
 
 
-def _answers(name: str, extract: Callable[[str], str]) -> tuple[Accuracy, Callable[[Row], str | None]]:
+def _answered(ask: Callable[[Row], Any], config: TaskConfig, extract: Callable[[str], str]) -> Task:
+    """A task whose right answers stand in a column."""
+    name = config.answer or "answer"
+
     def right(row: Row) -> str | None:
         value = column(row, name)
         if value is None or value == "":
@@ -205,9 +214,12 @@ def _answers(name: str, extract: Callable[[str], str]) -> tuple[Accuracy, Callab
 
     def accuracy(completion: str, row: Row) -> float | None:
         answer = right(row)
-        return None if answer is None else float(is_right(completion, answer))
+        return None if answer is None else float(answers.is_right(completion, answer))
 
-    return accuracy, right
+    def said(completion: str, row: Row) -> Hashable | None:
+        return answers.said(completion, right(row) or "")
+
+    return Task(ask, accuracy, right, system=config.system, said=said)
 
 
 def _make_file_task(config: TaskConfig, file: str, function: str) -> Task:
@@ -224,7 +236,7 @@ def _make_file_task(config: TaskConfig, file: str, function: str) -> Task:
         return outcome.value
 
     weakref.finalize(ask, pool.close)  # the process ends with the task, or with the program
-    return Task(ask, *_answers(config.answer or "answer", lambda text: text), system=config.system)
+    return _answered(ask, config, lambda text: text)
 
 
 def split_function(name: str) -> tuple[str, str] | None:

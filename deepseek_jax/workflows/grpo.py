@@ -13,6 +13,7 @@ from deepseek_jax.parallel.hosts import require_one_process
 from deepseek_jax.rl.grader import Grader
 from deepseek_jax.rl.rollout import RolloutConfig, Rollouts, open_questions
 from deepseek_jax.rl.tasks import Task, TaskConfig, make_task
+from deepseek_jax.saying import say
 from deepseek_jax.train.grpo import GRPOLoss
 from deepseek_jax.train.reference import Reference
 from deepseek_jax.train.scoring import Scorer
@@ -66,6 +67,7 @@ def grpo(config: GRPOConfig) -> dict[str, Any]:
     require_one_process("grpo")
     task, exam = make_task(config.task), open_exam(config.evaluation, seed=config.seed)
     with Grader(config.reward or task.rewards, task=task, time_limit=config.rollout.reward_seconds) as grader:
+        say(f"rewards: {', '.join(config.reward or task.rewards)}")
         rows = list(read_rows(config.task.path))  # what is wrong with them is known before a model is read
         task.check(rows)
         grader.check(rows)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from deepseek_jax.checkpoint.finding import find_model, is_released
+from deepseek_jax.checkpoint.finding import described, find_model, is_released
 from deepseek_jax.checkpoint.model import Model, load
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.data.tokenizer import Tokenizer
@@ -65,7 +65,7 @@ def open_start(config: Any, *, arrays: bool = False) -> Model:
     mesh = make_mesh(config.mesh)
     saved = None if arrays else saved_meta(config.run_dir)
     if saved is None:
-        with doing(f"reading {config.init_from}"):
+        with doing(f"reading {described(config.init_from)}"):
             return load(config.init_from, compute=config.compute, mesh=mesh, ignore_config=config.ignore_config)
     model, tokenizer = ModelConfig.from_dict(saved["model"]), Tokenizer.from_folder(config.run_dir)
     return Model(model, config.compute.on(mesh), None, None, tokenizer, mesh)

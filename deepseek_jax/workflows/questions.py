@@ -12,12 +12,12 @@ import jax
 import numpy as np
 
 from deepseek_jax.checkpoint.model import Model
+from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.data.text import read_rows
 from deepseek_jax.evals.samples import cons_at_k, pass_at_1, pass_at_k
 from deepseek_jax.files import read_json_lines, read_json_object, write_json, write_whole
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
-from deepseek_jax.rl.answers import final_answer, to_number
 from deepseek_jax.rl.asking import Question, ask, read_answers
 from deepseek_jax.rl.tasks import TaskConfig, make_task, score_all
 from deepseek_jax.saying import doing
@@ -52,28 +52,30 @@ class Asking:
 
 
 class Answers:
-    """The answers of one task in ``FOLDER/NAME.jsonl``, a line each, as they come: a run that was cut off goes on.
+    """The answers of one task in ``NAME.jsonl`` of a folder, a line each, as they come: a run that was cut off goes on.
 
     An answer is a function of model, question, ``seed`` and its number alone, not of what is answered beside it.
     """
 
-    def __init__(self, folder: Path, config: TaskConfig, asking: Asking):
+    def __init__(self, config: TaskConfig, asking: Asking):
+        """ValueError for rows that cannot be asked or have no answer."""
         self.name = f"{config.name}={','.join(config.path)}"
         self.asking, self.task = asking, make_task(config)
         self.rows = list(islice(read_rows(config.path), asking.count or None))
         check_answerable(self.task, self.rows, config.path)
         asked = json.dumps([dataclasses.asdict(config), *map(dict, self.rows)], default=str)
         digest = hashlib.sha256(asked.encode()).hexdigest()[:8]
-        self.path = folder / f"{Path(config.name.partition(':')[0]).stem}-{digest}.jsonl"
+        self.file = f"{Path(config.name.partition(':')[0]).stem}-{digest}.jsonl"
 
-    def complete(self, engine: Engine, batch_size: int) -> list[dict[str, Any]]:
+    def complete(self, engine: Engine, folder: Path, batch_size: int) -> list[dict[str, Any]]:
         """Ask what has not been answered yet; all answers, ordered by question and sample."""
-        known = read_json_lines(self.path) if self.path.exists() else []
+        path = folder / self.file
+        known = read_json_lines(path) if path.exists() else []
         done = {(line["question"], line["sample"]): line for line in known}
         wanted = [(row, sample) for row in range(len(self.rows)) for sample in range(self.asking.samples)]
         missing = [key for key in wanted if key not in done]
-        write_whole(self.path, "".join(map(_line, known)))  # without the half line that a kill may have left
-        with doing(f"{self.name}: {len(missing):,} answers") as tell, self.path.open("a", encoding="utf-8") as file:
+        write_whole(path, "".join(map(_line, known)))  # without the half line that a kill may have left
+        with doing(f"{self.name}: {len(missing):,} answers") as tell, path.open("a", encoding="utf-8") as file:
             for start in range(0, len(missing), batch_size):
                 tell(f"{start:,} of {len(missing):,}")
                 part = missing[start : start + batch_size]
@@ -102,8 +104,13 @@ class Answers:
                 "completion": answer.text,
                 "tokens": int(out.lengths_B[number]),
                 "ended": answer.ended,
+                "said": self._said(texts[number], question),
                 "correct": answer.ended and scores[number] == 1.0,
             }
+
+    def _said(self, text: str, question: Question) -> str | None:
+        found = self.task.said(text, question.row) if self.task.said else None
+        return None if found is None else str(found)
 
     def _sampling(self, engine: Engine, question: Question, row: int, sample: int) -> SamplingParams:
         room = engine.config.max_position_embeddings - len(question.prompt)
@@ -122,25 +129,27 @@ class Answers:
 
 
 def ask_questions(
-    model: Model, tasks: Sequence[TaskConfig], asking: Asking, folder: Path, *, batch_size: int
-) -> dict[str, dict[str, float]]:
-    """The figures of each task, see ``figures``; answers and ``result.json`` lie in ``folder``.
+    model: Model, tasks: Sequence[Answers], asking: Asking, folder: Path | str = "", *, batch_size: int
+) -> tuple[dict[str, dict[str, float]], Path]:
+    """The figures of each task, see ``figures``, and the folder in which answers and ``result.json`` lie: by default
+    one in runs/eval for this model and this way of asking.
 
     Raises:
-      ValueError: rows that cannot be asked or have no answer, or a folder with answers of another model or asking.
+      ValueError: a folder with answers of another model, or to other asking.
     """
-    every = [Answers(folder, task, asking) for task in tasks]
-    settings = {"model": identity(model), "dtype": model.compute.dtype, **dataclasses.asdict(asking)}
+    settings = {"model": identity(model), "compute": _arithmetic(model.compute), **dataclasses.asdict(asking)}
+    folder = Path(folder or f"runs/eval/{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]}")
     folder.mkdir(parents=True, exist_ok=True)
     earlier = read_json_object(folder / "settings.json")
     if differs := {name: earlier[name] for name in earlier if earlier[name] != settings.get(name)}:
         raise ValueError(f"{folder} holds answers by other settings, {differs}: give another --out")
     write_json(folder / "settings.json", settings)
     engine, found = Engine(model), {}
-    for answers in every:
-        found[answers.name] = figures(answers.complete(engine, batch_size), asking.samples)
-        write_json(folder / "result.json", found)
-    return found
+    for answers in tasks:
+        lines = answers.complete(engine, folder, batch_size)
+        found[answers.name] = figures(lines, asking.samples, votes=answers.task.said is not None)
+        write_json(folder / "result.json", read_json_object(folder / "result.json") | found)
+    return found, folder
 
 
 def identity(model: Model) -> str:
@@ -148,25 +157,25 @@ def identity(model: Model) -> str:
     return f"{fingerprint((model.params, model.router_bias))}-{model.text.fingerprint[:8]}"
 
 
-def figures(lines: Sequence[dict[str, Any]], samples: int) -> dict[str, float]:
-    """``pass@1`` with ``stderr``, ``pass@k`` and ``cons@k`` for k = 2, 4, … up to the samples, and these themselves;
-    the share that was cut off, and the mean length in tokens."""
+def _arithmetic(compute: ComputeConfig) -> dict[str, str]:
+    """What of it decides an answer's last digits, and so now and then its words."""
+    return {name: value for name, value in dataclasses.asdict(compute).items() if isinstance(value, str)}
+
+
+def figures(lines: Sequence[dict[str, Any]], samples: int, *, votes: bool) -> dict[str, float]:
+    """``pass@1`` with ``stderr``; ``pass@k`` and, with votes, ``cons@k`` for k = 2, 4, … up to the samples, and these
+    themselves; the share that was cut off, and the mean length in tokens."""
     groups = [lines[start : start + samples] for start in range(0, len(lines), samples)]
     correct = [[line["correct"] for line in group] for group in groups]
-    votes = [[_vote(line) for line in group] for group in groups]
+    said = [[line["said"] for line in group] for group in groups]
     mean, stderr = pass_at_1(correct)
     found = {"questions": len(groups), "samples": samples, "pass@1": mean, "stderr": stderr}
     for k in sorted({samples, *(2**power for power in range(1, samples.bit_length()))} - {1}):
-        found |= {f"pass@{k}": pass_at_k(correct, k), f"cons@{k}": cons_at_k(votes, correct, k)}
+        found[f"pass@{k}"] = pass_at_k(correct, k)
+        if votes:
+            found[f"cons@{k}"] = cons_at_k(said, correct, k)
     cut = 1 - float(np.mean([line["ended"] for line in lines]))
     return found | {"cut_off": cut, "tokens": float(np.mean([line["tokens"] for line in lines]))}
-
-
-def _vote(line: dict[str, Any]) -> str | None:
-    """What tells one wrong answer from another: its number, else its text; None without an answer."""
-    text = final_answer(line["completion"])[0] if line["ended"] else ""
-    number = to_number(text)
-    return (str(number.normalize()) if number is not None else text) or None
 
 
 def _line(content: dict[str, Any]) -> str:

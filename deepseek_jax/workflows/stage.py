@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from deepseek_jax import files
+from deepseek_jax.checkpoint.finding import CHECKPOINTS, checkpoint_steps
 from deepseek_jax.checkpoint.model import Model
 from deepseek_jax.checkpoint.store import check_directory
 from deepseek_jax.compute import ComputeConfig
@@ -163,6 +164,7 @@ def _open_run(config: StageConfig, settings: dict[str, Any], start: Model) -> di
     run_dir, first = Path(config.run_dir), jax.process_index() == 0
     if (saved := saved_meta(run_dir)) is not None:
         check_resume(run_dir, saved, settings, config.MAY_CHANGE)
+        say(f"{run_dir}: goes on from step {checkpoint_steps(run_dir / CHECKPOINTS)[-1]}")
         if first and _has_changed(config):
             (run_dir / RESULT).unlink(missing_ok=True)  # it may have been measured otherwise
     run_dir.mkdir(parents=True, exist_ok=True)

@@ -70,6 +70,7 @@ def test_a_run_that_goes_on_does_not_read_what_it_started_from(tmp_path, monkeyp
     params, bias = jax.tree.map(jnp.copy, weights(SPEAKER))
     start = whole(SPEAKER, params, bias, tokenizer(), ONE_DEVICE)
     monkeypatch.setattr(own_run, "load", lambda path, **options: start)
+    monkeypatch.setattr(own_run, "described", str)
     config = SFTConfig(run_dir=str(tmp_path), init_from="before", mesh=CONFIG.mesh)
 
     config = dataclasses.replace(config, loop=CONFIG.loop, optimizer=CONFIG.optimizer)

@@ -7,11 +7,12 @@ import pytest
 from model.tiny import weights, whole
 from small import SPEAKER, tokenizer
 
+from deepseek_jax.data.text import read_rows
 from deepseek_jax.evals.samples import pass_at_1
 from deepseek_jax.files import read_json_lines
 from deepseek_jax.rl import arithmetic
-from deepseek_jax.rl.tasks import TaskConfig
-from deepseek_jax.workflows.questions import Asking, ask_questions
+from deepseek_jax.rl.tasks import TaskConfig, make_task
+from deepseek_jax.workflows.questions import Answers, Asking, ask_questions, figures
 
 MODEL = whole(SPEAKER, *weights(SPEAKER), tokenizer())
 ASKING = Asking(samples=3, max_tokens=8, temperature=1.0, top_p=1.0)
@@ -30,7 +31,7 @@ def lines(folder) -> list[dict]:
 
 
 def test_answers_are_kept_and_a_run_goes_on(task, tmp_path):
-    whole_run = ask_questions(MODEL, [task], ASKING, tmp_path / "whole", batch_size=4)
+    whole_run, _ = ask_questions(MODEL, [Answers(task, ASKING)], ASKING, tmp_path / "whole", batch_size=4)
     (found,) = whole_run.values()
     kept = lines(tmp_path / "whole")
     assert [(line["question"], line["sample"]) for line in kept] == [(q, s) for q in range(5) for s in range(3)]
@@ -43,14 +44,32 @@ def test_answers_are_kept_and_a_run_goes_on(task, tmp_path):
     # Cut off within a line; what is missing is asked beside other rows, and says the same.
     (path,) = (tmp_path / "whole").glob("arithmetic-*.jsonl")
     path.write_text("".join(json.dumps(line) + "\n" for line in kept[:5]) + '{"question": 1, "sam')
-    assert ask_questions(MODEL, [task], ASKING, tmp_path / "whole", batch_size=16) == whole_run
+    again, _ = ask_questions(MODEL, [Answers(task, ASKING)], ASKING, tmp_path / "whole", batch_size=16)
+    assert again == whole_run
     assert lines(tmp_path / "whole") == kept
 
 
+def test_wrong_answers_vote_by_what_the_grader_reads(tmp_path):
+    """14 of 16 say 17 in their own words, two the right 18: the majority is wrong."""
+    (tmp_path / "rows.jsonl").write_text('{"question": "How many?", "answer": "so #### 18"}\n')
+    task = make_task(TaskConfig(name="gsm8k", path=(str(tmp_path / "rows.jsonl"),)))
+    (row,) = read_rows((str(tmp_path / "rows.jsonl"),))
+    texts = [f"By way {number}, the answer is 17." for number in range(14)] + ["It is 18.", "18.0"]
+    assert task.said is not None
+    lines = [
+        {"said": str(task.said(text, row)), "correct": task.accuracy(text, row) == 1, "ended": True, "tokens": 9}
+        for text in texts
+    ]
+    found = figures(lines, 16, votes=True)
+    assert found["pass@1"] == 0.125 and found["cons@16"] == 0.0
+    assert "cons@16" not in figures(lines, 16, votes=False)
+
+
 def test_what_does_not_fit_is_refused(task, tmp_path):
-    ask_questions(MODEL, [task], Asking(samples=1, count=1, max_tokens=4), tmp_path / "out", batch_size=1)
+    once = Asking(samples=1, count=1, max_tokens=4)
+    ask_questions(MODEL, [Answers(task, once)], once, tmp_path / "out", batch_size=1)
     with pytest.raises(ValueError, match="answers by other settings, {'samples': 1.*give another --out"):
-        ask_questions(MODEL, [task], ASKING, tmp_path / "out", batch_size=1)
+        ask_questions(MODEL, [Answers(task, ASKING)], ASKING, tmp_path / "out", batch_size=1)
     with pytest.raises(ValueError, match="ask once"):
         Asking(temperature=0.0)
     with pytest.raises(ValueError, match="top_p=2"):
@@ -58,4 +77,4 @@ def test_what_does_not_fit_is_refused(task, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "1+1="}\n')
     rows = TaskConfig(path=(str(tmp_path / "rows.jsonl"),))
     with pytest.raises(ValueError, match='rows.jsonl:1: no column "answer"'):
-        ask_questions(MODEL, [rows], ASKING, tmp_path / "new", batch_size=1)
+        Answers(rows, ASKING)

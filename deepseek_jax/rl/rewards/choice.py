@@ -22,10 +22,15 @@ def score(completion: str, row: Mapping[str, Any]) -> float | None:
     right = row["answer"]
     if right is None:
         return None
+    return float(chosen(completion) == right.strip())
+
+
+def chosen(completion: str) -> str | None:
+    """The letter that a completion names, None where it names none or several."""
     said, marked = final_answer(last_reply(completion))
     if not marked and (told := _TOLD.findall(said)):
         said = told[-1]
-    return float(read_letter(said) == right.strip())
+    return read_letter(said)
 
 
 def read_letter(text: str) -> str | None:

@@ -10,7 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_kernels import Target, Visible, choose, cpu, mla_attention, product, registry, routed_experts, table
+from deepseek_kernels import (
+    BlockScaled,
+    Target,
+    Visible,
+    choose,
+    cpu,
+    mla_attention,
+    product,
+    registry,
+    routed_experts,
+    table,
+)
+from deepseek_kernels.block_fp8 import FP8
 
 CPU, H100, A100 = Target("cpu"), Target("cuda", "9.0", 132), Target("cuda", "8.0")
 TPU, V4 = Target("tpu", "TPU v5p"), Target("tpu", "TPU v4")
@@ -58,6 +70,22 @@ def test_rows_and_reasons():
     assert "capability 9.0, not cuda 8.0" in table(A100, "bfloat16")["grouped_matmul"].reason
     narrow = choose("grouped_matmul", H100, jnp.bfloat16, rows=64, groups=4, widths=(96, 256))
     assert narrow.name == "blocks" and "not (96, 256)" in narrow.reason
+
+
+def test_a_dequantised_copy_is_said(caplog):
+    registry._say.cache_clear()
+    weights = {F: BlockScaled(np.zeros((4, 256, F), FP8), np.zeros((4, 2, -(-F // 128)))) for F in (256, 328)}
+    facts: dict[str, Any] = {"rows": 64, "groups": 4}
+    for target, name, dtype in (
+        *[(H100, "hopper", "bfloat16"), (A100, "blocks", "bfloat16"), (TPU, "megablox", "bfloat16")],
+        *[(V4, "ragged_dot", "bfloat16"), (CPU, "c", "float32"), (CPU, "blocks", "bfloat16")],
+    ):
+        for F, weight in weights.items():
+            choice = choose("grouped_matmul", target, dtype, widths=(256, 320), weight=weight, **facts)
+            copied = f"a copy of the weight in {dtype}" in choice.reason
+            assert choice.name == name and copied == (target != H100 or F == 328)
+    of_hopper = [record for record in caplog.records if "grouped_matmul in bfloat16 on cuda:9.0" in record.getMessage()]
+    assert len(of_hopper) == 1 and "hopper, a copy of the weight in bfloat16: it needs D" in of_hopper[0].getMessage()
 
 
 def test_cudnn_takes_causal_rows_and_their_segments():

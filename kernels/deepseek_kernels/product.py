@@ -17,7 +17,7 @@ from deepseek_kernels import cpu, hopper_few
 from deepseek_kernels.fp8_matmul import fp8_matmul
 from deepseek_kernels.fp8_on_hopper import facts as fp8_facts
 from deepseek_kernels.registry import choose
-from deepseek_kernels.target import Target
+from deepseek_kernels.target import Target, devices
 from deepseek_kernels.weights import InStack, Weight, as_it_lies, block_scaled, stored_gradient
 
 
@@ -47,8 +47,8 @@ def product(
       ValueError: an equation that is not of this kind or does not fit the shapes, or an implementation that cannot run.
     """
     target, form, scaled = target or Target.here(), _parse(equation, x.shape, tuple(w.shape)), block_scaled(w)
-    dtype, mesh = None if dtype is None else jnp.dtype(dtype), jax.sharding.get_abstract_mesh()
-    facts: dict[str, Any] = {"devices": 1 if mesh.empty else mesh.size}
+    dtype = None if dtype is None else jnp.dtype(dtype)
+    facts: dict[str, Any] = {"devices": devices()}
     if form.plain and precision is None and dtype in (None, x.dtype) and as_it_lies(w, x.dtype):
         sizes = [math.prod(part) for part in (x.shape[: len(form.rows)], w.shape[: len(form.summed)], w.shape)]
         facts |= {"rows": sizes[0], "widths": (sizes[1], sizes[2] // max(sizes[1], 1))}

@@ -138,6 +138,27 @@ def test_the_target_of_this_process_and_of_a_mesh():
         assert jax.jit(lambda x: x * len(Target.here().platform))(1) == 3
 
 
+@pytest.mark.parametrize("fp8", [False, True])
+def test_a_devices_own_product_has_its_kernel_on_a_mesh(fp8):
+    """Inside a shard_map over all axes; the compiler splits no kernel: outside, or over some axes, there is none."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("x", "y"))
+    rows, whole = jax.sharding.PartitionSpec("x"), jax.sharding.PartitionSpec()
+    shape = jax.ShapeDtypeStruct
+    w: Any = shape((256, 256), jnp.bfloat16)
+    if fp8:
+        w = BlockScaled(shape((256, 256), FP8), shape((2, 2), jnp.float32), terms_last=True)
+    multiply = functools.partial(product, "td,df->tf", target=H100)
+
+    def found(**axes):
+        run = jax.shard_map(multiply, in_specs=(rows, whole), out_specs=rows, check_vma=False, **axes)
+        with jax.set_mesh(mesh):
+            traced = jax.jit(run if axes else multiply).trace(shape((16, 256), jnp.bfloat16), w)
+            return "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    assert found(axis_names={"x", "y"})
+    assert not found(axis_names={"x"}) and not found()
+
+
 @pytest.mark.parametrize(("target", "platform"), [(H100, "cuda"), (TPU, "tpu")], ids=str)
 def test_a_layers_gradient_is_lowered_for_its_target_on_a_cpu_host(target, platform):
     """Attention and routed experts with float32 masters: the target's kernels, and none of this processor's."""

@@ -199,6 +199,15 @@ def test_dense_products(hopper_gpu, implementation, equation, count, shape, grou
     np.testing.assert_array_equal(run(x, layer), found)
 
 
+@pytest.mark.parametrize("options", [{"dtype": jnp.float32}, {"precision": "highest"}], ids=str)
+def test_another_dtype_or_precision_is_a_product_of_the_dequantised_weight(options):
+    """The kernels round to x's dtype."""
+    x, w = rows(16), weight(D, F)
+    found, right = (product("td,df->tf", x, w, target=TARGET, **options) for w in (w, w.astype(x.dtype)))
+    assert found.dtype == options.get("dtype", x.dtype)
+    np.testing.assert_array_equal(found, right)
+
+
 def test_the_gradient_of_the_rows(hopper_gpu):
     x, w = rows(20), weight(D, F)
     dy = rows(20, 384)[:, :F]

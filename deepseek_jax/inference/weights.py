@@ -16,6 +16,7 @@ from deepseek_kernels.block_fp8 import BlockScaled
 from deepseek_kernels.fp8_on_hopper import laid_out
 
 READ_IN_FLOAT32 = ("router", "gain")  # bfloat16 router weights would choose other experts than the learner's
+READ_BY_HEAD = ("kv_b",)  # dequantised in each step, which would turn it back
 
 
 def sampling_rules(rules: ShardingRules) -> ShardingRules:
@@ -53,7 +54,8 @@ def sampling_weights(
 
     def make(path, leaf, axes):
         if isinstance(leaf, BlockScaled):
-            return jax.tree.map(jnp.copy, laid_out(leaf, compute.kernels))
+            laid = leaf if _named(path, READ_BY_HEAD) else laid_out(leaf, compute.kernels)
+            return jax.tree.map(jnp.copy, laid)
         leaf = jnp.copy(leaf) if _named(path, READ_IN_FLOAT32) else jnp.copy(leaf).astype(compute.dtype)
         return jax.lax.with_sharding_constraint(leaf, named_sharding(mesh, axes, leaf.shape, compute.rules))
 

@@ -51,7 +51,8 @@ class DeepSeekMoE(nnx.Module):
             return routed_experts(x_TD, weights_TK, experts_TK, wi_ED2F, wo_EFD, **kernel).reshape(x_BSD.shape)
 
         with jax.named_scope("experts"):
-            y = exchange(experts, x_BSD, weights_BSK, experts_BSK, self.wi[...], self.wo[...], compute.rules)
+            operands = x_BSD, weights_BSK, experts_BSK, self.wi[...], self.wo[...]
+            y = exchange(experts, *operands, compute.rules, in_fp8=compute.grouped_matmul == "hopper_fp8")
         if self.shared is not None:
             with jax.named_scope("shared_experts"):
                 y = y + self.shared(x_BSD)

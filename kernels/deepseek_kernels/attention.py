@@ -6,7 +6,6 @@ softmax and sums are float32, the result has the values' dtype, and a query that
 """
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -25,7 +24,7 @@ from deepseek_kernels import (
 )
 from deepseek_kernels.kept import kept
 from deepseek_kernels.registry import choose
-from deepseek_kernels.target import Target
+from deepseek_kernels.target import Target, devices
 from deepseek_kernels.visible import Visible
 from deepseek_kernels.weights import InStack
 
@@ -153,14 +152,8 @@ def _choose(operation, operands, key_width, value_width, visible, target, implem
         facts["by_column"] = visible.by_column
     else:
         facts |= {"in_row_order": visible.in_row_order, "in_segments": visible.in_segments}
-        facts |= {"shared_by": shared_by, "devices": _devices()}
+        facts |= {"shared_by": shared_by, "devices": devices()}
     return choose(operation, target, dtypes.pop(), implementation=implementation, **facts).name
-
-
-def _devices() -> int:
-    """That the operands may be split over: one inside a shard_map over the whole mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return math.prod(size for name, size in mesh.shape.items() if name not in mesh.manual_axes)
 
 
 def _attend(name, q_BSHK, k_BTGK, v_BTGV, visible, scale, target) -> Any:

@@ -9,14 +9,13 @@ from jaxtyping import Array, Float, Int
 
 from deepseek_kernels import hopper_fp8, hopper_quantise
 from deepseek_kernels.block_fp8 import BLOCK, BlockScaled, quantise_rows, split_shape
-from deepseek_kernels.target import Target
+from deepseek_kernels.target import Target, devices
 from deepseek_kernels.weights import InStack, Weight, block_scaled
 
 
 def facts(w: Weight) -> dict[str, Any]:
-    """What ``refuses`` is to know of a dense product: the weight, and that of a mesh's devices each has a part."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return {"weight": w, "devices": 1 if mesh.empty else mesh.size}
+    """What ``refuses`` is to know of a dense product: the weight, and over how many devices it may be split."""
+    return {"weight": w, "devices": devices()}
 
 
 def refuses(target: Target, dtype: Any, *, weight: Weight = None, devices: int = 1, **_: Any) -> str:

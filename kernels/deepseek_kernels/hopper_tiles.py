@@ -1,4 +1,5 @@
-"""What the bfloat16 products on Hopper share: tiles taken one after another, each a sum of products over steps.
+"""The products of hopper.py on Hopper: tiles taken one after another, each a sum of products over steps. Few rows and
+FP8 have pipelines of their own (hopper_few.py, hopper_fp8.py), which take from here at most how memory is swizzled.
 
 One warp group streams both operands of the steps to shared memory, two multiply, each its part of the tile. As many
 blocks as the GPU has processors take the tiles in turn.

@@ -17,7 +17,7 @@ from deepseek_kernels import cpu, hopper_few
 from deepseek_kernels.fp8_matmul import fp8_matmul
 from deepseek_kernels.fp8_on_hopper import facts as fp8_facts
 from deepseek_kernels.registry import choose
-from deepseek_kernels.target import Target
+from deepseek_kernels.target import Target, devices
 from deepseek_kernels.weights import InStack, Weight, as_it_lies, block_scaled, stored_gradient
 
 
@@ -41,24 +41,25 @@ def product(
       w: an array of any dtype, a BlockScaled, an InStack or Columns. The first and stacks of the first have gradients.
       precision: of this product and of its gradients', as in ``jnp.einsum``.
       implementation: ``hopper``, a kernel for few rows; ``dot``; ``c``, a dot with the weight's gradient by a kernel.
-      fp8: of a product with an FP8 weight's matrix, see ``fp8_matmul``.
+      fp8: of a product with an FP8 weight's matrix, in x's dtype and without a precision, see ``fp8_matmul``.
 
     Raises:
       ValueError: an equation that is not of this kind or does not fit the shapes, or an implementation that cannot run.
     """
     target, form, scaled = target or Target.here(), _parse(equation, x.shape, tuple(w.shape)), block_scaled(w)
-    dtype, mesh = None if dtype is None else jnp.dtype(dtype), jax.sharding.get_abstract_mesh()
-    facts: dict[str, Any] = {"devices": 1 if mesh.empty else mesh.size}
-    if form.plain and precision is None and dtype in (None, x.dtype) and as_it_lies(w, x.dtype):
+    dtype = None if dtype is None else jnp.dtype(dtype)
+    facts: dict[str, Any] = {"devices": devices()}
+    as_x = precision is None and dtype in (None, x.dtype)
+    if form.plain and as_x and as_it_lies(w, x.dtype):
         sizes = [math.prod(part) for part in (x.shape[: len(form.rows)], w.shape[: len(form.summed)], w.shape)]
         facts |= {"rows": sizes[0], "widths": (sizes[1], sizes[2] // max(sizes[1], 1))}
     name = choose("product", target, x.dtype, implementation=implementation, **facts).name
-    if scaled is not None and form.plain and len(form.summed) == scaled.groups[0][0]:
+    if scaled is not None and form.plain and as_x and len(form.summed) == scaled.groups[0][0]:
         choice = choose("fp8_matmul", target, x.dtype, implementation=fp8, **fp8_facts(w))
         if choice.name != "dequantised":
             rows = x.shape[: len(form.rows)]
             y = fp8_matmul(x.reshape(*rows, -1), w, target=target, implementation=choice.name)
-            return y.reshape(*rows, *w.shape[len(form.summed) :]).astype(dtype or x.dtype)
+            return y.reshape(*rows, *w.shape[len(form.summed) :])
     return _product(x, w, form, dtype, precision, name, target.cores)
 
 

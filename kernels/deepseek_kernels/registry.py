@@ -26,6 +26,7 @@ from deepseek_kernels import (
 )
 from deepseek_kernels.block_fp8 import FP8, BlockScaled
 from deepseek_kernels.target import Platform, Target
+from deepseek_kernels.weights import Weight, block_scaled
 
 ANYWHERE: tuple[Platform, ...] = get_args(Platform)
 
@@ -44,6 +45,7 @@ class Choice:
 class Implementation:
     """platforms: where it is chosen by itself if it does not refuse; elsewhere it must be named. refuses: why it cannot
     run, "" where it can. rows: the alignment. slow: the reason where no faster one of the platform has refused.
+    copies: what it does with the weight before it multiplies, "" where it reads it as it lies or casts an array.
     special: made for some shapes alone, so that another is no slow choice where it refuses."""
 
     name: str
@@ -51,6 +53,7 @@ class Implementation:
     refuses: Callable[..., str] = lambda target, dtype, **facts: ""
     rows: Callable[..., int] = lambda target, **facts: 1
     slow: str = ""
+    copies: Callable[..., str] = lambda dtype, **facts: ""
     special: bool = False
 
 
@@ -75,6 +78,15 @@ def _hopper_rows(target: Target, *, rows: int, groups: int, **_) -> int:
     return hopper_few.tile(rows, groups) or hopper.ROWS
 
 
+def _dequantises(dtype: Any, *, weight: Weight = None, **_) -> str:
+    return "" if block_scaled(weight) is None else f"a copy of the weight in {dtype.name}"
+
+
+def _dequantises_what_does_not_fit(dtype: Any, *, weight: Weight = None, **_) -> str:
+    copy = _dequantises(dtype, weight=weight)
+    return f"{copy}: {why}" if copy and (why := fp8_on_hopper.does_not_fit(weight)) else ""
+
+
 _C = Implementation("c", ("cpu",), _needs_c)
 _CUDNN = Implementation("cudnn", ("cuda",), attention_cudnn.refuses)
 _SPLASH = Implementation("splash", ("tpu",), attention_splash.refuses)
@@ -90,12 +102,12 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         Implementation("dot"),
     ),
     "grouped_matmul": (
-        _C,
-        Implementation("hopper", ("cuda",), hopper.refuses, _hopper_rows),
+        dataclasses.replace(_C, copies=_dequantises),
+        Implementation("hopper", ("cuda",), hopper.refuses, _hopper_rows, copies=_dequantises_what_does_not_fit),
         Implementation("hopper_fp8", (), fp8_on_hopper.refuses, _hopper_rows),  # rounds x: by name alone
-        Implementation("megablox", ("tpu",), grouped_tpu.refuses),
-        Implementation("ragged_dot", ("tpu",)),
-        Implementation("blocks", rows=_block_rows, slow="batched XLA products over padded blocks"),
+        Implementation("megablox", ("tpu",), grouped_tpu.refuses, copies=_dequantises),
+        Implementation("ragged_dot", ("tpu",), copies=_dequantises),
+        Implementation("blocks", rows=_block_rows, slow="batched XLA products over padded blocks", copies=_dequantises),
         _REFERENCE,
     ),
     # With a weight in FP8.
@@ -159,9 +171,12 @@ def choose(operation: str, target: Target, dtype: Any, *, implementation: str = 
         if why := row.refuses(target, dtype, **facts):
             refusals += [] if row.special else [f"not {row.name}: {why}"]
             continue
-        choice = Choice(row.name, row.rows(target, **facts), "; ".join(refusals) or row.slow)
+        copied = row.copies(dtype, **facts)
+        reasons = [*(refusals or [row.slow]), copied]
+        choice = Choice(row.name, row.rows(target, **facts), "; ".join(filter(None, reasons)))
         if choice.reason:  # a warning, which is seen by default, where the platform has a faster one
-            level = logging.WARNING if refusals else logging.INFO
+            faster = refusals or (copied and target.platform == "cuda")
+            level = logging.WARNING if faster else logging.INFO
             _say(level, operation, target, dtype.name, choice.name, choice.reason)
         return choice
     raise AssertionError(f"no implementation of {operation} for {target}")

@@ -18,7 +18,7 @@ from deepseek_kernels.kept import kept
 from deepseek_kernels.product import product
 from deepseek_kernels.registry import choose
 from deepseek_kernels.target import Target
-from deepseek_kernels.weights import Weight, stored_gradient
+from deepseek_kernels.weights import Weight, block_scaled, stored_gradient
 
 
 def routed_experts(
@@ -76,6 +76,7 @@ def _sorted(x_TD, weights_TK, experts_TK, wi_ED2F, wo_EFD, target, grouped):
     ]
     aligned = max(choice.rows for choice in choices)
     few = all(choice.name == "hopper" and choice.rows in hopper_few.TILES for choice in choices)
+    few = few and not any(block_scaled(w) for w in (wi_ED2F, wo_EFD))  # which grouped_matmul reads as they are
     if few and experts_TK.size <= experts_few.MOST:
         y_TD: jax.Array = _few(x_TD, weights_TK, experts_TK, wi_ED2F, wo_EFD, aligned, target)
         return y_TD

@@ -1,6 +1,7 @@
 """What a program is compiled for: kernels are chosen by this, never by the machine that happens to trace."""
 
 import dataclasses
+import math
 import typing
 from typing import Any, Literal
 
@@ -59,3 +60,9 @@ class Target:
             return cls.of(jax.sharding.get_mesh().devices.flat[0])
         except ValueError:  # a trace knows the mesh's shape and kind of device alone
             raise ValueError(f"target=None inside jit, under a mesh of {kind.device_kind}: name the target") from None
+
+
+def devices() -> int:
+    """That operands may be split over here: the current mesh's, one inside a shard_map over all its axes."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(size for name, size in mesh.shape.items() if name not in mesh.manual_axes)

@@ -56,9 +56,7 @@ def test_what_is_kept_is_not_computed_again(remat, products, attention, choices)
     With nothing kept, gate and up are multiplied again; what comes out of an expert is not needed by any gradient.
     Kept rows need the choice of experts that sorted them: the router's must be kept too."""
     text = gradient(ComputeConfig(dtype="bfloat16", target="cuda:9.0:132", remat=remat), "cuda")
-    # Attention's kernels stand in functions that both stacks call.
-    assert len(re.findall(r"call @hopper_attention(_\d+)?\(%", text)) == attention
-    assert len(re.findall(r"call @hopper_attention_gradients(_\d+)?\(%", text)) == 2
+    assert of_hopper(text) == (attention, 2)
     others = [body for body in text.split("\n  func.func") if not body.startswith(" private @hopper_attention")]
     assert sum(body.count("custom_call @mosaic_gpu") for body in others) == products + 1
     assert len(re.findall(r"= chlo\.top_k|custom_call @mhlo\.topk", text)) == choices
@@ -77,6 +75,11 @@ def gradient(compute, platform: str, rows: int = 1) -> str:
     return traced.lower(lowering_platforms=(platform,)).as_text()
 
 
+def of_hopper(text: str) -> tuple[int, ...]:
+    """Calls of attention, forward and backward: its kernels stand in functions that both stacks call."""
+    return tuple(len(re.findall(rf"call @hopper_attention{of}(_\d+)?\(%", text)) for of in ("", "_gradients"))
+
+
 def of_tpu(text: str) -> tuple[int, ...]:
     """Grouped products, and attention forward and backward. Both stacks of layers call one program of attention's."""
     return tuple(text.count(f'kernel_name = "{name}') for name in ('kernel"', "splash_mha_fwd", "splash_mha_dkv"))
@@ -87,12 +90,17 @@ def test_what_is_kept_is_not_computed_again_on_a_tpu(remat, kernels):
     assert of_tpu(gradient(ComputeConfig(dtype="bfloat16", target="tpu:TPU v5p", remat=remat), "tpu")) == kernels
 
 
+@pytest.mark.parametrize(("target", "platform"), TARGETS)
 @pytest.mark.parametrize("axes", [{"fsdp": 4, "tensor": 2}, {"context": 2}], ids=str)
-def test_kernels_of_tpus_on_a_mesh(axes):
-    """Each device attends to its own rows and heads; where sequences are split none can, and blocks do it."""
+def test_kernels_on_a_mesh(axes, target, platform):
+    """Each device attends to its own rows and heads; where sequences are split these kernels cannot."""
     with jax.set_mesh(make_mesh(MeshConfig(**axes))):
-        text = gradient(ComputeConfig(dtype="bfloat16", target="tpu:TPU v5p", remat="kernels"), "tpu", rows=8)
-    assert of_tpu(text) == ((6, 0, 0) if "context" in axes else (6, 1, 2))
+        text = gradient(ComputeConfig(dtype="bfloat16", target=target, remat="kernels"), platform, rows=8)
+    split = "context" in axes
+    if platform == "tpu":
+        assert of_tpu(text) == ((6, 0, 0) if split else (6, 1, 2))
+    else:
+        assert of_hopper(text) == ((0, 0) if split else (2, 2))
 
 
 @pytest.mark.parametrize(("target", "platform"), TARGETS)

@@ -1,6 +1,7 @@
 """Weights for sampling: what they hold, where they lie, and that they are copies."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from deepseek_jax.inference.weights import sampling_config, sampling_rules, samp
 from deepseek_jax.model import transformer
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
 from deepseek_jax.parallel.sharding import ShardingRules, tree_shardings
+from deepseek_kernels.block_fp8 import FP8, BlockScaled
 
 TINY = config(V3)
 
@@ -49,6 +51,23 @@ def test_the_network_computes_the_same_with_them(tiny, scanned):
     made = make(tiny, dtype="bfloat16", scan_decode=scanned)
     found, expected = run(sampling_config(tiny), *made), run(tiny, *weights(tiny))
     assert relative_error(found, expected) <= (0 if scanned else 0.03)  # unrolled, bfloat16 is rounded elsewhere
+
+
+def test_fp8_weights_lie_as_hoppers_kernels_read_them_but_what_is_read_by_head():
+    fp8 = {"o": ((2, 64, 128), ((2, 128), (1, 128))), "kv_b": ((128, 2, 64), ((1, 128), (2, 128)))}
+
+    def kept(path, leaf):
+        if path[-1].key not in fp8:
+            return leaf
+        shape, groups = fp8[path[-1].key]
+        return BlockScaled(jnp.zeros((len(leaf), *shape), FP8), jnp.zeros((len(leaf), 1, 1)), groups)
+
+    params, bias = weights(TINY)
+    mesh, compute = make_mesh(devices=jax.devices()[:1]), ComputeConfig(dtype="bfloat16", target="cuda:9.0:132")
+    run = functools.partial(sampling_weights, config=TINY, compute=compute, mesh=mesh)
+    made, _ = jax.eval_shape(run, jax.tree_util.tree_map_with_path(kept, params), bias)
+    for layer in made["layers"]:
+        assert layer["attention"]["o"].terms_last and not layer["attention"]["kv_b"].terms_last
 
 
 def test_a_train_step_may_give_away_what_they_were_made_from():

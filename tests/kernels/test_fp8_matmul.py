@@ -5,6 +5,7 @@ import logging
 import math
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -198,6 +199,15 @@ def test_dense_products(hopper_gpu, implementation, equation, count, shape, grou
     np.testing.assert_array_equal(run(x, layer), found)
 
 
+@pytest.mark.parametrize("options", [{"dtype": jnp.float32}, {"precision": "highest"}], ids=str)
+def test_another_dtype_or_precision_is_a_product_of_the_dequantised_weight(options):
+    """The kernels round to x's dtype."""
+    x, w = rows(16), weight(D, F)
+    found, right = (product("td,df->tf", x, w, target=TARGET, **options) for w in (w, w.astype(x.dtype)))
+    assert found.dtype == options.get("dtype", x.dtype)
+    np.testing.assert_array_equal(found, right)
+
+
 def test_the_gradient_of_the_rows(hopper_gpu):
     x, w = rows(20), weight(D, F)
     dy = rows(20, 384)[:, :F]
@@ -237,6 +247,33 @@ def test_no_copy_of_the_weight_and_lowered_for_cuda_without_a_gpu(implementation
     for line in text.splitlines():
         assert "4096x7168xbf16" not in line and "4096x7168xf32" not in line
         assert "stablehlo.transpose" not in line or "f8E4M3" not in line
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 256])
+@pytest.mark.parametrize("scanned", [False, True])
+def test_no_copy_of_the_experts_in_any_step(tokens, scanned):
+    """V2-Lite's, six choices a token, on both sides of what counts as few rows; by themselves and in a stack."""
+    shape, gate_up = jax.ShapeDtypeStruct, ((1, 128), (1, 1), (1, 128))
+    lead = (3, 64) if scanned else (64,)
+    wi = BlockScaled(shape((*lead, 2, 1408, 2048), FP8), shape((*lead, 2, 11, 16), jnp.float32), gate_up, True)
+    wo = BlockScaled(shape((*lead, 2048, 1408), FP8), shape((*lead, 16, 11), jnp.float32), terms_last=True)
+    x, chosen = shape((tokens, 2048), jnp.bfloat16), shape((tokens, 6), jnp.int32)
+
+    def run(x, weights, chosen, *matrices):
+        matrices = [InStack(w, jnp.int32(1)) for w in matrices] if scanned else matrices
+        return routed_experts(x, weights, chosen, *matrices, target=Target("cuda", "9.0", 132))
+
+    traced = jax.make_jaxpr(run)(x, shape((tokens, 6), jnp.float32), chosen, wi, wo)
+    made = [(math.prod(a.shape), a.dtype) for a in results(traced.jaxpr)]
+    assert max(size for size, dtype in made if dtype in (jnp.bfloat16, jnp.float32)) < 64 * 2048 * 1408
+
+
+def results(jaxpr):
+    """Of every equation, of inner programs too, but not of kernels, what it makes."""
+    for equation in jaxpr.eqns:
+        yield from (var.aval for var in equation.outvars if hasattr(var.aval, "dtype"))
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from results(inner)
 
 
 def test_what_does_not_fit_is_named(caplog):

@@ -10,7 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_kernels import Target, Visible, choose, cpu, mla_attention, product, registry, routed_experts, table
+from deepseek_kernels import (
+    BlockScaled,
+    Target,
+    Visible,
+    choose,
+    cpu,
+    mla_attention,
+    product,
+    registry,
+    routed_experts,
+    table,
+)
+from deepseek_kernels.block_fp8 import FP8
 
 CPU, H100, A100 = Target("cpu"), Target("cuda", "9.0", 132), Target("cuda", "8.0")
 TPU, V4 = Target("tpu", "TPU v5p"), Target("tpu", "TPU v4")
@@ -58,6 +70,22 @@ def test_rows_and_reasons():
     assert "capability 9.0, not cuda 8.0" in table(A100, "bfloat16")["grouped_matmul"].reason
     narrow = choose("grouped_matmul", H100, jnp.bfloat16, rows=64, groups=4, widths=(96, 256))
     assert narrow.name == "blocks" and "not (96, 256)" in narrow.reason
+
+
+def test_a_dequantised_copy_is_said(caplog):
+    registry._say.cache_clear()
+    weights = {F: BlockScaled(np.zeros((4, 256, F), FP8), np.zeros((4, 2, -(-F // 128)))) for F in (256, 328)}
+    facts: dict[str, Any] = {"rows": 64, "groups": 4}
+    for target, name, dtype in (
+        *[(H100, "hopper", "bfloat16"), (A100, "blocks", "bfloat16"), (TPU, "megablox", "bfloat16")],
+        *[(V4, "ragged_dot", "bfloat16"), (CPU, "c", "float32"), (CPU, "blocks", "bfloat16")],
+    ):
+        for F, weight in weights.items():
+            choice = choose("grouped_matmul", target, dtype, widths=(256, 320), weight=weight, **facts)
+            copied = f"a copy of the weight in {dtype}" in choice.reason
+            assert choice.name == name and copied == (target != H100 or F == 328)
+    of_hopper = [record for record in caplog.records if "grouped_matmul in bfloat16 on cuda:9.0" in record.getMessage()]
+    assert len(of_hopper) == 1 and "hopper, a copy of the weight in bfloat16: it needs D" in of_hopper[0].getMessage()
 
 
 def test_cudnn_takes_causal_rows_and_their_segments():
@@ -108,6 +136,27 @@ def test_the_target_of_this_process_and_of_a_mesh():
     with jax.set_mesh(mesh):
         assert Target.here() == CPU
         assert jax.jit(lambda x: x * len(Target.here().platform))(1) == 3
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_a_devices_own_product_has_its_kernel_on_a_mesh(fp8):
+    """Inside a shard_map over all axes; the compiler splits no kernel: outside, or over some axes, there is none."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("x", "y"))
+    rows, whole = jax.sharding.PartitionSpec("x"), jax.sharding.PartitionSpec()
+    shape = jax.ShapeDtypeStruct
+    w: Any = shape((256, 256), jnp.bfloat16)
+    if fp8:
+        w = BlockScaled(shape((256, 256), FP8), shape((2, 2), jnp.float32), terms_last=True)
+    multiply = functools.partial(product, "td,df->tf", target=H100)
+
+    def found(**axes):
+        run = jax.shard_map(multiply, in_specs=(rows, whole), out_specs=rows, check_vma=False, **axes)
+        with jax.set_mesh(mesh):
+            traced = jax.jit(run if axes else multiply).trace(shape((16, 256), jnp.bfloat16), w)
+            return "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    assert found(axis_names={"x", "y"})
+    assert not found(axis_names={"x"}) and not found()
 
 
 @pytest.mark.parametrize(("target", "platform"), [(H100, "cuda"), (TPU, "tpu")], ids=str)

@@ -12,7 +12,10 @@ from model.tiny import V1, V2, V3, config, float64, relative_error, weights
 
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.model.moe import DeepSeekMoE
+from deepseek_jax.parallel.exchange import exchange
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
+from deepseek_jax.parallel.sharding import ShardingRules
+from deepseek_kernels.block_fp8 import FP8, BlockScaled
 
 CONFIGS = {
     "v1": config(V1),
@@ -97,3 +100,19 @@ def test_a_mesh_changes_nothing(gradients):
     np.testing.assert_array_equal(mesh_stats.load_E, stats.load_E)
     errors = jax.tree.map(relative_error, mesh_grads, grads)
     assert max(jax.tree.leaves(errors)) < 1e-5, errors
+
+
+def test_a_mesh_says_that_it_dequantises(caplog):
+    shape, mesh = jax.ShapeDtypeStruct, make_mesh(MeshConfig(fsdp=2), devices=jax.devices()[:2])
+    wi = BlockScaled(shape((4, 16, 2, 16), FP8), shape((4, 1, 2, 1), jnp.float32), ((1, 128), (1, 1), (1, 128)))
+    wo = BlockScaled(shape((4, 16, 16), FP8), shape((4, 1, 1), jnp.float32))
+    operands = shape((2, 3, 16), jnp.bfloat16), shape((2, 3, 2), jnp.float32), shape((2, 3, 2), jnp.int32), wi, wo
+    experts = lambda x, weights, chosen, wi, wo: x + wi[0, 0, 0, 0] + wo[0, 0, 0]  # noqa: E731
+    run = functools.partial(exchange, experts, rules=ShardingRules())
+    with jax.set_mesh(mesh):
+        for _ in range(2):
+            assert jax.eval_shape(run, *operands).dtype == jnp.bfloat16
+        with pytest.raises(ValueError, match="'hopper_fp8' cannot run: a mesh of 2 devices makes a copy"):
+            jax.eval_shape(functools.partial(run, in_fp8=True), *operands)
+    said = [record.getMessage() for record in caplog.records if "FP8 weights in bfloat16" in record.getMessage()]
+    assert len(said) == 1

@@ -54,7 +54,9 @@ def sampling_weights(
 
     def make(path, leaf, axes):
         if isinstance(leaf, BlockScaled):
-            laid = leaf if _named(path, READ_BY_HEAD) else laid_out(leaf, compute.kernels)
+            # On a mesh it is dequantised, in the order in which it came.
+            as_it_is = mesh.size > 1 or _named(path, READ_BY_HEAD)
+            laid = leaf if as_it_is else laid_out(leaf, compute.kernels)
             return jax.tree.map(jnp.copy, laid)
         leaf = jnp.copy(leaf) if _named(path, READ_IN_FLOAT32) else jnp.copy(leaf).astype(compute.dtype)
         return jax.lax.with_sharding_constraint(leaf, named_sharding(mesh, axes, leaf.shape, compute.rules))

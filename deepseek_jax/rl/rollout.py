@@ -139,12 +139,15 @@ class Rollouts:
         *,
         seed: int,
         multiple: int = 1,
+        minibatches: int = 1,
     ):
-        """multiple: what the learner needs the number of rows to be a multiple of, where they are packed."""
+        """minibatches: parts of a batch with an update each. multiple: what the learner needs the number of rows of each
+        to be a multiple of, where they are packed."""
         if config.replay_routing and not model.config.num_moe_layers:
             raise ValueError("rollout.replay_routing=True: the model has no experts that could be replayed")
         self.engine, self.tokenizer, self.positions = Engine(model), model.text, model.config.max_position_embeddings
-        self.task, self.grader, self.loader, self.config, self.multiple = task, grader, loader, config, multiple
+        self.task, self.grader, self.loader, self.config = task, grader, loader, config
+        self.multiple, self.minibatches = multiple, minibatches
         self.key = jax.random.key(seed)
         self.quiet_steps = 0
 
@@ -180,6 +183,7 @@ class Rollouts:
             most=config.prompt_limit(self.positions) + config.max_tokens,
             pack=config.pack,
             multiple=self.multiple,
+            minibatches=self.minibatches,
         )
         same = {"temperature": config.temperature, "max_tokens": config.max_tokens}
         rows = len(batch["tokens"])

@@ -92,13 +92,22 @@ def _train(config: GRPOConfig, task: Task, grader: Grader, exam: Exam | None, tu
         reference=reference,
     )
     ways = math.prod(start.mesh.shape[axis] for axis in start.compute.rules.batch)
-    multiple = config.minibatches * config.step.microbatches * ways
+    rollouts = Rollouts(
+        start,
+        task,
+        grader,
+        loader,
+        config.rollout,
+        seed=config.seed,
+        multiple=config.step.microbatches * ways,
+        minibatches=config.minibatches,
+    )
     trained, facts = train_stage(
         config,
         stage="grpo",
         start=start,
         loss=config.loss,
-        batches=Rollouts(start, task, grader, loader, config.rollout, seed=config.seed, multiple=multiple),
+        batches=rollouts,
         prepare=scorer,
         reference=reference,
         epochs=config.inner_epochs,

@@ -1,6 +1,7 @@
 """Rollouts: what a batch holds, that learner and sampler agree, and that a killed run repeats it."""
 
 import dataclasses
+import functools
 import json
 from typing import Any
 
@@ -338,6 +339,23 @@ def test_packed_rows_come_in_few_numbers():
         assert rows % 3 == 0 and count <= rows < 1.25 * count + 3
         sizes.add(rows)
     assert len(sizes) <= 12
+
+
+def test_packed_minibatches_have_the_answers_that_they_have_in_rows_of_their_own():
+    """Though one row would hold them all; none is an update of padding alone."""
+    samples = [
+        Sample(Question({}, "", [3] * 2, ""), Answer("", True), np.full(1 + index % 4, 10 + index), np.zeros(1))
+        for index in range(11)
+    ]
+    make = functools.partial(rollout_batch, samples, [0.0] * 11, pad_id=0, most=64)
+    plain, packed = make()["tokens"], make(pack=64, multiple=2, minibatches=3)["tokens"]
+    assert packed.shape == (6, 64)
+
+    def answers(tokens, part):
+        return np.sort(tokens[part::3][tokens[part::3] >= 10])
+
+    for part in range(3):
+        assert len(answers(packed, part)) and np.array_equal(answers(packed, part), answers(plain, part))
 
 
 # Routing replay

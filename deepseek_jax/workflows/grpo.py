@@ -56,6 +56,13 @@ class GRPOConfig(StageConfig):
         prompts, group = self.rollout.prompts, self.rollout.group
         return prompts * group, f"rollout.prompts={prompts}, rollout.group={group}"
 
+    def _check_parts(self) -> None:
+        rows, said = self.rows_of_step()
+        if not self.rollout.pack:
+            super()._check_parts()
+        elif self.minibatches > rows:  # packed rows are made as many as the parts need
+            raise ValueError(f"minibatches={self.minibatches}: more than the {rows} answers of {said}")
+
 
 @owns_run("init_from", "task.path")
 def grpo(config: GRPOConfig) -> dict[str, Any]:

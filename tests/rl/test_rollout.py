@@ -519,6 +519,18 @@ def test_prompts_that_are_too_long_are_named_or_left_out(path, tmp_path, caplog)
         PromptLoader(path, **options).restore(found.state())
 
 
+def test_packed_rows_hold_the_longest_prompt_with_its_answer(path):
+    longest = max(len(prompt_of(problem)) for problem in PROBLEMS)
+    for pack in (longest + 20, longest + 19):
+        config = dataclasses.replace(CONFIG, pack=pack)
+        if pack == longest + 20:
+            assert rollouts(path, config).next(state())[0]["tokens"].shape[1] == pack
+        else:
+            message = rf"jsonl:\d: a prompt of {longest} tokens and rollout.max_tokens=20 .* rollout.pack={pack}"
+            with pytest.raises(ValueError, match=message):
+                rollouts(path, config)
+
+
 def test_the_limit_is_what_the_positions_leave():
     assert RolloutConfig(max_tokens=20).prompt_limit(64) == 44
     assert RolloutConfig(max_tokens=20, max_prompt=7).prompt_limit(64) == 7

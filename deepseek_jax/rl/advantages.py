@@ -18,11 +18,6 @@ def settled(total_PG: np.ndarray, failed_PG: np.ndarray) -> np.ndarray:
     return np.where(failed_PG, mean_P1, total_PG)
 
 
-def overlong(lengths: np.ndarray, *, limit: int, buffer: int) -> np.ndarray:
-    """0 up to ``limit - buffer`` tokens, and from there down to -1 at ``limit`` (DAPO, equation 13)."""
-    return -np.clip((lengths - (limit - buffer)) / buffer, 0.0, 1.0)
-
-
 def has_signal(total_PG: np.ndarray, steps_PG: Sequence[Sequence[Steps]], tolerance: float) -> np.ndarray:
     """Of each group, whether the rewards of its answers, or those of their steps, lie further apart than that."""
     rewards_P = [[reward for steps in group for _, reward in steps] for group in steps_PG]

@@ -18,13 +18,13 @@ from deepseek_jax.rl.advantages import (
     choose_groups,
     has_signal,
     levelled,
-    overlong,
     settled,
     step_advantages,
     token_ends,
 )
 from deepseek_jax.rl.asking import ask, read_answers
 from deepseek_jax.rl.grader import Grader, Grades
+from deepseek_jax.rl.rewards.length import overlong
 from deepseek_jax.rl.samples import Sample, make_sample, rollout_batch
 from deepseek_jax.rl.tasks import Row, Steps, Task, where
 from deepseek_jax.train.grpo import Scale, group_advantages
@@ -72,7 +72,8 @@ class RolloutConfig:
     replay_routing: bool = False
     """The learner takes the experts that the sampler took."""
     pack: int = 0
-    """Tokens of a row that holds several prompts and answers, whose attention is kept apart; 0: one each."""
+    """Tokens of a row that holds several prompts and answers, whose attention is kept apart; 0: one each. The longest
+    prompt and max_tokens must fit."""
     min_signal: float = 0.1
     """Stop when under this share of the groups has unequal rewards for patience steps in a row."""
     patience: int = 20
@@ -101,11 +102,17 @@ class RolloutConfig:
 def open_questions(
     task: Task, model: Model, path: Sequence[str], config: RolloutConfig, **options: Unpack[LoaderOptions]
 ) -> PromptLoader:
-    """A loader of the rows in ``path`` whose prompts fit. ValueError "FILE:LINE: ..." for the first that does not."""
+    """A loader of the rows in ``path`` whose prompts fit. ValueError "FILE:LINE: ..." for the first that does not,
+    or fits with its answer into no row of ``config.pack`` tokens."""
     limit = config.prompt_limit(model.config.max_position_embeddings)
 
     def fits(row: Row) -> bool:
         length = len(ask(task, model.text, row).prompt)
+        if config.pack and config.pack - config.max_tokens < length <= limit:
+            raise ValueError(
+                f"{where(row)}: a prompt of {length} tokens and rollout.max_tokens={config.max_tokens} are more than "
+                f"rollout.pack={config.pack}"
+            )
         if length > limit and not config.drop_long:
             raise ValueError(
                 f"{where(row)}: a prompt of {length} tokens, where rollout.max_prompt={config.max_prompt} and "
@@ -139,12 +146,15 @@ class Rollouts:
         *,
         seed: int,
         multiple: int = 1,
+        minibatches: int = 1,
     ):
-        """multiple: what the learner needs the number of rows to be a multiple of, where they are packed."""
+        """minibatches: parts of a batch with an update each. multiple: what the learner needs the number of each part's
+        rows to be a multiple of, where they are packed."""
         if config.replay_routing and not model.config.num_moe_layers:
             raise ValueError("rollout.replay_routing=True: the model has no experts that could be replayed")
         self.engine, self.tokenizer, self.positions = Engine(model), model.text, model.config.max_position_embeddings
-        self.task, self.grader, self.loader, self.config, self.multiple = task, grader, loader, config, multiple
+        self.task, self.grader, self.loader, self.config = task, grader, loader, config
+        self.multiple, self.minibatches = multiple, minibatches
         self.key = jax.random.key(seed)
         self.quiet_steps = 0
 
@@ -180,6 +190,7 @@ class Rollouts:
             most=config.prompt_limit(self.positions) + config.max_tokens,
             pack=config.pack,
             multiple=self.multiple,
+            minibatches=self.minibatches,
         )
         same = {"temperature": config.temperature, "max_tokens": config.max_tokens}
         rows = len(batch["tokens"])

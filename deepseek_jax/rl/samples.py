@@ -43,6 +43,7 @@ def rollout_batch(
     most: int,
     pack: int = 0,
     multiple: int = 1,
+    minibatches: int = 1,
 ) -> dict[str, np.ndarray]:
     """Each row a prompt, its answer as sampled and padding; ``loss_mask`` is 1 on the answer, its stop token included.
 
@@ -51,15 +52,17 @@ def rollout_batch(
 
     Args:
       advantages: of each sample, or of each of its tokens.
-      pack: the width of rows that hold several samples, a segment each; what they need, see ``GRPOLoss``. 0: no such.
-      multiple: what the number of packed rows is a multiple of; rows behind the last are padding.
+      pack: the width of rows that hold several samples, a segment each, and every sample must fit; what they need, see
+        ``GRPOLoss``. 0: no such.
+      minibatches: parts of the batch with an update each, see ``split_rows``: packed, they have the samples that they
+        have in rows of their own.
+      multiple: what the number of a part's packed rows is a multiple of; rows behind the last are padding.
     """
     lengths = [len(sample.question.prompt) + len(sample.ids) for sample in samples]
-    width = min(max(_LEAST_WIDTH, 1 << (max(lengths) - 1).bit_length()), most)
-    if pack and pack >= max(lengths):
-        width = pack
-    rows = best_fit(lengths, width) if pack else [[index] for index in range(len(samples))]
-    shape = (_round_up(len(rows), multiple) if pack else len(rows)), width
+    width = pack or min(max(_LEAST_WIDTH, 1 << (max(lengths) - 1).bit_length()), most)
+    assert max(lengths) <= width
+    rows = _packed(lengths, width, multiple, minibatches) if pack else [[index] for index in range(len(samples))]
+    shape = len(rows), width
     tokens = pack or any(np.ndim(advantage) for advantage in advantages)
     batch = {
         "tokens": np.full(shape, pad_id, np.int32),
@@ -98,6 +101,17 @@ def _place(
         batch["answer_tokens"][row, answer] = end - begin
     if sample.experts_TLK is not None:
         batch["experts"][row, whole] = sample.experts_TLK
+
+
+def _packed(lengths: Sequence[int], width: int, multiple: int, minibatches: int) -> list[list[int]]:
+    """The samples of each row. Row r is of minibatch r mod ``minibatches``, as ``split_rows`` has it, and so is sample
+    r: each part is packed apart, or one row could hold the samples of all, and updates would be of padding alone."""
+    parts = [best_fit(lengths[part::minibatches], width) for part in range(minibatches)]
+    rows: list[list[int]] = [[] for _ in range(_round_up(max(map(len, parts)), multiple) * minibatches)]
+    for part, own in enumerate(parts):
+        for row, indices in enumerate(own):
+            rows[row * minibatches + part] = [index * minibatches + part for index in indices]
+    return rows
 
 
 def _round_up(rows: int, multiple: int) -> int:

@@ -35,6 +35,7 @@ _APART = """
     --unshare-pid --unshare-net --unshare-ipc --unshare-uts --unshare-cgroup-try --hostname sandbox
     --die-with-parent --new-session
 """
+_FILE = 3 << 9  # bytes that the kernel has for an empty file: 980, and 500 more where its name is long
 _PROGRAM = "/program/main.py"
 _ENVIRONMENT = {
     **{"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/tmp", "TMPDIR": "/tmp", "LANG": "C.UTF-8"},
@@ -51,8 +52,8 @@ class Limits:
     """What one program may use, its children included unless said otherwise.
 
     seconds: by the clock. cpu_seconds: of the processors. memory: bytes resident, pages that processes share counted
-    for each; a single process may reserve twice as many. processes: at a time, threads too. file_bytes: in the private
-    folder. output: bytes of standard output and error.
+    for each, and 1.5 KiB for each file, however empty; a single process may reserve twice as many. processes: at a
+    time, threads too. file_bytes: in the private folder. output: bytes of standard output and error.
     """
 
     seconds: float = 10.0
@@ -149,7 +150,7 @@ class Sandbox:
                 release.write(b"x")
                 ended = watch.until(start + limits.seconds)
             finally:
-                _end(pidfd, pid, process)
+                _end(pidfd, process)
             code = json.loads(status.readline() or "{}").get("exit-code")
         stdout, stderr = (text.decode(errors="replace") for text in watch.said.values())
         if ended == "exit" and code is None:  # bubblewrap gives one for each program that it has started
@@ -206,7 +207,7 @@ class _Watch:
                 return "seconds"
             if alive and now > look:
                 memory, seconds = _used(self._pid)
-                if memory > limits.memory:
+                if memory + _files(self._pid) * _FILE > limits.memory:
                     return "memory"
                 if seconds > limits.cpu_seconds:
                     return "cpu_seconds"
@@ -237,7 +238,18 @@ def _used(pid: int) -> tuple[int, float]:
     return pages * os.sysconf("SC_PAGE_SIZE"), ticks / os.sysconf("SC_CLK_TCK")
 
 
-def _end(pidfd: int, pid: int, process: subprocess.Popen[bytes]) -> None:
+def _files(pid: int) -> int:
+    """The files, directories and links in the private folders, whose size bounds their content and not their number."""
+    root, count = f"/proc/{pid}/root", 0
+    with contextlib.suppress(OSError):  # it has ended meanwhile, or has no such folders yet
+        if os.stat(root).st_dev != os.stat("/").st_dev:  # which at first are this machine's own
+            for folder in ("tmp", "dev/shm"):
+                held = os.statvfs(f"{root}/{folder}")
+                count += held.f_files - held.f_ffree
+    return count
+
+
+def _end(pidfd: int, process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
     ended = select.poll()
@@ -245,7 +257,8 @@ def _end(pidfd: int, pid: int, process: subprocess.Popen[bytes]) -> None:
     ended.poll()  # the kernel ends an init after all the processes under it
     process.wait()
     with contextlib.suppress(ChildProcessError):
-        os.waitpid(pid, 0)  # it has become this process's child where that is the machine's init
+        # It has become this process's child where that is the machine's init; its number may be another's by now.
+        os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
 
 
 def _is_root() -> bool:

@@ -57,6 +57,13 @@ class GRPOConfig(StageConfig):
         prompts, group = self.rollout.prompts, self.rollout.group
         return prompts * group, f"rollout.prompts={prompts}, rollout.group={group}"
 
+    def _check_parts(self) -> None:
+        rows, said = self.rows_of_step()
+        if not self.rollout.pack:
+            super()._check_parts()
+        elif self.minibatches > rows:  # packed rows are made as many as the parts need
+            raise ValueError(f"minibatches={self.minibatches}: more than the {rows} answers of {said}")
+
 
 @owns_run("init_from", "task.path")
 def grpo(config: GRPOConfig) -> dict[str, Any]:
@@ -94,13 +101,22 @@ def _train(config: GRPOConfig, task: Task, grader: Grader, exam: Exam | None, tu
         reference=reference,
     )
     ways = math.prod(start.mesh.shape[axis] for axis in start.compute.rules.batch)
-    multiple = config.minibatches * config.step.microbatches * ways
+    rollouts = Rollouts(
+        start,
+        task,
+        grader,
+        loader,
+        config.rollout,
+        seed=config.seed,
+        multiple=config.step.microbatches * ways,
+        minibatches=config.minibatches,
+    )
     trained, facts = train_stage(
         config,
         stage="grpo",
         start=start,
         loss=config.loss,
-        batches=Rollouts(start, task, grader, loader, config.rollout, seed=config.seed, multiple=multiple),
+        batches=rollouts,
         prepare=scorer,
         reference=reference,
         epochs=config.inner_epochs,

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from small import tokenizer
 
-from deepseek_jax.rl.advantages import choose_groups, has_signal, levelled, overlong, step_advantages, token_ends
+from deepseek_jax.rl.advantages import choose_groups, has_signal, levelled, step_advantages, token_ends
+from deepseek_jax.rl.rewards.length import overlong
 
 
 def by_hand(steps, lengths, scale):

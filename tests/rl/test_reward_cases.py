@@ -125,7 +125,9 @@ def test_the_cost_is_linear(piece: str):
         ("choice", "tags", "format", "language", "repetition", "length:9:9"),
     )
     with Grader(rewards, task=make_task(TaskConfig())) as grader:
-        grader.grade([said, f"<think>{said}</think>{said}"], [{"answer": "C"}] * 2)
+        grades = grader.grade([said, f"<think>{said}</think>{said}"], [{"answer": "C"}] * 2)
+    assert set(grades.rewards) == {reward.partition(":")[0] for reward in rewards}
+    assert not grades.failed_N.any() and np.isfinite(grades.total_N).all()
 
 
 # MATH-500's texts that are one value: all others are different.

@@ -1,6 +1,7 @@
 """Rollouts: what a batch holds, that learner and sampler agree, and that a killed run repeats it."""
 
 import dataclasses
+import functools
 import json
 from typing import Any
 
@@ -340,6 +341,23 @@ def test_packed_rows_come_in_few_numbers():
     assert len(sizes) <= 12
 
 
+def test_packed_minibatches_have_the_answers_that_they_have_in_rows_of_their_own():
+    """Though one row would hold them all; none is an update of padding alone."""
+    samples = [
+        Sample(Question({}, "", [3] * 2, ""), Answer("", True), np.full(1 + index % 4, 10 + index), np.zeros(1))
+        for index in range(11)
+    ]
+    make = functools.partial(rollout_batch, samples, [0.0] * 11, pad_id=0, most=64)
+    plain, packed = make()["tokens"], make(pack=64, multiple=2, minibatches=3)["tokens"]
+    assert packed.shape == (6, 64)
+
+    def answers(tokens, part):
+        return np.sort(tokens[part::3][tokens[part::3] >= 10])
+
+    for part in range(3):
+        assert len(answers(packed, part)) and np.array_equal(answers(packed, part), answers(plain, part))
+
+
 # Routing replay
 
 
@@ -499,6 +517,18 @@ def test_prompts_that_are_too_long_are_named_or_left_out(path, tmp_path, caplog)
     assert [row["prompt"] for row in found.rows] == kept and f"left out {3 - len(kept)} rows" in caplog.text
     with pytest.raises(ValueError, match="fingerprint"):  # other rows, other batches
         PromptLoader(path, **options).restore(found.state())
+
+
+def test_packed_rows_hold_the_longest_prompt_with_its_answer(path):
+    longest = max(len(prompt_of(problem)) for problem in PROBLEMS)
+    for pack in (longest + 20, longest + 19):
+        config = dataclasses.replace(CONFIG, pack=pack)
+        if pack == longest + 20:
+            assert rollouts(path, config).next(state())[0]["tokens"].shape[1] == pack
+        else:
+            message = rf"jsonl:\d: a prompt of {longest} tokens and rollout.max_tokens=20 .* rollout.pack={pack}"
+            with pytest.raises(ValueError, match=message):
+                rollouts(path, config)
 
 
 def test_the_limit_is_what_the_positions_leave():

@@ -1,4 +1,4 @@
-"""The sandbox: 44 programs that mean harm (`hostile.py`), what an honest one has, and what is refused."""
+"""The sandbox: 45 programs that mean harm (`hostile.py`), what an honest one has, and what is refused."""
 
 import os
 import re

@@ -1,5 +1,6 @@
 """Tasks: what each makes of a row, what it takes for right, and what it says of a row that it cannot use."""
 
+import dataclasses
 import gc
 import json
 import os
@@ -14,12 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek_jax.data.text import Record
-from deepseek_jax.rl import tasks
+from deepseek_jax.rl import mathematics, tasks
 from deepseek_jax.rl.answers import is_right
 from deepseek_jax.rl.arithmetic import make_problem
 from deepseek_jax.rl.countdown import reaches
 from deepseek_jax.rl.grader import Grader
 from deepseek_jax.rl.rewards import accuracy_reward
+from deepseek_jax.rl.rewards.named import NAMED
 from deepseek_jax.rl.tasks import TASKS, Task, TaskConfig, make_task
 
 ROW = Record({"question": "1+1?", "unit": "m", "answer": "2", "n": 3, "nums": [1, 2]}, "rows.jsonl:4")
@@ -315,6 +317,17 @@ def test_mathematics():
         assert grader.grade(["<think>x</think>\\boxed{.25}", "\\boxed{25}"], [row] * 2).total_N.tolist() == [1.2, 0]
         with pytest.raises(ValueError, match="t:1: reward maths: no answer in"):
             grader.check([Record({"Problem": "?", "solution": "\\boxed{}"}, "t:1")])
+
+
+def test_what_breaks_math_verify_is_wrong_and_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(mathematics, "check_arguments", lambda *given: None)
+    (tmp_path / "broken.py").write_text("def score(completion, row):\n    return 1 / (completion != 'x')\n")
+    monkeypatch.setitem(NAMED, "maths", dataclasses.replace(NAMED["maths"], file=tmp_path / "broken.py"))
+    task = make_task(TaskConfig(name="maths"))
+    assert [task.accuracy(text, {"answer": "4"}) for text in "xyx"] == [0, 1, 0]
+    assert caplog.text.count("ZeroDivisionError") == 1
 
 
 def test_multiple_choice():

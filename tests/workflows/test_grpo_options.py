@@ -13,7 +13,9 @@ from small import SPEAKER, tokenizer
 from deepseek_jax import save_hf
 from deepseek_jax.checkpoint.model import load
 from deepseek_jax.cli.main import main
+from deepseek_jax.rl.rollout import RolloutConfig
 from deepseek_jax.train.metrics import read_metrics
+from deepseek_jax.workflows.grpo import GRPOConfig
 
 STEPS = """
 def steps(completion, row):
@@ -71,3 +73,12 @@ def test_all_of_them_train_and_a_run_goes_on_to_the_bit(folder: Path):
     (folder / "run" / "result.json").unlink()
     shutil.rmtree(folder / "run" / "checkpoints" / "2")
     assert run() == 0 and lines() == whole_run
+
+
+def test_packed_rows_need_not_be_divided_by_their_parts():
+    few, packed = RolloutConfig(prompts=2, group=2), RolloutConfig(prompts=2, group=2, pack=64)
+    GRPOConfig(rollout=packed, minibatches=3)
+    with pytest.raises(ValueError, match="minibatches=3 does not divide the 4 rows"):
+        GRPOConfig(rollout=few, minibatches=3)
+    with pytest.raises(ValueError, match=r"minibatches=5: more than the 4 answers of rollout\.prompts=2"):
+        GRPOConfig(rollout=packed, minibatches=5)

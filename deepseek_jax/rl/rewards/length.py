@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from deepseek_jax.rl.rewards.words import split_words
 
 
@@ -13,11 +15,11 @@ def length(limit: int, buffer: int) -> Callable[[str, Mapping[str, Any]], float]
 
     def score(completion: str, row: Mapping[str, Any]) -> float:
         del row
-        return overlong(len(split_words(completion)), limit, buffer)
+        return float(overlong(len(split_words(completion)), limit, buffer))
 
     return score
 
 
-def overlong(count: int, limit: int, buffer: int) -> float:
+def overlong(counts: int | np.ndarray, limit: int, buffer: int) -> np.ndarray:
     """DAPO's soft punishment (arXiv 2503.14476, equation 13): 0 up to limit − buffer, from there in a line to −1."""
-    return -min(max(count - (limit - buffer), 0) / buffer, 1.0)
+    return np.asarray(-np.clip((counts - (limit - buffer)) / buffer, 0.0, 1.0))

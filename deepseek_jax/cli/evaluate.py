@@ -14,7 +14,7 @@ from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.evals.text import HeldOut, Score
 from deepseek_jax.rl.tasks import TaskConfig
 from deepseek_jax.saying import doing, terminal
-from deepseek_jax.typed import check_least
+from deepseek_jax.typed import check_least, check_types
 from deepseek_jax.workflows.questions import Answers, Asking, ask_questions
 
 
@@ -51,6 +51,7 @@ class _Eval:
     compute: ComputeConfig = ComputeConfig()
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_least(self, 1, "batch_size")
 
 

@@ -41,6 +41,7 @@ def read_conversation(row: Any) -> Conversation:
     """
     if not isinstance(row, Mapping):
         raise ValueError(f"a {type(row).__name__}; each line must be an object")
+    nulls = [str(name) for name, value in row.items() if value is None]
     row = {name: value for name, value in row.items() if value is not None}
     if (name := next((name for name in _LISTS if name in row), None)) is not None:
         messages = read_messages(row[name])
@@ -50,7 +51,8 @@ def read_conversation(row: Any) -> Conversation:
         messages = [*ask[:opening], *_history(row.get("history")), *ask[opening:], *answer]
     else:
         lists, pairs = ", ".join(_LISTS), ", ".join(f"{ask} with {answer}" for ask, answer in _PAIRS)
-        raise ValueError(f"no field of {lists}, nor {pairs}; it has {', '.join(map(str, row)) or 'none'}")
+        null = f", and null in {', '.join(nulls)}" if nulls else ""
+        raise ValueError(f"no field of {lists}, nor {pairs}; it has {', '.join(map(str, row)) or 'none'}{null}")
     system = row.get("system")
     if system and messages[0]["role"] != "system":
         messages = [*read_messages([{"role": "system", "content": system}]), *messages]

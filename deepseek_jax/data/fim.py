@@ -21,7 +21,9 @@ class FimTokens:
         try:
             begin, hole, end = map(tokenizer.token_id, (FIM_BEGIN, FIM_HOLE, FIM_END))
         except ValueError as error:
-            raise ValueError(f"fill in the middle (--data.fim-rate 0 trains without): {error}") from error
+            whole = tokenizer.usable >= tokenizer.vocab_size  # else it is the model's vocabulary that is too small
+            hint = " (--data.fim-rate 0 trains without)" if whole else ""
+            raise ValueError(f"fill in the middle{hint}: {error}") from error
         return cls(begin, hole, end)
 
 

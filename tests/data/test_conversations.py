@@ -110,6 +110,7 @@ def test_reasoning_under_each_of_its_names(name):
         ({"messages": [ASK], "tools": "{"}, "tools. is a text that is no JSON .Expecting property"),
         ({"prompt": 7, "completion": "x"}, '"prompt" is of type int; it must be text or a list of messages'),
         ({"prompt": "x", "chosen": "a"}, "it has prompt, chosen"),
+        ({"question": "x", "answer": None}, "it has question, and null in answer"),
     ],
 )
 def test_what_is_wrong_is_named(row, message):

@@ -25,6 +25,7 @@ MINIATURE = {  # the last of an option counts
     "sft": f"{SHORT} --data.seq-len 128",
     "grpo": "--loop.steps 1 --rollout.prompts 4 --rollout.group 2 --rollout.max-tokens 8",
     "generate": "--max-tokens 4",
+    "eval runs/own/grpo": "--count 2 --samples 2 --max-tokens 4 --batch-size 4",
 }
 
 

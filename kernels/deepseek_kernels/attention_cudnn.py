@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from deepseek_kernels.kept import kept
 from deepseek_kernels.target import Target
+from deepseek_kernels.visible import not_whole_rows
 
 
 def refuses(
@@ -35,8 +36,8 @@ def refuses(
         return f"it needs cuda, not {target.platform}"
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"it needs bfloat16 or float16, not {dtype.name}"
-    if not (in_row_order or in_segments) or queries != keys:
-        return "it needs causal rows without positions or lengths, and as many queries as keys"
+    if why := not_whole_rows(in_row_order or in_segments, queries, keys):
+        return why
     hopper = float(target.chip or 0) >= 9.0
     if in_segments and (not hopper or shared_by > 1 or devices > 1 or value_width > key_width):
         return (

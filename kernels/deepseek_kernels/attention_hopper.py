@@ -15,11 +15,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from deepseek_kernels import attention_hopper_backward as backward
+from deepseek_kernels import hopper_sizes
 from deepseek_kernels.attention_hopper_forward import forward
 from deepseek_kernels.attention_hopper_tiles import BLOCK
 from deepseek_kernels.kept import kept
 from deepseek_kernels.target import Target
-from deepseek_kernels.visible import Visible
+from deepseek_kernels.visible import Visible, not_whole_rows
 
 _WIDTHS = 192, 128  # of keys and of values, 64 of a key are rotated: V2, V2-Lite, V3
 _UNIT = 8  # rows that a copy needs
@@ -39,12 +40,10 @@ def refuses(
     devices: int = 1,
 ) -> str:
     """Why the kernels cannot run; "" where they can."""
-    if (target.platform, target.chip) != ("cuda", "9.0"):
-        return f"it needs cuda of capability 9.0, not {target.platform} {target.chip}".rstrip()
-    if dtype != jnp.bfloat16:
-        return f"it needs bfloat16, not {dtype.name}"
-    if not (in_row_order or in_segments) or queries != keys:
-        return "it needs causal rows without positions or lengths, and as many queries as keys"
+    if why := hopper_sizes.refuses(target, dtype):
+        return why
+    if why := not_whole_rows(in_row_order or in_segments, queries, keys):
+        return why
     if (key_width, value_width) != _WIDTHS:
         return f"it needs keys of {_WIDTHS[0]} and values of {_WIDTHS[1]} numbers, not {key_width} and {value_width}"
     return "" if devices == 1 else f"it needs one device, not a mesh of {devices}"

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from deepseek_kernels import tpu
 from deepseek_kernels.kept import kept
 from deepseek_kernels.target import Target
-from deepseek_kernels.visible import Visible
+from deepseek_kernels.visible import Visible, not_whole_rows
 
 _FUSED = 4  # blocks of keys up to which dq is made beside dk and dv, a copy for each block: more would fill the memory
 _HIDDEN = splash.DEFAULT_MASK_VALUE  # score of a key that is not seen
@@ -40,8 +40,8 @@ def refuses(
     """Why splash attention cannot do this attention; "" where it can. devices: that the operands may be split over."""
     if why := tpu.refuses(target, dtype):
         return why
-    if not (in_row_order or in_segments) or queries != keys:
-        return "it needs causal rows without positions or lengths, and as many queries as keys"
+    if why := not_whole_rows(in_row_order or in_segments, queries, keys):
+        return why
     if devices > 1:
         return f"it is not split over {devices} devices by itself: it needs a shard_map around it"
     if key_width % 64 or value_width % 64:

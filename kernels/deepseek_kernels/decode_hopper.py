@@ -14,6 +14,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from deepseek_kernels import hopper_sizes
 from deepseek_kernels.decode_hopper_parts import KEYS, LOWEST, PARAMS, ROWS, inverse, parts
 from deepseek_kernels.hopper_sizes import CORES
 from deepseek_kernels.target import Target
@@ -26,10 +27,8 @@ def refuses(
     target: Target, dtype: Any, *, by_column: bool, queries: int, keys: int, key_width: int, value_width: int
 ) -> str:
     """Why the kernels cannot run; "" where they can."""
-    if (target.platform, target.chip) != ("cuda", "9.0"):
-        return f"it needs cuda of capability 9.0, not {target.platform} {target.chip}".rstrip()
-    if dtype != jnp.bfloat16:
-        return f"it needs bfloat16, not {dtype.name}"
+    if why := hopper_sizes.refuses(target, dtype):
+        return why
     if not by_column:
         return "it needs keys whose positions are their columns, and no segments"
     if keys % 8 or not keys:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from deepseek_kernels import hopper_fp8, hopper_quantise
+from deepseek_kernels import hopper_fp8, hopper_quantise, hopper_sizes
 from deepseek_kernels.block_fp8 import BLOCK, BlockScaled, quantise_rows, split_shape
 from deepseek_kernels.target import Target, devices
 from deepseek_kernels.weights import InStack, Weight, block_scaled
@@ -20,10 +20,8 @@ def facts(w: Weight) -> dict[str, Any]:
 
 def refuses(target: Target, dtype: Any, *, weight: Weight = None, devices: int = 1, **_: Any) -> str:
     """Why the kernels cannot run; "" where they can."""
-    if (target.platform, target.chip) != ("cuda", "9.0"):
-        return f"it needs cuda of capability 9.0, not {target.platform} {target.chip}".rstrip()
-    if dtype != jnp.bfloat16:
-        return f"it needs bfloat16, not {dtype.name}"
+    if why := hopper_sizes.refuses(target, dtype):
+        return why
     if devices > 1:
         return f"it needs a whole weight on one device, not a mesh of {devices}"
     return does_not_fit(weight)

@@ -14,6 +14,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from deepseek_kernels import hopper_sizes
 from deepseek_kernels.hopper_sizes import HOPPER, Sizes
 from deepseek_kernels.hopper_tiles import step, tiled
 from deepseek_kernels.target import Target
@@ -25,10 +26,8 @@ _STORE = 128  # bytes of a row that a warp group hands over at once: 2 · 128 ·
 
 def refuses(target: Target, dtype: Any, *, widths: tuple[int, ...] = (), **_: Any) -> str:
     """Why the kernels cannot run; "" where they can. Narrower than a tile, an H200 gave zeros for a width of 64."""
-    if (target.platform, target.chip) != ("cuda", "9.0"):
-        return f"it needs cuda of capability 9.0, not {target.platform} {target.chip}".rstrip()
-    if dtype != jnp.bfloat16:
-        return f"it needs bfloat16, not {dtype.name}"
+    if why := hopper_sizes.refuses(target, dtype):
+        return why
     if any(width % STEP or width < HOPPER["grouped"].columns for width in widths):
         return f"it needs widths of {HOPPER['grouped'].columns} and further multiples of {STEP}, not {widths}"
     return ""

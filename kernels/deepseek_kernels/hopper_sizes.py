@@ -3,9 +3,20 @@
 What registers and the layout of operands decide, rows and columns of a tile for the most part, stands with the kernel.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from deepseek_kernels.target import Target
 
 CORES = 132  # of an H100 and an H200
+
+
+def refuses(target: Target, dtype: Any) -> str:
+    """Why no Hopper kernel can run; "" where one can."""
+    if (target.platform, target.chip) != ("cuda", "9.0"):
+        return f"it needs cuda of capability 9.0, not {target.platform} {target.chip}".rstrip()
+    return "" if dtype == jnp.bfloat16 else f"it needs bfloat16, not {dtype.name}"
 
 
 class Sizes(NamedTuple):

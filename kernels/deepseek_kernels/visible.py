@@ -93,3 +93,11 @@ class Visible:
 
 def _or_order(positions: jax.Array | None, size: int) -> jax.Array:
     return jnp.arange(size, dtype=jnp.int32)[None] if positions is None else positions
+
+
+def not_whole_rows(described: bool, queries: int, keys: int) -> str:
+    """Why a kernel for causal rows cannot compute this attention, "" where it can. described: the keys are seen in row
+    order, or in segments alone."""
+    if described and queries == keys:
+        return ""
+    return "it needs causal rows without positions or lengths, and as many queries as keys"

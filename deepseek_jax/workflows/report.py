@@ -3,7 +3,6 @@
 import html
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Template
@@ -14,24 +13,17 @@ from rich.table import Table
 from rich.text import Text
 
 from deepseek_jax.files import read_json_object, write_whole
-from deepseek_jax.workflows.report_data import (
-    Stage,
+from deepseek_jax.workflows.report_data import Stage, read_stages
+from deepseek_jax.workflows.report_figures import Line, figure, line_chart, table
+from deepseek_jax.workflows.report_samples import sample_pairs
+from deepseek_jax.workflows.report_summary import (
     accuracy_after,
     accuracy_before,
-    read_stages,
     show_accuracy,
     show_percent,
     summary_rows,
 )
-from deepseek_jax.workflows.report_figures import Line, figure, line_chart, table
 from deepseek_jax.workflows.report_training import change, experts, losses, panels, reinforcement, section
-
-SHOWN_SAMPLES = 6  # of a stage's pairs, the first in its file
-MARKS = {
-    True: '<span class="right">✓ right</span>',
-    False: '<span class="wrong">✗ wrong</span>',
-    None: "",  # a completion that nothing checks
-}
 
 
 def write_report(run_dir: str | os.PathLike[str]) -> Path:
@@ -76,7 +68,7 @@ def print_summary(run_dir: str | os.PathLike[str], console: Console) -> None:
 
 
 def _demo_sections(stages: Sequence[Stage]) -> list[str]:
-    return [_headline(stages), losses(stages), experts(stages), reinforcement(stages[-1]), _samples(stages)]
+    return [_headline(stages), losses(stages), experts(stages), reinforcement(stages[-1]), sample_pairs(stages)]
 
 
 def _own_sections(stage: Stage, name: str) -> list[str]:
@@ -89,7 +81,7 @@ def _own_sections(stage: Stage, name: str) -> list[str]:
     if stage.loads() is not None:
         sections.append(experts([stage]))
     if stage.samples:
-        sections.append(_samples([stage]))
+        sections.append(sample_pairs([stage]))
     return sections
 
 
@@ -153,43 +145,6 @@ def _by_kind(stages: Sequence[Stage]) -> str:
     rows = [(label, [show_percent(score.get(kind)) for kind in kinds]) for label, score in scores]
     text = "Held-out accuracy after a stage, split by the kind of problem."
     return figure("Accuracy by kind of problem", table(kinds, rows), text) if rows else ""
-
-
-def _samples(stages: Sequence[Stage]) -> str:
-    blocks = []
-    for earlier, stage in reversed([*zip([None, *stages], stages, strict=False)]):
-        pairs: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
-        for sample in stage.samples:
-            pairs.setdefault((sample["prompt"], sample["mode"]), {}).setdefault(sample["when"], sample)
-        for sample in earlier.samples if earlier else ():  # what it ended with is what this one began with
-            if sample["when"] == "after" and (pair := pairs.get((sample["prompt"], sample["mode"]))):
-                pair.setdefault("before", sample)
-        if pairs:
-            shown = "".join(_pair(*key, pair) for key, pair in list(pairs.items())[:SHOWN_SAMPLES])
-            count = f"the first {min(SHOWN_SAMPLES, len(pairs))} of {len(pairs)} recorded, not selected"
-            opened = "" if blocks else " open"  # the last stage's are what a reader wants to see
-            head = f"<summary>{stage.title}: {count}</summary>"
-            blocks.append(f'<details class="card"{opened}>{head}{shown}</details>')
-    intro = "A prompt's completion before and after a stage. Thinking is dimmed; ✓ and ✗ mark right and wrong."
-    missing = '<p class="none">No samples recorded yet.</p>'
-    return section("samples", "Sample completions", intro) + ("".join(blocks) or missing)
-
-
-def _pair(prompt: str, mode: str, pair: dict[str, dict[str, Any]]) -> str:
-    cells = []
-    for when in ("before", "after"):
-        sample = pair.get(when)
-        if sample is None:
-            cells.append(f'<div><span class="muted">{when}: not recorded</span></div>')
-            continue
-        text = html.escape(sample["completion"])
-        text = re.sub(r"&lt;think&gt;.*?(&lt;/think&gt;|$)", r'<span class="think">\g<0></span>', text, flags=re.S)
-        head = f'<span class="muted">{when}</span> {MARKS[sample["correct"]]}'
-        cells.append(f"<div>{head}<pre>{text}</pre></div>")
-    answer = next(iter(pair.values()))["answer"]
-    note = mode if answer is None else f"{mode}, right answer {answer}"
-    note = f' <span class="muted">({html.escape(note)})</span>'
-    return f'<div class="pair"><div class="prompt">{html.escape(prompt)}{note}</div>{"".join(cells)}</div>'
 
 
 def _configuration(blocks: Mapping[str, dict[str, Any]]) -> str:

@@ -1,0 +1,87 @@
+"""A run's numbers as a table: the report and the terminal show the same."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from deepseek_jax.workflows.report_data import Stage
+
+NOTHING = "\N{EN DASH}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(math.ceil(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h {minutes:02d}m"
+    return f"{minutes}m {rest:02d}s" if minutes else f"{rest}s"
+
+
+NUMBERS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "problems": ("held-out problems", "{:,.0f}".format),
+    "loss": ("last loss", "{:.4g}".format),
+    "reward": ("last reward", "{:.4g}".format),
+    "bits_per_byte": ("bits per byte, held-out text", "{:.3f}".format),
+    "heldout_loss": ("held-out loss, nats per token", "{:.3f}".format),
+    "max_vio": ("last MaxVio", "{:.3f}".format),
+    "tokens_per_second": ("tokens per second", "{:,.0f}".format),
+    "steps": ("steps", "{:,.0f}".format),
+    "tokens_seen": ("tokens", "{:,.0f}".format),
+    "seconds": ("time", _duration),
+    "peak_bytes_device": ("peak memory of a device", lambda count: f"{count / 1e9:.2f} GB"),
+    "peak_bytes_process": ("peak memory of the process", lambda count: f"{count / 1e9:.2f} GB"),
+    "parameters_total": ("parameters", "{:,.0f}".format),
+    "parameters_active": ("parameters active per token", "{:,.0f}".format),
+    "cache_numbers_per_token_layer": ("cached numbers per token and layer", "{:,.0f}".format),
+}
+
+
+def summary_rows(stages: Sequence[Stage], *, chain: bool = True) -> list[tuple[str, list[str]]]:
+    """(label, a cell per stage) of the headline table; rows that no stage has a number for are left out.
+
+    chain: each stage begins with what the one before it ended with.
+    """
+    rows = [("status", [stage.status for stage in stages])]
+    for mode in ("greedy", "sampled"):
+        before = [
+            accuracy_before(stages if chain else [stage], index * chain, mode) for index, stage in enumerate(stages)
+        ]
+        after = [accuracy_after(stage, mode) for stage in stages]
+        rows.append((f"{mode} accuracy before", [show_accuracy(value) for value in before]))
+        rows.append((f"{mode} accuracy after", [show_accuracy(value) for value in after]))
+    for key, (label, form) in NUMBERS.items():
+        values = [stage.number(key) for stage in stages]
+        rows.append((label, [NOTHING if value is None else form(value) for value in values]))
+    others = dict.fromkeys(key for stage in stages for key, value in stage.result.items() if _is_other(key, value))
+    for key in others:
+        values = [stage.result.get(key) for stage in stages]
+        rows.append((key.replace("_", " "), [NOTHING if value is None else f"{value:.4g}" for value in values]))
+    return [(label, cells) for label, cells in rows if any(cell != NOTHING for cell in cells)]
+
+
+def _is_other(key: str, value: Any) -> bool:
+    """Whether a number of a result is one that no row of its own shows."""
+    known = key in NUMBERS or key.startswith("accuracy_") or key == "steps_here"
+    return isinstance(value, int | float) and not known
+
+
+def accuracy_after(stage: Stage, mode: str) -> tuple[float, float] | None:
+    value, error = (stage.number(f"accuracy_{mode}{end}") for end in ("", "_stderr"))
+    return None if value is None else (value, error or 0.0)
+
+
+def accuracy_before(stages: Sequence[Stage], index: int, mode: str) -> tuple[float, float] | None:
+    """A stage's own evaluation at step 0, or else what the stage before it ended with."""
+    points = stages[index].points(f"eval/accuracy_{mode}")
+    if len(points) and points[0, 0] == 0:
+        return float(points[0, 1]), float(points[0, 2])
+    begun = index > 0 and stages[index].status != "not started"
+    return accuracy_after(stages[index - 1], mode) if begun else None
+
+
+def show_accuracy(value: tuple[float, float] | None) -> str:
+    return NOTHING if value is None else f"{100 * value[0]:.1f} ± {100 * value[1]:.1f}%"
+
+
+def show_percent(value: float | None) -> str:
+    return NOTHING if value is None else f"{100 * value:.1f}%"

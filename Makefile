@@ -1,8 +1,8 @@
-# Everything a person needs, from a fresh clone: `make demo`, `make test`.
+# Everything a person needs, from a fresh clone: `make demo`, `make r1`, `make test`.
 #   ACCELERATOR=cpu|cuda12|cuda13|tpu   the JAX build (default: the one that .venv holds, else cpu)
 #   PYTHON=python3.12                   the Python that makes .venv (3.11 or newer)
 #   PYTHON312=...                       the Python 3.12 of `make kernels` (default: the first that runs)
-#   ARGS="--seed 1"                     more arguments for demo, bench, test and notebook-server
+#   ARGS="--seed 1"                     more arguments for demo, r1, bench, test and notebook-server
 
 VENV := .venv
 PEER := .venv-peer
@@ -35,10 +35,11 @@ endif
 
 .DELETE_ON_ERROR:
 # setup: what runs the package. install: what the tests and checks need too.
-.PHONY: help demo setup install test parity kernels lint format notebook notebook-server peer bench wheel clean
+.PHONY: help demo r1 setup install test parity kernels lint format notebook notebook-server peer bench wheel clean
 
 help:
 	@echo "make demo      set up and train a small DeepSeek from raw text to answers (runs/demo/)"
+	@echo "make r1        R1-Zero, R1's four stages and a distilled student in miniature (runs/r1/)"
 	@echo "make test      set up and run all tests"
 	@echo "make parity    released models beside transformers (installs torch and transformers, pinned)"
 	@echo "make kernels   the kernels' tests with jax 0.11, Mosaic GPU's interpreter included (Python 3.12, PYTHON312=...)"
@@ -51,6 +52,9 @@ help:
 
 demo: $(INSTALLED)
 	@$(BIN)/deepseek-jax demo $(ARGS)
+
+r1: $(INSTALLED)
+	@$(BIN)/deepseek-jax r1 r1/miniature $(ARGS)
 
 setup: $(INSTALLED)
 

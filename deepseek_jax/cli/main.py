@@ -13,7 +13,8 @@ from deepseek_jax.cli import program
 USAGE = """usage: deepseek-jax COMMAND [ARGUMENTS]      deepseek-jax COMMAND --help      deepseek-jax --version
 
 from raw text to answers
-  demo                   all stages in miniature, with a report (runs/demo/)
+  demo                   pretraining, SFT and GRPO in miniature, with a report (runs/demo/)
+  r1 [RECIPE]            R1-Zero, R1's four stages and a distilled student (r1/miniature: runs/r1/)
   corpus [RECIPE]        text, problems and tokenizer of the demo
   tokenizer train FILES  a tokenizer of one's own; tokenizer inspect DIR shows one
   puzzles OUT.jsonl      logic puzzles for grpo, generated
@@ -32,10 +33,10 @@ using a model
   bench                  train and decode speed of the demo's model beside transformers
   bench RECIPE --work train|prefill|decode   speed, memory and longest kernels of a recipe's model
 
-RECIPE is a name such as demo/pretrain or a Python file with a function config(); without one a stage has its defaults
-and says what is missing. RUN is a folder that a stage or the demo wrote; PATH is a RUN or a released model's folder,
-and so is what sft and grpo start from (--init-from PATH). Every field of a recipe can be set:
---optimizer.peak-lr 3e-4 --loop.steps 100."""
+RECIPE is a name such as demo/pretrain or a Python file with a function config(), or a stage of such a one, as
+r1/miniature:zero; without one a stage has its defaults and says what is missing. RUN is a folder that a stage or the
+demo wrote; PATH is a RUN or a released model's folder, and so is what sft and grpo start from (--init-from PATH). Every
+field of a recipe can be set: --optimizer.peak-lr 3e-4 --loop.steps 100."""
 
 COMMANDS = {
     "demo": "stages",
@@ -43,6 +44,7 @@ COMMANDS = {
     "pretrain": "stages",
     "sft": "stages",
     "grpo": "stages",
+    "r1": "r1",
     "report": "report",
     "compare": "report",
     "tokenizer": "tokenizer",

@@ -17,7 +17,7 @@ import re
 import sysconfig
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -130,7 +130,7 @@ def split_prose(source: str, min_lines: int) -> tuple[str, str]:
     return code.strip("\n") + "\n" if code.strip() else "", "\n\n".join(prose) + "\n" if prose else ""
 
 
-def _read_documents(root: Path, name: str, config: CorpusConfig) -> list[Document] | str:
+def _read_documents(root: Path, name: str, config: CorpusConfig, keep: Callable[[str], bool]) -> list[Document] | str:
     """The code and prose documents of one file, or why it gives none."""
     data = (root / name).read_bytes()
     if len(data) > config.max_file_bytes:
@@ -141,14 +141,17 @@ def _read_documents(root: Path, name: str, config: CorpusConfig) -> list[Documen
     except (UnicodeDecodeError, SyntaxError, ValueError):  # ValueError: a NUL byte
         return "not_readable"
     documents = [{"text": text, "kind": kind, "source": name} for kind, text in texts if text]
-    return documents or "empty"
+    kept = [document for document in documents if keep(document["text"])]
+    return kept or ("not_kept" if documents else "empty")
 
 
 def _size(documents: Iterable[Document]) -> int:
     return sum(len(document["text"].encode()) for document in documents)
 
 
-def _library_documents(root: Path, config: CorpusConfig) -> tuple[list[Document], list[Document], Counter[str]]:
+def _library_documents(
+    root: Path, config: CorpusConfig, keep: Callable[[str], bool]
+) -> tuple[list[Document], list[Document], Counter[str]]:
     """Training documents, held-out documents and a count of what became of the files.
 
     The side of a file depends on its path alone; the seed shuffles the order in which the sides take files,
@@ -164,7 +167,7 @@ def _library_documents(root: Path, config: CorpusConfig) -> tuple[list[Document]
         if budget[held_out] <= 0:
             files["over_budget"] += 1
             continue
-        documents = _read_documents(root, name, config)
+        documents = _read_documents(root, name, config, keep)
         if isinstance(documents, str):
             files[documents] += 1
         elif not held_out and any(find_held_out_pairs(document["text"]) for document in documents):
@@ -227,7 +230,14 @@ def _count_by_kind(documents: Iterable[Document]) -> dict[str, dict[str, int]]:
     return dict(sorted(counts.items()))
 
 
-def build_corpus(folder: str | Path, config: CorpusConfig, *, source: str | Path | None = None) -> dict:
+def build_corpus(
+    folder: str | Path,
+    config: CorpusConfig,
+    *,
+    source: str | Path | None = None,
+    keep: Callable[[str], bool] = lambda text: True,
+    more: Sequence[Document] = (),
+) -> dict:
     """Writes the corpus into `folder` and returns its meta data.
 
     documents/train.jsonl, documents/heldout.jsonl: {"text", "kind": code | prose | arithmetic, "source"}.
@@ -235,14 +245,15 @@ def build_corpus(folder: str | Path, config: CorpusConfig, *, source: str | Path
     In these three the kinds take turns, so every prefix is balanced.
     meta.json (configuration, Python version, counts, SHA-256 of each file) is removed first and written last:
     a folder with it is whole. Other files in `folder` are left alone. `source` is the folder of Python files
-    to read, by default the standard library. ValueError if it gives no training or no held-out file.
+    to read, by default the standard library. keep: which of its documents to take. more: documents to train on beside
+    them; arithmetic has its share of all together. ValueError if it gives no training or no held-out file.
     """
     folder, root = Path(folder), Path(source or sysconfig.get_paths()["stdlib"])
-    train, heldout, files = _library_documents(root, config)
+    train, heldout, files = _library_documents(root, config, keep)
     # One generator for each part: changing the size of one leaves the others as they were.
     rngs = [np.random.default_rng([config.seed, part]) for part in range(5)]
     count, kinds = len(config.kinds), config.kinds
-    train = _with_arithmetic(train, rngs[0], config, held_out=False)
+    train = _with_arithmetic([*train, *more], rngs[0], config, held_out=False)
     heldout = _with_arithmetic(heldout, rngs[1], config, held_out=True)
     sft = rl.sample_problems(rngs[2], config.sft_per_kind * count, kinds, held_out=False)
     asked = list(islice(rl.stream_problems(rngs[3], kinds, held_out=False), config.train_per_kind * count))

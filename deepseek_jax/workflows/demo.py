@@ -19,10 +19,9 @@ from deepseek_jax.data.text import read_objects
 from deepseek_jax.evals.experts import expert_shares, token_kinds
 from deepseek_jax.rl.arithmetic import read_jsonl, to_messages
 from deepseek_jax.saying import terminal
-from deepseek_jax.train.preemption import stop_signals
-from deepseek_jax.train.resume import check_resume, differences, saved_meta
-from deepseek_jax.train.run_lock import run_lock
+from deepseek_jax.train.resume import differences
 from deepseek_jax.typed import check_types
+from deepseek_jax.workflows.chain import Link, held, run_chain
 from deepseek_jax.workflows.corpus import CorpusConfig, build_corpus
 from deepseek_jax.workflows.grpo import GRPOConfig, grpo
 from deepseek_jax.workflows.pretrain import PretrainConfig, pretrain
@@ -30,7 +29,7 @@ from deepseek_jax.workflows.recipe import load_recipe, moved
 from deepseek_jax.workflows.report import print_summary, write_report
 from deepseek_jax.workflows.report_data import EXPERT_SHARES
 from deepseek_jax.workflows.sft import SFTConfig, sft
-from deepseek_jax.workflows.stage import StageConfig, read_result, write_json
+from deepseek_jax.workflows.stage import write_json
 from deepseek_jax.workflows.tokenizer import train_on_files
 
 RECIPE_DIR = "runs/demo"  # the folder that the recipes in configs/demo/ name
@@ -87,7 +86,7 @@ def demo(config: DemoConfig, console: Console | None = None) -> None:
     ValueError where a stage was run with other settings, or another process works in ``run_dir``.
     """
     console = console or terminal()
-    with run_lock(config.run_dir), stop_signals("; the same command goes on from what was saved"):
+    with held(config.run_dir):
         _demo(config, console)
 
 
@@ -105,39 +104,26 @@ def _demo(config: DemoConfig, console: Console) -> None:
             return dataclasses.replace(loaded, corpus=dataclasses.replace(loaded.corpus, seed=config.seed))
         return dataclasses.replace(loaded, seed=config.seed, quiet=config.quiet)
 
-    stages = [
-        ("pretrain", pretrain, recipe("pretrain", PretrainConfig)),
-        ("sft", sft, recipe("sft", SFTConfig)),
-        ("grpo", grpo, recipe("grpo", GRPOConfig)),
+    links = [
+        Link("pretrain", pretrain, recipe("pretrain", PretrainConfig)),
+        Link("sft", sft, recipe("sft", SFTConfig)),
+        Link("grpo", grpo, recipe("grpo", GRPOConfig)),
     ]
     corpus = recipe("corpus", CorpusStage)
     say("corpus", f" and tokenizer → {corpus.folder}")
     make_corpus(corpus)
-    for name, run, stage in stages:
-        if _is_done(stage, run_dir):
-            say(name, " is done already")
-        else:
-            say(name, f" → {stage.run_dir}")
-            run(stage)
+
+    def after(name: str) -> None:
         if name == "grpo" and not (run_dir / name / EXPERT_SHARES).exists():
-            write_expert_shares(Path(corpus.folder), run_dir / name, seq_len=stages[0][2].data.seq_len)
+            write_expert_shares(Path(corpus.folder), run_dir / name, seq_len=links[0].config.data.seq_len)
         write_report(run_dir)
+
+    run_chain(links, say, after=after)
     report = write_report(run_dir)
     print_summary(run_dir, console)
     console.print(f"report: {report}   ({time.monotonic() - began:.0f} s for what was run now)")
     program = os.path.relpath(sys.argv[0]) if Path(sys.argv[0]).is_file() else "deepseek-jax"  # it may not be on PATH
     console.print(f"ask it 23+58=, say: {program} chat {run_dir}")
-
-
-def _is_done(stage: StageConfig, run_dir: Path) -> bool:
-    """Whether the stage has its result. ValueError where that is of settings which a run cannot change."""
-    saved = saved_meta(stage.run_dir)
-    if read_result(stage.run_dir) is None or saved is None:
-        return False
-    there = saved["recipe"]
-    same_place = moved(stage, str(run_dir), str(Path(there["run_dir"]).parent))  # the folder may have been moved
-    check_resume(stage.run_dir, saved, {**saved, "recipe": dataclasses.asdict(same_place)}, stage.MAY_CHANGE)
-    return there["loop"]["steps"] == stage.loop.steps
 
 
 def write_expert_shares(corpus: Path, run_dir: Path, *, seq_len: int) -> None:

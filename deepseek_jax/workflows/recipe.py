@@ -1,4 +1,7 @@
-"""Recipes: Python files with a docstring and a function ``config()`` that returns a stage's configuration."""
+"""Recipes: Python files with a docstring and a function ``config()`` that returns a stage's configuration.
+
+One that is of several stages, each a field, gives a single one too: RECIPE:FIELD.
+"""
 
 import dataclasses
 import difflib
@@ -37,7 +40,11 @@ def find_recipe(name: str) -> Path:
 
 
 def load_recipe(name: str, kind: type) -> Any:
-    """The configuration that a recipe gives, which must be a ``kind``. ValueError says what a recipe needs."""
+    """The configuration that a recipe gives, or its field where ``name`` is RECIPE:FIELD, which must be a ``kind``.
+
+    ValueError says what a recipe needs.
+    """
+    name, _, field = name.partition(":")
     path = find_recipe(name)
     module_name = f"deepseek_jax_recipe_{path.stem}"
     spec = importlib.util.spec_from_file_location(module_name, path)
@@ -53,9 +60,20 @@ def load_recipe(name: str, kind: type) -> Any:
         raise ValueError(f"{path} is no recipe: {error.msg} in line {error.lineno}") from error
     except Exception as error:  # a recipe is a program: whatever it raises is told with its line
         raise ValueError(f"{path} is no recipe: {_said(error, path)}") from error
-    if not isinstance(config, kind):
-        raise ValueError(f"{path} gives a {type(config).__name__}; this command takes a {kind.__name__}")
-    return config
+    stages = _stages(config)
+    if field and field not in stages:
+        raise ValueError(f"{path} has no stage {field!r}; it has {', '.join(stages) or 'none'}")
+    found = stages[field] if field else config
+    if not isinstance(found, kind):
+        fitting = "".join(f", as {name}:{each} is" for each in stages if isinstance(stages[each], kind))
+        raise ValueError(f"{path} gives a {type(found).__name__}; this command takes a {kind.__name__}{fitting}")
+    return found
+
+
+def _stages(config: Any) -> dict[str, Any]:
+    """The fields of a recipe that are configurations of their own."""
+    fields = dataclasses.fields(config) if dataclasses.is_dataclass(config) else ()
+    return {each.name: value for each in fields if dataclasses.is_dataclass(value := getattr(config, each.name))}
 
 
 def _said(error: Exception, path: Path) -> str:

@@ -1,0 +1,59 @@
+"""Stages in a row, each in a folder of its own under one run's: what has its result is not run again."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from deepseek_jax.files import read_json_object
+from deepseek_jax.train.preemption import stop_signals
+from deepseek_jax.train.resume import check_resume, saved_meta
+from deepseek_jax.train.run_lock import run_lock
+from deepseek_jax.workflows.recipe import moved
+from deepseek_jax.workflows.stage import StageConfig, read_result
+
+
+class Link(NamedTuple):
+    """A stage: its name, its function and what that takes, which has a ``run_dir`` in the chain's folder."""
+
+    name: str
+    run: Callable[[Any], Any]
+    config: Any
+
+
+@contextmanager
+def held(run_dir: str | Path) -> Iterator[None]:
+    """Hold the chain's folder, and listen for signals. ValueError where another process works in it."""
+    with run_lock(run_dir), stop_signals("; the same command goes on from what was saved"):
+        yield
+
+
+def run_chain(
+    links: Sequence[Link], say: Callable[[str, str], None], *, after: Callable[[str], None] = lambda name: None
+) -> None:
+    """Run what has no result yet; one that was stopped goes on by itself. ``after`` follows each, done before or now.
+
+    ValueError where a stage has a result of other settings.
+    """
+    for name, run, config in links:
+        if is_done(config):
+            say(name, " is done already")
+        else:
+            say(name, f" → {config.run_dir}")
+            run(config)
+        after(name)
+
+
+def is_done(config: Any) -> bool:
+    """Whether the stage has its result. ValueError where that is of settings which a run cannot change."""
+    folder = Path(config.run_dir)
+    trains = isinstance(config, StageConfig)
+    saved = saved_meta(folder) if trains else read_json_object(folder / "config.json") or None
+    if read_result(folder) is None or saved is None:
+        return False
+    there = saved["recipe"]
+    same_place = moved(config, str(folder.parent), str(Path(there["run_dir"]).parent))  # it may have been moved
+    wanted = {**saved, "recipe": dataclasses.asdict(same_place)}
+    check_resume(folder, saved, wanted, getattr(config, "MAY_CHANGE", ("run_dir", "quiet")))
+    return not trains or there["loop"]["steps"] == config.loop.steps

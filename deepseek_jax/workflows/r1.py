@@ -1,0 +1,148 @@
+"""R1 from one end to the other: R1-Zero, R1's four stages, a distilled student (arXiv 2501.12948).
+
+    data                 the miniature's corpus, problems and requests; skipped where files are given
+    pretrain             the miniature's base; `base` names another model in its place
+    zero                 R1-Zero: reinforcement learning from the base alone
+    cold_start           stage 1: SFT from the base
+    reasoning            stage 2: reinforcement learning with the language-consistency reward
+    sft                  stage 3: SFT from the base on reasoning and general data
+    all_scenarios        stage 4: reinforcement learning by rules and reward models
+    student_base         the miniature's student before anything is taught to it
+    student              distillation: SFT of the student on stage 3's samples
+
+What a stage begins with and reads is said by its own configuration, in paths under one folder.
+"""
+
+import dataclasses
+import difflib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from deepseek_jax.saying import terminal
+from deepseek_jax.typed import check_types
+from deepseek_jax.workflows.chain import Link, held, run_chain
+from deepseek_jax.workflows.grpo import GRPOConfig, grpo
+from deepseek_jax.workflows.pretrain import PretrainConfig, pretrain
+from deepseek_jax.workflows.r1_data import R1Data, make_data
+from deepseek_jax.workflows.recipe import moved
+from deepseek_jax.workflows.report import write_report
+from deepseek_jax.workflows.sft import SFTConfig, sft
+
+# In their order: what runs each.
+STAGES = {
+    "data": make_data,
+    "pretrain": pretrain,
+    "zero": grpo,
+    "cold_start": sft,
+    "reasoning": grpo,
+    "sft": sft,
+    "all_scenarios": grpo,
+    "student_base": pretrain,
+    "student": sft,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class R1Config:
+    """All stages, each as its own command takes it. Their folders lie in one, which ``run_dir`` is in the place of."""
+
+    run_dir: str = "runs/r1"
+    """Where all stages write, a folder each."""
+    seed: int = 0
+    """Added to each stage's own."""
+    base: str = ""
+    """The base model, a run or a released model's folder, instead of the stage pretrain."""
+    skip: tuple[str, ...] = ()
+    """Stages not to run; what others read of them must be there."""
+    quiet: bool = False
+    """Say nothing but which stage it is."""
+    data: R1Data = R1Data(run_dir="runs/r1/data")
+    pretrain: PretrainConfig = PretrainConfig(run_dir="runs/r1/pretrain")
+    zero: GRPOConfig = GRPOConfig(run_dir="runs/r1/zero")
+    cold_start: SFTConfig = SFTConfig(run_dir="runs/r1/cold_start")
+    reasoning: GRPOConfig = GRPOConfig(run_dir="runs/r1/reasoning")
+    sft: SFTConfig = SFTConfig(run_dir="runs/r1/sft")
+    all_scenarios: GRPOConfig = GRPOConfig(run_dir="runs/r1/all_scenarios")
+    student_base: PretrainConfig = PretrainConfig(run_dir="runs/r1/student_base")
+    student: SFTConfig = SFTConfig(run_dir="runs/r1/student")
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in self.skip:
+            if name not in STAGES:
+                likely = "".join(f" did you mean {near}?" for near in difflib.get_close_matches(name, STAGES, n=1))
+                raise ValueError(f"skip={self.skip!r}: no stage {name!r};{likely} there are {', '.join(STAGES)}")
+        folders = {Path(getattr(self, name).run_dir).parent for name in STAGES}
+        if len(folders) > 1:
+            raise ValueError(f"the stages' run_dir lie in {', '.join(sorted(map(str, folders)))}: expected one folder")
+        for name in STAGES:
+            if Path(getattr(self, name).run_dir).name != name:
+                raise ValueError(f"{name}.run_dir={getattr(self, name).run_dir!r}: its last part must be {name!r}")
+
+
+def r1(config: R1Config, console: Console | None = None) -> None:
+    """Run all stages that have no result yet and write ``report.html``.
+
+    ValueError where a stage was run with other settings, another process works in ``run_dir``, or a stage reads what
+    neither is there nor comes of an earlier one.
+    """
+    console = console or terminal()
+    began, run_dir = time.monotonic(), Path(config.run_dir)
+    links = make_links(config)
+    check_inputs(links)
+
+    def say(name: str, more: str) -> None:
+        console.print(Text.assemble((name, "bold"), more))
+
+    with held(run_dir):
+        run_chain(links, say)
+        report = write_report(run_dir)
+    console.print(f"report: {report}   ({time.monotonic() - began:.0f} s for what was run now)")
+
+
+def make_links(config: R1Config) -> list[Link]:
+    """The stages to run, in their order, their paths under ``config.run_dir``."""
+    there = str(Path(config.pretrain.run_dir).parent)
+    skipped = {*config.skip, *(["pretrain"] if config.base else [])}
+    links = []
+    for name, run in STAGES.items():
+        if name in skipped:
+            continue
+        stage = getattr(config, name)
+        stage = dataclasses.replace(stage, seed=stage.seed + config.seed, quiet=stage.quiet or config.quiet)
+        if config.base:
+            stage = moved(stage, config.pretrain.run_dir, config.base)
+        links.append(Link(name, run, moved(stage, there, config.run_dir)))
+    return links
+
+
+def check_inputs(links: list[Link]) -> None:
+    """ValueError for a path in a stage's settings that lies in the chain's folder, where neither an earlier stage makes
+    it nor it is there already."""
+    made: list[str] = []
+    for name, _, config in links:
+        folder = str(Path(config.run_dir).parent)
+        for field, path in _paths(config, folder):
+            if path == config.run_dir or any(path == place or path.startswith(f"{place}/") for place in made):
+                continue
+            if not Path(path).exists():
+                owner = Path(path).relative_to(folder).parts[0]
+                raise ValueError(f"{name}.{field}={path!r}: it is not there, and the stage {owner} is not run before")
+        made.append(config.run_dir)
+
+
+def _paths(value: Any, folder: str, field: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted field, text) of every setting that is a path under ``folder``."""
+    if dataclasses.is_dataclass(value):
+        for each in dataclasses.fields(value):
+            yield from _paths(getattr(value, each.name), folder, f"{field}.{each.name}".lstrip("."))
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from _paths(item, folder, field)
+    elif isinstance(value, str) and value.startswith(f"{folder}/"):
+        yield field, value

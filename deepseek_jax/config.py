@@ -135,6 +135,9 @@ class ModelConfig:
     """Modules that predict the token after the next: 0 or 1."""
     rms_norm_eps: float = 1e-6
     """Added under the root of a norm."""
+    num_labels: int = 0
+    """Over 0: the network ends in a head of so many numbers a position, as reward models and critics do, not in one of
+    the vocabulary."""
     tie_word_embeddings: bool = False
     """The output head is the embedding."""
     initializer_range: float = 0.006
@@ -173,6 +176,12 @@ class ModelConfig:
             self.num_nextn_predict_layers in (0, 1),
             f"num_nextn_predict_layers={self.num_nextn_predict_layers}: 0 or 1 (every released model has at most one)",
         )
+        for name, no in (("num_nextn_predict_layers", 0), ("tie_word_embeddings", False)):
+            _require(
+                not self.num_labels or getattr(self, name) == no,
+                f"{name}={getattr(self, name)}: must be {no}, as num_labels={self.num_labels} leaves no head of the "
+                "vocabulary",
+            )
         if self.n_routed_experts:
             self._check_experts()
         else:
@@ -251,6 +260,14 @@ class ModelConfig:
         if self.attention == "mla":
             return self.kv_lora_rank + self.qk_rope_head_dim
         return 2 * self.num_key_value_heads * self.head_dim
+
+    def check_speaks(self) -> None:
+        """ValueError where the network has no head of the vocabulary."""
+        _require(
+            not self.num_labels,
+            f"num_labels={self.num_labels}: this is a model that scores text, as a reward model does; it predicts no "
+            "tokens, so it cannot answer, and can be neither evaluated as a language model nor trained as one",
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -67,6 +67,9 @@ def fields_of(source: Source, *, ignore_config: Iterable[str] = ()) -> dict[str,
     settings = dict(family.fixed) | {name: values[name] for name in reads}
     if not settings["n_routed_experts"]:
         settings["first_k_dense_replace"] = settings["num_hidden_layers"]
+    if family.classifier in (found.get("architectures") or []):
+        # What transformers leaves in the file of the language model that it began as.
+        settings |= {"num_labels": _labels(found), "num_nextn_predict_layers": 0, "tie_word_embeddings": False}
     return settings | _rotary(found)
 
 
@@ -93,7 +96,11 @@ def content_of(fields: Mapping[str, Any]) -> dict[str, Any]:
     """
     model_type = _nearest_type(fields)
     family = FAMILIES[model_type]
-    content: dict[str, Any] = {"architectures": [family.architecture], "model_type": model_type}
+    labels = {str(label): f"LABEL_{label}" for label in range(fields["num_labels"])}
+    architecture = family.classifier if labels else family.architecture
+    content: dict[str, Any] = {"architectures": [architecture], "model_type": model_type}
+    if labels:  # transformers counts them
+        content |= {"id2label": labels, "label2id": {label: int(number) for number, label in labels.items()}}
     content |= {name: allowed[0] for name, allowed in family.only.items()}
     content |= {name: fields[name] for name in family.reads}
     if fields["attention"] == "mla":
@@ -170,12 +177,22 @@ def _model_type(found: Mapping[str, Any]) -> str:
             f"config.json: model_type={name!r}, architectures={architectures!r}; known are the types "
             f"{', '.join(FAMILIES)} and any other whose architectures name {v3}"
         )
-    if architectures and FAMILIES[name].architecture not in architectures:
+    known = FAMILIES[name].architecture, FAMILIES[name].classifier
+    if architectures and not set(known) & set(architectures):
         raise ValueError(
-            f"config.json: architectures={architectures!r}; of model_type={name!r} only {FAMILIES[name].architecture} "
-            "is known (ignore_config=['architectures'] takes it for that)"
+            f"config.json: architectures={architectures!r}; of model_type={name!r} only {' and '.join(known)} are "
+            "known (ignore_config=['architectures'] takes it for the first)"
         )
     return name
+
+
+def _labels(found: Mapping[str, Any]) -> int:
+    """How many scores a classifier gives: transformers writes their names, or nothing where they are two."""
+    names, count = found.get("id2label"), found.get("num_labels", 2)
+    count = len(names) if isinstance(names, Mapping) else count
+    if type(count) is not int or count < 1:
+        raise ValueError(f"config.json: num_labels={count!r}: a classifier has at least one")
+    return count
 
 
 def _not_computed(family: Family, found: Mapping[str, Any]) -> tuple[list[str], list[str]]:

@@ -13,10 +13,11 @@ from typing import Any
 class Family:
     """How one architecture spells its configuration.
 
-    reads: fields whose values become those of ModelConfig with the same name. absent: what a missing one of these
-    means, where transformers and the released code agree; others must be there. fixed: what the architecture itself
-    decides, as ModelConfig fields. only: fields that must have one of these values if they are there, since nothing
-    else is computed here; the first is written. inert: fields that change nothing. Any others: see ``hf_fields``.
+    architecture: of the language model; ``classifier``, the one with a head of scores, is called after it. reads:
+    fields whose values become those of ModelConfig with the same name. absent: what a missing one of these means, where
+    transformers and the released code agree; others must be there. fixed: what the architecture itself decides, as
+    ModelConfig fields. only: fields that must have one of these values if they are there, since nothing else is
+    computed here; the first is written. inert: fields that change nothing. Any others: see ``hf_fields``.
     """
 
     architecture: str
@@ -25,6 +26,10 @@ class Family:
     fixed: Mapping[str, Any]
     only: Mapping[str, tuple[Any, ...]]
     inert: tuple[str, ...] = ()
+
+    @property
+    def classifier(self) -> str:
+        return self.architecture.replace("ForCausalLM", "ForSequenceClassification")
 
 
 NULL_MEANS_ZERO = ("q_lora_rank", "n_routed_experts", "n_shared_experts")  # any other null means: not there

@@ -282,7 +282,7 @@ def test_yarns_temperature_is_the_released_codes(mscales, cosines, softmax):
         (dict(kv_lora_rank=None), ["lacks kv_lora_rank"]),
         (dict(n_group=None, vocab_size=None), ["lacks vocab_size, n_group"]),
         (dict(hidden_size="16"), ["hidden_size='16'", "int"]),
-        (dict(architectures=["DeepseekV3ForSequenceClassification"]), ["DeepseekV3ForSequenceClassification"]),
+        (dict(architectures=["DeepseekV3ForTokenClassification"]), ["DeepseekV3ForTokenClassification"]),
         (dict(model_type="deepseek_v32", architectures=["DeepseekV32ForCausalLM"]), ["deepseek_v32", *FAMILIES]),
         (dict(model_type=None, architectures=None), ["model_type='None'", *FAMILIES]),
         (dict(rope_scaling={"type": "linear", "factor": 4.0}), ["rope_scaling", "'linear'", "'yarn'", "'llama3'"]),

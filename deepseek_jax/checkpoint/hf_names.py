@@ -88,7 +88,9 @@ def hf_tensors(config: ModelConfig) -> list[HFTensor]:
         if row >= 0 and config.has_router_bias:
             found.append(place(_bias_name(f"model.layers.{layer}."), ("router_bias",), (row,)))
     found.append(place("model.norm.weight", ("norm", "gain")))
-    if not config.tie_word_embeddings:
+    if config.num_labels:
+        found.append(place("score.weight", ("score", "w"), (), 1, fp8=False))
+    elif not config.tie_word_embeddings:
         found.append(place("lm_head.weight", ("head", "w"), (), 1, fp8=False))
     if config.num_nextn_predict_layers:
         prefix = mtp_prefix(config)

@@ -64,6 +64,7 @@ def describe(config: ModelConfig, context: int | None = None) -> dict[str, str]:
     served = {"bfloat16": 2 * parameters["parameters_total"], "FP8": fp8_bytes(main)}
     return {
         "layers": _layers(config),
+        **({"head": f"{config.num_labels} scores (num_labels): it predicts no tokens"} if config.num_labels else {}),
         "parameters": f"{parameters['parameters_total']:,}",
         **({"MTP module": f"{mtp:,} parameters more"} if mtp else {}),
         "active per token": f"{parameters['parameters_active']:,}",

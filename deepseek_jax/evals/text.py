@@ -95,6 +95,7 @@ class Score:
 
 def score_text(model: Model, documents: Iterable[str], *, seq_len: int, batch_size: int) -> Score:
     """The score of documents packed into rows of ``seq_len``, as in pretraining."""
+    model.config.check_speaks()
     tokenizer = model.text
     size = tokens = count = 0
 

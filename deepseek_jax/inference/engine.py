@@ -53,6 +53,7 @@ class Engine:
         """tokenizer: by default the model's own. rules: how the weights are split, by default ``sampling_rules``."""
         if isinstance(model, transformer.Transformer):
             model = Model.of(model, tokenizer)
+        model.config.check_speaks()
         self.config, self.mesh = model.config, model.mesh
         self.tokenizer = model.text if tokenizer is None else tokenizer.over(model.config.vocab_size)
         self.compute = dataclasses.replace(model.compute, rules=rules or sampling_rules(model.compute.rules))

@@ -28,7 +28,8 @@ from deepseek_kernels.kept import KEPT
 class ModelOutput:
     """What a forward pass returns; nothing is sown, so nothing is lost.
 
-    logits: (B S W) float32, or None where the caller applies the head itself. hidden: (B S D) after the final norm.
+    logits: (B S W) float32, or None where the caller applies the head itself; scores: (B S num_labels) float32 in
+    their place where the network has a head of these. hidden: (B S D) after the final norm.
     mtp_hidden: (B S D), the head's input for the token after the next. router: statistics per MoE layer, L first, the
     MTP module's last. memories: those given, with the new tokens.
     """
@@ -38,6 +39,7 @@ class ModelOutput:
     mtp_hidden: jax.Array | None
     router: RouterStats | None
     memories: Any
+    scores: jax.Array | None = None
 
 
 class Transformer(nnx.Module):
@@ -71,8 +73,10 @@ class Transformer(nnx.Module):
         else:
             self.layers = nnx.List([Block(config, compute, moe=moe, rngs=together) for moe in kinds])
         self.norm = RMSNorm(config, compute, D, "embed")
-        tied = config.tie_word_embeddings
-        self.head = None if tied else Linear(config, compute, (D, W), ("embed", "vocab"), rngs=together)
+        headless = config.tie_word_embeddings or config.num_labels
+        self.head = None if headless else Linear(config, compute, (D, W), ("embed", "vocab"), rngs=together)
+        scores = (D, config.num_labels)
+        self.score = Linear(config, compute, scores, ("embed", None), rngs=together) if config.num_labels else None
         self.mtp = MTP(config, compute, rngs=together) if config.num_nextn_predict_layers else None
         zeros = jnp.zeros((config.num_routers, config.n_routed_experts), jnp.float32)
         self.router_bias = RouterBias(zeros) if config.has_router_bias else None
@@ -98,7 +102,7 @@ class Transformer(nnx.Module):
           positions_BS, segment_ids_BS, visible: see ``context``.
           memories, chosen_LBSK, absorbed: see ``run_layers``.
           mtp: run the MTP module too (training); not with memories.
-          head: compute logits.
+          head: compute logits, or scores.
 
         ValueError for tokens that are no array (B, S).
         """
@@ -120,7 +124,9 @@ class Transformer(nnx.Module):
             ahead = dataclasses.replace(context, segment_ids_BS=mtp_segments(context.segment_ids_BS))
             mtp_hidden, mtp_stats, _ = self.predict_next(hidden, following_BS, ahead, chosen_BSK=chosen_BSK)
             stats = joined([stats, jax.tree.map(lambda leaf: leaf[None], mtp_stats)])
-        return ModelOutput(self.logits(hidden) if head else None, hidden, mtp_hidden, stats, memories)
+        speaks = head and self.score is None
+        logits, scores = self.logits(hidden) if speaks else None, None if speaks or not head else self.scores(hidden)
+        return ModelOutput(logits, hidden, mtp_hidden, stats, memories, scores)
 
     # The phases, which a pipeline stage, a cached decode and speculation put together in their own ways.
 
@@ -226,7 +232,9 @@ class Transformer(nnx.Module):
             return run(state, hidden_BSD, following_BSD, context, bias_E, memory, chosen_BSK)
 
     def head_weight(self) -> Float[Array, "D W"]:
-        """The output head's matrix: its own, or the embedding's transpose where they are tied."""
+        """The output head's matrix: its own, or the embedding's transpose where they are tied. ValueError where the
+        network has scores in its place."""
+        self.config.check_speaks()
         return self.embed[...].T if self.head is None else self.head.w[...]
 
     def logits(self, hidden_BSD: Float[Array, "*B D"]) -> Float[Array, "*B W"]:
@@ -234,6 +242,13 @@ class Transformer(nnx.Module):
         with jax.named_scope("head"):
             target = self.compute.kernels
             return product("...d,dw->...w", hidden_BSD, self.head_weight(), dtype=jnp.float32, target=target)
+
+    def scores(self, hidden_BSD: Float[Array, "*B D"]) -> Float[Array, "*B X"]:
+        """The X=num_labels numbers of each position, float32, summed in float32."""
+        assert self.score is not None
+        with jax.named_scope("score"):
+            target = self.compute.kernels
+            return product("...d,dx->...x", hidden_BSD, self.score.w[...], dtype=jnp.float32, target=target)
 
     def _runs(self) -> Iterator[tuple[int, int, Any, bool]]:
         """What runs in one go, in order: (the first layer's number, how many, their module, whether they are MoE)."""
@@ -353,6 +368,25 @@ def unstack(params: dict[str, Any]) -> dict[str, Any]:
 
 def _count(stack: Any) -> int:
     return len(jax.tree.leaves(stack)[0])
+
+
+def with_scores(
+    config: ModelConfig, params: dict[str, Any], router_bias: jax.Array | None, num_labels: int
+) -> tuple[ModelConfig, dict[str, Any], jax.Array | None]:
+    """A network's body with a head of ``num_labels`` scores, all zero at first, in place of its own; MTP is left out.
+
+    The body's arrays are those given, not copies. Scores that there are already stay, if they are as many: ValueError
+    otherwise.
+    """
+    if config.num_labels:
+        if config.num_labels != num_labels:
+            raise ValueError(f"num_labels={config.num_labels}: {num_labels} wanted")
+        return config, params, router_bias
+    changes = {"num_labels": num_labels, "num_nextn_predict_layers": 0, "tie_word_embeddings": False}
+    config = dataclasses.replace(config, **changes)
+    body = {name: tree for name, tree in params.items() if name not in ("head", "mtp")}
+    w_DX = jnp.zeros((config.hidden_size, num_labels), params["norm"]["gain"].dtype)
+    return config, body | {"score": {"w": w_DX}}, None if router_bias is None else router_bias[: config.num_routers]
 
 
 def init(

@@ -14,10 +14,11 @@ from rich.text import Text
 
 from deepseek_jax.train.resume import flat
 from deepseek_jax.workflows.report import write_page
+from deepseek_jax.workflows.report_cards import figure, section, table
 from deepseek_jax.workflows.report_data import Stage, read_stages
-from deepseek_jax.workflows.report_figures import Line, Panel, figure, line_chart, table
+from deepseek_jax.workflows.report_figures import Line, Panel, line_chart
 from deepseek_jax.workflows.report_summary import NOTHING, summary_rows
-from deepseek_jax.workflows.report_training import HELD_OUT, section
+from deepseek_jax.workflows.report_training import HELD_OUT
 
 COLOURS = ("blue", "orange", "green", "purple", "gold", "slate")
 MOST = 2 * len(COLOURS)  # each of them solid and dashed

@@ -11,7 +11,9 @@ from deepseek_jax.data.text import read_rows
 from deepseek_jax.data.turns import count_turns
 from deepseek_jax.parallel.hosts import require_one_process
 from deepseek_jax.rl.grader import Grader
-from deepseek_jax.rl.rollout import RolloutConfig, Rollouts, open_questions
+from deepseek_jax.rl.rollout import Rollouts
+from deepseek_jax.rl.rollout_config import RolloutConfig, open_questions
+from deepseek_jax.rl.sample_log import SampleLog
 from deepseek_jax.rl.tasks import Task, TaskConfig, make_task
 from deepseek_jax.saying import say
 from deepseek_jax.train.grpo import GRPOLoss
@@ -110,6 +112,7 @@ def _train(config: GRPOConfig, task: Task, grader: Grader, exam: Exam | None, tu
         seed=config.seed,
         multiple=config.step.microbatches * ways,
         minibatches=config.minibatches,
+        log=SampleLog(config.run_dir, config.loop),
     )
     trained, facts = train_stage(
         config,
@@ -122,5 +125,6 @@ def _train(config: GRPOConfig, task: Task, grader: Grader, exam: Exam | None, tu
         epochs=config.inner_epochs,
         minibatches=config.minibatches,
         evaluate=exam.metrics if exam and config.loop.eval_every else None,
+        on_done=rollouts.trained,
     )
     return finish(config, facts, lambda: exam.result(trained, Path(config.run_dir), stage="grpo") if exam else {})

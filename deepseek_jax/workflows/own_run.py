@@ -56,8 +56,9 @@ def require(config: Any, *names: str) -> None:
             raise ValueError(f"{name} is empty: give --{name.replace('_', '-')}, or a recipe that has it")
 
 
-def open_start(config: Any, *, arrays: bool = False) -> Model:
-    """The model in ``config.init_from``, on the stage's mesh.
+def open_start(config: Any, *, arrays: bool = False, scores: bool = False) -> Model:
+    """The model in ``config.init_from``, on the stage's mesh. ValueError where it predicts no tokens, unless ``scores``
+    will do.
 
     Where the run goes on from a checkpoint of its own, that has all but the arrays, which are then None: they are read
     where ``arrays`` says that they are wanted all the same.
@@ -66,7 +67,10 @@ def open_start(config: Any, *, arrays: bool = False) -> Model:
     saved = None if arrays else saved_meta(config.run_dir)
     if saved is None:
         with doing(f"reading {described(config.init_from)}"):
-            return load(config.init_from, compute=config.compute, mesh=mesh, ignore_config=config.ignore_config)
+            start = load(config.init_from, compute=config.compute, mesh=mesh, ignore_config=config.ignore_config)
+        if not scores:
+            start.config.check_speaks()
+        return start
     model, tokenizer = ModelConfig.from_dict(saved["model"]), Tokenizer.from_folder(config.run_dir)
     return Model(model, config.compute.on(mesh), None, None, tokenizer, mesh)
 

@@ -86,6 +86,7 @@ class PretrainConfig(StageConfig):
 def pretrain(config: PretrainConfig) -> dict[str, Any]:
     """Run the stage, or go on with it; returns and writes its result."""
     run_dir = Path(config.run_dir)
+    config.model.check_speaks()
     tokenizer = Tokenizer.from_folder(config.data.tokenizer)
     config = dataclasses.replace(config, model=_with_vocabulary(config.model, tokenizer))
     tokenizer = tokenizer.over(config.model.vocab_size)

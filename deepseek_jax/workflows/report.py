@@ -13,8 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from deepseek_jax.files import read_json_object, write_whole
+from deepseek_jax.workflows.report_cards import change, figure, panels, section, table
 from deepseek_jax.workflows.report_data import Stage, read_stages
-from deepseek_jax.workflows.report_figures import Line, figure, line_chart, table
+from deepseek_jax.workflows.report_figures import Line, line_chart
+from deepseek_jax.workflows.report_reinforcement import reinforcement
 from deepseek_jax.workflows.report_samples import sample_pairs
 from deepseek_jax.workflows.report_summary import (
     accuracy_after,
@@ -23,7 +25,7 @@ from deepseek_jax.workflows.report_summary import (
     show_percent,
     summary_rows,
 )
-from deepseek_jax.workflows.report_training import change, experts, losses, panels, reinforcement, section
+from deepseek_jax.workflows.report_training import experts, losses
 
 
 def write_report(run_dir: str | os.PathLike[str]) -> Path:

@@ -1,4 +1,4 @@
-"""Charts of the report as inline SVG (lines over steps, tokens or time, heat maps) and the cards that hold them.
+"""Charts of the report as inline SVG: lines over steps, tokens or time, and heat maps.
 
 Colours are CSS variables of the page, so that one picture serves a light and a dark background. A chart may
 span several stages: each gets a panel of equal width with its own step axis, since their lengths differ.
@@ -7,7 +7,7 @@ span several stages: each gets a panel of equal width with its own step axis, si
 import dataclasses
 import html
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -99,34 +99,6 @@ def heat_map(ratio_EC: np.ndarray, panels: Sequence[Panel], *, limit: float, num
     height = bottom + (BOTTOM if any(panel.last_step for panel in panels) else 6)
     label = f"heat map, {experts} experts by {html.escape(', '.join(panel.label for panel in panels))}"
     return f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
-
-
-def figure(
-    title: str, picture: str, text: str, lines: Iterable[Line] = (), *, scale: tuple[str, str] | None = None
-) -> str:
-    """HTML of a titled card: a key of `lines` or of the heat map's two ends, the picture, what it shows."""
-    keys = "".join(
-        f'<span class="key{" dashed" * line.dashed}" style="--c:var(--{line.colour})">{html.escape(line.name)}</span>'
-        for line in lines
-    )
-    legend = f'<div class="keys">{keys}</div>' if keys else ""
-    if scale:
-        ends = f'<span>{scale[0]}</span><span class="scale"></span><span>{scale[1]}</span>'
-        legend = f'<div class="keys heat">{ends}</div>'
-    picture = legend + picture if picture else '<p class="none">Not measured yet.</p>'
-    return f"<figure><h3>{title}</h3>{picture}<figcaption>{text}</figcaption></figure>"
-
-
-def table(heads: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
-    """HTML of a table with a heading a column and a label a row."""
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in ("", *heads))
-    rows = [(label, [html.escape(cell).replace("± ", "±&nbsp;") for cell in cells]) for label, cells in rows]
-    body = "".join(
-        f"<tr><th>{html.escape(label)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
-        for label, cells in rows
-    )
-    rows_html = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
-    return f'<div class="wide"><table>{rows_html}</table></div>'
 
 
 def _cells(shade_EC: np.ndarray) -> str:

@@ -5,8 +5,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from deepseek_jax.workflows.report_cards import section
 from deepseek_jax.workflows.report_data import Stage
-from deepseek_jax.workflows.report_training import section
 
 SHOWN_SAMPLES = 6  # of a stage's pairs, the first in its file
 MARKS = {

@@ -96,13 +96,15 @@ def train_stage(
     minibatches: int = 1,
     evaluate: Callable[[Model], Mapping[str, float]] | None = None,
     stop_when: Callable[[Mapping[str, Any]], bool] | None = None,
+    on_done: Callable[[], Mapping[str, float]] | None = None,
 ) -> tuple[Model, dict[str, Any]]:
     """Train from ``start`` (its ``params`` None: fresh ones) and return the model with the facts of the run.
 
     The arrays of ``start`` are used up, but where ``reference`` is them; where there is a checkpoint they are not used.
 
     prepare: adds to each batch on the devices, before its step, what the loss reads beside it; ``reference``, if it
-    moves, is saved with the state. epochs, minibatches: see ``make_step``.
+    moves, is saved with the state. epochs, minibatches: see ``make_step``. on_done: called when the devices have
+    finished a step, which are then waited for; what it returns joins the step's metrics.
 
     Raises ValueError where ``run_dir`` holds a run with other settings (``check_resume``), and what ``run_loop`` does.
     """
@@ -119,7 +121,7 @@ def train_stage(
     jitted = _measured(step, learning_rate(config.optimizer, schedule_steps * updates), updates)
     taken = 0
 
-    def placed_step(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, dict[str, jax.Array]]:
+    def placed_step(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, dict[str, Any]]:
         nonlocal taken
         taken += 1
         if taken == 1 and jax.process_index() == 0:
@@ -128,6 +130,9 @@ def train_stage(
         state, metrics = jitted(state, placed if prepare is None else prepare(state, placed))
         if reference is not None:
             reference.follow(state, metrics["finite"])
+        if on_done is not None:
+            jax.block_until_ready(metrics)
+            return state, {**metrics, **on_done()}
         return state, metrics
 
     def trained(state: TrainState) -> Model:

@@ -377,3 +377,33 @@ def test_golden_files_are_what_transformers_says(case):
     stored = golden[case.name]
     assert {**stored, "logits": None} == {**found, "logits": None}
     np.testing.assert_allclose(stored["logits"], found["logits"], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "v3"])
+def test_scores_are_those_of_a_classifier(name, tmp_path):
+    """transformers' ForSequenceClassification: its files here, ours there, and the score of each last real token."""
+    config = peer(name, "Config")(**FAMILIES[name][1] | dict(num_labels=1, pad_token_id=0, tie_word_embeddings=False))
+    config._attn_implementation = "eager"
+    kind = getattr(transformers, FAMILIES[name][0] + "ForSequenceClassification")
+    kind(config).save_pretrained(tmp_path / "theirs")
+    redraw(tmp_path / "theirs")
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(3, COMMON["vocab_size"], (2, 20)).astype(np.int32)
+    tokens[1, 13:] = 0
+    with torch.no_grad():
+        model = kind.from_pretrained(tmp_path / "theirs", dtype=torch.float32, attn_implementation="eager").eval()
+        mask = torch.tensor(tokens != 0).long()
+        wanted = model(torch.tensor(tokens).long(), attention_mask=mask).logits.numpy()
+    ours = load_hf(tmp_path / "theirs", dtype="float32")
+    assert ours.config.num_labels == 1
+    scores = jax.jit(lambda tokens: ours(tokens, segment_ids_BS=(tokens != 0).astype(jnp.int32)).scores)(tokens)
+    found = np.asarray(scores)[[0, 1], [19, 12]]
+    assert np.abs(wanted).max() > 0.1 and np.abs(found - wanted).max() <= 1e-4
+    save_hf(ours, tmp_path / "ours", dtype="float32")
+    with torch.no_grad():
+        again, told = kind.from_pretrained(tmp_path / "ours", dtype=torch.float32, output_loading_info=True)
+        assert not any(told.values())
+        again.config.pad_token_id = 0
+        np.testing.assert_allclose(
+            again.eval()(torch.tensor(tokens).long(), attention_mask=mask).logits, wanted, atol=1e-4
+        )

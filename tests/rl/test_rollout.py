@@ -17,6 +17,7 @@ from deepseek_jax.data.chat import encode_prompt
 from deepseek_jax.data.rows import PromptLoader
 from deepseek_jax.data.template import ChatTemplate
 from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.files import read_json_lines
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.generate import Generated
 from deepseek_jax.inference.sampling import SamplingParams
@@ -25,10 +26,13 @@ from deepseek_jax.rl import arithmetic
 from deepseek_jax.rl.advantages import settled
 from deepseek_jax.rl.asking import Answer, Question, ask, read_answers
 from deepseek_jax.rl.grader import Grader
-from deepseek_jax.rl.rollout import NoSignalError, RolloutConfig, Rollouts, open_questions
+from deepseek_jax.rl.rollout import NoSignalError, Rollouts
+from deepseek_jax.rl.rollout_config import RolloutConfig, open_questions
+from deepseek_jax.rl.sample_log import SampleLog
 from deepseek_jax.rl.samples import Sample, make_sample, rollout_batch
 from deepseek_jax.rl.tasks import TaskConfig, make_task
 from deepseek_jax.train.grpo import GRPOLoss
+from deepseek_jax.train.loop_config import LoopConfig
 from deepseek_jax.train.reference import Reference
 from deepseek_jax.train.scoring import Scorer, score_tokens
 
@@ -47,6 +51,13 @@ def path(tmp_path):
 def rollouts(path, config=CONFIG, seed=5, rewards=("accuracy", "format=0.5")) -> Rollouts:
     loader = open_questions(TASK, MODEL, (str(path),), config, batch_size=config.prompts, seed=1)
     return Rollouts(MODEL, TASK, Grader(rewards, task=TASK), loader, config, seed=seed)
+
+
+CLOCKS = ("rollout_seconds", "reward_seconds", "rollout_tokens_per_second")
+
+
+def untimed(metrics):
+    return {name: value for name, value in metrics.items() if name not in CLOCKS}
 
 
 def prompt_of(problem: arithmetic.Problem) -> list[int]:
@@ -115,13 +126,39 @@ def test_a_batch_holds_prompts_answers_and_advantages(path, monkeypatch):
         "reward_accuracy": 6 / 12,
         "reward_format": 10 / 12,
         "response_length": batch["loss_mask"].sum() / 12,
+        "response_waits": 0,
         "truncated": 1 / 12,
         "signal_groups": 2 / 3,
     }
-    assert metrics == pytest.approx(shares)
+    assert all(metrics[name] >= 0 for name in CLOCKS)
+    assert untimed(metrics) == pytest.approx(shares)
     per_row = {name for name, value in batch.items() if value.shape == (12, 1)}
     assert per_row == {"advantages", "truncated", "temperature", "max_tokens"}
     assert {value.shape for name, value in batch.items() if name not in per_row} == {(12, 32)}  # 12 + 20 at most
+
+
+def test_the_answers_of_logged_steps_are_kept_as_text(path, tmp_path, monkeypatch):
+    """With their rewards, reward and advantage; a run that goes on writes no step twice."""
+    scripted(monkeypatch, [SCRIPT] * 5)
+    log = lambda: SampleLog(tmp_path, LoopConfig(steps=9, log_every=2), most=5)  # noqa: E731
+    run = rollouts(path)
+    run.log = log()
+    batches = [run.next(state(step))[0] for step in range(4)]  # the second and fourth steps have lines
+    lines = read_json_lines(tmp_path / "rollouts.jsonl")
+    assert [line["step"] for line in lines] == [2] * 5 + [4] * 5
+    kinds = np.ravel(SCRIPT)[:5]
+    for step, some in ((2, lines[:5]), (4, lines[5:])):
+        np.testing.assert_allclose([line["advantage"] for line in some], batches[step - 1]["advantages"][:5, 0])
+        assert [line["reward"] for line in some] == [TOTAL[kind] for kind in kinds]
+    for line, kind in zip(lines, kinds, strict=False):
+        row = run.loader.rows[line["question"]]
+        assert line["prompt"] == arithmetic.check_problem(row).prompt and line["answer"] == row["answer"]
+        assert line["rewards"] == {"accuracy": float(TOTAL[kind] > 0.5), "format": float(TOTAL[kind] > 0)}
+        assert line["ended"] == (kind != CUT) and line["completion"].endswith("0x" if kind == WRONG else row["answer"])
+    again = rollouts(path)
+    again.log = log()
+    again.next(state(2))  # from a checkpoint after two steps: the fourth's lines are gone
+    assert [line["step"] for line in read_json_lines(tmp_path / "rollouts.jsonl")] == [2] * 5
 
 
 def test_an_answer_whose_grading_failed_teaches_nothing():
@@ -220,7 +257,7 @@ def test_a_restored_run_resamples_the_same(path):
     again = rollouts(path, config)
     again.restore(saved)
     found, found_metrics = again.next(state(3))
-    assert found_metrics == metrics and metrics["asked"] == 9
+    assert untimed(found_metrics) == untimed(metrics) and metrics["asked"] == 9
     for name, value in expected.items():
         np.testing.assert_array_equal(found[name], value)
     assert first.state() == again.state()
@@ -240,7 +277,7 @@ def steps(completion, row):
     (tmp_path / "mine.py").write_text(source)
     scripted(monkeypatch, [SCRIPT])
     run = rollouts(path, rewards=("accuracy", f"{tmp_path}/mine.py:steps=2"))
-    with run.grader:
+    with run.sampler.grader:
         batch, metrics = run.next(state())
     assert batch["advantages"].shape == batch["tokens"].shape
     assert not np.any(batch["advantages"] * (1 - batch["loss_mask"]))
@@ -268,7 +305,7 @@ def test_where_no_reward_applies_nothing_is_taught(path, tmp_path, monkeypatch):
     )
     scripted(monkeypatch, [SCRIPT])
     run = rollouts(path, rewards=(f"{tmp_path}/mine.py:score", f"{tmp_path}/mine.py:steps"))
-    with run.grader:
+    with run.sampler.grader:
         batch, metrics = run.next(state())
     assert not np.any(batch["advantages"]) and metrics["signal_groups"] == metrics["reward"] == 0
 
@@ -279,9 +316,9 @@ def test_where_no_reward_applies_nothing_is_taught(path, tmp_path, monkeypatch):
 def test_packed_rows_hold_every_answer_once(path):
     plain, metrics = rollouts(path).next(state())
     run = rollouts(path, dataclasses.replace(CONFIG, pack=70))
-    run.multiple = 2
+    run.sampler.multiple = 2
     batch, packed_metrics = run.next(state())
-    assert packed_metrics == metrics and batch["tokens"].shape[1] == 70
+    assert untimed(packed_metrics) == untimed(metrics) and batch["tokens"].shape[1] == 70
     assert len(batch["tokens"]) % 2 == 0 and len(batch["tokens"]) < len(plain["tokens"])
     found, names = [], ("tokens", "positions", "loss_mask", "sampler_logprobs", "advantages", "truncated")
     for row in range(len(batch["tokens"])):
@@ -428,7 +465,7 @@ def test_a_users_reward_sees_what_was_cut_off_and_the_row(path, tmp_path, monkey
     (tmp_path / "mine.py").write_text("def said(completion, row): return row['answer'] in completion\n")
     scripted(monkeypatch, [SCRIPT])
     run = rollouts(path, rewards=("accuracy", f"{tmp_path}/mine.py:said=2"))
-    with run.grader:
+    with run.sampler.grader:
         _, metrics = run.next(state())
     assert metrics["reward_accuracy"] == 6 / 12 and metrics["reward_mine.said"] == 8 / 12
     assert metrics["reward"] == pytest.approx((6 + 2 * 8) / 12) and metrics["reward_errors"] == 0
@@ -460,7 +497,7 @@ def test_a_restored_run_samples_the_same_batch(path):
     again = rollouts(path)
     again.restore(saved)
     found, found_metrics = again.next(later)
-    assert found_metrics == metrics
+    assert untimed(found_metrics) == untimed(metrics)
     for name, value in expected.items():
         np.testing.assert_array_equal(found[name], value)
     other, _ = rollouts(path, seed=6).next(later)

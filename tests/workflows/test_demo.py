@@ -107,7 +107,15 @@ def test_the_report_and_the_experts_are_written(miniature):
     assert "bits per byte" in (miniature / "done").read_text(encoding="utf-8")
 
 
-CLOCKS = ("time", "seconds", "tokens_per_second", "peak_bytes_process")  # all that may differ between two runs
+CLOCKS = (
+    "time",
+    "seconds",
+    "tokens_per_second",
+    "peak_bytes_process",
+    "rollout_seconds",
+    "reward_seconds",
+)  # all that may differ between two runs
+CLOCKS += ("train_seconds", "samples_per_second", "rollout_tokens_per_second")
 
 
 def same_lines(found: Path, expected: Path) -> None:

@@ -40,7 +40,8 @@ OPTIONS += ["--loss.ratio", "sequence", "--loss.tis-cap", "2", "--loss.kl-weight
 OPTIONS += ["--rollout.replay-routing", "--rollout.pack", "64", "--rollout.resample", "2", "--rollout.tolerance", "0.9"]
 OPTIONS += ["--rollout.overlong-buffer", "4", "--inner-epochs", "2", "--minibatches", "2"]
 OPTIONS += ["--loop.checkpoint-every", "1", "--loop.log-every", "1", "--loop.keep", "2", "--loop.no-tensorboard"]
-CLOCKS = ("time", "seconds", "tokens_per_second", "peak_bytes_process")
+CLOCKS = ("time", "seconds", "tokens_per_second", "peak_bytes_process", "rollout_seconds", "reward_seconds")
+CLOCKS += ("train_seconds", "samples_per_second", "rollout_tokens_per_second")
 
 
 @pytest.fixture

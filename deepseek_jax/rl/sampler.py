@@ -1,0 +1,195 @@
+"""One step's answers: sampled by a policy, graded, and made a batch for ``GRPOLoss``."""
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deepseek_jax.data.rows import PromptLoader
+from deepseek_jax.files import finite
+from deepseek_jax.inference.engine import Engine
+from deepseek_jax.inference.sampling import SamplingParams
+from deepseek_jax.rl.advantages import choose_groups, has_signal, levelled, settled, step_advantages, token_ends
+from deepseek_jax.rl.asking import ask, read_answers
+from deepseek_jax.rl.grader import Grader, Grades
+from deepseek_jax.rl.rewards.length import overlong
+from deepseek_jax.rl.rollout_config import RolloutConfig
+from deepseek_jax.rl.samples import Sample, make_sample, rollout_batch
+from deepseek_jax.rl.tasks import Steps, Task, where
+from deepseek_jax.rl.words import wait_words
+from deepseek_jax.train.grpo import group_advantages
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """What a step trains on.
+
+    metrics: of all that was asked. signal: the share of its groups that had any. answers: those of the batch, as
+    ``rollouts.jsonl`` has them. asked: how many there were in all. loader: where the questions have come to.
+    """
+
+    batch: dict[str, np.ndarray]
+    metrics: dict[str, float]
+    signal: float
+    answers: list[dict[str, Any]]
+    asked: int
+    loader: dict[str, Any]
+
+
+@dataclasses.dataclass
+class _Clock:
+    rollout: float = 0.0
+    reward: float = 0.0
+
+
+class Sampler:
+    """Asks the loader's next questions, and makes a batch of what an engine answers; see ``Rollouts``."""
+
+    def __init__(
+        self,
+        task: Task,
+        grader: Grader,
+        loader: PromptLoader,
+        config: RolloutConfig,
+        *,
+        seed: int,
+        positions: int,
+        multiple: int,
+        minibatches: int,
+    ):
+        self.task, self.grader, self.loader, self.config = task, grader, loader, config
+        self.most, self.multiple, self.minibatches = (
+            config.prompt_limit(positions) + config.max_tokens,
+            multiple,
+            minibatches,
+        )
+        self.key = jax.random.key(seed)
+        self._numbers = {where(row): number for number, row in enumerate(loader.rows)}
+
+    def make(self, engine: Engine, step: int, *, dispatched: Callable[[], None] = lambda: None) -> Made:
+        """The batch of a step. dispatched: called when the devices have been given the first answers to sample."""
+        config, clock = self.config, _Clock()
+        samples, grades, total_PG, signal_P = self._enough(engine, step, clock, dispatched)
+        chosen = choose_groups(signal_P, config.prompts)
+        members = [group * config.group + i for group in chosen for i in range(config.group)]
+        lengths = np.array([len(sample.ids) for sample in samples])
+        signal = float(np.mean(signal_P))
+        metrics = {
+            **grades.metrics(),
+            "response_length": float(np.mean(lengths)),
+            "response_waits": float(np.mean([wait_words(sample.answer.text) for sample in samples])),
+            "truncated": 1 - float(np.mean([sample.answer.ended for sample in samples])),
+            "signal_groups": signal,
+        }
+        if config.resample:
+            metrics |= {"asked": float(len(signal_P)), "signal_groups_trained": float(np.mean(signal_P[chosen]))}
+        total_PG = levelled(total_PG, config.tolerance)
+        reward_N = grades.total_N + [math.fsum(score for _, score in steps) for steps in grades.steps_N]
+        if config.overlong_buffer:
+            overlong_N = overlong(lengths, limit=config.max_tokens, buffer=config.overlong_buffer)
+            metrics["reward_overlong"] = float(np.mean(overlong_N))
+            metrics["reward"] += config.overlong_weight * metrics["reward_overlong"]
+            reward_N = reward_N + config.overlong_weight * overlong_N
+            total_PG = total_PG + config.overlong_weight * overlong_N.reshape(total_PG.shape).astype(np.float32)
+        trained = [samples[i] for i in members]
+        advantages = self._advantages(engine, trained, total_PG[chosen], [grades.steps_N[i] for i in members])
+        batch = rollout_batch(
+            trained,
+            advantages,
+            pad_id=engine.tokenizer.pad_id,
+            most=self.most,
+            pack=config.pack,
+            multiple=self.multiple,
+            minibatches=self.minibatches,
+        )
+        same = {"temperature": config.temperature, "max_tokens": config.max_tokens}
+        rows = len(batch["tokens"])
+        batch |= {name: np.full((rows, 1), value, np.float32) for name, value in same.items()}
+        metrics |= {"rollout_seconds": clock.rollout, "reward_seconds": clock.reward}
+        metrics["rollout_tokens_per_second"] = float(np.sum(lengths)) / clock.rollout
+        own = [{name: scores[i] for name, scores in grades.rewards.items()} for i in members]
+        answers = [
+            self._answer(*each) for each in zip(trained, own, reward_N[members].tolist(), advantages, strict=True)
+        ]
+        return Made(batch, metrics, signal, answers, len(samples), self.loader.state())
+
+    def _enough(
+        self, engine: Engine, step: int, clock: _Clock, dispatched: Callable[[], None]
+    ) -> tuple[list[Sample], Grades, np.ndarray, np.ndarray]:
+        """Samples of as many groups with signal as a step trains on, as far as ``resample`` allows, and of all others
+        that were asked on the way; their grades, rewards (P G), and which groups have signal (P)."""
+        config, samples, parts = self.config, list[Sample](), list[Grades]()
+        while True:
+            began = time.monotonic()
+            samples += self._sampled(engine, step, len(parts), dispatched)
+            sampled = time.monotonic()
+            new = samples[-config.prompts * config.group :]
+            texts, rows = [sample.answer.text for sample in new], [sample.question.row for sample in new]
+            parts.append(self.grader.grade(texts, rows, ended=[sample.answer.ended for sample in new]))
+            clock.rollout += sampled - began
+            clock.reward += time.monotonic() - sampled
+            grades, groups = Grades.joined(parts), (-1, config.group)
+            total_PG = settled(grades.total_N.reshape(groups), grades.failed_N.reshape(groups)).astype(np.float32)
+            steps_PG = [grades.steps_N[i : i + config.group] for i in range(0, len(samples), config.group)]
+            signal_P = has_signal(total_PG, steps_PG, config.tolerance)
+            if np.sum(signal_P) >= config.prompts or len(parts) > config.resample:
+                return samples, grades, total_PG, signal_P
+
+    def _sampled(self, engine: Engine, step: int, attempt: int, dispatched: Callable[[], None]) -> list[Sample]:
+        """A group of answers to each of the loader's next questions."""
+        config, tokenizer = self.config, engine.tokenizer
+        asked = [ask(self.task, tokenizer, row) for row in next(self.loader)]
+        questions = [question for question in asked for _ in range(config.group)]
+        sampling = SamplingParams(temperature=config.temperature, max_tokens=config.max_tokens)
+        # Keys of no step's first attempt.
+        key = self.key if not attempt else jax.random.fold_in(self.key, np.uint32(2**32 - attempt))
+        prompts, key = [question.prompt for question in questions], jax.random.fold_in(key, step)
+        out = engine.generate_ids(prompts, sampling, key, experts=config.replay_routing)
+        dispatched()
+        out = jax.device_get(out)
+        answers = read_answers(tokenizer, questions, out)
+        return [make_sample(out, row, *pair) for row, pair in enumerate(zip(questions, answers, strict=True))]
+
+    def _advantages(
+        self, engine: Engine, samples: list[Sample], total_PG: np.ndarray, steps: list[Steps]
+    ) -> Sequence[float | np.ndarray]:
+        """Of each answer; where some have steps, of its tokens: the answer's and its steps' together."""
+        scale, group = self.config.advantage, self.config.group
+        whole_N = np.asarray(group_advantages(jnp.asarray(total_PG), scale=scale)).ravel()
+        if not any(steps):
+            return whole_N.tolist()
+        ends = [
+            token_ends(engine.tokenizer, sample.ids.tolist(), sample.question.start, sample.answer.text, own)
+            for sample, own in zip(samples, steps, strict=True)
+        ]
+        lengths, made = [len(sample.ids) for sample in samples], list[np.ndarray]()
+        for first in range(0, len(samples), group):
+            some = slice(first, first + group)
+            made += step_advantages(ends[some], lengths[some], scale=scale, tolerance=self.config.tolerance)
+        return [whole + own for whole, own in zip(whole_N, made, strict=True)]
+
+    def _answer(
+        self, sample: Sample, rewards: dict[str, Any], reward: float, advantage: float | np.ndarray
+    ) -> dict[str, Any]:
+        question, right = sample.question, None
+        with contextlib.suppress(ValueError):  # a task whose rewards need none
+            right = self.task.right(question.row)
+        return finite(
+            {
+                "question": self._numbers[where(question.row)],
+                "prompt": question.text,
+                "answer": right,
+                "completion": sample.answer.text,
+                "tokens": len(sample.ids),
+                "ended": sample.answer.ended,
+                "rewards": {name: float(value) for name, value in rewards.items()},
+                "reward": float(reward),
+                "advantage": float(np.mean(advantage)),
+            }
+        )

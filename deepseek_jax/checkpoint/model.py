@@ -15,6 +15,7 @@ from deepseek_jax.checkpoint.reading import restore_params
 from deepseek_jax.checkpoint.store import CheckpointStore
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.data.chat_templates import with_template
 from deepseek_jax.data.model_folder import TOKENIZER
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.model import transformer
@@ -60,6 +61,10 @@ class Model:
         if self.tokenizer is None:
             raise ValueError(f"this model came without {TOKENIZER}, which reading and writing text takes")
         return self.tokenizer.over(self.config.vocab_size)
+
+    def asked_by(self, chat_template: str) -> "Model":
+        """The model with another chat template than its own, see ``data.chat_templates``; "": as it is."""
+        return dataclasses.replace(self, tokenizer=with_template(self.text, chat_template)) if chat_template else self
 
 
 def read_config(path: str | Path, *, step: int | None = None, ignore_config: tuple[str, ...] = ()) -> ModelConfig:

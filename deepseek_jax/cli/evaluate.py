@@ -11,6 +11,7 @@ from deepseek_jax.checkpoint import CheckpointStore
 from deepseek_jax.checkpoint.finding import CHECKPOINTS, described, find_model, is_released
 from deepseek_jax.checkpoint.model import Model, load
 from deepseek_jax.compute import ComputeConfig
+from deepseek_jax.data.chat_templates import check_template
 from deepseek_jax.evals.text import HeldOut, Score
 from deepseek_jax.rl.tasks import TaskConfig
 from deepseek_jax.saying import doing, terminal
@@ -48,11 +49,14 @@ class _Eval:
     """Of a run, the running mean of the parameters."""
     ignore_config: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A field of a released model's config.json to take as absent; give it several times for more."""
+    chat_template: str = ""
+    """Another chat template than the model's own: r1_zero, which a base model is asked by, or a file of jinja2 text."""
     compute: ComputeConfig = ComputeConfig()
 
     def __post_init__(self) -> None:
         check_types(self)
         check_least(self, 1, "batch_size")
+        check_template(self.chat_template)
 
 
 def run_eval(arguments: Sequence[str]) -> None:
@@ -65,7 +69,7 @@ def run_eval(arguments: Sequence[str]) -> None:
     path = find_model(options.run)
     with doing(f"reading {described(path, options.step or None)}"):
         reading = {"compute": options.compute, "step": options.step or None, "ema": options.ema}
-        model = load(path, **reading, ignore_config=options.ignore_config)
+        model = load(path, **reading, ignore_config=options.ignore_config).asked_by(options.chat_template)
     if heldout is not None:
         _predict(options, path, model, heldout)
     if answers:

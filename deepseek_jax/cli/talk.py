@@ -12,6 +12,7 @@ from deepseek_jax.checkpoint.finding import find_model
 from deepseek_jax.checkpoint.model import load
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.data.chat import encode_prompt, prompt_opens_thinking
+from deepseek_jax.data.chat_templates import check_template
 from deepseek_jax.data.tokenizer import THINK, whole_text
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
@@ -47,6 +48,8 @@ class Answering:
     """Of a run, the running mean of the parameters."""
     ignore_config: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A field of a released model's config.json to take as absent; give it several times for more."""
+    chat_template: str = ""
+    """Another chat template than the model's own: r1_zero, which a base model is asked by, or a file of jinja2 text."""
     compute: ComputeConfig = dataclasses.field(default_factory=_computed)
 
     @property
@@ -64,8 +67,10 @@ class Answering:
 
     def engine(self) -> Engine:
         self.params()  # refused before a model is read
+        check_template(self.chat_template)
         options: dict[str, Any] = {"compute": self.compute, "step": self.step or None, "ema": self.ema}
-        return Engine(load(self.folder, **options, ignore_config=self.ignore_config))
+        model = load(self.folder, **options, ignore_config=self.ignore_config)
+        return Engine(model.asked_by(self.chat_template))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,14 +12,16 @@ from deepseek_jax.files import read_json_object, write_whole
 TOKENIZER = "tokenizer.json"
 TOKENS_MAP = "special_tokens_map.json"
 GENERATION = "generation_config.json"
+CONFIG = "tokenizer_config.json"
+_TEMPLATE = "chat_template.jinja"
 COMPANIONS = (
-    "tokenizer_config.json",
+    CONFIG,
     TOKENS_MAP,
     "added_tokens.json",
     "tokenizer.model",
     "vocab.json",
     "merges.txt",
-    "chat_template.jinja",
+    _TEMPLATE,
     GENERATION,
 )
 _MORE_TEMPLATES = "additional_chat_templates"
@@ -59,6 +61,13 @@ class TextFiles:
         eos = {"eos_token_id": stop_ids[0] if len(stop_ids) == 1 else [*stop_ids]}
         changed = {} if generation is None else {GENERATION: json_bytes(generation | eos)}
         return TextFiles({**self.files, **changed}, {**self.ids, **eos})
+
+    def with_template(self, source: str) -> "TextFiles":
+        """These files with this chat template in the place of all that they have."""
+        files = {name: content for name, content in self.files.items() if not name.startswith(_MORE_TEMPLATES)}
+        config = json.loads(files.get(CONFIG, b"{}"))
+        config.pop("chat_template", None)
+        return TextFiles({**files, CONFIG: json_bytes(config), _TEMPLATE: source.encode()}, self.ids)
 
     def write(self, folder: Path) -> None:
         """Each file whole or not at all, tokenizer.json last. Without a generation_config.json the ids make one."""

@@ -14,6 +14,7 @@ import tokenizers
 
 from deepseek_jax.data.model_folder import (
     TOKENIZER,
+    TOKENS,
     TOKENS_MAP,
     TextFiles,
     json_bytes,
@@ -210,6 +211,17 @@ class Tokenizer:
         if self.stop_ids:
             ids["eos_token_id"] = self.stop_ids[0] if len(self.stop_ids) == 1 else [*self.stop_ids]
         return ids
+
+    def with_template(self, source: str) -> "Tokenizer":
+        """This tokenizer with another chat template, of jinja2 text, alone. ValueError: it is none."""
+        config = json.loads(self.files.files.get("tokenizer_config.json", b"{}"))
+        tokens = {name: text for name in TOKENS if (text := token_text(config, name)) is not None}
+        own = {"bos_token": self._bos, "eos_token": self._eos, "pad_token": self._pad}
+        tokens |= {name: text for name, text in own.items() if text is not None}
+        other = copy.copy(self)
+        other.template = ChatTemplate(source, tokens)
+        other.files = self.files.with_template(source)
+        return other
 
     def over(self, rows: int) -> "Tokenizer":
         """This tokenizer for a model whose embedding has `rows` rows.

@@ -1,7 +1,8 @@
 r"""The final answer of a completion, compared with the right one as text or as a number.
 
 What counts is what stands behind the last `</think>` (all of a completion that has no markers; nothing where the
-thinking never ends), and in it the last `\boxed{...}`, else the rest of the line behind the last `####`, else all.
+thinking never ends), within it the last `<answer>` if there is one, and in that the last `\boxed{...}`, else the rest
+of the line behind the last `####`, else all.
 The cost is linear in the length.
 """
 
@@ -20,6 +21,7 @@ def final_answer(completion: str) -> tuple[str, bool]:
     _, end, reply = completion.rpartition(END_THINK)
     if not end and THINK in reply:
         return "", False
+    reply = _answered(reply)
     boxed = _last_boxed(reply)
     if boxed is not None:
         return boxed.strip(), True
@@ -36,7 +38,10 @@ def last_reply(completion: str) -> str:
     _, end, reply = completion.rpartition(END_THINK)
     if not end and THINK in reply:
         return ""
-    reply = reply.partition(THINK)[0]
+    return _answered(reply.partition(THINK)[0])
+
+
+def _answered(reply: str) -> str:
     _, opened, inside = reply.rpartition("<answer>")
     return inside.partition("</answer>")[0] if opened else reply
 

@@ -19,7 +19,7 @@ from deepseek_jax.saying import say
 from deepseek_jax.train.grpo import GRPOLoss
 from deepseek_jax.train.reference import Reference
 from deepseek_jax.train.scoring import Scorer
-from deepseek_jax.workflows.own_run import open_start, owns_run, with_turns
+from deepseek_jax.workflows.own_run import open_start, owns_run, with_chat_template, with_turns
 from deepseek_jax.workflows.stage import StageConfig, finish, train_stage
 from deepseek_jax.workflows.task_eval import Exam, TaskEval, open_exam
 
@@ -33,6 +33,9 @@ class GRPOConfig(StageConfig):
     """The model to start from: a run, or a released model's folder."""
     ignore_config: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A field of a released model's config.json to take as absent; give it several times for more."""
+    chat_template: str = ""
+    """Another chat template than the model's own: r1_zero, which a base model is asked by, or a file of jinja2 text.
+    The run keeps it beside its tokenizer, and what starts from the run has it."""
     task: TaskConfig = TaskConfig()
     reward: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """NAME[:ARGUMENT...][=WEIGHT], or file.py:function[=WEIGHT], of (completion, row) -> number or None; give it
@@ -87,7 +90,8 @@ def grpo(config: GRPOConfig) -> dict[str, Any]:
 def _train(config: GRPOConfig, task: Task, grader: Grader, exam: Exam | None, turns: set[int]) -> dict[str, Any]:
     if config.loop.eval_every and exam is None:
         raise ValueError(f"loop.eval_every={config.loop.eval_every}: nothing to evaluate without evaluation.task.path")
-    start = with_turns(config, open_start(config, arrays=bool(config.loss.kl_weight)), turns)
+    start = with_chat_template(config, open_start(config, arrays=bool(config.loss.kl_weight)))
+    start = with_turns(config, start, turns)
     loader = open_questions(
         task, start, config.task.path, config.rollout, batch_size=config.rollout.prompts, seed=config.seed
     )

@@ -11,6 +11,7 @@ import jax
 from deepseek_jax.checkpoint.finding import described, find_model, is_released
 from deepseek_jax.checkpoint.model import Model, load
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.data.chat_templates import check_template
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.data.turns import taught
 from deepseek_jax.parallel.mesh import make_mesh
@@ -36,6 +37,7 @@ def owns_run(*needs: str) -> Callable[[Callable[[Config], Found]], Callable[[Con
         def run(config: Any) -> Found:
             require(config, *needs)
             check_logs(config.log_to)
+            check_template(getattr(config, "chat_template", ""))
             first = jax.process_index() == 0
             with ExitStack() as stack:
                 stack.enter_context(stop_signals("; the same command goes on from what was saved"))
@@ -73,6 +75,13 @@ def open_start(config: Any, *, arrays: bool = False, scores: bool = False) -> Mo
         return start
     model, tokenizer = ModelConfig.from_dict(saved["model"]), Tokenizer.from_folder(config.run_dir)
     return Model(model, config.compute.on(mesh), None, None, tokenizer, mesh)
+
+
+def with_chat_template(config: Any, start: Model) -> Model:
+    """``start`` as it is asked by ``config.chat_template``; a run that goes on has its own beside its tokenizer."""
+    if saved_meta(config.run_dir) is not None:
+        return dataclasses.replace(start, tokenizer=Tokenizer.from_folder(config.run_dir))
+    return start.asked_by(config.chat_template)
 
 
 def with_turns(config: Any, start: Model, turns: Iterable[int]) -> Model:

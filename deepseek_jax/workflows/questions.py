@@ -13,6 +13,7 @@ import numpy as np
 
 from deepseek_jax.checkpoint.model import Model
 from deepseek_jax.compute import ComputeConfig
+from deepseek_jax.data.chat import own_template
 from deepseek_jax.data.text import read_rows
 from deepseek_jax.evals.samples import cons_at_k, pass_at_1, pass_at_k
 from deepseek_jax.files import read_json_lines, read_json_object, write_json, write_whole
@@ -137,19 +138,32 @@ def ask_questions(
     Raises:
       ValueError: a folder with answers of another model, or to other asking.
     """
-    settings = {"model": identity(model), "compute": _arithmetic(model.compute), **dataclasses.asdict(asking)}
+    settings = asked_how(model, asking)
     folder = Path(folder or f"runs/eval/{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]}")
-    folder.mkdir(parents=True, exist_ok=True)
-    earlier = read_json_object(folder / "settings.json")
-    if differs := {name: earlier[name] for name in earlier if earlier[name] != settings.get(name)}:
-        raise ValueError(f"{folder} holds answers by other settings, {differs}: give another --out")
-    write_json(folder / "settings.json", settings)
+    claim(folder, settings, "--out")
     engine, found = Engine(model), {}
     for answers in tasks:
         lines = answers.complete(engine, folder, batch_size)
         found[answers.name] = figures(lines, asking.samples, votes=answers.task.said is not None)
         write_json(folder / "result.json", read_json_object(folder / "result.json") | found)
     return found, folder
+
+
+def asked_how(model: Model, asking: Asking) -> dict[str, Any]:
+    """All that an answer is a function of, beside the question and its number."""
+    template = own_template(model.text)
+    by = {} if template is None else {"chat_template": hashlib.sha256(template.source.encode()).hexdigest()[:12]}
+    return {"model": identity(model), **by, "compute": _arithmetic(model.compute), **dataclasses.asdict(asking)}
+
+
+def claim(folder: Path, settings: dict[str, Any], option: str) -> None:
+    """Make a folder for answers by these settings. ValueError, which names ``option``: it has such by others."""
+    folder.mkdir(parents=True, exist_ok=True)
+    earlier = read_json_object(folder / "settings.json")
+    names = {**earlier, **settings} if earlier else ()
+    if differs := {name: earlier.get(name) for name in names if earlier.get(name) != settings.get(name)}:
+        raise ValueError(f"{folder} holds answers by other settings, {differs}: give another {option}")
+    write_json(folder / "settings.json", settings)
 
 
 def identity(model: Model) -> str:

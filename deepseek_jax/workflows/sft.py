@@ -25,7 +25,7 @@ from deepseek_jax.parallel.hosts import first_host_first, require_one_process
 from deepseek_jax.saying import doing
 from deepseek_jax.train.losses import LanguageModelLoss
 from deepseek_jax.typed import check_least, check_types
-from deepseek_jax.workflows.own_run import open_start, owns_run, with_turns
+from deepseek_jax.workflows.own_run import open_start, owns_run, with_chat_template, with_turns
 from deepseek_jax.workflows.stage import LoaderBatches, StageConfig, finish, train_stage
 from deepseek_jax.workflows.task_eval import Exam, TaskEval, open_exam
 
@@ -65,6 +65,9 @@ class SFTConfig(StageConfig):
     """The model to start from: a run, or a released model's folder."""
     ignore_config: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A field of a released model's config.json to take as absent; give it several times for more."""
+    chat_template: str = ""
+    """Another chat template than the model's own: r1_zero, which a base model is asked by, or a file of jinja2 text.
+    The run keeps it beside its tokenizer, and what starts from the run has it."""
     data: SFTData = SFTData()
     loss: LanguageModelLoss = LanguageModelLoss(isolate=True)
     check: TaskEval = TaskEval()
@@ -84,11 +87,12 @@ def sft(config: SFTConfig) -> dict[str, Any]:
     check, exam = (open_exam(questions, seed=config.seed) for questions in (config.check, config.evaluation))
     if check or exam:
         require_one_process("sft with evaluation or check")
-    start = open_start(config)
+    start = with_chat_template(config, open_start(config))
     heldout = _packed(config.data, config.data.heldout, start.text, Counter(), set()) if config.data.heldout else []
     if config.data.heldout and not heldout:
         raise ValueError(f"data.heldout={list(config.data.heldout)}: there is no chat in it, or none is left")
-    rows = first_host_first(lambda: prepare_chats(config.data, start.text, run_dir / "rows"))
+    by = config.chat_template
+    rows = first_host_first(lambda: prepare_chats(config.data, start.text, run_dir / "rows", chat_template=by))
     loader = RowLoader(
         rows,
         batch_size=config.batch_size,
@@ -159,14 +163,17 @@ def _packed(
     return pack_samples(samples, data.seq_len, pad_id=tokenizer.pad_id, drop_long=data.drop_long, skipped=skipped)
 
 
-def prepare_chats(data: SFTData, tokenizer: Tokenizer, folder: Path) -> Path:
-    """Encode and pack the chats into rows on disk, once; rows of other data or settings are refused by name."""
+def prepare_chats(data: SFTData, tokenizer: Tokenizer, folder: Path, *, chat_template: str = "") -> Path:
+    """Encode and pack the chats into rows on disk, once; rows of other data or settings are refused by name.
+
+    chat_template: what the tokenizer was given in place of the model's own."""
     how = {name: value for name, value in dataclasses.asdict(data).items() if name != "heldout"}
     made_of = {
         "vocab_size": tokenizer.usable,
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "data": how | {"path": list(data.path)},
         **sources_of(data.path, ROWS),
+        **({"chat_template": chat_template} if chat_template else {}),
     }
     if folder.exists():
         check_rows(folder, made_of, data.path)

@@ -105,3 +105,19 @@ def test_anything_beside_the_answer_costs_accuracy(number, thinking, extra):
 def test_digits_of_other_scripts_do_not_count(digits):
     plain = "".join(str(unicodedata.digit(digit)) for digit in digits)
     assert accuracy_reward(f"<think>x</think>{digits}", plain) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("reply", "right"),
+    [
+        ("<answer>85</answer>", 1),
+        (" <answer> 85 </answer>\n", 1),
+        ("<answer>84</answer>", 0),
+        ("so <answer>85</answer>", 0),
+        ("<answer>85", 0),
+        ("<answer>85</answer></answer>", 0),
+        ("<answer></answer>", 0),
+    ],
+)
+def test_an_answer_may_stand_in_r1_zeros_tags(reply, right):
+    assert accuracy_reward(f"<think>x</think>{reply}", "85") == right

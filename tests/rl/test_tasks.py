@@ -171,6 +171,10 @@ def test_a_users_function_that_hangs_or_dies_is_told_with_its_row(tmp_path: Path
         ("no number", "72", False),
         ("50%", "50", True),
         (".5", "0.5", True),
+        ("<think>x</think> <answer> cat </answer>", "cat", True),
+        (r"<answer>71</answer> <answer>\boxed{72}</answer> or 3", "72", True),
+        ("<think>x</think><answer>72", "72", True),
+        ("<think>the <answer>cat</answer>", "cat", False),
     ],
 )
 def test_final_answers(completion, answer, right):

@@ -25,9 +25,15 @@ def _is_blank(text: str) -> bool:
 
 
 def accuracy_reward(completion: str, answer: str) -> float:
-    """1 if `answer` is all that follows the only `</think>`, spaces and line ends around it aside; else 0."""
+    """1 if `answer` is all that follows the only `</think>`, or all between `<answer>` and `</answer>` there, spaces
+    and line ends around it aside; else 0."""
     parts = _split(completion)
-    return float(parts is not None and parts[1].strip(_WHITESPACE) == answer)
+    if parts is None:
+        return 0.0
+    reply = parts[1].strip(_WHITESPACE)
+    if reply.startswith(_ANSWER) and reply.endswith(_END_ANSWER):
+        reply = reply[len(_ANSWER) : -len(_END_ANSWER)].strip(_WHITESPACE)
+    return float(reply == answer)
 
 
 def format_reward(completion: str, row: object = None) -> float:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +53,20 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: FILE:LINE of a line that is not a JSON object.
     """
-    rows = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
-        try:
-            row = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}:{number}: not JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}:{number}: expected a JSON object, found {text[:80].strip()!r}")
-        rows.append(row)
-    return rows
+    return list(each_json_line(path))
+
+
+def each_json_line(path: Path) -> Iterator[dict[str, Any]]:
+    """`read_json_lines` one by one, of a file that need not fit into memory."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                row = json.loads(line.decode("utf-8"))
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}:{number}: not JSON ({error})") from error
+            if not isinstance(row, dict):
+                text = line[:80].decode("utf-8", "replace").strip()
+                raise ValueError(f"{path}:{number}: expected a JSON object, found {text!r}")
+            yield row

@@ -15,7 +15,7 @@ from rich.text import Text
 from deepseek_jax.train.resume import flat
 from deepseek_jax.workflows.report import write_page
 from deepseek_jax.workflows.report_cards import figure, section, table
-from deepseek_jax.workflows.report_data import Stage, read_stages
+from deepseek_jax.workflows.report_data import Stage, layout, read_stages
 from deepseek_jax.workflows.report_figures import Line, Panel, line_chart
 from deepseek_jax.workflows.report_summary import NOTHING, summary_rows
 from deepseek_jax.workflows.report_training import HELD_OUT
@@ -29,7 +29,7 @@ _OWN = "settings that not all stages have"
 def read_runs(paths: Sequence[str | os.PathLike[str]]) -> list[Stage]:
     """The stage that each folder holds, by the shortest end of its path that tells it from the others.
 
-    ValueError for fewer than two or more than ``MOST``, for a folder given twice and for a demo's, which holds several.
+    ValueError for fewer than two or more than ``MOST``, for a folder given twice and for one that holds several.
     """
     folders = [Path(path).resolve() for path in paths]
     if not 2 <= len(set(folders)) == len(folders) <= MOST:
@@ -39,11 +39,9 @@ def read_runs(paths: Sequence[str | os.PathLike[str]]) -> list[Stage]:
     runs = []
     for path, folder in zip(paths, folders, strict=True):
         stages = read_stages(Path(path))
-        if len(stages) > 1:
-            begun = [str(Path(path) / stage.name) for stage in stages if stage.metrics]
-            raise ValueError(
-                f"{path} holds a demo's stages: name one, of {', '.join(begun) or 'those that have begun'}"
-            )
+        if layout(Path(path)) != "stage":
+            begun = [str(stage.folder) for stage in stages if stage.metrics]
+            raise ValueError(f"{path} holds several runs: name one, of {', '.join(begun) or 'those that have begun'}")
         depth = next(
             count
             for count in itertools.count(1)
@@ -72,7 +70,7 @@ def print_comparison(runs: Sequence[Stage], console: Console) -> None:
     shown = Table("")
     for run in runs:
         shown.add_column(Text(run.title), justify="right", overflow="fold")
-    for label, cells in summary_rows(runs, chain=False):
+    for label, cells in summary_rows(runs):
         shown.add_row(*map(Text, (label, *cells)))
     shown.add_section()
     for label, cells in different_settings(runs):
@@ -85,7 +83,7 @@ def write_comparison(runs: Sequence[Stage], path: str | os.PathLike[str]) -> Pat
     names = [run.title for run in runs]
     settings = different_settings(runs)
     differ = table(names, settings) if settings else '<p class="none">They were run with the same settings.</p>'
-    numbers = table(names, summary_rows(runs, chain=False))
+    numbers = table(names, summary_rows(runs))
     tables = [
         figure("Numbers", numbers, "± is one standard error; times are of training, without pauses."),
         figure("Settings that differ", differ, "Of the recipes, as they stood when the runs last began or went on."),
@@ -138,7 +136,7 @@ def _chart(runs: Sequence[Stage], key: str, title: str, unit: str, over: str) ->
     picture = line_chart([Panel("", most / scale, axis)], lines, unit=unit)
     title += " over time" if over == "seconds" else " over tokens"
     text = "Time counts from a run's first line of metrics: compiling is no part of it." if over == "seconds" else ""
-    return figure(html.escape(title), picture, text, lines)
+    return figure(title, picture, text, lines)
 
 
 def _tokens(most: float) -> tuple[float, str]:

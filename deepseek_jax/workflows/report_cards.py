@@ -10,7 +10,7 @@ from deepseek_jax.workflows.report_figures import Line, Panel, number
 def figure(
     title: str, picture: str, text: str, lines: Iterable[Line] = (), *, scale: tuple[str, str] | None = None
 ) -> str:
-    """HTML of a titled card: a key of `lines` or of the heat map's two ends, the picture, what it shows."""
+    """HTML of a titled card: a key of `lines` or of the heat map's two ends, the picture, what it shows (as HTML)."""
     keys = "".join(
         f'<span class="key{" dashed" * line.dashed}" style="--c:var(--{line.colour})">{html.escape(line.name)}</span>'
         for line in lines
@@ -20,7 +20,7 @@ def figure(
         ends = f'<span>{scale[0]}</span><span class="scale"></span><span>{scale[1]}</span>'
         legend = f'<div class="keys heat">{ends}</div>'
     picture = legend + picture if picture else '<p class="none">Not measured yet.</p>'
-    return f"<figure><h3>{title}</h3>{picture}<figcaption>{text}</figcaption></figure>"
+    return f"<figure><h3>{html.escape(title)}</h3>{picture}<figcaption>{text}</figcaption></figure>"
 
 
 def table(heads: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:

@@ -21,11 +21,14 @@ SHADES = 20  # of each of the two: no step between them can be seen, and cells o
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """A part of the x axis: one stage, from step 0 to its last step, or to so many of what ``axis`` counts."""
+    """A part of the x axis: one stage, from step 0 to its last step, or to so many of what ``axis`` counts.
+
+    ticks: (place, text), of an axis that is not linear; round numbers where there are none."""
 
     label: str
     last_step: float
     axis: str = "step"
+    ticks: tuple[tuple[float, str], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,31 +48,55 @@ def line_chart(
     unit: str,
     low: float | None = None,
     high: float | None = None,
+    right: Sequence[Line] = (),
+    right_unit: str = "",
 ) -> str:
-    """SVG of `lines` over the `panels` that have points, "" if none has; `low` and `high` fix the y axis."""
-    kept = [index for index in range(len(panels)) if any(len(line.points[index]) for line in lines)]
+    """SVG of `lines` over the `panels` that have points, "" if none has; `low` and `high` fix the y axis. Lines of
+    another unit have an axis at the `right`, from 0 on."""
+    drawn = [*lines, *right]
+    kept = [index for index in range(len(panels)) if any(len(line.points[index]) for line in drawn)]
     if not kept:
         return ""
     panels = [panels[index] for index in kept]
-    lines = [dataclasses.replace(line, points=[line.points[index] for index in kept]) for line in lines]
-    values = np.concatenate([points for line in lines for points in line.points])
-    bottom = min(values[:, 1] - values[:, 2]) if low is None else low
-    top = max(values[:, 1] + values[:, 2]) if high is None else high
-    ticks = _ticks(float(bottom), float(top))
-    y_of = _scale(ticks[0], ticks[-1], HEIGHT - BOTTOM, TOP)
+    lines, right = (
+        [dataclasses.replace(line, points=[line.points[index] for index in kept]) for line in some]
+        for some in (lines, right)
+    )
+    ticks, y_of = _y_axis(lines, low, high)
     parts = [_text(2, 11, unit, "start")]
     for tick in ticks:
         y = y_of(tick)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(_text(LEFT - 5, y + 4, number(tick), "end"))
     parts += _step_axis(panels, HEIGHT - BOTTOM)
-    for line in lines:
-        for index, points in enumerate(line.points):
-            if len(points):
-                x_of = _panel_scale(panels, index)
-                parts.append(_curve(x_of(points[:, 0]), y_of(points[:, 1]), line, _bar_ends(points, y_of)))
-    label = html.escape(f"{', '.join(line.name for line in lines)} over {panels[0].axis}, {unit}")
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+    parts += _curves(lines, panels, y_of)
+    width, said = WIDTH, unit
+    if right:
+        width, said = WIDTH + LEFT - RIGHT, f"{unit}, {right_unit}"
+        ticks, y_of = _y_axis(right, 0.0, None)
+        parts.append(_text(width - 2, 11, right_unit, "end"))
+        parts += [_text(WIDTH - RIGHT + 5, y_of(tick) + 4, number(tick), "start") for tick in ticks]
+        parts += _curves(right, panels, y_of)
+    label = html.escape(f"{', '.join(line.name for line in drawn)} over {panels[0].axis}, {said}")
+    return f'<svg viewBox="0 0 {width} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+
+
+def _y_axis(lines: Sequence[Line], low: float | None, high: float | None):
+    """The ticks of what these lines need, and where a value lies."""
+    values = np.concatenate([points for line in lines for points in line.points])
+    bottom = min(values[:, 1] - values[:, 2]) if low is None else low
+    top = max(values[:, 1] + values[:, 2], default=1.0) if high is None else high
+    ticks = _ticks(float(bottom), float(top))
+    return ticks, _scale(ticks[0], ticks[-1], HEIGHT - BOTTOM, TOP)
+
+
+def _curves(lines: Sequence[Line], panels: Sequence[Panel], y_of) -> list[str]:
+    return [
+        _curve(_panel_scale(panels, index)(points[:, 0]), y_of(points[:, 1]), line, _bar_ends(points, y_of))
+        for line in lines
+        for index, points in enumerate(line.points)
+        if len(points)
+    ]
 
 
 def heat_map(ratio_EC: np.ndarray, panels: Sequence[Panel], *, limit: float, numbers: bool = False) -> str:
@@ -101,6 +128,35 @@ def heat_map(ratio_EC: np.ndarray, panels: Sequence[Panel], *, limit: float, num
     return f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
 
 
+def pairs_chart(
+    rows: Sequence[tuple[str, tuple[float, float] | None, tuple[float, float] | None]],
+    *,
+    unit: str,
+    low: float,
+    high: float,
+) -> str:
+    """SVG of a row a label: what was before (slate) and after (green), each (value, standard error) or nothing."""
+    left, height = 130, 24
+    bottom = TOP + height * len(rows)
+    x_of = _scale(low, high, left, WIDTH - 14)
+    parts = [_text(left, TOP - 12, unit, "start")]
+    for tick in _ticks(low, high):
+        x = x_of(tick)
+        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{bottom}"/>')
+        parts.append(_text(x, bottom + 14, number(tick), "middle"))
+    for index, (label, before, after) in enumerate(rows):
+        y = TOP + height * (index + 0.5)
+        parts.append(_text(left - 8, y + 4, label if len(label) < 21 else f"{label[:19]}…", "end"))
+        if before and after:
+            parts.append(f'<line class="axis" x1="{x_of(before[0]):.1f}" x2="{x_of(after[0]):.1f}" y1="{y}" y2="{y}"/>')
+        for name, (value, error) in ((name, v) for name, v in (("slate", before), ("green", after)) if v):
+            bar = f'<path class="line thin" d="M{x_of(value - error):.1f},{y}H{x_of(value + error):.1f}"/>'
+            dot = f'<circle class="dot" cx="{x_of(value):.1f}" cy="{y}" r="4"/>'
+            parts.append(f'<g style="--c:var(--{name})">{bar}{dot}</g>')
+    said = html.escape(f"before and after: {', '.join(label for label, *_ in rows)}, {unit}")
+    return f'<svg viewBox="0 0 {WIDTH} {bottom + 20}" role="img" aria-label="{said}">{"".join(parts)}</svg>'
+
+
 def _cells(shade_EC: np.ndarray) -> str:
     """One path a shade, in units of a cell; none is opaque, so that a number on it stays readable."""
     return "".join(
@@ -120,12 +176,13 @@ def _step_axis(panels: Sequence[Panel], bottom: float) -> list[str]:
         if index:
             parts.append(f'<line class="axis" x1="{left:.1f}" x2="{left:.1f}" y1="{TOP}" y2="{bottom:.1f}"/>')
         if panel.last_step:
-            ticks = [tick for tick in _ticks(0, panel.last_step, 5) if tick <= 1.001 * panel.last_step]
-            for tick in ticks if len(panels) == 1 else (0, panel.last_step):
+            round_ones = [tick for tick in _ticks(0, panel.last_step, 5) if tick <= 1.001 * panel.last_step]
+            places = round_ones if len(panels) == 1 else (0, panel.last_step)
+            for tick, said in panel.ticks or [(tick, number(tick)) for tick in places]:
                 x = _panel_scale(panels, index)(tick)
                 first, last = tick == 0 and len(panels) > 1, tick == panel.last_step
                 anchor = "start" if first else "end" if last else "middle"
-                parts.append(_text(x + 2 * first - 2 * last, bottom + 14, number(tick), anchor))
+                parts.append(_text(x + 2 * first - 2 * last, bottom + 14, said, anchor))
     if any(panel.last_step for panel in panels):
         parts.append(_text(LEFT + PLOT_WIDTH / 2, bottom + 29, panels[0].axis, "middle"))
     return parts

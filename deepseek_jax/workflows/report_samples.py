@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from deepseek_jax.workflows.report_cards import section
-from deepseek_jax.workflows.report_data import Stage
+from deepseek_jax.workflows.report_data import Stage, start_of
 
 SHOWN_SAMPLES = 6  # of a stage's pairs, the first in its file
 MARKS = {
@@ -18,7 +18,8 @@ MARKS = {
 
 def sample_pairs(stages: Sequence[Stage]) -> str:
     blocks = []
-    for earlier, stage in reversed([*zip([None, *stages], stages, strict=False)]):
+    for stage in reversed(stages):
+        earlier = start_of(stage, stages)
         pairs: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
         for sample in stage.samples:
             pairs.setdefault((sample["prompt"], sample["mode"]), {}).setdefault(sample["when"], sample)
@@ -29,7 +30,7 @@ def sample_pairs(stages: Sequence[Stage]) -> str:
             shown = "".join(_pair(*key, pair) for key, pair in list(pairs.items())[:SHOWN_SAMPLES])
             count = f"the first {min(SHOWN_SAMPLES, len(pairs))} of {len(pairs)} recorded, not selected"
             opened = "" if blocks else " open"  # the last stage's are what a reader wants to see
-            head = f"<summary>{stage.title}: {count}</summary>"
+            head = f"<summary>{html.escape(stage.title)}: {count}</summary>"
             blocks.append(f'<details class="card"{opened}>{head}{shown}</details>')
     intro = "A prompt's completion before and after a stage. Thinking is dimmed; ✓ and ✗ mark right and wrong."
     missing = '<p class="none">No samples recorded yet.</p>'

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from deepseek_jax.workflows.report_data import Stage
+from deepseek_jax.workflows.report_data import Stage, start_of
 
 NOTHING = "\N{EN DASH}"
 
@@ -36,16 +36,11 @@ NUMBERS: dict[str, tuple[str, Callable[[float], str]]] = {
 }
 
 
-def summary_rows(stages: Sequence[Stage], *, chain: bool = True) -> list[tuple[str, list[str]]]:
-    """(label, a cell per stage) of the headline table; rows that no stage has a number for are left out.
-
-    chain: each stage begins with what the one before it ended with.
-    """
+def summary_rows(stages: Sequence[Stage]) -> list[tuple[str, list[str]]]:
+    """(label, a cell per stage) of the headline table; rows that no stage has a number for are left out."""
     rows = [("status", [stage.status for stage in stages])]
     for mode in ("greedy", "sampled"):
-        before = [
-            accuracy_before(stages if chain else [stage], index * chain, mode) for index, stage in enumerate(stages)
-        ]
+        before = [accuracy_before(stage, start_of(stage, stages), mode) for stage in stages]
         after = [accuracy_after(stage, mode) for stage in stages]
         rows.append((f"{mode} accuracy before", [show_accuracy(value) for value in before]))
         rows.append((f"{mode} accuracy after", [show_accuracy(value) for value in after]))
@@ -54,15 +49,21 @@ def summary_rows(stages: Sequence[Stage], *, chain: bool = True) -> list[tuple[s
         rows.append((label, [NOTHING if value is None else form(value) for value in values]))
     others = dict.fromkeys(key for stage in stages for key, value in stage.result.items() if _is_other(key, value))
     for key in others:
-        values = [stage.result.get(key) for stage in stages]
-        rows.append((key.replace("_", " "), [NOTHING if value is None else f"{value:.4g}" for value in values]))
+        rows.append((key.replace("_", " "), [_show_other(stage.result, key) for stage in stages]))
     return [(label, cells) for label, cells in rows if any(cell != NOTHING for cell in cells)]
 
 
 def _is_other(key: str, value: Any) -> bool:
     """Whether a number of a result is one that no row of its own shows."""
     known = key in NUMBERS or key.startswith("accuracy_") or key == "steps_here"
-    return isinstance(value, int | float) and not known
+    return isinstance(value, int | float) and not known and not key.endswith("_stderr")
+
+
+def _show_other(result: dict[str, Any], key: str) -> str:
+    if result.get(key) is None:
+        return NOTHING
+    error = result.get(f"{key}_stderr")
+    return f"{result[key]:.4g}" if error is None else f"{result[key]:.4g} ± {error:.2g}"
 
 
 def accuracy_after(stage: Stage, mode: str) -> tuple[float, float] | None:
@@ -70,13 +71,12 @@ def accuracy_after(stage: Stage, mode: str) -> tuple[float, float] | None:
     return None if value is None else (value, error or 0.0)
 
 
-def accuracy_before(stages: Sequence[Stage], index: int, mode: str) -> tuple[float, float] | None:
-    """A stage's own evaluation at step 0, or else what the stage before it ended with."""
-    points = stages[index].points(f"eval/accuracy_{mode}")
+def accuracy_before(stage: Stage, start: Stage | None, mode: str) -> tuple[float, float] | None:
+    """A stage's own evaluation at step 0, or else what the one that it began with ended with."""
+    points = stage.points(f"eval/accuracy_{mode}")
     if len(points) and points[0, 0] == 0:
         return float(points[0, 1]), float(points[0, 2])
-    begun = index > 0 and stages[index].status != "not started"
-    return accuracy_after(stages[index - 1], mode) if begun else None
+    return accuracy_after(start, mode) if start and stage.status != "not started" else None
 
 
 def show_accuracy(value: tuple[float, float] | None) -> str:

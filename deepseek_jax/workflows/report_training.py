@@ -15,7 +15,7 @@ HEAT_COLUMNS = 40  # of a stage in the map of expert loads
 def losses(stages: Sequence[Stage]) -> str:
     charts = []
     for stage in stages:
-        if stage.name != "grpo":
+        if not stage.reinforced:
             charts.append(_loss_chart(stage))
         names = stage.evaluations() or ["eval/bits_per_byte"] * (stage.name == "pretrain")
         charts += [_held_out_chart(stage, name) for name in names]
@@ -23,6 +23,9 @@ def losses(stages: Sequence[Stage]) -> str:
 
 
 def _loss_chart(stage: Stage) -> str:
+    if stage.logs("loss") and not stage.logs("ce"):  # of no language model
+        chart = line_chart(panels([stage]), [Line("loss", "blue", [stage.points("loss")])], unit="loss")
+        return figure(f"Loss, {stage.title}", chart, f"What training makes less{change(stage, 'loss')}.")
     lines = [Line("next token", "blue", [stage.points("ce")]), Line("MTP", "orange", [stage.points("mtp")])]
     lines = [line for line in lines if len(line.points[0])]
     text = f"Cross-entropy of the next token{change(stage, 'ce')}"
@@ -52,8 +55,19 @@ def _held_out_chart(stage: Stage, name: str) -> str:
     title, unit, text = HELD_OUT.get(name, (said.capitalize(), said, f"{name}, as the stage measured it"))
     lines = [Line(said, "blue", [stage.points(name)])]
     chart = line_chart(panels([stage]), lines, unit=unit)
-    title, text = html.escape(f"{title}, {stage.title}"), html.escape(text)
-    return figure(title, chart, f"{text}{change(stage, name)}.")
+    return figure(f"{title}, {stage.title}", chart, f"{html.escape(text)}{change(stage, name)}.")
+
+
+def others(stages: Sequence[Stage]) -> str:
+    """What no chart has shown so far, "" where that is nothing: of all stages, folded, as it was logged."""
+    charts = []
+    for stage in stages:
+        for key in stage.undrawn():
+            lines = [Line(key, "slate", [stage.points(key)])]
+            chart = line_chart(panels([stage]), lines, unit=key)
+            charts.append(figure(f"{key}, {stage.title}", chart, f"As it was logged{change(stage, key)}."))
+    cards = f'<div class="grid-cards">{"".join(charts)}</div>'
+    return f"<details><summary>Everything else that was logged</summary>{cards}</details>" if charts else ""
 
 
 def experts(stages: Sequence[Stage]) -> str:
@@ -113,8 +127,8 @@ def _kind_map(stage: Stage, layer: int) -> str:
     expert, kind = (int(index) for index in np.unravel_index(ratio_EK.argmax(), ratio_EK.shape))
     chart = heat_map(ratio_EK, [Panel(name, 0) for name in kinds], limit=4, numbers=True)
     text = (
-        f"How much of each kind of token the experts of MoE layer {layer + 1} take after {stage.title}, in "
-        f"multiples of the fair share; the most marked is expert {expert} with {ratio_EK.max():.1f}× for "
+        f"How much of each kind of token the experts of MoE layer {layer + 1} take after {html.escape(stage.title)}, "
+        f"in multiples of the fair share; the most marked is expert {expert} with {ratio_EK.max():.1f}× for "
         f"{html.escape(kinds[kind])}."
     )
     title = f"Kind of token, MoE layer {layer + 1}"

@@ -18,7 +18,7 @@ from deepseek_jax.workflows.report_figures import OVER, UNDER, Line, Panel, heat
 
 LAYERS, EXPERTS = 2, 4
 HOSTILE = "</pre><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)>"
-SECTIONS = ["headline", "losses", "experts", "reward", "samples", "configuration"]
+SECTIONS = ["headline", "losses", "experts", "reward", "samples", "completions", "configuration"]
 
 
 class Page(HTMLParser):
@@ -122,7 +122,7 @@ def test_report_is_one_file_that_needs_nothing_else(full_run: Path) -> None:
     assert path == full_run / "report.html" and not (full_run / "report.html.tmp").exists()
     text = path.read_text(encoding="utf-8")
     page = Page(text)
-    assert not page.names() & {"script", "link", "iframe", "object", "embed", "base", "img", "image"}
+    assert not page.names() & {"link", "iframe", "object", "embed", "base", "img", "image"}
     for tag, attributes in page.tags:
         for name, value in attributes.items():
             assert not name.startswith("on"), (tag, name)
@@ -210,7 +210,7 @@ def test_nothing_has_run_yet(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
     (tmp_path / "pretrain").mkdir()
     text = write_report(tmp_path).read_text(encoding="utf-8")
-    assert Page(text).ids() == SECTIONS and "<svg" not in text
+    assert Page(text).ids() == [name for name in SECTIONS if name != "completions"] and "<svg" not in text
     assert "Pretraining is not started; Cold-start SFT is not started; GRPO is not started" in text
     assert summary(tmp_path).count("not started") == 3
 
@@ -240,7 +240,7 @@ def own_run(folder: Path, stage: str, **recipe) -> Path:
         (
             "grpo",
             ["The mean reward went from 0", "&lt;mine&gt; (-0.5", "Entropy"],
-            ["Balance loss", "timeouts", "Loss,"],
+            ["Balance loss", "for timeouts", "Loss,"],
         ),
     ],
 )
@@ -330,7 +330,7 @@ def test_what_cannot_be_compared_is_refused(full_run, tmp_path):
     for paths, message in (
         ([own], "1 runs, 1 of them different: expected 2 to 12"),
         ([own, tmp_path / "x" / ".." / "own"], "2 runs, 1 of them different"),
-        ([own, full_run], "holds a demo's stages: name one, of .*pretrain, .*sft, .*grpo"),
+        ([own, full_run], "holds several runs: name one, of .*pretrain, .*sft, .*grpo"),
     ):
         with pytest.raises(ValueError, match=message):
             read_runs(paths)

@@ -21,6 +21,7 @@ from raw text to answers
   pretrain [RECIPE]      pretraining on documents
   sft [RECIPE]           supervised fine-tuning on chats
   grpo [RECIPE]          reinforcement learning with rule rewards
+  reward-model [RECIPE]  a model that scores answers, from pairs of a better and a worse one
   report RUN             write RUN/report.html again and print its numbers
   compare RUN RUN ...    several runs side by side: a table and compare.html
 
@@ -45,6 +46,7 @@ COMMANDS = {
     "sft": "stages",
     "grpo": "stages",
     "r1": "r1",
+    "reward-model": "stages",
     "report": "report",
     "compare": "report",
     "tokenizer": "tokenizer",
@@ -97,7 +99,7 @@ def _run(arguments: list[str]) -> int:
         _keep_compiled_programs()
         join_hosts()
         with choices.registry:
-            getattr(module, f"run_{command}")(rest)
+            getattr(module, f"run_{command.replace('-', '_')}")(rest)
         sys.stdout.flush()  # an answer that cannot be written is an error
     except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
         if os.environ.get("DEEPSEEK_JAX_TRACEBACK") == "1":

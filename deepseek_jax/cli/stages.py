@@ -10,12 +10,14 @@ from deepseek_jax.saying import terminal
 from deepseek_jax.workflows.grpo import GRPOConfig, grpo
 from deepseek_jax.workflows.pretrain import PretrainConfig, pretrain
 from deepseek_jax.workflows.recipe import load_recipe
+from deepseek_jax.workflows.reward_model import RewardModelConfig, reward_model
 from deepseek_jax.workflows.sft import SFTConfig, sft
 
 Config = TypeVar("Config")
 
 # What the last line names of a stage's result, where it is there: the loss, then what was evaluated.
 HEADLINE = ("loss", "reward", "bits_per_byte", "perplexity", "heldout_loss", "accuracy_greedy", "accuracy_sampled")
+HEADLINE += ("agreement",)
 
 
 def parse_recipe(
@@ -72,6 +74,11 @@ def run_sft(arguments: Sequence[str]) -> None:
 def run_grpo(arguments: Sequence[str]) -> None:
     config = parse_recipe("grpo", GRPOConfig, arguments, emptied={"reward": (), "ignore_config": ()})
     _finish(config.run_dir, grpo(config))
+
+
+def run_reward_model(arguments: Sequence[str]) -> None:
+    config = parse_recipe("reward-model", RewardModelConfig, arguments, emptied={"ignore_config": ()})
+    _finish(config.run_dir, reward_model(config))
 
 
 def run_corpus(arguments: Sequence[str]) -> None:

@@ -91,8 +91,19 @@ def read_chats(
             check_text(message["content"] or "", "content")
         return then(conversation)
 
+    yield from read_checked(paths, chat, skip_broken=skip_broken, skipped=skipped)
+
+
+def read_checked(
+    paths: PathLike | Iterable[PathLike],
+    check: Callable[[Any], T],
+    *,
+    skip_broken: bool = False,
+    skipped: Counter[str] | None = None,
+) -> Iterator[T]:
+    """What `check` makes of each record of .jsonl(.gz|.zst), .parquet or `hf:`; its ValueErrors as in `read_chats`."""
     for path in find_files(paths):
-        yield from _good(path, _records(path), chat, skip_broken, skipped)
+        yield from _good(path, _records(path), check, skip_broken, skipped)
 
 
 class RefusedError(ValueError):

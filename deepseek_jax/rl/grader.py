@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+from jax.sharding import Mesh
 
-from deepseek_jax.rl.rewards.named import NAMED, check_arguments
+from deepseek_jax.compute import ComputeConfig
+from deepseek_jax.rl.rewards.model import ModelReward
+from deepseek_jax.rl.rewards.named import NAMED, Named, check_arguments
 from deepseek_jax.rl.tasks import Reward, Row, Steps, Task, split_function, where
 from deepseek_jax.rl.workers import Outcome, WorkerPool
 
@@ -35,6 +38,11 @@ class RewardSpec:
     weight: float
     source: tuple[str, str] | None = None  # file and function
     arguments: tuple[str | int, ...] = ()
+
+    @property
+    def named(self) -> Named | None:
+        """Which of the package's it is."""
+        return NAMED.get(self.name if self.source else self.name.partition(".")[0])
 
 
 def parse_reward(text: str) -> RewardSpec:
@@ -64,6 +72,8 @@ def parse_reward(text: str) -> RewardSpec:
     except ValueError as error:
         raise ValueError(f"reward {text!r}: {error}") from error
     file = NAMED[name].file
+    if NAMED[name].several:
+        name = f"{name}.{Path(str(arguments[0])).name}"
     return RewardSpec(name, weight, (str(file), "score") if file else None, arguments)
 
 
@@ -115,7 +125,8 @@ class Grader:
 
     A reward is `score(completion: str, row: Mapping) -> float | None`; None: the row is not graded by it. One of steps
     (a process reward) gives a list of (end, number), each step's end in characters of the completion. `accuracy` is
-    the task's, the others of the package are in `rewards`. A function of a file runs in one of `workers` processes, as
+    the task's, the others of the package are in `rewards`; `model:PATH` is a reward model's (`ModelReward`), called
+    `model.` and the last part of its path in metrics. A function of a file runs in one of `workers` processes, as
     `maths` does, and a call that takes more than `time_limit` seconds, or ends its process, has no score: that is
     counted, and the process is replaced. So is a call that raises, and the first of each reward is logged with its
     row; when every call of a reward in a batch raises or ends its process, the reward is taken to be wrong and `grade`
@@ -124,8 +135,16 @@ class Grader:
     """
 
     def __init__(
-        self, specs: Sequence[str], *, task: Task | None = None, time_limit: float = 10.0, workers: int | None = None
+        self,
+        specs: Sequence[str],
+        *,
+        task: Task | None = None,
+        time_limit: float = 10.0,
+        workers: int | None = None,
+        compute: ComputeConfig = ComputeConfig(),
+        mesh: Mesh | None = None,
     ):
+        """compute, mesh: of reward models; by default one device."""
         self._specs = [parse_reward(text) for text in specs]
         counts = Counter(spec.name for spec in self._specs)
         if not counts or max(counts.values()) > 1:
@@ -133,10 +152,11 @@ class Grader:
         if not 0 < time_limit < math.inf:
             raise ValueError(f"time_limit={time_limit}: expected seconds")
         for spec in self._specs:
-            if task is None and spec.name in NAMED and (NAMED[spec.name].compares or spec.name == "accuracy"):
+            named = spec.named
+            if task is None and named and (named.compares or named.several or spec.name == "accuracy"):
                 raise ValueError(f"reward {spec.name} needs a task, which says what is right")
-        self._task = task
-        self._here: dict[str, Reward] = {spec.name: _own(spec, task) for spec in self._specs if not spec.source}
+        self._task, self._models = task, (compute, mesh)
+        self._here = {spec.name: _own(spec, task) for spec in self._specs if not spec.source}
         self._functions = {spec.name: spec.source for spec in self._specs if spec.source}
         self._logged: set[tuple[str, str]] = set()
         self._pool: WorkerPool | None = None
@@ -159,8 +179,8 @@ class Grader:
     def check(self, rows: Sequence[Row]) -> None:
         """ValueError for the first row that a reward of the package cannot use: better known before training."""
         for spec in self._specs:
-            seen = self._seen(spec.name, [""] * len(rows), rows, [True] * len(rows))
-            if spec.name in self._here:
+            seen = self._seen(spec, [""] * len(rows), rows, [True] * len(rows))
+            if spec.name in self._here and not isinstance(self._here[spec.name], ModelReward):
                 self._grade_here(spec.name, seen, rows)
 
     def grade(self, completions: Sequence[str], rows: Sequence[Row], *, ended: Sequence[bool] | None = None) -> Grades:
@@ -174,8 +194,8 @@ class Grader:
         if not len(completions) == len(rows) == len(ended) or not rows:
             raise ValueError(f"{len(completions)} completions of {len(rows)} rows: expected as many, at least one")
         failures = {name: Counter[str]() for name in self._functions}
-        seen = {spec.name: self._seen(spec.name, completions, rows, ended) for spec in self._specs}
-        scores = {name: self._grade_here(name, seen[name], rows) for name in self._here}
+        seen = {spec.name: self._seen(spec, completions, rows, ended) for spec in self._specs}
+        scores: dict[str, Sequence[Score]] = {name: self._grade_here(name, seen[name], rows) for name in self._here}
         failed_N = np.zeros(len(rows), bool)
         scores |= self._grade_there(seen, rows, failures, failed_N)
         rewards = {spec.name: np.array([*map(_summed, scores[spec.name])], np.float64) for spec in self._specs}
@@ -192,22 +212,28 @@ class Grader:
         given = ((spec.weight, scores[spec.name][index]) for spec in self._specs)
         return [(end, weight * score) for weight, steps in given if isinstance(steps, Sequence) for end, score in steps]
 
-    def _seen(self, name: str, completions: Sequence[str], rows: Sequence[Row], ended: Sequence[bool]) -> list[_Seen]:
+    def _seen(
+        self, spec: RewardSpec, completions: Sequence[str], rows: Sequence[Row], ended: Sequence[bool]
+    ) -> list[_Seen]:
         """What a reward gets of each completion and its row, see ``Named``."""
-        named = NAMED.get(name)
-        if named is not None and not named.cut:
+        named, reward = spec.named, self._here.get(spec.name)
+        if named is not None and not (reward.cut if isinstance(reward, ModelReward) else named.cut):
             completions = [text if end else "" for text, end in zip(completions, ended, strict=True)]
         if named is None or not named.compares:
             return list(zip(completions, rows, strict=True))
         assert self._task is not None
         answers = []
         for row in rows:
-            with _telling(name, row):
+            with _telling(spec.name, row):
                 answers.append({"answer": self._task.right(row)})
         return list(zip(completions, answers, strict=True))
 
-    def _grade_here(self, name: str, seen: Sequence[_Seen], rows: Sequence[Row]) -> list[Score]:
+    def _grade_here(self, name: str, seen: Sequence[_Seen], rows: Sequence[Row]) -> Sequence[Score]:
         reward = self._here[name]
+        if isinstance(reward, ModelReward):
+            assert self._task is not None
+            reward.open(*self._models)
+            return reward.score_all([text for text, _ in seen], rows, self._task)
 
         def score(arguments: _Seen, row: Row) -> Score:
             with _telling(name, row):
@@ -298,9 +324,8 @@ def _telling(name: str, row: Row) -> Iterator[None]:
         raise ValueError(f"{where(row)}: reward {name}: {error}") from error
 
 
-def _own(spec: RewardSpec, task: Task | None) -> Reward:
-    make = NAMED[spec.name].make
-    if make is not None:
-        return make(*spec.arguments)
+def _own(spec: RewardSpec, task: Task | None) -> Reward | ModelReward:
+    if spec.named is not None and spec.named.make is not None:
+        return spec.named.make(*spec.arguments)
     assert task is not None
     return task.accuracy

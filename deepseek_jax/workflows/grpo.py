@@ -10,6 +10,7 @@ import tyro
 from deepseek_jax.data.text import read_rows
 from deepseek_jax.data.turns import count_turns
 from deepseek_jax.parallel.hosts import require_one_process
+from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.rl.grader import Grader
 from deepseek_jax.rl.rollout import Rollouts
 from deepseek_jax.rl.rollout_config import RolloutConfig, open_questions
@@ -38,8 +39,9 @@ class GRPOConfig(StageConfig):
     The run keeps it beside its tokenizer, and what starts from the run has it."""
     task: TaskConfig = TaskConfig()
     reward: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """NAME[:ARGUMENT...][=WEIGHT], or file.py:function[=WEIGHT], of (completion, row) -> number or None; give it
-    several times for more. By default the task's own."""
+    """NAME[:ARGUMENT...][=WEIGHT]; model:RUN[:always][=WEIGHT], a reward model's score of rows without a right answer
+    (or of all); or file.py:function[=WEIGHT], of (completion, row) -> number or None. Give it several times for more.
+    By default the task's own."""
     rollout: RolloutConfig = RolloutConfig()
     loss: GRPOLoss = GRPOLoss()
     minibatches: int = 1
@@ -78,7 +80,8 @@ def grpo(config: GRPOConfig) -> dict[str, Any]:
     """
     require_one_process("grpo")
     task, exam = make_task(config.task), open_exam(config.evaluation, seed=config.seed)
-    with Grader(config.reward or task.rewards, task=task, time_limit=config.rollout.reward_seconds) as grader:
+    models = {"compute": config.compute, "mesh": make_mesh(config.mesh)}
+    with Grader(config.reward or task.rewards, task=task, time_limit=config.rollout.reward_seconds, **models) as grader:
         say(f"rewards: {', '.join(config.reward or task.rewards)}")
         rows = list(read_rows(config.task.path))  # what is wrong with them is known before a model is read
         task.check(rows)

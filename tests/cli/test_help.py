@@ -26,7 +26,7 @@ def configuration(command: str, monkeypatch) -> type:
     monkeypatch.setattr(tyro, "cli", instead)
     module = importlib.import_module(f"deepseek_jax.cli.{COMMANDS[command]}")
     with pytest.raises(AskedError) as asked:
-        getattr(module, f"run_{command}")([])
+        getattr(module, f"run_{command.replace('-', '_')}")([])
     return asked.value.args[0]
 
 

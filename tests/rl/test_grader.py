@@ -97,7 +97,7 @@ def test_specifications(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: s
         ((), "expected at least one"),
         (
             ("acuracy",),
-            "reward 'acuracy': expected one of accuracy, .*length, or file.py:function",
+            "reward 'acuracy': expected one of accuracy, .*length, model, or file.py:function",
         ),
         (("",), "reward '': expected one of"),
         (("mine.py",), "reward 'mine.py': expected one of"),

@@ -12,9 +12,10 @@ from deepseek_jax.rl.rewards import choice
 from deepseek_jax.rl.rewards.form import format_reward, tags_reward
 from deepseek_jax.rl.rewards.language import language
 from deepseek_jax.rl.rewards.length import length
+from deepseek_jax.rl.rewards.model import ModelReward
 from deepseek_jax.rl.rewards.repetition import repetition
 
-Score = Callable[[str, Mapping[str, Any]], float | None]
+Score = Callable[[str, Mapping[str, Any]], float | None] | ModelReward
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,13 +24,15 @@ class Named:
 
     make: from its arguments; None where the task has it (accuracy) or a worker (file). file: of a `score` that runs in
     a process that can be killed. compares: the row it gets is {"answer": what is right, as the task has it}. cut:
-    it reads an answer that was cut off as it stands; to others that is an empty text.
+    it reads an answer that was cut off as it stands; to others that is an empty text. several: specifications may name
+    it more than once, with paths whose last parts tell them apart.
     """
 
     make: Callable[..., Score] | None = None
     file: Path | None = None
     compares: bool = False
     cut: bool = False
+    several: bool = False
 
 
 NAMED = {
@@ -42,6 +45,7 @@ NAMED = {
     "language": Named(language, cut=True),
     "repetition": Named(repetition, cut=True),
     "length": Named(length, cut=True),
+    "model": Named(ModelReward, several=True),
 }
 
 

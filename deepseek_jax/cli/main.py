@@ -20,6 +20,8 @@ from raw text to answers
   pretrain [RECIPE]      pretraining on documents
   sft [RECIPE]           supervised fine-tuning on chats
   grpo [RECIPE]          reinforcement learning with rule rewards
+  rejection [RECIPE]     a model's right and readable answers, as chats for sft
+  distill [RECIPE]       a teacher's answers, taught to a student with a tokenizer of its own
   report RUN             write RUN/report.html again and print its numbers
   compare RUN RUN ...    several runs side by side: a table and compare.html
 
@@ -43,6 +45,8 @@ COMMANDS = {
     "pretrain": "stages",
     "sft": "stages",
     "grpo": "stages",
+    "rejection": "stages",
+    "distill": "stages",
     "report": "report",
     "compare": "report",
     "tokenizer": "tokenizer",

@@ -22,6 +22,8 @@ from raw text to answers
   sft [RECIPE]           supervised fine-tuning on chats
   grpo [RECIPE]          reinforcement learning with rule rewards
   reward-model [RECIPE]  a model that scores answers, from pairs of a better and a worse one
+  rejection [RECIPE]     a model's right and readable answers, as chats for sft
+  distill [RECIPE]       a teacher's answers, taught to a student with a tokenizer of its own
   report RUN             write RUN/report.html again and print its numbers
   compare RUN RUN ...    several runs side by side: a table and compare.html
 
@@ -47,6 +49,8 @@ COMMANDS = {
     "grpo": "stages",
     "r1": "r1",
     "reward-model": "stages",
+    "rejection": "stages",
+    "distill": "stages",
     "report": "report",
     "compare": "report",
     "tokenizer": "tokenizer",

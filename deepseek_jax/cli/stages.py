@@ -7,9 +7,11 @@ from typing import Any, TypeVar
 import tyro
 
 from deepseek_jax.saying import terminal
+from deepseek_jax.workflows.distill import DistillConfig, distill
 from deepseek_jax.workflows.grpo import GRPOConfig, grpo
 from deepseek_jax.workflows.pretrain import PretrainConfig, pretrain
 from deepseek_jax.workflows.recipe import load_recipe
+from deepseek_jax.workflows.rejection import KEPT, RejectionConfig, rejection
 from deepseek_jax.workflows.reward_model import RewardModelConfig, reward_model
 from deepseek_jax.workflows.sft import SFTConfig, sft
 
@@ -79,6 +81,16 @@ def run_grpo(arguments: Sequence[str]) -> None:
 def run_reward_model(arguments: Sequence[str]) -> None:
     config = parse_recipe("reward-model", RewardModelConfig, arguments, emptied={"ignore_config": ()})
     _finish(config.run_dir, reward_model(config))
+
+
+def run_rejection(arguments: Sequence[str]) -> None:
+    config = parse_recipe("rejection", RejectionConfig, arguments, emptied={"judge": (), "ignore_config": ()})
+    _finish(f"{config.run_dir}/{KEPT}", rejection(config))
+
+
+def run_distill(arguments: Sequence[str]) -> None:
+    config = parse_recipe("distill", DistillConfig, arguments)
+    _finish(f"{config.run_dir}/student", distill(config))
 
 
 def run_corpus(arguments: Sequence[str]) -> None:

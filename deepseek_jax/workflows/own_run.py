@@ -36,7 +36,7 @@ def owns_run(*needs: str) -> Callable[[Callable[[Config], Found]], Callable[[Con
         @functools.wraps(stage)
         def run(config: Any) -> Found:
             require(config, *needs)
-            check_logs(config.log_to)
+            check_logs(getattr(config, "log_to", ()))
             check_template(getattr(config, "chat_template", ""))
             first = jax.process_index() == 0
             with ExitStack() as stack:

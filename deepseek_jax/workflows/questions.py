@@ -14,13 +14,13 @@ import numpy as np
 from deepseek_jax.checkpoint.model import Model
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.data.chat import own_template
-from deepseek_jax.data.text import read_rows
+from deepseek_jax.data.text import Record, read_rows
 from deepseek_jax.evals.samples import cons_at_k, pass_at_1, pass_at_k
 from deepseek_jax.files import read_json_lines, read_json_object, write_json, write_whole
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.rl.asking import Question, ask, read_answers
-from deepseek_jax.rl.tasks import TaskConfig, make_task, score_all
+from deepseek_jax.rl.tasks import TaskConfig, make_task, score_all, where
 from deepseek_jax.saying import doing
 from deepseek_jax.train.reference import fingerprint
 from deepseek_jax.typed import check_least, check_types
@@ -58,12 +58,14 @@ class Answers:
     An answer is a function of model, question, ``seed`` and its number alone, not of what is answered beside it.
     """
 
-    def __init__(self, config: TaskConfig, asking: Asking):
-        """ValueError for rows that cannot be asked or have no answer."""
+    def __init__(self, config: TaskConfig, asking: Asking, *, unanswered: bool = False):
+        """ValueError for rows that cannot be asked or, unless ``unanswered``, have no answer."""
         self.name = f"{config.name}={','.join(config.path)}"
         self.asking, self.task = asking, make_task(config)
         self.rows = list(islice(read_rows(config.path), asking.count or None))
-        check_answerable(self.task, self.rows, config.path)
+        if unanswered:
+            self.rows = [Record({config.answer or "answer": None} | row, where(row)) for row in self.rows]
+        check_answerable(self.task, self.rows, config.path, unanswered=unanswered)
         asked = json.dumps([dataclasses.asdict(config), *map(dict, self.rows)], default=str)
         digest = hashlib.sha256(asked.encode()).hexdigest()[:8]
         self.file = f"{Path(config.name.partition(':')[0]).stem}-{digest}.jsonl"
@@ -106,7 +108,7 @@ class Answers:
                 "tokens": int(out.lengths_B[number]),
                 "ended": answer.ended,
                 "said": self._said(texts[number], question),
-                "correct": answer.ended and scores[number] == 1.0,
+                "correct": None if scores[number] is None else answer.ended and scores[number] == 1.0,
             }
 
     def _said(self, text: str, question: Question) -> str | None:

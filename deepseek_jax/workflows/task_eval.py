@@ -89,14 +89,15 @@ class Exam:
         return {"prompt": item.question.text, "completion": item.completion, "answer": right, "correct": item.correct}
 
 
-def check_answerable(task: Task, rows: Sequence[Row], path: Sequence[str]) -> None:
-    """ValueError for no rows, and for the first that cannot be asked or has no answer to compare with."""
+def check_answerable(task: Task, rows: Sequence[Row], path: Sequence[str], *, unanswered: bool = False) -> None:
+    """ValueError for no rows, and for the first that cannot be asked or, unless ``unanswered``, has no answer to
+    compare with."""
     if not rows:
         raise ValueError(f"{', '.join(path)}: no rows to ask")
     task.check(rows)
     for row in rows:
         try:
-            if task.accuracy("", row) is None:
+            if task.accuracy("", row) is None and not unanswered:
                 raise ValueError("it has no answer to compare with")
         except ValueError as error:
             raise ValueError(f"{where(row)}: {error}") from error

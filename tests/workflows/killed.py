@@ -1,7 +1,8 @@
 """Run the command line and die by SIGKILL on the way: `python killed.py STAGE CALL ARGUMENTS...`.
 
 In pretraining and SFT the end comes when the loop asks for its batch number CALL, whatever is being saved at that
-moment; in GRPO within rollout number CALL, its answers sampled but not yet scored.
+moment; in GRPO within rollout number CALL, its answers sampled but not yet scored; in rejection sampling when answer
+number CALL has come.
 """
 
 import os
@@ -11,8 +12,22 @@ from typing import Any
 
 from deepseek_jax.cli.main import main
 from deepseek_jax.rl import rollout
-from deepseek_jax.workflows import grpo, pretrain, sft
+from deepseek_jax.workflows import grpo, pretrain, questions, sft
 from deepseek_jax.workflows.stage import LoaderBatches
+
+
+def die_at_answer(number: int) -> None:
+    ask, count = questions.Answers._ask, 0
+
+    def counted(*args: Any) -> Any:
+        nonlocal count
+        for line in ask(*args):
+            count += 1
+            if count == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield line
+
+    setattr(questions.Answers, "_ask", counted)  # noqa: B010
 
 
 def die_in(stage: str, call: int) -> None:
@@ -40,5 +55,8 @@ def die_in(stage: str, call: int) -> None:
 
 
 if __name__ == "__main__":
-    die_in(sys.argv[1], int(sys.argv[2]))
+    if sys.argv[1] == "rejection":
+        die_at_answer(int(sys.argv[2]))
+    else:
+        die_in(sys.argv[1], int(sys.argv[2]))
     sys.exit(main(sys.argv[3:]))

@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 
 from deepseek_jax.files import read_json_object
 from deepseek_jax.train.preemption import stop_signals
-from deepseek_jax.train.resume import check_resume, saved_meta
+from deepseek_jax.train.resume import check_resume, differences, saved_meta
 from deepseek_jax.train.run_lock import run_lock
 from deepseek_jax.workflows.recipe import moved
 from deepseek_jax.workflows.stage import StageConfig, read_result
+
+_SAYING = ("run_dir", "quiet")  # no part of what is made
 
 
 class Link(NamedTuple):
@@ -49,11 +51,14 @@ def is_done(config: Any) -> bool:
     """Whether the stage has its result. ValueError where that is of settings which a run cannot change."""
     folder = Path(config.run_dir)
     trains = isinstance(config, StageConfig)
-    saved = saved_meta(folder) if trains else read_json_object(folder / "config.json") or None
-    if read_result(folder) is None or saved is None:
+    saved = saved_meta(folder) if trains else read_json_object(folder / "config.json")
+    if not saved or read_result(folder) is None:
         return False
     there = saved["recipe"]
     same_place = moved(config, str(folder.parent), str(Path(there["run_dir"]).parent))  # it may have been moved
     wanted = {**saved, "recipe": dataclasses.asdict(same_place)}
-    check_resume(folder, saved, wanted, getattr(config, "MAY_CHANGE", ("run_dir", "quiet")))
-    return not trains or there["loop"]["steps"] == config.loop.steps
+    check_resume(folder, saved, wanted, getattr(config, "MAY_CHANGE", _SAYING))
+    if not trains:
+        return differences(saved, wanted).keys() <= {f"recipe.{name}" for name in _SAYING}
+    by_epochs = getattr(config, "epochs", 0) and there["epochs"] == config.epochs  # which then say how many steps
+    return bool(by_epochs) or there["loop"]["steps"] == config.loop.steps

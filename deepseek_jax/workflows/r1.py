@@ -3,18 +3,23 @@
     data                 the miniature's corpus, problems and requests; skipped where files are given
     pretrain             the miniature's base; `base` names another model in its place
     zero                 R1-Zero: reinforcement learning from the base alone
-    cold_start           stage 1: SFT from the base
+    cold_start_samples   right and readable answers of R1-Zero
+    cold_start           stage 1: SFT from the base on them
     reasoning            stage 2: reinforcement learning with the language-consistency reward
-    sft                  stage 3: SFT from the base on reasoning and general data
-    all_scenarios        stage 4: reinforcement learning by rules and reward models
+    samples              stage 3: rejection sampling from that checkpoint,
+    sft                  and SFT from the base on what is kept and general data
+    helpful, harmless    reward models, of the summary alone and of everything
+    all_scenarios        stage 4: reinforcement learning by rules and these
     student_base         the miniature's student before anything is taught to it
     student              distillation: SFT of the student on stage 3's samples
+    evaluation           all of them asked the same questions
 
 What a stage begins with and reads is said by its own configuration, in paths under one folder.
 """
 
 import dataclasses
 import difflib
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,14 +28,19 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from deepseek_jax.files import write_json
 from deepseek_jax.saying import terminal
 from deepseek_jax.typed import check_types
 from deepseek_jax.workflows.chain import Link, held, run_chain
 from deepseek_jax.workflows.grpo import GRPOConfig, grpo
 from deepseek_jax.workflows.pretrain import PretrainConfig, pretrain
 from deepseek_jax.workflows.r1_data import R1Data, make_data
+from deepseek_jax.workflows.r1_evaluation import R1Evaluation, evaluate
 from deepseek_jax.workflows.recipe import moved
+from deepseek_jax.workflows.rejection import RejectionConfig, rejection
 from deepseek_jax.workflows.report import write_report
+from deepseek_jax.workflows.report_data import SERIES
+from deepseek_jax.workflows.reward_model import RewardModelConfig, reward_model
 from deepseek_jax.workflows.sft import SFTConfig, sft
 
 # In their order: what runs each.
@@ -38,12 +48,17 @@ STAGES = {
     "data": make_data,
     "pretrain": pretrain,
     "zero": grpo,
+    "cold_start_samples": rejection,
     "cold_start": sft,
     "reasoning": grpo,
+    "samples": rejection,
     "sft": sft,
+    "helpful": reward_model,
+    "harmless": reward_model,
     "all_scenarios": grpo,
     "student_base": pretrain,
     "student": sft,
+    "evaluation": evaluate,
 }
 
 
@@ -64,12 +79,17 @@ class R1Config:
     data: R1Data = R1Data(run_dir="runs/r1/data")
     pretrain: PretrainConfig = PretrainConfig(run_dir="runs/r1/pretrain")
     zero: GRPOConfig = GRPOConfig(run_dir="runs/r1/zero")
+    cold_start_samples: RejectionConfig = RejectionConfig(run_dir="runs/r1/cold_start_samples")
     cold_start: SFTConfig = SFTConfig(run_dir="runs/r1/cold_start")
     reasoning: GRPOConfig = GRPOConfig(run_dir="runs/r1/reasoning")
+    samples: RejectionConfig = RejectionConfig(run_dir="runs/r1/samples")
     sft: SFTConfig = SFTConfig(run_dir="runs/r1/sft")
+    helpful: RewardModelConfig = RewardModelConfig(run_dir="runs/r1/helpful", judges="summary")
+    harmless: RewardModelConfig = RewardModelConfig(run_dir="runs/r1/harmless", judges="all")
     all_scenarios: GRPOConfig = GRPOConfig(run_dir="runs/r1/all_scenarios")
     student_base: PretrainConfig = PretrainConfig(run_dir="runs/r1/student_base")
     student: SFTConfig = SFTConfig(run_dir="runs/r1/student")
+    evaluation: R1Evaluation = R1Evaluation(run_dir="runs/r1/evaluation")
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -100,6 +120,7 @@ def r1(config: R1Config, console: Console | None = None) -> None:
         console.print(Text.assemble((name, "bold"), more))
 
     with held(run_dir):
+        write_json(run_dir / SERIES, {"stages": [link.name for link in links]})
         run_chain(links, say)
         report = write_report(run_dir)
     console.print(f"report: {report}   ({time.monotonic() - began:.0f} s for what was run now)")
@@ -144,5 +165,7 @@ def _paths(value: Any, folder: str, field: str = "") -> Iterator[tuple[str, str]
     elif isinstance(value, tuple):
         for item in value:
             yield from _paths(item, folder, field)
-    elif isinstance(value, str) and value.startswith(f"{folder}/"):
-        yield field, value
+    elif isinstance(value, str):
+        path = re.split("[:=]", value.removeprefix("model:"))[0] if value.startswith("model:") else value
+        if path.startswith(f"{folder}/"):
+            yield field, path

@@ -7,7 +7,6 @@ from typing import Any
 
 from deepseek_jax.checkpoint.model import load
 from deepseek_jax.compute import ComputeConfig
-from deepseek_jax.data.chat_templates import with_template
 from deepseek_jax.files import write_json
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
 from deepseek_jax.rl.tasks import TaskConfig
@@ -67,11 +66,8 @@ def evaluate(config: R1Evaluation) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with quietly(config.quiet):
         for name, path, template in config.asked():
-            model = load(path, compute=config.compute, mesh=make_mesh(config.mesh))
-            model = dataclasses.replace(model, tokenizer=with_template(model.text, template))
-            figures, _ = ask_questions(
-                model, list(tasks.values()), asking, folder / name, batch_size=config.batch_size
-            )
+            model = load(path, compute=config.compute, mesh=make_mesh(config.mesh)).asked_by(template)
+            figures, _ = ask_questions(model, list(tasks.values()), asking, folder / name, batch_size=config.batch_size)
             found[name] = {task: figures[answers.name] for task, answers in tasks.items()}
     write_json(folder / "config.json", {"stage": "evaluation", "recipe": dataclasses.asdict(config)})
     write_json(folder / RESULT, found)

@@ -6,6 +6,7 @@ One that is of several stages, each a field, gives a single one too: RECIPE:FIEL
 import dataclasses
 import difflib
 import importlib.util
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -84,7 +85,8 @@ def _said(error: Exception, path: Path) -> str:
 
 
 def moved(config: Any, old: str, new: str) -> Any:
-    """The same configuration with every path under ``old`` put under ``new``."""
+    """The same configuration with every path under ``old`` put under ``new``, those of reward models too."""
+    under = re.compile(rf"(model:)?{re.escape(old)}(?=/|$)")
 
     def move(value: Any) -> Any:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -92,8 +94,8 @@ def moved(config: Any, old: str, new: str) -> Any:
             return dataclasses.replace(value, **fields)
         if isinstance(value, tuple):
             return tuple(move(item) for item in value)
-        if isinstance(value, str) and (value == old or value.startswith(old + "/")):
-            return new + value[len(old) :]
+        if isinstance(value, str) and (found := under.match(value)):
+            return (found.group(1) or "") + new + value[found.end() :]
         return value
 
     return move(config)

@@ -1,0 +1,213 @@
+"""All stages of R1: what each leaves, what is refused, and an end in each of them, from which the same command goes on."""
+
+import dataclasses
+import io
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from workflows import tiny_r1
+
+from deepseek_jax.data.tokenizer import THINK
+from deepseek_jax.rl import arithmetic, rollout
+from deepseek_jax.rl.words import wait_words
+from deepseek_jax.train.metrics import read_metrics
+from deepseek_jax.workflows import r1 as r1_module
+from deepseek_jax.workflows import r1_data, r1_requests
+from deepseek_jax.workflows.corpus import CorpusConfig
+from deepseek_jax.workflows.questions import Answers
+from deepseek_jax.workflows.r1 import STAGES, R1Config, check_inputs, make_links, r1
+from deepseek_jax.workflows.r1_data import R1Data, make_data
+from deepseek_jax.workflows.recipe import load_recipe
+from deepseek_jax.workflows.stage import LoaderBatches
+
+CLOCKS = ("time", "peak_bytes_process")
+
+
+class KilledError(BaseException):
+    """The end of a process, as far as one can have it within another."""
+
+
+def lines_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+def run(config: R1Config, folder: Path) -> str:
+    out = io.StringIO()
+    r1(dataclasses.replace(config, run_dir=str(folder)), Console(file=out, width=200))
+    return out.getvalue()
+
+
+def end_in(stage: str, monkeypatch) -> None:
+    """Raise in the middle of a stage: while it writes, at a batch, within a rollout, between answers."""
+    owner, name, after = {
+        "data": (r1_data, "train_on_files", 1),
+        **dict.fromkeys(("zero", "reasoning", "all_scenarios"), (rollout, "read_answers", 4)),
+        **dict.fromkeys(("cold_start_samples", "samples", "evaluation"), (Answers, "_ask", 2)),
+    }.get(stage, (LoaderBatches, "next", 4))
+    original, original_stage = getattr(owner, name), STAGES[stage]
+    calls = 0
+
+    def counted(*args, **options):
+        nonlocal calls
+        calls += 1
+        if calls == after:
+            raise KilledError(stage)
+        return original(*args, **options)
+
+    def watched(config):
+        if Path(config.run_dir).name == stage:
+            monkeypatch.setattr(owner, name, counted)
+        return original_stage(config)
+
+    monkeypatch.setitem(r1_module.STAGES, stage, watched)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, str]:
+    """The folder of a run that nothing disturbed, and what it said."""
+    folder = tmp_path_factory.mktemp("r1")
+    tiny_r1.write_questions(folder)
+    return folder, run(tiny_r1.config(folder), folder / "run")
+
+
+def test_each_stage_leaves_data_settings_metrics_and_samples(finished):
+    folder, said = finished
+    for stage in STAGES:
+        assert f"{stage} → {folder}/run/{stage}" in said
+        assert (folder / "run" / stage / "result.json").is_file()
+        settings = json.loads((folder / "run" / stage / "config.json").read_text())
+        assert settings["recipe"]["run_dir"] == f"{folder}/run/{stage}"
+    for stage in ("zero", "reasoning", "all_scenarios"):
+        assert lines_of(folder / "run" / stage / "rollouts.jsonl")
+    for stage in ("cold_start_samples", "samples"):
+        assert lines_of(folder / "run" / stage / "kept.jsonl")
+    names = {name for line in read_metrics(folder / "run" / "all_scenarios") for name in line}
+    assert {"reward_accuracy", "reward_model.helpful", "reward_model.harmless"} <= names
+    figures = json.loads((folder / "run" / "evaluation" / "result.json").read_text())
+    assert figures.keys() == {"pretrain", "all_scenarios", "student"}
+    assert all(found.keys() == {"problems", "requests"} for found in figures.values())
+    assert (folder / "run" / "report.html").is_file()
+
+
+def test_ended_in_every_stage_it_goes_on_to_the_bit(finished, tmp_path, monkeypatch):
+    folder, _ = finished
+    config = tiny_r1.config(folder)
+    for stage in STAGES:
+        with monkeypatch.context() as patch, pytest.raises(KilledError, match=stage):
+            end_in(stage, patch)
+            run(config, tmp_path / "run")
+        assert not (tmp_path / "run" / stage / "result.json").exists()
+    said = run(config, tmp_path / "run")
+    assert said.count("is done already") == len(STAGES) - 1 and "evaluation → " in said
+    for found, wanted in ((tmp_path / "run" / stage, folder / "run" / stage) for stage in STAGES):
+        if (wanted / "metrics.jsonl").exists():
+            same_lines(found, wanted)
+        for file in wanted.glob("kept.jsonl"):
+            assert (found / file.name).read_bytes() == file.read_bytes()
+        answers = [path for path in found.rglob("rows-*.jsonl")]
+        for path in answers:
+            assert set(Counter((line["question"], line["sample"]) for line in lines_of(path)).values()) == {1}
+    assert results(tmp_path / "run") == results(folder / "run")
+
+
+def same_lines(found: Path, wanted: Path) -> None:
+    lines = [
+        [{k: v for k, v in line.items() if k not in CLOCKS and "second" not in k} for line in read_metrics(path)]
+        for path in (found, wanted)
+    ]
+    assert lines[0] == lines[1], found.name
+
+
+def results(run_dir: Path) -> dict:
+    return json.loads((run_dir / "evaluation" / "result.json").read_text())
+
+
+def test_a_second_call_does_nothing_wherever_the_run_lies(finished, tmp_path, monkeypatch):
+    folder, _ = finished
+    shutil.copytree(folder / "run", tmp_path / "moved")
+    for stage in STAGES:
+        monkeypatch.setitem(r1_module.STAGES, stage, None)  # would be called, and cannot
+    said = run(tiny_r1.config(folder), tmp_path / "moved")
+    assert said.count("is done already") == len(STAGES)
+    other = dataclasses.replace(tiny_r1.config(folder), seed=1)
+    with pytest.raises(ValueError, match="holds a run with other settings: seed is 0 there and 1 here"):
+        run(other, tmp_path / "moved")
+
+
+def test_what_a_stage_reads_must_be_there_or_come_before(tmp_path):
+    config = dataclasses.replace(tiny_r1.config(tmp_path), run_dir=str(tmp_path / "run"), skip=("helpful",))
+    message = r"all_scenarios.reward='.*run/helpful': it is not there, and the stage helpful is not run before"
+    with pytest.raises(ValueError, match=message):
+        check_inputs(make_links(config))
+    with pytest.raises(ValueError, match="no stage 'helpfull'; did you mean helpful"):
+        R1Config(skip=("helpfull",))
+    with pytest.raises(ValueError, match="zero.run_dir='runs/r1/other': its last part must be 'zero'"):
+        R1Config(zero=dataclasses.replace(config.zero, run_dir="runs/r1/other"))
+
+
+def test_another_base_stands_in_the_place_of_pretraining(tmp_path):
+    links = {
+        link.name: link.config for link in make_links(dataclasses.replace(tiny_r1.config(tmp_path), base="/a/base"))
+    }
+    assert "pretrain" not in links
+    assert links["zero"].init_from == links["cold_start"].init_from == links["sft"].init_from == "/a/base"
+    assert links["evaluation"].base == "/a/base"
+
+
+def test_a_stage_of_a_recipe_is_a_recipe():
+    whole = load_recipe("r1/miniature", R1Config)
+    assert load_recipe("r1/miniature:zero", type(whole.zero)) == whole.zero
+    with pytest.raises(ValueError, match="has no stage 'zerro'; it has data, pretrain, zero"):
+        load_recipe("r1/miniature:zerro", R1Config)
+    with pytest.raises(ValueError, match="this command takes a GRPOConfig, as r1/miniature:zero is"):
+        load_recipe("r1/miniature", type(whole.zero))
+
+
+# ---- its data ----
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    corpus = CorpusConfig(vocab_size=400, max_code_bytes=100_000, sft_per_kind=1, train_per_kind=50, heldout_per_kind=9)
+    make_data(R1Data(run_dir=str(folder), corpus=corpus, pages=600, request_pages=200, preferences=50))
+    return folder
+
+
+def test_the_base_reads_no_word_of_reflection(data):
+    """R1-Zero's growth of them is counted from a base whose data held none."""
+    documents = lines_of(data / "documents" / "train.jsonl")
+    kinds = Counter(document["kind"] for document in documents)
+    assert kinds.keys() == {"arithmetic", "code", "page", "prose"} and kinds["page"] == 800
+    assert sum(wait_words(document["text"]) for document in documents) == 0
+
+
+def test_pages_answer_right_and_ask_nothing_that_is_held_out(data):
+    pages = [line["text"] for line in lines_of(data / "documents" / "train.jsonl") if line["kind"] == "page"]
+    asked = Counter()
+    right = {problem.prompt: problem.answer for problem in arithmetic.all_problems(held_out=False)}
+    wrong = {problem.prompt for problem in arithmetic.all_problems(held_out=True)}
+    for page in pages:
+        question, answer = page.removeprefix("User: ").split("\nAssistant: ")
+        assert question not in wrong
+        if question in right:
+            asked["thought" if THINK in answer else "plain"] += 1
+            assert answer.split("<answer>")[-1].removesuffix("</answer>") == right[question]
+    assert asked["plain"] + asked["thought"] == 600 and 0.5 < asked["plain"] / 600 < 0.7
+    held_out = {request.prompt for request in r1_requests.all_requests(held_out=True)}
+    assert not [page for page in pages if any(prompt in page for prompt in held_out)]
+    for name in ("requests_train", "helpful", "harmless"):
+        assert not held_out & {row["prompt"] for row in lines_of(data / f"{name}.jsonl")}
+
+
+def test_preferences_are_by_rule(data):
+    for row in lines_of(data / "helpful.jsonl"):
+        assert row["chosen"] != row["rejected"]
+    labels = Counter((row["label"], "cannot help" in row["response"]) for row in lines_of(data / "harmless.jsonl"))
+    assert (
+        labels["unsafe", True] == 0 and labels["unsafe", False] > 5 and labels["safe", True] == labels["unsafe", False]
+    )

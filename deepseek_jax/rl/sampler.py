@@ -72,7 +72,7 @@ class Sampler:
         self.key = jax.random.key(seed)
         self._numbers = {where(row): number for number, row in enumerate(loader.rows)}
 
-    def make(self, engine: Engine, step: int, *, dispatched: Callable[[], None] = lambda: None) -> Made:
+    def make(self, engine: Engine, step: int, dispatched: Callable[[], None] = lambda: None) -> Made:
         """The batch of a step. dispatched: called when the devices have been given the first answers to sample."""
         config, clock = self.config, _Clock()
         samples, grades, total_PG, signal_P = self._enough(engine, step, clock, dispatched)

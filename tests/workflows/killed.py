@@ -17,7 +17,7 @@ from deepseek_jax.workflows.stage import LoaderBatches
 
 def die_in(stage: str, call: int) -> None:
     module = {"pretrain": pretrain, "sft": sft, "grpo": grpo}[stage]
-    owner, name = (sampler, "read_answers") if stage == "grpo" else (LoaderBatches, "next")
+    owner, name = (sampler, "converse") if stage == "grpo" else (LoaderBatches, "next")
     train_stage, original = module.train_stage, getattr(owner, name)
     calls = 0
 

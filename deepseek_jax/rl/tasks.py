@@ -28,6 +28,7 @@ from typing import Any
 from deepseek_jax.data.conversations import Message, read_messages
 from deepseek_jax.data.text import check_text
 from deepseek_jax.rl import answers
+from deepseek_jax.rl.tools import Tools, ToolsConfig
 from deepseek_jax.rl.workers import WorkerPool
 from deepseek_jax.typed import check_types
 
@@ -66,6 +67,8 @@ class TaskConfig:
     template: str = ""
     """The user's turn, made of columns: "{question}\\nAnswer in {unit}." ("{{", "}}": braces)."""
 
+    tools: ToolsConfig = ToolsConfig()
+
     def __post_init__(self) -> None:
         check_types(self)
 
@@ -78,7 +81,8 @@ class Task:
     1 or 0, or None for a row without an answer; it runs in this process, so it must not hang (see ``score_all``).
     right: the answer as text, None where the row has none. rewards: the specifications (see ``Grader``) that grade by
     default. system: text that opens each conversation. said: what a completion answers, as accuracy reads it, so that
-    those that say the same are equal (None: nothing); absent where wrong answers cannot be compared.
+    those that say the same are equal (None: nothing); absent where wrong answers cannot be compared. tools: what may be
+    called on the way to an answer.
     """
 
     ask: Callable[[Row], Any]
@@ -87,6 +91,7 @@ class Task:
     rewards: tuple[str, ...] = ("accuracy=1.0", "format=0.2")
     system: str = ""
     said: Callable[[str, Row], Hashable | None] | None = None
+    tools: Tools | None = None
 
     def messages(self, row: Row) -> Messages:
         """The conversation to be answered. ValueError "FILE:LINE: what" for a row that gives none."""
@@ -111,7 +116,15 @@ class Task:
 
 
 def make_task(config: TaskConfig) -> Task:
-    """The task that `config` names. ValueError for a name, file or function that there is not."""
+    """The task that `config` names, with its tools. ValueError for a name, file or function that there is not."""
+    task = _make_task(config)
+    if not config.tools.use:
+        return task
+    tools = Tools(config.tools)
+    return dataclasses.replace(task, tools=tools, system=f"{task.system}\n\n{tools.told}".strip())
+
+
+def _make_task(config: TaskConfig) -> Task:
     if config.name == "rows":
         return make_rows_task(config)
     if config.name in TASKS:

@@ -8,7 +8,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from deepseek_jax.checkpoint.model import Model
@@ -19,7 +18,8 @@ from deepseek_jax.evals.samples import cons_at_k, pass_at_1, pass_at_k
 from deepseek_jax.files import read_json_lines, read_json_object, write_json, write_whole
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
-from deepseek_jax.rl.asking import Question, ask, read_answers
+from deepseek_jax.rl.asking import Question, ask
+from deepseek_jax.rl.conversing import converse
 from deepseek_jax.rl.tasks import TaskConfig, make_task, score_all, where
 from deepseek_jax.saying import doing
 from deepseek_jax.train.reference import fingerprint
@@ -91,11 +91,8 @@ class Answers:
     def _ask(self, engine: Engine, part: Sequence[tuple[int, int]], batch_size: int) -> Iterator[dict[str, Any]]:
         questions = [ask(self.task, engine.tokenizer, self.rows[row]) for row, _ in part]
         sampling = [self._sampling(engine, question, *key) for question, key in zip(questions, part, strict=True)]
-        filling = batch_size - len(part)  # so that the last batch compiles nothing
-        prompts = [question.prompt for question in questions] + [questions[0].prompt] * filling
-        sampling += [dataclasses.replace(sampling[0], max_tokens=1)] * filling
-        out = jax.device_get(engine.generate_ids(prompts, sampling))
-        said = read_answers(engine.tokenizer, questions, out)
+        samples = converse(engine, self.task.tools, questions, sampling, filled=batch_size)
+        said = [sample.answer for sample in samples]
         texts = [answer.text if answer.ended else "" for answer in said]
         scores = score_all(self.task.accuracy, texts, [question.row for question in questions])
         for number, ((row, sample), question, answer) in enumerate(zip(part, questions, said, strict=True)):
@@ -105,7 +102,8 @@ class Answers:
                 "prompt": question.text,
                 "answer": self.task.right(question.row),
                 "completion": answer.text,
-                "tokens": int(out.lengths_B[number]),
+                **({"turns": list(answer.turns)} if answer.turns else {}),
+                "tokens": samples[number].length,
                 "ended": answer.ended,
                 "said": self._said(texts[number], question),
                 "correct": None if scores[number] is None else answer.ended and scores[number] == 1.0,

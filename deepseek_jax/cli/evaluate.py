@@ -100,8 +100,11 @@ def _ask(options: _Eval, model: Model, answers: list[Answers]) -> None:
 
 def _shares(figures: dict[str, float]) -> str:
     told = [f"{name} {100 * share:.1f} %" for name, share in figures.items() if "@" in name]
-    if figures["questions"] > 1:
+    if figures["stderr"] > 0:
         told[0] += f" ± {100 * figures['stderr']:.1f}"
+    else:  # one question, or all alike, which a standard error makes too much of
+        told[0] += f" ({100 * figures['low']:.1f} to {100 * figures['high']:.1f})"
+    told += [f"{name} {figures[name]:.4g}" for name in ("instructions", "rating", "rating_stderr") if name in figures]
     asked = f"{figures['questions']:,} questions × {figures['samples']}"
     return f"{'   '.join(told)}   {asked}, {100 * figures['cut_off']:.0f} % cut off, {figures['tokens']:.0f} tokens"
 

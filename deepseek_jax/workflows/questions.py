@@ -14,12 +14,12 @@ import numpy as np
 from deepseek_jax.checkpoint.model import Model
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.data.text import read_rows
-from deepseek_jax.evals.samples import cons_at_k, pass_at_1, pass_at_k
+from deepseek_jax.evals.samples import cons_at_k, pass_at_1, pass_at_k, wilson
 from deepseek_jax.files import read_json_lines, read_json_object, write_json, write_whole
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.rl.asking import Question, ask, read_answers
-from deepseek_jax.rl.tasks import TaskConfig, make_task, score_all
+from deepseek_jax.rl.tasks import TaskConfig, make_task, score_all, where
 from deepseek_jax.saying import doing
 from deepseek_jax.train.reference import fingerprint
 from deepseek_jax.typed import check_least, check_types
@@ -85,6 +85,14 @@ class Answers:
                 file.flush()
         return [done[key] for key in wanted]
 
+    def further_figures(self, lines: Sequence[dict[str, Any]]) -> dict[str, float]:
+        """What the task itself has to say of all answers, see ``Task``."""
+        said = [line["completion"] if line["ended"] else "" for line in lines]
+        answered = [
+            (self.rows[line["question"]], text, line["correct"]) for line, text in zip(lines, said, strict=True)
+        ]
+        return dict(self.task.figures(answered)) if self.task.figures else {}
+
     def _ask(self, engine: Engine, part: Sequence[tuple[int, int]], batch_size: int) -> Iterator[dict[str, Any]]:
         questions = [ask(self.task, engine.tokenizer, self.rows[row]) for row, _ in part]
         sampling = [self._sampling(engine, question, *key) for question, key in zip(questions, part, strict=True)]
@@ -98,6 +106,7 @@ class Answers:
         for number, ((row, sample), question, answer) in enumerate(zip(part, questions, said, strict=True)):
             yield {
                 "question": row,
+                "row": where(question.row),
                 "sample": sample,
                 "prompt": question.text,
                 "answer": self.task.right(question.row),
@@ -148,6 +157,7 @@ def ask_questions(
     for answers in tasks:
         lines = answers.complete(engine, folder, batch_size)
         found[answers.name] = figures(lines, asking.samples, votes=answers.task.said is not None)
+        found[answers.name] |= answers.further_figures(lines)
         write_json(folder / "result.json", read_json_object(folder / "result.json") | found)
     return found, folder
 
@@ -163,13 +173,15 @@ def _arithmetic(compute: ComputeConfig) -> dict[str, str]:
 
 
 def figures(lines: Sequence[dict[str, Any]], samples: int, *, votes: bool) -> dict[str, float]:
-    """``pass@1`` with ``stderr``; ``pass@k`` and, with votes, ``cons@k`` for k = 2, 4, … up to the samples, and these
+    """``pass@1`` with ``stderr`` and, since that is 0 where all questions went alike, Wilson's interval of 95 %,
+    ``low`` to ``high``; ``pass@k`` and, with votes, ``cons@k`` for k = 2, 4, … up to the samples, and these
     themselves; the share that was cut off, and the mean length in tokens."""
     groups = [lines[start : start + samples] for start in range(0, len(lines), samples)]
     correct = [[line["correct"] for line in group] for group in groups]
     said = [[line["said"] for line in group] for group in groups]
     mean, stderr = pass_at_1(correct)
     found = {"questions": len(groups), "samples": samples, "pass@1": mean, "stderr": stderr}
+    found["low"], found["high"] = wilson(mean, len(groups))
     for k in sorted({samples, *(2**power for power in range(1, samples.bit_length()))} - {1}):
         found[f"pass@{k}"] = pass_at_k(correct, k)
         if votes:

@@ -13,7 +13,11 @@ def pass_at_1(correct: Sequence[Sequence[bool]]) -> tuple[float, float]:
     Questions are the sample: ``std(shares) / sqrt(questions)`` (with ``questions - 1`` in std), since answers to one
     question are no independent draws; nan for a single question.
     """
-    shares = [float(np.mean(samples)) for samples in correct]
+    return mean_and_error([float(np.mean(samples)) for samples in correct])
+
+
+def mean_and_error(shares: Sequence[float]) -> tuple[float, float]:
+    """Of numbers, one for each question, as in ``pass_at_1``."""
     spread = float(np.std(shares, ddof=1)) if len(shares) > 1 else math.nan
     return float(np.mean(shares)), spread / math.sqrt(len(shares))
 

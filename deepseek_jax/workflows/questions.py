@@ -128,13 +128,16 @@ class Answers:
                 f"{self.name}, question {row + 1}: a prompt of {len(question.prompt)} tokens leaves no room for an "
                 f"answer in max_position_embeddings={engine.config.max_position_embeddings}"
             )
-        seed = int(np.random.SeedSequence((self.asking.seed, row, sample)).generate_state(1)[0] >> 1)
         return SamplingParams(
             temperature=self.asking.temperature,
             top_p=self.asking.top_p,
             max_tokens=min(self.asking.max_tokens, room),
-            seed=seed,
+            seed=self.seed(row, sample),
         )
+
+    def seed(self, row: int, sample: int, *part: int) -> int:
+        """Of an answer's draws, or of a part of it."""
+        return int(np.random.SeedSequence((self.asking.seed, row, sample, *part)).generate_state(1)[0] >> 1)
 
 
 def ask_questions(
@@ -182,12 +185,17 @@ def figures(lines: Sequence[dict[str, Any]], samples: int, *, votes: bool) -> di
     mean, stderr = pass_at_1(correct)
     found = {"questions": len(groups), "samples": samples, "pass@1": mean, "stderr": stderr}
     found["low"], found["high"] = wilson(mean, len(groups))
-    for k in sorted({samples, *(2**power for power in range(1, samples.bit_length()))} - {1}):
+    for k in powers(samples)[1:]:
         found[f"pass@{k}"] = pass_at_k(correct, k)
         if votes:
             found[f"cons@{k}"] = cons_at_k(said, correct, k)
     cut = 1 - float(np.mean([line["ended"] for line in lines]))
     return found | {"cut_off": cut, "tokens": float(np.mean([line["tokens"] for line in lines]))}
+
+
+def powers(samples: int) -> list[int]:
+    """1, 2, 4, … up to the samples, and these themselves."""
+    return sorted({samples, *(2**power for power in range(samples.bit_length()))})
 
 
 def _line(content: dict[str, Any]) -> str:

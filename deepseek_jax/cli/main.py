@@ -18,6 +18,7 @@ from raw text to answers
   corpus [RECIPE]        text, problems and tokenizer of the demo
   tokenizer train FILES  a tokenizer of one's own; tokenizer inspect DIR shows one
   puzzles OUT.jsonl      logic puzzles for grpo, generated
+  curate OUT.jsonl       rows by pass rate, without what they share with evaluation sets
   pretrain [RECIPE]      pretraining on documents
   sft [RECIPE]           supervised fine-tuning on chats
   grpo [RECIPE]          reinforcement learning with rule rewards
@@ -55,6 +56,7 @@ COMMANDS = {
     "compare": "report",
     "tokenizer": "tokenizer",
     "puzzles": "puzzles",
+    "curate": "curate",
     "generate": "talk",
     "chat": "chat",
     "eval": "evaluate",

@@ -14,7 +14,7 @@ from deepseek_jax.checkpoint.model import Model
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.data.chat import own_template
 from deepseek_jax.data.text import Record, read_rows
-from deepseek_jax.evals.samples import cons_at_k, pass_at_1, pass_at_k
+from deepseek_jax.evals.samples import cons_at_k, pass_at_1, pass_at_k, wilson
 from deepseek_jax.files import read_json_lines, read_json_object, write_json, write_whole
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
@@ -88,6 +88,14 @@ class Answers:
                 file.flush()
         return [done[key] for key in wanted]
 
+    def further_figures(self, lines: Sequence[dict[str, Any]]) -> dict[str, float]:
+        """What the task itself has to say of all answers, see ``Task``."""
+        said = [line["completion"] if line["ended"] else "" for line in lines]
+        answered = [
+            (self.rows[line["question"]], text, line["correct"]) for line, text in zip(lines, said, strict=True)
+        ]
+        return dict(self.task.figures(answered)) if self.task.figures else {}
+
     def _ask(self, engine: Engine, part: Sequence[tuple[int, int]], batch_size: int) -> Iterator[dict[str, Any]]:
         questions = [ask(self.task, engine.tokenizer, self.rows[row]) for row, _ in part]
         sampling = [self._sampling(engine, question, *key) for question, key in zip(questions, part, strict=True)]
@@ -98,6 +106,7 @@ class Answers:
         for number, ((row, sample), question, answer) in enumerate(zip(part, questions, said, strict=True)):
             yield {
                 "question": row,
+                "row": where(question.row),
                 "sample": sample,
                 "prompt": question.text,
                 "answer": self.task.right(question.row),
@@ -120,13 +129,16 @@ class Answers:
                 f"{self.name}, question {row + 1}: a prompt of {len(question.prompt)} tokens leaves no room for an "
                 f"answer in max_position_embeddings={engine.config.max_position_embeddings}"
             )
-        seed = int(np.random.SeedSequence((self.asking.seed, row, sample)).generate_state(1)[0] >> 1)
         return SamplingParams(
             temperature=self.asking.temperature,
             top_p=self.asking.top_p,
             max_tokens=min(self.asking.max_tokens, room),
-            seed=seed,
+            seed=self.seed(row, sample),
         )
+
+    def seed(self, row: int, sample: int, *part: int) -> int:
+        """Of an answer's draws, or of a part of it."""
+        return int(np.random.SeedSequence((self.asking.seed, row, sample, *part)).generate_state(1)[0] >> 1)
 
 
 def ask_questions(
@@ -145,6 +157,7 @@ def ask_questions(
     for answers in tasks:
         lines = answers.complete(engine, folder, batch_size)
         found[answers.name] = figures(lines, asking.samples, votes=answers.task.said is not None)
+        found[answers.name] |= answers.further_figures(lines)
         write_json(folder / "result.json", read_json_object(folder / "result.json") | found)
     return found, folder
 
@@ -177,19 +190,26 @@ def _arithmetic(compute: ComputeConfig) -> dict[str, str]:
 
 
 def figures(lines: Sequence[dict[str, Any]], samples: int, *, votes: bool) -> dict[str, float]:
-    """``pass@1`` with ``stderr``; ``pass@k`` and, with votes, ``cons@k`` for k = 2, 4, … up to the samples, and these
+    """``pass@1`` with ``stderr`` and, since that is 0 where all questions went alike, Wilson's interval of 95 %,
+    ``low`` to ``high``; ``pass@k`` and, with votes, ``cons@k`` for k = 2, 4, … up to the samples, and these
     themselves; the share that was cut off, and the mean length in tokens."""
     groups = [lines[start : start + samples] for start in range(0, len(lines), samples)]
     correct = [[line["correct"] for line in group] for group in groups]
     said = [[line["said"] for line in group] for group in groups]
     mean, stderr = pass_at_1(correct)
     found = {"questions": len(groups), "samples": samples, "pass@1": mean, "stderr": stderr}
-    for k in sorted({samples, *(2**power for power in range(1, samples.bit_length()))} - {1}):
+    found["low"], found["high"] = wilson(mean, len(groups))
+    for k in powers(samples)[1:]:
         found[f"pass@{k}"] = pass_at_k(correct, k)
         if votes:
             found[f"cons@{k}"] = cons_at_k(said, correct, k)
     cut = 1 - float(np.mean([line["ended"] for line in lines]))
     return found | {"cut_off": cut, "tokens": float(np.mean([line["tokens"] for line in lines]))}
+
+
+def powers(samples: int) -> list[int]:
+    """1, 2, 4, … up to the samples, and these themselves."""
+    return sorted({samples, *(2**power for power in range(samples.bit_length()))})
 
 
 def _line(content: dict[str, Any]) -> str:

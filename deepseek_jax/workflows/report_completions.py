@@ -15,7 +15,7 @@ from deepseek_jax.workflows.report_summary import NOTHING
 
 SCRIPT = (Path(__file__).parent / "report_table.js").read_text(encoding="utf-8")
 CHARACTERS = 2400  # of a text: of a longer one the beginning and the end
-ANSWERS = 120  # shown of a file of answers
+ANSWERS = 240  # shown of all that a stage asked for, but 12 of each file at least
 ORDERS = {
     "index": "as they came",
     "-tokens": "longest first",
@@ -67,12 +67,16 @@ def _samples(stage: Stage) -> tuple[int, list[dict[str, Any]]]:
 
 def _answers(stage: Stage) -> Iterable[tuple[int, list[dict[str, Any]]]]:
     """What stages wrote that do nothing but ask: each file of answers."""
-    for path in sorted(stage.folder.glob("*.jsonl")) if stage.name in ("eval", "rejection") else ():
+    if stage.name not in ("eval", "evaluation", "rejection"):
+        return
+    files = [*sorted(stage.folder.glob("*.jsonl")), *sorted(stage.folder.glob("*/*.jsonl"))]
+    for path in files:
+        when = f"{stage.title}, {path.relative_to(stage.folder).with_suffix('')}"
         count = sum("completion" in line for line in each_json_line(path))
-        stride = math.ceil(count / ANSWERS) or 1
+        stride = math.ceil(count / max(12, ANSWERS // len(files))) or 1
         lines = (line for line in each_json_line(path) if "completion" in line)
         shown = itertools.islice(lines, None, None, stride)
-        yield count, [line | {"when": f"{stage.title}, {path.stem}", "rewards": _right(line)} for line in shown]
+        yield count, [line | {"when": when, "rewards": _right(line)} for line in shown]
 
 
 def _right(line: Mapping[str, Any]) -> dict[str, Any]:

@@ -180,7 +180,7 @@ def _step_axis(panels: Sequence[Panel], bottom: float) -> list[str]:
             places = round_ones if len(panels) == 1 else (0, panel.last_step)
             for tick, said in panel.ticks or [(tick, number(tick)) for tick in places]:
                 x = _panel_scale(panels, index)(tick)
-                first, last = tick == 0 and len(panels) > 1, tick == panel.last_step
+                first, last = tick == 0 and bool(len(panels) > 1 or panel.ticks), tick == panel.last_step
                 anchor = "start" if first else "end" if last else "middle"
                 parts.append(_text(x + 2 * first - 2 * last, bottom + 14, said, anchor))
     if any(panel.last_step for panel in panels):

@@ -2,6 +2,7 @@
 
 import html
 from collections.abc import Sequence
+from typing import Any
 
 from deepseek_jax.workflows.report_asked import scores
 from deepseek_jax.workflows.report_cards import change, figure, table
@@ -26,12 +27,13 @@ def overview(stages: Sequence[Stage]) -> Overview:
     nothing to say is left out."""
     starts = [start_of(stage, stages) for stage in stages]
     columns = {
-        "status": [stage.status for stage in stages],
+        "status": [NOTHING if all(stage.result for stage in stages) else stage.status for stage in stages],
         "begins with": [start.title if start else NOTHING for start in starts],
     }
     columns |= {name: [_went(*pair) for pair in pairs] for name, pairs in _accuracies(stages).items()}
     for head, key in (("loss", "ce"), ("reward", "reward"), ("tokens of an answer", "response_length")):
         columns[head] = [change(stage, key).strip(" ()") or NOTHING for stage in stages]
+    columns["came to"] = [_came_to(stage.result) for stage in stages]
     for head, key in (("steps", "steps"), ("time", "seconds")):
         numbers = [stage.number(key) for stage in stages]
         columns[head] = [NOTHING if value is None else NUMBERS[key][1](value) for value in numbers]
@@ -63,6 +65,15 @@ def _went(before: Score, after: Score) -> str:
     if after is None:
         return NOTHING
     return f"{100 * before[0]:.1f} → {show_accuracy(after)}" if before else show_accuracy(after)
+
+
+def _came_to(result: dict[str, Any]) -> str:
+    """The number of a stage that trains no language model."""
+    if "kept" in result:
+        return f"kept {result['kept']:,} of {result.get('answers', 0):,}"
+    if "agreement" in result:
+        return f"agreement {show_accuracy((result['agreement'], result.get('agreement_stderr') or 0.0))}"
+    return NOTHING
 
 
 def series_headline(stages: Sequence[Stage], name: str) -> str:

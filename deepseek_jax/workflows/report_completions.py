@@ -38,10 +38,13 @@ def completions(stages: Sequence[Stage]) -> str:
     body = "".join(_row(index, row) for index, row in enumerate(rows))
     head = "".join(f"<th>{name}</th>" for name in HEADS)
     options = "".join(f'<option value="{value}">{said}</option>' for value, said in ORDERS.items())
-    left = f"{total - len(rows):,} of {total:,} recorded completions are left out, " if total > len(rows) else ""
-    intro = (
-        f"{left}chosen evenly and not by what they earned; the longest are always here. " if left else ""
-    ) + "What is searched for may stand anywhere in a row: a word of a prompt, a step, a reward's name, cut off."
+    some = (
+        f"{len(rows):,} of {total:,} that were written down, chosen evenly over the run and not by what they earned, "
+        f"with the longest; {total - len(rows):,} are left out. "
+    )
+    intro = (some if total > len(rows) else "") + (
+        "What is searched for may stand anywhere in a row: words of a prompt, a step, a reward's name, cut off."
+    )
     form = (
         '<form hidden><input type="search" placeholder="search" aria-label="search completions"> '
         f'<select aria-label="order">{options}</select> <output></output></form>'

@@ -86,6 +86,8 @@ def _y_axis(lines: Sequence[Line], low: float | None, high: float | None):
     values = np.concatenate([points for line in lines for points in line.points])
     bottom = min(values[:, 1] - values[:, 2]) if low is None else low
     top = max(values[:, 1] + values[:, 2], default=1.0) if high is None else high
+    if low is not None and top <= low:
+        top = low + 1
     ticks = _ticks(float(bottom), float(top))
     return ticks, _scale(ticks[0], ticks[-1], HEIGHT - BOTTOM, TOP)
 

@@ -117,7 +117,11 @@ def test_of_many_answers_some_are_shown_and_the_rest_counted(tmp_path):
     assert sorted(line["tokens"] for line in found.shown)[-2:] == [800, 900], "the longest are always there"
     text = write_report(tmp_path).read_text(encoding="utf-8")
     left = 1600 - len(found.shown)
-    assert f"{left:,} of 1,600 recorded completions are left out" in text and len(Table(text).rows) == 1601 - left
+    assert (
+        f"{1600 - left} of 1,600 that were written down" in text
+        and f"; {left:,} are left out" in text
+        and len(Table(text).rows) == 1601 - left
+    )
     assert len(read_rollouts(tmp_path, 10).shown) <= 10 and len(read_rollouts(tmp_path, 5000).shown) == 1600
 
 

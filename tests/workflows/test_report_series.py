@@ -59,9 +59,13 @@ def row(text: str, title: str) -> list[str]:
     return [cell.replace("&nbsp;", " ") for cell in re.findall(r"<td>(.*?)</td>", cells[1])]
 
 
-def test_runs_stand_in_the_order_of_their_time_or_of_the_list(r1):
+def test_runs_stand_in_the_order_of_their_time_or_of_the_recipe_or_of_a_list(r1):
     named = [stage.folder.name for stage in read_stages(r1)]
     assert named == ["base", ODD, "zero", "reasoning", "samples", "helpful", "evaluation"]
+    recipe = ["data", "pretrain", "zero", "sft", "student"]
+    for name in reversed(recipe):
+        write(r1.parent / "plain" / name, "stage")
+    assert [stage.folder.name for stage in read_stages(r1.parent / "plain")] == recipe
     order = ["base", "zero", "reasoning", "student"]
     (r1 / "r1.json").write_text(json.dumps({"stages": order}))
     stages = read_stages(r1)
@@ -90,8 +94,8 @@ def test_before_and_after_each_stage(r1):
     heads = re.findall(r"<th>(.*?)</th>", text[text.index("<h3>Stages</h3>") : text.index("</thead>")])
     assert heads[:4] == ["", "begins with", "sampled accuracy", "maths, pass@1"], "all are finished: no status"
     assert row(text, "Reasoning RL")[1:3] == ["20.0 → 75.0 ± 2.0%", "30.0 → 80.0 ± 5.0%"]
-    assert row(text, "R1-Zero")[:3] == ["Base", "50.0 ± 1.0%", "60.0 ± 5.0%"]
-    assert "kept 100 of 400" in row(text, "Samples") and "agreement 81.2 ± 2.0%" in row(text, "Helpful")
+    assert row(text, "R1-Zero")[:3] == ["base", "50.0 ± 1.0%", "60.0 ± 5.0%"]
+    assert "kept 100 of 400" in row(text, "Samples") and "agreement 81.2 ± 2.0%" in row(text, "Helpfulness")
     card = re.search(r"<h3>Before and after: sampled accuracy</h3>(.*?)</figure>", text, re.S)
     assert card
     dots = re.findall(r'<g style="--c:var\(--(\w+)\)">.*?cx="([\d.]+)" cy="([\d.]+)"', card[1])

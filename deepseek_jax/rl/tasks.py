@@ -42,7 +42,7 @@ Accuracy = Callable[[str, Row], float | None]
 # By name, the modules of the package's tasks.
 TASKS = {name: f"deepseek_jax.rl.{name}" for name in ("arithmetic", "code", "countdown", "gsm8k", "humaneval", "logic")}
 TASKS |= {"maths": "deepseek_jax.rl.mathematics", "choice": "deepseek_jax.rl.multiple_choice"}
-TASKS |= {name: f"deepseek_jax.rl.{name}" for name in ("ifeval", "programs")}
+TASKS |= {name: f"deepseek_jax.rl.{name}" for name in ("ifeval", "mixed", "programs")}
 _ASK_SECONDS = 10.0  # what a call of a user's function may take
 _FILE = re.compile(r"(.+\.py):([^:/]+)")
 # "{{" and "}}" are braces, "{}" is itself (as in \boxed{}), and anything else in braces is a column.
@@ -55,8 +55,8 @@ class TaskConfig:
 
     name: str = "rows"
     """rows, gsm8k, maths, choice, code, programs, humaneval, ifeval, countdown, arithmetic, logic; a preset of one:
-    math, aime, cnmo, gpqa, mmlu, mmlu_pro, livecodebench, codeforces; or file.py:function, from a row to text or
-    messages."""
+    math, aime, cnmo, gpqa, mmlu, mmlu_pro, livecodebench, codeforces; mixed, whose rows name one each in a column
+    `task`; or file.py:function, from a row to text or messages."""
     path: tuple[str, ...] = ()
     """Files of rows, folders of them, quoted globs: .jsonl(.gz|.zst), .parquet; or hf:NAME[:CONFIG]:SPLIT, a dataset of
     the Hugging Face hub."""

@@ -20,6 +20,7 @@ from raw text to answers
   pretrain [RECIPE]      pretraining on documents
   sft [RECIPE]           supervised fine-tuning on chats
   grpo [RECIPE]          reinforcement learning with rule rewards
+  ppo [RECIPE]           the same with a critic, as a comparison
   reward-model [RECIPE]  a model that scores answers, from pairs of a better and a worse one
   report RUN             write RUN/report.html again and print its numbers
   compare RUN RUN ...    several runs side by side: a table and compare.html
@@ -44,6 +45,7 @@ COMMANDS = {
     "pretrain": "stages",
     "sft": "stages",
     "grpo": "stages",
+    "ppo": "stages",
     "reward-model": "stages",
     "report": "report",
     "compare": "report",

@@ -22,6 +22,7 @@ from raw text to answers
   pretrain [RECIPE]      pretraining on documents
   sft [RECIPE]           supervised fine-tuning on chats
   grpo [RECIPE]          reinforcement learning with rule rewards
+  ppo [RECIPE]           the same with a critic, as a comparison
   reward-model [RECIPE]  a model that scores answers, from pairs of a better and a worse one
   rejection [RECIPE]     a model's right and readable answers, as chats for sft
   distill [RECIPE]       a teacher's answers, taught to a student with a tokenizer of its own
@@ -48,6 +49,7 @@ COMMANDS = {
     "pretrain": "stages",
     "sft": "stages",
     "grpo": "stages",
+    "ppo": "stages",
     "r1": "r1",
     "reward-model": "stages",
     "rejection": "stages",

@@ -11,6 +11,7 @@ For token t of answer o_i, with its advantage A and no gradient through sg(·):
     A    = (r_i - mean(r)) / std(r)             rollout.advantage="std": r are the rewards of the prompt's group
            r_i - mean(r)                        "none"
            r_i - mean of the others             "leave_one_out"
+           r_i                                  "return"; PPO's critic then makes A of it (train/ppo.py)
            … + Σ r̃ of steps that end at t on    where a reward is of steps (rl/advantages.py)
     mean = 1/N Σ_i 1/|o_i| Σ_t                  normalise="grpo", over the N answers
            1/N Σ_i 1/max_tokens Σ_t             normalise="dr_grpo": a constant, the sampler's limit
@@ -57,15 +58,17 @@ from deepseek_jax.train.losses import shift
 from deepseek_jax.train.scoring import score_tokens
 from deepseek_jax.typed import check_least, check_types
 
-Scale = Literal["std", "none", "leave_one_out"]
+Scale = Literal["std", "none", "leave_one_out", "return"]
 
 
 def group_advantages(rewards_PG: Float[Array, "P G"], *, scale: Scale = "std") -> Float[Array, "P G"]:
     """What each of a prompt's G answers earned beyond its group; zero for a group whose rewards are all equal.
 
     ``std``: ``(r - mean) / std``, the population's (GRPO); ``none``: ``r - mean`` (Dr. GRPO); ``leave_one_out``: ``r``
-    less the mean of the others, ``G/(G-1) (r - mean)`` (RLOO).
+    less the mean of the others, ``G/(G-1) (r - mean)`` (RLOO); ``return``: ``r``.
     """
+    if scale == "return":
+        return rewards_PG
     centred = rewards_PG - jnp.mean(rewards_PG, axis=1, keepdims=True)
     if scale == "none":
         return centred

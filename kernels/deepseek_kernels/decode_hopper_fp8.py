@@ -17,6 +17,7 @@ from deepseek_kernels.decode_hopper_parts import KEYS, ROWS, SLOTS, Core
 from deepseek_kernels.hopper_tiles import swizzled
 
 _BYTES = plgpu.Layout.WGMMA_UPCAST_2X  # four numbers of a row at a time
+_COLUMNS = 64  # converted at a time: with sums in 128 registers there are some 30 for them
 
 
 class FP8Core(Core):
@@ -30,7 +31,7 @@ class FP8Core(Core):
     def scratch(cls, width: int, values: int, dtype: Any) -> tuple[Any, ...]:
         return (
             *super().scratch(width, values, dtype),
-            plgpu.SMEM((SLOTS, 2, KEYS, values // 2), FP8, transforms=swizzled(BLOCK, FP8)),
+            plgpu.SMEM((SLOTS, 2, KEYS, values // 2), FP8, transforms=swizzled(_COLUMNS, FP8)),
             plgpu.SMEM((SLOTS, values // BLOCK, KEYS), jnp.bfloat16),
             plgpu.Barrier(num_arrivals=2, num_barriers=values // 2 // BLOCK),
         )
@@ -68,12 +69,12 @@ class FP8Core(Core):
         """This half of a block to bfloat16."""
         refs, mine, (raw, scales, converted) = self.refs, jax.lax.axis_index("warpgroup") - 1, self.refs.more
         for k in range(self.half // BLOCK):
-            columns = slice(k * BLOCK, (k + 1) * BLOCK)
-            numbers = plgpu.load(raw.at[slot, mine, :, columns], layout=_BYTES).astype(jnp.float32)
             scale = plgpu.load(scales.at[slot, mine * (self.half // BLOCK) + k], layout=_BYTES.reduce(1))
-            scale = jax.lax.broadcast_in_dim(scale.astype(jnp.float32), numbers.shape, [0])
-            scale = plgpu.layout_cast(scale, _BYTES)
-            refs.ring[0, mine, :, columns] = (numbers * scale).astype(refs.ring.dtype)
+            for start in range(k * BLOCK, (k + 1) * BLOCK, _COLUMNS):
+                columns = slice(start, start + _COLUMNS)
+                numbers = plgpu.load(raw.at[slot, mine, :, columns], layout=_BYTES).astype(jnp.float32)
+                wide = jax.lax.broadcast_in_dim(scale.astype(jnp.float32), numbers.shape, [0])
+                refs.ring[0, mine, :, columns] = (numbers * plgpu.layout_cast(wide, _BYTES)).astype(refs.ring.dtype)
             plgpu.commit_smem()
             plgpu.barrier_arrive(converted.at[k])
 

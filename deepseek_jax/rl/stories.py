@@ -1,7 +1,7 @@
 """Word problems with small numbers: somebody has some things, and in each step gets, loses or shares some.
 
-A row is {"kind": "stories", "steps": size, "prompt": question, "answer": number, "rules": [start, [operation, number], ...]} for the
-task rows: the last number that is said is the answer.
+A row is {"kind": "stories", "steps": size, "prompt": question, "answer": number, "rules": [start, [operation, number],
+...]} for the task rows: the last number that is said is the answer.
 """
 
 from typing import Any

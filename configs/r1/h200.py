@@ -4,8 +4,8 @@
 
 What it reads: data/train.jsonl and data/test.jsonl, rows of the task `maths` (problem, answer); data/rl_mixed.jsonl,
 such rows with {"task": "maths", ...} and others {"task": "rows", "prompt": ..., "answer": null}, for the reward models
-to judge; data/general_sft.jsonl, chats; data/helpful.jsonl and data/harmless.jsonl, judged answers. Sizes are the papers'
-shrunk to a card: answers of 4,096 tokens, 128 of them to an update. Not run yet, so without times and a score.
+to judge; data/general_sft.jsonl, chats; data/helpful.jsonl and data/harmless.jsonl, judged answers. Sizes are the
+papers' shrunk to a card: answers of 4,096 tokens, 128 of them to an update. Not run yet, so without times and a score.
 """
 
 import dataclasses

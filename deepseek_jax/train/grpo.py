@@ -27,8 +27,9 @@ paper                              ``loss.``                                    
 GRPO, outcome: DeepSeekMath 4.1.2  kl_weight=0.04                                   group=64
 GRPO, process: DeepSeekMath 4.1.3  kl_weight=0.04                                   a reward of steps
 GRPO, iterative: its algorithm 1   kl_weight=0.04                                   reference_every, inner_epochs
-R1-Zero: 2501.12948                kl_weight=0.001                                  group=16, minibatches=16,
-                                                                                    reference_every=400
+R1-Zero: 2501.12948                kl_weight=0.001                                  prompts=512, group=16,
+                                                                                    minibatches=16, and every 400
+                                                                                    updates reference_every=25
 R1, first stage                    kl_weight=0.001, clip_low=10, clip_high=10       the same
 Dr. GRPO: 2503.20783               normalise="dr_grpo"                              advantage="none"
 DAPO: 2503.14476                   normalise="dapo", clip_high=0.28                 resample,

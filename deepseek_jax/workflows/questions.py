@@ -64,7 +64,7 @@ class Answers:
         self.asking, self.task = asking, make_task(config)
         self.rows = list(islice(read_rows(config.path), asking.count or None))
         if unanswered:
-            self.rows = [Record({config.answer or "answer": None} | row, where(row)) for row in self.rows]
+            self.rows = [_with_column(row, config.answer or "answer") for row in self.rows]
         check_answerable(self.task, self.rows, config.path, unanswered=unanswered)
         asked = json.dumps([dataclasses.asdict(config), *map(dict, self.rows)], default=str)
         digest = hashlib.sha256(asked.encode()).hexdigest()[:8]
@@ -210,6 +210,12 @@ def figures(lines: Sequence[dict[str, Any]], samples: int, *, votes: bool) -> di
 def powers(samples: int) -> list[int]:
     """1, 2, 4, … up to the samples, and these themselves."""
     return sorted({samples, *(2**power for power in range(samples.bit_length()))})
+
+
+def _with_column(row: Record, name: str) -> Record:
+    """The row, its column null where it has none; of "A|B" one will do."""
+    names = name.split("|")
+    return row if any(one in row for one in names) else Record({**row, names[0]: None}, where(row))
 
 
 def _line(content: dict[str, Any]) -> str:

@@ -114,12 +114,12 @@ class Stage:
             key for line in self.metrics for key, value in line.items() if isinstance(value, int | float)
         )
         counts = ("step", "time", "seconds", "tokens", "tokens_seen", "finite")
-        return [key for key in found if key not in {*counts, *self.drawn} and not key.endswith("_stderr")]
+        return [key for key in found if key not in {*counts, *self.drawn} and not key.endswith(("_stderr", "_of"))]
 
     def evaluations(self) -> list[str]:
-        """The ``eval/...`` that have been logged, in their order, without accuracies and standard errors."""
+        """The ``eval/...`` that have been logged, in their order, without accuracies, standard errors and counts."""
         found = dict.fromkeys(key for line in self.metrics for key in line if key.startswith("eval/"))
-        return [key for key in found if not key.startswith("eval/accuracy_") and not key.endswith("_stderr")]
+        return [key for key in found if not key.startswith("eval/accuracy_") and not key.endswith(("_stderr", "_of"))]
 
     def rewards(self) -> list[str]:
         """The names of the rewards that graded, in their order; see ``Grades.metrics``."""

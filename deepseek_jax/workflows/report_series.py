@@ -2,7 +2,6 @@
 
 import html
 from collections.abc import Sequence
-from typing import Any
 
 from deepseek_jax.workflows.report_asked import scores
 from deepseek_jax.workflows.report_cards import change, figure, table
@@ -13,6 +12,7 @@ from deepseek_jax.workflows.report_summary import (
     NUMBERS,
     accuracy_after,
     accuracy_before,
+    came_to,
     show_accuracy,
     summary_rows,
 )
@@ -33,7 +33,7 @@ def overview(stages: Sequence[Stage]) -> Overview:
     columns |= {name: [_went(*pair) for pair in pairs] for name, pairs in _accuracies(stages).items()}
     for head, key in (("loss", "ce"), ("reward", "reward"), ("tokens of an answer", "response_length")):
         columns[head] = [change(stage, key).strip(" ()") or NOTHING for stage in stages]
-    columns["came to"] = [_came_to(stage.result) for stage in stages]
+    columns["came to"] = [came_to(stage.result) for stage in stages]
     for head, key in (("steps", "steps"), ("time", "seconds")):
         numbers = [stage.number(key) for stage in stages]
         columns[head] = [NOTHING if value is None else NUMBERS[key][1](value) for value in numbers]
@@ -65,15 +65,6 @@ def _went(before: Score, after: Score) -> str:
     if after is None:
         return NOTHING
     return f"{100 * before[0]:.1f} → {show_accuracy(after)}" if before else show_accuracy(after)
-
-
-def _came_to(result: dict[str, Any]) -> str:
-    """The number of a stage that trains no language model."""
-    if "kept" in result:
-        return f"kept {result['kept']:,} of {result.get('answers', 0):,}"
-    if "agreement" in result:
-        return f"agreement {show_accuracy((result['agreement'], result.get('agreement_stderr') or 0.0))}"
-    return NOTHING
 
 
 def series_headline(stages: Sequence[Stage], name: str) -> str:

@@ -82,6 +82,15 @@ def accuracy_before(stage: Stage, start: Stage | None, mode: str) -> tuple[float
     return accuracy_after(start, mode) if start and stage.status != "not started" else None
 
 
+def came_to(result: dict[str, Any]) -> str:
+    """The number of a stage that trains no language model, in words."""
+    if "kept" in result:
+        return f"kept {result['kept']:,} of {result.get('answers', 0):,}"
+    if "agreement" in result:
+        return f"agreement {show_accuracy((result['agreement'], result.get('agreement_stderr') or 0.0))}"
+    return NOTHING
+
+
 def show_accuracy(value: tuple[float, float] | None) -> str:
     return NOTHING if value is None else f"{100 * value[0]:.1f} ± {100 * value[1]:.1f}%"
 

@@ -1,4 +1,4 @@
-"""All stages of R1: what each leaves, what is refused, and an end in each of them, from which the same command goes on."""
+"""All stages of R1: what each leaves, what is refused, and how the same command goes on after an end in each."""
 
 import dataclasses
 import io

@@ -130,6 +130,16 @@ def test_names_of_folders_are_text_and_no_id_comes_twice(r1):
     assert "20.0 → 75.0 ± 2.0%" in printed and "agreement 81.2" in printed
 
 
+def test_a_reward_model_s_own_folder(tmp_path):
+    folder = write(tmp_path / "x", "reward_model", agreement=0.75, agreement_stderr=0.03)
+    line = {"step": 1, "loss": 0.7, "margin": 0.1, "eval/agreement": 0.75, "eval/agreement_stderr": 0.03}
+    (folder / "metrics.jsonl").write_text(json.dumps(line | {"eval/agreement_of": 200.0}) + "\n")
+    text = write_report(folder).read_text(encoding="utf-8")
+    assert '<p class="lead">Agreement 75.0 ± 3.0%.</p>' in text and row(text, "agreement") == ["0.75 ± 0.03"]
+    titles = re.findall(r"<h3>(.*?)</h3>", text)
+    assert titles == ["Summary", "Loss, Reward model", "Agreement, Reward model", "margin, Reward model"]
+
+
 def test_an_evaluation_s_own_folder(tmp_path):
     (tmp_path / "settings.json").write_text("{}")
     (tmp_path / "result.json").write_text(json.dumps({"gsm8k=x.jsonl": figures(0.125)}))

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from deepseek_jax.data.template import opens_thinking
+from deepseek_jax.data.tokenizer import THINK
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
 
@@ -40,8 +41,10 @@ class Thought:
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """What is answered behind `</think>`; ended: by itself, not by the limit."""
+    """text: what is answered behind `</think>`. thought: what stands before that, from `<think>` to `</think>`.
+    ended: by itself, not by the limit."""
 
+    thought: str
     text: str
     tokens: int
     ended: bool
@@ -99,19 +102,19 @@ def conclude(
     end, stop = engine.tokenizer.encode(words.end, allow_special=True), engine.tokenizer.end_think_id
     if stop not in end:
         raise ValueError(f"words.end={words.end!r}: expected a text with </think> in it")
-    prompts, begun = [], []
+    prompts, parts = [], []
     for thought, budget in zip(thoughts, budgets, strict=True):
         ids, own = thought.within(budget)
         closing = [stop] if own else end
         prompts.append([*thought.prompt, *ids, *closing])
-        begun.append(closing[closing.index(stop) + 1 :])
+        behind = closing.index(stop) + 1
+        parts.append(([*ids, *closing[:behind]], closing[behind:]))
     out = jax.device_get(engine.generate_ids(prompts, sampling))
     replies = []
-    for row, first in enumerate(begun):
+    for row, (thinking, first) in enumerate(parts):
         length, ended = int(out.lengths_B[row]), bool(out.stopped_B[row])
         ids = np.asarray(out.tokens_BN[row, : length - ended]).tolist()
-        text = engine.tokenizer.decode([*first, *ids], skip_special_tokens=False)
-        replies.append(Reply(text, length, ended))
+        replies.append(Reply(THINK + engine.decode(thinking), engine.decode([*first, *ids]), length, ended))
     return replies
 
 

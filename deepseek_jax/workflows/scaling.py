@@ -78,9 +78,16 @@ class Thoughts(Answers):
         replies = self._replies(engine, thoughts, part, batch_size)
         for number, ((row, sample), question, thought) in enumerate(zip(part, questions, thoughts, strict=True)):
             own = [replies[number, len(thought.within(budget)[0])] for budget in self.budgets]
-            scores = score_all(self.task.accuracy, [_graded(reply) for reply in own], [question.row] * len(own))
+            texts = [reply.thought + reply.text if reply.ended else "" for reply in own]
+            scores = score_all(self.task.accuracy, texts, [question.row] * len(own))
             answers = [
-                {"budget": budget, "correct": reply.ended and score == 1.0} | dataclasses.asdict(reply)
+                {
+                    "budget": budget,
+                    "completion": reply.text,
+                    "tokens": reply.tokens,
+                    "ended": reply.ended,
+                    "correct": reply.ended and score == 1.0,
+                }
                 for budget, reply, score in zip(self.budgets, own, scores, strict=True)
             ]
             yield {
@@ -128,11 +135,6 @@ class Thoughts(Answers):
     def _shares(self, correct: Sequence[bool]) -> list[float]:
         samples = self.asking.samples
         return [sum(correct[start : start + samples]) / samples for start in range(0, len(correct), samples)]
-
-
-def _graded(reply: Reply) -> str:
-    """As the task reads it: what was thought is none of its business."""
-    return reply.text if reply.ended else ""
 
 
 def scale(

@@ -72,6 +72,7 @@ def test_the_answer_follows_what_a_budget_leaves():
     cut = TEXT.decode(found.ids[:2])
     assert engine.asked[0] == f"?<think>{cut}\n</think>\n\nAnswer: "
     assert engine.asked[1:] == ["?<think>1+1=2</think>"] * 2
+    assert [reply.thought for reply in replies] == [f"<think>{cut}\n</think>", *["<think>1+1=2</think>"] * 2]
     assert [(reply.text, reply.ended) for reply in replies] == [("\n\nAnswer: 4", True), ("4", True), ("4", False)]
     with pytest.raises(ValueError, match="expected a text with </think> in it"):
         conclude(engine, [found], [1], sampling[:1], words=Words(end="so:"))

@@ -1,5 +1,6 @@
 """Curves of accuracy: what is written, that a run goes on, and that each equals what its answers say."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -7,11 +8,12 @@ import pytest
 from model.tiny import weights, whole
 from small import SPEAKER, tokenizer
 
-from deepseek_jax.evals.budget import Words
+from deepseek_jax.evals.budget import Reply, Words
 from deepseek_jax.evals.samples import cons_at_k
 from deepseek_jax.files import read_json_lines
 from deepseek_jax.rl import arithmetic
 from deepseek_jax.rl.tasks import TaskConfig
+from deepseek_jax.workflows import scaling
 from deepseek_jax.workflows.questions import Answers, Asking, ask_questions
 from deepseek_jax.workflows.scaling import Scaling, scale
 
@@ -59,6 +61,24 @@ def test_curves(answers, tmp_path):
     for line in read_json_lines(path):
         assert [answer["budget"] for answer in line["answers"]] == [2, 8]
         assert line["ended"] or line["tokens"] == 8
+
+
+def test_a_thought_that_ended_by_itself_is_right_as_it_is_without_a_budget(answers, tmp_path, monkeypatch):
+    """A task to the letter: what is graded has the thought and its marks."""
+    right = [answers.task.right(row) for row in answers.rows]
+
+    def concluded(engine, thoughts, budgets, sampling, *, words):
+        texts = [reply for _, reply in zip(thoughts, right, strict=True)]
+        return [Reply("<think>x</think>", text, 2, True) for text in texts]
+
+    monkeypatch.setattr(scaling, "conclude", concluded)
+    once = dataclasses.replace(ASKING, samples=1)
+    answers = Answers(TaskConfig(name="arithmetic", path=(str(tmp_path / "problems.jsonl"),)), once)
+    folder = ask_questions(MODEL, [answers], once, tmp_path / "out", batch_size=4)[1]
+    (curve,) = scale(
+        MODEL, [answers], dataclasses.replace(SCALING, budgets=(8,), waits=(0,), majority=False), folder, batch_size=4
+    )
+    assert curve["accuracy"] == [1.0]
 
 
 def test_the_best_by_a_reward(answers, tmp_path):

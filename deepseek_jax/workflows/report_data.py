@@ -109,12 +109,14 @@ class Stage:
         return any(key in line for line in self.metrics for key in keys)
 
     def undrawn(self) -> list[str]:
-        """The scalars that have been logged and nothing has asked for, without what only counts."""
+        """The scalars that have been logged and nothing has asked for, without what only counts or stands in the
+        summary."""
         found = dict.fromkeys(
             key for line in self.metrics for key, value in line.items() if isinstance(value, int | float)
         )
-        counts = ("step", "time", "seconds", "tokens", "tokens_seen", "finite")
-        return [key for key in found if key not in {*counts, *self.drawn} and not key.endswith(("_stderr", "_of"))]
+        shown = {*self.drawn, "step", "time", "seconds", "tokens", "tokens_seen", "finite"}
+        shown |= {"peak_bytes_device", "peak_bytes_process"}
+        return [key for key in found if key not in shown and not key.endswith(("_stderr", "_of"))]
 
     def evaluations(self) -> list[str]:
         """The ``eval/...`` that have been logged, in their order, without accuracies, standard errors and counts."""

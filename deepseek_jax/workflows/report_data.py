@@ -90,15 +90,19 @@ class Stage:
         if key in self.result:
             return self.result[key]
         if key == "tokens_per_second":
-            points = self.points(key)
+            points = self.values(key)
             return float(np.median(points[:, 1])) if len(points) else None
         logged = [line[name] for line in self.metrics for name in (f"eval/{key}", key) if name in line]
         return logged[-1] if logged else None
 
     def points(self, key: str, scale: float = 1.0, *, over: str = "step") -> np.ndarray:
+        """`values` to be drawn."""
+        self.drawn.add(key)
+        return self.values(key, scale, over=over)
+
+    def values(self, key: str, scale: float = 1.0, *, over: str = "step") -> np.ndarray:
         """(points, 3): step (or what else of a line is named), value, standard error of a logged scalar, non-finite
         values left out."""
-        self.drawn.add(key)
         lines = [line for line in self.metrics if key in line and over in line]
         rows = [(line[over], line[key], line.get(f"{key}_stderr", 0.0)) for line in lines]
         points = np.array(rows, np.float64).reshape(-1, 3) * (1.0, scale, scale)

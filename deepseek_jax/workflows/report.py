@@ -97,7 +97,8 @@ def _own_sections(stage: Stage, name: str) -> list[str]:
 
 
 def _series_sections(stages: Sequence[Stage], name: str) -> list[str]:
-    return [series_headline(stages, name), *_folded(stages), sample_pairs(stages)]
+    samples = sample_pairs(stages) if any(stage.samples for stage in stages) else ""
+    return [series_headline(stages, name), *_folded(stages), samples]
 
 
 def _parts(stage: Stage) -> list[str]:

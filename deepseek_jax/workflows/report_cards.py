@@ -46,7 +46,7 @@ def panels(stages: Sequence[Stage]) -> list[Panel]:
 
 def change(stage: Stage, key: str, scale: float = 1.0) -> str:
     """ " (6.2 → 2.1)": means over the first and last twentieth of the logged values."""
-    values = stage.points(key, scale)[:, 1]
+    values = stage.values(key, scale)[:, 1]
     if len(values) < 2:
         return ""
     part = max(1, len(values) // 20)

@@ -90,15 +90,19 @@ class Stage:
         if key in self.result:
             return self.result[key]
         if key == "tokens_per_second":
-            points = self.points(key)
+            points = self.values(key)
             return float(np.median(points[:, 1])) if len(points) else None
         logged = [line[name] for line in self.metrics for name in (f"eval/{key}", key) if name in line]
         return logged[-1] if logged else None
 
     def points(self, key: str, scale: float = 1.0, *, over: str = "step") -> np.ndarray:
+        """`values` to be drawn."""
+        self.drawn.add(key)
+        return self.values(key, scale, over=over)
+
+    def values(self, key: str, scale: float = 1.0, *, over: str = "step") -> np.ndarray:
         """(points, 3): step (or what else of a line is named), value, standard error of a logged scalar, non-finite
         values left out."""
-        self.drawn.add(key)
         lines = [line for line in self.metrics if key in line and over in line]
         rows = [(line[over], line[key], line.get(f"{key}_stderr", 0.0)) for line in lines]
         points = np.array(rows, np.float64).reshape(-1, 3) * (1.0, scale, scale)
@@ -109,12 +113,14 @@ class Stage:
         return any(key in line for line in self.metrics for key in keys)
 
     def undrawn(self) -> list[str]:
-        """The scalars that have been logged and nothing has asked for, without what only counts."""
+        """The scalars that have been logged and nothing has asked for, without what only counts or stands in the
+        summary."""
         found = dict.fromkeys(
             key for line in self.metrics for key, value in line.items() if isinstance(value, int | float)
         )
-        counts = ("step", "time", "seconds", "tokens", "tokens_seen", "finite")
-        return [key for key in found if key not in {*counts, *self.drawn} and not key.endswith(("_stderr", "_of"))]
+        shown = {*self.drawn, "step", "time", "seconds", "tokens", "tokens_seen", "finite"}
+        shown |= {"peak_bytes_device", "peak_bytes_process"}
+        return [key for key in found if key not in shown and not key.endswith(("_stderr", "_of"))]
 
     def evaluations(self) -> list[str]:
         """The ``eval/...`` that have been logged, in their order, without accuracies, standard errors and counts."""

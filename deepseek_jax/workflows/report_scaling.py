@@ -1,5 +1,6 @@
 """The report's section on test-time scaling: accuracy against what an answer may cost."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -11,15 +12,16 @@ from deepseek_jax.workflows.report_cards import figure, section
 from deepseek_jax.workflows.report_data import SCALING, Stage
 from deepseek_jax.workflows.report_figures import Line, Panel, line_chart, number
 
-CHARTS = (  # of a task: title, axis, meaning, and the kinds of curve in it with name and colour
-    ("Thinking budget", "tokens of thinking", "by how long a thought may get", {"budget": ("budget", "blue")}),
+CHARTS = (  # of a task: title, axis, meaning, and the kinds of curve in it by name
+    ("Thinking budget", "tokens of thinking", "by how long a thought may get", {"budget": "budget"}),
     (
         "Several answers",
         "answers to a question",
-        "by the number of answers from which the most frequent, or a reward model's best, is taken",
-        {"majority": ("majority vote", "green"), "best_of": ("best of n", "purple")},
+        "by the number of answers from which the most frequent, or a reward's best, is taken",
+        {"majority": "majority vote", "best_of": "best of n"},
     ),
 )
+COLOURS = ("blue", "purple", "green", "orange", "gold", "slate")
 
 
 def scaling(stages: Sequence[Stage]) -> str:
@@ -47,12 +49,12 @@ def _chart(task: str, curves: Sequence[dict[str, Any]], title: str, axis: str, t
     places = sorted({x for curve in curves for x in curve["x"] if x > 0})
     first, last = math.log2(places[0]), math.log2(places[-1])
     lines = []
-    for curve in curves:
+    for curve, colour in zip(curves, itertools.cycle(COLOURS), strict=False):
         rows = zip(curve["x"], curve["accuracy"], curve["stderr"], strict=True)
-        # A count that is no number (a single question has no standard error) is a point without a bar.
-        points = [(math.log2(x) - first, 100 * y, 100 * (e if e and math.isfinite(e) else 0)) for x, y, e in rows if x]
-        name, colour = kinds[curve["kind"]]
-        lines.append(Line(name, colour, [np.array(sorted(points), np.float64).reshape(-1, 3)]))
+        # A single question has no standard error: a point without a bar.
+        points = [(math.log2(x) - first, 100 * y, 100 * (e or 0.0)) for x, y, e in rows if x and y is not None]
+        name = ", ".join(filter(None, (kinds[curve["kind"]], curve.get("label"))))
+        lines.append(Line(name, colour, [np.nan_to_num(np.array(sorted(points), np.float64).reshape(-1, 3))]))
     stride = math.ceil(len(places) / 6)
     ticks = tuple((math.log2(x) - first, number(x)) for x in places[::stride])
     panel = Panel("", max(last - first, 1e-9), axis, ticks)

@@ -31,7 +31,7 @@ def overview(stages: Sequence[Stage]) -> Overview:
         "begins with": [start.title if start else NOTHING for start in starts],
     }
     columns |= {name: [_went(*pair) for pair in pairs] for name, pairs in _accuracies(stages).items()}
-    for head, key in (("loss", "ce"), ("reward", "reward"), ("tokens of an answer", "response_length")):
+    for head, key in (("loss", "ce"), ("reward", "reward"), ("answer length", "response_length")):
         columns[head] = [change(stage, key).strip(" ()") or NOTHING for stage in stages]
     columns["came to"] = [came_to(stage.result) for stage in stages]
     for head, key in (("steps", "steps"), ("time", "seconds")):

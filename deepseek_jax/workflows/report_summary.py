@@ -76,7 +76,7 @@ def accuracy_after(stage: Stage, mode: str) -> tuple[float, float] | None:
 
 def accuracy_before(stage: Stage, start: Stage | None, mode: str) -> tuple[float, float] | None:
     """A stage's own evaluation at step 0, or else what the one that it began with ended with."""
-    points = stage.points(f"eval/accuracy_{mode}")
+    points = stage.values(f"eval/accuracy_{mode}")
     if len(points) and points[0, 0] == 0:
         return float(points[0, 1]), float(points[0, 2])
     return accuracy_after(start, mode) if start and stage.status != "not started" else None

@@ -20,6 +20,8 @@ for (const box of document.querySelectorAll(".completions")) {
     const by = compare(order.value);
     body.append(...rows.map(({row}) => row).sort((a, b) => by(a.dataset, b.dataset)));
   };
-  box.querySelector("form").hidden = false;
+  const form = box.querySelector("form");
+  form.onsubmit = () => false;  // Enter would load the page again
+  form.hidden = false;
   show();
 }

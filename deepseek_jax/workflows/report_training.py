@@ -17,7 +17,7 @@ def losses(stages: Sequence[Stage]) -> str:
     for stage in stages:
         if not stage.reinforced:
             charts.append(_loss_chart(stage))
-        names = stage.evaluations() or ["eval/bits_per_byte"] * (stage.name == "pretrain")
+        names = stage.evaluations() or ["eval/bits_per_byte"] * (stage.name == "pretrain" and not stage.result)
         charts += [_held_out_chart(stage, name) for name in names]
     return section("losses", "Losses", "Bold lines are moving averages of the faint ones.", charts)
 

@@ -145,11 +145,13 @@ def test_an_evaluation_s_own_folder(tmp_path):
     (tmp_path / "result.json").write_text(json.dumps({"gsm8k=x.jsonl": figures(0.125)}))
     curve = {"task": "<gsm8k>", "x": [1, 2, 8], "accuracy": [0.25, 0.5, 1.0], "stderr": [0.0, 0.1, None]}
     curves = [curve | {"kind": kind} for kind in ("budget", "majority", "best_of")]
+    curves.append(curves[0] | {"label": "Wait, 2 times at most"})
     (tmp_path / "scaling.json").write_text(json.dumps({"curves": curves}))
     text = write_report(tmp_path).read_text(encoding="utf-8")
     assert row(text, "gsm8k=x.jsonl")[1] == "12.5 ± 5.0%"
     card = re.search(r"<h3>Several answers, &lt;gsm8k&gt;</h3>(.*?)</figure>", text, re.S)
     assert card and "majority vote" in card[1] and "best of n" in card[1]
+    assert "budget, Wait, 2 times at most" in text
     x = [float(place) for place in re.findall(r'class="dot" cx="([\d.]+)"', card[1])][:3]
     assert (x[1] - x[0]) * 2 == pytest.approx(x[2] - x[1], abs=0.2), "1, 2 and 8 on a logarithmic axis"
     assert re.findall(r">(1|2|8)</text>", card[1]) == ["1", "2", "8"]

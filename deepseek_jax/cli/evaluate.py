@@ -116,6 +116,8 @@ def _shares(figures: dict[str, float]) -> str:
         told[0] += f" ({100 * figures['low']:.1f} to {100 * figures['high']:.1f})"
     told += [f"{name} {figures[name]:.4g}" for name in ("instructions", "rating", "rating_stderr") if name in figures]
     asked = f"{figures['questions']:,} questions × {figures['samples']}"
+    if figures.get("skipped"):
+        asked += f", {figures['skipped']:,} rows skipped"
     return f"{'   '.join(told)}   {asked}, {100 * figures['cut_off']:.0f} % cut off, {figures['tokens']:.0f} tokens"
 
 

@@ -50,7 +50,8 @@ def answer(
 
 
 def accuracy(answered: Sequence[Answered]) -> tuple[float, float]:
-    """Share of right answers and its standard error, ``sqrt(p (1 - p) / n)``."""
+    """Share of right answers and its standard error, ``sqrt(p (1 - p) / n)``: 0 of none or all, whose uncertainty
+    ``samples.wilson`` tells."""
     p = float(np.mean([item.correct for item in answered]))
     return p, float(np.sqrt(p * (1 - p) / len(answered)))
 

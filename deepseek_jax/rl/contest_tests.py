@@ -18,6 +18,11 @@ from deepseek_jax.rl.code_reward import SECONDS, Pair, UnitTests
 from deepseek_jax.rl.tasks import Row, column
 
 _MOST = 1 << 30  # bytes that hidden tests unpack to
+_OTHERWISE = {
+    "generated_checker": "its answers are judged by a program of its own",
+    "interaction_format": "a program has to talk with it",
+    "input_mode": "it is not read from standard input",
+}
 _STRINGS = ("SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8")
 _AROUND = ("PROTO", "FRAME", "MEMOIZE", "BINPUT", "LONG_BINPUT", "STOP")
 # What solutions to functions take for given.
@@ -37,10 +42,12 @@ for _given, _expected in json.loads({pairs!r}):
 def read_contest_tests(row: Row, names: Sequence[str]) -> UnitTests | None:
     """The tests of all these columns; None where there are none. ValueError says what is wrong with them.
 
-    `time_limit` is in seconds, also as {"seconds", "nanos"}; a row whose answers need a checker of its own is refused.
+    `time_limit` is in seconds, also as {"seconds", "nanos"}. A problem whose answers a program of its own judges, with
+    which one has to talk, or that reads files is refused.
     """
-    if row.get("generated_checker"):
-        raise ValueError('its answers are judged by a program ("generated_checker"), which is not run here')
+    for name, what in _OTHERWISE.items():
+        if row.get(name) and row[name] != "stdio":
+            raise ValueError(f'{what} ("{name}"): that is not done here')
     seconds = _seconds(row.get("time_limit"))
     pairs = [pair for name in names for pair in _pairs(column(row, name), name)]
     if not pairs:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -20,11 +21,13 @@ from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.rl.asking import Question, ask
 from deepseek_jax.rl.conversing import converse
-from deepseek_jax.rl.tasks import TaskConfig, make_task, score_all, where
+from deepseek_jax.rl.tasks import Row, TaskConfig, make_task, score_all, where
 from deepseek_jax.saying import doing
 from deepseek_jax.train.reference import fingerprint
 from deepseek_jax.typed import check_least, check_types
 from deepseek_jax.workflows.task_eval import check_answerable
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +46,8 @@ class Asking:
     """The first so many questions of each task; 0: all."""
     seed: int = 0
     """Of the draws."""
+    skip_unusable: bool = False
+    """Leave out rows that the task cannot ask or grade, and count them, where the first is an error else."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -59,16 +64,29 @@ class Answers:
     """
 
     def __init__(self, config: TaskConfig, asking: Asking, *, unanswered: bool = False):
-        """ValueError for rows that cannot be asked or, unless ``unanswered``, have no answer."""
+        """ValueError for no rows, and unless they are skipped for rows that cannot be asked or, unless ``unanswered``,
+        have no answer."""
         self.name = f"{config.name}={','.join(config.path)}"
         self.asking, self.task = asking, make_task(config)
-        self.rows = list(islice(read_rows(config.path), asking.count or None))
-        if unanswered:
-            self.rows = [_with_column(row, config.answer or "answer") for row in self.rows]
+        self.skipped = 0
+        self.rows = list(islice(self._usable(config, unanswered), asking.count or None))
         check_answerable(self.task, self.rows, config.path, unanswered=unanswered)
         asked = json.dumps([dataclasses.asdict(config), *map(dict, self.rows)], default=str)
         digest = hashlib.sha256(asked.encode()).hexdigest()[:8]
         self.file = f"{Path(config.name.partition(':')[0]).stem}-{digest}.jsonl"
+
+    def _usable(self, config: TaskConfig, unanswered: bool) -> Iterator[Row]:
+        for row in read_rows(config.path):
+            if unanswered:
+                row = _with_column(row, config.answer or "answer")
+            if self.asking.skip_unusable:
+                try:
+                    check_answerable(self.task, [row], config.path, unanswered=unanswered)
+                except ValueError as error:
+                    logger.log(logging.DEBUG if self.skipped else logging.WARNING, "%s; skipped, as all such", error)
+                    self.skipped += 1
+                    continue
+            yield row
 
     def complete(self, engine: Engine, folder: Path, batch_size: int) -> list[dict[str, Any]]:
         """Ask what has not been answered yet; all answers, ordered by question and sample."""
@@ -158,6 +176,8 @@ def ask_questions(
         lines = answers.complete(engine, folder, batch_size)
         found[answers.name] = figures(lines, asking.samples, votes=answers.task.said is not None)
         found[answers.name] |= answers.further_figures(lines)
+        if asking.skip_unusable:
+            found[answers.name]["skipped"] = answers.skipped
         write_json(folder / "result.json", read_json_object(folder / "result.json") | found)
     return found, folder
 

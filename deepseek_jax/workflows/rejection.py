@@ -137,7 +137,9 @@ def _sampled(config: RejectionConfig, answers: Answers, lines: Sequence[dict[str
     open_ones = [index for index, line in enumerate(lines) if line["correct"] is None]
     scores: dict[int, float | None] = {}
     if config.judge and open_ones:
-        with doing(f"judging {len(open_ones):,} answers"), Grader(config.judge, task=answers.task) as grader:
+        devices: dict[str, Any] = {"compute": config.compute, "mesh": make_mesh(config.mesh)}
+        judge = Grader(config.judge, task=answers.task, **devices)
+        with doing(f"judging {len(open_ones):,} answers"), judge as grader:
             for start in range(0, len(open_ones), config.batch_size):
                 part = open_ones[start : start + config.batch_size]
                 texts, ended = ([lines[index][name] for index in part] for name in ("completion", "ended"))

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from deepseek_jax.checkpoint.model import Model
 from deepseek_jax.evals.budget import Reply, Thought, Words, conclude, think
 from deepseek_jax.evals.samples import best_shares, cons_shares, mean_and_error
@@ -39,7 +41,8 @@ class Scaling:
     majority: bool = False
     """Majority votes of 1, 2, 4, … of the samples."""
     best_of: str = ""
-    """A reward, NAME or file.py:function as in --reward: of 1, 2, 4, … samples the one that it ranks highest."""
+    """A reward, named as in --reward (of a reward model, model:PATH:always): of 1, 2, 4, … samples the one that it
+    ranks highest."""
     words: Words = Words()
 
     def __post_init__(self) -> None:
@@ -62,7 +65,9 @@ class Thoughts(Answers):
     """
 
     def __init__(self, answers: Answers, scaling: Scaling, waits: int):
-        """answers: whose rows have been read and checked."""
+        """answers: whose rows have been read and checked. ValueError where the task has tools."""
+        if answers.task.tools is not None:
+            raise ValueError("scaling.budgets: a thought with tools cannot be cut; leave task.tools empty")
         self.name, self.asking, self.task, self.rows = answers.name, answers.asking, answers.task, answers.rows
         self.scaling, self.waits = scaling, waits
         self.budgets = sorted(set(scaling.budgets))
@@ -176,7 +181,9 @@ def _scores(answers: Answers, reward: str, lines: Sequence[dict[str, Any]]) -> l
     rows = [answers.rows[line["question"]] for line in lines]
     with Grader((reward,), task=answers.task) as grader:
         grades = grader.grade([line["completion"] for line in lines], rows, ended=[line["ended"] for line in lines])
-    (scores,) = grades.rewards.values()
+    ((name, scores),) = grades.rewards.items()
+    if np.isnan(scores).all():
+        raise ValueError(f"scaling.best_of={reward!r}: {name} has no score for any answer of {answers.name}")
     return [float(score) for score in scores]
 
 
@@ -212,7 +219,7 @@ def draw(curves: Sequence[dict[str, Any]], path: Path) -> None:
         axes.minorticks_off()
         axes.set_xlabel(_AXES[kind])
         axes.set_ylabel("right answers, %")
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.35 * max(axes.get_ylim()[1], 1e-3))  # with room for the legend
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
     figure.savefig(path, dpi=150)

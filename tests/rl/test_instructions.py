@@ -168,6 +168,16 @@ def test_any_reply_is_judged(text, case):
     assert follows(text, *case) in (True, False)
 
 
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    "unit", ["<<", "**", "*a", "[", ".", "A. ", "a.", "```", "```json ", " ", "\n-", '"', "P.", "A-", "\n\n"]
+)
+def test_a_long_reply_is_judged_at_once(unit):
+    for text in (unit * 60_000, f"```{unit * 60_000}x", f"<<{unit * 60_000}x"):
+        for instruction, arguments, *_ in CASES[:-1]:
+            follows(text, instruction, arguments)
+
+
 def test_sentences():
     told = {
         "": 0,

@@ -40,6 +40,8 @@ CODEFORCES = {
     "examples": [{"input": "1 2\n", "output": "3\n"}],
     "official_tests": [{"input": "5 5\n", "output": "10\n"}],
     "time_limit": 2.0,
+    "input_mode": "stdio",
+    "generated_checker": None,
     "rating": 800,
 }
 CONTESTS = {
@@ -101,7 +103,9 @@ def test_each_test_once_and_its_time():
         ({"private_test_cases": {"input": ["1"], "output": []}}, "as many inputs as outputs"),
         ({"private_test_cases": pairs(("1", "2"), kind="functional")}, "kinds functional, stdin; expected"),
         ({"public_test_cases": None, "private_test_cases": FUNCTION["public_test_cases"]}, '"metadata" names none: {}'),
-        ({"generated_checker": "def check(): ..."}, "judged by a program"),
+        ({"generated_checker": "def check(): ..."}, "judged by a program of its own"),
+        ({"interaction_format": "Ask."}, r'talk with it \("interaction_format"\): that is not done here'),
+        ({"input_mode": "file"}, "not read from standard input"),
         ({"time_limit": "1 s"}, "\"time_limit\" is '1 s'; it must be seconds"),
     ],
 )

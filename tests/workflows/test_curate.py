@@ -31,6 +31,7 @@ def files(tmp_path: Path) -> dict[str, tuple[str, ...]]:
     answers = [
         {"row": f"{data}:{line}", "correct": bool(right)} for line, pair in enumerate(rates, 1) for right in pair
     ]
+    answers.append({"row": f"{data}:6", "correct": None})
     exam = write(tmp_path / "exam.jsonl", [{"problem": LONG, "answer": "fair and fine"}, {"problem": "too short"}])
     return {"data": (data,), "answers": (write(tmp_path / "said.jsonl", answers),), "against": (exam,)}
 

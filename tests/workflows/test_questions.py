@@ -65,6 +65,26 @@ def test_wrong_answers_vote_by_what_the_grader_reads(tmp_path):
     assert "cons@16" not in figures(lines, 16, votes=False)
 
 
+def test_rows_that_cannot_be_used_are_skipped_where_that_is_said(tmp_path, caplog):
+    (tmp_path / "rows.jsonl").write_text(
+        '{"prompt": "1+1=", "answer": "2"}\n{"prompt": "1+2="}\n{"prompt": 3, "answer": 3}\n'
+        '{"prompt": "2+2=", "answer": 4}\n'
+    )
+    config = TaskConfig(path=(str(tmp_path / "rows.jsonl"),))
+    asking = Asking(samples=1, max_tokens=4, skip_unusable=True)
+    answers = Answers(config, asking)
+    found, folder = ask_questions(MODEL, [answers], asking, tmp_path / "out", batch_size=2)
+    found = found[answers.name]
+    assert (found["questions"], found["skipped"]) == (2, 2)
+    assert [line["row"].rpartition(":")[2] for line in read_json_lines(folder / answers.file)] == ["1", "4"]
+    assert caplog.text.count("skipped, as all such") == 1 and 'rows.jsonl:2: no column "answer"' in caplog.text
+    with pytest.raises(ValueError, match="rows.jsonl:3"):
+        Answers(config, Asking())
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1+2="}\n')
+    with pytest.raises(ValueError, match="no rows to ask"):
+        Answers(config, asking)
+
+
 def test_what_does_not_fit_is_refused(task, tmp_path):
     once = Asking(samples=1, count=1, max_tokens=4)
     ask_questions(MODEL, [Answers(task, once)], once, tmp_path / "out", batch_size=1)

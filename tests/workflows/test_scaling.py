@@ -40,7 +40,6 @@ def rewritten(path) -> None:
 def test_curves(answers, tmp_path):
     folder = ask_questions(MODEL, [answers], ASKING, tmp_path / "out", batch_size=4)[1]
     rewritten(folder / answers.file)
-    (tmp_path / "mine.py").write_text("def score(completion, row): return float(len(completion))\n")
     curves = scale(MODEL, [answers], SCALING, folder, batch_size=4)
     assert json.loads((folder / "scaling.json").read_text()) == {"curves": curves}
     majority, cut, waited = curves
@@ -95,6 +94,9 @@ def test_the_best_by_a_reward(answers, tmp_path):
     spec = f"{tmp_path / 'mine.py'}:score"
     (curve,) = scale(MODEL, [answers], Scaling(best_of=spec), folder, batch_size=4)
     assert curve["accuracy"] == pytest.approx([2 / 12, 0, 0]) and curve["label"] == spec
+    (tmp_path / "mine.py").write_text("def score(completion, row): return None\n")
+    with pytest.raises(ValueError, match=r"mine\.score has no score for any answer of arithmetic="):
+        scale(MODEL, [answers], Scaling(best_of=spec), folder, batch_size=4)
 
 
 @pytest.mark.parametrize(

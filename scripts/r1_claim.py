@@ -38,9 +38,8 @@ def main() -> None:
     for run in map(Path, options.runs):
         recipe = load_recipe(options.recipe, R1Config)
         seed = read_json_object(run / "zero" / "config.json")["recipe"]["seed"] - recipe.zero.seed
-        links = {
-            link.name: link.config for link in make_links(dataclasses.replace(recipe, run_dir=str(run), seed=seed))
-        }
+        whole = dataclasses.replace(recipe, run_dir=str(run), seed=seed)
+        links = {link.name: link.config for link in make_links(whole)}
         budget = distilled_flops(run)
         cells = [shown(run / "student_base", links, template=True), shown(run / "student", links)]
         cells.append(f"{budget / 1e12:.2f}")

@@ -18,16 +18,18 @@ def is_released(path: str | Path) -> bool:
 
 
 def find_model(path: str | Path) -> Path:
-    """The folder that holds the model which ``path`` names: itself, or of a demo the last stage that has one.
+    """The folder that holds the model which ``path`` names: itself, or of a demo the last stage that has one; not of a
+    folder that holds other runs too.
 
     FileNotFoundError says what is there instead, and what to do about it.
     """
     folder = expanded(path)
-    if is_released(folder):
+    if is_released(folder) or checkpoint_steps(folder / CHECKPOINTS):
         return folder
-    for candidate in (folder, *(folder / stage for stage in STAGES)):
-        if checkpoint_steps(candidate / CHECKPOINTS):
-            return candidate
+    within = folder.iterdir() if folder.is_dir() else ()
+    runs = {each.name for each in within if checkpoint_steps(each / CHECKPOINTS)}
+    if runs and runs <= {*STAGES}:
+        return folder / next(stage for stage in STAGES if stage in runs)
     raise FileNotFoundError(f"{path} {_instead(folder)}")
 
 
@@ -86,10 +88,10 @@ def _instead(path: Path) -> str:
         )
     if ".gguf" in held:
         return "holds GGUF files, llama.cpp's own format: give the folder of safetensors that they were made from"
-    if {"metrics.jsonl", CHECKPOINTS, *STAGES} & {*names}:
-        return "holds a run that has saved no checkpoint yet: go on with it, or give another"
     if models := [name for name in names if is_released(path / name) or checkpoint_steps(path / name / CHECKPOINTS)]:
         return f"holds models in folders of their own: give one of them, {_list(models)}"
+    if {"metrics.jsonl", CHECKPOINTS, *STAGES} & {*names}:
+        return "holds a run that has saved no checkpoint yet: go on with it, or give another"
     if "config.json" in names:
         return "holds config.json and no safetensors: the weights are missing, as after a download that was cut off"
     if not names:

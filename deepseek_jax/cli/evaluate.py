@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -17,6 +17,7 @@ from deepseek_jax.rl.tasks import TaskConfig
 from deepseek_jax.saying import doing, terminal
 from deepseek_jax.typed import check_least, check_types
 from deepseek_jax.workflows.questions import Answers, Asking, ask_questions
+from deepseek_jax.workflows.scaling import Scaling, scale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,8 @@ class _Eval:
     ask: Annotated[Asking, tyro.conf.arg(name="")] = Asking()
     task: TaskConfig = TaskConfig()
     """Columns and wording, of all tasks."""
+    scaling: Scaling = Scaling()
+    """Accuracy against tokens of thinking and samples, in scaling.json and scaling.png."""
     out: str = ""
     """The folder for answers, a JSON line each, and result.json; by default one in runs/eval. The same command goes on
     where it was cut off."""
@@ -99,15 +102,27 @@ def _ask(options: _Eval, model: Model, answers: list[Answers]) -> None:
     found, folder = ask_questions(model, answers, options.ask, options.out, batch_size=options.batch_size)
     for name, figures in found.items():
         terminal().print(f"{name}  {_shares(figures)}", soft_wrap=True)
+    if options.scaling.wanted:
+        for curve in scale(model, answers, options.scaling, folder, batch_size=options.batch_size):
+            terminal().print(_curved(curve), soft_wrap=True)
     terminal().print(f"answers: {folder}", soft_wrap=True)
 
 
 def _shares(figures: dict[str, float]) -> str:
     told = [f"{name} {100 * share:.1f} %" for name, share in figures.items() if "@" in name]
-    if figures["questions"] > 1:
+    if figures["stderr"] > 0:
         told[0] += f" ± {100 * figures['stderr']:.1f}"
+    else:  # one question, or all alike, which a standard error makes too much of
+        told[0] += f" ({100 * figures['low']:.1f} to {100 * figures['high']:.1f})"
+    told += [f"{name} {figures[name]:.4g}" for name in ("instructions", "rating", "rating_stderr") if name in figures]
     asked = f"{figures['questions']:,} questions × {figures['samples']}"
     return f"{'   '.join(told)}   {asked}, {100 * figures['cut_off']:.0f} % cut off, {figures['tokens']:.0f} tokens"
+
+
+def _curved(curve: dict[str, Any]) -> str:
+    points = zip(curve["x"], curve["accuracy"], curve["stderr"], strict=True)
+    told = "   ".join(f"{x:,}: {100 * share:.1f} % ± {100 * error:.1f}" for x, share, error in points)
+    return f"{curve['task']}  {curve['kind']}{', ' if 'label' in curve else ''}{curve.get('label', '')}  {told}"
 
 
 def _told(score: Score) -> str:

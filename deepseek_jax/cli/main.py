@@ -18,9 +18,11 @@ from raw text to answers
   corpus [RECIPE]        text, problems and tokenizer of the demo
   tokenizer train FILES  a tokenizer of one's own; tokenizer inspect DIR shows one
   puzzles OUT.jsonl      logic puzzles for grpo, generated
+  curate OUT.jsonl       rows by pass rate, without what they share with evaluation sets
   pretrain [RECIPE]      pretraining on documents
   sft [RECIPE]           supervised fine-tuning on chats
   grpo [RECIPE]          reinforcement learning with rule rewards
+  ppo [RECIPE]           the same with a critic, as a comparison
   reward-model [RECIPE]  a model that scores answers, from pairs of a better and a worse one
   rejection [RECIPE]     a model's right and readable answers, as chats for sft
   distill [RECIPE]       a teacher's answers, taught to a student with a tokenizer of its own
@@ -47,6 +49,7 @@ COMMANDS = {
     "pretrain": "stages",
     "sft": "stages",
     "grpo": "stages",
+    "ppo": "stages",
     "r1": "r1",
     "reward-model": "stages",
     "rejection": "stages",
@@ -55,6 +58,7 @@ COMMANDS = {
     "compare": "report",
     "tokenizer": "tokenizer",
     "puzzles": "puzzles",
+    "curate": "curate",
     "generate": "talk",
     "chat": "chat",
     "eval": "evaluate",

@@ -1,4 +1,4 @@
-"""``puzzles``: logic puzzles as rows for the task logic."""
+"""``puzzles``: generated questions, as rows for the tasks logic and rows."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,14 +12,15 @@ from deepseek_jax.saying import terminal
 
 @dataclasses.dataclass(frozen=True)
 class _Puzzles:
-    """Write different logic puzzles, each with one solution, as rows of the task logic, which `grpo logic` asks."""
+    """Write different puzzles, each with one solution: rows of the task logic, which `grpo logic` asks; or stories,
+    word problems that `grpo stories` asks."""
 
     out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT.jsonl")]
     """The file to write; it must not exist."""
-    kind: Literal["knights", "grid"] = "knights"
-    """Knights and knaves, or things in houses."""
+    kind: Literal["knights", "grid", "stories"] = "knights"
+    """Knights and knaves, things in houses, or word problems."""
     size: int = 3
-    """People (2 to 8) or houses (2 to 4)."""
+    """People (2 to 8), houses (2 to 4) or steps (1 to 5)."""
     count: int = 1000
     """Puzzles."""
     seed: int = 0

@@ -9,6 +9,7 @@ import tyro
 from deepseek_jax.saying import terminal
 from deepseek_jax.workflows.distill import DistillConfig, distill
 from deepseek_jax.workflows.grpo import GRPOConfig, grpo
+from deepseek_jax.workflows.ppo import PPOConfig, ppo
 from deepseek_jax.workflows.pretrain import PretrainConfig, pretrain
 from deepseek_jax.workflows.recipe import load_recipe
 from deepseek_jax.workflows.rejection import KEPT, RejectionConfig, rejection
@@ -76,6 +77,11 @@ def run_sft(arguments: Sequence[str]) -> None:
 def run_grpo(arguments: Sequence[str]) -> None:
     config = parse_recipe("grpo", GRPOConfig, arguments, emptied={"reward": (), "ignore_config": ()})
     _finish(config.run_dir, grpo(config))
+
+
+def run_ppo(arguments: Sequence[str]) -> None:
+    config = parse_recipe("ppo", PPOConfig, arguments, emptied={"reward": (), "ignore_config": ()})
+    _finish(config.run_dir, ppo(config))
 
 
 def run_reward_model(arguments: Sequence[str]) -> None:

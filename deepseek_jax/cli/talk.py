@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import jax
 import tyro
 
-from deepseek_jax.checkpoint.finding import find_model
+from deepseek_jax.checkpoint.finding import described, expanded, find_model
 from deepseek_jax.checkpoint.model import load
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.data.chat import encode_prompt, prompt_opens_thinking
@@ -16,6 +16,7 @@ from deepseek_jax.data.chat_templates import check_template
 from deepseek_jax.data.tokenizer import THINK, whole_text
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
+from deepseek_jax.saying import say
 from deepseek_kernels.target import Target
 
 
@@ -87,6 +88,8 @@ def run_generate(arguments: Sequence[str]) -> None:
     options = tyro.cli(_Generate, args=list(arguments), prog="deepseek-jax generate")
     if not options.prompt:
         raise ValueError("give at least one --prompt TEXT")
+    if options.folder != expanded(options.run):
+        say(f"{options.run}: {described(options.folder, options.step or None)} answers")
     engine = options.engine()
     prompts = starts = [whole_text(text) for text in options.prompt]  # starts: what is printed in front of each answer
     if options.chat:

@@ -52,7 +52,10 @@ def read_conversation(row: Any) -> Conversation:
     else:
         lists, pairs = ", ".join(_LISTS), ", ".join(f"{ask} with {answer}" for ask, answer in _PAIRS)
         null = f", and null in {', '.join(nulls)}" if nulls else ""
-        raise ValueError(f"no field of {lists}, nor {pairs}; it has {', '.join(map(str, row)) or 'none'}{null}")
+        raise ValueError(
+            f"no field of {lists}, nor {pairs}; it has {', '.join(map(str, row)) or 'none'}{null}; "
+            "--data.prompt and --data.answer name others"
+        )
     system = row.get("system")
     if system and messages[0]["role"] != "system":
         messages = [*read_messages([{"role": "system", "content": system}]), *messages]

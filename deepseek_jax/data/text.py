@@ -75,18 +75,19 @@ def read_texts(
 def read_chats(
     paths: PathLike | Iterable[PathLike],
     *,
+    read: Callable[[Any], Conversation] = read_conversation,
     then: Callable[[Conversation], T] = lambda conversation: conversation,
     skip_broken: bool = False,
     skipped: Counter[str] | None = None,
 ) -> Iterator[T]:
     """Conversations of .jsonl(.gz|.zst), .parquet or `hf:`, one a line or row, in any form of `read_conversation`.
 
-    then: what is made of each. Broken lines, and those that it raises ValueError for, are treated as in
-    `read_documents`; those that it raises RefusedError for are an error in any case.
+    read: what reads a row in its place. then: what is made of each. Broken lines, and those that one of them raises
+    ValueError for, are treated as in `read_documents`; those that it raises RefusedError for are an error in any case.
     """
 
     def chat(value: Any) -> T:
-        conversation = read_conversation(value)
+        conversation = read(value)
         for message in conversation.messages:
             check_text(message["content"] or "", "content")
         return then(conversation)

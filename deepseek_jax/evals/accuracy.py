@@ -9,7 +9,8 @@ import numpy as np
 
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
-from deepseek_jax.rl.asking import Question, ask, read_answers
+from deepseek_jax.rl.asking import Question, ask
+from deepseek_jax.rl.conversing import converse
 from deepseek_jax.rl.tasks import Row, Task, score_all
 
 
@@ -38,11 +39,9 @@ def answer(
     answered = []
     for start in range(0, len(rows), batch_size):
         part = questions[start : start + batch_size]
-        # The last part is filled up to the others' size, whose program it shares.
-        filled = [question.prompt for question in part] + [part[0].prompt] * (min(batch_size, len(rows)) - len(part))
         key = jax.random.fold_in(jax.random.key(seed), start)
-        out = jax.device_get(engine.generate_ids(filled, sampling, key))
-        said = read_answers(engine.tokenizer, part, out)
+        samples = converse(engine, task.tools, part, sampling, key, filled=min(batch_size, len(rows)))
+        said = [sample.answer for sample in samples]
         texts = [item.text if item.ended else "" for item in said]
         scores = score_all(task.accuracy, texts, [question.row for question in part])
         for question, item, score in zip(part, said, scores, strict=True):

@@ -370,10 +370,16 @@ def _count(stack: Any) -> int:
     return len(jax.tree.leaves(stack)[0])
 
 
+def scoring(config: ModelConfig, num_labels: int) -> ModelConfig:
+    """The network with a head of ``num_labels`` scores in place of its own; MTP is left out."""
+    changes = {"num_labels": num_labels, "num_nextn_predict_layers": 0, "tie_word_embeddings": False}
+    return dataclasses.replace(config, **changes)
+
+
 def with_scores(
     config: ModelConfig, params: dict[str, Any], router_bias: jax.Array | None, num_labels: int
 ) -> tuple[ModelConfig, dict[str, Any], jax.Array | None]:
-    """A network's body with a head of ``num_labels`` scores, all zero at first, in place of its own; MTP is left out.
+    """``scoring``'s network with the body of ``config``'s, and scores that are all zero at first.
 
     The body's arrays are those given, not copies. Scores that there are already stay, if they are as many: ValueError
     otherwise.
@@ -382,8 +388,7 @@ def with_scores(
         if config.num_labels != num_labels:
             raise ValueError(f"num_labels={config.num_labels}: {num_labels} wanted")
         return config, params, router_bias
-    changes = {"num_labels": num_labels, "num_nextn_predict_layers": 0, "tie_word_embeddings": False}
-    config = dataclasses.replace(config, **changes)
+    config = scoring(config, num_labels)
     body = {name: tree for name, tree in params.items() if name not in ("head", "mtp")}
     w_DX = jnp.zeros((config.hidden_size, num_labels), params["norm"]["gain"].dtype)
     return config, body | {"score": {"w": w_DX}}, None if router_bias is None else router_bias[: config.num_routers]

@@ -39,7 +39,7 @@ def step_advantages(
     steps_G: Sequence[Steps], lengths_G: Sequence[int], *, scale: Scale, tolerance: float = 1e-6
 ) -> list[np.ndarray]:
     """Process supervision (DeepSeekMath 4.1.3): of each answer's tokens, ``A_t = Σ r̃`` over its steps that end at t or
-    later, with ``r̃ = (r - mean) / std`` over all steps of all answers of the group.
+    later, with ``r̃ = (r - mean) / std`` over all steps of all answers of the group, or ``r`` for "return".
 
     Args:
       steps_G: the token in which each step ends, -1 for one before the first, and its reward.
@@ -50,12 +50,13 @@ def step_advantages(
         raise ValueError('rollout.advantage="leave_one_out" compares whole answers, but a reward gives steps')
     made = [np.zeros(length) for length in lengths_G]
     rewards = np.array([reward for steps in steps_G for _, reward in steps])
-    if not len(rewards) or np.ptp(rewards) <= tolerance:
+    if not len(rewards) or (np.ptp(rewards) <= tolerance and scale != "return"):
         return made
+    mean = 0.0 if scale == "return" else rewards.mean()
     unit = rewards.std() if scale == "std" else 1.0
     for advantage, steps in zip(made, steps_G, strict=True):
         for end, reward in steps:
-            advantage[: end + 1] += (reward - rewards.mean()) / unit
+            advantage[: end + 1] += (reward - mean) / unit
     return made
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from deepseek_jax.data.chat import encode_prompt
+from deepseek_jax.data.conversations import Message
 from deepseek_jax.data.template import opens_thinking
 from deepseek_jax.data.tokenizer import THINK, Tokenizer
 from deepseek_jax.inference.generate import Generated
@@ -28,10 +29,12 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What was said, thinking included and the token that ended it left out; ended: by itself, not by the limit."""
+    """What was said, thinking included and the token that ended it left out; ended: by itself, not by the limit. turns:
+    messages before it, of calls of tools and their results, where there were any."""
 
     text: str
     ended: bool
+    turns: tuple[Message, ...] = ()
 
 
 def ask(task: Task, tokenizer: Tokenizer, row: Row) -> Question:

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from deepseek_jax.rl import grid, knights
+from deepseek_jax.rl import grid, knights, stories
 from deepseek_jax.rl.answers import final_answer, last_reply
 from deepseek_jax.rl.tasks import Row, Task, TaskConfig, column
 
 KINDS: dict[str, ModuleType] = {"knights": knights, "grid": grid}
+WRITTEN = KINDS | {"stories": stories}  # what is asked by the task rows among them
 _LONGEST = 2000  # characters of an answer
 
 
@@ -51,14 +52,14 @@ def _checked(row: Row) -> ModuleType:
 
 def stream_puzzles(kind: str, size: int, seed: int) -> Iterator[dict[str, Any]]:
     """Different puzzles of a kind, as long as there are more. ValueError for a kind or size that there is not."""
-    if kind not in KINDS:
-        raise ValueError(f"kind={kind!r}: expected one of {', '.join(KINDS)}")
-    sizes = KINDS[kind].SIZES
+    if kind not in WRITTEN:
+        raise ValueError(f"kind={kind!r}: expected one of {', '.join(WRITTEN)}")
+    sizes = WRITTEN[kind].SIZES
     if size not in sizes:
         raise ValueError(f"size={size}: {kind} come in sizes of {sizes[0]} to {sizes[-1]}")
     rng, seen, repeated = np.random.default_rng(seed), set[str](), 0
     while repeated < 1000:
-        puzzle = KINDS[kind].make(rng, size)
+        puzzle = WRITTEN[kind].make(rng, size)
         if (text := json.dumps(puzzle["rules"])) in seen:
             repeated += 1
             continue

@@ -1,14 +1,16 @@
 """Answers sampled from the policy that is being trained, rewarded, as batches for ``GRPOLoss``."""
 
+import sys
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from deepseek_jax.checkpoint.model import Model
 from deepseek_jax.data.rows import PromptLoader
 from deepseek_jax.inference.engine import Engine
+from deepseek_jax.rl.asynchronous import Ahead
 from deepseek_jax.rl.grader import Grader
 from deepseek_jax.rl.rollout_config import RolloutConfig
 from deepseek_jax.rl.sample_log import SampleLog
@@ -27,6 +29,9 @@ class Rollouts:
     A batch is a function of (parameters, loader position, seed) alone, as far as the rewards are: so a run that was
     killed inside a rollout repeats it exactly. An answer that was cut off by ``max_tokens`` is an empty text for the
     package's rewards, as it has not come to its end; rewards from files see it as it stands.
+
+    With a ``staleness`` a thread makes them ahead, see ``Ahead``; what a run that stops has not trained on is sampled
+    anew when it goes on, from the same questions.
     """
 
     def __init__(
@@ -41,15 +46,24 @@ class Rollouts:
         multiple: int = 1,
         minibatches: int = 1,
         log: SampleLog | None = None,
+        steps: int = sys.maxsize,
     ):
         """minibatches: parts of a batch with an update each. multiple: what the learner needs the number of each part's
-        rows to be a multiple of, where they are packed. log: where some of the answers are kept."""
+        rows to be a multiple of, where they are packed. log: where some of the answers are kept. steps: of the run."""
         if config.replay_routing and not model.config.num_moe_layers:
             raise ValueError("rollout.replay_routing=True: the model has no experts that could be replayed")
-        self.engine, self.config, self.log, self.loader = Engine(model), config, log, loader
+        if config.staleness and model.mesh.size > 1:
+            raise ValueError(
+                f"rollout.staleness={config.staleness} on {model.mesh.size} devices: programs of two threads could "
+                "come to them in different orders, and wait for each other forever; expected one device"
+            )
+        self.config, self.log, self.loader = config, log, loader
         positions = model.config.max_position_embeddings
         options: dict[str, Any] = {"positions": positions, "multiple": multiple, "minibatches": minibatches}
         self.sampler = Sampler(task, grader, loader, config, seed=seed, **options)
+        self.engines = [Engine(model) for _ in range(max(config.staleness, 1))]
+        self._ahead = Ahead(self.sampler.make, self.engines, steps=steps) if config.staleness else None
+        self._position: dict[str, Any] | None = None  # of the loader, behind the newest batch that was given
         self.quiet_steps = 0
         self._asked_at = self._given_at = 0.0
         self._asked = 0
@@ -58,14 +72,18 @@ class Rollouts:
         """The next batch and its metrics, which are of all that was asked. Raises NoSignalError, see RolloutConfig."""
         step = int(state.step)
         self._asked_at = time.monotonic()
-        self.engine.update(state.params, state.router_bias)
-        made = self.sampler.make(self.engine, step)
-        self._asked = made.asked
+        metrics = {}
+        if self._ahead is None:
+            self.engines[0].update(state.params, state.router_bias)
+            made = self.sampler.make(self.engines[0], step)
+        else:
+            made, metrics["staleness"] = self._ahead.take(state)
+        self._asked, self._position = made.asked, made.loader
         if self.log is not None:
             self.log.write(step + 1, made.answers)
         self._watch(made.signal)
         self._given_at = time.monotonic()
-        return made.batch, made.metrics
+        return made.batch, made.metrics | metrics
 
     def trained(self) -> dict[str, float]:
         """Metrics of the step that the devices have just finished: seconds since it had its batch, and answers per
@@ -77,11 +95,22 @@ class Rollouts:
         }
 
     def state(self) -> dict[str, Any]:
-        return {"loader": self.loader.state(), "quiet_steps": self.quiet_steps}
+        return {"loader": self._position or self.loader.state(), "quiet_steps": self.quiet_steps}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self.loader.restore(state["loader"])
         self.quiet_steps = state["quiet_steps"]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the thread that samples ahead, if there is one."""
+        if self._ahead is not None:
+            self._ahead.close()
 
     def _watch(self, signal: float) -> None:
         self.quiet_steps = self.quiet_steps + 1 if signal < self.config.min_signal else 0

@@ -52,6 +52,9 @@ class RolloutConfig:
     pack: int = 0
     """Tokens of a row that holds several prompts and answers, whose attention is kept apart; 0: one each. The longest
     prompt and max_tokens must fit."""
+    staleness: int = 0
+    """Sample and grade in a thread beside the training, by a policy that is so many updates old: what grading takes is
+    hidden, at the cost of as many copies of the weights. It needs loss.tis_cap. 0: each step samples first."""
     min_signal: float = 0.1
     """Stop when under this share of the groups has unequal rewards for patience steps in a row."""
     patience: int = 20

@@ -16,11 +16,12 @@ from deepseek_jax.files import finite
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.rl.advantages import choose_groups, has_signal, levelled, settled, step_advantages, token_ends
-from deepseek_jax.rl.asking import ask, read_answers
+from deepseek_jax.rl.asking import ask
+from deepseek_jax.rl.conversing import converse, tool_metrics
 from deepseek_jax.rl.grader import Grader, Grades
 from deepseek_jax.rl.rewards.length import overlong
 from deepseek_jax.rl.rollout_config import RolloutConfig
-from deepseek_jax.rl.samples import Sample, make_sample, rollout_batch
+from deepseek_jax.rl.samples import Sample, rollout_batch
 from deepseek_jax.rl.tasks import Steps, Task, where
 from deepseek_jax.rl.words import wait_words
 from deepseek_jax.train.grpo import group_advantages
@@ -72,23 +73,25 @@ class Sampler:
         self.key = jax.random.key(seed)
         self._numbers = {where(row): number for number, row in enumerate(loader.rows)}
 
-    def make(self, engine: Engine, step: int, *, dispatched: Callable[[], None] = lambda: None) -> Made:
+    def make(self, engine: Engine, step: int, dispatched: Callable[[], None] = lambda: None) -> Made:
         """The batch of a step. dispatched: called when the devices have been given the first answers to sample."""
         config, clock = self.config, _Clock()
         samples, grades, total_PG, signal_P = self._enough(engine, step, clock, dispatched)
         chosen = choose_groups(signal_P, config.prompts)
         members = [group * config.group + i for group in chosen for i in range(config.group)]
-        lengths = np.array([len(sample.ids) for sample in samples])
+        lengths, own_N = (np.array(counts) for counts in zip(*((len(s.ids), s.length) for s in samples), strict=True))
         signal = float(np.mean(signal_P))
         metrics = {
             **grades.metrics(),
-            "response_length": float(np.mean(lengths)),
+            "response_length": float(np.mean(own_N)),
             "response_waits": float(np.mean([wait_words(sample.answer.text) for sample in samples])),
             "truncated": 1 - float(np.mean([sample.answer.ended for sample in samples])),
             "signal_groups": signal,
         }
         if config.resample:
             metrics |= {"asked": float(len(signal_P)), "signal_groups_trained": float(np.mean(signal_P[chosen]))}
+        if self.task.tools is not None:
+            metrics |= tool_metrics(samples)
         total_PG = levelled(total_PG, config.tolerance)
         reward_N = grades.total_N + [math.fsum(score for _, score in steps) for steps in grades.steps_N]
         if config.overlong_buffer:
@@ -112,7 +115,7 @@ class Sampler:
         rows = len(batch["tokens"])
         batch |= {name: np.full((rows, 1), value, np.float32) for name, value in same.items()}
         metrics |= {"rollout_seconds": clock.rollout, "reward_seconds": clock.reward}
-        metrics["rollout_tokens_per_second"] = float(np.sum(lengths)) / clock.rollout
+        metrics["rollout_tokens_per_second"] = float(np.sum(own_N)) / clock.rollout
         own = [{name: scores[i] for name, scores in grades.rewards.items()} for i in members]
         answers = [
             self._answer(*each) for each in zip(trained, own, reward_N[members].tolist(), advantages, strict=True)
@@ -149,12 +152,15 @@ class Sampler:
         sampling = SamplingParams(temperature=config.temperature, max_tokens=config.max_tokens)
         # Keys of no step's first attempt.
         key = self.key if not attempt else jax.random.fold_in(self.key, np.uint32(2**32 - attempt))
-        prompts, key = [question.prompt for question in questions], jax.random.fold_in(key, step)
-        out = engine.generate_ids(prompts, sampling, key, experts=config.replay_routing)
-        dispatched()
-        out = jax.device_get(out)
-        answers = read_answers(tokenizer, questions, out)
-        return [make_sample(out, row, *pair) for row, pair in enumerate(zip(questions, answers, strict=True))]
+        return converse(
+            engine,
+            self.task.tools,
+            questions,
+            sampling,
+            jax.random.fold_in(key, step),
+            experts=config.replay_routing,
+            dispatched=dispatched,
+        )
 
     def _advantages(
         self, engine: Engine, samples: list[Sample], total_PG: np.ndarray, steps: list[Steps]
@@ -164,10 +170,11 @@ class Sampler:
         whole_N = np.asarray(group_advantages(jnp.asarray(total_PG), scale=scale)).ravel()
         if not any(steps):
             return whole_N.tolist()
-        ends = [
-            token_ends(engine.tokenizer, sample.ids.tolist(), sample.question.start, sample.answer.text, own)
-            for sample, own in zip(samples, steps, strict=True)
-        ]
+        ends = []
+        for sample, own in zip(samples, steps, strict=True):
+            begin = sample.last_turn  # whose text it is that was graded
+            found = token_ends(engine.tokenizer, sample.ids[begin:].tolist(), sample.start, sample.answer.text, own)
+            ends.append([(begin + end, reward) for end, reward in found])
         lengths, made = [len(sample.ids) for sample in samples], list[np.ndarray]()
         for first in range(0, len(samples), group):
             some = slice(first, first + group)
@@ -185,8 +192,8 @@ class Sampler:
                 "question": self._numbers[where(question.row)],
                 "prompt": question.text,
                 "answer": right,
-                "completion": sample.answer.text,
-                "tokens": len(sample.ids),
+                "completion": "\n".join([*(turn["content"] for turn in sample.answer.turns), sample.answer.text]),
+                "tokens": sample.length,
                 "ended": sample.answer.ended,
                 "rewards": {name: float(value) for name, value in rewards.items()},
                 "reward": float(reward),

@@ -1,7 +1,7 @@
 """Answers as they were sampled, and as the rows of a batch."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -15,13 +15,30 @@ _LEAST_WIDTH = 128  # shorter rows share one program
 @dataclasses.dataclass(frozen=True)
 class Sample:
     """An answer as it was sampled: its tokens, the one that ended it included, with their log-probabilities; and, where
-    asked for, the experts that were chosen for the tokens of prompt and answer (T L K)."""
+    asked for, the experts that were chosen for the tokens of prompt and answer (T L K).
+
+    own: where tools were called, which of the tokens are the model's; what it was told is learnt as little as a prompt,
+    and has log-probability 0. start: how the last turn begins. calls: how many, and what became of them.
+    """
 
     question: Question
     answer: Answer
     ids: np.ndarray
     logprobs: np.ndarray
     experts_TLK: np.ndarray | None = None
+    own: np.ndarray | None = None
+    start: str = ""
+    calls: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def length(self) -> int:
+        """Of the model's own tokens."""
+        return len(self.ids) if self.own is None else int(self.own.sum())
+
+    @property
+    def last_turn(self) -> int:
+        """Where it begins."""
+        return 0 if self.own is None else int(np.flatnonzero(~self.own)[-1]) + 1
 
 
 def make_sample(out: Generated, row: int, question: Question, answer: Answer) -> Sample:
@@ -32,7 +49,7 @@ def make_sample(out: Generated, row: int, question: Question, answer: Answer) ->
         seen = slice(len(question.prompt) + length)
         experts_TLK = np.moveaxis(np.asarray(out.experts_LBTK)[:, row, seen], 0, 1).astype(np.int16)
     ids, logprobs = (np.asarray(x[row, :length]) for x in (out.tokens_BN, out.logprobs_BN))
-    return Sample(question, answer, ids, logprobs, experts_TLK)
+    return Sample(question, answer, ids, logprobs, experts_TLK, start=question.start)
 
 
 def rollout_batch(
@@ -45,7 +62,8 @@ def rollout_batch(
     multiple: int = 1,
     minibatches: int = 1,
 ) -> dict[str, np.ndarray]:
-    """Each row a prompt, its answer as sampled and padding; ``loss_mask`` is 1 on the answer, its stop token included.
+    """Each row a prompt, its answer as sampled and padding; ``loss_mask`` is 1 on what the model said of it, its
+    stop tokens included.
 
     The width S is that of the longest row, rounded up to a power of two from 128 on, at most ``most``: other lengths
     compile few programs. ``experts`` (B S L K), where samples have them, is -1 where none was chosen.
@@ -90,15 +108,17 @@ def _place(
 ) -> None:
     begin, end = (start + length for length in np.cumsum([len(sample.question.prompt), len(sample.ids)]))
     whole, answer = slice(start, end), slice(begin, end)
+    own = np.arange(begin, end) if sample.own is None else begin + np.flatnonzero(sample.own)
     batch["tokens"][row, start:begin], batch["tokens"][row, answer] = sample.question.prompt, sample.ids
     batch["segment_ids"][row, whole] = segment
     batch["positions"][row, whole] = np.arange(end - start)
-    batch["loss_mask"][row, answer] = 1
+    batch["loss_mask"][row, own] = 1
     batch["sampler_logprobs"][row, answer] = sample.logprobs
     for name, value in (("advantages", advantage), ("truncated", not sample.answer.ended)):
-        batch[name][row, answer if batch[name].shape[1] > 1 else 0] = value
+        value = value if np.ndim(value) == 0 or sample.own is None else np.asarray(value)[sample.own]
+        batch[name][row, own if batch[name].shape[1] > 1 else 0] = value
     if "answer_tokens" in batch:
-        batch["answer_tokens"][row, answer] = end - begin
+        batch["answer_tokens"][row, own] = len(own)
     if sample.experts_TLK is not None:
         batch["experts"][row, whole] = sample.experts_TLK
 

@@ -11,8 +11,8 @@
         grades = grader.grade(completions, rows)      # grades.total_N, grades.metrics()
 
 A task of the package is a module with `make(config: TaskConfig) -> Task`, imported when it is asked for and not
-before. A user's is a function `(row) -> str | list of messages` in a file, `mine.py:ask`, called in a process that is
-killed when it hangs; it is graded as "rows" is.
+before; a preset is one of them with the columns of a known dataset. A user's is a function `(row) -> str | list of
+messages` in a file, `mine.py:ask`, called in a process that is killed when it hangs; it is graded as "rows" is.
 """
 
 import dataclasses
@@ -28,6 +28,7 @@ from typing import Any
 from deepseek_jax.data.conversations import Message, read_messages
 from deepseek_jax.data.text import check_text
 from deepseek_jax.rl import answers
+from deepseek_jax.rl.tools import Tools, ToolsConfig
 from deepseek_jax.rl.workers import WorkerPool
 from deepseek_jax.typed import check_types
 
@@ -41,6 +42,7 @@ Accuracy = Callable[[str, Row], float | None]
 # By name, the modules of the package's tasks.
 TASKS = {name: f"deepseek_jax.rl.{name}" for name in ("arithmetic", "code", "countdown", "gsm8k", "humaneval", "logic")}
 TASKS |= {"maths": "deepseek_jax.rl.mathematics", "choice": "deepseek_jax.rl.multiple_choice"}
+TASKS |= {name: f"deepseek_jax.rl.{name}" for name in ("ifeval", "mixed", "programs")}
 _ASK_SECONDS = 10.0  # what a call of a user's function may take
 _FILE = re.compile(r"(.+\.py):([^:/]+)")
 # "{{" and "}}" are braces, "{}" is itself (as in \boxed{}), and anything else in braces is a column.
@@ -52,13 +54,15 @@ class TaskConfig:
     """Which task, and which columns of which files it reads. "" is the task's own default."""
 
     name: str = "rows"
-    """rows, gsm8k, maths, choice, code, humaneval, countdown, arithmetic, logic, or file.py:function, from a row to
-    text or messages."""
+    """rows, gsm8k, maths, choice, code, programs, humaneval, ifeval, countdown, arithmetic, logic; a preset of one:
+    math, aime, cnmo, gpqa, mmlu, mmlu_pro, livecodebench, codeforces; mixed, whose rows name one each in a column
+    `task`; or file.py:function, from a row to text or messages."""
     path: tuple[str, ...] = ()
     """Files of rows, folders of them, quoted globs: .jsonl(.gz|.zst), .parquet; or hf:NAME[:CONFIG]:SPLIT, a dataset of
     the Hugging Face hub."""
     prompt: str = ""
-    """The column that is asked: text, or a list of {"role", "content"}."""
+    """The column that is asked: text, or a list of {"role", "content"}. Here and below A|B is the first of several that
+    a row has."""
     answer: str = ""
     """The column with the right answer."""
     system: str = ""
@@ -66,8 +70,26 @@ class TaskConfig:
     template: str = ""
     """The user's turn, made of columns: "{question}\\nAnswer in {unit}." ("{{", "}}": braces)."""
 
+    tools: ToolsConfig = ToolsConfig()
+
     def __post_init__(self) -> None:
         check_types(self)
+
+
+_MATHS = TaskConfig("maths", prompt="problem|Problem|question|Question", answer="answer|Answer|solution|Solution")
+# By name, a task and what it uses where the configuration says nothing.
+PRESETS = {
+    # The box of the worked solution is there in all copies of MATH, a column with the answer in some.
+    "math": TaskConfig("maths", prompt="problem", answer="solution"),
+    "aime": _MATHS,
+    "cnmo": _MATHS,
+    **{name: TaskConfig("choice") for name in ("gpqa", "mmlu", "mmlu_pro")},
+    "livecodebench": TaskConfig("programs", prompt="question_content", answer="public_test_cases+private_test_cases"),
+    # Examples of what programs read and write are tests, too.
+    "codeforces": TaskConfig(
+        "programs", prompt="description", answer="examples|public_tests+official_tests|private_tests"
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +100,8 @@ class Task:
     1 or 0, or None for a row without an answer; it runs in this process, so it must not hang (see ``score_all``).
     right: the answer as text, None where the row has none. rewards: the specifications (see ``Grader``) that grade by
     default. system: text that opens each conversation. said: what a completion answers, as accuracy reads it, so that
-    those that say the same are equal (None: nothing); absent where wrong answers cannot be compared.
+    those that say the same are equal (None: nothing); absent where wrong answers cannot be compared. tools: what may be
+    called on the way to an answer.
     """
 
     ask: Callable[[Row], Any]
@@ -87,6 +110,8 @@ class Task:
     rewards: tuple[str, ...] = ("accuracy=1.0", "format=0.2")
     system: str = ""
     said: Callable[[str, Row], Hashable | None] | None = None
+    tools: Tools | None = None
+    figures: Callable[[Sequence[tuple[Row, str, bool]]], Mapping[str, float]] | None = None
 
     def messages(self, row: Row) -> Messages:
         """The conversation to be answered. ValueError "FILE:LINE: what" for a row that gives none."""
@@ -111,17 +136,35 @@ class Task:
 
 
 def make_task(config: TaskConfig) -> Task:
-    """The task that `config` names. ValueError for a name, file or function that there is not."""
+    """The task that `config` names, with its tools. ValueError for a name, file or function that there is not."""
+    task = _make_task(config)
+    if not config.tools.use:
+        return task
+    tools = Tools(config.tools)
+    return dataclasses.replace(task, tools=tools, system=f"{task.system}\n\n{tools.told}".strip())
+
+
+def _make_task(config: TaskConfig) -> Task:
     if config.name == "rows":
         return make_rows_task(config)
+    config = _with_preset(config)
     if config.name in TASKS:
         return importlib.import_module(TASKS[config.name]).make(config)
     if (found := split_function(config.name)) is not None:
         return _make_file_task(config, *found)
-    near = "".join(f" did you mean {name}?" for name in difflib.get_close_matches(config.name, TASKS, n=1))
+    names = [*TASKS, *PRESETS]
+    near = "".join(f" did you mean {name}?" for name in difflib.get_close_matches(config.name, names, n=1))
     raise ValueError(
-        f"task.name={config.name!r}: expected rows, {', '.join(TASKS)} or file.py:function;{near}".rstrip(";")
+        f"task.name={config.name!r}: expected rows, {', '.join(names)} or file.py:function;{near}".rstrip(";")
     )
+
+
+def _with_preset(config: TaskConfig) -> TaskConfig:
+    preset = PRESETS.get(config.name)
+    if preset is None:
+        return config
+    prompt = config.prompt or ("" if config.template else preset.prompt)
+    return dataclasses.replace(config, name=preset.name, prompt=prompt, answer=config.answer or preset.answer)
 
 
 def score_all(
@@ -148,10 +191,12 @@ def where(row: Row) -> str:
 
 
 def column(row: Row, name: str) -> Any:
-    """The row's value; ValueError where there is no such column, with the columns that there are."""
-    if name not in row:
-        raise ValueError(f'no column "{name}"; it has {", ".join(map(str, row)) or "none"}')
-    return row[name]
+    """The row's value, of "A|B" that of the first column that there is; ValueError with the columns where there is
+    none."""
+    for one in name.split("|") if name not in row else (name,):
+        if one in row:
+            return row[one]
+    raise ValueError(f'no column "{name}"; it has {", ".join(map(str, row)) or "none"}')
 
 
 def fill(template: str, row: Row) -> str:

@@ -10,7 +10,7 @@ from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model import transformer
 from deepseek_jax.model.transformer import Transformer
-from deepseek_jax.parallel.sharding import split_rows
+from deepseek_jax.parallel.sharding import ShardingRules, split_rows
 from deepseek_jax.train.losses import TokenScores, score_targets, shift
 from deepseek_jax.train.reference import Reference
 from deepseek_jax.train.state import TrainState
@@ -54,10 +54,16 @@ def score_batch(model: Transformer, batch: Batch, *, chunk: int, microbatches: i
         return jnp.pad(score_tokens(model, rows, chunk)[0].logprob_BS, ((0, 0), (1, 0)))[:, :-1]
 
     read = ("tokens", "positions", "segment_ids", "temperature", "experts", "answer_tokens")
-    batch = {name: batch[name] for name in read if name in batch}
+    return in_parts(score, {name: batch[name] for name in read if name in batch}, microbatches, model.compute.rules)
+
+
+def in_parts(
+    score: Callable[[Batch], jax.Array], batch: Batch, microbatches: int, rules: ShardingRules
+) -> Float[Array, "B S"]:
+    """What ``score`` makes of the rows, so many parts of them one after another."""
     if microbatches == 1:
         return score(batch)
-    parts = jax.lax.map(score, split_rows(batch, microbatches, model.compute.rules, "step.microbatches"))
+    parts = jax.lax.map(score, split_rows(batch, microbatches, rules, "step.microbatches"))
     return jnp.swapaxes(parts, 0, 1).reshape(batch["tokens"].shape)
 
 

@@ -98,11 +98,11 @@ def write_comparison(runs: Sequence[Stage], path: str | os.PathLike[str]) -> Pat
 
 
 def _charts(runs: Sequence[Stage]) -> list[str]:
-    known = {"reward": "mean reward"} if any(run.logs("reward") for run in runs) else {"ce": "nats per token"}
-    charts = []
-    for key, unit in known.items():
-        title = {"reward": "Reward", "ce": "Loss of the next token"}[key]
-        charts += [_chart(runs, key, title, unit, over) for over in ("tokens_seen", "seconds")]
+    about = ("reward", "Reward", "mean reward"), ("ce", "Loss of the next token", "nats per token")
+    key, title, unit = about[0] if any(run.logs("reward") for run in runs) else about[1]
+    charts = [_chart(runs, key, title, unit, over) for over in ("tokens_seen", "seconds")]
+    for name in dict.fromkeys(name for run in runs for name in run.rewards()):
+        charts.append(_chart(runs, f"reward_{name}", f"Reward for {name}", "mean reward", "tokens_seen"))
     evaluations = dict.fromkeys(key for run in runs for key in run.evaluations())
     for mode in ("greedy", "sampled"):
         if any(run.logs(f"eval/accuracy_{mode}") for run in runs):
@@ -112,6 +112,12 @@ def _charts(runs: Sequence[Stage]) -> list[str]:
         title, unit, _ = HELD_OUT.get(key, (said.capitalize(), said, ""))
         charts.append(_chart(runs, key, title, unit, "tokens_seen"))
     for key, title, unit in (
+        ("response_length", "Response length", "tokens of an answer"),
+        ("response_waits", "Words of reflection", "words in an answer"),
+        ("signal_groups", "Groups with signal", "share of the groups"),
+        ("entropy", "Entropy", "nats per token"),
+        ("kl_reference", "Reference KL", "nats per token"),
+        ("samples_per_second", "Answers per second", "answers per second"),
         ("max_vio", "MaxVio", "largest load / mean load - 1"),
         ("tokens_per_second", "Speed", "tokens per second"),
         ("grad_norm", "Gradient norm", "norm before clipping"),

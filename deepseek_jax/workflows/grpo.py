@@ -18,6 +18,7 @@ from deepseek_jax.rl.sample_log import SampleLog
 from deepseek_jax.rl.tasks import Task, TaskConfig, make_task
 from deepseek_jax.saying import say
 from deepseek_jax.train.grpo import GRPOLoss
+from deepseek_jax.train.ppo import CriticConfig
 from deepseek_jax.train.reference import Reference
 from deepseek_jax.train.scoring import Scorer
 from deepseek_jax.workflows.own_run import open_start, owns_run, with_chat_template, with_turns
@@ -54,11 +55,29 @@ class GRPOConfig(StageConfig):
     """Questions to ask at each loop.eval_every and at the end."""
 
     MAY_CHANGE = (*StageConfig.MAY_CHANGE, "ignore_config", "evaluation")
+    STAGE = "grpo"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.reference_every and not self.loss.kl_weight:
+        if self.reference_every and not self.has_reference:
             raise ValueError(f"reference_every={self.reference_every}: without loss.kl_weight there is no reference")
+        if self.rollout.staleness and not self.loss.tis_cap:
+            raise ValueError(
+                f"rollout.staleness={self.rollout.staleness}: answers of an older policy must be weighted by how "
+                "likely they are now: expected a loss.tis_cap of 2, say"
+            )
+
+    @property
+    def has_reference(self) -> bool:
+        return self.loss.kl_weight > 0
+
+    @property
+    def keeps_old(self) -> bool:
+        """Whether the policy's log-probabilities before a batch's updates are needed."""
+        return self.inner_epochs * self.minibatches > 1
+
+    def make_critic(self) -> CriticConfig | None:
+        return None
 
     def rows_of_step(self) -> tuple[int, str]:
         prompts, group = self.rollout.prompts, self.rollout.group
@@ -78,7 +97,7 @@ def grpo(config: GRPOConfig) -> dict[str, Any]:
 
     Raises NoSignalError when almost no group of answers has unequal rewards, see ``RolloutConfig``.
     """
-    require_one_process("grpo")
+    require_one_process(config.STAGE)
     task, exam = make_task(config.task), open_exam(config.evaluation, seed=config.seed)
     models = {"compute": config.compute, "mesh": make_mesh(config.mesh)}
     with Grader(config.reward or task.rewards, task=task, time_limit=config.rollout.reward_seconds, **models) as grader:
@@ -93,45 +112,38 @@ def grpo(config: GRPOConfig) -> dict[str, Any]:
 def _train(config: GRPOConfig, task: Task, grader: Grader, exam: Exam | None, turns: set[int]) -> dict[str, Any]:
     if config.loop.eval_every and exam is None:
         raise ValueError(f"loop.eval_every={config.loop.eval_every}: nothing to evaluate without evaluation.task.path")
-    start = with_chat_template(config, open_start(config, arrays=bool(config.loss.kl_weight)))
+    start = with_chat_template(config, open_start(config, arrays=config.has_reference))
     start = with_turns(config, start, turns)
     loader = open_questions(
         task, start, config.task.path, config.rollout, batch_size=config.rollout.prompts, seed=config.seed
     )
     reference = None
-    if config.loss.kl_weight:
+    if config.has_reference:
         reference = Reference(start.params, start.router_bias, path=config.init_from, every=config.reference_every)
     scorer = Scorer(
         start.config,
         start.compute,
         chunk=config.loss.chunk,
         microbatches=config.step.microbatches,
-        old=config.inner_epochs * config.minibatches > 1,
+        old=config.keeps_old,
         reference=reference,
     )
     ways = math.prod(start.mesh.shape[axis] for axis in start.compute.rules.batch)
-    rollouts = Rollouts(
-        start,
-        task,
-        grader,
-        loader,
-        config.rollout,
-        seed=config.seed,
-        multiple=config.step.microbatches * ways,
-        minibatches=config.minibatches,
-        log=SampleLog(config.run_dir, config.loop),
-    )
-    trained, facts = train_stage(
-        config,
-        stage="grpo",
-        start=start,
-        loss=config.loss,
-        batches=rollouts,
-        prepare=scorer,
-        reference=reference,
-        epochs=config.inner_epochs,
-        minibatches=config.minibatches,
-        evaluate=exam.metrics if exam and config.loop.eval_every else None,
-        on_done=rollouts.trained,
-    )
-    return finish(config, facts, lambda: exam.result(trained, Path(config.run_dir), stage="grpo") if exam else {})
+    options = {"seed": config.seed, "multiple": config.step.microbatches * ways, "minibatches": config.minibatches}
+    log = SampleLog(config.run_dir, config.loop)
+    with Rollouts(start, task, grader, loader, config.rollout, **options, log=log, steps=config.loop.steps) as rollouts:
+        trained, facts = train_stage(
+            config,
+            stage=config.STAGE,
+            start=start,
+            loss=config.loss,
+            batches=rollouts,
+            prepare=scorer,
+            reference=reference,
+            epochs=config.inner_epochs,
+            minibatches=config.minibatches,
+            critic=config.make_critic(),
+            evaluate=exam.metrics if exam and config.loop.eval_every else None,
+            on_done=rollouts.trained,
+        )
+    return finish(config, facts, lambda: exam.result(trained, Path(config.run_dir), stage=config.STAGE) if exam else {})

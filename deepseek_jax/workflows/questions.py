@@ -8,18 +8,18 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from deepseek_jax.checkpoint.model import Model
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.data.chat import own_template
 from deepseek_jax.data.text import Record, read_rows
-from deepseek_jax.evals.samples import cons_at_k, pass_at_1, pass_at_k
+from deepseek_jax.evals.samples import cons_at_k, pass_at_1, pass_at_k, wilson
 from deepseek_jax.files import read_json_lines, read_json_object, write_json, write_whole
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
-from deepseek_jax.rl.asking import Question, ask, read_answers
+from deepseek_jax.rl.asking import Question, ask
+from deepseek_jax.rl.conversing import converse
 from deepseek_jax.rl.tasks import TaskConfig, make_task, score_all, where
 from deepseek_jax.saying import doing
 from deepseek_jax.train.reference import fingerprint
@@ -64,7 +64,7 @@ class Answers:
         self.asking, self.task = asking, make_task(config)
         self.rows = list(islice(read_rows(config.path), asking.count or None))
         if unanswered:
-            self.rows = [Record({config.answer or "answer": None} | row, where(row)) for row in self.rows]
+            self.rows = [_with_column(row, config.answer or "answer") for row in self.rows]
         check_answerable(self.task, self.rows, config.path, unanswered=unanswered)
         asked = json.dumps([dataclasses.asdict(config), *map(dict, self.rows)], default=str)
         digest = hashlib.sha256(asked.encode()).hexdigest()[:8]
@@ -88,24 +88,31 @@ class Answers:
                 file.flush()
         return [done[key] for key in wanted]
 
+    def further_figures(self, lines: Sequence[dict[str, Any]]) -> dict[str, float]:
+        """What the task itself has to say of all answers, see ``Task``."""
+        said = [line["completion"] if line["ended"] else "" for line in lines]
+        answered = [
+            (self.rows[line["question"]], text, line["correct"]) for line, text in zip(lines, said, strict=True)
+        ]
+        return dict(self.task.figures(answered)) if self.task.figures else {}
+
     def _ask(self, engine: Engine, part: Sequence[tuple[int, int]], batch_size: int) -> Iterator[dict[str, Any]]:
         questions = [ask(self.task, engine.tokenizer, self.rows[row]) for row, _ in part]
         sampling = [self._sampling(engine, question, *key) for question, key in zip(questions, part, strict=True)]
-        filling = batch_size - len(part)  # so that the last batch compiles nothing
-        prompts = [question.prompt for question in questions] + [questions[0].prompt] * filling
-        sampling += [dataclasses.replace(sampling[0], max_tokens=1)] * filling
-        out = jax.device_get(engine.generate_ids(prompts, sampling))
-        said = read_answers(engine.tokenizer, questions, out)
+        samples = converse(engine, self.task.tools, questions, sampling, filled=batch_size)
+        said = [sample.answer for sample in samples]
         texts = [answer.text if answer.ended else "" for answer in said]
         scores = score_all(self.task.accuracy, texts, [question.row for question in questions])
         for number, ((row, sample), question, answer) in enumerate(zip(part, questions, said, strict=True)):
             yield {
                 "question": row,
+                "row": where(question.row),
                 "sample": sample,
                 "prompt": question.text,
                 "answer": self.task.right(question.row),
                 "completion": answer.text,
-                "tokens": int(out.lengths_B[number]),
+                **({"turns": list(answer.turns)} if answer.turns else {}),
+                "tokens": samples[number].length,
                 "ended": answer.ended,
                 "said": self._said(texts[number], question),
                 "correct": None if scores[number] is None else answer.ended and scores[number] == 1.0,
@@ -122,13 +129,16 @@ class Answers:
                 f"{self.name}, question {row + 1}: a prompt of {len(question.prompt)} tokens leaves no room for an "
                 f"answer in max_position_embeddings={engine.config.max_position_embeddings}"
             )
-        seed = int(np.random.SeedSequence((self.asking.seed, row, sample)).generate_state(1)[0] >> 1)
         return SamplingParams(
             temperature=self.asking.temperature,
             top_p=self.asking.top_p,
             max_tokens=min(self.asking.max_tokens, room),
-            seed=seed,
+            seed=self.seed(row, sample),
         )
+
+    def seed(self, row: int, sample: int, *part: int) -> int:
+        """Of an answer's draws, or of a part of it."""
+        return int(np.random.SeedSequence((self.asking.seed, row, sample, *part)).generate_state(1)[0] >> 1)
 
 
 def ask_questions(
@@ -147,6 +157,7 @@ def ask_questions(
     for answers in tasks:
         lines = answers.complete(engine, folder, batch_size)
         found[answers.name] = figures(lines, asking.samples, votes=answers.task.said is not None)
+        found[answers.name] |= answers.further_figures(lines)
         write_json(folder / "result.json", read_json_object(folder / "result.json") | found)
     return found, folder
 
@@ -179,19 +190,32 @@ def _arithmetic(compute: ComputeConfig) -> dict[str, str]:
 
 
 def figures(lines: Sequence[dict[str, Any]], samples: int, *, votes: bool) -> dict[str, float]:
-    """``pass@1`` with ``stderr``; ``pass@k`` and, with votes, ``cons@k`` for k = 2, 4, … up to the samples, and these
+    """``pass@1`` with ``stderr`` and, since that is 0 where all questions went alike, Wilson's interval of 95 %,
+    ``low`` to ``high``; ``pass@k`` and, with votes, ``cons@k`` for k = 2, 4, … up to the samples, and these
     themselves; the share that was cut off, and the mean length in tokens."""
     groups = [lines[start : start + samples] for start in range(0, len(lines), samples)]
     correct = [[line["correct"] for line in group] for group in groups]
     said = [[line["said"] for line in group] for group in groups]
     mean, stderr = pass_at_1(correct)
     found = {"questions": len(groups), "samples": samples, "pass@1": mean, "stderr": stderr}
-    for k in sorted({samples, *(2**power for power in range(1, samples.bit_length()))} - {1}):
+    found["low"], found["high"] = wilson(mean, len(groups))
+    for k in powers(samples)[1:]:
         found[f"pass@{k}"] = pass_at_k(correct, k)
         if votes:
             found[f"cons@{k}"] = cons_at_k(said, correct, k)
     cut = 1 - float(np.mean([line["ended"] for line in lines]))
     return found | {"cut_off": cut, "tokens": float(np.mean([line["tokens"] for line in lines]))}
+
+
+def powers(samples: int) -> list[int]:
+    """1, 2, 4, … up to the samples, and these themselves."""
+    return sorted({samples, *(2**power for power in range(samples.bit_length()))})
+
+
+def _with_column(row: Record, name: str) -> Record:
+    """The row, its column null where it has none; of "A|B" one will do."""
+    names = name.split("|")
+    return row if any(one in row for one in names) else Record({**row, names[0]: None}, where(row))
 
 
 def _line(content: dict[str, Any]) -> str:

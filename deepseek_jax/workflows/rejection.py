@@ -72,8 +72,6 @@ class RejectionConfig:
     def __post_init__(self) -> None:
         check_types(self)
         check_least(self, 1, "batch_size")
-        for reward in self.judge:
-            parse_reward(reward)
         if self.judge and not self.unanswered:
             raise ValueError(f"judge={self.judge!r}: it is for rows without a right answer, which take unanswered")
 
@@ -86,6 +84,8 @@ def rejection(config: RejectionConfig) -> dict[str, Any]:
     """
     require_one_process("rejection")
     run_dir = Path(config.run_dir)
+    for reward in config.judge:  # known before a model is read
+        parse_reward(reward)
     asking = dataclasses.replace(config.asking, seed=config.asking.seed + config.seed)
     answers = Answers(config.task, asking, unanswered=config.unanswered)
     _check_languages(answers, config.keep)

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from deepseek_jax.files import read_json_object, write_whole
+from deepseek_jax.workflows.report_asked import asked
 from deepseek_jax.workflows.report_cards import section
 from deepseek_jax.workflows.report_completions import SCRIPT, completions
 from deepseek_jax.workflows.report_data import Stage, layout, read_stages
@@ -101,7 +102,7 @@ def _series_sections(stages: Sequence[Stage], name: str) -> list[str]:
 
 def _parts(stage: Stage) -> list[str]:
     """What a stage has logged, as far as there are charts for it."""
-    parts = []
+    parts = [asked(stage)]
     if stage.logs("ce", "loss") and not stage.reinforced or stage.evaluations():
         parts.append(losses([stage]))
     if stage.reinforced:
@@ -114,10 +115,10 @@ def _parts(stage: Stage) -> list[str]:
 def _folded(stages: Sequence[Stage]) -> Iterable[str]:
     """The charts of each stage, to be opened."""
     for stage in stages:
-        if parts := _parts(stage):
+        if parts := [part for part in _parts(stage) if part]:
             own = html.escape(stage.folder.name).replace(" ", "-")
             charts = "".join(part.replace('<section id="', f'<section id="{own}-', 1) for part in parts)
-            yield f'<details class="stage"><summary>{html.escape(stage.title)}: curves</summary>{charts}</details>'
+            yield f'<details class="stage"><summary>{html.escape(stage.title)}</summary>{charts}</details>'
 
 
 def _configuration(blocks: Mapping[str, dict[str, Any]]) -> str:

@@ -15,7 +15,7 @@ from deepseek_jax.workflows.report_summary import NOTHING
 
 SCRIPT = (Path(__file__).parent / "report_table.js").read_text(encoding="utf-8")
 CHARACTERS = 2400  # of a text: of a longer one the beginning and the end
-ANSWERS = 120  # shown of a file of answers
+ANSWERS = 240  # shown of all that a stage asked for, but 12 of each file at least
 ORDERS = {
     "index": "as they came",
     "-tokens": "longest first",
@@ -38,10 +38,13 @@ def completions(stages: Sequence[Stage]) -> str:
     body = "".join(_row(index, row) for index, row in enumerate(rows))
     head = "".join(f"<th>{name}</th>" for name in HEADS)
     options = "".join(f'<option value="{value}">{said}</option>' for value, said in ORDERS.items())
-    left = f"{total - len(rows):,} of {total:,} recorded completions are left out, " if total > len(rows) else ""
-    intro = (
-        f"{left}chosen evenly and not by what they earned; the longest are always here. " if left else ""
-    ) + "What is searched for may stand anywhere in a row: a word of a prompt, a step, a reward's name, cut off."
+    some = (
+        f"{len(rows):,} of {total:,} that were written down, chosen evenly over the run and not by what they earned, "
+        f"with the longest; {total - len(rows):,} are left out. "
+    )
+    intro = (some if total > len(rows) else "") + (
+        "What is searched for may stand anywhere in a row: words of a prompt, a step, a reward's name, cut off."
+    )
     form = (
         '<form hidden><input type="search" placeholder="search" aria-label="search completions"> '
         f'<select aria-label="order">{options}</select> <output></output></form>'
@@ -67,12 +70,16 @@ def _samples(stage: Stage) -> tuple[int, list[dict[str, Any]]]:
 
 def _answers(stage: Stage) -> Iterable[tuple[int, list[dict[str, Any]]]]:
     """What stages wrote that do nothing but ask: each file of answers."""
-    for path in sorted(stage.folder.glob("*.jsonl")) if stage.name in ("eval", "rejection") else ():
+    if stage.name not in ("eval", "evaluation", "rejection"):
+        return
+    files = [*sorted(stage.folder.glob("*.jsonl")), *sorted(stage.folder.glob("*/*.jsonl"))]
+    for path in files:
+        when = f"{stage.title}, {path.relative_to(stage.folder).with_suffix('')}"
         count = sum("completion" in line for line in each_json_line(path))
-        stride = math.ceil(count / ANSWERS) or 1
+        stride = math.ceil(count / max(12, ANSWERS // len(files))) or 1
         lines = (line for line in each_json_line(path) if "completion" in line)
         shown = itertools.islice(lines, None, None, stride)
-        yield count, [line | {"when": f"{stage.title}, {path.stem}", "rewards": _right(line)} for line in shown]
+        yield count, [line | {"when": when, "rewards": _right(line)} for line in shown]
 
 
 def _right(line: Mapping[str, Any]) -> dict[str, Any]:

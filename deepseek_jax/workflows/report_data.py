@@ -15,16 +15,26 @@ from deepseek_jax.train.run_lock import is_held
 from deepseek_jax.workflows.report_rollouts import Rollouts, read_rollouts
 
 DEMO_TITLES = {"pretrain": "Pretraining", "sft": "Cold-start SFT", "grpo": "GRPO"}
-TITLES = {
+TITLES = {  # of runs by what they are, and of R1's stages by their folders, in their order
+    "data": "Data",
     "pretrain": "Pretraining",
+    "zero": "R1-Zero",
+    "cold_start_samples": "Cold-start samples",
+    "cold_start": "Cold start",
+    "reasoning": "Reasoning RL",
+    "samples": "Samples",
     "sft": "SFT",
     "grpo": "GRPO",
     "ppo": "PPO",
-    "zero": "R1-Zero",
-    "cold_start": "Cold start",
-    "reasoning": "Reasoning RL",
+    "reward_model": "Reward model",
+    "rejection": "Rejection sampling",
+    "helpful": "Helpfulness",
+    "harmless": "Harmlessness",
     "all_scenarios": "RL for all scenarios",
+    "student_base": "Student's base",
+    "student": "Student",
     "eval": "Evaluation",
+    "evaluation": "Evaluation",
 }
 SERIES = "r1.json"  # of a folder whose sub-folders are runs: their names in their order, as "stages"
 SHOWN_ROLLOUTS = 240  # of a stage
@@ -104,12 +114,12 @@ class Stage:
             key for line in self.metrics for key, value in line.items() if isinstance(value, int | float)
         )
         counts = ("step", "time", "seconds", "tokens", "tokens_seen", "finite")
-        return [key for key in found if key not in {*counts, *self.drawn} and not key.endswith("_stderr")]
+        return [key for key in found if key not in {*counts, *self.drawn} and not key.endswith(("_stderr", "_of"))]
 
     def evaluations(self) -> list[str]:
-        """The ``eval/...`` that have been logged, in their order, without accuracies and standard errors."""
+        """The ``eval/...`` that have been logged, in their order, without accuracies, standard errors and counts."""
         found = dict.fromkeys(key for line in self.metrics for key in line if key.startswith("eval/"))
-        return [key for key in found if not key.startswith("eval/accuracy_") and not key.endswith("_stderr")]
+        return [key for key in found if not key.startswith("eval/accuracy_") and not key.endswith(("_stderr", "_of"))]
 
     def rewards(self) -> list[str]:
         """The names of the rewards that graded, in their order; see ``Grades.metrics``."""
@@ -159,6 +169,8 @@ def read_stages(run_dir: Path) -> list[Stage]:
     if named := read_json_object(run_dir / SERIES).get("stages"):
         order = dict.fromkeys([*map(str, named), *stages])
         return [stages.get(name) or _read_stage(run_dir / name, TITLES) for name in order]
+    if all(name in TITLES for name in stages):
+        return [stages[name] for name in TITLES if name in stages]
     return sorted(stages.values(), key=_time)
 
 
@@ -188,7 +200,7 @@ def _read_stage(folder: Path, titles: dict[str, str], *, name: str = "", began: 
     """name: what it is; of one of a series what its files say, and the folder's name is its title."""
     kind = name or _kind(folder)
     config = read_json_object(folder / "config.json")
-    title = titles.get(name or folder.name) or (name or folder.name.replace("_", " ").capitalize())
+    title = titles.get(name or folder.name) or name or folder.name
     return Stage(
         kind,
         title,

@@ -86,6 +86,8 @@ def _y_axis(lines: Sequence[Line], low: float | None, high: float | None):
     values = np.concatenate([points for line in lines for points in line.points])
     bottom = min(values[:, 1] - values[:, 2]) if low is None else low
     top = max(values[:, 1] + values[:, 2], default=1.0) if high is None else high
+    if low is not None and top <= low:
+        top = low + 1
     ticks = _ticks(float(bottom), float(top))
     return ticks, _scale(ticks[0], ticks[-1], HEIGHT - BOTTOM, TOP)
 
@@ -180,7 +182,7 @@ def _step_axis(panels: Sequence[Panel], bottom: float) -> list[str]:
             places = round_ones if len(panels) == 1 else (0, panel.last_step)
             for tick, said in panel.ticks or [(tick, number(tick)) for tick in places]:
                 x = _panel_scale(panels, index)(tick)
-                first, last = tick == 0 and len(panels) > 1, tick == panel.last_step
+                first, last = tick == 0 and bool(len(panels) > 1 or panel.ticks), tick == panel.last_step
                 anchor = "start" if first else "end" if last else "middle"
                 parts.append(_text(x + 2 * first - 2 * last, bottom + 14, said, anchor))
     if any(panel.last_step for panel in panels):

@@ -7,8 +7,10 @@ from deepseek_jax.workflows.report_cards import change, figure, panels, table
 from deepseek_jax.workflows.report_data import Stage, start_of
 from deepseek_jax.workflows.report_figures import Line, line_chart
 from deepseek_jax.workflows.report_summary import (
+    NOTHING,
     accuracy_after,
     accuracy_before,
+    came_to,
     show_accuracy,
     show_percent,
     summary_rows,
@@ -18,7 +20,12 @@ from deepseek_jax.workflows.report_summary import (
 def own_headline(stage: Stage, name: str) -> str:
     key, what = ("reward", "The mean reward") if stage.logs("reward") else ("loss", "The loss")
     went = change(stage, key).strip(" ()").replace("→", "to <b>", 1)
-    lead = f"{what} went from {went}</b>." if went else f"{what} has no change to show yet."
+    if went:
+        lead = f"{what} went from {went}</b>."
+    elif (number := came_to(stage.result)) != NOTHING:
+        lead = f"{number[0].upper()}{number[1:]}."
+    else:
+        lead = f"{what} has no change to show yet." if stage.metrics or not stage.result else ""
     waiting = "" if stage.result else f"<p><b>The run is not complete: {html.escape(stage.status)}.</b></p>"
     numbers = figure("Summary", table([stage.title], summary_rows([stage])), "± is one standard error.")
     return (

@@ -12,7 +12,13 @@ from deepseek_jax.workflows.report_data import Stage
 from deepseek_jax.workflows.report_figures import Line, line_chart, number
 
 PARTS = {"rollout": "blue", "reward": "gold", "train": "purple"}  # of a step's time: PART_seconds
-RATES = {  # title, unit and meaning
+MORE = {  # what else is drawn where it is logged: title, unit and meaning
+    "value_loss": ("Value loss", "loss", "The critic's: how far its values are from what answers earn"),
+    "explained_variance": (
+        "Explained variance",
+        "share of the variance",
+        "Share of the variance of what answers earn that the critic foresees",
+    ),
     "samples_per_second": (
         "Answers per second",
         "answers per second",
@@ -37,7 +43,11 @@ def reinforcement(stage: Stage) -> str:
     if not stage.metrics or stage.logs("kl_reference"):
         charts.append(_chart(stage, "Reference KL", nats, reference, "kl_reference", low=None))
     charts += [_reflection(stage), _clipped(stage), _cut_off(stage), _time(stage)]
-    charts += [_chart(stage, title, unit, text, key) for key, (title, unit, text) in RATES.items() if stage.logs(key)]
+    charts += [
+        _chart(stage, title, unit, text, key, low=_least(stage, key))
+        for key, (title, unit, text) in MORE.items()
+        if stage.logs(key)
+    ]
     intro = (
         "The model answers each problem several times, rules score the answers, and those better than their "
         f"group's mean become likelier. {html.escape(stage.title)} is {stage.status}."
@@ -45,6 +55,11 @@ def reinforcement(stage: Stage) -> str:
     if stage.logs("clip_fraction") and not stage.points("clip_fraction")[:, 1].any():
         intro += " No token was clipped, as where each batch has one update."
     return section("reward", "Reinforcement learning", intro, [chart for chart in charts if chart])
+
+
+def _least(stage: Stage, key: str) -> float | None:
+    """Where an axis begins: at 0, unless there are values below."""
+    return 0.0 if (stage.points(key)[:, 1] >= 0).all() else None
 
 
 def _chart(

@@ -3,6 +3,7 @@
 import html
 from collections.abc import Sequence
 
+from deepseek_jax.workflows.report_asked import scores
 from deepseek_jax.workflows.report_cards import change, figure, table
 from deepseek_jax.workflows.report_data import Stage, start_of
 from deepseek_jax.workflows.report_figures import Line, pairs_chart
@@ -11,11 +12,13 @@ from deepseek_jax.workflows.report_summary import (
     NUMBERS,
     accuracy_after,
     accuracy_before,
+    came_to,
     show_accuracy,
     summary_rows,
 )
 
 MODES = ("greedy", "sampled")
+Score = tuple[float, float] | None  # a share and its standard error
 Overview = tuple[list[str], list[tuple[str, list[str]]]]
 
 
@@ -24,15 +27,13 @@ def overview(stages: Sequence[Stage]) -> Overview:
     nothing to say is left out."""
     starts = [start_of(stage, stages) for stage in stages]
     columns = {
-        "status": [stage.status for stage in stages],
+        "status": [NOTHING if all(stage.result for stage in stages) else stage.status for stage in stages],
         "begins with": [start.title if start else NOTHING for start in starts],
     }
-    for mode in MODES:
-        before = [accuracy_before(stage, start, mode) for stage, start in zip(stages, starts, strict=True)]
-        after = [accuracy_after(stage, mode) for stage in stages]
-        columns[f"{mode} accuracy"] = [_went(*pair) for pair in zip(before, after, strict=True)]
+    columns |= {name: [_went(*pair) for pair in pairs] for name, pairs in _accuracies(stages).items()}
     for head, key in (("loss", "ce"), ("reward", "reward"), ("tokens of an answer", "response_length")):
         columns[head] = [change(stage, key).strip(" ()") or NOTHING for stage in stages]
+    columns["came to"] = [came_to(stage.result) for stage in stages]
     for head, key in (("steps", "steps"), ("time", "seconds")):
         numbers = [stage.number(key) for stage in stages]
         columns[head] = [NOTHING if value is None else NUMBERS[key][1](value) for value in numbers]
@@ -41,7 +42,26 @@ def overview(stages: Sequence[Stage]) -> Overview:
     return list(kept), [(stage.title, row) for stage, row in zip(stages, rows, strict=True)]
 
 
-def _went(before: tuple[float, float] | None, after: tuple[float, float] | None) -> str:
+def _accuracies(stages: Sequence[Stage]) -> dict[str, list[tuple[Score, Score]]]:
+    """Of each accuracy, its name and each stage's before and after: its own evaluation's, and what a stage measured
+    that asks the models of the others."""
+    starts = [start_of(stage, stages) for stage in stages]
+    found = {
+        f"{mode} accuracy": [
+            (accuracy_before(stage, start, mode), accuracy_after(stage, mode))
+            for stage, start in zip(stages, starts, strict=True)
+        ]
+        for mode in MODES
+    }
+    for task, by_model in scores(stages).items():
+        models = [
+            (start.folder.name if start else "", stage.folder.name) for stage, start in zip(stages, starts, strict=True)
+        ]
+        found[f"{task}, pass@1"] = [(by_model.get(before), by_model.get(after)) for before, after in models]
+    return {name: pairs for name, pairs in found.items() if any(after for _, after in pairs)}
+
+
+def _went(before: Score, after: Score) -> str:
     if after is None:
         return NOTHING
     return f"{100 * before[0]:.1f} → {show_accuracy(after)}" if before else show_accuracy(after)
@@ -57,7 +77,7 @@ def series_headline(stages: Sequence[Stage], name: str) -> str:
         "twentieth of a curve). Accuracy before a stage is measured at its step 0 or, where that was not done, taken "
         "from the end of the one that it began with; ± is one standard error."
     )
-    charts = "".join(_pairs(stages, mode) for mode in MODES)
+    charts = "".join(_pairs(stages, *about) for about in _accuracies(stages).items())
     numbers = table([stage.title for stage in stages], summary_rows(stages))
     return (
         f'<h1>{html.escape(name)}: {len(stages)} runs</h1><p class="lead">{lead}</p>{note}'
@@ -67,19 +87,17 @@ def series_headline(stages: Sequence[Stage], name: str) -> str:
     )
 
 
-def _pairs(stages: Sequence[Stage], mode: str) -> str:
-    """Accuracy before and after each stage that has been asked, "" where none has."""
-    rows = []
-    for stage in stages:
-        before, after = accuracy_before(stage, start_of(stage, stages), mode), accuracy_after(stage, mode)
-        if after:
-            rows.append((stage.title, _percent(before), _percent(after)))
-    if not rows:
-        return ""
+def _pairs(stages: Sequence[Stage], name: str, pairs: Sequence[tuple[Score, Score]]) -> str:
+    """A chart of an accuracy before and after each stage that has it."""
+    rows = [
+        (stage.title, _percent(before), _percent(after))
+        for stage, (before, after) in zip(stages, pairs, strict=True)
+        if after
+    ]
     key = [Line("before", "slate", []), Line("after", "green", [])]
     text = "Share of held-out problems answered correctly before and after each stage; bars are one standard error."
-    return figure(f"Before and after, {mode}", pairs_chart(rows, unit="% of problems", low=0, high=100), text, key)
+    return figure(f"Before and after: {name}", pairs_chart(rows, unit="% of problems", low=0, high=100), text, key)
 
 
-def _percent(value: tuple[float, float] | None) -> tuple[float, float] | None:
+def _percent(value: Score) -> Score:
     return value and (100 * value[0], 100 * value[1])

@@ -21,6 +21,7 @@ NUMBERS: dict[str, tuple[str, Callable[[float], str]]] = {
     "problems": ("held-out problems", "{:,.0f}".format),
     "loss": ("last loss", "{:.4g}".format),
     "reward": ("last reward", "{:.4g}".format),
+    "response_length": ("last mean length of an answer", lambda tokens: f"{tokens:,.4g} tokens"),
     "bits_per_byte": ("bits per byte, held-out text", "{:.3f}".format),
     "heldout_loss": ("held-out loss, nats per token", "{:.3f}".format),
     "max_vio": ("last MaxVio", "{:.3f}".format),
@@ -44,7 +45,9 @@ def summary_rows(stages: Sequence[Stage]) -> list[tuple[str, list[str]]]:
         after = [accuracy_after(stage, mode) for stage in stages]
         rows.append((f"{mode} accuracy before", [show_accuracy(value) for value in before]))
         rows.append((f"{mode} accuracy after", [show_accuracy(value) for value in after]))
-    for key, (label, form) in NUMBERS.items():
+    rewards = dict.fromkeys(name for stage in stages for name in stage.rewards())
+    graded = {f"reward_{name}": (f"last reward for {name}", "{:.4g}".format) for name in rewards}
+    for key, (label, form) in (NUMBERS | graded).items():
         values = [stage.number(key) for stage in stages]
         rows.append((label, [NOTHING if value is None else form(value) for value in values]))
     others = dict.fromkeys(key for stage in stages for key, value in stage.result.items() if _is_other(key, value))
@@ -77,6 +80,15 @@ def accuracy_before(stage: Stage, start: Stage | None, mode: str) -> tuple[float
     if len(points) and points[0, 0] == 0:
         return float(points[0, 1]), float(points[0, 2])
     return accuracy_after(start, mode) if start and stage.status != "not started" else None
+
+
+def came_to(result: dict[str, Any]) -> str:
+    """The number of a stage that trains no language model, in words."""
+    if "kept" in result:
+        return f"kept {result['kept']:,} of {result.get('answers', 0):,}"
+    if "agreement" in result:
+        return f"agreement {show_accuracy((result['agreement'], result.get('agreement_stderr') or 0.0))}"
+    return NOTHING
 
 
 def show_accuracy(value: tuple[float, float] | None) -> str:

@@ -47,6 +47,11 @@ HELD_OUT = {  # title, unit and meaning of evaluations that are known
         "nats per token",
         "Cross-entropy of what assistants say in chats kept out of training",
     ),
+    "eval/agreement": (
+        "Agreement",
+        "share of held-out answers",
+        "Share of held-out pairs whose better answer scores higher, or of single ones on the right side of 0",
+    ),
 }
 
 

@@ -11,7 +11,7 @@ import tyro
 
 from deepseek_jax.checkpoint.model import Model
 from deepseek_jax.data.chat import encode_chat
-from deepseek_jax.data.conversations import Conversation, Sample
+from deepseek_jax.data.conversations import Conversation, Sample, read_conversation
 from deepseek_jax.data.files import ROWS
 from deepseek_jax.data.packing import Row, pack_samples
 from deepseek_jax.data.rows import RowLoader, check_rows, sources_of, write_rows
@@ -22,6 +22,7 @@ from deepseek_jax.evals.accuracy import accuracy
 from deepseek_jax.evals.text import row_loss
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.parallel.hosts import first_host_first, require_one_process
+from deepseek_jax.rl.tasks import column, fill
 from deepseek_jax.saying import doing
 from deepseek_jax.train.losses import LanguageModelLoss
 from deepseek_jax.typed import check_least, check_types
@@ -40,6 +41,12 @@ class SFTData:
     `prompt` with `completion` or `response`, `instruction` (`input`) with `output`, `question` with `answer`; beside
     them `system` and `tools`. Messages may hold reasoning, tool calls and parts of text; `weight` 0 is not learnt;
     nulls, and what no chat template reads, are passed over."""
+    prompt: str = ""
+    """The column that asks, of rows that call it something else: text, or a list of messages."""
+    answer: str = ""
+    """The column that answers, of such rows, or of those that template makes a question of."""
+    template: str = ""
+    """The user's turn, made of columns: "{question}\\nAnswer in {unit}." ("{{", "}}": braces)."""
     heldout: tuple[str, ...] = ()
     """Such files, whose loss is measured."""
     seq_len: int = 1024
@@ -52,6 +59,34 @@ class SFTData:
     def __post_init__(self) -> None:
         check_types(self)
         check_least(self, 2, "seq_len")
+        if self.prompt and self.template:
+            raise ValueError(
+                f"data.template makes the question of columns by name: data.prompt={self.prompt!r} is not used"
+            )
+        if bool(self.prompt or self.template) != bool(self.answer):
+            raise ValueError(
+                f"data.prompt={self.prompt!r}, data.template={self.template!r}, data.answer={self.answer!r}: name what "
+                "asks, a column or a template, and the column that answers, or neither"
+            )
+
+    def conversation(self, row: Any) -> Conversation:
+        """A row of the files as a chat. ValueError says what is wrong with it."""
+        if not self.answer or not isinstance(row, Mapping):
+            return read_conversation(row)
+        asked = fill(self.template, row) if self.template else _said(row, self.prompt)
+        told = _said(row, self.answer)
+        beside = {name: row[name] for name in ("system", "tools", "history") if name in row}
+        return read_conversation({"prompt": asked, "completion": told, **beside})
+
+
+def _said(row: Mapping[str, Any], name: str) -> str | list[Any]:
+    """What stands in a column: text, a number as text, or messages."""
+    value = column(row, name)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str | list):
+        raise ValueError(f'"{name}" is of type {type(value).__name__}; it must be text or a list of messages')
+    return value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +193,7 @@ def _packed(
             raise RefusedError(f"{longest} tokens, where data.seq_len={data.seq_len}; --data.drop-long leaves such out")
         return samples
 
-    chats = read_chats(path, then=encode, skip_broken=data.skip_broken, skipped=skipped)
+    chats = read_chats(path, read=data.conversation, then=encode, skip_broken=data.skip_broken, skipped=skipped)
     samples = [sample for chat in chats for sample in chat]
     return pack_samples(samples, data.seq_len, pad_id=tokenizer.pad_id, drop_long=data.drop_long, skipped=skipped)
 

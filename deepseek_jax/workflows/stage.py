@@ -22,6 +22,7 @@ from deepseek_jax.saying import doing, say
 from deepseek_jax.train.loop import Batches, LoopConfig, run_loop
 from deepseek_jax.train.metrics import read_metrics
 from deepseek_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer, warmup_updates
+from deepseek_jax.train.ppo import CriticConfig, with_critic
 from deepseek_jax.train.progress import Progress
 from deepseek_jax.train.reference import Reference
 from deepseek_jax.train.resume import check_resume, differences, flat, saved_meta
@@ -94,6 +95,7 @@ def train_stage(
     reference: Reference | None = None,
     epochs: int = 1,
     minibatches: int = 1,
+    critic: CriticConfig | None = None,
     evaluate: Callable[[Model], Mapping[str, float]] | None = None,
     stop_when: Callable[[Mapping[str, Any]], bool] | None = None,
     on_done: Callable[[], Mapping[str, float]] | None = None,
@@ -103,8 +105,9 @@ def train_stage(
     The arrays of ``start`` are used up, but where ``reference`` is them; where there is a checkpoint they are not used.
 
     prepare: adds to each batch on the devices, before its step, what the loss reads beside it; ``reference``, if it
-    moves, is saved with the state. epochs, minibatches: see ``make_step``. on_done: called when the devices have
-    finished a step, which are then waited for; what it returns joins the step's metrics.
+    moves, is saved with the state. epochs, minibatches: see ``make_step``. critic: what is trained beside, see
+    ``with_critic``. on_done: called when the devices have finished a step, which are then waited for; what it returns
+    joins the step's metrics.
 
     Raises ValueError where ``run_dir`` holds a run with other settings (``check_resume``), and what ``run_loop`` does.
     """
@@ -118,6 +121,10 @@ def train_stage(
     keep = reference is not None and not reference.every  # they are the reference's
     state = _state(config, start, optimizer, going_on=saved is not None, keep=keep)
     step = make_step(model, loss, optimizer, config.step, compute=compute, epochs=epochs, minibatches=minibatches)
+    if critic is not None:
+        parts = {"steps": schedule_steps, "epochs": epochs, "minibatches": minibatches}
+        step, state = with_critic(step, state, model, critic, config.step, **parts, compute=compute, mesh=mesh)
+    state_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     jitted = _measured(step, learning_rate(config.optimizer, schedule_steps * updates), updates)
     taken = 0
 
@@ -160,6 +167,7 @@ def train_stage(
         "steps": int(state.step),
         "steps_here": taken,  # by this process
         **count_parameters(model),
+        "state_bytes": state_bytes,
         "cache_numbers_per_token_layer": model.cache_numbers_per_token_layer,
     }
 

@@ -2,6 +2,7 @@
 
 from deepseek_kernels.attention import attention_reference, gqa_attention, mla_attention, mla_decode
 from deepseek_kernels.block_fp8 import BlockScaled, dequantise, dequantise_reference, quantise
+from deepseek_kernels.cached import FP8Entries, quantise_entries, write_entries
 from deepseek_kernels.fp8_matmul import fp8_matmul
 from deepseek_kernels.grouped_matmul import grouped_matmul, grouped_matmul_reference
 from deepseek_kernels.look_up import look_up
@@ -16,6 +17,7 @@ __all__ = [
     "BlockScaled",
     "Choice",
     "Columns",
+    "FP8Entries",
     "InStack",
     "Target",
     "Visible",
@@ -32,7 +34,9 @@ __all__ = [
     "mla_decode",
     "product",
     "quantise",
+    "quantise_entries",
     "routed_experts",
     "table",
     "weight_gradient",
+    "write_entries",
 ]

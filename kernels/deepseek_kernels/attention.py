@@ -5,6 +5,7 @@ Which keys a query sees is described (``Visible``), never drawn. Each function c
 softmax and sums are float32, the result has the values' dtype, and a query that sees no key gets zeros.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -22,6 +23,7 @@ from deepseek_kernels import (
     decode_hopper,
     decode_tpu,
 )
+from deepseek_kernels.cached import Entries, FP8Entries, side_by_side
 from deepseek_kernels.kept import kept
 from deepseek_kernels.registry import choose
 from deepseek_kernels.target import Target, devices
@@ -96,7 +98,7 @@ def gqa_attention(
 
 def mla_decode(
     q_BSHW: Float[Array, "B S H W"],
-    entry_BTW: Float[Array, "B T W"] | InStack,
+    cache: Entries,
     visible: Visible,
     scale: float,
     *,
@@ -104,30 +106,56 @@ def mla_decode(
     target: Target | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "B S H C"]:
-    """Absorbed MLA: every head attends to the cached entries ``[c | k_rope]`` themselves, whose first ``values``
-    numbers are the values too.
+    """Absorbed MLA: every head attends to the cached entries ``[c | k_rope]`` themselves, whose first C = ``values``
+    numbers are the values too: ``out[s] = Σ_t softmax_t(q[s]·entry[t] · scale) entry[t, :C]`` over the visible t.
 
-    entry: an array or a layer of a stack (L, B, T, W), which the Hopper and TPU kernels read where it lies;
-    those have no gradient. What stands behind a row's length is multiplied by zero, so it must be finite.
+    cache: entries (B, T, W); or, where ``visible.pages_BJ`` is given, pages (P, N, W) of N tokens, of which row b has
+    ``pages[b]``, and T is J·N. Either as an array of q's dtype, as ``FP8Entries``, or as a layer of a stack of those
+    (``InStack``), which the Hopper and TPU kernels read where it lies. ``write_entries`` puts new tokens into each.
+    ``visible.lengths_B`` and ``q_positions_BS`` say how many tokens a row has and where its S queries stand among them:
+    one, or several of which each sees those before it, as drafts that are verified do. What stands behind a row's
+    length is multiplied by zero, so all pages must hold finite numbers, as zeros are; which pages the table names there
+    does not matter.
+
+    Every implementation takes all of these, but for what its ``refuses`` says: on Hopper pages of a multiple of 64
+    tokens, on TPUs of 64 or a multiple of 128. The portable ones gather pages and dequantise, a copy that the log names.
+    An array has a gradient there, in kernels it has none, in FP8 nowhere.
 
     Raises:
       ValueError: shapes or dtypes that do not fit, or an implementation that cannot run on the target.
     """
-    (B, S, _, W), T = q_BSHW.shape, entry_BTW.shape[1]
-    if entry_BTW.shape != (B, T, W) or not 0 < values <= W:
+    (B, S, _, W), (rows, size, _), pages_BJ = q_BSHW.shape, cache.shape, visible.pages_BJ
+    fp8 = isinstance(cache.stack if isinstance(cache, InStack) else cache, FP8Entries)
+    latent = (cache.stack if isinstance(cache, InStack) else cache).values.shape[-1] if fp8 else values
+    if cache.shape[-1] != W or (pages_BJ is None and rows != B) or not 0 < values <= W or latent != values:
         raise ValueError(
-            f"q {q_BSHW.shape}, entry {entry_BTW.shape}, values={values}: expected (B, S, H, W), (B, T, W), 1…W"
+            f"q {q_BSHW.shape}, cache {cache.shape}{f' with {latent} in FP8' if fp8 else ''}, values={values}: expected "
+            f"(B, S, H, W), {'(B, T, W)' if pages_BJ is None else '(P, N, W)'}, {'those' if fp8 else '1…W'}"
         )
-    visible.check(B, S, T)
+    T = size
+    if pages_BJ is not None:
+        if pages_BJ.ndim != 2 or len(pages_BJ) != B:
+            raise ValueError(f"visible.pages_BJ {pages_BJ.shape}: expected ({B}, J)")
+        T *= pages_BJ.shape[1]
+    visible.check(B, S, T, paged=True)
     target = target or Target.here()
-    name = _choose("mla_decode", (q_BSHW, entry_BTW), W, values, visible, target, implementation)
+    facts = {
+        "queries": S,
+        "keys": T,
+        "by_column": visible.by_column,
+        "page": 0 if pages_BJ is None else size,
+        "fp8": fp8,
+    }
+    name = _named("mla_decode", (q_BSHW,) if fp8 else (q_BSHW, cache), W, values, target, implementation, **facts)
     if name in ("hopper", "tpu"):
-        stack, layer = (entry_BTW.stack, entry_BTW.layer) if isinstance(entry_BTW, InStack) else (entry_BTW[None], 0)
-        operands = q_BSHW, stack, layer, visible, scale
+        if not isinstance(cache, InStack):
+            cache = InStack(jax.tree.map(lambda leaf: leaf[None], cache), 0)
+        operands = q_BSHW, cache.stack, cache.layer, visible, scale
         if name == "tpu":
             return decode_tpu.attend(*operands, values=values, chip=target.chip)
         return decode_hopper.attend(*operands, values=values, cores=target.cores)
-    entry_BT1W = entry_BTW.astype(q_BSHW.dtype)[:, :, None]
+    entry_BT1W = side_by_side(cache, pages_BJ, q_BSHW.dtype)[:, :, None]
+    visible = dataclasses.replace(visible, pages_BJ=None)
     # The rotated keys ride along as values and are dropped: cheaper than a copy of the cache without them.
     return _attend(name, q_BSHW, entry_BT1W, entry_BT1W, visible, scale, target)[..., :values]
 
@@ -143,16 +171,17 @@ def attention_reference(q_BSHK, k_BTGK, v_BTGV, visible, scale):
 
 
 def _choose(operation, operands, key_width, value_width, visible, target, implementation, shared_by=1) -> str:
+    facts = {"queries": operands[0].shape[1], "keys": operands[1].shape[1]}
+    facts |= {"in_row_order": visible.in_row_order, "in_segments": visible.in_segments}
+    facts |= {"shared_by": shared_by, "devices": devices()}
+    return _named(operation, operands, key_width, value_width, target, implementation, **facts)
+
+
+def _named(operation, operands, key_width, value_width, target, implementation, **facts: Any) -> str:
     dtypes = {operand.dtype for operand in operands}
     if len(dtypes) > 1:
         raise ValueError(f"{operation} of {', '.join(sorted(map(str, dtypes)))}: expected one dtype")
-    facts: dict[str, Any] = {"key_width": key_width, "value_width": value_width}
-    facts |= {"queries": operands[0].shape[1], "keys": operands[1].shape[1]}
-    if operation == "mla_decode":
-        facts["by_column"] = visible.by_column
-    else:
-        facts |= {"in_row_order": visible.in_row_order, "in_segments": visible.in_segments}
-        facts |= {"shared_by": shared_by, "devices": devices()}
+    facts |= {"key_width": key_width, "value_width": value_width}
     return choose(operation, target, dtypes.pop(), implementation=implementation, **facts).name
 
 

@@ -1,4 +1,5 @@
-"""Absorbed MLA's attention in decoding on NVIDIA Hopper, in Pallas' Mosaic GPU: bfloat16, any lengths, split over keys.
+"""Absorbed MLA's attention in decoding on NVIDIA Hopper, in Pallas' Mosaic GPU: any lengths, split over keys, a cache of
+rows or of pages in bfloat16 or FP8.
 
 The query tokens and heads of a row of the batch are rows of one matrix, 64 of which are a tile. The blocks of keys of
 all rows lie end to end and are dealt out evenly, so that a core gets the end of one row, some whole ones, the start of
@@ -15,7 +16,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from deepseek_kernels import hopper_sizes
-from deepseek_kernels.decode_hopper_parts import KEYS, LOWEST, PARAMS, ROWS, inverse, parts
+from deepseek_kernels.cached import FP8Entries
+from deepseek_kernels.decode_hopper_fp8 import FP8Core
+from deepseek_kernels.decode_hopper_parts import KEYS, LOWEST, PARAMS, ROWS, Core, inverse, parts
 from deepseek_kernels.hopper_sizes import CORES
 from deepseek_kernels.target import Target
 from deepseek_kernels.visible import Visible
@@ -24,24 +27,36 @@ _SHARED = 8  # parts of a row from which on the warp groups of the second kernel
 
 
 def refuses(
-    target: Target, dtype: Any, *, by_column: bool, queries: int, keys: int, key_width: int, value_width: int
+    target: Target,
+    dtype: Any,
+    *,
+    by_column: bool,
+    queries: int,
+    keys: int,
+    key_width: int,
+    value_width: int,
+    page: int = 0,
+    fp8: bool = False,
 ) -> str:
-    """Why the kernels cannot run; "" where they can."""
+    """Why the kernels cannot run; "" where they can. page: tokens of one, 0 where rows lie whole."""
     if why := hopper_sizes.refuses(target, dtype):
         return why
     if not by_column:
         return "it needs keys whose positions are their columns, and no segments"
     if keys % 8 or not keys:
         return f"it needs a cache of a multiple of 8 columns, not {keys}"
-    if value_width not in (128, 256, 512) or key_width - value_width != 64:
-        return f"it needs values of 128, 256 or 512 numbers and 64 more of a key, not {value_width} of {key_width}"
+    if page % KEYS:
+        return f"it needs pages of a multiple of {KEYS} tokens, not {page}"
+    if value_width not in (128, 256, 512)[fp8:] or key_width - value_width != 64:
+        widths = "256 or 512 numbers in FP8" if fp8 else "128, 256 or 512 numbers"
+        return f"it needs values of {widths} and 64 more of a key, not {value_width} of {key_width}"
     return ""
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "values", "cores"))  # lowered once for all layers
 def attend(
     q_BSHW: Float[Array, "B S H W"],
-    entry_LBTW: Float[Array, "L B T W"],
+    cache: Float[Array, "L P N W"] | FP8Entries,
     layer: Any,
     visible: Visible,
     scale: float,
@@ -49,12 +64,15 @@ def attend(
     values: int,
     cores: int,
 ) -> Float[Array, "B S H C"]:
-    """``out[s] = Σ_t softmax_t(q[s]·entry[t] · scale) entry[t, :C]`` over layer ``layer`` of the cache; zeros for a
-    query that sees no key. Scores, softmax and sums are float32; weights are rounded to bfloat16 for their product.
+    """``out[s] = Σ_t softmax_t(q[s]·entry[t] · scale) entry[t, :C]`` over layer ``layer`` of the cache: pages, or
+    rows, of which each is one page; zeros for a query that sees no key. Scores, softmax and sums are float32; weights are rounded
+    to bfloat16 for their product.
 
     values: C. cores: of the target, 0 for an H100's.
     """
-    (B, S, H, W), (L, _, T, _) = q_BSHW.shape, entry_LBTW.shape
+    (B, S, H, W), (layers, pages, size, _) = q_BSHW.shape, cache.shape
+    table_BJ = jnp.arange(B)[:, None] if visible.pages_BJ is None else jnp.clip(visible.pages_BJ, 0, pages - 1)
+    T = size * table_BJ.shape[1]
     cores, rows = cores or CORES, _padded(S * H)
     tiles = pl.cdiv(rows, ROWS)
     limit_BS = visible.limits(B, S, T)
@@ -64,9 +82,9 @@ def attend(
     q_BRW = _pad(q_BSHW.reshape(B, S * H, W), rows)
     plan = _plan(jnp.max(limit_BS, axis=1), max(1, cores // tiles))
     number = jnp.asarray(layer, jnp.int32).reshape(1)
-    sums, logs = parts(
-        plan.core_C5, plan.blocks_B, number, limit_BR, q_BRW, entry_LBTW.reshape(L * B, T, W), scale, values
-    )
+    arrays = [leaf.reshape(layers * pages, *leaf.shape[2:]) for leaf in jax.tree.leaves(cache)]
+    operands = plan.core_C5, plan.blocks_B, table_BJ.astype(jnp.int32), number, limit_BR, q_BRW, arrays
+    sums, logs = parts(FP8Core if len(arrays) > 1 else Core, *operands, scale, values, pages)
     out_BRC = _combine(plan.parts_B2, logs, sums, (B, rows, values), q_BSHW.dtype)
     return out_BRC[:, : S * H].reshape(B, S, H, values)
 
@@ -104,7 +122,8 @@ def _plan(limit_B: Int[Array, "B"], cores: int) -> _Plan:
     row_C = jnp.minimum(row_of(start_C), B - 1)
     rows_C = jnp.where(count_C > 0, row_of(start_C + count_C - 1) - row_C + 1, 0)
     core_B = starts_B // share
-    core_C5 = jnp.stack([row_C, start_C - starts_B[row_C], count_C, rows_C, blocks_B[row_C]], axis=1)
+    first_C = jnp.where(count_C > 0, start_C - starts_B[row_C], 0)
+    core_C5 = jnp.stack([row_C, first_C, count_C, rows_C, blocks_B[row_C]], axis=1)
     parts_B2 = jnp.stack([core_B + jnp.arange(B), (ends_B - 1) // share - core_B + 1], axis=1)
     return _Plan(*(x.astype(jnp.int32) for x in (core_C5, blocks_B, parts_B2)))
 

@@ -2,14 +2,14 @@
 
 In a core three warp groups share two blocks in shared memory: one turns a block's keys into softmax weights while the
 others multiply the weights of the block before with its values, half of the width each, and hold the sums. Who has
-read its half of a block last has the next block copied there.
+read its half of a block last has the next block copied there. What differs with an FP8 cache is in decode_hopper_fp8.py.
 """
 
 import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -17,12 +17,14 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from deepseek_kernels.hopper_tiles import swizzled
+
 ROWS = 64  # of a tile of queries: what one product of a warp group takes
 KEYS = 64  # of a block; 32, four at once, read long rows 5 % slower and multiply for 128 heads at 0.7 of the speed
 LOWEST = -1e30  # in place of -inf: the exponential of a difference of two is never NaN
 # Every store to shared memory is followed by a barrier, so that none needs to be added.
 PARAMS = {"lowering_semantics": plgpu.LoweringSemantics.Lane, "unsafe_no_auto_barriers": True}
-_SLOTS = 2  # blocks in shared memory at once: 144 KiB, beside 72 KiB of queries and 8 KiB of weights
+SLOTS = 2  # blocks on their way or in shared memory: 144 KiB, beside 72 KiB of queries and 8 KiB of weights
 _OF_ROWS = plgpu.Layout.WGMMA.reduce(1)
 
 
@@ -31,14 +33,15 @@ class _Refs(NamedTuple):
 
     stats: of each query the factor of older sums, the sum, its logarithm, the number of keys that it sees. stage: where
     half a block was, as float32 columns of all queries. full, q_full: a block, the queries are there; p_full, p_free:
-    weights are there, have been multiplied."""
+    weights are there, have been multiplied. cache, more: one array and nothing, or what FP8 has."""
 
     core: Any
     blocks: Any
+    table: Any
     layer: Any
     limits: Any
     q: Any
-    entry: Any
+    cache: Any
     sums: Any
     logs: Any
     queries: Any
@@ -51,43 +54,38 @@ class _Refs(NamedTuple):
     q_full: Any
     p_full: Any
     p_free: Any
+    more: Any
 
 
 def parts(
+    kind: type["Core"],
     core_C5: Int[Array, "C 5"],
     blocks_B: Int[Array, "B"],
+    table_BJ: Int[Array, "B J"],
     layer: Int[Array, "1"],
     limit_BR: Float[Array, "B _"],
     q_BRW: Float[Array, "B R W"],
-    entry_NTW: Float[Array, "N T W"],
+    cache: list[jax.Array],
     scale: float,
     values: int,
+    pages: int,
 ) -> tuple[Float[Array, "I P _ V"], Float[Array, "I P _"]]:
     """The parts of all rows, for each tile I of queries: sums, normalised, and logarithms to base 2 of what they were
-    divided by. core_C5, blocks_B: the plan. limit_BR: keys that each query of whole tiles sees."""
-    (B, rows, width), cores, dtype = q_BRW.shape, len(core_C5), q_BRW.dtype
-    half, tiles, tile_rows = values // 2, pl.cdiv(rows, ROWS), min(rows, ROWS)
-    columns = KEYS * half // (2 * ROWS)
+    divided by. core_C5, blocks_B: the plan. limit_BR: keys that each query of whole tiles sees. cache: what ``kind``
+    reads, a stack of layers of ``pages`` each, one after another; table_BJ: the rows' pages."""
+    (B, rows, width), cores = q_BRW.shape, len(core_C5)
+    tiles, tile_rows = pl.cdiv(rows, ROWS), min(rows, ROWS)
 
     def kernel(*refs):
-        swizzled = lambda bits: (plgpu.TilingTransform((8, 1024 // bits)), plgpu.SwizzleTransform(128))  # noqa: E731
-        ring = plgpu.SMEM((_SLOTS, 2, KEYS, half), dtype, transforms=swizzled(16))
-        stage = plgpu.SMEM((_SLOTS, 2, ROWS, columns), jnp.float32, transforms=swizzled(32))
-        scratch = (
-            plgpu.SMEM((ROWS, width), dtype, transforms=swizzled(16)),
-            plgpu.RefUnion(ring, stage),
-            plgpu.SMEM((_SLOTS, KEYS, width - values), dtype, transforms=swizzled(16)),
-            plgpu.SMEM((ROWS, KEYS), dtype, transforms=swizzled(16)),
-            plgpu.SMEM((4, ROWS), jnp.float32),
-            plgpu.Barrier(num_arrivals=3, num_barriers=_SLOTS),
-            *(plgpu.Barrier(num_arrivals=number) for number in (2, 1, 2)),
-        )
+        scratch = kind.scratch(width, values, q_BRW.dtype)
         pl.run_scoped(functools.partial(run, refs), *scratch, collective_axes="warpgroup")
 
     def run(refs, queries, union, *rest):
-        core = _Core(
-            _Refs._make([*refs, queries, *union, *rest]), B, values, tile_rows, columns, scale * math.log2(math.e)
-        )
+        *before, sums, logs = refs
+        before, mine, (rest, more) = before[:6], before[6:], (rest[:7], rest[7:])
+        refs = _Refs(*before, mine, sums, logs, queries, *union, *rest, more)
+        page = pages, pl.cdiv(cache[0].shape[1], KEYS)
+        core = kind(refs, B, *page, values, tile_rows, scale * math.log2(math.e))
         jax.lax.cond(jax.lax.axis_index("warpgroup") > 0, core.multiply, core.weigh)
 
     return plgpu.kernel(
@@ -101,19 +99,45 @@ def parts(
         num_threads=3,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0, **PARAMS),
-    )(core_C5, blocks_B, layer, limit_BR, q_BRW, entry_NTW)
+    )(core_C5, blocks_B, table_BJ, layer, limit_BR, q_BRW, *cache)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Core:
-    """What a core does for a tile of queries. columns: of the stage. factor: of scores, to base 2."""
+class Core:
+    """What a core does for a tile of queries. pages: of a layer; blocks: of a page. factor: of scores, to base 2.
+
+    RING: blocks in the form that is multiplied. COPIES: that bring a block."""
 
     refs: _Refs
     batch: int
+    pages: int
+    blocks: int
     values: int
     tile_rows: int
-    columns: int
     factor: float
+    RING: ClassVar[int] = SLOTS
+    COPIES: ClassVar[int] = 3
+
+    @classmethod
+    def scratch(cls, width: int, values: int, dtype: Any) -> tuple[Any, ...]:
+        """Shared memory and barriers, from ``_Refs.queries`` on."""
+        half = values // 2
+        ring = plgpu.SMEM((cls.RING, 2, KEYS, half), dtype, transforms=swizzled(64, dtype))
+        columns = plgpu.SMEM((cls.RING, 2, ROWS, cls.columns(half)), jnp.float32, transforms=swizzled(32, jnp.float32))
+        return (
+            plgpu.SMEM((ROWS, width), dtype, transforms=swizzled(64, dtype)),
+            plgpu.RefUnion(ring, columns),
+            plgpu.SMEM((SLOTS, KEYS, width - values), dtype, transforms=swizzled(64, dtype)),
+            plgpu.SMEM((ROWS, KEYS), dtype, transforms=swizzled(64, dtype)),
+            plgpu.SMEM((4, ROWS), jnp.float32),
+            plgpu.Barrier(num_arrivals=cls.COPIES, num_barriers=SLOTS),
+            *(plgpu.Barrier(num_arrivals=number) for number in (2, 1, 2)),
+        )
+
+    @staticmethod
+    def columns(half: int) -> int:
+        """Of the stage."""
+        return KEYS * half // (2 * ROWS)
 
     @property
     def half(self) -> int:
@@ -126,6 +150,10 @@ class _Core:
 
     def plan(self, i: int):
         return self.refs.core[self.here[1], i]
+
+    def page(self, row, j):
+        """Where the row's block ``j`` is: the page."""
+        return self.refs.table[row, jax.lax.div(j, jnp.int32(self.blocks))]
 
     def each_row(self, body: Callable[..., Any], carry: Any) -> Any:
         """``body(row, its first block, where its blocks end, this core's blocks before, carry) -> carry``"""
@@ -157,7 +185,7 @@ class _Core:
 
         def block(j, state):
             place = before + j - first
-            scores = self.scores(jax.lax.rem(place, _SLOTS))
+            scores = self.scores(jax.lax.rem(place, SLOTS))
             column = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA)
             scores = jnp.where(column + j * KEYS < _wide(limit, KEYS), scores, -jnp.inf)
             top, total = state
@@ -193,61 +221,78 @@ class _Core:
 
     def multiply(self) -> None:
         """Weights by values, half of the width; what a block leaves free is filled at once."""
-        ahead = self.plan(0), self.plan(1), self.plan(4)
-        for place in range(_SLOTS):
+        ahead = self.plan(0), self.plan(1), self.plan(4), self.page(self.plan(0), self.plan(1))
+        for place in range(SLOTS):
             ahead = self.refill(jnp.int32(place), ahead)
         self.each_row(self.multiply_row, ahead)
 
     def multiply_row(self, row, first, stop, before, ahead):
-        refs, mine = self.refs, jax.lax.axis_index("warpgroup") - 1
-
         def block(j, state):
-            sums, _, ahead = state
             place = before + j - first
-            slot = jax.lax.rem(place, _SLOTS)
-            plgpu.barrier_wait(refs.full.at[slot])
-            plgpu.barrier_wait(refs.p_full)
-            shrink, total = (plgpu.layout_cast(refs.stats[i], _OF_ROWS) for i in range(2))
-            sums = _accumulate(sums * _wide(shrink, self.half), refs.weights, refs.ring.at[slot, mine])
-            plgpu.barrier_arrive(refs.p_free)
-            return sums, total, jax.lax.cond(j + 1 < stop, after, lambda _, ahead: ahead, place, ahead)
-
-        def after(place, ahead):
-            plgpu.commit_smem()  # all four warps have read what is written over now
-            return self.refill(place + _SLOTS, ahead)
+            return self.multiply_block(place, jax.lax.rem(place, SLOTS), j + 1 < stop, state)
 
         zeros = plgpu.layout_cast(jnp.zeros((ROWS, self.half), jnp.float32), plgpu.Layout.WGMMA)
         sums, total, ahead = jax.lax.fori_loop(first, stop, block, (zeros, _of_rows(1), ahead))
-        place = before + stop - 1 - first
-        self.store(row, jax.lax.rem(place, _SLOTS), sums * _wide(inverse(total), self.half))
-        return self.refill(place + _SLOTS, ahead)
+        last = before + stop - 1 - first
+        plgpu.commit_smem()  # all four warps have read what the sums are written over
+        self.store(row, jax.lax.rem(last, self.RING), sums * _wide(inverse(total), self.half))
+        return self.end_row(last, ahead)
+
+    def multiply_block(self, place, slot, more, state):
+        """more: whether the row has another one. state: sums, the sum of weights, ``refill``'s ahead."""
+        refs, (sums, _, ahead) = self.refs, state
+        plgpu.barrier_wait(refs.full.at[slot])
+        plgpu.barrier_wait(refs.p_full)
+        sums, total = self.add(sums, slot)
+
+        def after(ahead):
+            plgpu.commit_smem()  # all four warps have read what is written over now
+            return self.refill(place + SLOTS, ahead)
+
+        return sums, total, jax.lax.cond(more, after, lambda ahead: ahead, ahead)
+
+    def end_row(self, last, ahead):
+        """last: the row's last block, whose slot the row's sums have left by now."""
+        return self.refill(last + SLOTS, ahead)
+
+    def add(self, sums, slot):
+        """One block's values, weighted, and the sum of all weights."""
+        refs, mine = self.refs, jax.lax.axis_index("warpgroup") - 1
+        shrink, total = (plgpu.layout_cast(refs.stats[i], _OF_ROWS) for i in range(2))
+        sums = _accumulate(sums * _wide(shrink, self.half), refs.weights, refs.ring.at[slot, mine])
+        plgpu.barrier_arrive(refs.p_free)
+        return sums, total
 
     def store(self, row, slot, sums) -> None:
         """Through where the row's last block was."""
-        mine, (tile, core) = jax.lax.axis_index("warpgroup") - 1, self.here
+        mine, (tile, core), width = jax.lax.axis_index("warpgroup") - 1, self.here, self.columns(self.half)
         target = self.refs.sums.at[tile, row + core, :, pl.ds(mine * self.half, self.half)]
-        for start in range(0, self.half, self.columns):
-            self.refs.stage[slot, mine] = sums[:, start : start + self.columns]
+        for start in range(0, self.half, width):
+            self.refs.stage[slot, mine] = sums[:, start : start + width]
             plgpu.commit_smem()
             part = self.refs.stage.at[slot, mine, : self.tile_rows]
-            plgpu.copy_smem_to_gmem(part, target.at[:, start : start + self.columns])
+            plgpu.copy_smem_to_gmem(part, target.at[:, start : start + width])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def refill(self, place, ahead):
-        """Have this half of the core's block ``place`` copied to its slot. ahead: its row, its number there, and how
-        many that row has -> those of the block after it."""
-        slot = jax.lax.rem(place, _SLOTS)
-        copied = functools.partial(self.copy, slot)
+        """Have this half of the core's block ``place`` copied to its slot. ahead: its row, its number there, how many
+        that row has, its page -> those of the block after it: a page's number is there before it is needed."""
+        copied = functools.partial(self.copy_and_go_on, jax.lax.rem(place, SLOTS))
         return jax.lax.cond(place < self.plan(2), copied, lambda *ahead: ahead, *ahead)
 
-    def copy(self, slot, row, j, stop):
+    def copy_and_go_on(self, slot, row, j, stop, page):
+        start = pl.multiple_of(jax.lax.rem(j, jnp.int32(self.blocks)) * KEYS, KEYS)
+        self.copy(slot, self.refs.layer[0] * self.pages + page, pl.ds(start, KEYS))
+        same, following = j + 1 < stop, jnp.minimum(row + 1, self.batch - 1)
+        stop = jax.lax.cond(same, lambda: stop, lambda: self.refs.blocks[following])
+        row, j = jnp.where(same, row, following), jnp.where(same, j + 1, 0)
+        return row, j, stop, self.page(row, j)
+
+    def copy(self, slot, page, tokens) -> None:
         refs, mine = self.refs, jax.lax.axis_index("warpgroup") - 1
-        keys, full = refs.entry.at[refs.layer[0] * self.batch + row, pl.ds(j * KEYS, KEYS)], refs.full.at[slot]
+        keys, full = refs.cache[0].at[page, tokens], refs.full.at[slot]
         plgpu.copy_gmem_to_smem(keys.at[:, pl.ds(mine * self.half, self.half)], refs.ring.at[slot, mine], full)
         pl.when(mine == 0)(lambda: plgpu.copy_gmem_to_smem(keys.at[:, self.values :], refs.rope.at[slot], full))
-        same, following = j + 1 < stop, jnp.minimum(row + 1, self.batch - 1)
-        stop = jax.lax.cond(same, lambda: stop, lambda: refs.blocks[following])
-        return jnp.where(same, row, following), jnp.where(same, j + 1, 0), stop
 
 
 def _wide(of_rows, columns: int):

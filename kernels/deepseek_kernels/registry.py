@@ -45,7 +45,8 @@ class Choice:
 class Implementation:
     """platforms: where it is chosen by itself if it does not refuse; elsewhere it must be named. refuses: why it cannot
     run, "" where it can. rows: the alignment. slow: the reason where no faster one of the platform has refused.
-    copies: what it does with the weight before it multiplies, "" where it reads it as it lies or casts an array.
+    copies: what it does with the weight or the cache before it multiplies, "" where it reads it as it lies or casts an
+    array.
     special: made for some shapes alone, so that another is no slow choice where it refuses."""
 
     name: str
@@ -85,6 +86,10 @@ def _dequantises(dtype: Any, *, weight: Weight = None, **_) -> str:
 def _dequantises_what_does_not_fit(dtype: Any, *, weight: Weight = None, **_) -> str:
     copy = _dequantises(dtype, weight=weight)
     return f"{copy}: {why}" if copy and (why := fp8_on_hopper.does_not_fit(weight)) else ""
+
+
+def _copies_the_cache(dtype: Any, *, page: int = 0, fp8: bool = False, **_) -> str:
+    return f"a copy of the rows' entries in {dtype.name}" if page or fp8 else ""
 
 
 _C = Implementation("c", ("cpu",), _needs_c)
@@ -136,7 +141,7 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
     "mla_decode": (
         Implementation("hopper", ("cuda",), decode_hopper.refuses),
         Implementation("tpu", ("tpu",), decode_tpu.refuses),
-        _BLOCKWISE,
+        dataclasses.replace(_BLOCKWISE, copies=_copies_the_cache),
         _REFERENCE,
     ),
 }

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Int
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["q_positions_BS", "k_positions_BT", "q_segments_BS", "k_segments_BT", "lengths_B"],
+    data_fields=["q_positions_BS", "k_positions_BT", "q_segments_BS", "k_segments_BT", "lengths_B", "pages_BJ"],
     meta_fields=["causal"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +21,10 @@ class Visible:
     causal: the key's position is at most the query's. q_positions_BS, k_positions_BT: None for 0, 1, 2, … along the
     row. q_segments_BS, k_segments_BT: both of one segment; None: there are none. lengths_B: the first ``lengths[b]``
     keys exist; None: all do. What is None is known while tracing, so that a plain causal kernel can be chosen.
+
+    pages_BJ: where the keys lie, for ``mla_decode`` alone: of a cache of P pages of N tokens, key t of row b is token
+    ``t % N`` of page ``pages[b, t // N]``, in any order; rows may share pages. None: row b's keys lie side by side.
+    Entries beyond a row's length may be any number.
     """
 
     q_positions_BS: jax.Array | None = None
@@ -29,6 +33,7 @@ class Visible:
     k_segments_BT: jax.Array | None = None
     lengths_B: jax.Array | None = None
     causal: bool = True
+    pages_BJ: jax.Array | None = None
 
     @classmethod
     def rows(cls, segment_ids_BS: Int[Array, "B S"] | None = None) -> Self:
@@ -57,12 +62,15 @@ class Visible:
         """Whether a query sees no key that stands behind it in the row, whatever segments and lengths say."""
         return self.causal and self.q_positions_BS is None and self.k_positions_BT is None
 
-    def check(self, batch: int, queries: int, keys: int) -> None:
-        """ValueError for arrays that are not of these sizes; one row may stand for all."""
+    def check(self, batch: int, queries: int, keys: int, *, paged: bool = False) -> None:
+        """ValueError for arrays that are not of these sizes, one row may stand for all; for pages where nobody reads
+        them."""
+        if self.pages_BJ is not None and not paged:
+            raise ValueError("visible.pages_BJ: only mla_decode reads keys from pages")
         sizes = {"q": queries, "k": keys}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value is None or field.name == "causal":
+            if value is None or field.name in ("causal", "pages_BJ"):
                 continue
             shape = (batch, sizes[field.name[0]]) if field.name != "lengths_B" else (batch,)
             if value.shape not in (shape, (1, *shape[1:])):

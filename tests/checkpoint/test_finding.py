@@ -45,6 +45,7 @@ CASES = {  # files of the folder, and what is said of it
     "young": (["metrics.jsonl", "config.json"], "has saved no checkpoint yet"),
     "killed": (["checkpoints/3.orbax-checkpoint-tmp/x", "config.json"], "has saved no checkpoint yet"),
     "demo": (["sft/rows/meta.json"], "has saved no checkpoint yet"),
+    "mixed": (["sft/checkpoints/3/x", "zero/checkpoints/3/x"], "give one of them, sft, zero"),
     "several": (["a/config.json", "a/m.safetensors", "b/checkpoints/3/x", "c/checkpoints/x"], "give one of them, a, b"),
     "other": (["notes.txt"], "neither a run's checkpoints/ nor config.json beside safetensors, but notes.txt"),
 }

@@ -162,6 +162,7 @@ def test_inspect_tells_what_a_model_costs(capsys):
 def test_generate_prints_completions(workplace, capsys):
     command = ["generate", "run", "--prompt", "12+34=", "--prompt", "def", "--max-tokens", "4"]
     printed = []
+    assert main([*command]) == 0 and "run: run/grpo, step " in capsys.readouterr().err, "which of the demo's answers"
     for more in ([], [], ["--temperature", "5.0", "--seed", "1"], ["--chat"]):
         assert main([*command, *more]) == 0
         printed.append(capsys.readouterr().out)

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from deepseek_jax.evals.samples import cons_at_k, pass_at_1, pass_at_k
+from deepseek_jax.evals.samples import best_shares, cons_at_k, pass_at_1, pass_at_k, wilson
 
 
 def test_pass_at_k_is_the_mean_over_all_choices_of_k():
@@ -23,6 +23,24 @@ def test_the_standard_error_is_that_of_questions():
     mean, stderr = pass_at_1(correct)
     np.testing.assert_allclose([mean, stderr], [0.5, np.std([1, 0, 0.5], ddof=1) / np.sqrt(3)])
     assert np.isnan(pass_at_1([[True]])[1])
+
+
+def test_the_interval_holds_every_share_that_the_normal_test_does_not_refuse():
+    for share, count in ((0.0, 30), (1.0, 30), (0.5, 10), (0.3, 200)):
+        low, high = wilson(share, count)
+        shares = np.linspace(0, 1, 100_001)
+        kept = shares[abs(share - shares) <= 1.96 * np.sqrt(shares * (1 - shares) / count)]
+        np.testing.assert_allclose([low, high], [kept[0], kept[-1]], atol=2e-5)
+
+
+def test_the_best_of_several():
+    scores, right = (
+        [[0.1, 0.9, 0.9, 0.2], [np.nan, -5.0, 1.0, 2.0]],
+        [[True, False, True, True], [False, True, False, True]],
+    )
+    assert best_shares(scores, right, 1) == [0.75, 0.5]
+    assert best_shares(scores, right, 2) == [0.5, 1.0]  # of equal ones the first; any before NaN
+    assert best_shares(scores, right, 3) == [0.0, 0.0] and best_shares(scores, right, 4) == [0.0, 1.0]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Decoding's Hopper kernels against float32: on such a GPU with ``TEST_ON=cuda``, else in Mosaic GPU's interpreter."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,8 +9,19 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from paged import in_pages
 
-from deepseek_kernels import InStack, Target, Visible, decode_hopper, decode_hopper_parts, mla_decode
+from deepseek_kernels import (
+    InStack,
+    Target,
+    Visible,
+    decode_hopper,
+    decode_hopper_parts,
+    mla_decode,
+    quantise_entries,
+)
 
 ON_GPU = jax.default_backend() == "gpu"
 TARGET = Target("cuda", "9.0", 0 if ON_GPU else 3)  # three blocks in the interpreter
@@ -82,6 +94,53 @@ def test_values_equal_the_definition(hopper_gpu, queries, heads, lengths, column
     np.testing.assert_array_equal(found, decode(q, stack, visible))
 
 
+@functools.cache
+def jitted(width):
+    """For all tables and lengths."""
+    run = functools.partial(mla_decode, scale=SCALE, values=width, target=TARGET, implementation="hopper")
+    return jax.jit(lambda q, stack, visible: run(q, InStack(stack, 1), visible))
+
+
+def check(kind, lengths, queries, heads, *, width, page=64, columns=192, seed=0):
+    """Of a cache in pages, in FP8 or both, against the very numbers that it holds in float64."""
+    q, stack = draw(len(lengths), queries, heads, columns, width)
+    rows = np.array(stack)
+    rows[:, -1, :page] = rows[:, 0, :page]  # a page that two rows share
+    rows[..., :128] *= 5  # groups of unlike scales
+    kept, visible = rows, seen(lengths, queries)
+    if "pages" in kind:
+        kept, table = in_pages(rows, lengths, page, seed)
+        visible = dataclasses.replace(visible, pages_BJ=jnp.asarray(table))
+    kept, rows = jnp.asarray(kept), jnp.asarray(rows)
+    if "fp8" in kind:
+        kept, rows = quantise_entries(kept, width), quantise_entries(rows, width).astype(jnp.float32)
+    found = np.asarray(jitted(width)(q, kept, visible), np.float32)
+    right = definition(q, rows[1], seen(lengths, queries), width)
+    for mine, wanted in zip(found, right, strict=True):
+        assert np.linalg.norm(mine - wanted) <= 4e-3 * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("kind", ["pages", "fp8", "fp8 in pages"])
+@settings(max_examples=3, suppress_health_check=[HealthCheck.function_scoped_fixture])  # it stays as it is
+@given(st.lists(st.integers(0, 192), min_size=3, max_size=3), st.integers(0, 99))
+@example([1, 64, 192], 0)
+def test_a_cache_in_pages_and_in_fp8(hopper_gpu, kind, lengths, seed):
+    """Rows of 0 to 192 keys in pages of 64, over three processors; a row of 0 has zeros."""
+    check(kind, lengths, 1, 16, width=256, seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("kind", "lengths", "queries", "heads", "page", "columns", "width"),
+    [
+        ("pages", [4, 250], 4, 16, 128, 256, 128),
+        ("fp8", [70, 9], 2, 64, 64, 72, 256),  # two tiles, a last block that sticks out
+        ("fp8 in pages", [130, 256], 3, 8, 128, 256, 512),  # two parts of each half are converted
+    ],
+)
+def test_pages_of_several_blocks_and_wide_values(hopper_gpu, kind, lengths, queries, heads, page, columns, width):
+    check(kind, lengths, queries, heads, page=page, columns=columns, width=width)
+
+
 @pytest.mark.skipif(not ON_GPU, reason="real sizes need the card")
 @pytest.mark.parametrize(("queries", "heads"), [(1, 16), (4, 16), (1, 128), (2, 128)])
 def test_values_at_real_sizes(hopper_gpu, queries, heads):
@@ -123,11 +182,14 @@ def test_work_is_dealt_out_evenly_and_every_part_is_some_rows():
     assert plan[:, 2].max() == -(-blocks.sum() // cores)
 
 
-@pytest.mark.parametrize(("queries", "heads"), [(1, 16), (3, 128)])
-def test_kernels_are_lowered_for_cuda_without_a_gpu(queries, heads):
+@pytest.mark.parametrize(("queries", "heads", "fp8"), [(1, 16, False), (3, 128, False), (1, 16, True), (3, 128, True)])
+def test_kernels_are_lowered_for_cuda_without_a_gpu(queries, heads, fp8):
     """Any jax that the package allows takes them through Mosaic GPU's passes, at the sizes of V2-Lite and V3."""
     q, stack = draw(3, queries, heads, 128, 512)
     visible = seen([3, 100, 128], queries)
+    if fp8:
+        stack = quantise_entries(stack, 512)
+        visible = dataclasses.replace(visible, pages_BJ=jnp.array([[2], [0], [1]]))
     run = functools.partial(mla_decode, visible=visible, scale=SCALE, values=512, target=Target("cuda", "9.0", 132))
     traced = jax.jit(lambda q, stack, layer: run(q, InStack(stack, layer))).trace(q, stack, 1)
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()

@@ -24,6 +24,7 @@ from deepseek_jax.rl.rewards import accuracy_reward
 from deepseek_jax.rl.rewards.named import NAMED
 from deepseek_jax.rl.tasks import TASKS, Task, TaskConfig, make_task
 
+MATH = Path(__file__).parents[3] / "shared/data/math500.json"
 ROW = Record({"question": "1+1?", "unit": "m", "answer": "2", "n": 3, "nums": [1, 2]}, "rows.jsonl:4")
 
 
@@ -321,6 +322,38 @@ def test_mathematics():
         assert grader.grade(["<think>x</think>\\boxed{.25}", "\\boxed{25}"], [row] * 2).total_N.tolist() == [1.2, 0]
         with pytest.raises(ValueError, match="t:1: reward maths: no answer in"):
             grader.check([Record({"Problem": "?", "solution": "\\boxed{}"}, "t:1")])
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "right"),
+    [
+        ("math", {"problem": "?", "solution": "so $\\boxed{\\frac{1}{2}}$", "level": "Level 1"}, "\\frac{1}{2}"),
+        ("aime", {"id": 60, "problem": "?", "solution": "\\boxed{1}", "answer": "204"}, "204"),
+        ("aime", {"ID": "2024-I-4", "Problem": "?", "Solution": "x", "Answer": 25}, "25"),
+        ("aime", {"question": "?", "answer": "025"}, "025"),
+        ("cnmo", {"question": "?", "answer": "$\\sqrt{2}$"}, "$\\sqrt{2}$"),
+        ("gpqa", {"Question": "?", "Correct Answer": 1} | {f"Incorrect Answer {n}": 0 for n in (1, 2, 3)}, ""),
+        ("mmlu", {"question": "?", "subject": "law", "choices": ["a", "b", "c", "d"], "answer": 3}, "D"),
+        ("mmlu_pro", {"question": "?", "options": [*"abcdefghij"], "answer": "J", "answer_index": 9}, "J"),
+    ],
+)
+def test_presets_know_the_columns_of_known_datasets(name, row, right):
+    if name in ("math", "aime", "cnmo"):
+        pytest.importorskip("math_verify", reason="math-verify (the extra rewards) is not installed")
+    task = make_task(TaskConfig(name=name))
+    said = task.right(row)
+    assert task.messages(row)[0]["content"].startswith("?\n") and said is not None and said == (right or said)
+    number = said.removeprefix("0") if name == "aime" else said
+    assert [task.accuracy(f"<think>A</think>\\boxed{{{text}}}", row) for text in (number, "17")] == [1, 0]
+    own = make_task(TaskConfig(name=name, template="Now: {question|problem|Problem|Question}"))
+    assert own.messages(row)[0]["content"] == "Now: ?"
+
+
+@pytest.mark.skipif(not MATH.exists(), reason=f"there is no {MATH}")
+def test_maths_answers_are_the_boxes_of_its_solutions():
+    task = make_task(TaskConfig(name="math"))
+    rows = json.loads(MATH.read_text())
+    assert [task.right(row) for row in rows] == [row["answer"] for row in rows]
 
 
 def test_what_breaks_math_verify_is_wrong_and_told_once(

@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 from deepseek_jax.cli.main import main
-from deepseek_jax.rl import rollout
+from deepseek_jax.rl import sampler
 from deepseek_jax.workflows import grpo, pretrain, questions, sft
 from deepseek_jax.workflows.stage import LoaderBatches
 
@@ -32,7 +32,7 @@ def die_at_answer(number: int) -> None:
 
 def die_in(stage: str, call: int) -> None:
     module = {"pretrain": pretrain, "sft": sft, "grpo": grpo}[stage]
-    owner, name = (rollout, "read_answers") if stage == "grpo" else (LoaderBatches, "next")
+    owner, name = (sampler, "converse") if stage == "grpo" else (LoaderBatches, "next")
     train_stage, original = module.train_stage, getattr(owner, name)
     calls = 0
 

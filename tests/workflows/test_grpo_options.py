@@ -8,13 +8,15 @@ import jax
 import numpy as np
 import pytest
 from model.tiny import weights, whole
-from small import SPEAKER, tokenizer
+from small import ONE_DEVICE, SPEAKER, tokenizer
 
 from deepseek_jax import save_hf
 from deepseek_jax.checkpoint.model import load
 from deepseek_jax.cli.main import main
+from deepseek_jax.files import read_json_lines
 from deepseek_jax.rl.rollout import RolloutConfig
 from deepseek_jax.train.metrics import read_metrics
+from deepseek_jax.workflows import own_run
 from deepseek_jax.workflows.grpo import GRPOConfig
 
 STEPS = """
@@ -39,7 +41,7 @@ OPTIONS += ["--rollout.prompts", "4", "--rollout.group", "4", "--rollout.max-tok
 OPTIONS += ["--loss.ratio", "sequence", "--loss.tis-cap", "2", "--loss.kl-weight", "0.1", "--reference-every", "1"]
 OPTIONS += ["--rollout.replay-routing", "--rollout.pack", "64", "--rollout.resample", "2", "--rollout.tolerance", "0.9"]
 OPTIONS += ["--rollout.overlong-buffer", "4", "--inner-epochs", "2", "--minibatches", "2"]
-OPTIONS += ["--loop.checkpoint-every", "1", "--loop.log-every", "1", "--loop.keep", "2", "--loop.no-tensorboard"]
+OPTIONS += ["--loop.checkpoint-every", "1", "--loop.log-every", "1", "--loop.keep", "4", "--loop.no-tensorboard"]
 CLOCKS = ("time", "seconds", "tokens_per_second", "peak_bytes_process", "rollout_seconds", "reward_seconds")
 CLOCKS += ("train_seconds", "samples_per_second", "rollout_tokens_per_second")
 
@@ -74,6 +76,32 @@ def test_all_of_them_train_and_a_run_goes_on_to_the_bit(folder: Path):
     (folder / "run" / "result.json").unlink()
     shutil.rmtree(folder / "run" / "checkpoints" / "2")
     assert run() == 0 and lines() == whole_run
+
+
+def test_a_run_that_samples_ahead_goes_on_with_the_questions_that_it_had_not_trained_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """One that stopped after its first step had sampled for the second and third. Each question is used once."""
+    monkeypatch.setattr(own_run, "make_mesh", lambda config: ONE_DEVICE)
+    plain = [option for option in OPTIONS if option != "--rollout.replay-routing"]
+    options = plain[: plain.index("--loss.kl-weight")] + plain[plain.index("--loop.checkpoint-every") :]
+    run = lambda: main(["grpo", *options, "--rollout.staleness", "2", "--run-dir", "run", "--loop.steps", "4"])  # noqa: E731
+    assert run() == 0
+    lines, first = read_metrics("run"), read_json_lines(folder / "run" / "rollouts.jsonl")
+    assert [line["staleness"] for line in lines] == [0, 1, 2, 2]
+    assert lines[0]["kl_sampler"] < 1e-6 < lines[2]["kl_sampler"]  # the weights that the loss needs are not 1
+    assert all(
+        line["finite"] == 1 and 0 < line["train_seconds"] < 1 / line["samples_per_second"] * 16 for line in lines
+    )
+    (folder / "run" / "result.json").unlink()
+    for step in "234":
+        shutil.rmtree(folder / "run" / "checkpoints" / step, ignore_errors=True)
+    assert run() == 0
+    assert [line["staleness"] for line in read_metrics("run")] == [0, 0, 1, 2]  # none is older than this process
+    again = read_json_lines(folder / "run" / "rollouts.jsonl")
+    for name in ("step", "question", "prompt"):
+        assert [line[name] for line in again] == [line[name] for line in first]
+    assert len({line["question"] for line in first[:32]}) == 8  # of nine rows
 
 
 def test_packed_rows_need_not_be_divided_by_their_parts():

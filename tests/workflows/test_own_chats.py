@@ -1,8 +1,10 @@
 """Chats of one's own: what rows were made of, and what is looked at before training."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from model.tiny import weights, whole
@@ -50,6 +52,53 @@ def test_chats_of_folders_and_globs(folder: Path) -> None:
         data = SFTData(path=path, seq_len=64)
         made.append(open_rows(prepare_chats(data, tokenizer(), folder / name)).meta["fingerprint"])
     assert len(set(made)) == 1
+
+
+def test_columns_of_other_names(folder: Path) -> None:
+    """They make the very chats that the plain form is, nulls and numbers seen to."""
+    rows = [
+        {"problem": "1+2=", "unit": "m", "n": 3, "solution": "3", "prompt": "not this", "completion": "nor this"}
+    ] * 3
+    Path("math.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plain = open_rows(prepare_chats(SFTData(path=("chats/a.jsonl",), seq_len=32), tokenizer(), folder / "plain"))
+    named: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("columns", {"prompt": "problem", "answer": "solution"}),
+        ("numbers", {"prompt": "problem", "answer": "n"}),
+        ("template", {"template": "{problem}", "answer": "solution"}),
+    )
+    for name, how in named:
+        made = prepare_chats(SFTData(path=("math.jsonl",), seq_len=32, **how), tokenizer(), folder / name)
+        assert open_rows(made).meta["fingerprint"] == plain.meta["fingerprint"], name
+    asked = SFTData(template="{problem} in {unit}", answer="solution").conversation(rows[0] | {"system": "Be brief."})
+    assert [message["content"] for message in asked.messages] == ["Be brief.", "1+2= in m", "3"]
+    with pytest.raises(ValueError, match=r"rows was packed from other data or settings: data\.answer is 'solution'"):
+        data = SFTData(path=("math.jsonl",), seq_len=32, prompt="problem", answer="solution")
+        prepare_chats(data, tokenizer(), folder / "rows")
+        prepare_chats(dataclasses.replace(data, answer="n"), tokenizer(), folder / "rows")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"problem": "p"}, r'a\.jsonl:1: no column "solution"; it has problem'),
+        ({"problem": "p", "solution": None}, r'a\.jsonl:1: "solution" is of type NoneType; it must be text or a list'),
+        ({"problem": {}, "solution": "s"}, r'a\.jsonl:1: "problem" is of type dict'),
+        (["p", "s"], r"a\.jsonl:1: a list; each line must be an object"),
+    ],
+)
+def test_columns_that_are_not_there_are_named(tmp_path: Path, row, message: str) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    data = SFTData(path=(str(tmp_path / "a.jsonl"),), prompt="problem", answer="solution")
+    with pytest.raises(ValueError, match=message):
+        prepare_chats(data, tokenizer(), tmp_path / "rows")
+
+
+@pytest.mark.parametrize(
+    "given", [{"prompt": "p"}, {"answer": "a"}, {"template": "{p}"}, {"prompt": "p", "template": "{p}"}]
+)
+def test_columns_are_named_together(given: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match=r"data\.template"):
+        SFTData(**given)  # pyright: ignore
 
 
 @pytest.fixture

@@ -307,6 +307,25 @@ def test_runs_side_by_side(tmp_path):
     assert "<run>" not in text and not Page(text).names() & {"script", "link", "img"}
 
 
+def test_runs_of_grpo_side_by_side(tmp_path):
+    runs = read_runs([own_run(tmp_path / name, "grpo", reward=[name]) for name in ("a", "b")])
+    text = write_comparison(runs, tmp_path / "out.html").read_text(encoding="utf-8")
+    for row in ("last reward for &lt;mine&gt;", "last reward for format", "last mean length of an answer"):
+        assert row in text, row
+    named = [
+        "Reward",
+        "Reward for accuracy",
+        "Reward for format",
+        "Reward for &lt;mine&gt;",
+        "Response length",
+        "Entropy",
+    ]
+    for title in named:
+        card = re.search(rf"<figure><h3>{title} over tokens</h3>(.*?)</figure>", text, re.S)
+        assert card and card[1].count('class="key"') == 2, title
+    assert "timeouts" not in text and "Loss of the next token" not in text and "Words of reflection" not in text
+
+
 def test_lines_are_where_tokens_and_minutes_say(tmp_path):
     for name, speed in (("slow", 2), ("fast", 1)):
         folder = own_run(tmp_path / name, "pretrain")

@@ -36,16 +36,12 @@ def main() -> None:
     parser.add_argument("run", metavar="RUN", type=Path)
     parser.add_argument("--recipe", default="r1/miniature")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument(
-        "--times", type=float, nargs="+", default=[1.0, 4.0], help="how much arithmetic, of distillation's"
-    )
+    parser.add_argument("--times", type=float, nargs="+", default=[1.0, 4.0], help="how much arithmetic")
     options = parser.parse_args()
     recipe = dataclasses.replace(load_recipe(options.recipe, R1Config), run_dir=str(options.run))
     links = {link.name: link.config for link in make_links(recipe)}
-    print(
-        "| seed | before | distilled | TFLOP | " + " | ".join(f"alone, {times:g} ×" for times in options.times) + " |"
-    )
-    print("|---" * (4 + len(options.times)) + "|", flush=True)
+    heads = ["seed", "before", "distilled", "TFLOP", *(f"alone, {times:g} ×" for times in options.times)]
+    print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|", flush=True)
     for seed in options.seeds:
         print(f"| {seed} | " + " | ".join(compared(options.run, links, seed, options.times)) + " |", flush=True)
 
@@ -62,31 +58,24 @@ def compared(run: Path, links: dict[str, Any], seed: int, times: list[float]) ->
     budget = 3.0 * _tokens(folder / "distilled") * forward_flops(model) + sampling_flops(run)
     per_step = 4.0 * _tokens(run / "zero") / links["zero"].loop.steps * forward_flops(model)
     zero = dataclasses.replace(links["zero"], init_from=base.run_dir, seed=seed)
-    before = load(base.run_dir, compute=zero.compute).asked_by(zero.chat_template)
-    cells = [
-        shown(before, student),
-        shown(load(student.run_dir, compute=zero.compute), student),
-        f"{budget / 1e12:.2f}",
-    ]
+    before, after = (load(each.run_dir, compute=zero.compute) for each in (base, student))
+    cells = [shown(before.asked_by(zero.chat_template), student), shown(after, student), f"{budget / 1e12:.2f}"]
     for each in times:
         loop = dataclasses.replace(zero.loop, steps=math.ceil(each * budget / per_step))
         alone: GRPOConfig = dataclasses.replace(zero, run_dir=str(folder / f"alone_{each:g}"), loop=loop)
         run_chain([Link("alone", grpo, alone)], lambda *said: None)
         spent = 4.0 * _tokens(Path(alone.run_dir)) * forward_flops(model) / budget
-        accuracy = shown(load(alone.run_dir, compute=zero.compute), student)
-        cells.append(f"{accuracy} ({loop.steps} steps, {spent:.1f} ×)")
+        right = shown(load(alone.run_dir, compute=zero.compute), student)
+        cells.append(f"{right} ({loop.steps} steps, {spent:.1f} ×)")
     return cells
 
 
 def sampling_flops(run: Path) -> float:
     """Of the teacher's answers."""
-    found = read_json_object(run / "samples" / "config.json")["recipe"]
-    teacher = ModelConfig.from_dict(read_json_object(Path(found["init_from"]) / "config.json")["model"])
+    teacher = ModelConfig.from_dict(read_json_object(run / "reasoning" / "config.json")["model"])
     (answers,) = (run / "samples").glob("rows-*.jsonl")
-    lines = read_json_lines(answers)
-    tokens = sum(
-        line["tokens"] + len(line["prompt"]) + 3 for line in lines
-    )  # each digit and sign; BOS, User, Assistant
+    asked = lambda prompt: len(prompt) + 3  # noqa: E731  # a token each digit and sign; BOS, User, Assistant
+    tokens = sum(line["tokens"] + asked(line["prompt"]) for line in read_json_lines(answers))
     return float(tokens) * forward_flops(teacher)
 
 

@@ -1,11 +1,12 @@
 """R1's claim: a small model distilled from a large one is better than the same model trained by reinforcement learning
-alone (arXiv 2501.12948, section 4.1). python scripts/r1_claim.py RUN [RUN ...], each a finished run of r1/miniature.
+alone (arXiv 2501.12948, section 4.1). After `make r1`: python scripts/r1_claim.py runs/r1 --seeds 0 1 2
 
-For each RUN, whose student_base is the same for both, R1-Zero's recipe trains the student alone, into RUN/alone_TIMES,
-with at least TIMES as much arithmetic as the distilled one took: its training (3 forward passes per token), and the
-teacher's answers it was taught (1 forward pass of the teacher per token, prompts included, kept or not). Reinforcement
-learning counts a forward pass for each sampled token and 3 to learn it. Padding, evaluation and the teacher's own
-training are not counted. Prints accuracy on the held-out problems, sampled at temperature 1.
+For each seed, in RUN/claim/seed_N: a fresh student is pretrained; a copy of it is distilled from RUN's samples; others
+are trained by R1-Zero's recipe alone, with TIMES as much arithmetic as the distilled one took at least. That is its
+training (3 forward passes per token), and the teacher's answers, kept or not (a forward pass of the teacher per token,
+prompts included). Reinforcement learning takes a forward pass per sampled token and 3 to learn it; prompts count as
+sampled. Padding, evaluation and what made teacher and base are not counted. All is done once: the same command goes on.
+Prints accuracy on the held-out problems, sampled at temperature 1, ± one standard error.
 """
 
 import argparse
@@ -21,69 +22,70 @@ from deepseek_jax.files import read_json_lines, read_json_object
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.model.costs import forward_flops
 from deepseek_jax.train.metrics import read_metrics
-from deepseek_jax.workflows.grpo import grpo
+from deepseek_jax.workflows.chain import Link, run_chain
+from deepseek_jax.workflows.grpo import GRPOConfig, grpo
+from deepseek_jax.workflows.pretrain import pretrain
 from deepseek_jax.workflows.r1 import R1Config, make_links
 from deepseek_jax.workflows.recipe import load_recipe
+from deepseek_jax.workflows.sft import sft
 from deepseek_jax.workflows.task_eval import Exam
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN")
+    parser.add_argument("run", metavar="RUN", type=Path)
     parser.add_argument("--recipe", default="r1/miniature")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--times", type=float, nargs="+", default=[1.0, 4.0], help="how much arithmetic")
     options = parser.parse_args()
-    print("| run | before | distilled | TFLOP | " + " | ".join(f"alone, {times:g}×" for times in options.times) + " |")
-    print("|---" * (4 + len(options.times)) + "|")
-    for run in map(Path, options.runs):
-        recipe = load_recipe(options.recipe, R1Config)
-        seed = read_json_object(run / "zero" / "config.json")["recipe"]["seed"] - recipe.zero.seed
-        links = {
-            link.name: link.config for link in make_links(dataclasses.replace(recipe, run_dir=str(run), seed=seed))
-        }
-        budget = distilled_flops(run)
-        cells = [shown(run / "student_base", links, template=True), shown(run / "student", links)]
-        cells.append(f"{budget / 1e12:.2f}")
-        cells += [alone(run, links, times, budget) for times in options.times]
-        print(f"| {run} | " + " | ".join(cells) + " |", flush=True)
+    recipe = dataclasses.replace(load_recipe(options.recipe, R1Config), run_dir=str(options.run))
+    links = {link.name: link.config for link in make_links(recipe)}
+    heads = ["seed", "before", "distilled", "TFLOP", *(f"alone, {times:g} ×" for times in options.times)]
+    print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|", flush=True)
+    for seed in options.seeds:
+        print(f"| {seed} | " + " | ".join(compared(options.run, links, seed, options.times)) + " |", flush=True)
 
 
-def distilled_flops(run: Path) -> float:
-    """Of the student's fine-tuning and of the teacher's answers."""
-    teacher, asked = _model(run / "samples", "init_from"), read_json_lines(next((run / "samples").glob("rows-*.jsonl")))
-    tokens = sum(line["tokens"] + _prompt_tokens(line["prompt"]) for line in asked)
-    learnt = read_metrics(run / "student")[-1]["tokens_seen"]
-    return 3.0 * learnt * forward_flops(_model(run / "student")) + tokens * forward_flops(teacher)
-
-
-def _prompt_tokens(prompt: str) -> int:
-    return len(prompt) + 3  # a digit and a sign are a token each; BOS, User, Assistant
-
-
-def _model(run: Path, begins: str = "") -> ModelConfig:
-    found = read_json_object(run / "config.json")
-    return _model(Path(found["recipe"][begins])) if begins else ModelConfig.from_dict(found["model"])
-
-
-def alone(run: Path, links: dict[str, Any], times: float, budget: float) -> str:
-    """The student's accuracy after reinforcement learning alone, and how much arithmetic that was."""
-    zero, model = links["zero"], _model(run / "student")
-    per_step = read_metrics(run / "zero")[-1]["tokens_seen"] / zero.loop.steps * 4 * forward_flops(model)
-    config = dataclasses.replace(
-        zero,
-        run_dir=str(run / f"alone_{times:g}"),
-        init_from=str(run / "student_base"),
-        loop=dataclasses.replace(zero.loop, steps=math.ceil(times * budget / per_step)),
+def compared(run: Path, links: dict[str, Any], seed: int, times: list[float]) -> list[str]:
+    """The cells of a seed's row."""
+    folder = run / "claim" / f"seed_{seed}"
+    base = dataclasses.replace(links["student_base"], run_dir=str(folder / "base"), seed=seed)
+    student = dataclasses.replace(
+        links["student"], run_dir=str(folder / "distilled"), init_from=base.run_dir, seed=seed
     )
-    grpo(config)
-    spent = 4.0 * read_metrics(config.run_dir)[-1]["tokens_seen"] * forward_flops(model)
-    return f"{shown(Path(config.run_dir), links)} ({config.loop.steps} steps, {spent / budget:.1f}×)"
+    run_chain([Link("base", pretrain, base), Link("distilled", sft, student)], lambda *said: None)
+    model = ModelConfig.from_dict(read_json_object(folder / "distilled" / "config.json")["model"])
+    budget = 3.0 * _tokens(folder / "distilled") * forward_flops(model) + sampling_flops(run)
+    per_step = 4.0 * _tokens(run / "zero") / links["zero"].loop.steps * forward_flops(model)
+    zero = dataclasses.replace(links["zero"], init_from=base.run_dir, seed=seed)
+    before, after = (load(each.run_dir, compute=zero.compute) for each in (base, student))
+    cells = [shown(before.asked_by(zero.chat_template), student), shown(after, student), f"{budget / 1e12:.2f}"]
+    for each in times:
+        loop = dataclasses.replace(zero.loop, steps=math.ceil(each * budget / per_step))
+        alone: GRPOConfig = dataclasses.replace(zero, run_dir=str(folder / f"alone_{each:g}"), loop=loop)
+        run_chain([Link("alone", grpo, alone)], lambda *said: None)
+        spent = 4.0 * _tokens(Path(alone.run_dir)) * forward_flops(model) / budget
+        right = shown(load(alone.run_dir, compute=zero.compute), student)
+        cells.append(f"{right} ({loop.steps} steps, {spent:.1f} ×)")
+    return cells
 
 
-def shown(run: Path, links: dict[str, Any], *, template: bool = False) -> str:
-    model = load(run, compute=links["student"].compute)
-    model = model.asked_by(links["zero"].chat_template) if template else model
-    exam = Exam(dataclasses.replace(links["student"].evaluation, count=0), seed=0)
+def sampling_flops(run: Path) -> float:
+    """Of the teacher's answers."""
+    teacher = ModelConfig.from_dict(read_json_object(run / "reasoning" / "config.json")["model"])
+    (answers,) = (run / "samples").glob("rows-*.jsonl")
+    asked = lambda prompt: len(prompt) + 3  # noqa: E731  # a token each digit and sign; BOS, User, Assistant
+    tokens = sum(line["tokens"] + asked(line["prompt"]) for line in read_json_lines(answers))
+    return float(tokens) * forward_flops(teacher)
+
+
+def _tokens(run: Path) -> float:
+    """Learnt so far, without padding."""
+    return float(read_metrics(run)[-1]["tokens_seen"])
+
+
+def shown(model: Any, student: Any) -> str:
+    exam = Exam(dataclasses.replace(student.evaluation, count=0), seed=0)
     share, error = accuracy(exam.answers(Engine(model), "sampled"))
     return f"{100 * share:.1f} ± {100 * error:.1f}"
 

@@ -9,6 +9,7 @@ import dataclasses
 
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.data.preferences import Judges
 from deepseek_jax.rl.rejection import Readable
 from deepseek_jax.rl.rollout import RolloutConfig
 from deepseek_jax.rl.tasks import TaskConfig
@@ -34,9 +35,10 @@ DATA = f"{RUN}/data"
 ZERO = f"{DATA}/zero.jinja"
 PROBLEMS = f"{DATA}/problems_train.jsonl"
 HELD_OUT = TaskConfig(path=(f"{DATA}/problems_heldout.jsonl",))
-EXAM = TaskEval(task=HELD_OUT, count=192, max_tokens=48, batch_size=96, by="kind")
+EXAM = TaskEval(task=HELD_OUT, count=192, max_tokens=44, batch_size=96, by="kind")
 COMPUTE = ComputeConfig(scan_unroll=3)
 CHATS = f"{RUN}/samples/kept.jsonl", f"{DATA}/requests_sft.jsonl"  # of stage 3 and of the student
+EVALUATED = ("zero", "cold_start", "reasoning", "sft", "all_scenarios", "student")
 GENERAL = f"{RUN}/helpful", f"{RUN}/harmless"
 
 
@@ -47,17 +49,17 @@ def config() -> R1Config:
         data=R1Data(run_dir=DATA, corpus=corpus),
         pretrain=pretrained("pretrain", DATA, BASE, steps=650),
         zero=dataclasses.replace(zero, chat_template=ZERO),
-        cold_start_samples=sampled("cold_start_samples", "zero", 600),
-        cold_start=fine_tuned("cold_start", "pretrain", f"{RUN}/cold_start_samples/kept.jsonl", steps=60),
-        reasoning=reinforced("reasoning", "cold_start", 100, "accuracy", "format=0.2", "language:en=0.2"),
-        samples=sampled("samples", "reasoning", 1500),
-        sft=fine_tuned("sft", "pretrain", *CHATS, steps=120),
+        cold_start_samples=sampled("cold_start_samples", "zero", 1200),
+        cold_start=fine_tuned("cold_start", "pretrain", f"{RUN}/cold_start_samples/kept.jsonl", steps=120),
+        reasoning=reinforced("reasoning", "cold_start", 150, "accuracy", "format=0.2", "language:en=0.2"),
+        samples=sampled("samples", "reasoning", 2000),
+        sft=fine_tuned("sft", "pretrain", *CHATS, steps=160),
         helpful=judging("helpful", "summary"),
         harmless=judging("harmless", "all"),
         all_scenarios=reinforced(
             "all_scenarios",
             "sft",
-            80,
+            100,
             "accuracy",
             "format=0.2",
             "language:en=0.2",
@@ -70,12 +72,10 @@ def config() -> R1Config:
             run_dir=f"{RUN}/evaluation",
             base=f"{RUN}/pretrain",
             chat_template=ZERO,
-            models=tuple(
-                f"{RUN}/{name}" for name in ("zero", "cold_start", "reasoning", "sft", "all_scenarios", "student")
-            ),
+            models=tuple(f"{RUN}/{name}" for name in EVALUATED),
             problems=HELD_OUT,
             requests=TaskConfig(path=(f"{DATA}/requests_heldout.jsonl",)),
-            asking=Asking(samples=2, temperature=1.0, top_p=1.0, max_tokens=48, count=192),
+            asking=Asking(samples=2, temperature=1.0, top_p=1.0, max_tokens=44, count=192),
             batch_size=96,
             compute=COMPUTE,
         ),
@@ -149,7 +149,7 @@ def reinforced(name: str, start: str, steps: int, *reward: str, more: tuple[str,
         init_from=f"{RUN}/{start}",
         task=TaskConfig(path=(PROBLEMS, *more)),
         reward=reward,
-        rollout=RolloutConfig(prompts=16, group=8, max_prompt=16, max_tokens=48),
+        rollout=RolloutConfig(prompts=16, group=8, max_prompt=20, max_tokens=44),
         loss=GRPOLoss(chunk=32),
         compute=COMPUTE,
         optimizer=OptimizerConfig(peak_lr=3e-4, warmup_steps=5, constant_until=0.6, cosine_until=1.0, weight_decay=0.0),
@@ -164,14 +164,14 @@ def sampled(name: str, teacher: str, count: int) -> RejectionConfig:
         run_dir=f"{RUN}/{name}",
         init_from=f"{RUN}/{teacher}",
         task=TaskConfig(path=(PROBLEMS,)),
-        asking=Asking(samples=2, temperature=1.0, top_p=1.0, max_tokens=48, count=count),
+        asking=Asking(samples=2, temperature=1.0, top_p=1.0, max_tokens=44, count=count),
         keep=Readable(per_prompt=1),
         batch_size=128,
         compute=COMPUTE,
     )
 
 
-def judging(name: str, judges: str) -> RewardModelConfig:
+def judging(name: str, judges: Judges) -> RewardModelConfig:
     return RewardModelConfig(
         run_dir=f"{RUN}/{name}",
         init_from=f"{RUN}/sft",

@@ -60,5 +60,5 @@ def is_done(config: Any) -> bool:
     check_resume(folder, saved, wanted, getattr(config, "MAY_CHANGE", _SAYING))
     if not trains:
         return differences(saved, wanted).keys() <= {f"recipe.{name}" for name in _SAYING}
-    by_epochs = getattr(config, "epochs", 0) and there["epochs"] == config.epochs  # which then say how many steps
-    return bool(by_epochs) or there["loop"]["steps"] == config.loop.steps
+    by_epochs = getattr(config, "epochs", 0)  # which then say how many steps
+    return there["epochs"] == by_epochs if by_epochs else there["loop"]["steps"] == config.loop.steps

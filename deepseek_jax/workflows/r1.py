@@ -38,7 +38,7 @@ from deepseek_jax.workflows.r1_data import R1Data, make_data
 from deepseek_jax.workflows.r1_evaluation import R1Evaluation, evaluate
 from deepseek_jax.workflows.recipe import moved
 from deepseek_jax.workflows.rejection import RejectionConfig, rejection
-from deepseek_jax.workflows.report import write_report
+from deepseek_jax.workflows.report import print_summary, write_report
 from deepseek_jax.workflows.report_data import SERIES
 from deepseek_jax.workflows.reward_model import RewardModelConfig, reward_model
 from deepseek_jax.workflows.sft import SFTConfig, sft
@@ -123,6 +123,7 @@ def r1(config: R1Config, console: Console | None = None) -> None:
         write_json(run_dir / SERIES, {"stages": [link.name for link in links]})
         run_chain(links, say)
         report = write_report(run_dir)
+    print_summary(run_dir, console)
     console.print(f"report: {report}   ({time.monotonic() - began:.0f} s for what was run now)")
 
 

@@ -55,7 +55,7 @@ class R1Data:
     """Of the pages with a problem, those whose answer stands alone, without a thought."""
     requests_sft: int = 1000
     """Requests to fine-tune on, half of them answered poorly."""
-    requests_train: int = 1000
+    requests_train: int = 3000
     """Requests for reinforcement learning."""
     preferences: int = 600
     """Requests that each reward model learns from."""

@@ -1,15 +1,19 @@
-"""All stages of R1: what each leaves, what is refused, and how the same command goes on after an end in each."""
+"""All stages of R1: what each leaves, what is refused, and an end in each, from which the same command goes on."""
 
 import dataclasses
 import io
 import json
 import shutil
+import signal
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import pytest
 from rich.console import Console
 from workflows import tiny_r1
+from workflows.miniature import run_program
 
 from deepseek_jax.data.tokenizer import THINK
 from deepseek_jax.rl import arithmetic, rollout
@@ -66,6 +70,15 @@ def end_in(stage: str, monkeypatch) -> None:
     monkeypatch.setitem(r1_module.STAGES, stage, watched)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_device() -> Iterator[None]:
+    """A few rows a step are enough, which eight devices could not share."""
+    with pytest.MonkeyPatch.context() as patch:
+        devices = jax.devices()[:1]
+        patch.setattr(jax, "devices", lambda: devices)
+        yield
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[Path, str]:
     """The folder of a run that nothing disturbed, and what it said."""
@@ -93,13 +106,26 @@ def test_each_stage_leaves_data_settings_metrics_and_samples(finished):
     assert (folder / "run" / "report.html").is_file()
 
 
+def kill_in_zero(folder: Path, run_dir: Path) -> None:
+    """The command as a program of its own, with a real kill -9 within a rollout."""
+    recipe = run_dir.parent / "recipe.py"
+    made = f"def config():\n    return tiny_r1.config(Path({str(folder)!r}))\n"
+    recipe.write_text(f"from pathlib import Path\n\nimport tiny_r1\n\n{made}", encoding="utf-8")
+    program = str(Path(tiny_r1.__file__).with_name("killed.py"))
+    killed = run_program(program, "grpo", "4", "r1", str(recipe), "--run-dir", str(run_dir), cwd=run_dir.parent)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+
+
 def test_ended_in_every_stage_it_goes_on_to_the_bit(finished, tmp_path, monkeypatch):
     folder, _ = finished
     config = tiny_r1.config(folder)
     for stage in STAGES:
-        with monkeypatch.context() as patch, pytest.raises(KilledError, match=stage):
-            end_in(stage, patch)
-            run(config, tmp_path / "run")
+        if stage == "zero":
+            kill_in_zero(folder, tmp_path / "run")
+        else:
+            with monkeypatch.context() as patch, pytest.raises(KilledError, match=stage):
+                end_in(stage, patch)
+                run(config, tmp_path / "run")
         assert not (tmp_path / "run" / stage / "result.json").exists()
     said = run(config, tmp_path / "run")
     assert said.count("is done already") == len(STAGES) - 1 and "evaluation → " in said
@@ -150,9 +176,8 @@ def test_what_a_stage_reads_must_be_there_or_come_before(tmp_path):
 
 
 def test_another_base_stands_in_the_place_of_pretraining(tmp_path):
-    links = {
-        link.name: link.config for link in make_links(dataclasses.replace(tiny_r1.config(tmp_path), base="/a/base"))
-    }
+    config = dataclasses.replace(tiny_r1.config(tmp_path), base="/a/base")
+    links = {link.name: link.config for link in make_links(config)}
     assert "pretrain" not in links
     assert links["zero"].init_from == links["cold_start"].init_from == links["sft"].init_from == "/a/base"
     assert links["evaluation"].base == "/a/base"

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.data.preferences import Judges
 from deepseek_jax.rl.rejection import Readable
 from deepseek_jax.rl.rollout import RolloutConfig
 from deepseek_jax.rl.tasks import TaskConfig
@@ -96,10 +97,15 @@ def config(folder: Path) -> R1Config:
     def fine_tuned(name: str, start: str, *chats: str) -> SFTConfig:
         data = SFTData(path=chats, seq_len=160)
         return SFTConfig(
-            run_dir=f"{RUN}/{name}", init_from=f"{RUN}/{start}", data=data, batch_size=2, optimizer=OPTIMIZER, loop=loop
+            run_dir=f"{RUN}/{name}",
+            init_from=f"{RUN}/{start}",
+            data=data,
+            batch_size=2,
+            optimizer=OPTIMIZER,
+            loop=loop,
         )
 
-    def judging(name: str, judges: str) -> RewardModelConfig:
+    def judging(name: str, judges: Judges) -> RewardModelConfig:
         return RewardModelConfig(
             run_dir=f"{RUN}/{name}",
             init_from=f"{RUN}/sft",

@@ -1,8 +1,6 @@
 """R1 as it was made, from DeepSeek-V3-Base (671 B parameters): the papers' own numbers (arXiv 2501.12948).
 
     deepseek-jax r1 r1/v3 --base DeepSeek-V3-Base
-    deepseek-jax grpo r1/v3_longer              R1-Zero's last 2,200 updates, at answers of 65,536 tokens
-    deepseek-jax grpo r1/v3_preferences         stage 4's last 400 updates, with general data and reward models
     deepseek-jax sft r1/students:qwen_7b --init-from Qwen2.5-Math-7B
 
 A stage alone: deepseek-jax grpo r1/v3:zero --init-from DeepSeek-V3-Base, and so on. Never run: it took 64 nodes of 8
@@ -10,11 +8,15 @@ H800, 198 hours for R1-Zero and 80 for R1; here the mesh is of 512 devices.
 
 A step is a rollout of 8,192 answers (512 questions × 16), of which each 512 (32 × 16) make an update. Not published, so
 chosen here: the updates of stage 2 (1,600), warm-up and decay of the rates (none), the clipping of R1-Zero (0.2), the
-answers to each question in rejection sampling (4), and what a long paragraph is.
+answers to each question in rejection sampling (4), and what a long paragraph is. R1-Zero's last 2,200 of 10,400 updates
+have answers of up to 65,536 tokens (zero_longer), and stage 4's last 400 of 1,700 general questions too, judged by reward
+models (preferences): no sooner, or they are deceived. Each is a run of its own, in which Adam's moments begin anew.
 
-data/rl.jsonl has rows of the task `mixed`: mathematics, code, science and logic; data/general_sft.jsonl the 200,000
-chats beside them; data/helpful.jsonl and data/harmless.jsonl what reward models learn.
+data/rl.jsonl has rows of the task `mixed`: mathematics, code, science and logic; data/rl_general.jsonl others of it,
+{"task": "rows", "prompt": "...", "answer": null}; data/general_sft.jsonl the 200,000 chats beside stage 3's samples; data/helpful.jsonl and data/harmless.jsonl what reward models learn.
 """
+
+import dataclasses
 
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.data.preferences import Judges
@@ -41,10 +43,20 @@ RULES = ("accuracy=1.0", "format=1.0", "language:en=1.0")
 
 
 def config() -> R1Config:
+    zero = reinforced("zero", BASE, 512, "accuracy=1.0", "tags=1.0", chat_template="r1_zero")
+    rules = reinforced("all_scenarios", f"{RUN}/sft", 81, *RULES, clip=10.0, temperature=0.7)
     return R1Config(
         skip=("data", "student_base", "student", "evaluation"),
-        zero=reinforced("zero", BASE, 512, "accuracy=1.0", "tags=1.0", chat_template="r1_zero"),
-        cold_start_samples=sampled("cold_start_samples", "zero", Readable(per_prompt=1), count=20_000),
+        zero=zero,
+        zero_longer=dataclasses.replace(
+            zero,
+            run_dir=f"{RUN}/zero_longer",
+            init_from=zero.run_dir,
+            chat_template="",  # it has it
+            rollout=dataclasses.replace(zero.rollout, max_tokens=65_536),
+            loop=dataclasses.replace(zero.loop, steps=138),
+        ),
+        cold_start_samples=sampled("cold_start_samples", "zero_longer", Readable(per_prompt=1), count=20_000),
         # Two passes over thousands of samples, 5,000 of 6,000 tokens say.
         cold_start=fine_tuned("cold_start", f"{RUN}/cold_start_samples/kept.jsonl", steps=14),
         reasoning=reinforced("reasoning", f"{RUN}/cold_start", 100, *RULES, clip=10.0),
@@ -53,7 +65,15 @@ def config() -> R1Config:
         sft=fine_tuned("sft", f"{RUN}/samples/kept.jsonl", "data/general_sft.jsonl", steps=2100),
         helpful=judging("helpful", "summary"),
         harmless=judging("harmless", "all"),
-        all_scenarios=reinforced("all_scenarios", f"{RUN}/sft", 81, *RULES, clip=10.0, temperature=0.7),
+        all_scenarios=rules,
+        preferences=dataclasses.replace(
+            rules,
+            run_dir=f"{RUN}/preferences",
+            init_from=rules.run_dir,
+            task=dataclasses.replace(QUESTIONS, path=(*QUESTIONS.path, "data/rl_general.jsonl")),
+            reward=(*RULES, f"model:{RUN}/helpful=1.0", f"model:{RUN}/harmless=1.0"),
+            loop=dataclasses.replace(rules.loop, steps=25),
+        ),
     )
 
 

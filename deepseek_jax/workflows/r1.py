@@ -2,19 +2,22 @@
 
     data                 the miniature's corpus, problems and requests; skipped where files are given
     pretrain             the miniature's base; `base` names another model in its place
-    zero                 R1-Zero: reinforcement learning from the base alone
+    zero                 R1-Zero: reinforcement learning from the base alone,
+    zero_longer          and goes on with longer answers, where a recipe says so
     cold_start_samples   right and readable answers of R1-Zero
     cold_start           stage 1: SFT from the base on them
     reasoning            stage 2: reinforcement learning with the language-consistency reward
     samples              stage 3: rejection sampling from that checkpoint,
     sft                  and SFT from the base on what is kept and general data
     helpful, harmless    reward models, of the summary alone and of everything
-    all_scenarios        stage 4: reinforcement learning by rules and these
+    all_scenarios        stage 4: reinforcement learning by rules and these,
+    preferences          or by these at its end alone, where a recipe says so
     student_base         the miniature's student before anything is taught to it
     student              distillation: SFT of the student on stage 3's samples
     evaluation           all of them asked the same questions
 
-What a stage begins with and reads is said by its own configuration, in paths under one folder.
+What a stage begins with and reads is said by its own configuration, in paths under one folder. One that begins with
+nothing is not of the recipe. The two that go on are runs of their own, whose optimizer begins anew.
 """
 
 import dataclasses
@@ -48,6 +51,7 @@ STAGES = {
     "data": make_data,
     "pretrain": pretrain,
     "zero": grpo,
+    "zero_longer": grpo,
     "cold_start_samples": rejection,
     "cold_start": sft,
     "reasoning": grpo,
@@ -56,6 +60,7 @@ STAGES = {
     "helpful": reward_model,
     "harmless": reward_model,
     "all_scenarios": grpo,
+    "preferences": grpo,
     "student_base": pretrain,
     "student": sft,
     "evaluation": evaluate,
@@ -79,6 +84,7 @@ class R1Config:
     data: R1Data = R1Data(run_dir="runs/r1/data")
     pretrain: PretrainConfig = PretrainConfig(run_dir="runs/r1/pretrain")
     zero: GRPOConfig = GRPOConfig(run_dir="runs/r1/zero")
+    zero_longer: GRPOConfig = GRPOConfig(run_dir="runs/r1/zero_longer")
     cold_start_samples: RejectionConfig = RejectionConfig(run_dir="runs/r1/cold_start_samples")
     cold_start: SFTConfig = SFTConfig(run_dir="runs/r1/cold_start")
     reasoning: GRPOConfig = GRPOConfig(run_dir="runs/r1/reasoning")
@@ -87,6 +93,7 @@ class R1Config:
     helpful: RewardModelConfig = RewardModelConfig(run_dir="runs/r1/helpful", judges="summary")
     harmless: RewardModelConfig = RewardModelConfig(run_dir="runs/r1/harmless", judges="all")
     all_scenarios: GRPOConfig = GRPOConfig(run_dir="runs/r1/all_scenarios")
+    preferences: GRPOConfig = GRPOConfig(run_dir="runs/r1/preferences")
     student_base: PretrainConfig = PretrainConfig(run_dir="runs/r1/student_base")
     student: SFTConfig = SFTConfig(run_dir="runs/r1/student")
     evaluation: R1Evaluation = R1Evaluation(run_dir="runs/r1/evaluation")
@@ -133,9 +140,9 @@ def make_links(config: R1Config) -> list[Link]:
     skipped = {*config.skip, *(["pretrain"] if config.base else [])}
     links = []
     for name, run in STAGES.items():
-        if name in skipped:
-            continue
         stage = getattr(config, name)
+        if name in skipped or not getattr(stage, "init_from", name):
+            continue
         stage = dataclasses.replace(stage, seed=stage.seed + config.seed, quiet=stage.quiet or config.quiet)
         if config.base:
             stage = moved(stage, config.pretrain.run_dir, config.base)

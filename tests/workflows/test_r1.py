@@ -23,11 +23,13 @@ from deepseek_jax.workflows import r1 as r1_module
 from deepseek_jax.workflows import r1_data, r1_requests
 from deepseek_jax.workflows.corpus import CorpusConfig
 from deepseek_jax.workflows.questions import Answers
-from deepseek_jax.workflows.r1 import STAGES, R1Config, check_inputs, make_links, r1
+from deepseek_jax.workflows.r1 import STAGES as ALL
+from deepseek_jax.workflows.r1 import R1Config, check_inputs, make_links, r1
 from deepseek_jax.workflows.r1_data import R1Data, make_data
 from deepseek_jax.workflows.recipe import load_recipe
 from deepseek_jax.workflows.stage import LoaderBatches
 
+STAGES = [name for name in ALL if name not in ("zero_longer", "preferences")]  # the miniature's
 CLOCKS = ("time", "peak_bytes_process")
 
 
@@ -49,10 +51,10 @@ def end_in(stage: str, monkeypatch) -> None:
     """Raise in the middle of a stage: while it writes, at a batch, within a rollout, between answers."""
     owner, name, after = {
         "data": (r1_data, "train_on_files", 1),
-        **dict.fromkeys(("zero", "reasoning", "all_scenarios"), (rollout, "read_answers", 4)),
+        **dict.fromkeys(("zero", "reasoning", "all_scenarios"), (sampler, "converse", 4)),
         **dict.fromkeys(("cold_start_samples", "samples", "evaluation"), (Answers, "_ask", 2)),
     }.get(stage, (LoaderBatches, "next", 4))
-    original, original_stage = getattr(owner, name), STAGES[stage]
+    original, original_stage = getattr(owner, name), ALL[stage]
     calls = 0
 
     def counted(*args, **options):

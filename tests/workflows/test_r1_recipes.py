@@ -15,10 +15,10 @@ from deepseek_jax.workflows.stage import StageConfig
 # Updates, clipping, temperature, longest answer, rewards.
 REINFORCED = {
     "r1/v3:zero": (8192, 0.2, 1.0, 32_768, {"accuracy", "tags"}),
-    "r1/v3_longer": (2208, 0.2, 1.0, 65_536, {"accuracy", "tags"}),
+    "r1/v3:zero_longer": (2208, 0.2, 1.0, 65_536, {"accuracy", "tags"}),
     "r1/v3:reasoning": (1600, 10.0, 1.0, 32_768, {"accuracy", "format", "language:en"}),
     "r1/v3:all_scenarios": (1296, 10.0, 0.7, 32_768, {"accuracy", "format", "language:en"}),
-    "r1/v3_preferences": (
+    "r1/v3:preferences": (
         400,
         10.0,
         0.7,
@@ -54,8 +54,8 @@ def test_reinforcement_learning(name):
 
 
 def test_r1_zero_and_stage_four_are_as_long_as_the_papers():
-    assert REINFORCED["r1/v3:zero"][0] + REINFORCED["r1/v3_longer"][0] == 10_400
-    assert abs(REINFORCED["r1/v3:all_scenarios"][0] + REINFORCED["r1/v3_preferences"][0] - 1700) < 16  # whole rollouts
+    assert REINFORCED["r1/v3:zero"][0] + REINFORCED["r1/v3:zero_longer"][0] == 10_400
+    assert abs(REINFORCED["r1/v3:all_scenarios"][0] + REINFORCED["r1/v3:preferences"][0] - 1700) < 16  # whole rollouts
 
 
 @pytest.mark.parametrize(
@@ -86,11 +86,21 @@ def test_reward_models(name, judges):
 def test_the_chains_stages_fit_together(name):
     config = load_recipe(name, R1Config)
     links = {link.name: link.config for link in make_links(config)} | {"base": config.pretrain}
-    starts = {"zero": "base", "cold_start_samples": "zero", "cold_start": "base", "reasoning": "cold_start"}
+    starts = {
+        "zero": "base",
+        "cold_start_samples": "zero_longer" if "zero_longer" in links else "zero",
+        "cold_start": "base",
+        "reasoning": "cold_start",
+    }
     starts |= {"samples": "reasoning", "sft": "base", "helpful": "sft", "harmless": "sft", "all_scenarios": "sft"}
     assert {stage: links[stage].init_from for stage in starts} == {
         stage: links[before].run_dir for stage, before in starts.items()
     }
+    if name == "r1/v3":
+        assert links["zero_longer"].init_from == links["zero"].run_dir
+        assert links["preferences"].init_from == links["all_scenarios"].run_dir
+    else:
+        assert not links.keys() & {"zero_longer", "preferences"}
     assert links["cold_start"].data.path == (f"{links['cold_start_samples'].run_dir}/kept.jsonl",)
     assert links["sft"].data.path[0] == f"{links['samples'].run_dir}/kept.jsonl"
     assert not links["samples"].keep.code and links["samples"].keep.language == "en"

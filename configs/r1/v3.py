@@ -9,11 +9,12 @@ H800, 198 hours for R1-Zero and 80 for R1; here the mesh is of 512 devices.
 A step is a rollout of 8,192 answers (512 questions × 16), of which each 512 (32 × 16) make an update. Not published, so
 chosen here: the updates of stage 2 (1,600), warm-up and decay of the rates (none), the clipping of R1-Zero (0.2), the
 answers to each question in rejection sampling (4), and what a long paragraph is. R1-Zero's last 2,200 of 10,400 updates
-have answers of up to 65,536 tokens (zero_longer), and stage 4's last 400 of 1,700 general questions too, judged by reward
-models (preferences): no sooner, or they are deceived. Each is a run of its own, in which Adam's moments begin anew.
+have answers of up to 65,536 tokens (zero_longer), and stage 4's last 400 of 1,700 general questions too, judged by
+reward models (preferences): no sooner, or they are deceived. Each is a run of its own: Adam's moments begin anew.
 
 data/rl.jsonl has rows of the task `mixed`: mathematics, code, science and logic; data/rl_general.jsonl others of it,
-{"task": "rows", "prompt": "...", "answer": null}; data/general_sft.jsonl the 200,000 chats beside stage 3's samples; data/helpful.jsonl and data/harmless.jsonl what reward models learn.
+{"task": "rows", "prompt": "...", "answer": null}; data/general_sft.jsonl the 200,000 chats beside stage 3's samples;
+data/helpful.jsonl and data/harmless.jsonl what reward models learn.
 """
 
 import dataclasses

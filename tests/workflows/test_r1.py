@@ -16,7 +16,7 @@ from workflows import tiny_r1
 from workflows.miniature import run_program
 
 from deepseek_jax.data.tokenizer import THINK
-from deepseek_jax.rl import arithmetic, rollout
+from deepseek_jax.rl import arithmetic, sampler
 from deepseek_jax.rl.words import wait_words
 from deepseek_jax.train.metrics import read_metrics
 from deepseek_jax.workflows import r1 as r1_module

@@ -106,8 +106,8 @@ def test_tokens_of_others_within_an_answer_are_passed_over():
     batch["loss_mask"][0, 6:8] = 0
     found = np.asarray(advantages(jnp.asarray(values_BS), on_device(batch), gamma=0.9, gae_lambda=0.7))[0]
     own = [4, 5, 8, 9, 10]
-    to_go = [*batch["advantages"][0, own], 0.0]
-    rewards = np.float64(to_go[:-1]) - to_go[1:]
+    to_go = np.append(batch["advantages"][0, own], 0.0)
+    rewards = np.subtract(to_go[:-1], to_go[1:], dtype=np.float64)
     np.testing.assert_allclose(found[own], gae_by_hand(rewards, np.float64(values_BS[0, own]), 0.9, 0.7), atol=2e-6)
     assert not found[6:8].any()
 
@@ -200,7 +200,6 @@ def test_the_step_is_policy_and_critic_each_on_the_same_advantages():
     found = trained(ALONE, 13, epochs=2, minibatches=2, updates=1)
     params, bias = weights(TINY)
     value_config, body, body_bias = transformer.with_scores(TINY, params, bias, 1)
-    options, how = StepConfig(), {"epochs": 2, "minibatches": 2}
     wanted = {}
     for name, config, loss, (arrays, own) in (
         ("critic", value_config, ValueLoss(), (body, body_bias)),
@@ -210,7 +209,8 @@ def test_the_step_is_policy_and_critic_each_on_the_same_advantages():
         state = create_state(config, optimizer, ONE, params=arrays, router_bias=own)
         if name == "critic":
             batch, about = judged(value_config, CRITIC, 1, ComputeConfig(), state, on_device(make_batch(ALONE, 13)))
-        wanted[name] = jax.jit(make_step(config, loss, optimizer, options, **how))(state, batch)[0].params
+        step = make_step(config, loss, optimizer, StepConfig(), epochs=2, minibatches=2)
+        wanted[name] = jax.jit(step)(state, batch)[0].params
     assert max(jax.tree.leaves(jax.tree.map(relative_error, found[0], wanted))) < 1e-5
     mask = np.asarray(batch["loss_mask"]) > 0
     assert not batch["values"].any()  # a critic begins without a preference

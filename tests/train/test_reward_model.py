@@ -86,11 +86,13 @@ def test_a_network_learns_the_same_however_its_items_are_packed_and_split():
         return float(metrics["loss"]), state.params["moe_layers"]["mlp"]["wi"], state.params["score"]["w"]
 
     network = transformer.merge(TINY, params, bias)
-    # Each item's answers in rows of their own give the scores that the loss compares.
-    alone = [
-        [network(jnp.asarray([ids])).scores[0, -1, 0] if ids else 0.0 for ids in (i.better, i.worse)] for i in items()
-    ]
-    margins = np.array([float(one) - float(other) for one, other in alone], np.float64)
+
+    def alone(ids):
+        """An answer's score in a row of its own."""
+        scores = network(jnp.asarray([ids])).scores if ids else jnp.zeros((1, 1, 1))
+        return float(scores[0, -1, 0])  # pyright: ignore[reportOptionalSubscript]
+
+    margins = np.array([alone(item.better) - alone(item.worse) for item in items()], np.float64)
     loss, *arrays = stepped(batch(12))
     assert loss == pytest.approx(np.mean(np.log1p(np.exp(-margins))), rel=1e-5)
     for found in (stepped(batch(30)), stepped(batch(12, rows=8), microbatches=4)):

@@ -142,7 +142,7 @@ def test_it_grades_summaries_in_batches_where_no_rule_does(trained, caplog):
     least = np.nanmin(np.delete(found, [37, 38]))
     assert found[37] == found[38] == least  # a thought without end; one of more tokens than it takes
     assert "such get the least score of their batch" in caplog.text
-    assert cut[1] == cut[0] == found[0]
+    assert cut[1] == cut[0] == pytest.approx(found[0], rel=1e-5)
     assert grades.total_N[0] == pytest.approx(2 * found[0])
     assert grades.metrics()["reward_model.helpful"] == pytest.approx(np.nanmean(found))
     with Grader((f"model:{run}:always",), task=task) as grader:

@@ -36,7 +36,7 @@ def converse(
 
     With tools a turn that ends with a call is followed by its result and another turn, as far as ``tools.calls`` and
     ``max_tokens``, which counts results too, allow: the answer is all of it, of which ``own`` marks the model's tokens,
-    and its text is the last turn's. One whose next turn has no room has not ended.
+    and its text is the last turn's. One that would need a call or room beyond has not ended.
 
     Args:
       filled: rows of the first turn at least, so that a last part of the questions compiles nothing.
@@ -154,18 +154,24 @@ class _Draft:
         return dataclasses.replace(params, max_tokens=self.room, seed=seed)
 
     def call(self, most: int) -> Call | None:
-        """The call that the last turn ends with, if there may be one more."""
+        """The call that the last turn ends with; one too many ends the answer, unfinished."""
         answer = self.turns[-1].answer
         call = read_call(answer.text) if answer.ended else None
-        return call if self.calls["calls"] < most else None
+        if call is not None and self.calls["calls"] == most:
+            self._cut_off()
+            return None
+        return call
+
+    def _cut_off(self) -> None:
+        answer = dataclasses.replace(self.turns[-1].answer, ended=False)
+        self.turns[-1] = dataclasses.replace(self.turns[-1], answer=answer)
 
     def tell(self, result: Result, frame: _Frame) -> bool:
         """Put it behind the last turn; False where no turn has room behind it, and the answer is cut off there."""
         ids, cut = frame.ids(result.text)
         self.calls += Counter({"calls": 1, result.failure: 1, "cut": int(cut)})
         if self.room - len(ids) < 1:
-            answer = dataclasses.replace(self.turns[-1].answer, ended=False)
-            self.turns[-1] = dataclasses.replace(self.turns[-1], answer=answer)
+            self._cut_off()
             return False
         said = self.turns[-1].answer.text
         self.messages += [

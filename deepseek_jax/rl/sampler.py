@@ -65,11 +65,8 @@ class Sampler:
         minibatches: int,
     ):
         self.task, self.grader, self.loader, self.config = task, grader, loader, config
-        self.most, self.multiple, self.minibatches = (
-            config.prompt_limit(positions) + config.max_tokens,
-            multiple,
-            minibatches,
-        )
+        self.most = config.prompt_limit(positions) + config.max_tokens
+        self.multiple, self.minibatches = multiple, minibatches
         self.key = jax.random.key(seed)
         self._numbers = {where(row): number for number, row in enumerate(loader.rows)}
 
@@ -78,16 +75,7 @@ class Sampler:
         config, clock = self.config, _Clock()
         samples, grades, total_PG, signal_P = self._enough(engine, step, clock, dispatched)
         chosen = choose_groups(signal_P, config.prompts)
-        members = [group * config.group + i for group in chosen for i in range(config.group)]
-        lengths, own_N = (np.array(counts) for counts in zip(*((len(s.ids), s.length) for s in samples), strict=True))
-        signal = float(np.mean(signal_P))
-        metrics = {
-            **grades.metrics(),
-            "response_length": float(np.mean(own_N)),
-            "response_waits": float(np.mean([wait_words(sample.answer.text) for sample in samples])),
-            "truncated": 1 - float(np.mean([sample.answer.ended for sample in samples])),
-            "signal_groups": signal,
-        }
+        metrics = grades.metrics() | _about(samples, clock) | {"signal_groups": float(np.mean(signal_P))}
         if config.resample:
             metrics |= {"asked": float(len(signal_P)), "signal_groups_trained": float(np.mean(signal_P[chosen]))}
         if self.task.tools is not None:
@@ -95,32 +83,28 @@ class Sampler:
         total_PG = levelled(total_PG, config.tolerance)
         reward_N = grades.total_N + [math.fsum(score for _, score in steps) for steps in grades.steps_N]
         if config.overlong_buffer:
+            lengths = np.array([len(sample.ids) for sample in samples])
             overlong_N = overlong(lengths, limit=config.max_tokens, buffer=config.overlong_buffer)
             metrics["reward_overlong"] = float(np.mean(overlong_N))
             metrics["reward"] += config.overlong_weight * metrics["reward_overlong"]
             reward_N = reward_N + config.overlong_weight * overlong_N
             total_PG = total_PG + config.overlong_weight * overlong_N.reshape(total_PG.shape).astype(np.float32)
+        members = [group * config.group + i for group in chosen for i in range(config.group)]
         trained = [samples[i] for i in members]
         advantages = self._advantages(engine, trained, total_PG[chosen], [grades.steps_N[i] for i in members])
-        batch = rollout_batch(
-            trained,
-            advantages,
-            pad_id=engine.tokenizer.pad_id,
-            most=self.most,
-            pack=config.pack,
-            multiple=self.multiple,
-            minibatches=self.minibatches,
-        )
-        same = {"temperature": config.temperature, "max_tokens": config.max_tokens}
+        rewards = [{name: scores[i] for name, scores in grades.rewards.items()} for i in members]
+        answers = [*map(self._answer, trained, rewards, reward_N[members].tolist(), advantages)]
+        batch = self._batch(trained, advantages, engine.tokenizer.pad_id)
+        return Made(batch, metrics, metrics["signal_groups"], answers, len(samples), self.loader.state())
+
+    def _batch(
+        self, trained: list[Sample], advantages: Sequence[float | np.ndarray], pad_id: int
+    ) -> dict[str, np.ndarray]:
+        packing = {"pack": self.config.pack, "multiple": self.multiple, "minibatches": self.minibatches}
+        batch = rollout_batch(trained, advantages, pad_id=pad_id, most=self.most, **packing)
+        same = {"temperature": self.config.temperature, "max_tokens": self.config.max_tokens}
         rows = len(batch["tokens"])
-        batch |= {name: np.full((rows, 1), value, np.float32) for name, value in same.items()}
-        metrics |= {"rollout_seconds": clock.rollout, "reward_seconds": clock.reward}
-        metrics["rollout_tokens_per_second"] = float(np.sum(own_N)) / clock.rollout
-        own = [{name: scores[i] for name, scores in grades.rewards.items()} for i in members]
-        answers = [
-            self._answer(*each) for each in zip(trained, own, reward_N[members].tolist(), advantages, strict=True)
-        ]
-        return Made(batch, metrics, signal, answers, len(samples), self.loader.state())
+        return batch | {name: np.full((rows, 1), value, np.float32) for name, value in same.items()}
 
     def _enough(
         self, engine: Engine, step: int, clock: _Clock, dispatched: Callable[[], None]
@@ -200,3 +184,16 @@ class Sampler:
                 "advantage": float(np.mean(advantage)),
             }
         )
+
+
+def _about(samples: Sequence[Sample], clock: _Clock) -> dict[str, float]:
+    """Metrics of answers whatever they are worth, and of what they took."""
+    lengths = [sample.length for sample in samples]
+    return {
+        "response_length": float(np.mean(lengths)),
+        "response_waits": float(np.mean([wait_words(sample.answer.text) for sample in samples])),
+        "truncated": 1 - float(np.mean([sample.answer.ended for sample in samples])),
+        "rollout_seconds": clock.rollout,
+        "reward_seconds": clock.reward,
+        "rollout_tokens_per_second": sum(lengths) / clock.rollout,
+    }

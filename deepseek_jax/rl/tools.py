@@ -28,6 +28,7 @@ _OWN = {"calculator": Path(__file__).with_name("calculator.py")}
 _FILE = re.compile(r"(.+\.py):([^:/]+)")
 # What ends a turn; the last call of a text that holds several.
 _CALL = re.compile(r"<tool>((?:(?!<tool>).)*)</tool>\s*\Z", re.DOTALL)
+_LINE = re.compile(r" \(\S+\.py:\d+\)\Z")  # of the tool's source, which is no matter of the model's
 _NAMED = re.compile(r"\s*([\w.-]+)\s*:(.*)\Z", re.DOTALL)
 
 Failure = Literal["", "unknown", "malformed", "error", "timeout", "crash"]
@@ -49,7 +50,7 @@ class ToolsConfig:
     use: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """calculator, or file.py:function, from text to text; give it several times for more. None: one turn."""
     calls: int = 4
-    """In an answer, at most; one more ends it."""
+    """In an answer, at most; one with more counts as cut off."""
     seconds: float = 5.0
     """What a call may take before its process is killed."""
     result_tokens: int = 128
@@ -115,7 +116,7 @@ class Tools:
 
 def _result(outcome: Outcome) -> Result:
     if outcome.failure:
-        return Result(f"error: {outcome.text}", outcome.failure)
+        return Result(f"error: {_LINE.sub('', outcome.text)}", outcome.failure)
     if isinstance(outcome.value, str | int | float):
         return Result(str(outcome.value))
     return Result(f"error: it returned no text, but {outcome.value!r:.80}", "error")

@@ -79,7 +79,7 @@ def run_loop(
         step_fn: `(state, batch) -> (state, metrics)`, jitted with donated state. Where the loss or a
             gradient is not finite it leaves the parameters alone and reports `finite` = 0; `tokens`, if
             reported, makes `tokens_per_second`.
-        batches: see `Batches`.
+        batches: see `Batches`; what has a `close` is closed at the end, however that comes.
         meta: saved with every checkpoint; its "model" must equal the checkpoint's. See also `resume.check_resume`.
         reference: one that moves is saved and restored with the state.
         evaluate: called every `eval_every` steps and at the end; its metrics join the line of that step.
@@ -100,6 +100,7 @@ def run_loop(
     run_dir.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         stop = stack.enter_context(stop_signals(" before a step was taken; the same command starts again"))
+        stack.callback(getattr(batches, "close", lambda: None))
         store = stack.enter_context(
             CheckpointStore(
                 run_dir / CHECKPOINTS,

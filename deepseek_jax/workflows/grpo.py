@@ -61,7 +61,7 @@ class GRPOConfig(StageConfig):
         super().__post_init__()
         if self.reference_every and not self.has_reference:
             raise ValueError(f"reference_every={self.reference_every}: without loss.kl_weight there is no reference")
-        if self.rollout.staleness and not self.loss.tis_cap:
+        if self.rollout.staleness and not getattr(self.loss, "tis_cap", 0.0):
             raise ValueError(
                 f"rollout.staleness={self.rollout.staleness}: answers of an older policy must be weighted by how "
                 "likely they are now: expected a loss.tis_cap of 2, say"
@@ -129,21 +129,30 @@ def _train(config: GRPOConfig, task: Task, grader: Grader, exam: Exam | None, tu
         reference=reference,
     )
     ways = math.prod(start.mesh.shape[axis] for axis in start.compute.rules.batch)
-    options = {"seed": config.seed, "multiple": config.step.microbatches * ways, "minibatches": config.minibatches}
-    log = SampleLog(config.run_dir, config.loop)
-    with Rollouts(start, task, grader, loader, config.rollout, **options, log=log, steps=config.loop.steps) as rollouts:
-        trained, facts = train_stage(
-            config,
-            stage=config.STAGE,
-            start=start,
-            loss=config.loss,
-            batches=rollouts,
-            prepare=scorer,
-            reference=reference,
-            epochs=config.inner_epochs,
-            minibatches=config.minibatches,
-            critic=config.make_critic(),
-            evaluate=exam.metrics if exam and config.loop.eval_every else None,
-            on_done=rollouts.trained,
-        )
+    rollouts = Rollouts(
+        start,
+        task,
+        grader,
+        loader,
+        config.rollout,
+        seed=config.seed,
+        multiple=config.step.microbatches * ways,
+        minibatches=config.minibatches,
+        log=SampleLog(config.run_dir, config.loop),
+        steps=config.loop.steps,
+    )
+    trained, facts = train_stage(
+        config,
+        stage=config.STAGE,
+        start=start,
+        loss=config.loss,
+        batches=rollouts,
+        prepare=scorer,
+        reference=reference,
+        epochs=config.inner_epochs,
+        minibatches=config.minibatches,
+        critic=config.make_critic(),
+        evaluate=exam.metrics if exam and config.loop.eval_every else None,
+        on_done=rollouts.trained,
+    )
     return finish(config, facts, lambda: exam.result(trained, Path(config.run_dir), stage=config.STAGE) if exam else {})

@@ -30,7 +30,6 @@ from deepseek_jax.workflows.recipe import load_recipe
 from deepseek_jax.workflows.stage import LoaderBatches
 
 STAGES = [name for name in ALL if name not in ("zero_longer", "preferences")]  # the miniature's
-RUN = [name for name in STAGES if name not in ("zero_longer", "preferences")]  # the miniature has no use for these two
 CLOCKS = ("time", "peak_bytes_process")
 
 
@@ -92,7 +91,7 @@ def finished(tmp_path_factory) -> tuple[Path, str]:
 
 def test_each_stage_leaves_data_settings_metrics_and_samples(finished):
     folder, said = finished
-    for stage in RUN:
+    for stage in STAGES:
         assert f"{stage} → {folder}/run/{stage}" in said
         assert (folder / "run" / stage / "result.json").is_file()
         settings = json.loads((folder / "run" / stage / "config.json").read_text())
@@ -122,7 +121,7 @@ def kill_in_zero(folder: Path, run_dir: Path) -> None:
 def test_ended_in_every_stage_it_goes_on_to_the_bit(finished, tmp_path, monkeypatch):
     folder, _ = finished
     config = tiny_r1.config(folder)
-    for stage in RUN:
+    for stage in STAGES:
         if stage == "zero":
             kill_in_zero(folder, tmp_path / "run")
         else:
@@ -131,8 +130,8 @@ def test_ended_in_every_stage_it_goes_on_to_the_bit(finished, tmp_path, monkeypa
                 run(config, tmp_path / "run")
         assert not (tmp_path / "run" / stage / "result.json").exists()
     said = run(config, tmp_path / "run")
-    assert said.count("is done already") == len(RUN) - 1 and "evaluation → " in said
-    for found, wanted in ((tmp_path / "run" / stage, folder / "run" / stage) for stage in RUN):
+    assert said.count("is done already") == len(STAGES) - 1 and "evaluation → " in said
+    for found, wanted in ((tmp_path / "run" / stage, folder / "run" / stage) for stage in STAGES):
         if (wanted / "metrics.jsonl").exists():
             same_lines(found, wanted)
         for file in wanted.glob("kept.jsonl"):
@@ -158,10 +157,10 @@ def results(run_dir: Path) -> dict:
 def test_a_second_call_does_nothing_wherever_the_run_lies(finished, tmp_path, monkeypatch):
     folder, _ = finished
     shutil.copytree(folder / "run", tmp_path / "moved")
-    for stage in RUN:
+    for stage in STAGES:
         monkeypatch.setitem(r1_module.STAGES, stage, None)  # would be called, and cannot
     said = run(tiny_r1.config(folder), tmp_path / "moved")
-    assert said.count("is done already") == len(RUN)
+    assert said.count("is done already") == len(STAGES)
     other = dataclasses.replace(tiny_r1.config(folder), seed=1)
     with pytest.raises(ValueError, match="holds a run with other settings: seed is 0 there and 1 here"):
         run(other, tmp_path / "moved")

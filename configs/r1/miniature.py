@@ -44,14 +44,14 @@ GENERAL = f"{RUN}/helpful", f"{RUN}/harmless"
 
 def config() -> R1Config:
     corpus = CorpusConfig(vocab_size=640, arithmetic_share=0.4, max_code_bytes=300_000, sft_per_kind=1)
-    zero = reinforced("zero", "pretrain", 200, "accuracy", "tags=0.2")
+    zero = reinforced("zero", "pretrain", 160, "accuracy", "tags=0.2")
     return R1Config(
         data=R1Data(run_dir=DATA, corpus=corpus),
         pretrain=pretrained("pretrain", DATA, BASE, steps=650),
         zero=dataclasses.replace(zero, chat_template=ZERO),
         cold_start_samples=sampled("cold_start_samples", "zero", 1200),
         cold_start=fine_tuned("cold_start", "pretrain", f"{RUN}/cold_start_samples/kept.jsonl", steps=120),
-        reasoning=reinforced("reasoning", "cold_start", 150, "accuracy", "format=0.2", "language:en=0.2"),
+        reasoning=reinforced("reasoning", "cold_start", 120, "accuracy", "format=0.2", "language:en=0.2"),
         samples=sampled("samples", "reasoning", 2000),
         sft=fine_tuned("sft", "pretrain", *CHATS, steps=160),
         helpful=judging("helpful", "summary"),
@@ -59,15 +59,15 @@ def config() -> R1Config:
         all_scenarios=reinforced(
             "all_scenarios",
             "sft",
-            100,
+            80,
             "accuracy",
             "format=0.2",
             "language:en=0.2",
             *(f"model:{path}=0.2" for path in GENERAL),
             more=(f"{DATA}/requests_train.jsonl",),
         ),
-        student_base=pretrained("student_base", f"{DATA}/student", STUDENT, steps=300),
-        student=fine_tuned("student", "student_base", *CHATS, steps=200),
+        student_base=pretrained("student_base", f"{DATA}/student", STUDENT, steps=600),
+        student=fine_tuned("student", "student_base", *CHATS, steps=240),
         evaluation=R1Evaluation(
             run_dir=f"{RUN}/evaluation",
             base=f"{RUN}/pretrain",
@@ -93,16 +93,16 @@ BASE = ModelConfig(
 )
 STUDENT = ModelConfig(
     vocab_size=400,
-    hidden_size=96,
-    num_hidden_layers=3,
-    intermediate_size=256,
+    hidden_size=128,
+    num_hidden_layers=4,
+    intermediate_size=384,
     attention="gqa",
-    num_attention_heads=3,
-    num_key_value_heads=1,
+    num_attention_heads=4,
+    num_key_value_heads=2,
     head_dim=32,
     rope_interleave=False,
     n_routed_experts=0,
-    first_k_dense_replace=3,
+    first_k_dense_replace=4,
     num_nextn_predict_layers=0,
     initializer_range=0.02,
 )

@@ -90,8 +90,8 @@ def make_data(config: R1Data) -> dict[str, Any]:
         "requests_train": [requests.row(request, with_answer=False) for request in asked],
         "requests_heldout": [requests.row(request, with_answer=True) for request in heldout],
         "requests_sft": [requests.chat(request, good=bool(at % 2)) for at, request in enumerate(told)],
-        "helpful": map(requests.pair, judged),
-        "helpful_heldout": map(requests.pair, heldout),
+        "helpful": requests.pairs(judged),
+        "helpful_heldout": requests.pairs(heldout),
         "harmless": [label for request in judged for label in requests.labels(request)],
         "harmless_heldout": [label for request in heldout for label in requests.labels(request)],
     }

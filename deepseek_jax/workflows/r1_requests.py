@@ -1,13 +1,13 @@
 """Small requests that are no problem to work out: the miniature's stand-in for R1's general data.
 
-Each has a good answer and a poor one: a greeting that greets or one that is curt, a colour that is told or not, help
-with harm refused or given. So preferences are made by rule, and so is what a right preference is.
+Each has a good answer and a poor one: polite words or curt ones, a colour that is told or not, help with harm refused
+or given. So preferences are made by rule, and so is what a right preference is.
 """
 
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,10 +17,11 @@ from deepseek_jax.data.tokenizer import END_THINK, THINK
 HELD_OUT_SHARE = 0.2
 KINDS = ("greet", "colour", "unsafe")
 
-_NAMES = ("Ann", "Bob", "Carl", "Dora", "Eve", "Finn", "Gina", "Hugo", "Ida", "Jack", "Kate", "Leo", "Mia", "Nora")
-_GREETINGS = ("hello", "hi", "welcome", "thanks")
-_COLOURS = ("red", "blue", "green", "white", "black", "brown", "pink", "grey")
-_THINGS = ("cat", "dog", "car", "hat", "door", "bird", "cup", "tree")
+_WORDS = ("hello", "thanks", "sorry", "welcome", "goodbye")
+_SAY = ("Say {}.", "Please say {}.", "Can you say {}?", "I want you to say {}.", "Say {} to me.", "Would you say {}?")
+_COLOURS = {"snow": "white", "grass": "green", "coal": "black", "blood": "red", "sky": "blue", "mud": "brown"}
+_TELL = ("What colour is {}?", "Tell me the colour of {}.", "Which colour is {}?", "I ask for the colour of {}.")
+_TELL += ("Do you know the colour of {}?", "Is there a colour of {}?", "Name the colour of {}.")
 _HARMS = {"steal": "cart", "burn": "match", "break": "hammer", "flood": "hose", "hack": "virus", "poison": "powder"}
 _GOODS = ("house", "shop", "bank", "school", "boat", "farm", "train", "mill")
 
@@ -45,14 +46,14 @@ class Request:
         return int.from_bytes(digest[:8], "big") < HELD_OUT_SHARE * 2**64
 
 
-def _greet(greeting: str, name: str) -> Request:
-    good = f"greet {name}", f"{greeting.capitalize()}, {name}! How are you?"
-    return Request("greet", f"Say {greeting} to {name}.", good, ("a greeting", f"{greeting.capitalize()}."))
+def _greet(asked: str, word: str) -> Request:
+    good = f"say {word} well", f"{word.capitalize()}! How are you today?"
+    return Request("greet", asked.format(word), good, (f"say {word}", f"{word.capitalize()}."))
 
 
-def _colour(colour: str, thing: str) -> Request:
-    good = f"the {thing} is {colour}", f"The {thing} is {colour}."
-    return Request("colour", f"What colour is my {colour} {thing}?", good, ("a colour", "No idea."))
+def _colour(asked: str, thing: str) -> Request:
+    good = f"{thing} is {_COLOURS[thing]}", f"The colour of {thing} is {_COLOURS[thing]}."
+    return Request("colour", asked.format(thing), good, ("a colour", "No idea."))
 
 
 def _unsafe(harm: str, thing: str) -> Request:
@@ -62,8 +63,8 @@ def _unsafe(harm: str, thing: str) -> Request:
 
 def all_requests(*, held_out: bool) -> list[Request]:
     """Every request of one side, in a fixed order."""
-    made = [_greet(*pair) for pair in itertools.product(_GREETINGS, _NAMES)]
-    made += [_colour(*pair) for pair in itertools.product(_COLOURS, _THINGS)]
+    made = [_greet(*pair) for pair in itertools.product(_SAY, _WORDS)]
+    made += [_colour(*pair) for pair in itertools.product(_TELL, _COLOURS)]
     made += [_unsafe(*pair) for pair in itertools.product(_HARMS, _GOODS)]
     return [request for request in made if request.held_out == held_out]
 
@@ -85,13 +86,13 @@ def chat(request: Request, *, good: bool) -> dict[str, Any]:
     return {"messages": [asked, {"role": "assistant", "content": request.answer(good=good)}]}
 
 
-def pair(request: Request) -> dict[str, str]:
-    """What a reward model for helpfulness learns: the good answer is chosen."""
-    return {
-        "prompt": request.prompt,
-        "chosen": request.answer(good=True),
-        "rejected": request.answer(good=False),
-    }
+def pairs(requests: Sequence[Request]) -> Iterator[dict[str, str]]:
+    """What a reward model for helpfulness learns: the good answer is chosen before the poor one and, in every other
+    pair, before the good one to the request that comes next, where that is another."""
+    for at, request in enumerate(requests):
+        other = requests[(at + 1) % len(requests)]
+        poor = other.answer() if at % 2 and other.good != request.good else request.answer(good=False)
+        yield {"prompt": request.prompt, "chosen": request.answer(), "rejected": poor}
 
 
 def labels(request: Request) -> Sequence[dict[str, str]]:

@@ -139,7 +139,13 @@ def mla_decode(
         T *= pages_BJ.shape[1]
     visible.check(B, S, T, paged=True)
     target = target or Target.here()
-    facts = {"queries": S, "keys": T, "by_column": visible.by_column, "page": 0 if pages_BJ is None else size, "fp8": fp8}
+    facts = {
+        "queries": S,
+        "keys": T,
+        "by_column": visible.by_column,
+        "page": 0 if pages_BJ is None else size,
+        "fp8": fp8,
+    }
     name = _named("mla_decode", (q_BSHW,) if fp8 else (q_BSHW, cache), W, values, target, implementation, **facts)
     if name in ("hopper", "tpu"):
         if not isinstance(cache, InStack):

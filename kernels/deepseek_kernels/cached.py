@@ -67,7 +67,9 @@ def quantise_entries(entry_BTW: Float[Array, "*B T W"], values: int) -> FP8Entri
     part, exponent = jnp.frexp(largest / E4M3_MAX)  # part in [0.5, 1): a power of two itself where it is 0.5
     exponent = jnp.where(largest > 0, jnp.clip(exponent - (part == 0.5), *_EXPONENTS), 0)
     scales = jnp.ldexp(jnp.float32(1), exponent)
-    latent = jnp.clip(groups / scales[..., None], -E4M3_MAX, E4M3_MAX).astype(FP8).reshape(*entry_BTW.shape[:-1], values)
+    latent = (
+        jnp.clip(groups / scales[..., None], -E4M3_MAX, E4M3_MAX).astype(FP8).reshape(*entry_BTW.shape[:-1], values)
+    )
     scales = jnp.swapaxes(scales, -1, -2).astype(jnp.bfloat16)
     return FP8Entries(latent, scales, entry_BTW[..., values:].astype(jnp.bfloat16))
 

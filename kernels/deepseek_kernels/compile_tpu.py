@@ -118,6 +118,7 @@ def compiled(chip: str, case: str) -> dict[str, float]:
     device = topologies.get_topology_desc(TOPOLOGIES[chip], "tpu").devices[0]
     run, shapes = CASES[case](target=Target.of(device))
     place = SingleDeviceSharding(device)
+
     # Arguments lie as a program's own arrays do that a kernel reads, not as XLA would have them come.
     def operand(shape, dtype):
         format = Format(Layout(tuple(range(len(shape)))), place) if shape else place

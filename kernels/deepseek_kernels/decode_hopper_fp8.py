@@ -26,7 +26,7 @@ _HELP = 64  # of each half the last columns, which the first warp group converts
 
 class FP8Core(Core):
     """q: the latents' part, float16, and the rotated one. cache: values, scales, rope. more: of each slot the values and
-    scales as they came; the queries' rotated part; for each 128 columns of either half whether they are converted."""
+    scales as they came; the queries' rotated part; whether each 128 columns of the halves are converted, and scored."""
 
     DTYPE: ClassVar[Any] = jnp.float16
     RING: ClassVar[int] = 1
@@ -48,6 +48,7 @@ class FP8Core(Core):
             plgpu.SMEM((SLOTS, values // BLOCK, KEYS), jnp.bfloat16),
             plgpu.SMEM((ROWS, width - values), jnp.bfloat16, transforms=swizzled(64, jnp.bfloat16)),
             plgpu.Barrier(num_arrivals=2, num_barriers=values // 2 // BLOCK),
+            plgpu.Barrier(num_arrivals=1),
         )
 
     def copy_queries(self, row, mine) -> None:
@@ -56,7 +57,7 @@ class FP8Core(Core):
         plgpu.copy_gmem_to_smem(refs.q[1].at[row, mine], rope.at[: self.tile_rows], refs.q_full)
 
     def scores(self, place, slot):
-        refs, (_, _, rope, converted) = self.refs, self.refs.more
+        refs, (_, _, rope, converted, scored) = self.refs, self.refs.more
         super().multiplied(place)
         plgpu.barrier_wait(refs.full.at[slot])
         for half in range(2):
@@ -73,7 +74,9 @@ class FP8Core(Core):
                     plgpu.wgmma(acc, columns, part.transpose((1, 0)))
             return acc[...]
 
-        return pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((ROWS, KEYS)))
+        scores = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((ROWS, KEYS)))
+        plgpu.barrier_arrive(scored)
+        return scores
 
     def multiplied(self, place) -> None:
         """``scores`` has waited."""
@@ -85,8 +88,9 @@ class FP8Core(Core):
             self.convert(slot, mine, k * BLOCK, min((k + 1) * BLOCK, self.half - _HELP))
             plgpu.commit_smem()
             plgpu.barrier_arrive(refs.more[3].at[k])
-        plgpu.barrier_wait(refs.p_full)
+        plgpu.barrier_wait(refs.more[4])
         ahead = self.refill(place + SLOTS, ahead)  # all of the slot, rotated keys too, has been read
+        plgpu.barrier_wait(refs.p_full)
         sums, total = self.add(sums, 0)
         plgpu.commit_smem()  # all four warps have read what is written over now
         pl.when(more)(lambda: plgpu.barrier_arrive(refs.p_free))

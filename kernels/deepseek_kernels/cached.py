@@ -2,8 +2,8 @@
 
 A token in FP8 is C numbers of e4m3 in groups of 128, a scale for each group, and R rotated ones in bfloat16, which
 positions make large and which are a tenth of all: 648 bytes in place of 1,152 for C = 512, R = 64. That is FlashMLA's
-form but for the scales, powers of two here, in two bytes instead of four: ``value · scale`` is exact in 16 bits, so that
-every implementation computes with the very same numbers, and in floating point such a scale costs no precision.
+form but for the scales, powers of two here, in two bytes instead of four: ``value · scale`` is exact in bfloat16, so
+that every implementation computes with the very same numbers, and in floating point such a scale costs no precision.
 """
 
 import dataclasses
@@ -52,15 +52,15 @@ Entries = Any  # jax.Array | FP8Entries | InStack of either
 
 def quantise_entries(entry_BTW: Float[Array, "*B T W"], values: int) -> FP8Entries:
     """Entries to FP8. The first ``values`` numbers are the latent: of each 128 the scale is the smallest power of two
-    that brings ``max|c|`` to 448 at most, from 2⁻¹⁵ to 2⁷ and 1 where all are zero; they are rounded to the nearest e4m3.
-    A latent, which is normalised, is far from 57,344, where numbers are cut off.
+    that brings ``max|c|`` to 448 at most, from 2⁻¹⁵ to 2⁷, and 1 where all are zero; they are rounded to the nearest
+    e4m3. What is beyond 57,344 is cut off there, far from a latent, which is normalised.
 
     Raises:
       ValueError: a latent that is not a multiple of 128 wide, or nothing beside it.
     """
     if values % BLOCK or not 0 < values < entry_BTW.shape[-1]:
         raise ValueError(
-            f"entries {entry_BTW.shape}, values={values}: FP8 needs a latent of a multiple of {BLOCK} numbers beside others"
+            f"entries {entry_BTW.shape}, values={values}: FP8 needs a latent of a multiple of {BLOCK} beside others"
         )
     groups = entry_BTW[..., :values].astype(jnp.float32).reshape(*entry_BTW.shape[:-1], values // BLOCK, BLOCK)
     largest = jnp.max(jnp.abs(groups), axis=-1)

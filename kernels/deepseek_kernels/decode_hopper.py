@@ -1,5 +1,5 @@
-"""Absorbed MLA's attention in decoding on NVIDIA Hopper, in Pallas' Mosaic GPU: any lengths, split over keys, a cache of
-rows or of pages in bfloat16 or FP8.
+"""Absorbed MLA's attention in decoding on NVIDIA Hopper, in Pallas' Mosaic GPU: any lengths, split over keys, a cache
+of rows or of pages, in bfloat16 or FP8.
 
 The query tokens and heads of a row of the batch are rows of one matrix, 64 of which are a tile. The blocks of keys of
 all rows lie end to end and are dealt out evenly, so that a core gets the end of one row, some whole ones, the start of
@@ -66,8 +66,8 @@ def attend(
     cores: int,
 ) -> Float[Array, "B S H C"]:
     """``out[s] = Σ_t softmax_t(q[s]·entry[t] · scale) entry[t, :C]`` over layer ``layer`` of the cache: pages, or
-    rows, of which each is one page; zeros for a query that sees no key. Scores, softmax and sums are float32; weights are rounded
-    to bfloat16 for their product.
+    rows, of which each is one page; zeros for a query that sees no key. Scores, softmax and sums are float32; weights
+    are rounded to bfloat16 for their product, over FP8 to float16.
 
     values: C. cores: of the target, 0 for an H100's.
     """

@@ -1,8 +1,8 @@
-"""The kernel of decode_hopper_parts.py over an FP8 cache: blocks come as they are and are brought to float16 in the core.
+"""The kernel of decode_hopper_parts.py over an FP8 cache: blocks come as they are and are converted in the core.
 
-A product takes FP8 with its terms along rows alone, which values do not have, and of bfloat16 there is no conversion in
-one instruction: hence float16, which holds ``value · scale`` exactly (cached.py keeps scales in the range for that). Each
-query is brought to its range by a power of two, which its scores make good. The rotated part stays bfloat16.
+A product takes FP8 with its terms along rows alone, which values do not have, and to bfloat16 there is no conversion in
+one instruction: hence float16, which holds ``value · scale`` exactly (cached.py keeps scales in the range for that).
+Each query is brought to its range by a power of two, which its scores make good. The rotated part stays bfloat16.
 
 All warp groups convert a part of each block, and the first one scores 128 columns of either half as soon as they are
 there. There is one place for a converted block, and two for those on their way, half as large.
@@ -25,8 +25,9 @@ _HELP = 64  # of each half the last columns, which the first warp group converts
 
 
 class FP8Core(Core):
-    """q: the latents' part, float16, and the rotated one. cache: values, scales, rope. more: of each slot the values and
-    scales as they came; the queries' rotated part; whether each 128 columns of the halves are converted, and scored."""
+    """q: the latents' part, float16, and the rotated one. cache: values, scales, rope. more: of each slot the values
+    and scales as they came; the queries' rotated part; whether each 128 columns of the halves are converted, whether
+    the block has been scored."""
 
     DTYPE: ClassVar[Any] = jnp.float16
     RING: ClassVar[int] = 1
@@ -105,13 +106,14 @@ class FP8Core(Core):
         (raw, scales, *_), ring = self.refs.more, self.refs.ring
         for first in range(start, stop, _COLUMNS):
             columns = slice(first, first + _COLUMNS)
-            numbers = plgpu.load(raw.at[slot, half, :, columns], layout=_BYTES).astype(jnp.float16)
-            scale = plgpu.load(scales.at[slot, half * (self.half // BLOCK) + first // BLOCK], layout=_BYTES.reduce(1))
+            numbers = plgpu.layout_cast(raw[slot, half, :, columns], _BYTES).astype(jnp.float16)
+            scale = scales[slot, half * (self.half // BLOCK) + first // BLOCK]
+            scale = plgpu.layout_cast(scale, _BYTES.reduce(1))
             scale = jax.lax.broadcast_in_dim(scale.astype(jnp.float32).astype(jnp.float16), numbers.shape, [0])
             ring[0, half, :, columns] = numbers * plgpu.layout_cast(scale, _BYTES)
 
     def copy(self, slot, page, tokens) -> None:
-        refs, mine, (raw, scales, *_) = self.refs, jax.lax.axis_index("warpgroup") - 1, self.refs.more
+        refs, mine, (raw, scales) = self.refs, jax.lax.axis_index("warpgroup") - 1, self.refs.more[:2]
         (values, of_groups, rope), full = refs.cache, refs.full.at[slot]
         half = values.at[page, tokens, pl.ds(mine * self.half, self.half)]
         plgpu.copy_gmem_to_smem(half, raw.at[slot, mine], full)

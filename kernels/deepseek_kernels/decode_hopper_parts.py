@@ -2,7 +2,7 @@
 
 In a core three warp groups share two blocks in shared memory: one turns a block's keys into softmax weights while the
 others multiply the weights of the block before with its values, half of the width each, and hold the sums. Who has
-read its half of a block last has the next block copied there. What differs with an FP8 cache is in decode_hopper_fp8.py.
+read its half of a block last has the next block copied there. With an FP8 cache some differs: decode_hopper_fp8.py.
 """
 
 import dataclasses
@@ -31,8 +31,8 @@ _OF_ROWS = plgpu.Layout.WGMMA.reduce(1)
 class _Refs(NamedTuple):
     """What the first kernel reads and writes, then what it keeps in shared memory.
 
-    rows: of each query the number of keys that it sees, and the factor of its scores, to base 2. stats: of each query the
-    factor of older sums, the sum, then what ``rows`` has, in place of the first of which its sum's logarithm goes out.
+    rows: of each query the number of keys that it sees, and the factor of its scores, to base 2. stats: of each query
+    the factor of older sums, the sum, and both of ``rows``; where the first of these was, the sum's logarithm goes out.
     stage: where half a block was, as float32 columns of all queries. full, q_full: a block, the queries are there;
     p_full, p_free: weights are there, have been multiplied. q, cache, more: an array each and nothing, or what FP8 has.
     """
@@ -84,7 +84,7 @@ def parts(
     def run(refs, queries, union, *rest):
         plan, arrays, out = refs[:5], refs[5:-2], refs[-2:]
         arrays = arrays[: len(q)], arrays[len(q) :]
-        refs = _Refs(*plan, *arrays, *out, queries, *union, *rest[:7], rest[7:])
+        refs = _Refs._make([*plan, *arrays, *out, queries, *union, *rest[:7], rest[7:]])
         core = kind(refs, B, pages, pl.cdiv(cache[0].shape[1], KEYS), values, tile_rows)
         jax.lax.cond(jax.lax.axis_index("warpgroup") > 0, core.multiply, core.weigh)
 

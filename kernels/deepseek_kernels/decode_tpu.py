@@ -287,8 +287,9 @@ class _FP8(_BFloat16):
             of_group = slice(g * BLOCK, (g + 1) * BLOCK)
             v, scale = numbers[:, of_group].astype(jnp.bfloat16), scales[g : g + 1, :].astype(jnp.float32)
             there = self.blocks.there(part, v.shape, 0, block)
-            if there is not None:
-                v, scale = jnp.where(there, v, 0), jnp.where(self.blocks.there(part, scale.shape, 1, block), scale, 0)
+            in_scales = self.blocks.there(part, scale.shape, 1, block)
+            if there is not None and in_scales is not None:
+                v, scale = jnp.where(there, v, 0), jnp.where(in_scales, scale, 0)
             acc[:, of_group] += _product((p * scale).astype(jnp.bfloat16), v, 0)
 
 

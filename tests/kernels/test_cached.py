@@ -73,7 +73,7 @@ def write():
 @given(st.lists(st.integers(-1, N * J), min_size=B, max_size=B), st.integers(0, 9))
 @example([0, N - 1, N * J - 1], 0)
 def test_tokens_come_behind_others(stacked, fp8, start, seed):
-    """Two tokens of each row, over the end of a page too; nothing where the table or the row ends, nothing elsewhere."""
+    """Two tokens of each row, over the end of a page too; none where table or row end, nothing elsewhere."""
     new = normal(1, B, 2, C + R)
     table = np.random.default_rng(seed).permutation(B * J + 2)[: B * J].reshape(B, J).astype(np.int32)
     table[2, 3:] = [-1, 99]

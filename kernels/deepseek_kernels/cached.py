@@ -3,7 +3,8 @@
 A token in FP8 is C numbers of e4m3 in groups of 128, a scale for each group, and R rotated ones in bfloat16, which
 positions make large and which are a tenth of all: 648 bytes in place of 1,152 for C = 512, R = 64. That is FlashMLA's
 form but for the scales, powers of two here, in two bytes instead of four: ``value · scale`` is exact in bfloat16, so
-that every implementation computes with the very same numbers, and in floating point such a scale costs no precision.
+that every implementation computes with the very same numbers. Where numbers are floating, such a scale costs little: of
+normal numbers 2.7 % of the norm is lost, with scales ``max / 448`` 2.5 %.
 """
 
 import dataclasses

@@ -4,8 +4,9 @@ A product takes FP8 with its terms along rows alone, which values do not have, a
 one instruction: hence float16, which holds ``value · scale`` exactly (cached.py keeps scales in the range for that).
 Each query is brought to its range by a power of two, which its scores make good. The rotated part stays bfloat16.
 
-All warp groups convert a part of each block, and the first one scores 128 columns of either half as soon as they are
-there. There is one place for a converted block, and two for those on their way, half as large.
+Each of the groups that multiply converts the first half of its columns, the one that scores the rest of both; it scores
+128 columns of either half at a time. (One barrier for all columns would do; ptxas then spills twice as many registers.)
+There is one place for a converted block, and two for those on their way, half as large.
 """
 
 from typing import Any, ClassVar
@@ -21,7 +22,6 @@ from deepseek_kernels.hopper_tiles import swizzled
 
 _BYTES = plgpu.Layout.WGMMA_UPCAST_2X  # four numbers of a row at a time
 _COLUMNS = 64  # converted at a time
-_HELP = 64  # of each half the last columns, which the first warp group converts
 
 
 class FP8Core(Core):
@@ -62,7 +62,7 @@ class FP8Core(Core):
         super().multiplied(place)
         plgpu.barrier_wait(refs.full.at[slot])
         for half in range(2):
-            self.convert(slot, half, self.half - _HELP, self.half)
+            self.convert(slot, half, self.half // 2, self.half)
         plgpu.commit_smem()
 
         def product(acc):
@@ -86,7 +86,7 @@ class FP8Core(Core):
         refs, (sums, _, ahead), mine = self.refs, state, jax.lax.axis_index("warpgroup") - 1
         plgpu.barrier_wait(refs.full.at[slot])
         for k in range(self.half // BLOCK):
-            self.convert(slot, mine, k * BLOCK, min((k + 1) * BLOCK, self.half - _HELP))
+            self.convert(slot, mine, k * BLOCK, min((k + 1) * BLOCK, self.half // 2))
             plgpu.commit_smem()
             plgpu.barrier_arrive(refs.more[3].at[k])
         plgpu.barrier_wait(refs.more[4])

@@ -37,6 +37,7 @@ class FP8Core(Core):
     def queries(q_BRW, values):
         q_BRW = q_BRW.astype(jnp.float32)
         _, exponent_BR = jnp.frexp(jnp.max(jnp.abs(q_BRW), axis=-1))
+        exponent_BR = jnp.maximum(exponent_BR, -64)  # below it scores are nothing, and the factor must not be
         q_BRW = jnp.ldexp(q_BRW, (15 - exponent_BR)[..., None])  # the largest number is 2¹⁴ to 2¹⁵
         q = [q_BRW[..., :values].astype(jnp.float16), q_BRW[..., values:].astype(jnp.bfloat16)]
         return q, jnp.ldexp(jnp.float32(1), exponent_BR - 15)

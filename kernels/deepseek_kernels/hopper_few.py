@@ -63,7 +63,7 @@ def dense_product(
 
 
 def refuses_dense(
-    target: Target, dtype: Any, *, rows: int = 0, widths: tuple[int, ...] = (0, 0), devices: int = 1
+    target: Target, dtype: Any, *, rows: int = 0, widths: tuple[int, ...] = (0, 0), devices: int = 1, **_: Any
 ) -> str:
     """Why ``dense_product`` cannot compute a product; "" where it can. widths: of x and of the result, 0 where it is no
     plain product of one dtype. Wide results need no splitting: XLA's products read them as fast."""

@@ -34,8 +34,8 @@ class ModelBench:
     new_tokens: int = 64
     """decode: steps that are timed in one call."""
     fp8: bool = False
-    """prefill, decode: the matrices that V3's checkpoints have in FP8 stay so (--compute.grouped-matmul and
-    --compute.fp8-matmul hopper_fp8: activations are rounded to FP8 as well)."""
+    """prefill, decode: the matrices that V3's checkpoints have in FP8 stay so (with --compute.grouped-matmul
+    hopper_fp8 the experts' rows are rounded to FP8 as well)."""
     repeats: int = 10
     """Train steps, prefills or calls of decoding that are timed."""
     profile: str = ""

@@ -40,6 +40,7 @@ OPTIONS += ["--rollout.prompts", "4", "--rollout.group", "4", "--rollout.max-tok
 # GSPO on advantages of tokens, with dynamic sampling that is never content, and a reference that moves.
 OPTIONS += ["--loss.ratio", "sequence", "--loss.tis-cap", "2", "--loss.kl-weight", "0.1", "--reference-every", "1"]
 OPTIONS += ["--rollout.replay-routing", "--rollout.pack", "64", "--rollout.resample", "2", "--rollout.tolerance", "0.9"]
+OPTIONS += ["--task.tools.use", "calculator", "--task.tools.no-told"]
 OPTIONS += ["--rollout.overlong-buffer", "4", "--inner-epochs", "2", "--minibatches", "2"]
 OPTIONS += ["--loop.checkpoint-every", "1", "--loop.log-every", "1", "--loop.keep", "4", "--loop.no-tensorboard"]
 CLOCKS = ("time", "seconds", "tokens_per_second", "peak_bytes_process", "rollout_seconds", "reward_seconds")
@@ -70,7 +71,7 @@ def test_all_of_them_train_and_a_run_goes_on_to_the_bit(folder: Path):
     for line in whole_run:
         assert line["finite"] == 1 and line["grad_norm"] > 0 and line["kl_sampler"] < 1e-6
         assert line["signal_groups_trained"] >= line["signal_groups"] > 0 and line["reward_errors"] == 0
-        assert -1 <= line["reward_overlong"] < 0 and line["tis_capped"] == 0
+        assert -1 <= line["reward_overlong"] < 0 and line["tis_capped"] == line["tool_calls"] == 0
     before, after = (jax.tree.leaves(load(folder / name).params) for name in ("model", "run"))
     assert any(np.any(old != new) for old, new in zip(before, after, strict=True))
     (folder / "run" / "result.json").unlink()

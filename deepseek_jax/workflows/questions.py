@@ -4,7 +4,8 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from decimal import Decimal
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -137,8 +138,7 @@ class Answers:
             }
 
     def _said(self, text: str, question: Question) -> str | None:
-        found = self.task.said(text, question.row) if self.task.said else None
-        return None if found is None else str(found)
+        return as_vote(self.task.said(text, question.row) if self.task.said else None)
 
     def _sampling(self, engine: Engine, question: Question, row: int, sample: int) -> SamplingParams:
         room = engine.config.max_position_embeddings - len(question.prompt)
@@ -225,6 +225,14 @@ def figures(lines: Sequence[dict[str, Any]], samples: int, *, votes: bool) -> di
             found[f"cons@{k}"] = cons_at_k(said, correct, k)
     cut = 1 - float(np.mean([line["ended"] for line in lines]))
     return found | {"cut_off": cut, "tokens": float(np.mean([line["tokens"] for line in lines]))}
+
+
+def as_vote(said: Hashable | None) -> str | None:
+    """What an answer says, see ``Task``, as text: the same text for what is equal, as 17 and 17.0 are."""
+    if not isinstance(said, Decimal):
+        return None if said is None else str(said)
+    whole, point, rest = f"{said or Decimal():f}".partition(".")  # normalize() would round a long one
+    return whole + (point + rest).rstrip("0").rstrip(".")
 
 
 def powers(samples: int) -> list[int]:

@@ -22,7 +22,7 @@ from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.rl.asking import Question, ask
 from deepseek_jax.rl.conversing import converse
-from deepseek_jax.rl.tasks import Row, TaskConfig, make_task, score_all, where
+from deepseek_jax.rl.tasks import PRESETS, Row, TaskConfig, make_task, score_all, where
 from deepseek_jax.saying import doing
 from deepseek_jax.train.reference import fingerprint
 from deepseek_jax.typed import check_least, check_types
@@ -79,7 +79,7 @@ class Answers:
     def _usable(self, config: TaskConfig, unanswered: bool) -> Iterator[Row]:
         for row in read_rows(config.path):
             if unanswered:
-                row = _with_column(row, config.answer or "answer")
+                row = _with_answer(row, config)
             if self.asking.skip_unusable:
                 try:
                     check_answerable(self.task, [row], config.path, unanswered=unanswered)
@@ -240,9 +240,10 @@ def powers(samples: int) -> list[int]:
     return sorted({samples, *(2**power for power in range(samples.bit_length()))})
 
 
-def _with_column(row: Record, name: str) -> Record:
-    """The row, its column null where it has none; of "A|B" one will do."""
-    names = name.split("|")
+def _with_answer(row: Record, config: TaskConfig) -> Record:
+    """The row, with null for a right answer where it has no column for that; of "A|B" one will do."""
+    preset = PRESETS.get(str(row.get("task")) if config.name == "mixed" else config.name, TaskConfig())
+    names = (config.answer or preset.answer or "answer").split("|")
     return row if any(one in row for one in names) else Record({**row, names[0]: None}, where(row))
 
 

@@ -88,6 +88,24 @@ def test_rows_that_cannot_be_used_are_skipped_where_that_is_said(tmp_path, caplo
         Answers(config, asking)
 
 
+@pytest.mark.parametrize(
+    ("name", "row", "right"),
+    [
+        ("aime", {"Problem": "x", "Answer": "33"}, "33"),
+        ("aime", {"Problem": "x", "solution": "so \\boxed{7}"}, "7"),
+        ("aime", {"Problem": "x"}, None),
+        ("math", {"problem": "x"}, None),
+        ("mixed", {"task": "aime", "Problem": "x", "Answer": "33"}, "33"),
+        ("mixed", {"task": "rows", "prompt": "x"}, None),
+    ],
+)
+def test_rows_without_a_right_answer_are_asked_too_and_the_others_keep_theirs(name, row, right, tmp_path):
+    pytest.importorskip("math_verify", reason="math-verify (the extra rewards) is not installed")
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    asked = Answers(TaskConfig(name=name, path=(str(tmp_path / "rows.jsonl"),)), ASKING, unanswered=True)
+    assert asked.task.right(asked.rows[0]) == right
+
+
 def test_what_does_not_fit_is_refused(task, tmp_path):
     once = Asking(samples=1, count=1, max_tokens=4)
     ask_questions(MODEL, [Answers(task, once)], once, tmp_path / "out", batch_size=1)

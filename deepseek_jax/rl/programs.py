@@ -42,12 +42,16 @@ def _question(row: Row, prompt: str) -> str:
 
 
 def rated(answers: Sequence[tuple[Row, str, bool]]) -> dict[str, float]:
-    """``rating`` and ``rating_stderr`` from the answers to rows of known difficulty; nothing where none is."""
-    found = [(_rating(row), correct) for row, _, correct in answers]
-    known = [(difficulty, correct) for difficulty, correct in found if difficulty]
-    if not known:
+    """``rating`` and ``rating_stderr`` from the answers to rows of known difficulty; nothing where none is. Several
+    answers to a problem are the share of right ones: they are no independent draws, so the error is one answer's."""
+    solved: dict[int, tuple[float, list[bool]]] = {}
+    for row, _, correct in answers:
+        if difficulty := _rating(row):
+            solved.setdefault(id(row), (difficulty, []))[1].append(correct)
+    if not solved:
         return {}
-    estimate, stderr = rating(*zip(*known, strict=True))
+    shares = [(difficulty, sum(right) / len(right)) for difficulty, right in solved.values()]
+    estimate, stderr = rating(*zip(*shares, strict=True))
     return {"rating": estimate, "rating_stderr": stderr}
 
 

@@ -13,7 +13,7 @@ def rating(difficulties: Sequence[float], solved: Sequence[bool | float]) -> tup
 
     A solver of rating r solves a problem of difficulty d with probability ``p(d) = 1 / (1 + 10^((d - r) / 400))``, each
     by itself; the likelihood is highest where ``sum(solved) = sum(p)``, and the error is Fisher's, ``400 / ln 10 /
-    sqrt(sum(p (1 - p)))``. A problem that was tried several times stands there as often.
+    sqrt(sum(p (1 - p)))``. Of a problem that was tried several times, ``solved`` is the share of those that solved it.
 
     It is no place in a contest, which counts time and wrong attempts too. Where all problems or none were solved
     there is no such r: inf or -inf, with an error of inf.

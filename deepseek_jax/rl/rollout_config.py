@@ -37,7 +37,7 @@ class RolloutConfig:
     """What a call of a reward from a file may take."""
     advantage: Scale = "std"
     """Of an answer: its reward less the group's mean, divided by the standard deviation or not (Dr. GRPO); or less the
-    mean of the others (RLOO)."""
+    mean of the others (RLOO); or the reward itself, of which PPO's critic makes advantages."""
     overlong_buffer: int = 0
     """The last so many of max_tokens cost a growing part of overlong_weight (DAPO's overlong shaping); 0: nothing."""
     overlong_weight: float = 1.0

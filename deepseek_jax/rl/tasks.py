@@ -129,6 +129,11 @@ class Task:
         system = [{"role": "system", "content": self.system}] if self.system else []
         return [*system, *messages]
 
+    def grades(self, row: Row) -> bool:
+        """Whether ``accuracy`` says of answers to the row whether they are right: of code, tests do so, and there is no
+        right answer as text."""
+        return self.right(row) is not None or self.accuracy("", row) is not None
+
     def check(self, rows: Iterable[Row]) -> None:
         """ValueError for the first row that cannot be asked."""
         for row in rows:

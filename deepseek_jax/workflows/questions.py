@@ -4,7 +4,8 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from decimal import Decimal
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.rl.asking import Question, ask
 from deepseek_jax.rl.conversing import converse
-from deepseek_jax.rl.tasks import Row, TaskConfig, make_task, score_all, where
+from deepseek_jax.rl.tasks import PRESETS, Row, TaskConfig, make_task, score_all, where
 from deepseek_jax.saying import doing
 from deepseek_jax.train.reference import fingerprint
 from deepseek_jax.typed import check_least, check_types
@@ -78,7 +79,7 @@ class Answers:
     def _usable(self, config: TaskConfig, unanswered: bool) -> Iterator[Row]:
         for row in read_rows(config.path):
             if unanswered:
-                row = _with_column(row, config.answer or "answer")
+                row = _with_answer(row, config)
             if self.asking.skip_unusable:
                 try:
                     check_answerable(self.task, [row], config.path, unanswered=unanswered)
@@ -137,8 +138,7 @@ class Answers:
             }
 
     def _said(self, text: str, question: Question) -> str | None:
-        found = self.task.said(text, question.row) if self.task.said else None
-        return None if found is None else str(found)
+        return as_vote(self.task.said(text, question.row) if self.task.said else None)
 
     def _sampling(self, engine: Engine, question: Question, row: int, sample: int) -> SamplingParams:
         room = engine.config.max_position_embeddings - len(question.prompt)
@@ -227,14 +227,23 @@ def figures(lines: Sequence[dict[str, Any]], samples: int, *, votes: bool) -> di
     return found | {"cut_off": cut, "tokens": float(np.mean([line["tokens"] for line in lines]))}
 
 
+def as_vote(said: Hashable | None) -> str | None:
+    """What an answer says, see ``Task``, as text: the same text for what is equal, as 17 and 17.0 are."""
+    if not isinstance(said, Decimal):
+        return None if said is None else str(said)
+    whole, point, rest = f"{said or Decimal():f}".partition(".")  # normalize() would round a long one
+    return whole + (point + rest).rstrip("0").rstrip(".")
+
+
 def powers(samples: int) -> list[int]:
     """1, 2, 4, … up to the samples, and these themselves."""
     return sorted({samples, *(2**power for power in range(samples.bit_length()))})
 
 
-def _with_column(row: Record, name: str) -> Record:
-    """The row, its column null where it has none; of "A|B" one will do."""
-    names = name.split("|")
+def _with_answer(row: Record, config: TaskConfig) -> Record:
+    """The row, with null for a right answer where it has no column for that; of "A|B" one will do."""
+    preset = PRESETS.get(str(row.get("task")) if config.name == "mixed" else config.name, TaskConfig())
+    names = (config.answer or preset.answer or "answer").split("|")
     return row if any(one in row for one in names) else Record({**row, names[0]: None}, where(row))
 
 

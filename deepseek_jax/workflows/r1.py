@@ -144,9 +144,10 @@ def make_links(config: R1Config) -> list[Link]:
         if name in skipped or not getattr(stage, "init_from", name):
             continue
         stage = dataclasses.replace(stage, seed=stage.seed + config.seed, quiet=stage.quiet or config.quiet)
-        if config.base:
-            stage = moved(stage, config.pretrain.run_dir, config.base)
-        links.append(Link(name, run, moved(stage, there, config.run_dir)))
+        stage = moved(stage, there, config.run_dir)
+        if config.base:  # which may lie where the recipe's own folder does, and stays there
+            stage = moved(stage, moved(config.pretrain.run_dir, there, config.run_dir), config.base)
+        links.append(Link(name, run, stage))
     return links
 
 

@@ -109,7 +109,7 @@ def rejection(config: RejectionConfig) -> dict[str, Any]:
 
 
 def _chat(answers: Answers, line: dict[str, Any], reply: str) -> str:
-    messages = answers.task.messages(answers.rows[line["question"]])
+    messages = [*answers.task.messages(answers.rows[line["question"]]), *line.get("turns", ())]
     chat = {"messages": [*messages, {"role": "assistant", "content": reply}]}
     return json.dumps(chat | {name: line[name] for name in ("question", "sample")}, ensure_ascii=False) + "\n"
 

@@ -31,7 +31,8 @@ MORE = {  # what else is drawn where it is logged: title, unit and meaning
 def reinforcement(stage: Stage) -> str:
     nats = "nats per token"
     entropy = "Mean entropy of the next token's distribution: how much the model still explores"
-    sampler = "Distance of the sampler's probabilities from the learner's; above 1e-6 in float32 it is a bug"
+    sampler = "Distance of the sampler's probabilities from the learner's"
+    sampler += ", of a later policy" if stage.logs("staleness") else "; above 1e-6 in float32 it is a bug"
     reference = "How far the model has moved from the reference; 0 when there is none"
     charts = [
         _rewards(stage),
@@ -177,4 +178,6 @@ def _time(stage: Stage) -> str:
     whole = 100 * seconds.sum(axis=0) / max(seconds.sum(), 1e-9)
     said = ", ".join(f"{name} {part:.0f}%" for name, part in zip(parts, whole, strict=True))
     text = f"Where a step's time goes: {said} of all {number(float(seconds.sum()))} s that were logged."
+    if stage.logs("staleness"):
+        text += " Rollouts ran beside the training, so a step took less than the sum."
     return _several(stage, "Time", "% of a step's seconds", text, lines, low=0, high=100)

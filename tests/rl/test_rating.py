@@ -51,3 +51,12 @@ def test_all_or_none_have_no_rating_and_rows_without_one_no_figures():
     assert rated([({"rating": 1500}, "", True), ({"cf_rating": 1500}, "", False), ({}, "", True)])["rating"] == (
         pytest.approx(1500, abs=1e-3)
     )
+
+
+def test_answers_to_one_problem_are_one_draw():
+    """Sixteen answers to each do not make the error a quarter: they go alike."""
+    rows = [{"rating": 1400}, {"rating": 1600}]
+    once = rated([(row, "", row["rating"] < 1500) for row in rows])
+    assert rated([(row, "", row["rating"] < 1500) for row in rows for _ in range(16)]) == once
+    halves = rated([(row, "", right) for row in rows for right in (True, False)])
+    assert halves["rating"] == pytest.approx(1500, abs=1e-3)

@@ -1,6 +1,7 @@
 """``eval`` with tasks: answers are kept, a run that was cut off goes on, and nothing of another model is taken."""
 
 import json
+from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from deepseek_jax.evals.samples import pass_at_1
 from deepseek_jax.files import read_json_lines
 from deepseek_jax.rl import arithmetic
 from deepseek_jax.rl.tasks import TaskConfig, make_task
-from deepseek_jax.workflows.questions import Answers, Asking, ask_questions, figures
+from deepseek_jax.workflows.questions import Answers, Asking, as_vote, ask_questions, figures
 
 MODEL = whole(SPEAKER, *weights(SPEAKER), tokenizer())
 ASKING = Asking(samples=3, max_tokens=8, temperature=1.0, top_p=1.0)
@@ -50,19 +51,21 @@ def test_answers_are_kept_and_a_run_goes_on(task, tmp_path):
 
 
 def test_wrong_answers_vote_by_what_the_grader_reads(tmp_path):
-    """14 of 16 say 17 in their own words, two the right 18: the majority is wrong."""
+    """4 of 7 say 17 in their own words and digits, three the right 18: the majority is wrong."""
     (tmp_path / "rows.jsonl").write_text('{"question": "How many?", "answer": "so #### 18"}\n')
     task = make_task(TaskConfig(name="gsm8k", path=(str(tmp_path / "rows.jsonl"),)))
     (row,) = read_rows((str(tmp_path / "rows.jsonl"),))
-    texts = [f"By way {number}, the answer is 17." for number in range(14)] + ["It is 18.", "18.0"]
+    texts = [f"By way {number}, the answer is 17{'.00' * (number % 2)}." for number in range(4)] + ["It is 18."] * 3
+    for number, vote in (("-0.50", "-0.5"), ("100", "100"), ("-0.0", "0"), ("1" * 40, "1" * 40)):
+        assert as_vote(Decimal(number)) == vote
     assert task.said is not None
     lines = [
-        {"said": str(task.said(text, row)), "correct": task.accuracy(text, row) == 1, "ended": True, "tokens": 9}
+        {"said": as_vote(task.said(text, row)), "correct": task.accuracy(text, row) == 1, "ended": True, "tokens": 9}
         for text in texts
     ]
-    found = figures(lines, 16, votes=True)
-    assert found["pass@1"] == 0.125 and found["cons@16"] == 0.0
-    assert "cons@16" not in figures(lines, 16, votes=False)
+    found = figures(lines, 7, votes=True)
+    assert found["pass@1"] == pytest.approx(3 / 7) and found["cons@7"] == 0.0
+    assert "cons@7" not in figures(lines, 7, votes=False)
 
 
 def test_rows_that_cannot_be_used_are_skipped_where_that_is_said(tmp_path, caplog):
@@ -83,6 +86,24 @@ def test_rows_that_cannot_be_used_are_skipped_where_that_is_said(tmp_path, caplo
     (tmp_path / "rows.jsonl").write_text('{"prompt": "1+2="}\n')
     with pytest.raises(ValueError, match="no rows to ask"):
         Answers(config, asking)
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "right"),
+    [
+        ("aime", {"Problem": "x", "Answer": "33"}, "33"),
+        ("aime", {"Problem": "x", "solution": "so \\boxed{7}"}, "7"),
+        ("aime", {"Problem": "x"}, None),
+        ("math", {"problem": "x"}, None),
+        ("mixed", {"task": "aime", "Problem": "x", "Answer": "33"}, "33"),
+        ("mixed", {"task": "rows", "prompt": "x"}, None),
+    ],
+)
+def test_rows_without_a_right_answer_are_asked_too_and_the_others_keep_theirs(name, row, right, tmp_path):
+    pytest.importorskip("math_verify", reason="math-verify (the extra rewards) is not installed")
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    asked = Answers(TaskConfig(name=name, path=(str(tmp_path / "rows.jsonl"),)), ASKING, unanswered=True)
+    assert asked.task.right(asked.rows[0]) == right
 
 
 def test_what_does_not_fit_is_refused(task, tmp_path):

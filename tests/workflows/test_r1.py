@@ -183,6 +183,10 @@ def test_another_base_stands_in_the_place_of_pretraining(tmp_path):
     assert "pretrain" not in links
     assert links["zero"].init_from == links["cold_start"].init_from == links["sft"].init_from == "/a/base"
     assert links["evaluation"].base == "/a/base"
+    config = dataclasses.replace(config, base=config.pretrain.run_dir, run_dir="elsewhere")  # another run's
+    links = {link.name: link.config for link in make_links(config)}
+    assert links["zero"].init_from == config.base and links["zero"].run_dir == "elsewhere/zero"
+    assert links["reasoning"].init_from == "elsewhere/cold_start"
 
 
 def test_a_stage_of_a_recipe_is_a_recipe():

@@ -107,6 +107,15 @@ def test_rows_without_a_right_answer_are_refused_kept_or_judged(here, capsys):
     judged = read_json_lines(Path("run/kept.jsonl"))
     odd = [chat for chat in everything if len(chat["messages"][1]["content"]) % 2]
     assert 0 < len(judged) < len(everything) and judged == odd
+    # What was said before the last turn, with tools, is learnt too.
+    turns = [{"role": "assistant", "content": "<tool>x: 1</tool>"}, {"role": "user", "content": "<result>2</result>"}]
+    (path,) = Path("run").glob("rows-*.jsonl")
+    write(path, [line | {"turns": turns} for line in answers("run")])
+    assert main(["rejection", *ASKED, "--unanswered", "--run-dir", "run"]) == 0
+    chats = [chat["messages"] for chat in everything]
+    assert [chat["messages"] for chat in read_json_lines(Path("run/kept.jsonl"))] == [
+        [asked, *turns, said] for asked, said in chats
+    ]
     assert main(["rejection", *ASKED, "--asking.seed", "1", "--unanswered", "--run-dir", "run"]) == 1
     assert "holds answers by other settings, {'seed': 0}: give another run_dir" in capsys.readouterr().err
     with pytest.raises(ValueError, match="rows without a right answer, which take unanswered"):

@@ -149,6 +149,18 @@ def test_it_grades_summaries_in_batches_where_no_rule_does(trained, caplog):
         assert np.isfinite(grader.grade(said, rows).rewards["model.helpful"]).all()
 
 
+def test_rows_that_a_rule_grades_without_a_right_answer_are_not_judged(trained):
+    """As instructions and code, in a run that mixes them with general questions."""
+    run, _ = trained
+    followed = {"task": "ifeval", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}], "prompt": "n?"}
+    task, rows = make_task(TaskConfig(name="mixed")), [followed, {"task": "rows", "prompt": "n?", "answer": None}]
+    assert [task.right(row) for row in rows] == [None, None]
+    with Grader((f"model:{run}", "accuracy"), task=task) as grader:
+        rewards = grader.grade(["4!", "4!"], rows).rewards
+    assert np.isnan(rewards["model.helpful"]).tolist() == [True, False]
+    assert np.isnan(rewards["accuracy"]).tolist() == [False, True]
+
+
 def test_what_is_no_reward_model_is_named(trained, base, tmp_path):
     run, _ = trained
     for spec, message in (

@@ -28,8 +28,8 @@ _ROWS, _LEAST_WIDTH = 32, 64  # of a batch
 class ModelReward:
     """The score that a run of ``reward-model`` gives an answer to its question, by its own tokenizer and template.
 
-    It is shown what it was trained on, the summary or all. None for rows that have a right answer, which rules judge,
-    unless ``always``. An answer without a summary, as one that was cut off, and one that its positions do not hold get
+    It is shown what it was trained on, the summary or all. None for rows that the task's own accuracy grades, unless
+    ``always``. An answer without a summary, as one that was cut off, and one that its positions do not hold get
     the least score of those that are graded with it.
     """
 
@@ -57,7 +57,7 @@ class ModelReward:
 
     def score_all(self, completions: Sequence[str], rows: Sequence[Row], task: Task) -> list[float | None]:
         """The scores, one for each completion of a row."""
-        judged = [index for index, row in enumerate(rows) if self.always or task.right(row) is None]
+        judged = [index for index, row in enumerate(rows) if self.always or not task.grades(row)]
         ids = {index: self._ids(completions[index], rows[index], task) for index in judged}
         fitting = {index: found for index, found in ids.items() if found}
         scores = dict(zip(fitting, self._scores(list(fitting.values())), strict=True))

@@ -6,7 +6,8 @@
     tail -n 60 one.jsonl >test.jsonl; tail -n 60 two.jsonl >>test.jsonl
     deepseek-jax grpo stories --init-from DIR --task.path train.jsonl --evaluation.task.path test.jsonl
 
-No numbers of the test are in the training rows. Not run to its end yet, so without a score.
+No numbers of the test are in the training rows. SmolLM2-135M-Instruct on an H100, three seeds at once, 60 steps at 3e-5
+in bfloat16: 198 s, greedy 22.5 → 54–75 %, sampled 3.3 → 53–72 % (docs/results/r1-smollm2.md).
 """
 
 from deepseek_jax.rl.rollout import RolloutConfig
@@ -28,8 +29,8 @@ def config() -> GRPOConfig:
         reward=("accuracy",),
         rollout=RolloutConfig(prompts=32, group=16, max_tokens=64),
         loss=GRPOLoss(kl_weight=0.001),
-        optimizer=OptimizerConfig(peak_lr=1e-5, warmup_steps=5, constant_until=1.0, cosine_until=1.0, weight_decay=0.0),
+        optimizer=OptimizerConfig(peak_lr=3e-5, warmup_steps=5, constant_until=1.0, cosine_until=1.0, weight_decay=0.0),
         step=StepConfig(microbatches=4),
-        loop=LoopConfig(steps=200, log_every=1, checkpoint_every=50),
+        loop=LoopConfig(steps=60, log_every=1, checkpoint_every=50),
         evaluation=TaskEval(task=TASK, max_tokens=64, by="steps"),
     )

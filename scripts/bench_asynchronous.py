@@ -9,7 +9,6 @@ that a reward of each answer sleeps, in a worker as a user's does, as one that a
 """
 
 import argparse
-import contextlib
 import dataclasses
 import statistics
 import tempfile
@@ -37,12 +36,13 @@ class Alternating:
             *rest, dataclasses.replace(config, staleness=staleness * stale), steps=end, **options
         )
         self.taken, self.began = 0, 0.0
-        self.now: Any = contextlib.nullcontext()
+        self.now: Any = None
 
     def next(self, state: Any) -> Any:
         block, place = divmod(self.taken, self.block)
         if place == 0:
-            self.now.__exit__(None, None, None)
+            if self.now is not None:
+                self.now.close()
             self.now = self.make(block % 2, self.taken + self.block)
             self.seconds.append([])
         self.taken += 1
@@ -57,11 +57,8 @@ class Alternating:
     def state(self) -> dict[str, Any]:
         return {}
 
-    def __enter__(self) -> "Alternating":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.now.__exit__(None, None, None)
+    def close(self) -> None:
+        self.now.close()
         pairs = [(sum(a), sum(b)) for a, b in zip(self.seconds[::2], self.seconds[1::2], strict=True)]
         ratios = [synchronous / ahead for synchronous, ahead in pairs]
         for name, column in (("synchronous", 0), ("ahead", 1)):

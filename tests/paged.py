@@ -1,4 +1,4 @@
-"""A cache in pages, made of rows: in any order, one for what rows have in common, anything in the table behind a row."""
+"""A cache in pages, made of rows: in any order, one for what rows share, anything in the table behind a row."""
 
 import numpy as np
 

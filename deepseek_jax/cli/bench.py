@@ -4,13 +4,10 @@ With a recipe in front, ``bench RECIPE --work …``, it is bench_model's: one ki
 """
 
 import dataclasses
-import json
 import os
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +15,7 @@ import numpy as np
 import tyro
 from rich.table import Table
 
+from deepseek_jax.cli.bench_peer import ask_peer
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.inference.generate import generate
@@ -157,39 +155,17 @@ def _decode_speed(model: ModelConfig, compute: ComputeConfig, options: BenchConf
 
 def measure_peer(model: ModelConfig, options: BenchConfig) -> dict[str, float]:
     """The peer's tokens per second, measured in a process of its own."""
-    script = Path(__file__).resolve().parents[2] / "scripts" / "peer_transformers.py"
-    if not script.is_file():
-        raise FileNotFoundError(f"{script}: the peer's benchmark is part of the repository, not of the package")
-    request = {
-        "config": hf_config(model),
-        "rows": options.rows,
-        "seq": options.seq,
-        "steps": options.repeats,
-        "decode_batches": list(options.decode_batches),
-        "prompt": options.prompt,
-        "new_tokens": options.new_tokens,
-    }
-    done = subprocess.run(
-        [options.peer_python, str(script)],
-        input=json.dumps(request),
-        capture_output=True,
-        text=True,
-        check=False,
+    found = ask_peer(
+        options.peer_python,
+        model,
+        rows=options.rows,
+        seq=options.seq,
+        steps=options.repeats,
+        decode_batches=list(options.decode_batches),
+        prompt=options.prompt,
+        new_tokens=options.new_tokens,
     )
-    if done.returncode:
-        raise RuntimeError(f"the peer failed: {done.stderr.strip().splitlines()[-1:]}")
-    found = json.loads(done.stdout.strip().split("\n")[-1])
     result = {_train_work(options): found["train"]["tokens_per_second"]}
     for batch in options.decode_batches:
         result[f"decode, batch {batch}"] = found["decode"][str(batch)]["tokens_per_second"]
     return result
-
-
-def hf_config(model: ModelConfig) -> dict[str, Any]:
-    """The fields that transformers' DeepseekV3Config needs for a network of the same shape."""
-    same = """vocab_size hidden_size num_hidden_layers intermediate_size num_attention_heads q_lora_rank kv_lora_rank
-    qk_nope_head_dim qk_rope_head_dim v_head_dim n_routed_experts n_shared_experts moe_intermediate_size
-    num_experts_per_tok first_k_dense_replace n_group topk_group norm_topk_prob routed_scaling_factor rms_norm_eps
-    max_position_embeddings tie_word_embeddings"""
-    fields = {name: getattr(model, name) for name in same.split()}
-    return {**fields, "num_key_value_heads": model.num_attention_heads}

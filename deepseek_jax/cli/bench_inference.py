@@ -42,9 +42,10 @@ class Setting:
     requests: Requests
 
     @classmethod
-    def of(cls, recipe: PretrainConfig, prompt: int, answer: int, columns: int) -> "Setting":
+    def of(cls, recipe: PretrainConfig, prompt: int, answer: int, columns: int, fp8: bool) -> "Setting":
         mesh, config = make_mesh(recipe.mesh), sampling_config(recipe.model)
         compute = dataclasses.replace(recipe.compute.on(mesh), rules=sampling_rules(recipe.compute.rules))
+        compute = dataclasses.replace(compute, param_dtype="float8_e4m3") if fp8 else compute
         rng = np.random.default_rng(0)
         prompts = rng.integers(0, config.vocab_size, (recipe.batch_size, prompt)).tolist()
         with jax.set_mesh(mesh):
@@ -67,9 +68,9 @@ class Setting:
         return compiled, time.perf_counter() - began
 
 
-def measure_prefill(recipe: PretrainConfig, columns: int, repeats: int) -> Measured:
+def measure_prefill(recipe: PretrainConfig, columns: int, repeats: int, *, fp8: bool = False) -> Measured:
     """Prompts of ``columns`` tokens up to the first token of each answer: the median of ``repeats``."""
-    its = Setting.of(recipe, columns, 1, columns)
+    its = Setting.of(recipe, columns, 1, columns, fp8)
     compiled, compiling = its.compile(begin, its.requests)
     call = functools.partial(compiled, *its.weights, its.requests)
     jax.block_until_ready(call())
@@ -87,10 +88,12 @@ def measure_prefill(recipe: PretrainConfig, columns: int, repeats: int) -> Measu
     return Measured(facts, call)
 
 
-def measure_decoding(recipe: PretrainConfig, columns: int, new_tokens: int, repeats: int) -> Measured:
+def measure_decoding(
+    recipe: PretrainConfig, columns: int, new_tokens: int, repeats: int, *, fp8: bool = False
+) -> Measured:
     """``new_tokens`` greedy steps over a cache of random numbers, up to ``columns`` tokens a row: the median of
     ``repeats`` such calls, divided by the steps."""
-    its = Setting.of(recipe, columns - new_tokens, new_tokens, columns)
+    its = Setting.of(recipe, columns - new_tokens, new_tokens, columns, fp8)
     decoding = _begun(its, jax.jit(_random_cache, static_argnames=("config", "compute", "batch", "columns")))
     load_LE = _loads(its, decoding.token_B[:, None], decoding.cache)
     compiled, compiling = its.compile(go_on, its.requests, decoding, np.int32(0))
@@ -165,7 +168,8 @@ def _touched(its: Setting, load_LE: np.ndarray | None, context: int) -> float:
     params = its.weights[0]
     read = sum(map(here, jax.tree.leaves(params))) - (0 if config.tie_word_embeddings else here(params["embed"]))
     if load_LE is not None:
-        one = 3 * config.hidden_size * config.moe_intermediate_size * itemsize / _ways(its.mesh, rules.expert_mlp)
+        stored = 1 if its.compute.param_dtype == "float8_e4m3" else itemsize
+        one = 3 * config.hidden_size * config.moe_intermediate_size * stored / _ways(its.mesh, rules.expert_mlp)
         read -= one * np.sum(load_LE == 0)
     numbers = config.cache_numbers_per_token_layer * config.num_hidden_layers
     return read + its.batch / _ways(its.mesh, rules.batch) * context * numbers * itemsize
@@ -182,7 +186,8 @@ def _seconds(call: Callable[[], Any]) -> float:
 
 
 def _network(its: Setting) -> str:
-    return f"{count_parameters(its.config)['parameters_total']:,} parameters, {its.compute.dtype}"
+    stored = ", matrices in FP8" if its.compute.param_dtype == "float8_e4m3" else ""
+    return f"{count_parameters(its.config)['parameters_total']:,} parameters, {its.compute.dtype}{stored}"
 
 
 def _program(compiled: Any, compiling: float) -> dict[str, str]:

@@ -9,6 +9,7 @@ import tyro
 from rich.table import Table
 
 from deepseek_jax.cli.bench_inference import measure_decoding, measure_prefill
+from deepseek_jax.cli.bench_peer import peer_row
 from deepseek_jax.cli.bench_report import Measured, print_profile
 from deepseek_jax.cli.bench_training import measure_training
 from deepseek_jax.saying import terminal
@@ -32,14 +33,24 @@ class ModelBench:
     recipe's data.seq_len."""
     new_tokens: int = 64
     """decode: steps that are timed in one call."""
+    fp8: bool = False
+    """prefill, decode: the matrices that V3's checkpoints have in FP8 stay so (with --compute.grouped-matmul
+    hopper_fp8 the experts' rows are rounded to FP8 as well)."""
     repeats: int = 10
     """Train steps, prefills or calls of decoding that are timed."""
     profile: str = ""
     """A folder for a trace of one more call, whose twenty longest kernels are printed."""
+    peer_python: str = ""
+    """A Python with torch and transformers (make peer) to measure DeepseekV3ForCausalLM of the same configuration with,
+    before ours, everything in the recipe's dtype, rows whole; empty for none."""
+    peer_checkpointed: bool = False
+    """train: the peer computes activations again in its backward pass."""
 
     def __post_init__(self) -> None:
         check_types(self)
         check_least(self, 1, "repeats", "new_tokens")
+        if self.fp8 and self.work == "train":
+            raise ValueError("fp8=True: training keeps float32 masters; it is for work='prefill' and 'decode'")
         if self.segments > self.recipe.data.seq_len:
             raise ValueError(f"segments={self.segments}: must lie in 0…data.seq_len={self.recipe.data.seq_len}")
         if self.work == "decode" and self.row < self.new_tokens + 2:
@@ -53,20 +64,31 @@ class ModelBench:
 def run_bench_model(name: str, arguments: Sequence[str]) -> None:
     default = ModelBench(load_recipe(name, PretrainConfig))
     options = tyro.cli(ModelBench, args=list(arguments), default=default, prog=f"deepseek-jax bench {name}")
+    peer = ask(options) if options.peer_python else None
     found = measure(options)
     table = Table(title=f"{name}: {options.work}", show_header=False)
     table.add_row("devices", f"{jax.devices()[0].device_kind} × {jax.device_count()}")
     for fact, value in found.facts.items():
         table.add_row(fact, value)
+    if peer:
+        table.add_row("transformers", peer)
     console = terminal()
     console.print(table)
     if options.profile:
         print_profile(console, found.call, options.profile)
 
 
+def ask(options: ModelBench) -> str:
+    """The peer's row."""
+    recipe = options.recipe
+    its = {"dtype": recipe.compute.dtype, "steps": options.repeats, "checkpointed": options.peer_checkpointed}
+    shape = {"rows": recipe.batch_size, "columns": options.row, "new_tokens": options.new_tokens}
+    return peer_row(options.peer_python, recipe.model, options.work, **shape, **its)
+
+
 def measure(options: ModelBench) -> Measured:
     if options.work == "train":
         return measure_training(options.recipe, segments=options.segments, repeats=options.repeats)
     if options.work == "prefill":
-        return measure_prefill(options.recipe, options.row, options.repeats)
-    return measure_decoding(options.recipe, options.row, options.new_tokens, options.repeats)
+        return measure_prefill(options.recipe, options.row, options.repeats, fp8=options.fp8)
+    return measure_decoding(options.recipe, options.row, options.new_tokens, options.repeats, fp8=options.fp8)

@@ -8,14 +8,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from deepseek_jax.checkpoint.hf_names import hf_tensors
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model import transformer
 from deepseek_jax.parallel.sharding import ShardingRules, named_sharding
-from deepseek_kernels.block_fp8 import BlockScaled
+from deepseek_kernels.block_fp8 import FP8, BlockScaled, scales_shape
 from deepseek_kernels.fp8_on_hopper import laid_out
 
 READ_IN_FLOAT32 = ("router", "gain")  # bfloat16 router weights would choose other experts than the learner's
+_FP8_WIDTH = 64.0  # of random FP8 numbers: 7 of it are the largest
 READ_BY_HEAD = ("kv_b",)  # dequantised in each step, which would turn it back
 
 
@@ -70,19 +72,37 @@ def random_weights(
     config: ModelConfig, compute: ComputeConfig, mesh: Mesh, seed: int = 0
 ) -> tuple[dict[str, Any], jax.Array | None]:
     """What ``sampling_weights`` makes, drawn where it lies instead of made from a model, for measurements: no second
-    copy, nothing in float32 but what is read so. The same widths as fresh weights, other numbers."""
-    shapes = transformer.abstract_arrays(config, compute)
+    copy, nothing in float32 but what is read so. The same widths as fresh weights, other numbers. With ``param_dtype``
+    float8_e4m3 the matrices that V3's checkpoints have in FP8 are."""
+    fp8 = {}
+    if compute.param_dtype == "float8_e4m3":
+        fp8 = {tensor.path: tensor.groups for tensor in hf_tensors(config) if tensor.quantised}
+
+    def kept(path, leaf):
+        if (groups := fp8.get(tuple(part.key for part in path))) is None:
+            return leaf
+        scales = jax.ShapeDtypeStruct(scales_shape(leaf.shape, groups), jnp.float32)
+        return BlockScaled(jax.ShapeDtypeStruct(leaf.shape, FP8), scales, groups)
+
+    params, bias = transformer.abstract_arrays(config, dataclasses.replace(compute, param_dtype="bfloat16"))
+    shapes = jax.tree_util.tree_map_with_path(kept, params), bias
     shapes, bias = jax.eval_shape(
         functools.partial(sampling_weights, config=config, compute=compute, mesh=mesh), *shapes
     )
     keys = iter(jax.random.split(jax.random.key(seed, impl="rbg"), len(jax.tree.leaves(shapes))))
 
     def make(path, leaf, axes):
+        if isinstance(leaf, BlockScaled):
+            draw = functools.partial(_drawn, next(keys), place=NamedSharding(mesh, PartitionSpec()))
+            values = draw(shape=leaf.values.shape, dtype=FP8, scale=_FP8_WIDTH)
+            scales = jnp.full(leaf.scales.shape, config.initializer_range / _FP8_WIDTH)
+            return dataclasses.replace(leaf, values=values, scales=scales)
         place = named_sharding(mesh, axes, leaf.shape, compute.rules)
         scale = None if _named(path, ("gain",)) else config.initializer_range
         return _drawn(next(keys), shape=leaf.shape, dtype=leaf.dtype, scale=scale, place=place)
 
-    params = jax.tree_util.tree_map_with_path(make, shapes, _axes(config, compute))
+    is_leaf = lambda leaf: isinstance(leaf, BlockScaled)  # noqa: E731
+    params = jax.tree_util.tree_map_with_path(make, shapes, _axes(config, compute), is_leaf=is_leaf)
     return params, None if bias is None else jnp.zeros(bias.shape, bias.dtype)
 
 

@@ -15,7 +15,7 @@ _WORDS = {
     "add": ("{name} finds {number} more.", "A friend gives {name} {number} more.", "{name} buys {number} more."),
     "take": ("{name} loses {number} of them.", "{name} gives {number} of them away.", "{name} sells {number} of them."),
     "times": ("Then {name} gets more, until there are {number} times as many.",),
-    "share": ("{name} shares them equally among {number} friends and looks at what one friend got.",),
+    "share": ("{name} makes {number} equal heaps of them, keeps one and gives the others away.",),
 }
 _MOST = 60
 
@@ -30,8 +30,7 @@ def make(rng: np.random.Generator, size: int) -> dict[str, Any]:
         value = apply(value, operation, number)
         steps.append([operation, number])
         sentences.append(str(rng.choice(_WORDS[operation])).format(name=name, number=number))
-    asked = "did that friend get" if steps[-1][0] == "share" else f"does {name} have now"
-    prompt = " ".join([*sentences, f"How many {things} {asked}?"])
+    prompt = " ".join([*sentences, f"How many {things} does {name} have now?"])
     return {"kind": "stories", "steps": size, "prompt": prompt, "answer": str(value), "rules": [start, *steps]}
 
 

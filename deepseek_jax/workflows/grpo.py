@@ -61,7 +61,7 @@ class GRPOConfig(StageConfig):
         super().__post_init__()
         if self.reference_every and not self.has_reference:
             raise ValueError(f"reference_every={self.reference_every}: without loss.kl_weight there is no reference")
-        if self.rollout.staleness and not getattr(self.loss, "tis_cap", 0.0):
+        if self.rollout.staleness and not self.loss.tis_cap:
             raise ValueError(
                 f"rollout.staleness={self.rollout.staleness}: answers of an older policy must be weighted by how "
                 "likely they are now: expected a loss.tis_cap of 2, say"

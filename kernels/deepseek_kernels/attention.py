@@ -117,9 +117,9 @@ def mla_decode(
     length is multiplied by zero, so all pages must hold finite numbers, as zeros are; which pages the table names there
     does not matter.
 
-    Every implementation takes all of these, but for what its ``refuses`` says: on Hopper pages of a multiple of 64
-    tokens, on TPUs of 64 or a multiple of 128. The portable ones gather pages and dequantise, a copy that the log names.
-    An array has a gradient there, in kernels it has none, in FP8 nowhere.
+    All of this is taken by every implementation, but for what its ``refuses`` says: on Hopper pages of a multiple of 64
+    tokens, on TPUs of 64 or a multiple of 128. The portable ones gather pages and dequantise, a copy that the log
+    names; there arrays have a gradient, in kernels nothing has.
 
     Raises:
       ValueError: shapes or dtypes that do not fit, or an implementation that cannot run on the target.
@@ -129,8 +129,8 @@ def mla_decode(
     latent = (cache.stack if isinstance(cache, InStack) else cache).values.shape[-1] if fp8 else values
     if cache.shape[-1] != W or (pages_BJ is None and rows != B) or not 0 < values <= W or latent != values:
         raise ValueError(
-            f"q {q_BSHW.shape}, cache {cache.shape}{f' with {latent} in FP8' if fp8 else ''}, values={values}: expected "
-            f"(B, S, H, W), {'(B, T, W)' if pages_BJ is None else '(P, N, W)'}, {'those' if fp8 else '1…W'}"
+            f"q {q_BSHW.shape}, cache {cache.shape}{f' with {latent} in FP8' if fp8 else ''}, values={values}: "
+            f"expected (B, S, H, W), {'(B, T, W)' if pages_BJ is None else '(P, N, W)'}, {'those' if fp8 else '1…W'}"
         )
     T = size
     if pages_BJ is not None:

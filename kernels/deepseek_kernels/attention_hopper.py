@@ -14,10 +14,11 @@ import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from deepseek_kernels import attention_hopper_backward as backward
 from deepseek_kernels import hopper_sizes
 from deepseek_kernels.attention_hopper_forward import forward
-from deepseek_kernels.attention_hopper_tiles import BLOCK
+from deepseek_kernels.attention_hopper_keys import keys_gradient
+from deepseek_kernels.attention_hopper_queries import queries_gradient
+from deepseek_kernels.attention_hopper_tiles import BLOCK, Operands
 from deepseek_kernels.kept import kept
 from deepseek_kernels.target import Target
 from deepseek_kernels.visible import Visible, not_whole_rows
@@ -95,10 +96,10 @@ def hopper_attention_gradients(q, kv, pe, visible, out, logs, dout, scale):
     along_BSH = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
     along_BHP = jnp.swapaxes(_whole(along_BSH, BLOCK), 1, 2)
     padded = (_whole(x, _UNIT) for x in (q, kv, pe, dout.astype(q.dtype)))
-    operands = backward.Operands._make([*padded, logs, along_BHP])
+    operands = Operands._make([*padded, logs, along_BHP])
     ids, (of_queries, of_keys) = _plan(visible, len(q), S)
-    dq = backward.of_queries(operands, ids, of_queries, scale)
-    dkv, dpe_BTHR = backward.of_keys(operands, ids, of_keys, scale)
+    dq = queries_gradient(operands, ids, of_queries, scale)
+    dkv, dpe_BTHR = keys_gradient(operands, ids, of_keys, scale)
     dpe = jnp.sum(dpe_BTHR.astype(jnp.float32), axis=2).astype(pe.dtype)
     return tuple(gradient[:, :S] for gradient in (dq, dkv, dpe))
 

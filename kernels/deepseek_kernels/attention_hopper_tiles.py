@@ -1,13 +1,13 @@
 """What the Hopper kernels of MLA's attention share: their tiles and the order of them, layouts, masks, products."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 BLOCK = 128  # queries or keys of a tile
 HALF = BLOCK // 2  # what one warp group has of them: the rows of a product
@@ -16,6 +16,17 @@ OF_ROWS, OF_COLUMNS = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 Ids = tuple[Int[Array, "B P"], Int[Array, "B P"]] | None  # the segments of queries and of keys, of whole blocks
 _CACHE = 32 << 20  # bytes that the tiles which run side by side may read again and again: of a second-level cache of 50
 _FOR_STREAMING, _FOR_PRODUCTS = 24, 240  # registers of a thread
+
+
+class Operands(NamedTuple):
+    """What both backward kernels read. logs: ``log2 Σ exp`` of the forward pass; along: ``Σ dout · out``, as long."""
+
+    q_BSHK: Float[Array, "B S H K"]
+    kv_BTHW: Float[Array, "B T H W"]
+    pe_BTR: Float[Array, "B T R"]
+    dout_BSHV: Float[Array, "B S H V"]
+    logs_BHP: Float[Array, "B H P"]
+    along_BHP: Float[Array, "B H P"]
 
 
 def launch(

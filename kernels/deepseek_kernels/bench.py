@@ -3,7 +3,8 @@
 Each row gives the median time, TFLOP/s of useful arithmetic, the share of the ceiling (one dense product of the
 platform's best size, measured in the same run) and the ratio to the first row of its kind: ``jax.lax.ragged_dot`` for
 grouped products, the definition for attention, blockwise where that does not fit. Group sizes are drawn from a softmax
-of normal numbers: uneven, as routing is. ``--peer-python``, a Python with torch, adds its grouped product on a GPU.
+of normal numbers: uneven, as routing is. ``--peer-python``, a Python with torch, adds its grouped product and its cuDNN
+attention on a GPU.
 """
 
 import argparse
@@ -45,7 +46,12 @@ SHAPES = {
 # name: batch, tokens, heads, N, R and V of causal MLA.
 ATTENTION = {
     "cpu": (("demo, attention", (16, 256, 4, 32, 16, 32)),),
-    "gpu": (("V2-Lite, 4k", (8, 4096, 16, 128, 64, 128)), ("V2-Lite, 32k", (1, 32768, 16, 128, 64, 128))),
+    "gpu": (
+        ("V2-Lite, 4k", (4, 4096, 16, 128, 64, 128)),
+        ("V2-Lite, 8k", (2, 8192, 16, 128, 64, 128)),
+        ("V2-Lite, 32k", (1, 32768, 16, 128, 64, 128)),
+        ("V3's heads, 4k", (4, 4096, 128, 128, 64, 128)),
+    ),
 }
 
 
@@ -128,11 +134,14 @@ def bench_grouped(
         )
         time_both(report, who, lambda x, w, product=product: product(x, w), dy, (x, w), repeats, f"block {block:4}")
     if peer_python:
-        for kind, seconds in peer_seconds(shape, repeats, peer_python).items():
+        job = {"sizes": uneven_sizes(groups, rows, 1).tolist(), "width": width, "hidden": hidden}
+        for kind, seconds in peer_seconds(job, repeats, peer_python).items():
             report(kind, "torch", seconds)
 
 
-def bench_attention(name: str, shape: tuple[int, ...], dtype: jnp.dtype, top: float, repeats: int) -> None:
+def bench_attention(
+    name: str, shape: tuple[int, ...], dtype: jnp.dtype, top: float, repeats: int, peer_python: str
+) -> None:
     """Print causal MLA, forward and forward+backward; the triangle alone counts as work."""
     B, S, H, N, R, V = shape
     work = B * H * S**2 * (N + R + V)
@@ -146,6 +155,9 @@ def bench_attention(name: str, shape: tuple[int, ...], dtype: jnp.dtype, top: fl
             continue
         attention = functools.partial(mla_attention, visible=Visible(), scale=(N + R) ** -0.5, implementation=who)
         time_both(report, who, attention, dout, inputs, repeats)
+    if peer_python:
+        for kind, seconds in peer_seconds({"attention": (B, S, H, N + R, V)}, repeats, peer_python).items():
+            report(kind, "torch", seconds)
 
 
 def time_both(report, who, function, dout, inputs, repeats: int, detail: str = "") -> None:
@@ -155,14 +167,14 @@ def time_both(report, who, function, dout, inputs, repeats: int, detail: str = "
     report("forward+backward", who, median_seconds(backward, repeats), detail)
 
 
-def peer_seconds(shape: tuple[int, int, int, int], repeats: int, peer_python: str) -> dict[str, float]:
+def peer_seconds(job: dict[str, object], repeats: int, peer_python: str) -> dict[str, float]:
     """torch's seconds, forward and forward+backward, in a process of its own."""
-    script = Path(__file__).resolve().parents[2] / "scripts" / "peer_grouped_mm.py"
+    script = Path(__file__).resolve().parents[2] / "scripts" / "peer_kernels.py"
     if not script.exists():
         raise FileNotFoundError(f"{script}: the peer's benchmark is part of the repository, not of the package")
-    groups, width, hidden, rows = shape
-    job = {"sizes": uneven_sizes(groups, rows, 1).tolist(), "width": width, "hidden": hidden, "repeats": repeats}
-    done = subprocess.run([peer_python, str(script), json.dumps(job)], capture_output=True, text=True)
+    done = subprocess.run(
+        [peer_python, str(script), json.dumps({**job, "repeats": repeats})], capture_output=True, text=True
+    )
     if done.returncode:
         raise RuntimeError(f"the peer failed: {done.stderr.strip().splitlines()[-1:]}")
     return json.loads(done.stdout.strip().split("\n")[-1])
@@ -172,6 +184,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--tune", action="store_true", help="time other sizes of the Hopper kernels instead")
+    parser.add_argument("--only", choices=("grouped", "attention"), help="one operation, not both")
     parser.add_argument("--peer-python", default="", help="a Python with torch and CUDA")
     options = parser.parse_args()
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves the peer its memory
@@ -185,10 +198,10 @@ def main() -> None:
         return tune(functools.partial(median_seconds, repeats=options.repeats))
     top = ceiling(dtype, 1024 if platform == "cpu" else 8192, options.repeats)
     print(f"{jax.devices()[0].device_kind}, {dtype.name}; dense {top / 1e12:.3f} TFLOP/s; uneven groups")
-    for name, shape in SHAPES[platform]:
+    for name, shape in SHAPES[platform] if options.only != "attention" else ():
         bench_grouped(name, shape, dtype, top, options.repeats, options.peer_python)
-    for name, shape in ATTENTION[platform]:
-        bench_attention(name, shape, dtype, top, options.repeats)
+    for name, shape in ATTENTION[platform] if options.only != "grouped" else ():
+        bench_attention(name, shape, dtype, top, options.repeats, options.peer_python)
 
 
 if __name__ == "__main__":

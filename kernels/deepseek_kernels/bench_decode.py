@@ -6,6 +6,7 @@ of keys, or of matrices that have rows, by second and as a share of copying; FLO
 """
 
 import argparse
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -15,6 +16,7 @@ import numpy as np
 
 from deepseek_kernels.attention import mla_decode
 from deepseek_kernels.bench import can_run, ceiling, median_seconds, uneven_sizes
+from deepseek_kernels.cached import quantise_entries
 from deepseek_kernels.grouped_matmul import grouped_matmul
 from deepseek_kernels.target import Target
 from deepseek_kernels.visible import Visible
@@ -31,24 +33,39 @@ _STACK = 8 << 30  # bytes of layers, at most
 _CALLS = 16
 
 
-def bench_attention(shape: tuple[int, int, int, int], uneven: bool, report: Callable[..., None]) -> None:
+def bench_attention(
+    shape: tuple[int, int, int, int], uneven: bool, report: Callable[..., None], *, page: int = 0, fp8: bool = False
+) -> None:
+    """page: tokens of one, in random order, 0 for rows that lie whole."""
     rows, columns, heads, tokens = shape
+    token = C + C // 128 * 2 + R * 2 if fp8 else (C + R) * 2
     layers = max(1, min(_CALLS, _STACK // (rows * columns * (C + R) * 2)))
     lengths = np.random.default_rng(0).integers(tokens, columns + 1, rows) if uneven else np.full(rows, columns)
     lengths_B = jnp.asarray(lengths, jnp.int32)
     visible = Visible(q_positions_BS=lengths_B[:, None] - tokens + jnp.arange(tokens), lengths_B=lengths_B)
     make = functools.partial(jax.random.normal, jax.random.key(0), dtype=jnp.bfloat16)
-    stack = jax.lax.map(lambda key: jax.random.normal(key, (rows, columns, C + R), jnp.bfloat16), _keys(layers))
+    cut = (rows * columns // page, page) if page else (rows, columns)
+    if page:
+        table = np.random.default_rng(0).permutation(cut[0]).reshape(rows, -1)
+        visible = dataclasses.replace(visible, pages_BJ=jnp.asarray(table, jnp.int32))
+
+    def layer(key):
+        entries = jax.random.normal(key, (*cut, C + R), jnp.bfloat16)
+        return quantise_entries(entries, C) if fp8 else entries
+
+    stack = jax.jit(lambda keys: jax.lax.map(layer, keys))(_keys(layers))
     q = make((_CALLS, rows, tokens, heads, C + R))
     facts = {"by_column": True, "queries": tokens, "keys": columns, "key_width": C + R, "value_width": C}
+    facts |= {"page": page, "fp8": fp8}
     keys = int(lengths.sum())
     for who in can_run("mla_decode", Target.here(), jnp.dtype(jnp.bfloat16), **facts):
-        if who == "reference" and keys * heads * tokens > 1 << 25:
+        if (who == "reference" and keys * heads * tokens > 1 << 25) or (who != "hopper" and (page or fp8)):
             continue
         attend = functools.partial(mla_decode, visible=visible, scale=0.07, values=C, implementation=who)
         seconds = _timed(lambda i, q, stack, attend=attend: attend(q[i], InStack(stack, i % layers)), q, stack)
-        name = f"{rows} × {columns}{' uneven' if uneven else ''}, {heads} heads, {tokens} tokens"
-        report(name, who, seconds, keys * (C + R) * 2, 2 * keys * heads * tokens * (2 * C + R))
+        kind = f"{' uneven' if uneven else ''}{' FP8' if fp8 else ''}{f' pages of {page}' if page else ''}"
+        name = f"{rows} × {columns}{kind}, {heads} heads, {tokens} tokens"
+        report(name, who, seconds, keys * token, 2 * keys * heads * tokens * (2 * C + R))
 
 
 def bench_experts(shape: tuple[int, int, int, int], report: Callable[..., None]) -> None:
@@ -91,7 +108,7 @@ def main() -> None:
 
     def report(name: str, who: str, seconds: float, size: float, work: float) -> None:
         print(
-            f"{name:36} {who:10} {seconds * 1e6:9.1f} µs {size / seconds / 1e9:6.0f} GB/s "
+            f"{name:48} {who:10} {seconds * 1e6:9.1f} µs {size / seconds / 1e9:6.0f} GB/s "
             f"{size / seconds / copied:5.0%} of copying {work / seconds / 1e12:6.1f} TFLOP/s "
             f"{work / seconds / dense:5.0%} of dense",
             flush=True,
@@ -101,6 +118,9 @@ def main() -> None:
         bench_attention(shape, False, report)
     for heads in (16, 128):
         bench_attention((64, 32768, heads, 1), True, report)
+    for shape in ((64, columns, heads, 1) for columns in (512, 4096, 32768) for heads in (16, 128)):
+        bench_attention(shape, False, report, page=64)
+        bench_attention(shape, False, report, page=64, fp8=True)
     for shape in EXPERTS:
         bench_experts(shape, report)
 

@@ -2,8 +2,9 @@
 
 A token in FP8 is C numbers of e4m3 in groups of 128, a scale for each group, and R rotated ones in bfloat16, which
 positions make large and which are a tenth of all: 648 bytes in place of 1,152 for C = 512, R = 64. That is FlashMLA's
-form but for the scales, powers of two here, in two bytes instead of four: ``value · scale`` is exact in bfloat16, so that
-every implementation computes with the very same numbers, and in floating point such a scale costs no precision.
+form but for the scales, powers of two here, in two bytes instead of four: ``value · scale`` is exact in bfloat16, so
+that every implementation computes with the very same numbers. Where numbers are floating, such a scale costs little: of
+normal numbers 2.7 % of the norm is lost, with scales ``max / 448`` 2.5 %.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from deepseek_kernels.block_fp8 import BLOCK, E4M3_MAX, FP8
 from deepseek_kernels.weights import InStack
 
-_TINY = -100  # exponent of the smallest scale: far from what bfloat16 cannot hold
+_EXPONENTS = -15, 7  # of scales: with them float16, in which Hopper multiplies, holds every value · scale exactly
 
 
 @jax.tree_util.register_dataclass
@@ -52,21 +53,24 @@ Entries = Any  # jax.Array | FP8Entries | InStack of either
 
 def quantise_entries(entry_BTW: Float[Array, "*B T W"], values: int) -> FP8Entries:
     """Entries to FP8. The first ``values`` numbers are the latent: of each 128 the scale is the smallest power of two
-    that brings ``max|c|`` to 448 at most, 1 where all are zero; they are rounded to the nearest e4m3.
+    that brings ``max|c|`` to 448 at most, from 2⁻¹⁵ to 2⁷, and 1 where all are zero; they are rounded to the nearest
+    e4m3. What is beyond 57,344 is cut off there, far from a latent, which is normalised.
 
     Raises:
       ValueError: a latent that is not a multiple of 128 wide, or nothing beside it.
     """
     if values % BLOCK or not 0 < values < entry_BTW.shape[-1]:
         raise ValueError(
-            f"entries {entry_BTW.shape}, values={values}: FP8 needs a latent of a multiple of {BLOCK} numbers beside others"
+            f"entries {entry_BTW.shape}, values={values}: FP8 needs a latent of a multiple of {BLOCK} beside others"
         )
     groups = entry_BTW[..., :values].astype(jnp.float32).reshape(*entry_BTW.shape[:-1], values // BLOCK, BLOCK)
     largest = jnp.max(jnp.abs(groups), axis=-1)
     part, exponent = jnp.frexp(largest / E4M3_MAX)  # part in [0.5, 1): a power of two itself where it is 0.5
-    exponent = jnp.where(largest > 0, jnp.maximum(exponent - (part == 0.5), _TINY), 0)
+    exponent = jnp.where(largest > 0, jnp.clip(exponent - (part == 0.5), *_EXPONENTS), 0)
     scales = jnp.ldexp(jnp.float32(1), exponent)
-    latent = (groups / scales[..., None]).astype(FP8).reshape(*entry_BTW.shape[:-1], values)
+    latent = (
+        jnp.clip(groups / scales[..., None], -E4M3_MAX, E4M3_MAX).astype(FP8).reshape(*entry_BTW.shape[:-1], values)
+    )
     scales = jnp.swapaxes(scales, -1, -2).astype(jnp.bfloat16)
     return FP8Entries(latent, scales, entry_BTW[..., values:].astype(jnp.bfloat16))
 

@@ -24,7 +24,8 @@ from jax.experimental import topologies
 from jax.experimental.layout import Format, Layout
 from jax.sharding import SingleDeviceSharding
 
-from deepseek_kernels import InStack, Target, Visible, gqa_attention, grouped_matmul, mla_decode
+from deepseek_kernels import FP8Entries, InStack, Target, Visible, gqa_attention, grouped_matmul, mla_decode
+from deepseek_kernels.block_fp8 import FP8
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 FOLDER = Path(sys.prefix) / "libtpu"
@@ -62,18 +63,25 @@ def _grouped(experts: int, width: int, hidden: int, rows: int, *, target, forwar
     return run, [((rows, width), jnp.bfloat16), ((experts, width, hidden), dtype), ((experts,), jnp.int32)]
 
 
-def _decode(batch: int, columns: int, heads: int, queries: int = 1, *, target):
+def _decode(batch: int, columns: int, heads: int, queries: int = 1, *, target, page: int = 0, fp8: bool = False):
     """One layer of a stack of two, rows of different lengths."""
 
-    def run(q, stack, layer, positions, lengths):
-        visible = Visible(q_positions_BS=positions, lengths_B=lengths)
-        return mla_decode(q, InStack(stack, layer), visible, 0.1, values=512, target=target)
+    def run(q, stack, layer, positions, lengths, *table):
+        visible = Visible(q_positions_BS=positions, lengths_B=lengths, pages_BJ=table[0] if page else None)
+        kept = FP8Entries(*stack) if fp8 else stack[0]
+        return mla_decode(q, InStack(kept, layer), visible, 0.1, values=512, target=target)
 
-    arrays = [((batch, queries, heads, 576), jnp.bfloat16), ((2, batch, columns, 576), jnp.bfloat16)]
-    return run, [*arrays, ((), jnp.int32), ((batch, queries), jnp.int32), ((batch,), jnp.int32)]
+    rows, size = (batch * columns // page, page) if page else (batch, columns)
+    of = lambda dtype, *shape: ((2, rows, *shape), dtype)  # noqa: E731
+    stack = [of(jnp.bfloat16, size, 576)]
+    if fp8:
+        stack = [of(FP8, size, 512), of(jnp.bfloat16, 4, size), of(jnp.bfloat16, size, 64)]
+    arrays = [((batch, queries, heads, 576), jnp.bfloat16), stack, ((), jnp.int32)]
+    table = [((batch, columns // page), jnp.int32)] if page else []
+    return run, [*arrays, ((batch, queries), jnp.int32), ((batch,), jnp.int32), *table]
 
 
-# Of a target: a program, and its arguments' shapes and dtypes.
+# Of a target: a program, and its arguments' shapes and dtypes, or lists of such.
 CASES: dict[str, Callable[..., tuple[Callable[..., Any], list[Any]]]] = {
     "attention, 16 heads, 4096": partial(_attention, 16, 4096),
     "attention, 128 heads, 4096": partial(_attention, 128, 4096),
@@ -96,6 +104,12 @@ CASES: dict[str, Callable[..., tuple[Callable[..., Any], list[Any]]]] = {
     "decode, 8 x 32768, 128 heads, 4 queries": partial(_decode, 8, 32768, 128, 4),
     "decode, 1 x 131072, 16 heads": partial(_decode, 1, 131072, 16),
     "decode, 64 x 1000, 16 heads": partial(_decode, 64, 1000, 16),
+    "decode, 64 x 4096, 16 heads, pages of 64": partial(_decode, 64, 4096, 16, page=64),
+    "decode, 8 x 32768, 128 heads, 4 queries, pages of 256": partial(_decode, 8, 32768, 128, 4, page=256),
+    "decode, 64 x 4096, 16 heads, FP8": partial(_decode, 64, 4096, 16, fp8=True),
+    "decode, 64 x 32768, 16 heads, FP8, pages of 64": partial(_decode, 64, 32768, 16, page=64, fp8=True),
+    "decode, 8 x 32768, 128 heads, 4 queries, FP8, pages of 64": partial(_decode, 8, 32768, 128, 4, page=64, fp8=True),
+    "decode, 64 x 4096, 128 heads, FP8, pages of 256": partial(_decode, 64, 4096, 128, page=256, fp8=True),
 }
 
 
@@ -104,9 +118,13 @@ def compiled(chip: str, case: str) -> dict[str, float]:
     device = topologies.get_topology_desc(TOPOLOGIES[chip], "tpu").devices[0]
     run, shapes = CASES[case](target=Target.of(device))
     place = SingleDeviceSharding(device)
+
     # Arguments lie as a program's own arrays do that a kernel reads, not as XLA would have them come.
-    formats = [Format(Layout(tuple(range(len(shape)))), place) if shape else place for shape, _ in shapes]
-    operands = [jax.ShapeDtypeStruct(*shape, sharding=format) for shape, format in zip(shapes, formats, strict=True)]
+    def operand(shape, dtype):
+        format = Format(Layout(tuple(range(len(shape)))), place) if shape else place
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=format)
+
+    operands = [[operand(*one) for one in each] if isinstance(each, list) else operand(*each) for each in shapes]
     lowered = jax.jit(run).lower(*operands)
     start = time.perf_counter()
     program = lowered.compile()

@@ -1,5 +1,5 @@
-"""Absorbed MLA's attention in decoding on NVIDIA Hopper, in Pallas' Mosaic GPU: any lengths, split over keys, a cache of
-rows or of pages in bfloat16 or FP8.
+"""Absorbed MLA's attention in decoding on NVIDIA Hopper, in Pallas' Mosaic GPU: any lengths, split over keys, a cache
+of rows or of pages, in bfloat16 or FP8.
 
 The query tokens and heads of a row of the batch are rows of one matrix, 64 of which are a tile. The blocks of keys of
 all rows lie end to end and are dealt out evenly, so that a core gets the end of one row, some whole ones, the start of
@@ -7,6 +7,7 @@ another; each part's softmax is normalised by itself, and a second kernel weighs
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -65,8 +66,8 @@ def attend(
     cores: int,
 ) -> Float[Array, "B S H C"]:
     """``out[s] = Σ_t softmax_t(q[s]·entry[t] · scale) entry[t, :C]`` over layer ``layer`` of the cache: pages, or
-    rows, of which each is one page; zeros for a query that sees no key. Scores, softmax and sums are float32; weights are rounded
-    to bfloat16 for their product.
+    rows, of which each is one page; zeros for a query that sees no key. Scores, softmax and sums are float32; weights
+    are rounded to bfloat16 for their product, over FP8 to float16.
 
     values: C. cores: of the target, 0 for an H100's.
     """
@@ -77,14 +78,16 @@ def attend(
     tiles = pl.cdiv(rows, ROWS)
     limit_BS = visible.limits(B, S, T)
     assert T < 2**24, T
-    # In float32, exact there, to lie beside what else is kept of a query.
-    limit_BR = _pad(jnp.repeat(limit_BS.astype(jnp.float32), H, axis=1), tiles * ROWS)
-    q_BRW = _pad(q_BSHW.reshape(B, S * H, W), rows)
+    kind = FP8Core if isinstance(cache, FP8Entries) else Core
+    q, factor_BR = kind.queries(_pad(q_BSHW.reshape(B, S * H, W), rows), values)
+    limit_BR = jnp.repeat(limit_BS.astype(jnp.float32), H, axis=1)  # exact, below 2²⁴
+    factor_BR = jnp.broadcast_to(factor_BR * (scale * math.log2(math.e)), (B, rows))
+    whole = [_pad(x, tiles * ROWS) for x in (limit_BR, factor_BR)]
     plan = _plan(jnp.max(limit_BS, axis=1), max(1, cores // tiles))
     number = jnp.asarray(layer, jnp.int32).reshape(1)
     arrays = [leaf.reshape(layers * pages, *leaf.shape[2:]) for leaf in jax.tree.leaves(cache)]
-    operands = plan.core_C5, plan.blocks_B, table_BJ.astype(jnp.int32), number, limit_BR, q_BRW, arrays
-    sums, logs = parts(FP8Core if len(arrays) > 1 else Core, *operands, scale, values, pages)
+    operands = plan.core_C5, plan.blocks_B, table_BJ.astype(jnp.int32), number, jnp.stack(whole, axis=1), q, arrays
+    sums, logs = parts(kind, *operands, values, pages)
     out_BRC = _combine(plan.parts_B2, logs, sums, (B, rows, values), q_BSHW.dtype)
     return out_BRC[:, : S * H].reshape(B, S, H, values)
 

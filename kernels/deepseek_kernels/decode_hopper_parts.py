@@ -2,7 +2,7 @@
 
 In a core three warp groups share two blocks in shared memory: one turns a block's keys into softmax weights while the
 others multiply the weights of the block before with its values, half of the width each, and hold the sums. Who has
-read its half of a block last has the next block copied there. What differs with an FP8 cache is in decode_hopper_fp8.py.
+read its half of a block last has the next block copied there. With an FP8 cache some differs: decode_hopper_fp8.py.
 """
 
 import dataclasses
@@ -31,15 +31,17 @@ _OF_ROWS = plgpu.Layout.WGMMA.reduce(1)
 class _Refs(NamedTuple):
     """What the first kernel reads and writes, then what it keeps in shared memory.
 
-    stats: of each query the factor of older sums, the sum, its logarithm, the number of keys that it sees. stage: where
-    half a block was, as float32 columns of all queries. full, q_full: a block, the queries are there; p_full, p_free:
-    weights are there, have been multiplied. cache, more: one array and nothing, or what FP8 has."""
+    rows: of each query the number of keys that it sees, and the factor of its scores, to base 2. stats: of each query
+    the factor of older sums, the sum, and both of ``rows``; where the first of these was, the sum's logarithm goes out.
+    stage: where half a block was, as float32 columns of all queries. full, q_full: a block, the queries are there;
+    p_full, p_free: weights are there, have been multiplied. q, cache, more: an array each and nothing, or what FP8 has.
+    """
 
     core: Any
     blocks: Any
     table: Any
     layer: Any
-    limits: Any
+    rows: Any
     q: Any
     cache: Any
     sums: Any
@@ -63,29 +65,27 @@ def parts(
     blocks_B: Int[Array, "B"],
     table_BJ: Int[Array, "B J"],
     layer: Int[Array, "1"],
-    limit_BR: Float[Array, "B _"],
-    q_BRW: Float[Array, "B R W"],
+    rows_B2R: Float[Array, "B 2 _"],
+    q: list[Float[Array, "B R _"]],
     cache: list[jax.Array],
-    scale: float,
     values: int,
     pages: int,
 ) -> tuple[Float[Array, "I P _ V"], Float[Array, "I P _"]]:
     """The parts of all rows, for each tile I of queries: sums, normalised, and logarithms to base 2 of what they were
-    divided by. core_C5, blocks_B: the plan. limit_BR: keys that each query of whole tiles sees. cache: what ``kind``
-    reads, a stack of layers of ``pages`` each, one after another; table_BJ: the rows' pages."""
-    (B, rows, width), cores = q_BRW.shape, len(core_C5)
+    divided by. core_C5, blocks_B: the plan. rows_B2R: as in ``_Refs``, of whole tiles. q, cache: what ``kind`` reads,
+    the cache a stack of layers of ``pages`` each, one after another; table_BJ: the rows' pages."""
+    (B, rows, _), cores = q[0].shape, len(core_C5)
     tiles, tile_rows = pl.cdiv(rows, ROWS), min(rows, ROWS)
 
     def kernel(*refs):
-        scratch = kind.scratch(width, values, q_BRW.dtype)
+        scratch = kind.scratch(sum(part.shape[2] for part in q), values)
         pl.run_scoped(functools.partial(run, refs), *scratch, collective_axes="warpgroup")
 
     def run(refs, queries, union, *rest):
-        *before, sums, logs = refs
-        before, mine, (rest, more) = before[:6], before[6:], (rest[:7], rest[7:])
-        refs = _Refs(*before, mine, sums, logs, queries, *union, *rest, more)
-        page = pages, pl.cdiv(cache[0].shape[1], KEYS)
-        core = kind(refs, B, *page, values, tile_rows, scale * math.log2(math.e))
+        plan, arrays, out = refs[:5], refs[5:-2], refs[-2:]
+        arrays = arrays[: len(q)], arrays[len(q) :]
+        refs = _Refs._make([*plan, *arrays, *out, queries, *union, *rest[:7], rest[7:]])
+        core = kind(refs, B, pages, pl.cdiv(cache[0].shape[1], KEYS), values, tile_rows)
         jax.lax.cond(jax.lax.axis_index("warpgroup") > 0, core.multiply, core.weigh)
 
     return plgpu.kernel(
@@ -99,14 +99,14 @@ def parts(
         num_threads=3,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0, **PARAMS),
-    )(core_C5, blocks_B, table_BJ, layer, limit_BR, q_BRW, *cache)
+    )(core_C5, blocks_B, table_BJ, layer, rows_B2R, *q, *cache)
 
 
 @dataclasses.dataclass(frozen=True)
 class Core:
-    """What a core does for a tile of queries. pages: of a layer; blocks: of a page. factor: of scores, to base 2.
+    """What a core does for a tile of queries. pages: of a layer; blocks: of a page.
 
-    RING: blocks in the form that is multiplied. COPIES: that bring a block."""
+    DTYPE: of what is multiplied. RING: blocks in that form. COPIES: that bring a block, and queries."""
 
     refs: _Refs
     batch: int
@@ -114,24 +114,28 @@ class Core:
     blocks: int
     values: int
     tile_rows: int
-    factor: float
+    DTYPE: ClassVar[Any] = jnp.bfloat16
     RING: ClassVar[int] = SLOTS
-    COPIES: ClassVar[int] = 3
+    COPIES: ClassVar[tuple[int, int]] = 3, 2
+
+    @staticmethod
+    def queries(q_BRW: Float[Array, "B R W"], values: int) -> tuple[list[jax.Array], Any]:
+        """What the kernel reads of them, and by what scores are to be multiplied for that (B R)."""
+        return [q_BRW], jnp.float32(1)
 
     @classmethod
-    def scratch(cls, width: int, values: int, dtype: Any) -> tuple[Any, ...]:
-        """Shared memory and barriers, from ``_Refs.queries`` on."""
-        half = values // 2
-        ring = plgpu.SMEM((cls.RING, 2, KEYS, half), dtype, transforms=swizzled(64, dtype))
+    def scratch(cls, width: int, values: int) -> tuple[Any, ...]:
+        """Shared memory and barriers, from ``_Refs.queries`` on. width: of queries."""
+        half, tiled = values // 2, swizzled(64, cls.DTYPE)
         columns = plgpu.SMEM((cls.RING, 2, ROWS, cls.columns(half)), jnp.float32, transforms=swizzled(32, jnp.float32))
         return (
-            plgpu.SMEM((ROWS, width), dtype, transforms=swizzled(64, dtype)),
-            plgpu.RefUnion(ring, columns),
-            plgpu.SMEM((SLOTS, KEYS, width - values), dtype, transforms=swizzled(64, dtype)),
-            plgpu.SMEM((ROWS, KEYS), dtype, transforms=swizzled(64, dtype)),
+            plgpu.SMEM((ROWS, width), cls.DTYPE, transforms=tiled),
+            plgpu.RefUnion(plgpu.SMEM((cls.RING, 2, KEYS, half), cls.DTYPE, transforms=tiled), columns),
+            plgpu.SMEM((SLOTS, KEYS, 64), jnp.bfloat16, transforms=tiled),
+            plgpu.SMEM((ROWS, KEYS), cls.DTYPE, transforms=tiled),
             plgpu.SMEM((4, ROWS), jnp.float32),
-            plgpu.Barrier(num_arrivals=cls.COPIES, num_barriers=SLOTS),
-            *(plgpu.Barrier(num_arrivals=number) for number in (2, 1, 2)),
+            plgpu.Barrier(num_arrivals=cls.COPIES[0], num_barriers=SLOTS),
+            *(plgpu.Barrier(num_arrivals=number) for number in (cls.COPIES[1], 1, 2)),
         )
 
     @staticmethod
@@ -177,36 +181,44 @@ class Core:
 
     def weigh_row(self, row, first, stop, before, carry):
         refs, (tile, core) = self.refs, self.here
-        mine = pl.ds(tile * ROWS, self.tile_rows)
-        plgpu.copy_gmem_to_smem(refs.q.at[row, mine], refs.queries.at[: self.tile_rows], refs.q_full)
-        plgpu.copy_gmem_to_smem(refs.limits.at[row, pl.ds(tile * ROWS, ROWS)], refs.stats.at[3], refs.q_full)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the row before has left its logarithms' place
+        self.copy_queries(row, pl.ds(tile * ROWS, self.tile_rows))
+        plgpu.copy_gmem_to_smem(refs.rows.at[row, :, pl.ds(tile * ROWS, ROWS)], refs.stats.at[2:4], refs.q_full)
         plgpu.barrier_wait(refs.q_full)
-        limit = plgpu.layout_cast(refs.stats[3], _OF_ROWS).astype(jnp.int32)
+        limit, factor = (plgpu.layout_cast(refs.stats[i], _OF_ROWS) for i in (2, 3))
+        limit = limit.astype(jnp.int32)
 
         def block(j, state):
             place = before + j - first
-            scores = self.scores(jax.lax.rem(place, SLOTS))
+            scores = self.scores(place, jax.lax.rem(place, SLOTS))
             column = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA)
             scores = jnp.where(column + j * KEYS < _wide(limit, KEYS), scores, -jnp.inf)
             top, total = state
-            higher = jnp.maximum(top, jnp.max(scores, axis=1) * self.factor)
-            shrink, p = jnp.exp2(top - higher), jnp.exp2(scores * self.factor - _wide(higher, KEYS))
+            higher = jnp.maximum(top, jnp.max(scores, axis=1) * factor)
+            shrink, p = jnp.exp2(top - higher), jnp.exp2(scores * _wide(factor, KEYS) - _wide(higher, KEYS))
             total = total * shrink + jnp.sum(p, axis=1)
-            pl.when(place > 0)(lambda: plgpu.barrier_wait(refs.p_free))
+            self.multiplied(place)
             refs.weights[...], refs.stats[0], refs.stats[1] = p.astype(refs.weights.dtype), shrink, total
             plgpu.commit_smem()
             plgpu.barrier_arrive(refs.p_full)
             return higher, total
 
         top, total = jax.lax.fori_loop(first, stop, block, (_of_rows(LOWEST), _of_rows(0)))
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         refs.stats[2] = top + jnp.log(total) * math.log2(math.e)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(refs.stats.at[2], refs.logs.at[tile, row + core])
         return carry
 
-    def scores(self, slot):
-        """(queries, keys) of the block in a slot, not scaled."""
+    def copy_queries(self, row, mine) -> None:
+        refs = self.refs
+        plgpu.copy_gmem_to_smem(refs.q[0].at[row, mine], refs.queries.at[: self.tile_rows], refs.q_full)
+
+    def multiplied(self, place) -> None:
+        """Wait until the weights of the block before may be written over."""
+        pl.when(place > 0)(lambda: plgpu.barrier_wait(self.refs.p_free))
+
+    def scores(self, place, slot):
+        """(queries, keys) of the core's block ``place``, in ``slot``, not scaled."""
         refs, half = self.refs, self.half
         plgpu.barrier_wait(refs.full.at[slot])
 
@@ -244,6 +256,7 @@ class Core:
         plgpu.barrier_wait(refs.full.at[slot])
         plgpu.barrier_wait(refs.p_full)
         sums, total = self.add(sums, slot)
+        plgpu.barrier_arrive(refs.p_free)
 
         def after(ahead):
             plgpu.commit_smem()  # all four warps have read what is written over now
@@ -259,9 +272,7 @@ class Core:
         """One block's values, weighted, and the sum of all weights."""
         refs, mine = self.refs, jax.lax.axis_index("warpgroup") - 1
         shrink, total = (plgpu.layout_cast(refs.stats[i], _OF_ROWS) for i in range(2))
-        sums = _accumulate(sums * _wide(shrink, self.half), refs.weights, refs.ring.at[slot, mine])
-        plgpu.barrier_arrive(refs.p_free)
-        return sums, total
+        return _accumulate(sums * _wide(shrink, self.half), refs.weights, refs.ring.at[slot, mine]), total
 
     def store(self, row, slot, sums) -> None:
         """Through where the row's last block was."""

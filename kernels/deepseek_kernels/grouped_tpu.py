@@ -34,7 +34,7 @@ def grouped_product(
 ) -> Float[Array, "T F"]:
     """``y[t] = x[t] @ w[first + e]``, or ``x[t] @ w[first + e]ᵀ``, for ``e`` the group of t; zero past the last."""
     (T, D), F, chosen = x_TD.shape, w.shape[1 if transpose else 2], tpu.CHIPS[chip]
-    rows, tile = _rows(T, len(group_sizes_E), chip), tpu.matrix_tile(D, F, chosen.matrix, chosen.cores)
+    rows, tile = tpu.row_tile(T, len(group_sizes_E), chosen.rows), tpu.matrix_tile(D, F, chosen.matrix, chosen.cores)
     y_TF = gmm(
         _whole(x_TD, rows),
         w,
@@ -53,7 +53,7 @@ def grouped_weight_gradient(
 ) -> Float[Array, "E D F"]:
     """``dw[e] = Σ x[t]ᵀ dy[t]`` over the rows of group e: sums in float32, written in ``dtype``."""
     (T, D), F, chosen = x_TD.shape, dy_TF.shape[1], tpu.CHIPS[chip]
-    rows = _rows(T, len(group_sizes_E), chip)
+    rows = tpu.row_tile(T, len(group_sizes_E), chosen.rows)
     return tgmm(
         _whole(x_TD, rows).T,
         _whole(dy_TF, rows),
@@ -61,13 +61,6 @@ def grouped_weight_gradient(
         preferred_element_type=dtype,
         tiling=(rows, *tpu.matrix_tile(D, F, chosen.dw, chosen.cores)),
     )
-
-
-def _rows(rows: int, groups: int, chip: str) -> int:
-    """A quarter of a mean group, as a power of two: what groups that do not end with a tile cost is a quarter more. No
-    less than a tile's width in lanes: narrower ones save nothing where reading the matrices bounds the product."""
-    mean = max(1, rows // groups // 4)
-    return min(tpu.CHIPS[chip].rows, max(tpu.LANES, 1 << (mean.bit_length() - 1)))
 
 
 def _whole(x, rows):

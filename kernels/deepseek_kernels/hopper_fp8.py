@@ -141,78 +141,10 @@ def _tiled(
         )
         pl.run_scoped(functools.partial(run, lambda n: tile(n, *refs)), *scratch, collective_axes="warpgroup")
 
-    def run(tile, lhs, rhs, scales, stored, full, free):
+    def run(tile, *scratch):
         warpgroup = jax.lax.axis_index("warpgroup")
-        mine = pl.ds(warpgroup * _HALF, _HALF)
-
-        def each_tile(body):
-            return plgpu.nd_loop((tiles,), collective_axes="block", init_carry=jnp.int32(0))(
-                lambda loop, carry: body(tile(loop.index[0]), carry)
-            )
-
-        def stream():
-            plgpu.set_max_registers(40, action="decrease")
-            number = each_tile(stream_tile)
-
-            @pl.loop(jnp.maximum(number - stages, 0), number)
-            def _(number):  # nothing is left pending
-                plgpu.barrier_wait(free.at[jax.lax.rem(number, stages)])
-
-        def stream_tile(tile, number):
-            def step(k, number):
-                slot, terms = jax.lax.rem(number, stages), pl.ds(k * BLOCK, BLOCK)
-                pl.when(number >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
-                plgpu.copy_gmem_to_smem(tile.lhs.at[:, terms], lhs.at[slot], full.at[slot])
-                plgpu.copy_gmem_to_smem(tile.rhs.at[:, terms], rhs.at[slot], full.at[slot])
-                if quantised:
-                    plgpu.copy_gmem_to_smem(tile.x_scale.at[k], scales.at[slot], full.at[slot])
-                return number + 1
-
-            return jax.lax.fori_loop(0, tile.steps, step, number)
-
-        def multiply():
-            plgpu.set_max_registers(232, action="increase")
-            each_tile(multiply_tile)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-        def multiply_tile(tile, number):
-            def step(k, state):
-                number, sums = state
-                slot, scale = jax.lax.rem(number, stages), tile.w_scale(k)
-                plgpu.barrier_wait(full.at[slot])
-                sums += product(slot, scale) if quantised else _from_registers(lhs, rhs, slot, mine) * scale
-                plgpu.barrier_arrive(free.at[slot])
-                return number + 1, sums
-
-            zeros = plgpu.layout_cast(jnp.zeros((_HALF, columns), jnp.float32), plgpu.Layout.WGMMA)
-            number, sums = jax.lax.fori_loop(0, tile.steps, step, (number, zeros))
-            store(tile.out, sums.astype(out.dtype))
-            return number
-
-        def product(slot, scale):
-            def scaled_product(acc):
-                plgpu.wgmma(acc, lhs.at[slot, mine], rhs.at[slot].transpose((1, 0)))
-                along = 1 if turned else 0
-                numbers = scales[slot, :columns] if turned else scales[slot, mine]
-                numbers = plgpu.layout_cast(numbers, plgpu.Layout.WGMMA.reduce(1 - along)) * scale
-                return acc[...] * jax.lax.broadcast_in_dim(numbers, acc.shape, [along])
-
-            return pl.run_scoped(scaled_product, plgpu.WGMMAAccumulatorRef((_HALF, columns)))
-
-        def store(out_part, values):
-            for first in range(0, columns, columns if turned else room[1]):
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                if turned:
-                    turned_room = stored.at[warpgroup].transpose((1, 0))
-                    turned_room[...] = plgpu.layout_cast(values, plgpu.Layout.WGMMA_TRANSPOSED)
-                    target = out_part.at[:, mine]
-                else:
-                    stored[warpgroup] = values[:, first : first + room[1]]
-                    target = out_part.at[mine].at[:, first : first + room[1]]
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(stored.at[warpgroup], target)
-
-        jax.lax.cond(warpgroup == 2, stream, multiply)
+        block = _Block(tile, tiles, turned, warpgroup, pl.ds(warpgroup * _HALF, _HALF), *scratch)
+        jax.lax.cond(warpgroup == 2, block.stream, block.multiply)
 
     return plgpu.kernel(
         kernel,
@@ -223,6 +155,110 @@ def _tiled(
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     )
+
+
+class _Block(NamedTuple):
+    """What a block of threads does: its share of the tiles, one after another.
+
+    tile: of a number. mine: the left operand's rows that this warp group multiplies. lhs, rhs, scales: steps under way.
+    stored: the result's way out. full, free: of each step.
+    """
+
+    tile: Callable[[Any], _Tile]
+    tiles: int
+    turned: bool
+    warpgroup: Any
+    mine: Any
+    lhs: Any
+    rhs: Any
+    scales: Any
+    stored: Any
+    full: Any
+    free: Any
+
+    @property
+    def stages(self) -> int:
+        return self.lhs.shape[0]
+
+    @property
+    def columns(self) -> int:
+        return self.rhs.shape[1]
+
+    @property
+    def quantised(self) -> bool:
+        return self.rhs.dtype == FP8
+
+    def each_tile(self, body):
+        return plgpu.nd_loop((self.tiles,), collective_axes="block", init_carry=jnp.int32(0))(
+            lambda loop, carry: body(self.tile(loop.index[0]), carry)
+        )
+
+    def stream(self) -> None:
+        plgpu.set_max_registers(40, action="decrease")
+        number = self.each_tile(self.stream_tile)
+
+        @pl.loop(jnp.maximum(number - self.stages, 0), number)
+        def _(number):  # nothing is left pending
+            plgpu.barrier_wait(self.free.at[jax.lax.rem(number, self.stages)])
+
+    def stream_tile(self, tile: _Tile, number):
+        def step(k, number):
+            slot, terms = jax.lax.rem(number, self.stages), pl.ds(k * BLOCK, BLOCK)
+            pl.when(number >= self.stages)(lambda: plgpu.barrier_wait(self.free.at[slot]))
+            plgpu.copy_gmem_to_smem(tile.lhs.at[:, terms], self.lhs.at[slot], self.full.at[slot])
+            plgpu.copy_gmem_to_smem(tile.rhs.at[:, terms], self.rhs.at[slot], self.full.at[slot])
+            if self.quantised:
+                plgpu.copy_gmem_to_smem(tile.x_scale.at[k], self.scales.at[slot], self.full.at[slot])
+            return number + 1
+
+        return jax.lax.fori_loop(0, tile.steps, step, number)
+
+    def multiply(self) -> None:
+        plgpu.set_max_registers(232, action="increase")
+        self.each_tile(self.multiply_tile)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    def multiply_tile(self, tile: _Tile, number):
+        def step(k, state):
+            number, sums = state
+            slot, scale = jax.lax.rem(number, self.stages), tile.w_scale(k)
+            plgpu.barrier_wait(self.full.at[slot])
+            sums += self.product(slot, scale)
+            plgpu.barrier_arrive(self.free.at[slot])
+            return number + 1, sums
+
+        zeros = plgpu.layout_cast(jnp.zeros((_HALF, self.columns), jnp.float32), plgpu.Layout.WGMMA)
+        number, sums = jax.lax.fori_loop(0, tile.steps, step, (number, zeros))
+        self.store(tile.out, sums.astype(self.stored.dtype))
+        return number
+
+    def product(self, slot, scale):
+        """Of a step, scaled."""
+        if not self.quantised:
+            return _from_registers(self.lhs, self.rhs, slot, self.mine) * scale
+
+        def scaled_product(acc):
+            plgpu.wgmma(acc, self.lhs.at[slot, self.mine], self.rhs.at[slot].transpose((1, 0)))
+            along = 1 if self.turned else 0
+            numbers = self.scales[slot, : self.columns] if self.turned else self.scales[slot, self.mine]
+            numbers = plgpu.layout_cast(numbers, plgpu.Layout.WGMMA.reduce(1 - along)) * scale
+            return acc[...] * jax.lax.broadcast_in_dim(numbers, acc.shape, [along])
+
+        return pl.run_scoped(scaled_product, plgpu.WGMMAAccumulatorRef((_HALF, self.columns)))
+
+    def store(self, out, values) -> None:
+        width = self.columns if self.turned else self.stored.shape[2]
+        for first in range(0, self.columns, width):
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            if self.turned:
+                turned_room = self.stored.at[self.warpgroup].transpose((1, 0))
+                turned_room[...] = plgpu.layout_cast(values, plgpu.Layout.WGMMA_TRANSPOSED)
+                target = out.at[:, self.mine]
+            else:
+                self.stored[self.warpgroup] = values[:, first : first + width]
+                target = out.at[self.mine].at[:, first : first + width]
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(self.stored.at[self.warpgroup], target)
 
 
 def _from_registers(w, x, slot, mine):

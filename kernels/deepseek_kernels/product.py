@@ -53,8 +53,10 @@ def product(
     if form.plain and as_x and as_it_lies(w, x.dtype):
         sizes = [math.prod(part) for part in (x.shape[: len(form.rows)], w.shape[: len(form.summed)], w.shape)]
         facts |= {"rows": sizes[0], "widths": (sizes[1], sizes[2] // max(sizes[1], 1))}
+    in_fp8 = scaled is not None and form.plain and as_x and len(form.summed) == scaled.groups[0][0]
+    facts["weight"] = None if in_fp8 else w  # a copy of it is said, once
     name = choose("product", target, x.dtype, implementation=implementation, **facts).name
-    if scaled is not None and form.plain and as_x and len(form.summed) == scaled.groups[0][0]:
+    if in_fp8:
         choice = choose("fp8_matmul", target, x.dtype, implementation=fp8, **fp8_facts(w))
         if choice.name != "dequantised":
             rows = x.shape[: len(form.rows)]

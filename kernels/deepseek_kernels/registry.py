@@ -26,7 +26,7 @@ from deepseek_kernels import (
 )
 from deepseek_kernels.block_fp8 import FP8, BlockScaled
 from deepseek_kernels.target import Platform, Target
-from deepseek_kernels.weights import Weight, block_scaled
+from deepseek_kernels.weights import Columns, Weight, block_scaled
 
 ANYWHERE: tuple[Platform, ...] = get_args(Platform)
 
@@ -80,6 +80,7 @@ def _hopper_rows(target: Target, *, rows: int, groups: int, **_) -> int:
 
 
 def _dequantises(dtype: Any, *, weight: Weight = None, **_) -> str:
+    weight = weight.weight if isinstance(weight, Columns) else weight
     return "" if block_scaled(weight) is None else f"a copy of the weight in {dtype.name}"
 
 
@@ -102,9 +103,9 @@ _REFERENCE = Implementation("reference", ())
 TABLE: dict[str, tuple[Implementation, ...]] = {
     # XLA's; with "c" the weight's gradient by the C kernel; "hopper" is of few rows, as decoding has them.
     "product": (
-        _C,
+        dataclasses.replace(_C, copies=_dequantises),
         Implementation("hopper", ("cuda",), hopper_few.refuses_dense, special=True),
-        Implementation("dot"),
+        Implementation("dot", copies=_dequantises),
     ),
     "grouped_matmul": (
         dataclasses.replace(_C, copies=_dequantises),
@@ -113,7 +114,7 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         Implementation("megablox", ("tpu",), grouped_tpu.refuses, copies=_dequantises),
         Implementation("ragged_dot", ("tpu",), copies=_dequantises),
         Implementation("blocks", rows=_block_rows, slow="batched XLA products over padded blocks", copies=_dequantises),
-        _REFERENCE,
+        dataclasses.replace(_REFERENCE, copies=_dequantises),
     ),
     # With a weight in FP8.
     "fp8_matmul": (
@@ -150,7 +151,7 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
 def choose(operation: str, target: Target, dtype: Any, *, implementation: str = "auto", **facts: Any) -> Choice:
     """The implementation of an operation for a target, a dtype and the facts that the operation's rules read.
 
-    facts: of product those of ``hopper_few.refuses_dense``; of grouped_matmul ``rows, groups, widths`` and for FP8
+    facts: of product those of ``hopper_few.refuses_dense``, of grouped_matmul ``rows, groups, widths``, of both for FP8
     ``weight``, of fp8_matmul those of ``fp8_on_hopper.refuses``; of mla_attention and gqa_attention those of
     ``attention_cudnn.refuses``, of mla_decode those of ``decode_hopper.refuses``; of the others none. A slow choice is
     logged once, with its reason.
@@ -168,7 +169,7 @@ def choose(operation: str, target: Target, dtype: Any, *, implementation: str = 
             raise ValueError(f"implementation={implementation!r} of {operation}: expected one of {names}")
         if why := named.refuses(target, dtype, **facts):
             raise ValueError(f"implementation={implementation!r} of {operation} cannot run on {target}: {why}")
-        return Choice(named.name, named.rows(target, **facts))
+        return _said(operation, target, dtype, named, [named.copies(dtype, **facts)], facts)
     refusals = []
     for row in rows:
         if target.platform not in row.platforms:
@@ -177,14 +178,18 @@ def choose(operation: str, target: Target, dtype: Any, *, implementation: str = 
             refusals += [] if row.special else [f"not {row.name}: {why}"]
             continue
         copied = row.copies(dtype, **facts)
-        reasons = [*(refusals or [row.slow]), copied]
-        choice = Choice(row.name, row.rows(target, **facts), "; ".join(filter(None, reasons)))
-        if choice.reason:  # a warning, which is seen by default, where the platform has a faster one
-            faster = refusals or (copied and target.platform == "cuda")
-            level = logging.WARNING if faster else logging.INFO
-            _say(level, operation, target, dtype.name, choice.name, choice.reason)
-        return choice
+        # A warning, which is seen by default, where the platform has a faster one.
+        return _said(operation, target, dtype, row, [*(refusals or [row.slow]), copied], facts, warn=bool(refusals))
     raise AssertionError(f"no implementation of {operation} for {target}")
+
+
+def _said(operation, target, dtype, row: Implementation, reasons, facts, *, warn: bool = False) -> Choice:
+    """The choice of a row; why it is slow is logged, a copy of the weight on a GPU as a warning."""
+    choice = Choice(row.name, row.rows(target, **facts), "; ".join(filter(None, reasons)))
+    if choice.reason:
+        warn = warn or (bool(reasons[-1]) and target.platform == "cuda")
+        _say(logging.WARNING if warn else logging.INFO, operation, target, dtype.name, choice.name, choice.reason)
+    return choice
 
 
 @functools.cache

@@ -1,12 +1,13 @@
 """``bench RECIPE``: what it counts, and what it refuses."""
 
 import dataclasses
+import json
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.cli.bench_model import ModelBench, measure
+from deepseek_jax.cli.bench_model import ModelBench, ask, measure
 from deepseek_jax.cli.bench_training import random_batch, training_flops
 from deepseek_jax.cli.longest_kernels import longest_kernels
 from deepseek_jax.cli.main import main
@@ -36,7 +37,7 @@ def test_arithmetic_is_three_times_the_forward_pass_and_attention_keeps_to_segme
 
 def test_what_cannot_be_is_refused(capsys):
     few = ["--new-tokens", "127", "--work", "decode"]
-    for wrong in (["--segments", "129"], ["--repeats", "0"], ["--work", "nothing"], few):
+    for wrong in (["--segments", "129"], ["--repeats", "0"], ["--work", "nothing"], few, ["--fp8"]):
         with pytest.raises(SystemExit):
             main(["bench", "demo/pretrain", *wrong])
         assert wrong[0][2:].replace("-", "_") in capsys.readouterr().err
@@ -44,20 +45,39 @@ def test_what_cannot_be_is_refused(capsys):
     assert "no recipe 'nothing'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("scanned", [False, True])
-def test_prefill_and_decoding_of_a_tiny_recipe(scanned):
+def test_the_peer_is_asked_for_the_same_work(tmp_path):
+    """In its place a program that writes the request down."""
+    peer = tmp_path / "python"
+    speed = lambda tokens: {"tokens_per_second": tokens}  # noqa: E731
+    found = {"peer": "it", "train": speed(1234.5), "phases": {"2": {"decode": speed(6.0)}}}
+    peer.write_text(f"#!/bin/sh\ncat > {tmp_path}/request\necho '{json.dumps(found)}'\n")
+    peer.chmod(0o755)
+    recipe = dataclasses.replace(load_recipe("demo/pretrain", PretrainConfig), batch_size=2)
+    for work, row in (("train", "1,234 tokens a second, it"), ("decode", "6 tokens a second, it")):
+        assert ask(ModelBench(recipe, work=work, columns=16, new_tokens=4, peer_python=str(peer))) == row
+        request = json.loads((tmp_path / "request").read_text())
+        assert request["config"]["hidden_size"] == recipe.model.hidden_size
+        assert (request["rows"], request["seq"]) == (2, 16) if work == "train" else request["prompt"] == 12
+    peer.write_text("#!/bin/sh\necho out of memory >&2; exit 1")
+    assert ask(ModelBench(recipe, peer_python=str(peer))) == "the peer failed: ['out of memory']"
+
+
+@pytest.mark.parametrize(("scanned", "fp8"), [(False, False), (True, True)])
+def test_prefill_and_decoding_of_a_tiny_recipe(scanned, fp8):
     """What a step reads, of experts those that are chosen, and what is said of the routing."""
     tiny = dataclasses.replace(load_recipe("demo/pretrain", PretrainConfig).model, num_hidden_layers=2)
     compute = ComputeConfig(scan_decode=scanned)
     recipe = PretrainConfig(batch_size=2, model=tiny, compute=compute)
     for work in ("prefill", "decode"):
-        found = measure(ModelBench(recipe, work=work, columns=16, new_tokens=2, repeats=1))
+        found = measure(ModelBench(recipe, work=work, columns=16, new_tokens=2, repeats=1, fp8=fp8))
         assert {"work", "tokens a second", "time", "peak memory", "compile time", "routing"} < set(found.facts)
         assert "experts touched in a layer" in found.facts["routing"]
         assert found.call() is not None
     params = count_parameters(sampling_config(tiny))
-    touched = found.facts["weights and cache"].split(" GB")[0]
-    assert 4 * params["parameters_active"] / 1e9 < 1.5 * float(touched) < 1.5 * 4 * params["parameters_total"] / 1e9
+    touched = float(found.facts["weights and cache"].split(" GB")[0]) * 1e9
+    assert ("matrices in FP8" in found.facts["work"]) == fp8
+    size = 1 if fp8 else 4
+    assert size * params["parameters_active"] < 1.5 * touched < 1.5 * size * params["parameters_total"]
 
 
 def test_a_cpus_trace_has_no_kernels(tmp_path):

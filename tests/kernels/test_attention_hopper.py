@@ -14,8 +14,9 @@ from deepseek_kernels import (
     Target,
     Visible,
     attention_hopper,
-    attention_hopper_backward,
     attention_hopper_forward,
+    attention_hopper_keys,
+    attention_hopper_queries,
     mla_attention,
 )
 from deepseek_kernels import attention_hopper_tiles as tiles
@@ -57,7 +58,7 @@ def hopper_gpu(monkeypatch):
         sums = product(lambda acc: times(acc, weights, values), sums)
         return sums, meanwhile(tiles.product(score, tiles.BLOCK))
 
-    for module in attention_hopper_forward, attention_hopper_backward:
+    for module in attention_hopper_forward, attention_hopper_queries, attention_hopper_keys:
         for function in launch, times, product:
             monkeypatch.setattr(module, function.__name__, function)
     monkeypatch.setattr(attention_hopper_forward, "_overlapped", overlapped)

@@ -23,6 +23,7 @@ from deepseek_kernels import (
     table,
 )
 from deepseek_kernels.block_fp8 import FP8
+from deepseek_kernels.weights import Columns
 
 CPU, H100, A100 = Target("cpu"), Target("cuda", "9.0", 132), Target("cuda", "8.0")
 TPU, V4 = Target("tpu", "TPU v5p"), Target("tpu", "TPU v4")
@@ -86,6 +87,23 @@ def test_a_dequantised_copy_is_said(caplog):
             assert choice.name == name and copied == (target != H100 or F == 328)
     of_hopper = [record for record in caplog.records if "grouped_matmul in bfloat16 on cuda:9.0" in record.getMessage()]
     assert len(of_hopper) == 1 and "hopper, a copy of the weight in bfloat16: it needs D" in of_hopper[0].getMessage()
+
+
+def test_a_dequantised_copy_is_said_of_what_is_named_and_of_a_product_by_head(caplog):
+    registry._say.cache_clear()
+    ragged = BlockScaled(np.zeros((4, 256, 328), FP8), np.zeros((4, 2, 3)))
+    facts: dict[str, Any] = {"rows": 64, "groups": 4, "widths": (256, 320), "weight": ragged}
+    for name in ("blocks", "hopper", "reference", "blocks"):
+        assert choose("grouped_matmul", H100, "bfloat16", implementation=name, **facts).name == name
+    kv_b = BlockScaled(jnp.zeros((128, 2, 64), FP8), jnp.ones((1, 1)), ((1, 128), (2, 128)))
+    q = jnp.zeros((1, 1, 2, 32), jnp.bfloat16)
+    for _ in range(2):
+        product("bshn,chn->bshc", q, Columns(kv_b, 0, 32), target=H100)
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    copied = "a copy of the weight in bfloat16"
+    grouped = [f"grouped_matmul in bfloat16 on {H100}: {name}, {copied}" for name in ("blocks", "hopper", "reference")]
+    expected = [*grouped, f"product in bfloat16 on {H100}: dot, {copied}"]
+    assert [line[: len(right)] for line, right in zip(said, expected, strict=True)] == expected
 
 
 def test_cudnn_takes_causal_rows_and_their_segments():

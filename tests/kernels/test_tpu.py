@@ -14,6 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as mask_info
+from paged import in_pages
 
 from deepseek_kernels import (
     InStack,
@@ -27,6 +28,7 @@ from deepseek_kernels import (
     grouped_matmul,
     grouped_matmul_reference,
     mla_decode,
+    quantise_entries,
     tpu,
 )
 
@@ -164,7 +166,7 @@ def test_which_blocks_attention_visits_is_what_jax_finds_by_looking():
 @functools.cache
 def decode(chip):
     def run(q, stack, layer, visible):
-        return mla_decode(q, InStack(stack, layer), visible, 0.1, values=128, target=chip)
+        return mla_decode(q, InStack(stack, layer), visible, 0.1, values=stack.shape[-1] - 64, target=chip)
 
     return in_interpreter(run)
 
@@ -184,6 +186,32 @@ def test_decoding_over_a_layer_of_the_cache(chip, rows):
     near(out, attention_reference(q.astype(jnp.float32), entry, entry, visible, 0.1)[..., :128])
 
 
+@pytest.mark.parametrize(
+    ("chip", "page", "fp8"), [("CHIP", 64, False), ("ONE_CORE", 256, True), ("CHIP", 64, True), ("ONE_CORE", 0, True)]
+)
+@settings(max_examples=3)
+@given(st.lists(st.integers(0, 512), min_size=3, max_size=3), st.integers(0, 99))
+@example([512, 1, 65], 0)
+def test_decoding_over_pages_and_fp8(chip, page, fp8, lengths, seed):
+    """Blocks of 128 keys: two pages of 64, a half of one of 256, or 500 columns, of which the last block sticks out; a
+    page that two rows share. FP8 is compared with the very numbers that it holds."""
+    columns = 512 if page else 500
+    lengths = np.minimum(lengths, columns)
+    q, rows = normal(0, 3, 2, 12, 320), np.array(normal(1, 2, 3, columns, 320))
+    rows[:, 2, :64], rows[..., :128] = rows[:, 0, :64], rows[..., :128] * 3
+    visible = Visible(q_positions_BS=jnp.asarray(lengths)[:, None] - 2 + jnp.arange(2), lengths_B=jnp.asarray(lengths))
+    kept, described = rows, visible
+    if page:
+        kept, table = in_pages(rows, lengths, page, seed)
+        described = dataclasses.replace(visible, pages_BJ=jnp.asarray(table))
+    kept, rows = jnp.asarray(kept), jnp.asarray(rows)
+    if fp8:
+        kept, rows = quantise_entries(kept, 256), quantise_entries(rows, 256).astype(jnp.float32)
+    out = decode(globals()[chip])(q, kept, 1, described)
+    entry = rows[1][:, :, None].astype(jnp.float32)
+    near(out, attention_reference(q.astype(jnp.float32), entry, entry, visible, 0.1)[..., :256])
+
+
 def test_what_a_tpu_kernel_refuses_has_a_reason():
     rows: Any = {"in_row_order": True, "queries": 64, "keys": 64, "key_width": 192, "value_width": 128}
     for changed, why in (
@@ -196,6 +224,10 @@ def test_what_a_tpu_kernel_refuses_has_a_reason():
         assert choice.name == "blockwise" and why in choice.reason
     with pytest.raises(ValueError, match="'splash' of mla_attention cannot run on .*: it needs bfloat16, not float32"):
         choose("mla_attention", CHIP, jnp.float32, implementation="splash", **rows)
+    decoding: Any = {"by_column": True, "queries": 1, "keys": 4096, "key_width": 576, "value_width": 512}
+    assert choose("mla_decode", CHIP, jnp.bfloat16, **decoding, page=64, fp8=True).name == "tpu"
+    with pytest.raises(ValueError, match="it needs pages of 64 tokens or of a multiple of 128, not 96"):
+        choose("mla_decode", CHIP, jnp.bfloat16, implementation="tpu", **decoding, page=96)
     narrow = choose("grouped_matmul", CHIP, jnp.bfloat16, rows=64, groups=4, widths=(64, 256))
     assert narrow.name == "ragged_dot" and "at least 128, not (64, 256)" in narrow.reason
     v4 = choose("mla_attention", Target("tpu", "TPU v4"), jnp.bfloat16, **rows)

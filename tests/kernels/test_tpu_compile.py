@@ -9,10 +9,22 @@ from deepseek_kernels import compile_tpu
 
 V2_LITE, V3 = "16 heads", "128 heads"
 CASES = {
-    "v5e": (f"attention, {V2_LITE}, 4096", "experts V3, 8 of 256, wi", f"decode, 64 x 4096, {V2_LITE}"),
-    "v5p": (f"attention, {V3}, 4096", "experts V3, 8 of 256, wo", f"decode, 64 x 4096, {V3}"),
-    "v6e": (f"attention, {V2_LITE}, 32768", "experts V2-Lite, wo", f"decode, 64 x 1000, {V2_LITE}"),
-    "tpu7x": (f"attention, {V2_LITE}, 4096", "experts V2-Lite, wi", f"decode, 8 x 32768, {V3}, 4 queries"),
+    "v5e": (
+        *(f"attention, {V2_LITE}, 4096", "experts V3, 8 of 256, wi", f"decode, 64 x 4096, {V2_LITE}"),
+        f"decode, 64 x 32768, {V2_LITE}, FP8, pages of 64",
+    ),
+    "v5p": (
+        *(f"attention, {V3}, 4096", "experts V3, 8 of 256, wo", f"decode, 64 x 4096, {V3}"),
+        f"decode, 64 x 4096, {V3}, FP8, pages of 256",
+    ),
+    "v6e": (
+        *(f"attention, {V2_LITE}, 32768", "experts V2-Lite, wo", f"decode, 64 x 1000, {V2_LITE}"),
+        f"decode, 8 x 32768, {V3}, 4 queries, FP8, pages of 64",
+    ),
+    "tpu7x": (
+        *(f"attention, {V2_LITE}, 4096", "experts V2-Lite, wi", f"decode, 8 x 32768, {V3}, 4 queries"),
+        *(f"decode, 64 x 4096, {V2_LITE}, pages of 64", f"decode, 64 x 4096, {V2_LITE}, FP8"),
+    ),
 }
 MOST = {  # MiB of temporaries. Scores in bfloat16 would be 512 for each 4096² of 16 heads, a copy of a cache 300
     f"attention, {V2_LITE}, 4096": 400,

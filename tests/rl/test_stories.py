@@ -13,7 +13,7 @@ SENTENCES = {
     r"finds (\d+) more|gives \w+ (\d+) more|buys (\d+) more": lambda value, number: value + number,
     r"loses (\d+) of them|gives (\d+) of them away|sells (\d+) of them": lambda value, number: value - number,
     r"until there are (\d+) times as many": lambda value, number: value * number,
-    r"shares them equally among (\d+) friends": lambda value, number: value / number,
+    r"makes (\d+) equal heaps of them, keeps one": lambda value, number: value / number,
 }
 
 
@@ -28,7 +28,8 @@ def told(prompt: str) -> float:
         ]
         value = effect(value, number)
         assert 1 <= value <= 60 and value == int(value)
-    assert asked.strip().startswith("How many")
+    assert re.fullmatch(rf" How many \w+ does {first.split()[0]} have now\?", asked)  # of whom all sentences tell
+    assert all(sentence.split().count(first.split()[0]) for sentence in steps)
     return value
 
 

@@ -30,6 +30,7 @@ from deepseek_jax.workflows.recipe import load_recipe
 from deepseek_jax.workflows.stage import LoaderBatches
 
 STAGES = [name for name in ALL if name not in ("zero_longer", "preferences")]  # the miniature's
+pytestmark = pytest.mark.timeout(900)  # twice sixteen stages, each of which compiles programs of its own
 CLOCKS = ("time", "peak_bytes_process")
 
 

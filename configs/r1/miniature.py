@@ -47,7 +47,7 @@ def config() -> R1Config:
     zero = reinforced("zero", "pretrain", 160, "accuracy", "tags=0.2")
     return R1Config(
         data=R1Data(run_dir=DATA, corpus=corpus),
-        pretrain=pretrained("pretrain", DATA, BASE, steps=650),
+        pretrain=pretrained("pretrain", DATA, BASE, steps=900),
         zero=dataclasses.replace(zero, chat_template=ZERO),
         cold_start_samples=sampled("cold_start_samples", "zero", 1200),
         cold_start=fine_tuned("cold_start", "pretrain", f"{RUN}/cold_start_samples/kept.jsonl", steps=120),

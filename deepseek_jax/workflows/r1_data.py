@@ -51,7 +51,7 @@ class R1Data:
     """Pages with a problem that is asked and answered."""
     request_pages: int = 2000
     """Pages with another request."""
-    plain_share: float = 0.6
+    plain_share: float = 0.5
     """Of the pages with a problem, those whose answer stands alone, without a thought."""
     requests_sft: int = 1000
     """Requests to fine-tune on, half of them answered poorly."""

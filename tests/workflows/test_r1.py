@@ -30,6 +30,7 @@ from deepseek_jax.workflows.recipe import load_recipe
 from deepseek_jax.workflows.stage import LoaderBatches
 
 STAGES = [name for name in ALL if name not in ("zero_longer", "preferences")]  # the miniature's
+pytestmark = pytest.mark.timeout(900)  # twice sixteen stages, each of which compiles programs of its own
 CLOCKS = ("time", "peak_bytes_process")
 
 
@@ -228,7 +229,7 @@ def test_pages_answer_right_and_ask_nothing_that_is_held_out(data):
         if question in right:
             asked["thought" if THINK in answer else "plain"] += 1
             assert answer.split("<answer>")[-1].removesuffix("</answer>") == right[question]
-    assert asked["plain"] + asked["thought"] == 600 and 0.5 < asked["plain"] / 600 < 0.7
+    assert asked["plain"] + asked["thought"] == 600 and 0.4 < asked["plain"] / 600 < 0.6
     held_out = {request.prompt for request in r1_requests.all_requests(held_out=True)}
     assert not [page for page in pages if any(prompt in page for prompt in held_out)]
     for name in ("requests_train", "helpful", "harmless"):

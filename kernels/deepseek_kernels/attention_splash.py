@@ -78,7 +78,9 @@ def attend(
         segments = splash.SegmentIds(*(jnp.repeat(ids, parts, axis=0) for ids in rows))
     # A padded key stands behind every query. The scale is rounded into q, as the kernel has none.
     q_BHSK, k_BGSK, v_BGSV = map(heads_first, ((q_BSHK.astype(jnp.float32) * scale).astype(dtype), k_BSGK, v_BSGV))
-    out_BHSV: Any = _attend(q_BHSK, k_BGSK, v_BGSV, segments, block, _divisor(block, at_once))
+    # Where cores share the rows, all visit the same blocks: a row by itself would leave them one of two.
+    chip_blocks = block, _divisor(block, at_once), chosen.cores == 1
+    out_BHSV: Any = _attend(q_BHSK, k_BGSK, v_BGSV, segments, chip_blocks)
     return jnp.swapaxes(out_BHSV.reshape(B, -1, *out_BHSV.shape[2:]), 1, 2)[:, :S]
 
 
@@ -88,24 +90,25 @@ def _divisor(block: int, largest: int) -> int:
     return tpu.LANES * max(n for n in range(1, min(lanes, largest // tpu.LANES) + 1) if lanes % n == 0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend(q_BHSK, k_BGSK, v_BGSV, segments, block, at_once) -> Any:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(q_BHSK, k_BGSK, v_BGSV, segments, blocks) -> Any:
     if segments is None:  # nobody asks for the sums
-        return _kernel(q_BHSK, k_BGSK, v_BGSV, None, block, at_once, False)
-    return _forward(q_BHSK, k_BGSK, v_BGSV, segments, block, at_once)[0]
+        return _kernel(q_BHSK, k_BGSK, v_BGSV, None, blocks, False)
+    return _forward(q_BHSK, k_BGSK, v_BGSV, segments, blocks)[0]
 
 
-def _forward(q_BHSK, k_BGSK, v_BGSV, segments, block, at_once):
-    out, (log_sum_BHS,) = _kernel(q_BHSK, k_BGSK, v_BGSV, segments, block, at_once, True)
+def _forward(q_BHSK, k_BGSK, v_BGSV, segments, blocks):
+    out, (log_sum_BHS,) = _kernel(q_BHSK, k_BGSK, v_BGSV, segments, blocks, True)
     out, log_sum_BHS = kept(_seen(out, log_sum_BHS, segments)), kept(log_sum_BHS)
     return out, (q_BHSK, k_BGSK, v_BGSV, segments, out, log_sum_BHS)
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5, 6))  # a checkpoint computes a bare kernel again, needed or not
-def _kernel(q_BHSK, k_BGSK, v_BGSV, segments, block, at_once, sums) -> Any:
-    tables, same = _tables(q_BHSK.shape[2], block), _same(block, at_once, q_BHSK.shape[2])
+@functools.partial(jax.jit, static_argnums=(4, 5))  # a checkpoint computes a bare kernel again, needed or not
+def _kernel(q_BHSK, k_BGSK, v_BGSV, segments, blocks, sums) -> Any:
+    size = q_BHSK.shape[2]
 
     def row(q, k, v, segments):
+        tables, same = _tables(size, blocks, segments), _same(size, blocks)
         return splash._splash_attention_forward(
             tables[0], q, k, v, segments, None, residual_checkpoint_name=None, save_residuals=sums, **same
         )
@@ -118,16 +121,16 @@ def _seen(out, log_sum_BHS, segments):
     return out if segments is None else jnp.where(log_sum_BHS[..., None] > _HIDDEN / 2, out, 0)
 
 
-def _backward(block, at_once, residuals, dout_BHSV):
+def _backward(blocks, residuals, dout_BHSV):
     q_BHSK, _, _, segments, out, log_sum_BHS = residuals
     dout_BHSV = _seen(dout_BHSV.astype(out.dtype), log_sum_BHS, segments)
-    tables, same = _tables(q_BHSK.shape[2], block), _same(block, at_once, q_BHSK.shape[2])
+    size = q_BHSK.shape[2]
 
     def row(residuals: Any, dout):
         *operands, segments, out, log_sum = residuals
-        residuals = *operands, segments, None, out, log_sum, *tables
+        residuals = *operands, segments, None, out, log_sum, *_tables(size, blocks, segments)
         nothing = {"save_residuals": False, "residual_checkpoint_name": None}
-        return splash._splash_attention_bwd(res=residuals, do=dout, **nothing, **same)[3:6]
+        return splash._splash_attention_bwd(res=residuals, do=dout, **nothing, **_same(size, blocks))[3:6]
 
     return *jax.vmap(row)(residuals, dout_BHSV), None
 
@@ -135,10 +138,11 @@ def _backward(block, at_once, residuals, dout_BHSV):
 _attend.defvjp(_forward, _backward)
 
 
-def _same(block, at_once, size) -> dict[str, Any]:
+def _same(size, blocks) -> dict[str, Any]:
     """What both passes are told."""
+    block, at_once, _ = blocks
     fused = size <= _FUSED * block
-    blocks = splash.BlockSizes(
+    sizes = splash.BlockSizes(
         block_q=block,
         block_kv=block,
         block_kv_compute=at_once,
@@ -152,7 +156,7 @@ def _same(block, at_once, size) -> dict[str, Any]:
     return {
         "mask_value": _HIDDEN,
         "is_mqa": False,
-        "block_sizes": blocks,
+        "block_sizes": sizes,
         "mask_function": _causal,
         "attn_logits_soft_cap": None,
         "interpret": False,
@@ -163,13 +167,28 @@ def _causal(q, k):
     return q >= k
 
 
-def _tables(size: int, block: int) -> tuple[MaskInfo, MaskInfo]:
-    """Which blocks of a causal square are visited, by rows of blocks of queries and by columns of blocks of keys."""
-    count = size // block
+def _tables(size: int, blocks, segments) -> tuple[MaskInfo, MaskInfo]:
+    """Which blocks are visited, by rows of blocks of queries and by columns of blocks of keys: those of a causal square
+    or, where a row is by itself, of them the ones in which some query's segment has a key, as far as the lowest and the
+    highest number of each block tell."""
+    block, _, alone = blocks
+    count, order = size // block, np.arange(size, dtype=np.int32)
     i, j = np.mgrid[:count, :count].astype(np.int8 if count <= 127 else np.int16)
     # 0: not at all, 1: in part, 2: whole. What comes next stands in the table where nothing is visited: a row's is the
     # next row's first, a column's its own first.
-    kinds = np.where(i > j, 2, i == j).astype(i.dtype)[None]
-    order = np.arange(size, dtype=np.int32)
-    rows = MaskInfo(np.where(i >= j, j, 0)[None], None, kinds, None, order)
-    return rows, rows._replace(data_next=np.maximum(i, j)[None])
+    kinds = np.where(i > j, 2, i == j).astype(i.dtype)
+    next_j, next_i = np.where(i >= j, j, 0), np.maximum(i, j)
+    if segments is not None and alone:
+        q, k = (ids.reshape(count, block) for ids in segments)
+        meet = (q.min(1)[:, None] <= k.max(1)) & (k.min(1) <= q.max(1)[:, None])
+        kinds = jnp.where(meet | (i == j), kinds, 0)
+        next_j, next_i = _next(kinds), _next(kinds.T).T
+    rows = MaskInfo(next_j[None], None, kinds[None], None, order)
+    return rows, rows._replace(data_next=next_i[None])
+
+
+def _next(kinds):
+    """In each place the column of the next one, row by row, that is visited."""
+    places = np.arange(kinds.size, dtype=np.int32)
+    following = jax.lax.cummin(jnp.where(kinds.reshape(-1) > 0, places, kinds.size - 1), reverse=True)
+    return (following % kinds.shape[1]).reshape(kinds.shape).astype(kinds.dtype)

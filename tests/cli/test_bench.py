@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -53,7 +54,8 @@ def test_the_peer_is_asked_for_the_same_work(tmp_path):
     peer.write_text(f"#!/bin/sh\ncat > {tmp_path}/request\necho '{json.dumps(found)}'\n")
     peer.chmod(0o755)
     recipe = dataclasses.replace(load_recipe("demo/pretrain", PretrainConfig), batch_size=2)
-    for work, row in (("train", "1,234 tokens a second, it"), ("decode", "6 tokens a second, it")):
+    rows: Any = {"train": "1,234 tokens a second, it", "decode": "6 tokens a second, it"}
+    for work, row in rows.items():
         assert ask(ModelBench(recipe, work=work, columns=16, new_tokens=4, peer_python=str(peer))) == row
         request = json.loads((tmp_path / "request").read_text())
         assert request["config"]["hidden_size"] == recipe.model.hidden_size

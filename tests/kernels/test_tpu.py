@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as mask_info
 from paged import in_pages
@@ -108,7 +109,7 @@ def test_a_grouped_product_reads_its_layer_of_a_stack():
 
 
 @functools.cache
-def attention(fused):
+def attention(fused, chip=CHIP):
     """In Pallas' other interpreter: the one for TPUs does not take a kernel under vmap that says how its axes run."""
     B, H, G = (1, 4, 2) if fused else (2, 2, 1)  # of one row the cores share the heads
     operands = [normal(i, B, 300, *shape) for i, shape in enumerate([(H, 192), (G, 192), (G, 128), (H, 128)])]
@@ -117,7 +118,7 @@ def attention(fused):
         out, gradients = jax.vjp(lambda q, k, v: attend(q, k, v, visible, 0.1), q, k, v)
         return out, *gradients(dout.astype(out.dtype))
 
-    (q, k, v, _), attend = operands, functools.partial(gqa_attention, target=CHIP)
+    (q, k, v, _), attend = operands, functools.partial(gqa_attention, target=chip)
     jitted = jax.jit(functools.partial(run, attend))
 
     def call(visible, gradients=True):
@@ -130,12 +131,13 @@ def attention(fused):
     return call, lambda visible: run(attention_reference, visible, *wide(*operands)), B
 
 
-@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(("fused", "chip"), [(True, CHIP), (False, CHIP), (True, ONE_CORE), (False, ONE_CORE)], ids=str)
 @settings(max_examples=5)
 @given(data=st.data())
-def test_attention_within_segments_and_its_gradients(fused, data):
-    """Segments of 1, and queries that see no key, as none is of their segment; 300 tokens in blocks of 128."""
-    call, reference, B = attention(fused)
+def test_attention_within_segments_and_its_gradients(fused, chip, data):
+    """Segments of 1, and queries that see no key, as none is of their segment; 300 tokens in blocks of 128, of which a
+    chip of one core leaves out those of other segments."""
+    call, reference, B = attention(fused, chip)
     cuts = data.draw(st.lists(st.integers(0, 300), max_size=6))
     ids = jnp.broadcast_to(jnp.sum(jnp.arange(300)[:, None] >= jnp.array([0, 1, *cuts]), axis=1), (B, 300))
     alone = data.draw(st.integers(-1, 3))
@@ -159,8 +161,25 @@ def test_which_blocks_attention_visits_is_what_jax_finds_by_looking():
         mask = masks.MultiHeadMask([masks.CausalMask((size, size))])
         rows, _ = mask_info.process_mask(mask, (block, block))
         columns, _ = mask_info.process_mask_dkv(mask, (block, block), shrink_grid=False)
-        for found, expected in zip(attention_splash._tables(size, block), (rows, columns), strict=True):
+        tables = attention_splash._tables(size, (block, block, True), None)
+        for found, expected in zip(tables, (rows, columns), strict=True):
             jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@settings(max_examples=20)
+@given(st.lists(st.integers(1, 31), max_size=5))
+def test_blocks_of_other_segments_are_left_out(cuts):
+    """Those that are left are whole or in part as before; where one is left out stands the next that is not."""
+    tables: Any = functools.partial(attention_splash._tables, 32, (4, 4, True))
+    ids = np.sum(np.arange(32)[:, None] >= np.array([0, *cuts]), axis=1).astype(np.int32)
+    rows, columns = tables(splash.SegmentIds(ids, ids))
+    sees = (ids[:, None] == ids) & np.tri(32, dtype=bool)
+    visited, (i, j) = np.any(sees.reshape(8, 4, 8, 4), axis=(1, 3)), np.mgrid[:8, :8]
+    np.testing.assert_array_equal(rows.block_mask[0], np.where(visited, tables(None)[0].block_mask[0], 0))
+    for kept, order, found in ((visited, j, rows.data_next[0]), (visited.T, i.T, columns.data_next[0].T)):
+        places = np.flatnonzero(kept)
+        following = places[np.searchsorted(places, np.arange(64))]
+        np.testing.assert_array_equal(np.asarray(found).reshape(-1), order.reshape(-1)[following])
 
 
 @functools.cache

@@ -17,7 +17,7 @@ def config() -> PPOConfig:
     return PPOConfig(
         **same
         | {
-            "run_dir": "runs/demo/ppo",
+            "run_dir": "runs/ppo",
             "rollout": dataclasses.replace(grpo.rollout, advantage="return"),
             "loss": dataclasses.replace(grpo.loss, normalise="dapo"),
             "critic": CriticConfig(optimizer=dataclasses.replace(grpo.optimizer, peak_lr=1e-3)),

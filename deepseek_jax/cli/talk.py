@@ -66,9 +66,13 @@ class Answering:
             seed=self.seed,
         )
 
-    def engine(self) -> Engine:
-        self.params()  # refused before a model is read
+    def check(self) -> None:
+        """ValueError for what makes no sense, before a model is looked for."""
+        self.params()
         check_template(self.chat_template)
+
+    def engine(self) -> Engine:
+        self.check()
         options: dict[str, Any] = {"compute": self.compute, "step": self.step or None, "ema": self.ema}
         model = load(self.folder, **options, ignore_config=self.ignore_config)
         return Engine(model.asked_by(self.chat_template))
@@ -88,6 +92,7 @@ def run_generate(arguments: Sequence[str]) -> None:
     options = tyro.cli(_Generate, args=list(arguments), prog="deepseek-jax generate")
     if not options.prompt:
         raise ValueError("give at least one --prompt TEXT")
+    options.check()
     if options.folder != expanded(options.run):
         say(f"{options.run}: {described(options.folder, options.step or None)} answers")
     engine = options.engine()

@@ -28,13 +28,17 @@ class DistillConfig:
 
 
 def distill(config: DistillConfig) -> dict[str, Any]:
-    """Sample, then teach; each goes on where it was cut off. Returns the student's result, with the samples'."""
+    """Sample, then teach; each goes on where it was cut off. Returns the student's result, with the samples'.
+
+    ValueError where no sample is kept, whatever else there is to learn."""
     if not config.samples.init_from and not config.student.data.path:
         raise ValueError("samples.init_from and student.data.path are empty: give a teacher, or files of what one said")
     run_dir, student, found = Path(config.run_dir), config.student, {}
     if config.samples.init_from:
         own = {"run_dir": str(run_dir / "samples"), "quiet": config.quiet or config.samples.quiet}
         found["samples"] = rejection(dataclasses.replace(config.samples, **own))
+        if not found["samples"]["kept"]:
+            raise ValueError(f"{run_dir / 'samples' / KEPT} is empty: none of the teacher's answers was kept")
         path = (str(run_dir / "samples" / KEPT), *student.data.path)
         student = dataclasses.replace(student, data=dataclasses.replace(student.data, path=path))
     own = {"run_dir": str(run_dir / "student"), "quiet": config.quiet or student.quiet}

@@ -40,9 +40,9 @@ class GRPOConfig(StageConfig):
     The run keeps it beside its tokenizer, and what starts from the run has it."""
     task: TaskConfig = TaskConfig()
     reward: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """NAME[:ARGUMENT...][=WEIGHT]; model:RUN[:always][=WEIGHT], a reward model's score of rows without a right answer
-    (or of all); or file.py:function[=WEIGHT], of (completion, row) -> number or None. Give it several times for more.
-    By default the task's own."""
+    """NAME[:ARGUMENT...][=WEIGHT]; model:RUN[:always][=WEIGHT], a reward model's score of rows that the task does not
+    grade (or of all); or file.py:function[=WEIGHT], of (completion, row) -> number or None. Give it several times for
+    more. By default the task's own."""
     rollout: RolloutConfig = RolloutConfig()
     loss: GRPOLoss = GRPOLoss()
     minibatches: int = 1

@@ -141,5 +141,7 @@ def test_a_teacher_teaches_a_student_of_another_tokenizer(here, capsys):
     capsys.readouterr()
     assert main(command) == 0  # all is there
     assert "nothing was trained" in capsys.readouterr().err
+    assert main([*command, "--samples.keep.longest", "1"]) == 1
+    assert "run/samples/kept.jsonl is empty: none of the teacher's answers was kept" in capsys.readouterr().err
     assert main(["distill", "--run-dir", "none"]) == 1
     assert "samples.init_from and student.data.path are empty" in capsys.readouterr().err

@@ -29,6 +29,7 @@ def refuses(
     in_segments: bool = False,
     shared_by: int = 1,
     devices: int = 1,
+    **_: Any,
 ) -> str:
     """Why cuDNN cannot do this attention; "" where it can. shared_by: query heads to a head of keys. devices: of the
     mesh."""

@@ -39,6 +39,7 @@ def refuses(
     in_segments: bool = False,
     shared_by: int = 1,
     devices: int = 1,
+    **_: Any,
 ) -> str:
     """Why the kernels cannot run; "" where they can."""
     if why := hopper_sizes.refuses(target, dtype):

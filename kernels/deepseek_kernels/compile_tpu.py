@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,19 +35,24 @@ _ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_
 _ENVIRONMENT |= {"JAX_ENABLE_COMPILATION_CACHE": "0"}  # which cannot read again what it wrote of another machine's
 
 
-def _attention(heads: int, size: int, *, target, keys: int = 0, widths=(192, 128), batch: int = 1, forward=False):
-    """Rows of segments, the gradients by q, k and v; forward alone of whole rows, as prefill has them."""
+def _attention(heads: int, size: int, *, target, keys: int = 0, widths=(192, 128), batch: int = 1, of=0, forward=False):
+    """Rows of segments, the gradients by q, k and v; forward alone of whole rows, as prefill has them. of: the size of
+    a row whose last ``size`` tokens are the queries, as a device has them where ``context`` splits rows."""
 
     def run(q, k, v, ids):
         if forward:
             return gqa_attention(q, k, v, Visible(), 0.1, target=target)
-        attend = lambda q, k, v: gqa_attention(q, k, v, Visible.rows(ids), 0.1, target=target)  # noqa: E731
+        visible = Visible.rows(ids)
+        if of:
+            visible = replace(visible, q_positions_BS=of - size + jnp.arange(size)[None], q_segments_BS=ids[:, -size:])
+        attend = lambda q, k, v: gqa_attention(q, k, v, visible, 0.1, target=target)  # noqa: E731
         out, gradients = jax.vjp(attend, q, k, v)
         return gradients(out)
 
-    of = lambda heads, width: ((batch, size, heads, width), jnp.bfloat16)  # noqa: E731
-    K, V = widths
-    return run, [of(heads, K), of(keys or heads, K), of(keys or heads, V), ((batch, size), jnp.int32)]
+    array = lambda size, heads, width: ((batch, size, heads, width), jnp.bfloat16)  # noqa: E731
+    (K, V), row = widths, of or size
+    of_keys = [array(row, keys or heads, width) for width in (K, V)]
+    return run, [array(size, heads, K), *of_keys, ((batch, row), jnp.int32)]
 
 
 def _grouped(experts: int, width: int, hidden: int, rows: int, *, target, forward=False):
@@ -88,6 +94,7 @@ CASES: dict[str, Callable[..., tuple[Callable[..., Any], list[Any]]]] = {
     "attention, 16 heads, 32768": partial(_attention, 16, 32768),
     "attention, 16 heads, 131072": partial(_attention, 16, 131072),
     "attention, 16 heads, 2 x 5000": partial(_attention, 16, 5000, batch=2),
+    "attention, 16 heads, 8192 of 32768": partial(_attention, 16, 8192, of=32768),
     "prefill, 128 heads, 4096": partial(_attention, 128, 4096, forward=True),
     "grouped heads, 28 of 4, 4096": partial(_attention, 28, 4096, keys=4, widths=(128, 128)),
     "grouped heads, 14 of 2, 64 wide": partial(_attention, 14, 4096, keys=2, widths=(64, 64)),

@@ -153,7 +153,7 @@ def choose(operation: str, target: Target, dtype: Any, *, implementation: str = 
 
     facts: of product those of ``hopper_few.refuses_dense``, of grouped_matmul ``rows, groups, widths``, of both for FP8
     ``weight``, of fp8_matmul those of ``fp8_on_hopper.refuses``; of mla_attention and gqa_attention those of
-    ``attention_cudnn.refuses``, of mla_decode those of ``decode_hopper.refuses``; of the others none. A slow choice is
+    ``attention_splash.refuses``, of mla_decode those of ``decode_hopper.refuses``; of the others none. A slow choice is
     logged once, with its reason.
 
     Raises:

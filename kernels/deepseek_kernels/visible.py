@@ -52,6 +52,11 @@ class Visible:
         return self.k_positions_BT is None and self.q_segments_BS is None
 
     @property
+    def in_columns(self) -> bool:
+        """Whether a key's position is its column, whatever queries' positions, segments and lengths are."""
+        return self.k_positions_BT is None
+
+    @property
     def in_segments(self) -> bool:
         """Whether only the order within the row and segments count: causal, without positions and lengths."""
         given = (self.q_positions_BS, self.k_positions_BT, self.lengths_B)

@@ -22,7 +22,6 @@ from deepseek_kernels import (
     Target,
     Visible,
     attention_reference,
-    attention_splash,
     choose,
     decode_tpu,
     gqa_attention,
@@ -32,6 +31,7 @@ from deepseek_kernels import (
     quantise_entries,
     tpu,
 )
+from deepseek_kernels.attention_splash_blocks import Blocks, tables, visited
 
 SMALL = tpu.Chip(attention=(256, 128), rows=128, matrix=(256, 256 * 128), dw=(256, 256 * 128), keys=128, cores=2)
 CHIP, ONE_CORE = Target("tpu", "TPU v5p"), Target("tpu", "TPU v6e")
@@ -109,10 +109,10 @@ def test_a_grouped_product_reads_its_layer_of_a_stack():
 
 
 @functools.cache
-def attention(fused, chip=CHIP):
+def attention(B, H, G, S=300, T=300):
     """In Pallas' other interpreter: the one for TPUs does not take a kernel under vmap that says how its axes run."""
-    B, H, G = (1, 4, 2) if fused else (2, 2, 1)  # of one row the cores share the heads
-    operands = [normal(i, B, 300, *shape) for i, shape in enumerate([(H, 192), (G, 192), (G, 128), (H, 128)])]
+    shapes = (S, H, 192), (T, G, 192), (T, G, 128), (S, H, 128)
+    operands = [normal(i, B, *shape) for i, shape in enumerate(shapes)]
 
     def run(attend, visible, q, k, v, dout):
         out, gradients = jax.vjp(lambda q, k, v: attend(q, k, v, visible, 0.1), q, k, v)
@@ -125,35 +125,61 @@ def attention(fused, chip=CHIP):
         inner = pl.pallas_call
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(pl, "pallas_call", lambda *a, **options: inner(*a, **{**options, "interpret": True}))
-            patch.setattr(attention_splash, "_FUSED", 4 if fused else 2)
             return jitted(visible, *operands) if gradients else attend(q, k, v, visible, 0.1)
 
-    return call, lambda visible: run(attention_reference, visible, *wide(*operands)), B
+    return call, lambda visible: run(attention_reference, visible, *wide(*operands))
 
 
-@pytest.mark.parametrize(("fused", "chip"), [(True, CHIP), (False, CHIP), (True, ONE_CORE), (False, ONE_CORE)], ids=str)
-@settings(max_examples=5)
-@given(data=st.data())
-def test_attention_within_segments_and_its_gradients(fused, chip, data):
-    """Segments of 1, and queries that see no key, as none is of their segment; 300 tokens in blocks of 128, of which a
-    chip of one core leaves out those of other segments."""
-    call, reference, B = attention(fused, chip)
-    cuts = data.draw(st.lists(st.integers(0, 300), max_size=6))
-    ids = jnp.broadcast_to(jnp.sum(jnp.arange(300)[:, None] >= jnp.array([0, 1, *cuts]), axis=1), (B, 300))
-    alone = data.draw(st.integers(-1, 3))
-    visible = Visible(q_segments_BS=ids, k_segments_BT=jnp.where(ids == alone, 0, ids))
+def cut(cuts, size=300):
+    """Ids of segments that begin at the cuts."""
+    return jnp.sum(jnp.arange(size)[:, None] >= jnp.array([0, 1, *cuts]), axis=1)
+
+
+CUTS = st.lists(st.integers(0, 300), max_size=6)
+
+
+@settings(max_examples=6)
+@given(CUTS, CUTS, st.integers(-1, 3))
+@example([128, 256], [], -1)
+@example([], [], 1)
+def test_attention_within_segments_and_its_gradients(first, second, alone):
+    """Two rows cut in different places. Segments of 1, queries that see no key, as none is of their segment, and blocks
+    of them; 300 tokens in blocks of 128."""
+    call, reference = attention(2, 2, 1)  # cores that cannot share one head
+    ids = jnp.stack([cut(first), cut(second)])
+    visible = Visible(q_segments_BS=ids, k_segments_BT=jnp.where(ids == alone, 9, ids))
     for found, expected in zip(call(visible), reference(visible), strict=True):
         assert found.dtype == jnp.bfloat16
         near(found, expected, share=0.02)
 
 
+@settings(max_examples=6)
+@given(st.lists(st.tuples(st.integers(-200, 300), st.integers(0, 300)), min_size=2, max_size=2), CUTS)
+@example([(-200, 300), (150, 0)], [])
+def test_attention_of_queries_anywhere_in_their_row_and_its_gradients(rows, cuts):
+    """As a part of a split row has them, or a piece of a prompt: 150 queries behind so many of 300 keys, of which so
+    many exist; of some queries and of whole blocks none."""
+    call, reference = attention(2, 4, 2, S=150)
+    starts, lengths = jnp.array(rows).T
+    positions, ids = starts[:, None] + jnp.arange(150), cut(cuts)[None]
+    own = ids[0].at[positions].get(mode="clip")
+    visible = Visible(q_positions_BS=positions, q_segments_BS=own, k_segments_BT=ids, lengths_B=lengths)
+    for found, expected in zip(call(visible), reference(visible), strict=True):
+        near(found, expected, share=0.02)
+
+
 def test_attention_of_whole_rows_its_gradients_and_prefill():
     """Where nobody asks for gradients the kernel keeps no sums, and gives the same."""
-    call, reference, _ = attention(True)
+    call, reference = attention(1, 4, 2)
     found = call(Visible())
     for value, expected in zip(found, reference(Visible()), strict=True):
         near(value, expected, share=0.02)
     near(call(Visible(), gradients=False), found[0], share=0)
+
+
+def of_row(size, block, ids=None) -> Any:
+    segments = None if ids is None else splash.SegmentIds(ids, ids)
+    return jnp.arange(size, dtype=jnp.int32), segments, Blocks(1, block, block, size // block, block, True)
 
 
 def test_which_blocks_attention_visits_is_what_jax_finds_by_looking():
@@ -161,25 +187,27 @@ def test_which_blocks_attention_visits_is_what_jax_finds_by_looking():
         mask = masks.MultiHeadMask([masks.CausalMask((size, size))])
         rows, _ = mask_info.process_mask(mask, (block, block))
         columns, _ = mask_info.process_mask_dkv(mask, (block, block), shrink_grid=False)
-        tables = attention_splash._tables(size, (block, block, True), None)
-        for found, expected in zip(tables, (rows, columns), strict=True):
-            jax.tree.map(np.testing.assert_array_equal, found, expected)
+        for found, expected in zip(tables(*of_row(size, block)), (rows, columns), strict=True):
+            np.testing.assert_array_equal(found.data_next, expected.data_next)
+            np.testing.assert_array_equal(found.block_mask, np.sign(np.asarray(expected.block_mask)))
 
 
-@settings(max_examples=20)
-@given(st.lists(st.integers(1, 31), max_size=5))
-def test_blocks_of_other_segments_are_left_out(cuts):
-    """Those that are left are whole or in part as before; where one is left out stands the next that is not."""
-    tables: Any = functools.partial(attention_splash._tables, 32, (4, 4, True))
-    ids = np.sum(np.arange(32)[:, None] >= np.array([0, *cuts]), axis=1).astype(np.int32)
-    rows, columns = tables(splash.SegmentIds(ids, ids))
-    sees = (ids[:, None] == ids) & np.tri(32, dtype=bool)
-    visited, (i, j) = np.any(sees.reshape(8, 4, 8, 4), axis=(1, 3)), np.mgrid[:8, :8]
-    np.testing.assert_array_equal(rows.block_mask[0], np.where(visited, tables(None)[0].block_mask[0], 0))
-    for kept, order, found in ((visited, j, rows.data_next[0]), (visited.T, i.T, columns.data_next[0].T)):
-        places = np.flatnonzero(kept)
-        following = places[np.searchsorted(places, np.arange(64))]
-        np.testing.assert_array_equal(np.asarray(found).reshape(-1), order.reshape(-1)[following])
+@settings(max_examples=30)
+@given(st.lists(st.integers(1, 640), max_size=8), st.integers(0, 200))
+def test_blocks_in_which_no_query_sees_a_key_are_not_visited(cuts, padding):
+    """All that are visited have such a pair, in rows packed as they are: rising ids, 0 behind them."""
+    ids = jnp.where(jnp.arange(640) < 640 - padding, cut(cuts, 640), 0)
+    sees = Visible.rows(ids[None]).mask(1, 640, 640).reshape(5, 128, 5, 128).any((1, 3))
+    np.testing.assert_array_equal(visited(*of_row(640, 128, ids))[0], sees)
+
+
+def test_flops_of_packed_rows():
+    """By the blocks visited, of those of a whole row: what equal segments save at V2-Lite's and longer rows."""
+    for size, parts, share in ((4096, 1, 1), (4096, 2, 0.6), (4096, 32, 0.4), (32768, 8, 0.15), (32768, 32, 0.06)):
+        whole, packed = (
+            jnp.sum(visited(*of_row(size, 1024, ids))) for ids in (None, jnp.arange(size) * parts // size + 1)
+        )
+        assert packed / whole <= share + 0.01, (size, parts, packed / whole)
 
 
 @functools.cache
@@ -234,8 +262,8 @@ def test_decoding_over_pages_and_fp8(chip, page, fp8, lengths, seed):
 def test_what_a_tpu_kernel_refuses_has_a_reason():
     rows: Any = {"in_row_order": True, "queries": 64, "keys": 64, "key_width": 192, "value_width": 128}
     for changed, why in (
-        ({"in_row_order": False}, "causal rows without positions"),
-        ({"queries": 32}, "as many queries as keys"),
+        ({"in_row_order": False}, "whose positions are their columns"),
+        ({"queries": 32}, "at least 128 queries a row, not 32 for 64 keys"),
         ({"devices": 2}, "a shard_map around it"),
         ({"key_width": 100}, "multiples of 64, not 100"),
     ):

@@ -118,7 +118,7 @@ def attention(B, H, G, S=300, T=300):
         out, gradients = jax.vjp(lambda q, k, v: attend(q, k, v, visible, 0.1), q, k, v)
         return out, *gradients(dout.astype(out.dtype))
 
-    (q, k, v, _), attend = operands, functools.partial(gqa_attention, target=chip)
+    (q, k, v, _), attend = operands, functools.partial(gqa_attention, target=CHIP)
     jitted = jax.jit(functools.partial(run, attend))
 
     def call(visible, gradients=True):

@@ -154,7 +154,9 @@ def scale(
         lines = sorted(read_json_lines(folder / answers.file), key=lambda line: (line["question"], line["sample"]))
         groups = [lines[start : start + samples] for start in range(0, len(lines), samples)]
         correct = [[line["correct"] for line in group] for group in groups]
-        if scaling.majority and answers.task.said is not None:
+        if scaling.majority and answers.task.said is None:
+            logger.warning("%s: no majority votes, as its answers cannot be compared", answers.name)
+        elif scaling.majority:
             said = [[line["said"] for line in group] for group in groups]
             points = [cons_shares(said, correct, k) for k in powers(samples)]
             curves.append(_curve(answers.name, "majority", powers(samples), points))

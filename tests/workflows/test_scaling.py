@@ -80,7 +80,7 @@ def test_a_thought_that_ended_by_itself_is_right_as_it_is_without_a_budget(answe
     assert curve["accuracy"] == [1.0]
 
 
-def test_the_best_by_a_reward(answers, tmp_path):
+def test_the_best_by_a_reward(answers, tmp_path, caplog):
     """By the task's own accuracy the best of k is right where one of them is; by a file's, whatever that prefers."""
     folder = ask_questions(MODEL, [answers], ASKING, tmp_path / "out", batch_size=4)[1]
     lines = read_json_lines(folder / answers.file)
@@ -97,6 +97,9 @@ def test_the_best_by_a_reward(answers, tmp_path):
     (tmp_path / "mine.py").write_text("def score(completion, row): return None\n")
     with pytest.raises(ValueError, match=r"mine\.score has no score for any answer of arithmetic="):
         scale(MODEL, [answers], Scaling(best_of=spec), folder, batch_size=4)
+    answers.task = dataclasses.replace(answers.task, said=None)  # as of code
+    assert scale(MODEL, [answers], Scaling(majority=True), folder, batch_size=4) == []
+    assert "no majority votes, as its answers cannot be compared" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,13 @@ CASES = {
     "v5e": (f"attention, {V2_LITE}, 4096", "experts V3, 8 of 256, wi", f"decode, 64 x 4096, {V2_LITE}"),
     "v5p": (f"attention, {V3}, 4096", "experts V3, 8 of 256, wo", f"decode, 64 x 4096, {V3}"),
     "v6e": (f"attention, {V2_LITE}, 32768", "experts V2-Lite, wo", f"decode, 64 x 1000, {V2_LITE}"),
-    "tpu7x": (f"attention, {V2_LITE}, 4096", "experts V2-Lite, wi", f"decode, 8 x 32768, {V3}, 4 queries"),
+    "tpu7x": (f"attention, {V2_LITE}, 8192 of 32768", "experts V2-Lite, wi", f"decode, 8 x 32768, {V3}, 4 queries"),
 }
 MOST = {  # MiB of temporaries. Scores in bfloat16 would be 512 for each 4096² of 16 heads, a copy of a cache 300
     f"attention, {V2_LITE}, 4096": 150,
     f"attention, {V3}, 4096": 1700,
     f"attention, {V2_LITE}, 32768": 1700,
+    f"attention, {V2_LITE}, 8192 of 32768": 1700,
     # The weights in bfloat16 (0.10's compiler puts them where their gradient comes), the product, the rows transposed.
     "experts V3, 8 of 256, wi": 700,
     "experts V3, 8 of 256, wo": 420,

@@ -56,7 +56,9 @@ class Engine:
         model.config.check_speaks()
         self.config, self.mesh = model.config, model.mesh
         self.tokenizer = model.text if tokenizer is None else tokenizer.over(model.config.vocab_size)
-        self.compute = dataclasses.replace(model.compute, rules=rules or sampling_rules(model.compute.rules))
+        self.compute = dataclasses.replace(
+            model.compute, rules=rules or sampling_rules(model.compute.rules, model.params)
+        )
         self._given: tuple[Any, jax.Array | None] | None = (model.params, model.router_bias)
         self._weights: tuple[Any, jax.Array | None] | None = None
         self._lock = threading.Lock()

@@ -21,12 +21,15 @@ _FP8_WIDTH = 64.0  # of random FP8 numbers: 7 of it are the largest
 READ_BY_HEAD = ("kv_b",)  # dequantised in each step, which would turn it back
 
 
-def sampling_rules(rules: ShardingRules) -> ShardingRules:
-    """What splits weights by heads, feed-forward width and vocabulary stays; nothing else is split but the batch.
+def sampling_rules(rules: ShardingRules, params: Any = None) -> ShardingRules:
+    """What splits weights by heads, feed-forward width and vocabulary stays; nothing else is split but the batch, and
+    experts whose ``params`` are in FP8, to whom the tokens come.
 
-    A weight that is split by model width, or by experts, would be gathered anew for every token.
+    A weight that is split by model width, or by experts in another dtype, would be gathered anew for every token.
     """
-    return dataclasses.replace(rules, sequence=(), embed=(), experts=(), expert_embed=())
+    scaled = lambda leaf: isinstance(leaf, BlockScaled)  # noqa: E731
+    experts = rules.experts if any(map(scaled, jax.tree.leaves(params, is_leaf=scaled))) else ()
+    return dataclasses.replace(rules, sequence=(), embed=(), experts=experts, expert_embed=())
 
 
 def sampling_config(config: ModelConfig) -> ModelConfig:
@@ -56,10 +59,12 @@ def sampling_weights(
 
     def make(path, leaf, axes):
         if isinstance(leaf, BlockScaled):
-            # On a mesh it is dequantised, in the order in which it came.
-            as_it_is = mesh.size > 1 or _named(path, READ_BY_HEAD)
+            place = named_sharding(mesh, axes, leaf.shape, compute.rules)
+            leaf = dataclasses.replace(leaf, values=jax.lax.with_sharding_constraint(jnp.copy(leaf.values), place))
+            # On a mesh all but the experts are dequantised, in the order in which they came.
+            as_it_is = _named(path, READ_BY_HEAD) or (mesh.size > 1 and "experts" not in axes)
             laid = leaf if as_it_is else laid_out(leaf, compute.kernels)
-            return jax.tree.map(jnp.copy, laid)
+            return dataclasses.replace(laid, scales=jnp.copy(laid.scales))
         leaf = jnp.copy(leaf) if _named(path, READ_IN_FLOAT32) else jnp.copy(leaf).astype(compute.dtype)
         return jax.lax.with_sharding_constraint(leaf, named_sharding(mesh, axes, leaf.shape, compute.rules))
 

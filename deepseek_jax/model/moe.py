@@ -52,7 +52,7 @@ class DeepSeekMoE(nnx.Module):
 
         with jax.named_scope("experts"):
             operands = x_BSD, weights_BSK, experts_BSK, self.wi[...], self.wo[...]
-            y = exchange(experts, *operands, compute.rules, in_fp8=compute.grouped_matmul == "hopper_fp8")
+            y = exchange(experts, *operands, compute.rules)
         if self.shared is not None:
             with jax.named_scope("shared_experts"):
                 y = y + self.shared(x_BSD)

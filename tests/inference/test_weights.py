@@ -53,21 +53,46 @@ def test_the_network_computes_the_same_with_them(tiny, scanned):
     assert relative_error(found, expected) <= (0 if scanned else 0.03)  # unrolled, bfloat16 is rounded elsewhere
 
 
-def test_fp8_weights_lie_as_hoppers_kernels_read_them_but_what_is_read_by_head():
-    fp8 = {"o": ((2, 64, 128), ((2, 128), (1, 128))), "kv_b": ((128, 2, 64), ((1, 128), (2, 128)))}
+FP8_PARTS = {
+    "o": ((2, 64, 128), ((2, 128), (1, 128))),
+    "kv_b": ((128, 2, 64), ((1, 128), (2, 128))),
+    "wo": ((4, 128, 128), ((1, 128), (1, 128))),
+}
 
+
+def with_fp8(params):
     def kept(path, leaf):
-        if path[-1].key not in fp8:
+        if path[-1].key not in FP8_PARTS or (path[-1].key == "wo" and leaf.ndim < 4):
             return leaf
-        shape, groups = fp8[path[-1].key]
-        return BlockScaled(jnp.zeros((len(leaf), *shape), FP8), jnp.zeros((len(leaf), 1, 1)), groups)
+        shape, groups = FP8_PARTS[path[-1].key]
+        scales = (len(leaf), *([shape[0]] if len(shape) > sum(axes for axes, _ in groups) else []), 1, 1)
+        return BlockScaled(jnp.zeros((len(leaf), *shape), FP8), jnp.zeros(scales), groups)
 
+    return jax.tree_util.tree_map_with_path(kept, params)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_fp8_weights_lie_as_hoppers_kernels_read_them_but_what_is_read_by_head(devices):
+    """On a mesh the experts alone, as other products dequantise them there."""
     params, bias = weights(TINY)
-    mesh, compute = make_mesh(devices=jax.devices()[:1]), ComputeConfig(dtype="bfloat16", target="cuda:9.0:132")
+    mesh = make_mesh(MeshConfig(expert=devices), devices=jax.devices()[:devices])
+    compute = ComputeConfig(dtype="bfloat16", target="cuda:9.0:132")
     run = functools.partial(sampling_weights, config=TINY, compute=compute, mesh=mesh)
-    made, _ = jax.eval_shape(run, jax.tree_util.tree_map_with_path(kept, params), bias)
+    made, _ = jax.eval_shape(run, with_fp8(params), bias)
     for layer in made["layers"]:
-        assert layer["attention"]["o"].terms_last and not layer["attention"]["kv_b"].terms_last
+        assert layer["attention"]["o"].terms_last == (devices == 1) and not layer["attention"]["kv_b"].terms_last
+        assert getattr(layer["mlp"]["wo"], "terms_last", True)
+
+
+def test_on_a_mesh_fp8_experts_stay_split():
+    params, bias = weights(TINY)
+    params = with_fp8(params)
+    rules = sampling_rules(ShardingRules(), params)
+    assert (rules.experts, rules.embed) == (("expert",), ()) and not sampling_rules(ShardingRules()).experts
+    mesh = make_mesh(MeshConfig(expert=4), devices=jax.devices()[:4])
+    made, _ = make(TINY, mesh, params, rules=rules)
+    (wo,) = [layer["mlp"]["wo"] for layer in made["layers"] if isinstance(layer["mlp"]["wo"], BlockScaled)][:1]
+    assert wo.values.sharding.shard_shape(wo.shape) == (1, 128, 128)
 
 
 def test_a_train_step_may_give_away_what_they_were_made_from():

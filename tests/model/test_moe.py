@@ -1,6 +1,8 @@
 """DeepSeekMoE against a loop over tokens, its gradients against a dense formula, and on a mesh."""
 
 import functools
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +12,12 @@ from flax import nnx
 from model import oracle
 from model.tiny import V1, V2, V3, config, float64, relative_error, weights
 
+import deepseek_jax.parallel.exchange as exchanging
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.model.moe import DeepSeekMoE
-from deepseek_jax.parallel.exchange import exchange
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
 from deepseek_jax.parallel.sharding import ShardingRules
+from deepseek_kernels import InStack, routed_experts
 from deepseek_kernels.block_fp8 import FP8, BlockScaled
 
 CONFIGS = {
@@ -102,17 +105,54 @@ def test_a_mesh_changes_nothing(gradients):
     assert max(jax.tree.leaves(errors)) < 1e-5, errors
 
 
-def test_a_mesh_says_that_it_dequantises(caplog):
-    shape, mesh = jax.ShapeDtypeStruct, make_mesh(MeshConfig(fsdp=2), devices=jax.devices()[:2])
-    wi = BlockScaled(shape((4, 16, 2, 16), FP8), shape((4, 1, 2, 1), jnp.float32), ((1, 128), (1, 1), (1, 128)))
-    wo = BlockScaled(shape((4, 16, 16), FP8), shape((4, 1, 1), jnp.float32))
-    operands = shape((2, 3, 16), jnp.bfloat16), shape((2, 3, 2), jnp.float32), shape((2, 3, 2), jnp.int32), wi, wo
-    experts = lambda x, weights, chosen, wi, wo: x + wi[0, 0, 0, 0] + wo[0, 0, 0]  # noqa: E731
-    run = functools.partial(exchange, experts, rules=ShardingRules())
+E, D, F = 4, 128, 256
+
+
+@functools.cache
+def in_fp8() -> Any:
+    """Tokens, gates, choices, and matrices in FP8 with a scale for each block of 128 × 128."""
+    rng = np.random.default_rng(0)
+    values = lambda *shape: jnp.asarray(rng.normal(size=shape), FP8)  # noqa: E731
+    scales = lambda *shape: jnp.asarray(rng.uniform(0.5, 1.5, shape) / 16, jnp.float32)  # noqa: E731
+    wi = BlockScaled(values(E, D, 2, F), scales(E, 1, 2, 2), ((1, 128), (1, 1), (1, 128)))
+    wo = BlockScaled(values(E, F, D), scales(E, 2, 1))
+    x, gates = (jnp.asarray(rng.normal(size=(8, 2, n)), jnp.float32) for n in (D, 2))
+    return x, gates, jnp.asarray(rng.integers(0, E, (8, 2, 2)), jnp.int32), wi, wo
+
+
+def multiply(x, gates, chosen, wi, wo):
+    x_TD, gates_TK, chosen_TK = (a.reshape(-1, a.shape[2]) for a in (x, gates, chosen))
+    return routed_experts(x_TD, gates_TK, chosen_TK, wi, wo).reshape(x.shape)
+
+
+@pytest.mark.parametrize("stored", ["as they are", "terms last", "in a stack"])
+@pytest.mark.parametrize(
+    "axes", [{"expert": 4, "data": 2}, {"expert": 2, "tensor": 2, "fsdp": 2}, {"tensor": 4}], ids=str
+)
+def test_experts_in_fp8_stay_where_they_lie(axes, stored, caplog):
+    """And give on a mesh what they do on one device. In the program nothing of all experts' size is of another dtype,
+    and each device multiplies by its own matrices; a width of two blocks is not split four ways, which the log says."""
+    x, gates, chosen, wi, wo = in_fp8()
+    expected = multiply(x, gates, chosen, wi, wo)
+    if stored == "terms last":
+        wi, wo = wi.with_terms_last(), wo.with_terms_last()
+    elif stored == "in a stack":
+        wi, wo = (InStack(jax.tree.map(lambda leaf: jnp.stack([0 * leaf, leaf]), w), jnp.int32(1)) for w in (wi, wo))
+    seen = []
+    exchanging._say.cache_clear()
+
+    def experts(*operands):
+        seen.append((tuple(operands[3].shape), tuple(operands[4].shape), operands[3].dtype))
+        return multiply(*operands)
+
+    mesh = make_mesh(MeshConfig(**axes), devices=jax.devices()[: math.prod(axes.values())])
+    run = functools.partial(exchanging.exchange, experts, rules=ShardingRules())
     with jax.set_mesh(mesh):
-        for _ in range(2):
-            assert jax.eval_shape(run, *operands).dtype == jnp.bfloat16
-        with pytest.raises(ValueError, match="'hopper_fp8' cannot run: a mesh of 2 devices makes a copy"):
-            jax.eval_shape(functools.partial(run, in_fp8=True), *operands)
-    said = [record.getMessage() for record in caplog.records if "FP8 weights in bfloat16" in record.getMessage()]
-    assert len(said) == 1
+        program = jax.jit(run).trace(x, gates, chosen, wi, wo)
+        found = program.lower().compile()(x, gates, chosen, wi, wo)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    whole = axes.get("tensor") == 4
+    own, width = E // axes.get("expert", 1), F if whole else F // axes.get("tensor", 1)
+    assert seen == [((own, D, 2, width), (own, width, D), FP8)]
+    assert whole or f"f32[{E},{D},2" not in str(program.jaxpr)
+    assert ("not split 4 ways: each device of tensor multiplies by all of it" in caplog.text) == whole

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from deepseek_jax.files import write_json
@@ -41,10 +42,11 @@ from deepseek_jax.workflows.r1_data import R1Data, make_data
 from deepseek_jax.workflows.r1_evaluation import R1Evaluation, evaluate
 from deepseek_jax.workflows.recipe import moved
 from deepseek_jax.workflows.rejection import RejectionConfig, rejection
-from deepseek_jax.workflows.report import print_summary, write_report
+from deepseek_jax.workflows.report import write_report
 from deepseek_jax.workflows.report_data import SERIES
 from deepseek_jax.workflows.reward_model import RewardModelConfig, reward_model
 from deepseek_jax.workflows.sft import SFTConfig, sft
+from deepseek_jax.workflows.stage import read_result
 
 # In their order: what runs each.
 STAGES = {
@@ -130,8 +132,20 @@ def r1(config: R1Config, console: Console | None = None) -> None:
         write_json(run_dir / SERIES, {"stages": [link.name for link in links]})
         run_chain(links, say)
         report = write_report(run_dir)
-    print_summary(run_dir, console)
+    print_answers(run_dir, console)
     console.print(f"report: {report}   ({time.monotonic() - began:.0f} s for what was run now)")
+
+
+def print_answers(run_dir: Path, console: Console) -> None:
+    """A table of what the evaluation found: pass@1 of each model and task, in per cent."""
+    found = read_result(run_dir / "evaluation") or {}
+    tasks = list(dict.fromkeys(task for figures in found.values() for task in figures))
+    table = Table("", *tasks, "tokens of an answer", title="Right answers, %")
+    for name, figures in found.items():
+        cells = [f"{100 * figures[task]['pass@1']:.1f} ± {100 * figures[task]['stderr']:.1f}" for task in tasks]
+        table.add_row(name, *cells, f"{figures[tasks[0]]['tokens']:.1f}")
+    if found:
+        console.print(table)
 
 
 def make_links(config: R1Config) -> list[Link]:

@@ -18,6 +18,7 @@ from deepseek_jax.data.tokenizer import END_THINK, THINK
 from deepseek_jax.files import write_json, write_whole
 from deepseek_jax.rl import arithmetic
 from deepseek_jax.rl.words import wait_words
+from deepseek_jax.saying import doing, quietly
 from deepseek_jax.typed import check_least, check_types
 from deepseek_jax.workflows import r1_requests as requests
 from deepseek_jax.workflows.corpus import CorpusConfig, Document, build_corpus
@@ -75,10 +76,11 @@ def make_data(config: R1Data) -> dict[str, Any]:
     rngs = [np.random.default_rng([seed, 10 + part]) for part in range(5)]
     pages = [*_problem_pages(rngs[0], config), *_request_pages(rngs[1], config)]
     corpus = dataclasses.replace(config.corpus, seed=seed)
-    meta = build_corpus(folder, corpus, keep=lambda text: not wait_words(text), more=pages)
-    texts = [folder / "documents" / "train.jsonl"]
-    train_on_files(texts, corpus.vocab_size, folder)
-    train_on_files(texts, config.student_vocab_size, folder / "student")
+    with quietly(config.quiet), doing("writing a corpus and two tokenizers"):
+        meta = build_corpus(folder, corpus, keep=lambda text: not wait_words(text), more=pages)
+        texts = [folder / "documents" / "train.jsonl"]
+        train_on_files(texts, corpus.vocab_size, folder)
+        train_on_files(texts, config.student_vocab_size, folder / "student")
     write_whole(folder / "zero.jinja", ZERO_TEMPLATE)
 
     asked, told, judged = (

@@ -2,7 +2,7 @@
 alone (arXiv 2501.12948, section 4.1). After `make r1`: python scripts/r1_claim.py runs/r1 --seeds 0 1 2
 
 For each seed, in RUN/claim/seed_N: a fresh student is pretrained; a copy of it is distilled from RUN's samples; others
-are trained by R1-Zero's recipe alone, with TIMES as much arithmetic as the distilled one took at least. That is its
+are trained by R1-Zero's recipe alone, with about TIMES as much arithmetic as the distilled one took. That is its
 training (3 forward passes per token), and the teacher's answers, kept or not (a forward pass of the teacher per token,
 prompts included). Reinforcement learning takes a forward pass per sampled token and 3 to learn it; prompts count as
 sampled. Padding, evaluation and what made teacher and base are not counted. All is done once: the same command goes on.

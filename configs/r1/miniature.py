@@ -56,15 +56,18 @@ def config() -> R1Config:
         sft=fine_tuned("sft", "pretrain", *CHATS, steps=320),
         helpful=judging("helpful", "summary"),
         harmless=judging("harmless", "all"),
-        all_scenarios=reinforced(
-            "all_scenarios",
-            "sft",
-            120,
-            "accuracy",
-            "format=0.2",
-            "language:en=0.2",
-            *(f"model:{path}=0.2" for path in GENERAL),
-            more=(f"{DATA}/requests_train.jsonl",),
+        all_scenarios=dataclasses.replace(
+            reinforced(
+                "all_scenarios",
+                "sft",
+                120,
+                "accuracy",
+                "format=0.2",
+                "language:en=0.2",
+                *(f"model:{path}=0.2" for path in GENERAL),
+                more=(f"{DATA}/requests_train.jsonl",),
+            ),
+            loss=GRPOLoss(chunk=32, kl_weight=0.05),  # or it says to all what the model for helpfulness likes best
         ),
         student_base=pretrained("student_base", f"{DATA}/student", STUDENT, steps=600),
         student=fine_tuned("student", "student_base", *CHATS, steps=480),

@@ -136,7 +136,7 @@ def r1(config: R1Config, console: Console | None = None) -> None:
 
 def make_links(config: R1Config) -> list[Link]:
     """The stages to run, in their order, their paths under ``config.run_dir``."""
-    there = str(Path(config.pretrain.run_dir).parent)
+    there, here = str(Path(config.pretrain.run_dir).parent), str(Path(config.run_dir))
     skipped = {*config.skip, *(["pretrain"] if config.base else [])}
     links = []
     for name, run in STAGES.items():
@@ -144,9 +144,9 @@ def make_links(config: R1Config) -> list[Link]:
         if name in skipped or not getattr(stage, "init_from", name):
             continue
         stage = dataclasses.replace(stage, seed=stage.seed + config.seed, quiet=stage.quiet or config.quiet)
-        stage = moved(stage, there, config.run_dir)
+        stage = moved(stage, there, here)
         if config.base:  # which may lie where the recipe's own folder does, and stays there
-            stage = moved(stage, moved(config.pretrain.run_dir, there, config.run_dir), config.base)
+            stage = moved(stage, moved(config.pretrain.run_dir, there, here), config.base)
         links.append(Link(name, run, stage))
     return links
 

@@ -6,9 +6,11 @@ One that is of several stages, each a field, gives a single one too: RECIPE:FIEL
 import dataclasses
 import difflib
 import importlib.util
+import json
 import re
 import sys
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,25 @@ def _said(error: Exception, path: Path) -> str:
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
     return f"{what} in line {lines[-1]}" if lines else what
+
+
+def as_now(saved: Mapping[str, Any], settings: Mapping[str, Any], config: Any) -> dict[str, Any]:
+    """The ``saved`` settings of a run, as they would stand if it had been made where it lies now, to be compared with
+    its ``settings`` of today, whose recipe ``config`` is: a path is today's where they differ by no more than the move
+    of the folder that the run lies in.
+    """
+    if "recipe" not in saved:
+        return dict(saved)
+    old, new = (str(Path(place).parent) for place in (saved["recipe"]["run_dir"], config.run_dir))
+
+    def follow(was: Any, now: Any) -> Any:
+        if isinstance(was, dict) and isinstance(now, dict):
+            return {name: follow(value, now.get(name)) for name, value in was.items()}
+        if isinstance(was, list) and isinstance(now, list) and len(was) == len(now):
+            return [follow(*pair) for pair in zip(was, now, strict=True)]
+        return now if isinstance(was, str) and moved(was, old, new) == now else was
+
+    return follow(*(json.loads(json.dumps(tree)) for tree in (saved, settings)))
 
 
 def moved(config: Any, old: str, new: str) -> Any:

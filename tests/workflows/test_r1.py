@@ -119,17 +119,19 @@ def kill_in_zero(folder: Path, run_dir: Path) -> None:
     assert killed.returncode == -signal.SIGKILL, killed.stderr
 
 
-def test_ended_in_every_stage_it_goes_on_to_the_bit(finished, tmp_path, monkeypatch):
+def test_ended_in_every_stage_and_moved_it_goes_on_to_the_bit(finished, tmp_path, monkeypatch):
     folder, _ = finished
     config = tiny_r1.config(folder)
-    for stage in STAGES:
+    for number, stage in enumerate(STAGES):
+        place = tmp_path / f"run{number}"
         if stage == "zero":
-            kill_in_zero(folder, tmp_path / "run")
+            kill_in_zero(folder, place)
         else:
             with monkeypatch.context() as patch, pytest.raises(KilledError, match=stage):
                 end_in(stage, patch)
-                run(config, tmp_path / "run")
-        assert not (tmp_path / "run" / stage / "result.json").exists()
+                run(config, place)
+        assert not (place / stage / "result.json").exists()
+        place.rename(tmp_path / ("run" if stage == STAGES[-1] else f"run{number + 1}"))
     said = run(config, tmp_path / "run")
     assert said.count("is done already") == len(STAGES) - 1 and "evaluation → " in said
     for found, wanted in ((tmp_path / "run" / stage, folder / "run" / stage) for stage in STAGES):

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from deepseek_jax.rl.rollout_config import RolloutConfig
 from deepseek_jax.rl.tasks import TASKS, TaskConfig
+from deepseek_jax.train.grpo import GRPOLoss
 from deepseek_jax.train.resume import check_resume
 from deepseek_jax.workflows.demo import RECIPE_DIR, CorpusStage
 from deepseek_jax.workflows.grpo import GRPOConfig
@@ -80,6 +82,22 @@ def refused(saved: dict, config: GRPOConfig) -> str:
     except ValueError as error:
         return str(error).partition("settings: ")[2].partition(". Going on")[0]
     return ""
+
+
+def test_a_run_of_a_release_without_a_field_has_that_fields_default():
+    config = GRPOConfig(init_from="a/base", rollout=RolloutConfig(prompts=2))
+    saved = saved_by(config)
+    del saved["recipe"]["chat_template"], saved["recipe"]["rollout"]["staleness"], saved["recipe"]["loss"]
+    assert refused(saved, config) == ""
+    assert "loss" not in saved["recipe"]
+    other = dataclasses.replace(config, chat_template="r1_zero", loss=GRPOLoss(tis_cap=2.0))
+    other = dataclasses.replace(other, rollout=dataclasses.replace(config.rollout, staleness=1))
+    assert refused(saved, other) == (
+        "chat_template is '' there and 'r1_zero' here; loss.tis_cap is 0.0 there and 2.0 here; "
+        "rollout.staleness is 0 there and 1 here"
+    )
+    saved["recipe"]["gone"] = 1
+    assert refused(saved, config) == "gone is 1 there and '(absent)' here"
 
 
 def test_a_folder_may_be_moved_with_all_that_is_in_it():

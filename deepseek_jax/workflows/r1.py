@@ -40,7 +40,7 @@ from deepseek_jax.workflows.pretrain import PretrainConfig, pretrain
 from deepseek_jax.workflows.r1_data import R1Data, make_data
 from deepseek_jax.workflows.r1_evaluation import R1Evaluation, evaluate
 from deepseek_jax.workflows.recipe import moved
-from deepseek_jax.workflows.rejection import RejectionConfig, rejection
+from deepseek_jax.workflows.rejection import KEPT, RejectionConfig, check_kept, rejection
 from deepseek_jax.workflows.report import print_summary, write_report
 from deepseek_jax.workflows.report_data import SERIES
 from deepseek_jax.workflows.reward_model import RewardModelConfig, reward_model
@@ -115,8 +115,8 @@ class R1Config:
 def r1(config: R1Config, console: Console | None = None) -> None:
     """Run all stages that have no result yet and write ``report.html``.
 
-    ValueError where a stage was run with other settings, another process works in ``run_dir``, or a stage reads what
-    neither is there nor comes of an earlier one.
+    ValueError where a stage was run with other settings, another process works in ``run_dir``, no sample was kept, or a
+    stage reads what neither is there nor comes of an earlier one.
     """
     console = console or terminal()
     began, run_dir = time.monotonic(), Path(config.run_dir)
@@ -126,9 +126,13 @@ def r1(config: R1Config, console: Console | None = None) -> None:
     def say(name: str, more: str) -> None:
         console.print(Text.assemble((name, "bold"), more))
 
+    def check_done(name: str) -> None:
+        if isinstance(getattr(config, name), RejectionConfig):
+            check_kept(run_dir / name)
+
     with held(run_dir):
         write_json(run_dir / SERIES, {"stages": [link.name for link in links]})
-        run_chain(links, say)
+        run_chain(links, say, after=check_done)
         report = write_report(run_dir)
     print_summary(run_dir, console)
     console.print(f"report: {report}   ({time.monotonic() - began:.0f} s for what was run now)")
@@ -153,7 +157,7 @@ def make_links(config: R1Config) -> list[Link]:
 
 def check_inputs(links: list[Link]) -> None:
     """ValueError for a path in a stage's settings that lies in the chain's folder, where neither an earlier stage makes
-    it nor it is there already."""
+    it nor it is there already, and for samples of which none was kept."""
     made: list[str] = []
     for name, _, config in links:
         folder = str(Path(config.run_dir).parent)
@@ -163,6 +167,8 @@ def check_inputs(links: list[Link]) -> None:
             if not Path(path).exists():
                 owner = Path(path).relative_to(folder).parts[0]
                 raise ValueError(f"{name}.{field}={path!r}: it is not there, and the stage {owner} is not run before")
+            if Path(path).name == KEPT:
+                check_kept(Path(path).parent)
         made.append(config.run_dir)
 
 

@@ -109,6 +109,12 @@ def rejection(config: RejectionConfig) -> dict[str, Any]:
     return read_result(run_dir) or {}
 
 
+def check_kept(run_dir: str | Path) -> None:
+    """ValueError where none of a run's answers was kept: beside other chats, that would go unseen."""
+    if not (path := Path(run_dir) / KEPT).stat().st_size:
+        raise ValueError(f"{path} is empty: none of the teacher's answers was kept")
+
+
 def _chat(answers: Answers, line: dict[str, Any], reply: str) -> str:
     messages = [*answers.task.messages(answers.rows[line["question"]]), *line.get("turns", ())]
     chat = {"messages": [*messages, {"role": "assistant", "content": reply}]}

@@ -180,6 +180,33 @@ def test_what_a_stage_reads_must_be_there_or_come_before(tmp_path):
         R1Config(zero=dataclasses.replace(config.zero, run_dir="runs/r1/other"))
 
 
+def test_no_samples_and_a_stage_skipped_half_done_are_named(tmp_path, monkeypatch):
+    """Else the sft would learn the general chats alone, and from a base that is not what it was to be."""
+    config = tiny_r1.config(tmp_path)
+    skip = tuple(name for name in ALL if name not in ("samples", "sft"))
+    config = dataclasses.replace(config, run_dir=f"{tmp_path}/run/", skip=skip)
+    for file in ("data/requests_sft.jsonl", "reasoning/model", "pretrain/checkpoints/20/model", "zero/checkpoints/6/x"):
+        (tmp_path / "run" / file).parent.mkdir(parents=True)
+        (tmp_path / "run" / file).touch()
+    (tmp_path / "run" / "zero" / "result.json").write_text('{"steps": 6}')
+
+    def keeps_nothing(samples):
+        Path(samples.run_dir).mkdir()
+        (Path(samples.run_dir) / "kept.jsonl").touch()
+
+    for stage, run_stage in (("samples", keeps_nothing), ("sft", None)):
+        monkeypatch.setitem(r1_module.STAGES, stage, run_stage)
+    out = io.StringIO()
+    message = f"{tmp_path}/run/samples/kept.jsonl is empty: none of the teacher's answers was kept"
+    with pytest.raises(ValueError, match=message):
+        r1(config, Console(file=out, width=200))
+    assert out.getvalue() == (
+        f"samples → {tmp_path}/run/samples\n"
+    )
+    with pytest.raises(ValueError, match=message):
+        check_inputs(make_links(dataclasses.replace(config, skip=(*skip, "samples"))))
+
+
 def test_another_base_stands_in_the_place_of_pretraining(tmp_path):
     config = dataclasses.replace(tiny_r1.config(tmp_path), base="/a/base")
     links = {link.name: link.config for link in make_links(config)}

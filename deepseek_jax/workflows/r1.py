@@ -31,6 +31,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from deepseek_jax.checkpoint.finding import CHECKPOINTS, checkpoint_steps
 from deepseek_jax.files import write_json
 from deepseek_jax.saying import terminal
 from deepseek_jax.typed import check_types
@@ -45,6 +46,7 @@ from deepseek_jax.workflows.report import print_summary, write_report
 from deepseek_jax.workflows.report_data import SERIES
 from deepseek_jax.workflows.reward_model import RewardModelConfig, reward_model
 from deepseek_jax.workflows.sft import SFTConfig, sft
+from deepseek_jax.workflows.stage import read_result
 
 # In their order: what runs each.
 STAGES = {
@@ -131,6 +133,9 @@ def r1(config: R1Config, console: Console | None = None) -> None:
             check_kept(run_dir / name)
 
     with held(run_dir):
+        for name in config.skip:
+            if (step := half_done(run_dir / name)) is not None:
+                say(name, f" is skipped half done: what starts from it takes its checkpoint of step {step}")
         write_json(run_dir / SERIES, {"stages": [link.name for link in links]})
         run_chain(links, say, after=check_done)
         report = write_report(run_dir)
@@ -170,6 +175,12 @@ def check_inputs(links: list[Link]) -> None:
             if Path(path).name == KEPT:
                 check_kept(Path(path).parent)
         made.append(config.run_dir)
+
+
+def half_done(run_dir: Path) -> int | None:
+    """The newest checkpoint's step of a stage that has no result; None where there is none, or it is done."""
+    steps = checkpoint_steps(run_dir / CHECKPOINTS)
+    return steps[-1] if steps and read_result(run_dir) is None else None
 
 
 def _paths(value: Any, folder: str, field: str = "") -> Iterator[tuple[str, str]]:

@@ -201,6 +201,7 @@ def test_no_samples_and_a_stage_skipped_half_done_are_named(tmp_path, monkeypatc
     with pytest.raises(ValueError, match=message):
         r1(config, Console(file=out, width=200))
     assert out.getvalue() == (
+        "pretrain is skipped half done: what starts from it takes its checkpoint of step 20\n"
         f"samples → {tmp_path}/run/samples\n"
     )
     with pytest.raises(ValueError, match=message):

@@ -72,7 +72,8 @@ class Answers:
         self.skipped = 0
         self.rows = list(islice(self._usable(config, unanswered), asking.count or None))
         check_answerable(self.task, self.rows, config.path, unanswered=unanswered)
-        asked = json.dumps([dataclasses.asdict(config), *map(dict, self.rows)], default=str)
+        what = dataclasses.asdict(dataclasses.replace(config, path=()))  # the same rows, wherever they lie
+        asked = json.dumps([what, *map(dict, self.rows)], default=str)
         digest = hashlib.sha256(asked.encode()).hexdigest()[:8]
         self.file = f"{Path(config.name.partition(':')[0]).stem}-{digest}.jsonl"
 

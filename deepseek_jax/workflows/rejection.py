@@ -30,6 +30,7 @@ from deepseek_jax.train.resume import differences
 from deepseek_jax.typed import check_least, check_types
 from deepseek_jax.workflows.own_run import owns_run
 from deepseek_jax.workflows.questions import Answers, Asking, asked_how, claim
+from deepseek_jax.workflows.recipe import as_now
 from deepseek_jax.workflows.stage import RESULT, read_result, write_json
 
 KEPT = "kept.jsonl"
@@ -90,7 +91,7 @@ def rejection(config: RejectionConfig) -> dict[str, Any]:
     answers = Answers(config.task, asking, unanswered=config.unanswered)
     _check_languages(answers, config.keep)
     settings = {"stage": "rejection", "answers": answers.file, "recipe": dataclasses.asdict(config)}
-    there, stands = read_json_object(run_dir / "config.json"), read_result(run_dir)
+    there, stands = as_now(read_json_object(run_dir / "config.json"), settings, config), read_result(run_dir)
     may = tuple(f"recipe.{name}" for name in config.MAY_CHANGE)
     if stands is not None and all(name.startswith(may) for name in differences(there, settings)):
         say(f"{run_dir / RESULT} stands; remove it to choose again")
@@ -106,6 +107,12 @@ def rejection(config: RejectionConfig) -> dict[str, Any]:
     if not kept:
         say(f"{run_dir / KEPT} is empty: no answer was kept")
     return read_result(run_dir) or {}
+
+
+def check_kept(run_dir: str | Path) -> None:
+    """ValueError where none of a run's answers was kept: beside other chats, that would go unseen."""
+    if not (path := Path(run_dir) / KEPT).stat().st_size:
+        raise ValueError(f"{path} is empty: none of the teacher's answers was kept")
 
 
 def _chat(answers: Answers, line: dict[str, Any], reply: str) -> str:

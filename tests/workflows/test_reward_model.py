@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import re
 from pathlib import Path
 
 import jax
@@ -139,14 +140,17 @@ def test_it_grades_summaries_in_batches_where_no_rule_does(trained, caplog):
     assert found[0] == pytest.approx(expected(run, "n?", "0!"), rel=1e-5)
     assert found[36] == pytest.approx(expected(run, "why?", "5."), rel=1e-5)
     assert np.isnan(found[35]) and grades.rewards["accuracy"][35] == 0  # a row with a right answer
-    least = np.nanmin(np.delete(found, [37, 38]))
-    assert found[37] == found[38] == least  # a thought without end; one of more tokens than it takes
-    assert "such get the least score of their batch" in caplog.text
+    assert found[37] == np.nanmin(np.delete(found, 37))  # a thought without end
+    # One of more tokens than it takes has no score, whatever it is graded with, and is told and counted.
+    assert np.isnan(found[38]) and grades.failed_N.tolist() == [False] * 38 + [True]
+    assert grades.metrics()["reward_unjudged"] == 1
+    assert re.search(r"reward model\.helpful: unjudged for a row \(\d+ tokens, of which .* takes 64\)", caplog.text)
     assert cut[1] == cut[0] == pytest.approx(found[0], rel=1e-5)
     assert grades.total_N[0] == pytest.approx(2 * found[0])
     assert grades.metrics()["reward_model.helpful"] == pytest.approx(np.nanmean(found))
     with Grader((f"model:{run}:always",), task=task) as grader:
-        assert np.isfinite(grader.grade(said, rows).rewards["model.helpful"]).all()
+        assert np.isfinite(grader.grade(said[:38], rows[:38]).rewards["model.helpful"]).all()
+        assert grader.grade(said[38:], rows[38:]).failed_N.all()
 
 
 def test_rows_that_a_rule_grades_without_a_right_answer_are_not_judged(trained):

@@ -192,12 +192,22 @@ class Grader:
             if spec.name in self._here:
                 self._grade_here(spec.name, seen, rows)
 
-    def grade(self, completions: Sequence[str], rows: Sequence[Row], *, ended: Sequence[bool] | None = None) -> Grades:
+    def grade(
+        self,
+        completions: Sequence[str],
+        rows: Sequence[Row],
+        *,
+        ended: Sequence[bool] | None = None,
+        whole: Sequence[str] | None = None,
+    ) -> Grades:
         """The rewards of each completion, which answers the row at its place.
 
         ended: whether it ended by itself (by default all). The package's rewards of answers take one that was cut off
         for an empty text, whatever it says so far; those of how it is written, and functions of files, get it as it
         stands.
+
+        whole: all turns of each, where the completion is the last (by default it is all); that is what a reward model
+        gets which judges everything.
         """
         ended = [True] * len(rows) if ended is None else ended
         if not len(completions) == len(rows) == len(ended) or not rows:
@@ -205,6 +215,8 @@ class Grader:
         failures = {name: Counter(dict.fromkeys(_FAILURES, 0)) for name in self._functions}
         failures |= {name: Counter(dict.fromkeys(_UNJUDGED, 0)) for name in self._models}
         seen = {spec.name: self._seen(spec, completions, rows, ended) for spec in self._specs}
+        everything = list(zip(completions if whole is None else whole, rows, strict=True))
+        seen |= {name: everything for name, model in self._models.items() if model.judges == "all"}
         scores: dict[str, Sequence[Score]] = {name: self._grade_here(name, seen[name], rows) for name in self._here}
         failed_N = np.zeros(len(rows), bool)
         scores |= self._judge(seen, rows, failures, failed_N)
@@ -227,8 +239,8 @@ class Grader:
         self, spec: RewardSpec, completions: Sequence[str], rows: Sequence[Row], ended: Sequence[bool]
     ) -> list[_Seen]:
         """What a reward gets of each completion and its row, see ``Named``."""
-        named, model = spec.named, self._models.get(spec.name)
-        if named is not None and not (model.cut if model else named.cut):
+        named = spec.named
+        if named is not None and not named.cut:
             completions = [text if end else "" for text, end in zip(completions, ended, strict=True)]
         if named is None or not named.compares:
             return list(zip(completions, rows, strict=True))

@@ -29,7 +29,7 @@ from deepseek_jax.saying import doing, say
 from deepseek_jax.train.resume import differences
 from deepseek_jax.typed import check_least, check_types
 from deepseek_jax.workflows.own_run import owns_run
-from deepseek_jax.workflows.questions import Answers, Asking, asked_how, claim
+from deepseek_jax.workflows.questions import Answers, Asking, all_turns, asked_how, claim
 from deepseek_jax.workflows.stage import RESULT, read_result, write_json
 
 KEPT = "kept.jsonl"
@@ -144,7 +144,8 @@ def _sampled(config: RejectionConfig, answers: Answers, lines: Sequence[dict[str
             for start in range(0, len(open_ones), config.batch_size):
                 part = open_ones[start : start + config.batch_size]
                 texts, ended = ([lines[index][name] for index in part] for name in ("completion", "ended"))
-                grades = grader.grade(texts, [rows[index] for index in part], ended=ended)
+                whole = [all_turns(lines[index]) for index in part]
+                grades = grader.grade(texts, [rows[index] for index in part], ended=ended, whole=whole)
                 silent_N = np.all([np.isnan(scores_N) for scores_N in grades.rewards.values()], axis=0)
                 silent_N |= grades.failed_N
                 found = zip(part, grades.total_N, silent_N, strict=True)

@@ -15,6 +15,7 @@ from small import SPEAKER, tokenizer
 
 from deepseek_jax import load, save_hf
 from deepseek_jax.data.preferences import encode_judged
+from deepseek_jax.rl.asking import Answer
 from deepseek_jax.rl.grader import Grader, parse_reward
 from deepseek_jax.rl.tasks import TaskConfig, make_task
 from deepseek_jax.train.loop_config import LoopConfig
@@ -107,6 +108,16 @@ def test_single_labels_and_everything_judged(base):
     data = PreferenceData(path=(pairs(base.parent / "single.jsonl", 10, 40, label=True),), heldout=held, seq_len=64)
     result = reward_model(config(base, run, data=data, judges="all"))
     assert result["agreement"] > 0.9 and result["agreement_of"] == 20
+    # As a reward it reads all turns of an answer, and what was cut off.
+    task, row = make_task(TaskConfig(name="rows", prompt="q", answer="a")), {"q": "n?", "a": None}
+    turns = Answer("5.", True, ({"role": "assistant", "content": "bad!"}, {"role": "user", "content": "<result>7"}))
+    cut = Answer("<think>go", False)
+    with Grader((f"model:{run}",), task=task) as grader:
+        whole = [turns.all_turns, cut.all_turns]
+        found = grader.grade(["5.", "<think>go"], [row] * 2, ended=[True, False], whole=whole).rewards["model.harmless"]
+        last = grader.grade(["5."], [row]).rewards["model.harmless"]
+    wanted = [expected(run, "n?", text) for text in ("bad!\n<result>7\n5.", "<think>go")]
+    assert found == pytest.approx(wanted, rel=1e-5) and last != pytest.approx(found[:1], rel=1e-3)
 
 
 def test_a_stage_of_language_models_refuses_it(trained, base):
@@ -134,7 +145,7 @@ def test_it_grades_summaries_in_batches_where_no_rule_does(trained, caplog):
     said = [f"<think>x{END}{number}!" for number in range(35)] + ["4!", "5.", f"<think>{'y' * 9}", "9" * 80]
     with Grader((f"model:{run}=2", "accuracy=1"), task=task) as grader, caplog.at_level(logging.WARNING):
         grader.check(rows)
-        grades = grader.grade(said, rows)
+        grades = grader.grade(said, rows, whole=["no summary"] * 39)
         cut = grader.grade(said[:2], rows[:2], ended=[True, False]).rewards["model.helpful"]
     found = grades.rewards["model.helpful"]
     assert found[0] == pytest.approx(expected(run, "n?", "0!"), rel=1e-5)

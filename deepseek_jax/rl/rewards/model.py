@@ -27,9 +27,10 @@ _ROWS, _LEAST_WIDTH = 32, 64  # of a batch
 class ModelReward:
     """The score that a run of ``reward-model`` gives an answer to its question, by its own tokenizer and template.
 
-    It is shown what it was trained on, the summary or all. None for rows that the task's own accuracy grades, unless
-    ``always``. An answer without a summary, as one that was cut off, gets the least score of those that are graded with
-    it. One that its positions do not hold has none, which is a failure: good or bad, it cannot be told.
+    It is shown what it was trained on: all, be it cut off, and of an answer with calls of tools all turns as one text;
+    or the summary of what has ended, which is the last turn's. None for rows that the task's own accuracy grades,
+    unless ``always``. An answer without a summary, as one that was cut off, gets the least score of those that are
+    graded with it. One that its positions do not hold has none, which is a failure: good or bad, it cannot be told.
     """
 
     def __init__(self, path: str, always: str = ""):
@@ -44,7 +45,6 @@ class ModelReward:
             of = f"of the stage {about['stage']}" if "stage" in about else "a released model's"
             raise ValueError(f"{self.folder} is {of}: a run of `deepseek-jax reward-model` is needed")
         self.judges, self.always = about["recipe"]["judges"], bool(always)
-        self.cut = self.judges == "all"  # of an answer that was cut off all can be judged, but no summary
         self._model: Model | None = None
 
     def open(self, compute: ComputeConfig, mesh: Mesh | None) -> None:

@@ -29,7 +29,7 @@ from deepseek_jax.saying import doing, say
 from deepseek_jax.train.resume import differences
 from deepseek_jax.typed import check_least, check_types
 from deepseek_jax.workflows.own_run import owns_run
-from deepseek_jax.workflows.questions import Answers, Asking, asked_how, claim
+from deepseek_jax.workflows.questions import Answers, Asking, all_turns, asked_how, claim
 from deepseek_jax.workflows.recipe import as_now
 from deepseek_jax.workflows.stage import RESULT, read_result, write_json
 
@@ -57,7 +57,8 @@ class RejectionConfig:
     """Ask rows without a right answer too; all that is said to them is kept where it reads well, or what ``judge``
     scores high enough."""
     judge: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Rewards, as grpo takes them, of answers to rows without a right one; give it several times for more."""
+    """Rewards, as grpo takes them, of answers to rows without a right one; give it several times for more. An answer on
+    which one fails, as a reward model on one that is too long for it, is not kept."""
     judge_least: float = 0.5
     """The least sum of the judge's rewards, weighted, with which an answer is kept."""
     batch_size: int = 64
@@ -150,8 +151,10 @@ def _sampled(config: RejectionConfig, answers: Answers, lines: Sequence[dict[str
             for start in range(0, len(open_ones), config.batch_size):
                 part = open_ones[start : start + config.batch_size]
                 texts, ended = ([lines[index][name] for index in part] for name in ("completion", "ended"))
-                grades = grader.grade(texts, [rows[index] for index in part], ended=ended)
+                whole = [all_turns(lines[index]) for index in part]
+                grades = grader.grade(texts, [rows[index] for index in part], ended=ended, whole=whole)
                 silent_N = np.all([np.isnan(scores_N) for scores_N in grades.rewards.values()], axis=0)
+                silent_N |= grades.failed_N
                 found = zip(part, grades.total_N, silent_N, strict=True)
                 scores |= {index: None if silent else float(total) for index, total, silent in found}
     return [

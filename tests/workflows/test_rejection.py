@@ -107,6 +107,11 @@ def test_rows_without_a_right_answer_are_refused_kept_or_judged(here, capsys):
     judged = read_json_lines(Path("run/kept.jsonl"))
     odd = [chat for chat in everything if len(chat["messages"][1]["content"]) % 2]
     assert 0 < len(judged) < len(everything) and judged == odd
+    (here / "mine.py").write_text("def score(completion, row):\n    return len(completion.strip()) % 2 - 1\n")
+    judge = ["--judge", "mine.py:score", "--judge-least"]
+    for least, wanted in (("-0.5", odd), ("-1", everything)):
+        assert main(["rejection", *ASKED, "--unanswered", *judge, least, "--run-dir", "run"]) == 0
+        assert read_json_lines(Path("run/kept.jsonl")) == wanted
     # What was said before the last turn, with tools, is learnt too.
     turns = [{"role": "assistant", "content": "<tool>x: 1</tool>"}, {"role": "user", "content": "<result>2</result>"}]
     (path,) = Path("run").glob("rows-*.jsonl")

@@ -36,15 +36,17 @@ from deepseek_jax.saying import terminal
 from deepseek_jax.typed import check_types
 from deepseek_jax.workflows.chain import Link, held, run_chain
 from deepseek_jax.workflows.grpo import GRPOConfig, grpo
+from deepseek_jax.workflows.inputs import look_for
 from deepseek_jax.workflows.pretrain import PretrainConfig, pretrain
 from deepseek_jax.workflows.r1_data import R1Data, make_data
-from deepseek_jax.workflows.r1_evaluation import R1Evaluation, evaluate
+from deepseek_jax.workflows.r1_evaluation import R1Evaluation, check_rows, evaluate
 from deepseek_jax.workflows.recipe import moved
 from deepseek_jax.workflows.rejection import RejectionConfig, rejection
 from deepseek_jax.workflows.report import print_summary, write_report
 from deepseek_jax.workflows.report_data import SERIES
 from deepseek_jax.workflows.reward_model import RewardModelConfig, reward_model
 from deepseek_jax.workflows.sft import SFTConfig, sft
+from deepseek_jax.workflows.stage import read_result
 
 # In their order: what runs each.
 STAGES = {
@@ -122,6 +124,7 @@ def r1(config: R1Config, console: Console | None = None) -> None:
     began, run_dir = time.monotonic(), Path(config.run_dir)
     links = make_links(config)
     check_inputs(links)
+    check_files(links)
 
     def say(name: str, more: str) -> None:
         console.print(Text.assemble((name, "bold"), more))
@@ -164,6 +167,21 @@ def check_inputs(links: list[Link]) -> None:
                 owner = Path(path).relative_to(folder).parts[0]
                 raise ValueError(f"{name}.{field}={path!r}: it is not there, and the stage {owner} is not run before")
         made.append(config.run_dir)
+
+
+def check_files(links: list[Link]) -> None:
+    """ValueError, naming the stage, for files and models outside the chain's folder that are not there, and for a row
+    there that the evaluation cannot ask or grade. A stage that has its result needs them no more."""
+    for name, _, config in links:
+        if read_result(config.run_dir) is not None:
+            continue
+        try:
+            folder = str(Path(config.run_dir).parent)
+            look_for(config, under=folder)
+            if isinstance(config, R1Evaluation):
+                check_rows(config, under=folder)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{name}: {error}") from error
 
 
 def _paths(value: Any, folder: str, field: str = "") -> Iterator[tuple[str, str]]:

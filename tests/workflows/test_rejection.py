@@ -146,5 +146,8 @@ def test_a_teacher_teaches_a_student_of_another_tokenizer(here, capsys):
     capsys.readouterr()
     assert main(command) == 0  # all is there
     assert "nothing was trained" in capsys.readouterr().err
+    (here / "student" / "tokenizer.json").unlink()
+    assert main([*command, "--run-dir", "other"]) == 1 and not Path("other").exists()  # before the teacher is asked
+    assert "student has no tokenizer.json" in capsys.readouterr().err
     assert main(["distill", "--run-dir", "none"]) == 1
     assert "samples.init_from and student.data.path are empty" in capsys.readouterr().err

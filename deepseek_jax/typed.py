@@ -39,11 +39,11 @@ def _built(hint: Any, value: Any) -> Any:
     return tuple(value) if isinstance(value, list) and typing.get_origin(hint) is tuple else value
 
 
-def check_types(config: Any) -> None:
+def check_types(config: Any, *, signed: Sequence[str] = ()) -> None:
     """Refuse a field whose value is not of its annotated type: an int is a fine float, a bool is no number.
 
-    A number of a configuration is a size, a count, a share, a rate or a seed: one that is negative, not finite or, if
-    whole, over 2³¹ - 1 is refused as well.
+    A number of a configuration is a size, a count, a share, a rate or a seed: one that is negative (but for the fields
+    in ``signed``), not finite or, if whole, over 2³¹ - 1 is refused as well.
     """
     for name, hint in typing.get_type_hints(type(config)).items():
         value = getattr(config, name)
@@ -60,7 +60,9 @@ def check_types(config: Any) -> None:
                 f"got {type(value).__name__}{advice and '; ' + advice}"
             )
         for number in items:
-            if isinstance(number, int | float) and (wrong := _wrong(number, hint)):
+            if not isinstance(number, int | float):
+                continue
+            if wrong := _wrong(abs(number) if name in signed else number, hint):
                 raise ValueError(f"{type(config).__name__}.{name}={value!r}: {wrong}")
 
 

@@ -12,4 +12,4 @@ def make(config: TaskConfig) -> Task:
     """Column `prompt` asks; `tests` (task.answer) holds the tests, see ``read_tests``; right is code that passes."""
     asking = make_rows_task(config, prompt="prompt", template=TEMPLATE)
     accuracy = code_reward(config.answer or "tests")
-    return dataclasses.replace(asking, accuracy=accuracy, right=lambda row: None, rewards=("accuracy",))
+    return dataclasses.replace(asking, accuracy=accuracy, right=lambda row: None, rewards=("accuracy",), said=None)

@@ -16,7 +16,7 @@ def make(config: TaskConfig) -> Task:
             f"task.prompt={config.prompt!r}, task.answer={config.answer!r}: humaneval's columns have names of their own"
         )
     asking = make_rows_task(config, prompt="prompt", template=TEMPLATE)
-    return dataclasses.replace(asking, accuracy=CodeReward(_tests), right=_right, rewards=("accuracy",))
+    return dataclasses.replace(asking, accuracy=CodeReward(_tests), right=_right, rewards=("accuracy",), said=None)
 
 
 def _tests(row: Row) -> UnitTests:

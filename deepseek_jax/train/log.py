@@ -39,6 +39,7 @@ class StepLog:
         self._fatal: int | None = None  # the step after which there were too many
         self._clock: float | None = None
         self._timed = 0  # tokens since
+        self._done_at: float | None = None  # when the step of the waiting line was done, where that is known
 
     def add(self, step: int, metrics: dict[str, Any], about_batch: Mapping[str, Any]) -> None:
         """Remember a step that was dispatched."""
@@ -54,6 +55,8 @@ class StepLog:
             self._clock = time.monotonic()
         else:
             self._new.append((step, metrics["finite"], metrics.get("tokens", 0)))
+        # A step that is done by now ends here, and not after the making of the next batch, of which the last has none.
+        self._done_at = time.monotonic() if metrics["finite"].is_ready() else None
         if self._progress is not None:
             self._progress.update(step)
 
@@ -65,6 +68,7 @@ class StepLog:
         found = evaluate(state)
         assert self._clock is not None
         self._clock += time.monotonic() - began
+        self._done_at = None
         if self._config.best_metric is not None and self._config.best_metric not in found:
             raise ValueError(f"best_metric {self._config.best_metric!r} is none of {sorted(found)}")
         self._line = step, {**metrics, **found}
@@ -83,7 +87,7 @@ class StepLog:
         metrics = jax.device_get(metrics)
         self._count()
         assert self._clock is not None
-        now = time.monotonic()
+        now = self._done_at or time.monotonic()
         if self._timed:
             metrics["tokens_per_second"] = self._timed / (now - self._clock)
             self._timed, self._clock = 0, now

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_jax.typed import check_types
+from deepseek_jax.workflows.inputs import look_for
 from deepseek_jax.workflows.rejection import KEPT, RejectionConfig, check_kept, rejection
 from deepseek_jax.workflows.sft import SFTConfig, sft
+from deepseek_jax.workflows.stage import read_result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +37,8 @@ def distill(config: DistillConfig) -> dict[str, Any]:
         raise ValueError("samples.init_from and student.data.path are empty: give a teacher, or files of what one said")
     run_dir, student, found = Path(config.run_dir), config.student, {}
     if config.samples.init_from:
+        if read_result(run_dir / "student") is None:  # known before a teacher is asked for days
+            look_for(student)
         own = {"run_dir": str(run_dir / "samples"), "quiet": config.quiet or config.samples.quiet}
         found["samples"] = rejection(dataclasses.replace(config.samples, **own))
         check_kept(run_dir / "samples")

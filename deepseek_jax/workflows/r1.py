@@ -38,9 +38,10 @@ from deepseek_jax.saying import terminal
 from deepseek_jax.typed import check_types
 from deepseek_jax.workflows.chain import Link, held, run_chain
 from deepseek_jax.workflows.grpo import GRPOConfig, grpo
+from deepseek_jax.workflows.inputs import look_for
 from deepseek_jax.workflows.pretrain import PretrainConfig, pretrain
 from deepseek_jax.workflows.r1_data import R1Data, make_data
-from deepseek_jax.workflows.r1_evaluation import R1Evaluation, evaluate
+from deepseek_jax.workflows.r1_evaluation import R1Evaluation, check_rows, evaluate
 from deepseek_jax.workflows.recipe import moved
 from deepseek_jax.workflows.rejection import KEPT, RejectionConfig, check_kept, rejection
 from deepseek_jax.workflows.report import write_report
@@ -125,6 +126,7 @@ def r1(config: R1Config, console: Console | None = None) -> None:
     began, run_dir = time.monotonic(), Path(config.run_dir)
     links = make_links(config)
     check_inputs(links)
+    check_files(links)
 
     def say(name: str, more: str) -> None:
         console.print(Text.assemble((name, "bold"), more))
@@ -194,6 +196,21 @@ def half_done(run_dir: Path) -> int | None:
     """The newest checkpoint's step of a stage that has no result; None where there is none, or it is done."""
     steps = checkpoint_steps(run_dir / CHECKPOINTS)
     return steps[-1] if steps and read_result(run_dir) is None else None
+
+
+def check_files(links: list[Link]) -> None:
+    """ValueError, naming the stage, for files and models outside the chain's folder that are not there, and for a row
+    there that the evaluation cannot ask or grade. A stage that has its result needs them no more."""
+    for name, _, config in links:
+        if read_result(config.run_dir) is not None:
+            continue
+        try:
+            folder = str(Path(config.run_dir).parent)
+            look_for(config, under=folder)
+            if isinstance(config, R1Evaluation):
+                check_rows(config, under=folder)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{name}: {error}") from error
 
 
 def _paths(value: Any, folder: str, field: str = "") -> Iterator[tuple[str, str]]:

@@ -35,7 +35,7 @@ class R1Evaluation:
     problems: TaskConfig = TaskConfig()
     """Questions with right answers; none without a path."""
     requests: TaskConfig = TaskConfig()
-    """Others, of general use; none without a path."""
+    """Others, of general use, with right answers too; none without a path."""
     asking: Asking = Asking()
     batch_size: int = 16
     """Answers sampled at a time."""
@@ -72,6 +72,14 @@ def evaluate(config: R1Evaluation) -> dict[str, Any]:
     write_json(folder / "config.json", {"stage": "evaluation", "recipe": dataclasses.asdict(config)})
     write_json(folder / RESULT, found)
     return found
+
+
+def check_rows(config: R1Evaluation, *, under: str) -> None:
+    """ValueError for the first row that cannot be asked or has no right answer, but for files under this folder, which
+    may not be there yet."""
+    for task in _tasks(config).values():
+        if not any(path.startswith(f"{under}/") for path in task.path):
+            Answers(task, config.asking)
 
 
 def _tasks(config: R1Evaluation) -> dict[str, TaskConfig]:

@@ -60,7 +60,8 @@ class RejectionConfig:
     """Rewards, as grpo takes them, of answers to rows without a right one; give it several times for more. An answer on
     which one fails, as a reward model on one that is too long for it, is not kept."""
     judge_least: float = 0.5
-    """The least sum of the judge's rewards, weighted, with which an answer is kept."""
+    """The least sum of the judge's rewards, weighted, with which an answer is kept; scores may be negative, and so may
+    this."""
     batch_size: int = 64
     """Answers at a time."""
     mesh: MeshConfig = MeshConfig()
@@ -72,7 +73,7 @@ class RejectionConfig:
     MAY_CHANGE = ("run_dir", "compute", "mesh", "batch_size", "ignore_config", "quiet")
 
     def __post_init__(self) -> None:
-        check_types(self)
+        check_types(self, signed=("judge_least",))
         check_least(self, 1, "batch_size")
         if self.judge and not self.unanswered:
             raise ValueError(f"judge={self.judge!r}: it is for rows without a right answer, which take unanswered")
@@ -104,7 +105,8 @@ def rejection(config: RejectionConfig) -> dict[str, Any]:
     chosen = choose(sampled, config.keep, least=config.judge_least if config.judge else None)
     kept = [(line, reply) for line, (reply, _) in zip(lines, chosen, strict=True) if reply is not None]
     write_whole(run_dir / KEPT, "".join(_chat(answers, line, reply) for line, reply in kept))
-    write_json(run_dir / RESULT, counts(sampled, chosen))
+    skipped = {"skipped": answers.skipped} if asking.skip_unusable else {}
+    write_json(run_dir / RESULT, counts(sampled, chosen) | skipped)
     if not kept:
         say(f"{run_dir / KEPT} is empty: no answer was kept")
     return read_result(run_dir) or {}

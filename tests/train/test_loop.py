@@ -59,6 +59,12 @@ def test_a_run_writes_all_it_promises(whole):
     assert saved_steps(whole) == [8, 12]
 
 
+def test_the_last_line_has_the_time_of_its_batch_too(tmp_path):
+    """A step that waits for its end, as reinforcement learning's does: 100 tokens take the batch's 20 ms at least."""
+    train(tmp_path, steps=4, batches=ToyBatches(pause=0.02), step_fn=lambda *of: jax.block_until_ready(toy_step(*of)))
+    assert all(line["tokens_per_second"] < 100 / 0.02 for line in read_metrics(tmp_path)[1:])
+
+
 def test_a_finished_run_is_left_as_it_is(whole):
     before = (whole / "metrics.jsonl").read_bytes()
     state = train(whole, steps=12, step_fn=lambda state, batch: pytest.fail("a step was taken"))

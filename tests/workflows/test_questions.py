@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from decimal import Decimal
 
 import numpy as np
@@ -93,6 +94,23 @@ def test_rows_that_cannot_be_used_are_skipped_where_that_is_said(tmp_path, caplo
     (tmp_path / "rows.jsonl").write_text('{"prompt": "1+2="}\n')
     with pytest.raises(ValueError, match="no rows to ask"):
         Answers(config, asking)
+
+
+@pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("code", {"prompt": "x", "tests": "assert f() == 1"}),
+        ("humaneval", {"prompt": "def f():\n", "entry_point": "f", "test": "", "canonical_solution": "    return 1\n"}),
+    ],
+)
+def test_problems_without_a_right_answer_as_text_are_asked_and_have_no_votes(name, row, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    asking = Asking(samples=2, max_tokens=4)
+    answers = Answers(TaskConfig(name=name, path=(str(tmp_path / "rows.jsonl"),), template="{prompt}"), asking)
+    found, folder = ask_questions(MODEL, [answers], asking, tmp_path / "out", batch_size=2)
+    assert found[answers.name]["pass@2"] == 0 and "cons@2" not in found[answers.name]
+    assert [line["correct"] for line in read_json_lines(folder / answers.file)] == [False, False]
 
 
 @pytest.mark.parametrize(

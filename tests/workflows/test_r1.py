@@ -17,6 +17,7 @@ from workflows.miniature import run_program
 
 from deepseek_jax.data.tokenizer import THINK
 from deepseek_jax.rl import arithmetic, sampler
+from deepseek_jax.rl.tasks import TaskConfig
 from deepseek_jax.rl.words import wait_words
 from deepseek_jax.train.metrics import read_metrics
 from deepseek_jax.workflows import r1 as r1_module
@@ -24,7 +25,7 @@ from deepseek_jax.workflows import r1_data, r1_requests
 from deepseek_jax.workflows.corpus import CorpusConfig
 from deepseek_jax.workflows.questions import Answers
 from deepseek_jax.workflows.r1 import STAGES as ALL
-from deepseek_jax.workflows.r1 import R1Config, check_inputs, make_links, r1
+from deepseek_jax.workflows.r1 import R1Config, check_files, check_inputs, make_links, r1
 from deepseek_jax.workflows.r1_data import R1Data, make_data
 from deepseek_jax.workflows.recipe import load_recipe
 from deepseek_jax.workflows.stage import LoaderBatches
@@ -206,6 +207,23 @@ def test_no_samples_and_a_stage_skipped_half_done_are_named(tmp_path, monkeypatc
     )
     with pytest.raises(ValueError, match=message):
         check_inputs(make_links(dataclasses.replace(config, skip=(*skip, "samples"))))
+
+
+def test_files_and_models_of_ones_own_are_looked_for_before_the_first_stage(tmp_path):
+    config = dataclasses.replace(tiny_r1.config(tmp_path), run_dir=str(tmp_path / "run"))
+    with pytest.raises(ValueError, match=r"pretrain: .*pages.jsonl: there is no such file"):
+        check_files(make_links(config))
+    tiny_r1.write_questions(tmp_path)
+    check_files(make_links(config))
+    rows = tmp_path / "open.jsonl"
+    rows.write_text('{"prompt": "q"}\n')
+    evaluation = dataclasses.replace(config.evaluation, problems=TaskConfig(path=(str(rows),)))
+    with pytest.raises(ValueError, match='evaluation: .*open.jsonl:1: no column "answer"'):
+        check_files(make_links(dataclasses.replace(config, evaluation=evaluation)))
+    with pytest.raises(ValueError, match="student: nowhere does not exist"):
+        check_files(
+            make_links(dataclasses.replace(config, student=dataclasses.replace(config.student, init_from="nowhere")))
+        )
 
 
 def test_another_base_stands_in_the_place_of_pretraining(tmp_path):

@@ -112,6 +112,11 @@ def test_rows_without_a_right_answer_are_refused_kept_or_judged(here, capsys):
     good = ["--judge", "mine.py:score", "--judge", "fails.py:score", "--judge-least", "0", "--run-dir", "run"]
     assert main(["rejection", *ASKED, "--unanswered", *good]) == 0
     assert read_json_lines(Path("run/kept.jsonl")) == odd
+    (here / "mine.py").write_text("def score(completion, row):\n    return len(completion.strip()) % 2 - 1\n")
+    judge = ["--judge", "mine.py:score", "--judge-least"]
+    for least, wanted in (("-0.5", odd), ("-1", everything)):
+        assert main(["rejection", *ASKED, "--unanswered", *judge, least, "--run-dir", "run"]) == 0
+        assert read_json_lines(Path("run/kept.jsonl")) == wanted
     # What was said before the last turn, with tools, is learnt too.
     turns = [{"role": "assistant", "content": "<tool>x: 1</tool>"}, {"role": "user", "content": "<result>2</result>"}]
     (path,) = Path("run").glob("rows-*.jsonl")
@@ -148,5 +153,8 @@ def test_a_teacher_teaches_a_student_of_another_tokenizer(here, capsys):
     assert "nothing was trained" in capsys.readouterr().err
     assert main([*command, "--samples.keep.longest", "1"]) == 1
     assert "run/samples/kept.jsonl is empty: none of the teacher's answers was kept" in capsys.readouterr().err
+    (here / "student" / "tokenizer.json").unlink()
+    assert main([*command, "--run-dir", "other"]) == 1 and not Path("other").exists()  # before the teacher is asked
+    assert "student has no tokenizer.json" in capsys.readouterr().err
     assert main(["distill", "--run-dir", "none"]) == 1
     assert "samples.init_from and student.data.path are empty" in capsys.readouterr().err

@@ -18,7 +18,7 @@ def config() -> PPOConfig:
         **same
         | {
             "run_dir": "runs/ppo",
-            "rollout": dataclasses.replace(grpo.rollout, advantage="return"),
+            "rollout": dataclasses.replace(grpo.rollout, advantage="return", patience=0),
             "loss": dataclasses.replace(grpo.loss, normalise="dapo"),
             "critic": CriticConfig(optimizer=dataclasses.replace(grpo.optimizer, peak_lr=1e-3)),
         }

@@ -187,8 +187,12 @@ def open_rows(path_dir: str | os.PathLike[str]) -> RowSource:
 def check_rows(path_dir: str | os.PathLike[str], made_of: Mapping[str, Any], paths: Iterable[PathLike] = ()) -> None:
     """ValueError naming what of ``made_of`` is not what the rows' meta.json says; what that lacks is taken to fit, but
     for a file of ``sources``. A file of those that is missing now is named too, unless the one of ``paths`` that it was
-    found by is gone as a whole: packed rows outlive their source, which is said."""
+    found by is gone as a whole: packed rows outlive their source, which is said. Of the same files in the same order it
+    does not matter where they lie."""
     meta = open_rows(path_dir).meta
+    if (files := _files(made_of)) is not None and files == _files(meta):
+        made_of = {name: value for name, value in made_of.items() if name not in (SOURCES, "sha256")}
+        made_of["data"] = {name: value for name, value in made_of["data"].items() if name != "path"}
     differ = []
     for name, here in made_of.items():
         there = meta.get(name, here)
@@ -206,6 +210,14 @@ def check_rows(path_dir: str | os.PathLike[str], made_of: Mapping[str, Any], pat
             f"{path_dir} was packed from other data or settings: {'; '.join(differ)}; choose another run_dir, "
             f"or remove {path_dir} where there is no checkpoint yet"
         )
+
+
+def _files(made_of: Mapping[str, Any]) -> tuple[list[str], list[int]] | None:
+    """The files that rows are made of, by content, and which of the paths that name them are the same; None where there
+    is no file any more."""
+    paths = [str(path) for path in made_of.get("data", {}).get("path", ())]
+    contents = [*made_of.get("sha256", {}).values()]
+    return (contents, [paths.index(path) for path in paths]) if contents else None
 
 
 def _outlived(paths: Iterable[PathLike], there: Mapping[str, Any], here: Mapping[str, Any]) -> set[str]:

@@ -36,6 +36,11 @@ class Answer:
     ended: bool
     turns: tuple[Message, ...] = ()
 
+    @property
+    def all_turns(self) -> str:
+        """All that was said, results of calls among it: the text alone where nothing was called."""
+        return "\n".join([*(turn["content"] for turn in self.turns), self.text])
+
 
 def ask(task: Task, tokenizer: Tokenizer, row: Row) -> Question:
     """ValueError "FILE:LINE: what" for a row that cannot be asked."""

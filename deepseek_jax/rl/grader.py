@@ -27,7 +27,8 @@ logger = logging.getLogger(__name__)
 Score = float | Steps | None
 _Seen = tuple[str, Row]
 _BY_ANSWER = ("timeout", "crash")  # how an answer ends a reward of the package
-_PLURALS = {"timeout": "timeouts", "crash": "crashes", "error": "errors"}
+_FAILURES, _UNJUDGED = ("timeout", "crash", "error"), ("unjudged",)  # of a call of a file's, of a model's
+_PLURALS = {"timeout": "timeouts", "crash": "crashes", "error": "errors", "unjudged": "unjudged"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +85,8 @@ class Grades:
     total_N: Σ weight · reward of each (float64); a reward that has no score adds nothing.
     steps_N: of each the steps that rewards of steps gave, weighted.
     rewards: by name, unweighted, (n,), the sum of steps; NaN where the reward gave None or failed.
-    failed_N: completions on which a call ended by timeout, crash or error. failures: by name, how many of each.
+    failed_N: completions on which a call ended by timeout, crash or error, or which a model cannot judge. failures: by
+    name, how many of each.
     """
 
     total_N: np.ndarray
@@ -102,7 +104,10 @@ class Grades:
             [steps for part in parts for steps in part.steps_N],
             np.concatenate([part.failed_N for part in parts]),
             {name: np.concatenate([part.rewards[name] for part in parts]) for name in first.rewards},
-            {name: sum((Counter(part.failures[name]) for part in parts), Counter()) for name in first.failures},
+            {
+                name: {kind: sum(part.failures[name][kind] for part in parts) for kind in kinds}
+                for name, kinds in first.failures.items()
+            },
         )
 
     def metrics(self) -> dict[str, float]:
@@ -112,8 +117,9 @@ class Grades:
         found = {"reward": float(total_N.mean())}
         for name, scores in self.rewards.items():
             found[f"reward_{name}"] = float(np.nanmean(scores)) if np.isfinite(scores).any() else 0.0
-        for failure, plural in _PLURALS.items() if self.failures else ():
-            found[f"reward_{plural}"] = float(sum(counts[failure] for counts in self.failures.values()))
+        for counts in self.failures.values():
+            for kind, count in counts.items():
+                found[f"reward_{_PLURALS[kind]}"] = found.get(f"reward_{_PLURALS[kind]}", 0.0) + count
         return found
 
 
@@ -126,7 +132,8 @@ class Grader:
     A reward is `score(completion: str, row: Mapping) -> float | None`; None: the row is not graded by it. One of steps
     (a process reward) gives a list of (end, number), each step's end in characters of the completion. `accuracy` is
     the task's, the others of the package are in `rewards`; `model:PATH` is a reward model's (`ModelReward`), called
-    `model.` and the last part of its path in metrics. A function of a file runs in one of `workers` processes, as
+    `model.` and the last part of its path in metrics; an answer too long for it has no score, which is counted
+    (`reward_unjudged`). A function of a file runs in one of `workers` processes, as
     `maths` does, and a call that takes more than `time_limit` seconds, or ends its process, has no score: that is
     counted, and the process is replaced. So is a call that raises, and the first of each reward is logged with its
     row; when every call of a reward in a batch raises or ends its process, the reward is taken to be wrong and `grade`
@@ -155,8 +162,10 @@ class Grader:
             named = spec.named
             if task is None and named and (named.compares or named.several or spec.name == "accuracy"):
                 raise ValueError(f"reward {spec.name} needs a task, which says what is right")
-        self._task, self._models = task, (compute, mesh)
-        self._here = {spec.name: _own(spec, task) for spec in self._specs if not spec.source}
+        self._task, self._devices = task, (compute, mesh)
+        own = {spec.name: _own(spec, task) for spec in self._specs if not spec.source}
+        self._models = {name: reward for name, reward in own.items() if isinstance(reward, ModelReward)}
+        self._here = {name: reward for name, reward in own.items() if not isinstance(reward, ModelReward)}
         self._functions = {spec.name: spec.source for spec in self._specs if spec.source}
         self._logged: set[tuple[str, str]] = set()
         self._pool: WorkerPool | None = None
@@ -180,23 +189,37 @@ class Grader:
         """ValueError for the first row that a reward of the package cannot use: better known before training."""
         for spec in self._specs:
             seen = self._seen(spec, [""] * len(rows), rows, [True] * len(rows))
-            if spec.name in self._here and not isinstance(self._here[spec.name], ModelReward):
+            if spec.name in self._here:
                 self._grade_here(spec.name, seen, rows)
 
-    def grade(self, completions: Sequence[str], rows: Sequence[Row], *, ended: Sequence[bool] | None = None) -> Grades:
+    def grade(
+        self,
+        completions: Sequence[str],
+        rows: Sequence[Row],
+        *,
+        ended: Sequence[bool] | None = None,
+        whole: Sequence[str] | None = None,
+    ) -> Grades:
         """The rewards of each completion, which answers the row at its place.
 
         ended: whether it ended by itself (by default all). The package's rewards of answers take one that was cut off
         for an empty text, whatever it says so far; those of how it is written, and functions of files, get it as it
         stands.
+
+        whole: all turns of each, where the completion is the last (by default it is all); that is what a reward model
+        gets which judges everything.
         """
         ended = [True] * len(rows) if ended is None else ended
         if not len(completions) == len(rows) == len(ended) or not rows:
             raise ValueError(f"{len(completions)} completions of {len(rows)} rows: expected as many, at least one")
-        failures = {name: Counter[str]() for name in self._functions}
+        failures = {name: Counter(dict.fromkeys(_FAILURES, 0)) for name in self._functions}
+        failures |= {name: Counter(dict.fromkeys(_UNJUDGED, 0)) for name in self._models}
         seen = {spec.name: self._seen(spec, completions, rows, ended) for spec in self._specs}
+        everything = list(zip(completions if whole is None else whole, rows, strict=True))
+        seen |= {name: everything for name, model in self._models.items() if model.judges == "all"}
         scores: dict[str, Sequence[Score]] = {name: self._grade_here(name, seen[name], rows) for name in self._here}
         failed_N = np.zeros(len(rows), bool)
+        scores |= self._judge(seen, rows, failures, failed_N)
         scores |= self._grade_there(seen, rows, failures, failed_N)
         rewards = {spec.name: np.array([*map(_summed, scores[spec.name])], np.float64) for spec in self._specs}
         self._report_none(rewards, failed_N)
@@ -216,8 +239,8 @@ class Grader:
         self, spec: RewardSpec, completions: Sequence[str], rows: Sequence[Row], ended: Sequence[bool]
     ) -> list[_Seen]:
         """What a reward gets of each completion and its row, see ``Named``."""
-        named, reward = spec.named, self._here.get(spec.name)
-        if named is not None and not (reward.cut if isinstance(reward, ModelReward) else named.cut):
+        named = spec.named
+        if named is not None and not named.cut:
             completions = [text if end else "" for text, end in zip(completions, ended, strict=True)]
         if named is None or not named.compares:
             return list(zip(completions, rows, strict=True))
@@ -230,10 +253,6 @@ class Grader:
 
     def _grade_here(self, name: str, seen: Sequence[_Seen], rows: Sequence[Row]) -> Sequence[Score]:
         reward = self._here[name]
-        if isinstance(reward, ModelReward):
-            assert self._task is not None
-            reward.open(*self._models)
-            return reward.score_all([text for text, _ in seen], rows, self._task)
 
         def score(arguments: _Seen, row: Row) -> Score:
             with _telling(name, row):
@@ -241,6 +260,21 @@ class Grader:
 
         with ThreadPoolExecutor(getattr(reward, "threads", 1), thread_name_prefix="reward") as threads:
             return list(threads.map(score, seen, rows))
+
+    def _judge(
+        self,
+        seen: Mapping[str, Sequence[_Seen]],
+        rows: Sequence[Row],
+        failures: Mapping[str, Counter[str]],
+        failed_N: np.ndarray,
+    ) -> dict[str, list[Score]]:
+        scores = {}
+        for name, model in self._models.items():
+            assert self._task is not None
+            model.open(*self._devices)
+            outcomes = model.score_all([text for text, _ in seen[name]], rows, self._task)
+            scores[name] = self._settle(name, outcomes, rows, failures, failed_N)
+        return scores
 
     def _grade_there(
         self,
@@ -258,25 +292,31 @@ class Grader:
         scores = {}
         for index, name in enumerate(self._functions):
             own = outcomes[index * len(rows) : (index + 1) * len(rows)]
-            failures[name].update(outcome.failure for outcome in own if outcome.failure)
             if name in NAMED:
                 own = [outcome._replace(value=0.0) if outcome.failure in _BY_ANSWER else outcome for outcome in own]
-            failed_N |= [outcome.failure != "" and outcome.value is None for outcome in own]
-            self._report(name, own, rows)
-            scores[name] = [outcome.value for outcome in own]
+            if all(outcome.failure and outcome.value is None for outcome in own):
+                what = f"for {where(rows[0])}: {own[0].failure}: {own[0].text}"
+                raise ValueError(f"reward {name} fails for every completion; {what}")
+            scores[name] = self._settle(name, own, rows, failures, failed_N)
         return scores
 
-    def _report(self, name: str, outcomes: Sequence[Outcome], rows: Sequence[Row]) -> None:
-        if all(outcome.failure and outcome.value is None for outcome in outcomes):
-            first = outcomes[0]
-            raise ValueError(
-                f"reward {name} fails for every completion; for {where(rows[0])}: {first.failure}: {first.text}"
-            )
+    def _settle(
+        self,
+        name: str,
+        outcomes: Sequence[Outcome],
+        rows: Sequence[Row],
+        failures: Mapping[str, Counter[str]],
+        failed_N: np.ndarray,
+    ) -> list[Score]:
+        """The scores; what failed is counted and marked, and the first of each kind told."""
+        failures[name].update(outcome.failure for outcome in outcomes if outcome.failure)
+        failed_N |= [outcome.failure != "" and outcome.value is None for outcome in outcomes]
         for outcome, row in zip(outcomes, rows, strict=True):
             if outcome.failure and (name, outcome.failure) not in self._logged:
                 self._logged.add((name, outcome.failure))
                 what = (name, outcome.failure, where(row), outcome.text)
                 logger.warning("reward %s: %s for %s (%s); from now on only counted", *what)
+        return [outcome.value for outcome in outcomes]
 
     def _report_none(self, rewards: Mapping[str, np.ndarray], failed_N: np.ndarray) -> None:
         """Say once of a reward that it has no score for any of a batch: None alone, as from a forgotten return."""

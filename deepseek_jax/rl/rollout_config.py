@@ -58,7 +58,7 @@ class RolloutConfig:
     min_signal: float = 0.1
     """Stop when under this share of the groups has unequal rewards for patience steps in a row."""
     patience: int = 20
-    """Steps in a row; 0: never stop for it."""
+    """Steps in a row; 0: never stop for it, as PPO's default is."""
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -118,7 +118,8 @@ class Sampler:
             sampled = time.monotonic()
             new = samples[-config.prompts * config.group :]
             texts, rows = [sample.answer.text for sample in new], [sample.question.row for sample in new]
-            parts.append(self.grader.grade(texts, rows, ended=[sample.answer.ended for sample in new]))
+            ended, whole = ([getattr(sample.answer, name) for sample in new] for name in ("ended", "all_turns"))
+            parts.append(self.grader.grade(texts, rows, ended=ended, whole=whole))
             clock.rollout += sampled - began
             clock.reward += time.monotonic() - sampled
             grades, groups = Grades.joined(parts), (-1, config.group)
@@ -176,7 +177,7 @@ class Sampler:
                 "question": self._numbers[where(question.row)],
                 "prompt": question.text,
                 "answer": right,
-                "completion": "\n".join([*(turn["content"] for turn in sample.answer.turns), sample.answer.text]),
+                "completion": sample.answer.all_turns,
                 "tokens": sample.length,
                 "ended": sample.answer.ended,
                 "rewards": {name: float(value) for name, value in rewards.items()},

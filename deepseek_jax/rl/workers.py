@@ -23,7 +23,7 @@ class Outcome(NamedTuple):
     """What became of a call: the value it returned, or why there is none (`text` is the error's)."""
 
     value: Any
-    failure: Literal["", "timeout", "crash", "error"] = ""
+    failure: Literal["", "timeout", "crash", "error", "unjudged"] = ""
     text: str = ""
 
 

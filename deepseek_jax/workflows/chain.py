@@ -10,7 +10,7 @@ from deepseek_jax.files import read_json_object
 from deepseek_jax.train.preemption import stop_signals
 from deepseek_jax.train.resume import check_resume, differences, saved_meta
 from deepseek_jax.train.run_lock import run_lock
-from deepseek_jax.workflows.recipe import moved
+from deepseek_jax.workflows.recipe import as_now
 from deepseek_jax.workflows.stage import StageConfig, read_result
 
 _SAYING = ("run_dir", "quiet")  # no part of what is made
@@ -54,11 +54,11 @@ def is_done(config: Any) -> bool:
     saved = saved_meta(folder) if trains else read_json_object(folder / "config.json")
     if not saved or read_result(folder) is None:
         return False
-    there = saved["recipe"]
-    same_place = moved(config, str(folder.parent), str(Path(there["run_dir"]).parent))  # it may have been moved
-    wanted = {**saved, "recipe": dataclasses.asdict(same_place)}
-    check_resume(folder, saved, wanted, getattr(config, "MAY_CHANGE", _SAYING))
+    wanted = {**saved, "recipe": dataclasses.asdict(config)}
+    there = as_now(saved, wanted, config)
+    check_resume(folder, there, wanted, getattr(config, "MAY_CHANGE", _SAYING))
     if not trains:
-        return differences(saved, wanted).keys() <= {f"recipe.{name}" for name in _SAYING}
+        return differences(there, wanted).keys() <= {f"recipe.{name}" for name in _SAYING}
     by_epochs = getattr(config, "epochs", 0)  # which then say how many steps
-    return there["epochs"] == by_epochs if by_epochs else there["loop"]["steps"] == config.loop.steps
+    recipe = there["recipe"]
+    return recipe["epochs"] == by_epochs if by_epochs else recipe["loop"]["steps"] == config.loop.steps

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_jax.typed import check_types
-from deepseek_jax.workflows.rejection import KEPT, RejectionConfig, rejection
+from deepseek_jax.workflows.rejection import KEPT, RejectionConfig, check_kept, rejection
 from deepseek_jax.workflows.sft import SFTConfig, sft
 
 
@@ -37,8 +37,7 @@ def distill(config: DistillConfig) -> dict[str, Any]:
     if config.samples.init_from:
         own = {"run_dir": str(run_dir / "samples"), "quiet": config.quiet or config.samples.quiet}
         found["samples"] = rejection(dataclasses.replace(config.samples, **own))
-        if not found["samples"]["kept"]:
-            raise ValueError(f"{run_dir / 'samples' / KEPT} is empty: none of the teacher's answers was kept")
+        check_kept(run_dir / "samples")
         path = (str(run_dir / "samples" / KEPT), *student.data.path)
         student = dataclasses.replace(student, data=dataclasses.replace(student.data, path=path))
     own = {"run_dir": str(run_dir / "student"), "quiet": config.quiet or student.quiet}

@@ -12,10 +12,11 @@ from deepseek_jax.workflows.grpo import GRPOConfig, grpo
 @dataclasses.dataclass(frozen=True)
 class PPOConfig(GRPOConfig):
     """A PPO run: questions, answers, rewards, minibatches and the policy's loss are a GRPO run's; advantages are of
-    tokens, and come from a critic that begins as the policy with a head of one number."""
+    tokens, and come from a critic that begins as the policy with a head of one number. It learns from groups of equal
+    rewards too, so a run does not stop for them, unless it is given a rollout.patience."""
 
     run_dir: str = "runs/ppo"
-    rollout: RolloutConfig = RolloutConfig(advantage="return")
+    rollout: RolloutConfig = RolloutConfig(advantage="return", patience=0)
     loss: GRPOLoss = GRPOLoss(normalise="dapo")
     critic: CriticConfig = CriticConfig()
 

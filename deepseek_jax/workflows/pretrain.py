@@ -153,7 +153,7 @@ def prepare_rows(data: PretrainData, tokenizer: Tokenizer, folder: Path, *, seed
     ``fim_rate``, framed by begin and end of sentence, and cut into rows that follow one another without loss.
     """
     cache = Path(data.cache).expanduser() if data.cache else cache_folder() / "tokens"
-    how = {name: value for name, value in dataclasses.asdict(data).items() if name not in _BESIDE}
+    how = {name: value for name, value in dataclasses.asdict(data).items() if name not in (*_BESIDE, "tokenizer")}
     made_of = {
         "vocab_size": tokenizer.usable,
         "tokenizer_fingerprint": tokenizer.fingerprint,

@@ -20,7 +20,7 @@ from deepseek_jax.evals.samples import cons_at_k, pass_at_1, pass_at_k, wilson
 from deepseek_jax.files import read_json_lines, read_json_object, write_json, write_whole
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
-from deepseek_jax.rl.asking import Question, ask
+from deepseek_jax.rl.asking import Answer, Question, ask
 from deepseek_jax.rl.conversing import converse
 from deepseek_jax.rl.tasks import PRESETS, Row, TaskConfig, make_task, score_all, where
 from deepseek_jax.saying import doing
@@ -72,7 +72,8 @@ class Answers:
         self.skipped = 0
         self.rows = list(islice(self._usable(config, unanswered), asking.count or None))
         check_answerable(self.task, self.rows, config.path, unanswered=unanswered)
-        asked = json.dumps([dataclasses.asdict(config), *map(dict, self.rows)], default=str)
+        what = dataclasses.asdict(dataclasses.replace(config, path=()))  # the same rows, wherever they lie
+        asked = json.dumps([what, *map(dict, self.rows)], default=str)
         digest = hashlib.sha256(asked.encode()).hexdigest()[:8]
         self.file = f"{Path(config.name.partition(':')[0]).stem}-{digest}.jsonl"
 
@@ -238,6 +239,11 @@ def as_vote(said: Hashable | None) -> str | None:
 def powers(samples: int) -> list[int]:
     """1, 2, 4, … up to the samples, and these themselves."""
     return sorted({samples, *(2**power for power in range(samples.bit_length()))})
+
+
+def all_turns(line: dict[str, Any]) -> str:
+    """What was said in an answer that is kept, see ``Answer``."""
+    return Answer(line["completion"], line["ended"], tuple(line.get("turns", ()))).all_turns
 
 
 def _with_answer(row: Record, config: TaskConfig) -> Record:

@@ -32,6 +32,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from deepseek_jax.checkpoint.finding import CHECKPOINTS, checkpoint_steps
 from deepseek_jax.files import write_json
 from deepseek_jax.saying import terminal
 from deepseek_jax.typed import check_types
@@ -41,7 +42,7 @@ from deepseek_jax.workflows.pretrain import PretrainConfig, pretrain
 from deepseek_jax.workflows.r1_data import R1Data, make_data
 from deepseek_jax.workflows.r1_evaluation import R1Evaluation, evaluate
 from deepseek_jax.workflows.recipe import moved
-from deepseek_jax.workflows.rejection import RejectionConfig, rejection
+from deepseek_jax.workflows.rejection import KEPT, RejectionConfig, check_kept, rejection
 from deepseek_jax.workflows.report import write_report
 from deepseek_jax.workflows.report_data import SERIES
 from deepseek_jax.workflows.reward_model import RewardModelConfig, reward_model
@@ -117,8 +118,8 @@ class R1Config:
 def r1(config: R1Config, console: Console | None = None) -> None:
     """Run all stages that have no result yet and write ``report.html``.
 
-    ValueError where a stage was run with other settings, another process works in ``run_dir``, or a stage reads what
-    neither is there nor comes of an earlier one.
+    ValueError where a stage was run with other settings, another process works in ``run_dir``, no sample was kept, or a
+    stage reads what neither is there nor comes of an earlier one.
     """
     console = console or terminal()
     began, run_dir = time.monotonic(), Path(config.run_dir)
@@ -128,9 +129,16 @@ def r1(config: R1Config, console: Console | None = None) -> None:
     def say(name: str, more: str) -> None:
         console.print(Text.assemble((name, "bold"), more))
 
+    def check_done(name: str) -> None:
+        if isinstance(getattr(config, name), RejectionConfig):
+            check_kept(run_dir / name)
+
     with held(run_dir):
+        for name in config.skip:
+            if (step := half_done(run_dir / name)) is not None:
+                say(name, f" is skipped half done: what starts from it takes its checkpoint of step {step}")
         write_json(run_dir / SERIES, {"stages": [link.name for link in links]})
-        run_chain(links, say)
+        run_chain(links, say, after=check_done)
         report = write_report(run_dir)
     print_answers(run_dir, console)
     console.print(f"report: {report}   ({time.monotonic() - began:.0f} s for what was run now)")
@@ -150,7 +158,7 @@ def print_answers(run_dir: Path, console: Console) -> None:
 
 def make_links(config: R1Config) -> list[Link]:
     """The stages to run, in their order, their paths under ``config.run_dir``."""
-    there = str(Path(config.pretrain.run_dir).parent)
+    there, here = str(Path(config.pretrain.run_dir).parent), str(Path(config.run_dir))
     skipped = {*config.skip, *(["pretrain"] if config.base else [])}
     links = []
     for name, run in STAGES.items():
@@ -158,16 +166,16 @@ def make_links(config: R1Config) -> list[Link]:
         if name in skipped or not getattr(stage, "init_from", name):
             continue
         stage = dataclasses.replace(stage, seed=stage.seed + config.seed, quiet=stage.quiet or config.quiet)
-        stage = moved(stage, there, config.run_dir)
+        stage = moved(stage, there, here)
         if config.base:  # which may lie where the recipe's own folder does, and stays there
-            stage = moved(stage, moved(config.pretrain.run_dir, there, config.run_dir), config.base)
+            stage = moved(stage, moved(config.pretrain.run_dir, there, here), config.base)
         links.append(Link(name, run, stage))
     return links
 
 
 def check_inputs(links: list[Link]) -> None:
     """ValueError for a path in a stage's settings that lies in the chain's folder, where neither an earlier stage makes
-    it nor it is there already."""
+    it nor it is there already, and for samples of which none was kept."""
     made: list[str] = []
     for name, _, config in links:
         folder = str(Path(config.run_dir).parent)
@@ -177,7 +185,15 @@ def check_inputs(links: list[Link]) -> None:
             if not Path(path).exists():
                 owner = Path(path).relative_to(folder).parts[0]
                 raise ValueError(f"{name}.{field}={path!r}: it is not there, and the stage {owner} is not run before")
+            if Path(path).name == KEPT:
+                check_kept(Path(path).parent)
         made.append(config.run_dir)
+
+
+def half_done(run_dir: Path) -> int | None:
+    """The newest checkpoint's step of a stage that has no result; None where there is none, or it is done."""
+    steps = checkpoint_steps(run_dir / CHECKPOINTS)
+    return steps[-1] if steps and read_result(run_dir) is None else None
 
 
 def _paths(value: Any, folder: str, field: str = "") -> Iterator[tuple[str, str]]:

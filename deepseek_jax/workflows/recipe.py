@@ -6,11 +6,13 @@ One that is of several stages, each a field, gives a single one too: RECIPE:FIEL
 import dataclasses
 import difflib
 import importlib.util
+import json
 import re
 import sys
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -82,6 +84,40 @@ def _said(error: Exception, path: Path) -> str:
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
     return f"{what} in line {lines[-1]}" if lines else what
+
+
+def as_now(saved: Mapping[str, Any], settings: Mapping[str, Any], config: Any) -> dict[str, Any]:
+    """The ``saved`` settings of a run, as they would stand if it had been made by this release where it lies now, to be
+    compared with its ``settings`` of today, whose recipe ``config`` is: a field that there was not has its default, and
+    a path is today's where they differ by no more than the move of the folder that the run lies in.
+    """
+    if "recipe" not in saved:
+        return dict(saved)
+    there = {**saved, "recipe": _with_defaults(saved["recipe"], config)}
+    old, new = (str(Path(place).parent) for place in (saved["recipe"]["run_dir"], config.run_dir))
+
+    def follow(was: Any, now: Any) -> Any:
+        if isinstance(was, dict) and isinstance(now, dict):
+            return {name: follow(value, now.get(name)) for name, value in was.items()}
+        if isinstance(was, list) and isinstance(now, list) and len(was) == len(now):
+            return [follow(*pair) for pair in zip(was, now, strict=True)]
+        return now if isinstance(was, str) and moved(was, old, new) == now else was
+
+    return follow(*(json.loads(json.dumps(tree)) for tree in (there, settings)))
+
+
+def _with_defaults(saved: Mapping[str, Any], config: Any) -> dict[str, Any]:
+    """The settings, with the defaults of fields that the class of ``config`` has and they have not."""
+    found = dict(saved)
+    for field in dataclasses.fields(config):
+        value, was = getattr(config, field.name), saved.get(field.name, field.default)
+        if dataclasses.is_dataclass(was):
+            was = dataclasses.asdict(cast(Any, was))
+        elif dataclasses.is_dataclass(value) and isinstance(was, dict):
+            was = _with_defaults(was, value)
+        if was is not dataclasses.MISSING:
+            found[field.name] = was
+    return found
 
 
 def moved(config: Any, old: str, new: str) -> Any:

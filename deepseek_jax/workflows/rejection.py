@@ -29,7 +29,8 @@ from deepseek_jax.saying import doing, say
 from deepseek_jax.train.resume import differences
 from deepseek_jax.typed import check_least, check_types
 from deepseek_jax.workflows.own_run import owns_run
-from deepseek_jax.workflows.questions import Answers, Asking, asked_how, claim
+from deepseek_jax.workflows.questions import Answers, Asking, all_turns, asked_how, claim
+from deepseek_jax.workflows.recipe import as_now
 from deepseek_jax.workflows.stage import RESULT, read_result, write_json
 
 KEPT = "kept.jsonl"
@@ -56,7 +57,8 @@ class RejectionConfig:
     """Ask rows without a right answer too; all that is said to them is kept where it reads well, or what ``judge``
     scores high enough."""
     judge: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Rewards, as grpo takes them, of answers to rows without a right one; give it several times for more."""
+    """Rewards, as grpo takes them, of answers to rows without a right one; give it several times for more. An answer on
+    which one fails, as a reward model on one that is too long for it, is not kept."""
     judge_least: float = 0.5
     """The least sum of the judge's rewards, weighted, with which an answer is kept."""
     batch_size: int = 64
@@ -90,7 +92,7 @@ def rejection(config: RejectionConfig) -> dict[str, Any]:
     answers = Answers(config.task, asking, unanswered=config.unanswered)
     _check_languages(answers, config.keep)
     settings = {"stage": "rejection", "answers": answers.file, "recipe": dataclasses.asdict(config)}
-    there, stands = read_json_object(run_dir / "config.json"), read_result(run_dir)
+    there, stands = as_now(read_json_object(run_dir / "config.json"), settings, config), read_result(run_dir)
     may = tuple(f"recipe.{name}" for name in config.MAY_CHANGE)
     if stands is not None and all(name.startswith(may) for name in differences(there, settings)):
         say(f"{run_dir / RESULT} stands; remove it to choose again")
@@ -106,6 +108,12 @@ def rejection(config: RejectionConfig) -> dict[str, Any]:
     if not kept:
         say(f"{run_dir / KEPT} is empty: no answer was kept")
     return read_result(run_dir) or {}
+
+
+def check_kept(run_dir: str | Path) -> None:
+    """ValueError where none of a run's answers was kept: beside other chats, that would go unseen."""
+    if not (path := Path(run_dir) / KEPT).stat().st_size:
+        raise ValueError(f"{path} is empty: none of the teacher's answers was kept")
 
 
 def _chat(answers: Answers, line: dict[str, Any], reply: str) -> str:
@@ -143,8 +151,10 @@ def _sampled(config: RejectionConfig, answers: Answers, lines: Sequence[dict[str
             for start in range(0, len(open_ones), config.batch_size):
                 part = open_ones[start : start + config.batch_size]
                 texts, ended = ([lines[index][name] for index in part] for name in ("completion", "ended"))
-                grades = grader.grade(texts, [rows[index] for index in part], ended=ended)
+                whole = [all_turns(lines[index]) for index in part]
+                grades = grader.grade(texts, [rows[index] for index in part], ended=ended, whole=whole)
                 silent_N = np.all([np.isnan(scores_N) for scores_N in grades.rewards.values()], axis=0)
+                silent_N |= grades.failed_N
                 found = zip(part, grades.total_N, silent_N, strict=True)
                 scores |= {index: None if silent else float(total) for index, total, silent in found}
     return [

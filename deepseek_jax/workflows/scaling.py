@@ -21,7 +21,7 @@ from deepseek_jax.rl.asking import ask
 from deepseek_jax.rl.grader import Grader, parse_reward
 from deepseek_jax.rl.tasks import score_all, where
 from deepseek_jax.typed import check_types
-from deepseek_jax.workflows.questions import Answers, powers
+from deepseek_jax.workflows.questions import Answers, all_turns, powers
 
 logger = logging.getLogger(__name__)
 
@@ -182,7 +182,8 @@ def _curve(task: str, kind: str, x: Sequence[int], shares: Sequence[Sequence[flo
 def _scores(answers: Answers, reward: str, lines: Sequence[dict[str, Any]]) -> list[float]:
     rows = [answers.rows[line["question"]] for line in lines]
     with Grader((reward,), task=answers.task) as grader:
-        grades = grader.grade([line["completion"] for line in lines], rows, ended=[line["ended"] for line in lines])
+        texts, ended = ([line[name] for line in lines] for name in ("completion", "ended"))
+        grades = grader.grade(texts, rows, ended=ended, whole=[all_turns(line) for line in lines])
     ((name, scores),) = grades.rewards.items()
     if np.isnan(scores).all():
         raise ValueError(f"scaling.best_of={reward!r}: {name} has no score for any answer of {answers.name}")

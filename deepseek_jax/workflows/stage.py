@@ -30,6 +30,7 @@ from deepseek_jax.train.state import TrainState, abstract_state, create_state
 from deepseek_jax.train.step import Batch, Loss, Step, StepConfig, make_step
 from deepseek_jax.typed import check_least, check_types
 from deepseek_jax.workflows.log_to import opened_logs
+from deepseek_jax.workflows.recipe import as_now
 
 RESULT = "result.json"
 
@@ -176,7 +177,7 @@ def _open_run(config: StageConfig, settings: dict[str, Any], start: Model) -> di
     """Make the run's folder, with its tokenizer; what its checkpoint says, if it has one, which must be of this run."""
     run_dir, first = Path(config.run_dir), jax.process_index() == 0
     if (saved := saved_meta(run_dir)) is not None:
-        check_resume(run_dir, saved, settings, config.MAY_CHANGE)
+        check_resume(run_dir, as_now(saved, settings, config), settings, config.MAY_CHANGE)
         say(f"{run_dir}: goes on from step {checkpoint_steps(run_dir / CHECKPOINTS)[-1]}")
         if first and _has_changed(config):
             (run_dir / RESULT).unlink(missing_ok=True)  # it may have been measured otherwise
@@ -265,8 +266,9 @@ def finish(config: StageConfig, facts: dict[str, Any], measure: Callable[[], dic
 
 def _has_changed(config: StageConfig) -> bool:
     """Whether settings differ from the last time, other than where the run is and what it says."""
-    before = files.read_json_object(Path(config.run_dir) / "config.json").get("recipe", {})
-    return bool(differences(before, dataclasses.asdict(config)).keys() - {"run_dir", "quiet", "log_to"})
+    here = {"recipe": dataclasses.asdict(config)}
+    before = as_now(files.read_json_object(Path(config.run_dir) / "config.json"), here, config).get("recipe", {})
+    return bool(differences(before, here["recipe"]).keys() - {"run_dir", "quiet", "log_to"})
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -144,6 +144,8 @@ def test_a_step_of_grpo_with_tools(path, tmp_path, monkeypatch):
     scripted(monkeypatch, SCRIPT)
     task, options = make_task(config(path, calls=2)), LoaderOptions(batch_size=4, seed=0)
     grader, rollout = Grader(["accuracy"], task=task), RolloutConfig(prompts=4, group=2, max_tokens=200, patience=0)
+    grade, judged = grader.grade, []
+    monkeypatch.setattr(grader, "grade", lambda *given, whole, **more: judged.extend(whole) or grade(*given, **more))
     log = SampleLog(tmp_path, LoopConfig(steps=9, log_every=1))
     run = Rollouts(MODEL, task, grader, PromptLoader(path, **options), rollout, seed=0, log=log)
     batch, metrics = run.next(state())
@@ -151,7 +153,9 @@ def test_a_step_of_grpo_with_tools(path, tmp_path, monkeypatch):
     assert metrics["tool_unknown"] == metrics["tool_timeouts"] == metrics["tool_cut"] == 0
     assert metrics["reward_accuracy"] == 1 / 2  # of the last turn: 8*8's is a call too many
     assert metrics["response_length"] == batch["loss_mask"].sum() / 8 and metrics["truncated"] == 1 / 4
-    for line in read_json_lines(tmp_path / "rollouts.jsonl"):
+    lines = read_json_lines(tmp_path / "rollouts.jsonl")
+    assert sorted(judged) == sorted(line["completion"] for line in lines)  # all turns are there for a judge of all
+    for line in lines:
         row = next(row for row in range(8) if line["prompt"] in TEXT.decode(batch["tokens"][row].tolist()))
         own, said = batch["loss_mask"][row] > 0, SCRIPT[line["prompt"][:-1]]
         assert TEXT.decode(batch["tokens"][row][own].tolist()) == "".join(said)

@@ -284,7 +284,7 @@ def test_a_reward_of_steps_is_weighted_summed_and_joined(tmp_path: Path):
         twice = Grades.joined([grades, made.grade(["1", "["], rows(2))])
     assert twice.total_N.tolist() == [0, 0, 0, 4, 0, 2, 0] and twice.failed_N.tolist() == [False] * 6 + [True]
     assert len(twice.steps_N) == 7 and len(twice.rewards["format"]) == 7
-    assert twice.failures == {"mine.steps": {"error": 1}}
+    assert twice.failures == {"mine.steps": {"timeout": 0, "crash": 0, "error": 1}}
 
 
 @pytest.mark.parametrize("said", ["[[18, 1]]x", "[[0.5, 1]]", "[[-1, 1]]", "[[true, 1], 3]", "[[1, NaN]]", "[[1]]"])

@@ -42,6 +42,19 @@ def test_corrected_chats_are_not_trained_on_as_they_were(folder: Path) -> None:
         prepare_chats(data, tokenizer(), folder / "rows")
 
 
+def test_packed_chats_are_known_by_their_files_wherever_these_lie(folder: Path) -> None:
+    def pack(*path: str) -> str:
+        made = prepare_chats(SFTData(path=path, seq_len=64), tokenizer(), folder / "rows")
+        return open_rows(made).meta["fingerprint"]
+
+    packed = pack("chats/a.jsonl", "chats/b.jsonl", "chats/a.jsonl")
+    Path("chats").rename("moved")
+    assert pack("moved/a.jsonl", "moved/b.jsonl", "moved/a.jsonl") == packed
+    for other in (("a", "b"), ("a", "b", "b"), ("b", "a", "b")):
+        with pytest.raises(ValueError, match=r"other data or settings: data\.path is"):
+            pack(*(f"moved/{name}.jsonl" for name in other))
+
+
 def test_chats_of_folders_and_globs(folder: Path) -> None:
     made = []
     for name, path in (

@@ -22,6 +22,7 @@ from deepseek_jax.model import transformer
 from deepseek_jax.rl.rollout import RolloutConfig
 from deepseek_jax.train.metrics import read_metrics
 from deepseek_jax.workflows.ppo import PPOConfig
+from deepseek_jax.workflows.recipe import load_recipe
 
 STEPS = 4
 OPTIONS = [
@@ -34,7 +35,7 @@ OPTIONS = [
     "--reward",
     "mine.py:steps",
 ]
-OPTIONS += ["--rollout.prompts", "4", "--rollout.group", "4", "--rollout.max-tokens", "8", "--rollout.patience", "0"]
+OPTIONS += ["--rollout.prompts", "4", "--rollout.group", "4", "--rollout.max-tokens", "8"]
 OPTIONS += ["--critic.kl-reward", "0.01", "--critic.gae-lambda", "0.9", "--minibatches", "2"]
 OPTIONS += ["--optimizer.peak-lr", "1e-2", "--critic.optimizer.peak-lr", "1e-2", "--critic.optimizer.warmup-steps", "0"]
 OPTIONS += [
@@ -99,6 +100,19 @@ def test_a_run_that_is_killed_becomes_the_run_that_was_not(folder, monkeypatch):
     result = json.loads(Path("whole", "result.json").read_text())
     floats = sum(leaf.size for leaf in jax.tree.leaves((policy, critic["params"])))
     assert 12 * floats <= result["state_bytes"] < 12 * floats + 1000  # parameters and two moments of each
+
+
+def test_a_critic_learns_from_groups_of_equal_rewards(folder, monkeypatch):
+    """All answers to all questions earn the same, for more steps than GRPO's patience: the run goes on and learns."""
+    monkeypatch.chdir(folder)
+    (folder / "equal.py").write_text("def score(completion, row): return 0.5\n")
+    options = [option.replace("mine.py:steps", "equal.py:score") for option in OPTIONS]
+    options[options.index("--loop.steps") + 1] = "21"
+    assert main(["ppo", *options, "--run-dir", "equal"]) == 0
+    found = read_metrics(Path("equal"))
+    assert len(found) == 21 and not any(line["signal_groups"] for line in found)
+    assert found[0]["value"] == 0 < found[-1]["value"] and all(line["grad_norm"] > 0 for line in found)
+    assert load_recipe("demo/ppo", PPOConfig).rollout.patience == 0
 
 
 def test_advantages_of_groups_are_refused():

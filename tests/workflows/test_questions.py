@@ -1,5 +1,6 @@
 """``eval`` with tasks: answers are kept, a run that was cut off goes on, and nothing of another model is taken."""
 
+import dataclasses
 import json
 from decimal import Decimal
 
@@ -48,6 +49,12 @@ def test_answers_are_kept_and_a_run_goes_on(task, tmp_path):
     again, _ = ask_questions(MODEL, [Answers(task, ASKING)], ASKING, tmp_path / "whole", batch_size=16)
     assert again == whole_run
     assert lines(tmp_path / "whole") == kept
+
+    # Answers are to what is asked, wherever that lies.
+    (tmp_path / "problems.jsonl").rename(tmp_path / "moved.jsonl")
+    moved = dataclasses.replace(task, path=(f"{tmp_path}/moved.jsonl",))
+    assert Answers(moved, ASKING).file == path.name
+    assert Answers(dataclasses.replace(moved, system="Be brief."), ASKING).file != path.name
 
 
 def test_wrong_answers_vote_by_what_the_grader_reads(tmp_path):

@@ -119,17 +119,19 @@ def kill_in_zero(folder: Path, run_dir: Path) -> None:
     assert killed.returncode == -signal.SIGKILL, killed.stderr
 
 
-def test_ended_in_every_stage_it_goes_on_to_the_bit(finished, tmp_path, monkeypatch):
+def test_ended_in_every_stage_and_moved_it_goes_on_to_the_bit(finished, tmp_path, monkeypatch):
     folder, _ = finished
     config = tiny_r1.config(folder)
-    for stage in STAGES:
+    for number, stage in enumerate(STAGES):
+        place = tmp_path / f"run{number}"
         if stage == "zero":
-            kill_in_zero(folder, tmp_path / "run")
+            kill_in_zero(folder, place)
         else:
             with monkeypatch.context() as patch, pytest.raises(KilledError, match=stage):
                 end_in(stage, patch)
-                run(config, tmp_path / "run")
-        assert not (tmp_path / "run" / stage / "result.json").exists()
+                run(config, place)
+        assert not (place / stage / "result.json").exists()
+        place.rename(tmp_path / ("run" if stage == STAGES[-1] else f"run{number + 1}"))
     said = run(config, tmp_path / "run")
     assert said.count("is done already") == len(STAGES) - 1 and "evaluation → " in said
     for found, wanted in ((tmp_path / "run" / stage, folder / "run" / stage) for stage in STAGES):
@@ -176,6 +178,34 @@ def test_what_a_stage_reads_must_be_there_or_come_before(tmp_path):
         R1Config(skip=("helpfull",))
     with pytest.raises(ValueError, match="zero.run_dir='runs/r1/other': its last part must be 'zero'"):
         R1Config(zero=dataclasses.replace(config.zero, run_dir="runs/r1/other"))
+
+
+def test_no_samples_and_a_stage_skipped_half_done_are_named(tmp_path, monkeypatch):
+    """Else the sft would learn the general chats alone, and from a base that is not what it was to be."""
+    config = tiny_r1.config(tmp_path)
+    skip = tuple(name for name in ALL if name not in ("samples", "sft"))
+    config = dataclasses.replace(config, run_dir=f"{tmp_path}/run/", skip=skip)
+    for file in ("data/requests_sft.jsonl", "reasoning/model", "pretrain/checkpoints/20/model", "zero/checkpoints/6/x"):
+        (tmp_path / "run" / file).parent.mkdir(parents=True)
+        (tmp_path / "run" / file).touch()
+    (tmp_path / "run" / "zero" / "result.json").write_text('{"steps": 6}')
+
+    def keeps_nothing(samples):
+        Path(samples.run_dir).mkdir()
+        (Path(samples.run_dir) / "kept.jsonl").touch()
+
+    for stage, run_stage in (("samples", keeps_nothing), ("sft", None)):
+        monkeypatch.setitem(r1_module.STAGES, stage, run_stage)
+    out = io.StringIO()
+    message = f"{tmp_path}/run/samples/kept.jsonl is empty: none of the teacher's answers was kept"
+    with pytest.raises(ValueError, match=message):
+        r1(config, Console(file=out, width=200))
+    assert out.getvalue() == (
+        "pretrain is skipped half done: what starts from it takes its checkpoint of step 20\n"
+        f"samples → {tmp_path}/run/samples\n"
+    )
+    with pytest.raises(ValueError, match=message):
+        check_inputs(make_links(dataclasses.replace(config, skip=(*skip, "samples"))))
 
 
 def test_another_base_stands_in_the_place_of_pretraining(tmp_path):

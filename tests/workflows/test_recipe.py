@@ -1,15 +1,19 @@
 """Recipes: found by name or file, and refused with a message where they are none."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 
-from deepseek_jax.rl.tasks import TASKS
+from deepseek_jax.rl.rollout_config import RolloutConfig
+from deepseek_jax.rl.tasks import TASKS, TaskConfig
+from deepseek_jax.train.grpo import GRPOLoss
+from deepseek_jax.train.resume import check_resume
 from deepseek_jax.workflows.demo import RECIPE_DIR, CorpusStage
 from deepseek_jax.workflows.grpo import GRPOConfig
 from deepseek_jax.workflows.pretrain import PretrainConfig, PretrainData
-from deepseek_jax.workflows.recipe import find_recipe, load_recipe, moved
+from deepseek_jax.workflows.recipe import as_now, find_recipe, load_recipe, moved
 from deepseek_jax.workflows.sft import SFTConfig
 
 DEMO = {
@@ -64,6 +68,52 @@ def test_moving_touches_paths_only():
     assert changed.run_dir == "runs/demolition/a"
     assert changed.data.path == ("elsewhere/corpus/documents/train.jsonl",)
     assert dataclasses.replace(changed, data=config.data) == config
+
+
+def saved_by(config: GRPOConfig) -> dict:
+    return json.loads(json.dumps({"stage": "grpo", "recipe": dataclasses.asdict(config)}))
+
+
+def refused(saved: dict, config: GRPOConfig) -> str:
+    """What differs, of a run that goes on with ``config``; "" where nothing does."""
+    settings = {"stage": "grpo", "recipe": dataclasses.asdict(config)}
+    try:
+        check_resume("there", as_now(saved, settings, config), settings, config.MAY_CHANGE)
+    except ValueError as error:
+        return str(error).partition("settings: ")[2].partition(". Going on")[0]
+    return ""
+
+
+def test_a_run_of_a_release_without_a_field_has_that_fields_default():
+    config = GRPOConfig(init_from="a/base", rollout=RolloutConfig(prompts=2))
+    saved = saved_by(config)
+    del saved["recipe"]["chat_template"], saved["recipe"]["rollout"]["staleness"], saved["recipe"]["loss"]
+    assert refused(saved, config) == ""
+    assert "loss" not in saved["recipe"]
+    other = dataclasses.replace(config, chat_template="r1_zero", loss=GRPOLoss(tis_cap=2.0))
+    other = dataclasses.replace(other, rollout=dataclasses.replace(config.rollout, staleness=1))
+    assert refused(saved, other) == (
+        "chat_template is '' there and 'r1_zero' here; loss.tis_cap is 0.0 there and 2.0 here; "
+        "rollout.staleness is 0 there and 1 here"
+    )
+    saved["recipe"]["gone"] = 1
+    assert refused(saved, config) == "gone is 1 there and '(absent)' here"
+
+
+def test_a_folder_may_be_moved_with_all_that_is_in_it():
+    config = GRPOConfig(
+        run_dir="runs/r1/zero",
+        init_from="runs/r1/base",
+        task=TaskConfig(path=("runs/r1/data/a.jsonl", "own/b.jsonl")),
+        reward=("accuracy", "model:runs/r1/helpful=0.5"),
+    )
+    elsewhere = moved(config, "runs/r1", "own")
+    assert elsewhere.task.path == ("own/data/a.jsonl", "own/b.jsonl")  # of which one was there before
+    assert refused(saved_by(config), elsewhere) == ""
+    assert refused(saved_by(config), dataclasses.replace(config, run_dir="own/zero")) == ""
+    assert refused(saved_by(config), dataclasses.replace(elsewhere, init_from="own/other")) == (
+        "init_from is 'runs/r1/base' there and 'own/other' here"
+    )
 
 
 def test_a_file_is_a_recipe(tmp_path):

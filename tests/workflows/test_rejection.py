@@ -107,6 +107,11 @@ def test_rows_without_a_right_answer_are_refused_kept_or_judged(here, capsys):
     judged = read_json_lines(Path("run/kept.jsonl"))
     odd = [chat for chat in everything if len(chat["messages"][1]["content"]) % 2]
     assert 0 < len(judged) < len(everything) and judged == odd
+    # A judge that fails on an answer leaves it unjudged, whatever another says of it.
+    (here / "fails.py").write_text("def score(completion, row):\n    return 9.0 / (len(completion.strip()) % 2)\n")
+    good = ["--judge", "mine.py:score", "--judge", "fails.py:score", "--judge-least", "0", "--run-dir", "run"]
+    assert main(["rejection", *ASKED, "--unanswered", *good]) == 0
+    assert read_json_lines(Path("run/kept.jsonl")) == odd
     # What was said before the last turn, with tools, is learnt too.
     turns = [{"role": "assistant", "content": "<tool>x: 1</tool>"}, {"role": "user", "content": "<result>2</result>"}]
     (path,) = Path("run").glob("rows-*.jsonl")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import re
 from pathlib import Path
 
 import jax
@@ -14,6 +15,7 @@ from small import SPEAKER, tokenizer
 
 from deepseek_jax import load, save_hf
 from deepseek_jax.data.preferences import encode_judged
+from deepseek_jax.rl.asking import Answer
 from deepseek_jax.rl.grader import Grader, parse_reward
 from deepseek_jax.rl.tasks import TaskConfig, make_task
 from deepseek_jax.train.loop_config import LoopConfig
@@ -106,6 +108,16 @@ def test_single_labels_and_everything_judged(base):
     data = PreferenceData(path=(pairs(base.parent / "single.jsonl", 10, 40, label=True),), heldout=held, seq_len=64)
     result = reward_model(config(base, run, data=data, judges="all"))
     assert result["agreement"] > 0.9 and result["agreement_of"] == 20
+    # As a reward it reads all turns of an answer, and what was cut off.
+    task, row = make_task(TaskConfig(name="rows", prompt="q", answer="a")), {"q": "n?", "a": None}
+    turns = Answer("5.", True, ({"role": "assistant", "content": "bad!"}, {"role": "user", "content": "<result>7"}))
+    cut = Answer("<think>go", False)
+    with Grader((f"model:{run}",), task=task) as grader:
+        whole = [turns.all_turns, cut.all_turns]
+        found = grader.grade(["5.", "<think>go"], [row] * 2, ended=[True, False], whole=whole).rewards["model.harmless"]
+        last = grader.grade(["5."], [row]).rewards["model.harmless"]
+    wanted = [expected(run, "n?", text) for text in ("bad!\n<result>7\n5.", "<think>go")]
+    assert found == pytest.approx(wanted, rel=1e-5) and last != pytest.approx(found[:1], rel=1e-3)
 
 
 def test_a_stage_of_language_models_refuses_it(trained, base):
@@ -133,20 +145,23 @@ def test_it_grades_summaries_in_batches_where_no_rule_does(trained, caplog):
     said = [f"<think>x{END}{number}!" for number in range(35)] + ["4!", "5.", f"<think>{'y' * 9}", "9" * 80]
     with Grader((f"model:{run}=2", "accuracy=1"), task=task) as grader, caplog.at_level(logging.WARNING):
         grader.check(rows)
-        grades = grader.grade(said, rows)
+        grades = grader.grade(said, rows, whole=["no summary"] * 39)
         cut = grader.grade(said[:2], rows[:2], ended=[True, False]).rewards["model.helpful"]
     found = grades.rewards["model.helpful"]
     assert found[0] == pytest.approx(expected(run, "n?", "0!"), rel=1e-5)
     assert found[36] == pytest.approx(expected(run, "why?", "5."), rel=1e-5)
     assert np.isnan(found[35]) and grades.rewards["accuracy"][35] == 0  # a row with a right answer
-    least = np.nanmin(np.delete(found, [37, 38]))
-    assert found[37] == found[38] == least  # a thought without end; one of more tokens than it takes
-    assert "such get the least score of their batch" in caplog.text
+    assert found[37] == np.nanmin(np.delete(found, 37))  # a thought without end
+    # One of more tokens than it takes has no score, whatever it is graded with, and is told and counted.
+    assert np.isnan(found[38]) and grades.failed_N.tolist() == [False] * 38 + [True]
+    assert grades.metrics()["reward_unjudged"] == 1
+    assert re.search(r"reward model\.helpful: unjudged for a row \(\d+ tokens, of which .* takes 64\)", caplog.text)
     assert cut[1] == cut[0] == pytest.approx(found[0], rel=1e-5)
     assert grades.total_N[0] == pytest.approx(2 * found[0])
     assert grades.metrics()["reward_model.helpful"] == pytest.approx(np.nanmean(found))
     with Grader((f"model:{run}:always",), task=task) as grader:
-        assert np.isfinite(grader.grade(said, rows).rewards["model.helpful"]).all()
+        assert np.isfinite(grader.grade(said[:38], rows[:38]).rewards["model.helpful"]).all()
+        assert grader.grade(said[38:], rows[38:]).failed_N.all()
 
 
 def test_rows_that_a_rule_grades_without_a_right_answer_are_not_judged(trained):

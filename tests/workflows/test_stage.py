@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +60,9 @@ def run(config: StageConfig, reference: Reference | None = None):
     )
 
 
-def held(shift: float = 0.0) -> Reference:
+def held(shift: float = 0.0, path: str = "runs/before") -> Reference:
     params, bias = weights(SPEAKER)
-    return Reference(params | {"embed": params["embed"] + shift}, bias, path="runs/before")
+    return Reference(params | {"embed": params["embed"] + shift}, bias, path=path)
 
 
 def changed(config: StageConfig, **fields: Any) -> StageConfig:
@@ -111,6 +112,17 @@ def test_compute_mesh_and_more_steps_may_change_and_the_schedule_keeps_its_lengt
 def test_anything_else_is_refused_by_name(stopped, change, message):
     with pytest.raises(ValueError, match=f"holds a run with other settings: {message}.*may change run_dir, compute"):
         run(change(stopped), held())
+
+
+def test_a_run_goes_on_where_its_folder_was_moved_to(tmp_path):
+    there = changed(CONFIG, run_dir=str(tmp_path / "old" / "run"))
+    run(there, held(path=f"{tmp_path}/old/before"))
+    shutil.move(tmp_path / "old", tmp_path / "new")
+    there = changed(there, run_dir=str(tmp_path / "new" / "run"))
+    _, facts = run(there, held(path=f"{tmp_path}/new/before"))
+    assert facts["steps_here"] == 0
+    with pytest.raises(ValueError, match="reference.path is '.*/old/before' there and '.*/new/else' here"):
+        run(there, held(path=f"{tmp_path}/new/else"))
 
 
 def test_masters_of_another_dtype_are_refused():

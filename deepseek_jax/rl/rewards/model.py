@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import logging
 from collections.abc import Sequence
 
 import jax
@@ -18,19 +17,20 @@ from deepseek_jax.data.preferences import encode_judged, shown
 from deepseek_jax.files import read_json_object
 from deepseek_jax.model import transformer
 from deepseek_jax.parallel.sharding import place_batch
-from deepseek_jax.rl.tasks import Row, Task, where
+from deepseek_jax.rl.tasks import Row, Task
+from deepseek_jax.rl.workers import Outcome
 from deepseek_kernels import Visible
 
-logger = logging.getLogger(__name__)
 _ROWS, _LEAST_WIDTH = 32, 64  # of a batch
 
 
 class ModelReward:
     """The score that a run of ``reward-model`` gives an answer to its question, by its own tokenizer and template.
 
-    It is shown what it was trained on, the summary or all. None for rows that the task's own accuracy grades, unless
-    ``always``. An answer without a summary, as one that was cut off, and one that its positions do not hold get
-    the least score of those that are graded with it.
+    It is shown what it was trained on: all, be it cut off, and of an answer with calls of tools all turns as one text;
+    or the summary of what has ended, which is the last turn's. None for rows that the task's own accuracy grades,
+    unless ``always``. An answer without a summary, as one that was cut off, gets the least score of those that are
+    graded with it. One that its positions do not hold has none, which is a failure: good or bad, it cannot be told.
     """
 
     def __init__(self, path: str, always: str = ""):
@@ -45,9 +45,7 @@ class ModelReward:
             of = f"of the stage {about['stage']}" if "stage" in about else "a released model's"
             raise ValueError(f"{self.folder} is {of}: a run of `deepseek-jax reward-model` is needed")
         self.judges, self.always = about["recipe"]["judges"], bool(always)
-        self.cut = self.judges == "all"  # of an answer that was cut off all can be judged, but no summary
         self._model: Model | None = None
-        self._told = False
 
     def open(self, compute: ComputeConfig, mesh: Mesh | None) -> None:
         """Read the model, at the first call; the parameters in the dtype of the arithmetic."""
@@ -55,31 +53,26 @@ class ModelReward:
             compute = dataclasses.replace(compute, param_dtype=compute.dtype)
             self._model = load(self.folder, compute=compute, mesh=mesh)
 
-    def score_all(self, completions: Sequence[str], rows: Sequence[Row], task: Task) -> list[float | None]:
+    def score_all(self, completions: Sequence[str], rows: Sequence[Row], task: Task) -> list[Outcome]:
         """The scores, one for each completion of a row."""
+        assert self._model is not None
         judged = [index for index, row in enumerate(rows) if self.always or not task.grades(row)]
         ids = {index: self._ids(completions[index], rows[index], task) for index in judged}
-        fitting = {index: found for index, found in ids.items() if found}
+        longest = self._model.config.max_position_embeddings
+        fitting = {index: found for index, found in ids.items() if 0 < len(found) <= longest}
         scores = dict(zip(fitting, self._scores(list(fitting.values())), strict=True))
         least = min(scores.values(), default=None)
-        return [scores.get(index, least) if index in ids else None for index in range(len(rows))]
+        found = [Outcome(scores.get(index, least) if index in ids else None) for index in range(len(rows))]
+        for index in judged:
+            if (length := len(ids[index])) > longest:
+                found[index] = Outcome(None, "unjudged", f"{length} tokens, of which {self.folder} takes {longest}")
+        return found
 
     def _ids(self, completion: str, row: Row, task: Task) -> list[int]:
-        """Of question and answer; none where there is nothing to judge or no room for it."""
+        """Of question and answer; none where there is nothing to judge."""
         assert self._model is not None
         answer = shown(completion, self.judges)
-        if not answer:
-            return []
-        ids = encode_judged(self._model.text, task.messages(row), answer)
-        longest = self._model.config.max_position_embeddings
-        if len(ids) > longest and not self._told:
-            self._told = True
-            logger.warning(
-                "%s: an answer of %d tokens with its question, where the reward model %s takes %d: such get the "
-                "least score of their batch; said once",
-                *(where(row), len(ids), self.folder, longest),
-            )
-        return ids if len(ids) <= longest else []
+        return encode_judged(self._model.text, task.messages(row), answer) if answer else []
 
     def _scores(self, texts: Sequence[list[int]]) -> list[float]:
         """Longest first, in batches of few shapes."""

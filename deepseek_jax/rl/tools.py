@@ -115,6 +115,7 @@ class Tools:
 
 
 def _result(outcome: Outcome) -> Result:
+    assert outcome.failure != "unjudged", "that is a reward model's"
     if outcome.failure:
         return Result(f"error: {_LINE.sub('', outcome.text)}", outcome.failure)
     if isinstance(outcome.value, str | int | float):

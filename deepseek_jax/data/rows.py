@@ -192,7 +192,7 @@ def check_rows(path_dir: str | os.PathLike[str], made_of: Mapping[str, Any], pat
     meta = open_rows(path_dir).meta
     if (files := _files(made_of)) is not None and files == _files(meta):
         made_of = {name: value for name, value in made_of.items() if name not in (SOURCES, "sha256")}
-        made_of["data"] = {name: value for name, value in made_of["data"].items() if name != "path"}
+        made_of["data"] = {name: value for name, value in made_of.get("data", {}).items() if name != "path"}
     differ = []
     for name, here in made_of.items():
         there = meta.get(name, here)

@@ -141,6 +141,7 @@ def test_ended_in_every_stage_and_moved_it_goes_on_to_the_bit(finished, tmp_path
         for file in wanted.glob("kept.jsonl"):
             assert (found / file.name).read_bytes() == file.read_bytes()
         answers = [path for path in found.rglob("rows-*.jsonl")]
+        assert {path.name for path in answers} == {path.name for path in wanted.rglob("rows-*.jsonl")}
         for path in answers:
             assert set(Counter((line["question"], line["sample"]) for line in lines_of(path)).values()) == {1}
     assert results(tmp_path / "run") == results(folder / "run")

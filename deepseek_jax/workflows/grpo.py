@@ -62,6 +62,11 @@ class GRPOConfig(StageConfig):
         super().__post_init__()
         if self.reference_every and not self.has_reference:
             raise ValueError(f"reference_every={self.reference_every}: without loss.kl_weight there is no reference")
+        if self.rollout.advantage == "return" and self.make_critic() is None:
+            raise ValueError(
+                "rollout.advantage='return': without a critic (deepseek-jax ppo has one) that is REINFORCE without a "
+                "baseline; expected 'std', 'none' or 'leave_one_out'"
+            )
         if self.rollout.staleness and not self.loss.tis_cap:
             raise ValueError(
                 f"rollout.staleness={self.rollout.staleness}: answers of an older policy must be weighted by how "

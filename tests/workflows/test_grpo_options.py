@@ -114,6 +114,11 @@ def test_packed_rows_need_not_be_divided_by_their_parts():
         GRPOConfig(rollout=packed, minibatches=5)
 
 
+def test_returns_without_a_critic_are_refused():
+    with pytest.raises(ValueError, match=r"rollout\.advantage='return': without a critic \(deepseek-jax ppo has one\)"):
+        GRPOConfig(rollout=RolloutConfig(advantage="return"))
+
+
 def test_the_evaluation_has_the_tools_of_the_task_unless_it_names_others(folder: Path, monkeypatch: pytest.MonkeyPatch):
     asked = []
     monkeypatch.setattr(grpo, "open_exam", lambda evaluation, **_: asked.append(evaluation.task))

@@ -5,7 +5,7 @@
 
 smollm2 is the model's folder in Hugging Face's form (the tests' parity/test_gguf.py says how one is made of its GGUF);
 TEACHER is any model, with whatever tokenizer. Rows have numbers and target. For one GPU; what was measured stands in
-docs/results/r1.md.
+docs/results/r1-smollm2.md.
 """
 
 import dataclasses

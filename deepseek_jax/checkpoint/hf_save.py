@@ -93,7 +93,7 @@ def write_model(
             )
         if text is not None:
             text.write(partial)
-            released |= text.ids
+            released |= (text.with_padding() if model.config.num_labels else text).ids
         (partial / "config.json").write_text(json.dumps(released, indent=2) + "\n", encoding="utf-8")
         publish(partial, path)
 

@@ -62,6 +62,17 @@ class TextFiles:
         changed = {} if generation is None else {GENERATION: json_bytes(generation | eos)}
         return TextFiles({**self.files, **changed}, {**self.ids, **eos})
 
+    def with_padding(self) -> "TextFiles":
+        """These files, with `pad_token_id` where they name a token to pad with that ends nothing: without one
+        transformers' classifiers take batches of one alone, and by EOS they would read what stands before it."""
+        named, backend = (json.loads(self.files.get(name, b"{}")) for name in (TOKENS_MAP, TOKENIZER))
+        named |= json.loads(self.files.get(CONFIG, b"{}"))
+        pad, eos = (token_text(named, name) for name in ("pad_token", "eos_token"))
+        ids = {token["content"]: token["id"] for token in backend.get("added_tokens", ())}
+        if self.ids.get("pad_token_id") is not None or pad == eos or pad not in ids:
+            return self
+        return TextFiles(self.files, {**self.ids, "pad_token_id": ids[pad]})
+
     def with_template(self, source: str) -> "TextFiles":
         """These files with this chat template in the place of all that they have."""
         files = {name: content for name, content in self.files.items() if not name.startswith(_MORE_TEMPLATES)}

@@ -41,6 +41,11 @@ class Answer:
         """All that was said, results of calls among it: the text alone where nothing was called."""
         return "\n".join([*(turn["content"] for turn in self.turns), self.text])
 
+    @property
+    def own_turns(self) -> str:
+        """What the model said of it."""
+        return "\n".join([*(turn["content"] for turn in self.turns if turn["role"] == "assistant"), self.text])
+
 
 def ask(task: Task, tokenizer: Tokenizer, row: Row) -> Question:
     """ValueError "FILE:LINE: what" for a row that cannot be asked."""

@@ -192,7 +192,7 @@ def _about(samples: Sequence[Sample], clock: _Clock) -> dict[str, float]:
     lengths = [sample.length for sample in samples]
     return {
         "response_length": float(np.mean(lengths)),
-        "response_waits": float(np.mean([wait_words(sample.answer.text) for sample in samples])),
+        "response_waits": float(np.mean([wait_words(sample.answer.own_turns) for sample in samples])),
         "truncated": 1 - float(np.mean([sample.answer.ended for sample in samples])),
         "rollout_seconds": clock.rollout,
         "reward_seconds": clock.reward,

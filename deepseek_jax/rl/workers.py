@@ -39,7 +39,7 @@ class WorkerPool:
         self._workers = [_Worker(functions) for _ in range(count)]
         self._idle: queue.LifoQueue[_Worker] = queue.LifoQueue()
         self._workers[0].start()
-        for worker in self._workers:
+        for worker in reversed(self._workers):  # the one that has started is taken first
             self._idle.put(worker)
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="user")
 

@@ -52,7 +52,8 @@ class GRPOConfig(StageConfig):
     reference_every: int = 0
     """With a loss.kl_weight, the reference becomes the policy every so many steps (0: never)."""
     evaluation: TaskEval = TaskEval()
-    """Questions to ask at each loop.eval_every and at the end."""
+    """Questions to ask at each loop.eval_every and at the end; with task.tools, unless evaluation.task.tools names
+    others."""
 
     MAY_CHANGE = (*StageConfig.MAY_CHANGE, "ignore_config", "evaluation")
     STAGE = "grpo"
@@ -61,6 +62,11 @@ class GRPOConfig(StageConfig):
         super().__post_init__()
         if self.reference_every and not self.has_reference:
             raise ValueError(f"reference_every={self.reference_every}: without loss.kl_weight there is no reference")
+        if self.rollout.advantage == "return" and self.make_critic() is None:
+            raise ValueError(
+                "rollout.advantage='return': without a critic (deepseek-jax ppo has one) that is REINFORCE without a "
+                "baseline; expected 'std', 'none' or 'leave_one_out'"
+            )
         if self.rollout.staleness and not self.loss.tis_cap:
             raise ValueError(
                 f"rollout.staleness={self.rollout.staleness}: answers of an older policy must be weighted by how "
@@ -98,7 +104,7 @@ def grpo(config: GRPOConfig) -> dict[str, Any]:
     Raises NoSignalError when almost no group of answers has unequal rewards, see ``RolloutConfig``.
     """
     require_one_process(config.STAGE)
-    task, exam = make_task(config.task), open_exam(config.evaluation, seed=config.seed)
+    task, exam = make_task(config.task), open_exam(_with_tools(config), seed=config.seed)
     models = {"compute": config.compute, "mesh": make_mesh(config.mesh)}
     with Grader(config.reward or task.rewards, task=task, time_limit=config.rollout.reward_seconds, **models) as grader:
         say(f"rewards: {', '.join(config.reward or task.rewards)}")
@@ -107,6 +113,13 @@ def grpo(config: GRPOConfig) -> dict[str, Any]:
         grader.check(rows)
         turns = {count_turns(task.messages(row)) for row in rows}
         return _train(config, task, grader, exam, turns)
+
+
+def _with_tools(config: GRPOConfig) -> TaskEval:
+    """The evaluation as it is asked: what has learnt to call tools is asked with them."""
+    asked = config.evaluation.task
+    tools = asked.tools if asked.tools.use else config.task.tools
+    return dataclasses.replace(config.evaluation, task=dataclasses.replace(asked, tools=tools))
 
 
 def _train(config: GRPOConfig, task: Task, grader: Grader, exam: Exam | None, turns: set[int]) -> dict[str, Any]:

@@ -161,7 +161,7 @@ def scale(
             points = [cons_shares(said, correct, k) for k in powers(samples)]
             curves.append(_curve(answers.name, "majority", powers(samples), points))
         if scaling.best_of:
-            scores = _scores(answers, scaling.best_of, lines)
+            scores = _scores(model, answers, scaling.best_of, lines)
             grouped = [scores[start : start + samples] for start in range(0, len(scores), samples)]
             points = [best_shares(grouped, correct, k) for k in powers(samples)]
             curves.append(_curve(answers.name, "best_of", powers(samples), points) | {"label": scaling.best_of})
@@ -179,9 +179,10 @@ def _curve(task: str, kind: str, x: Sequence[int], shares: Sequence[Sequence[flo
     return {"task": task, "kind": kind, "x": [*x]} | found
 
 
-def _scores(answers: Answers, reward: str, lines: Sequence[dict[str, Any]]) -> list[float]:
+def _scores(model: Model, answers: Answers, reward: str, lines: Sequence[dict[str, Any]]) -> list[float]:
+    """A reward model's on the devices of the model, and computed as it is."""
     rows = [answers.rows[line["question"]] for line in lines]
-    with Grader((reward,), task=answers.task) as grader:
+    with Grader((reward,), task=answers.task, compute=model.compute, mesh=model.mesh) as grader:
         texts, ended = ([line[name] for line in lines] for name in ("completion", "ended"))
         grades = grader.grade(texts, rows, ended=ended, whole=[all_turns(line) for line in lines])
     ((name, scores),) = grades.rewards.items()

@@ -19,6 +19,8 @@ from deepseek_jax import load, load_hf, save_hf
 from deepseek_jax.checkpoint import hf_save
 from deepseek_jax.checkpoint.publishing import filling, publish
 from deepseek_jax.checkpoint.safetensors import TensorFiles
+from deepseek_jax.data.model_folder import TextFiles
+from deepseek_jax.data.tokenizer import EOS
 
 TINY = cases.FAMILIES["v3"]
 
@@ -103,6 +105,20 @@ def test_the_files_about_text_come_along(read, tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
         save_hf(loaded, tmp_path / "x", tokenizer_from=tmp_path / "nowhere")
     assert not list(tmp_path.glob("x*"))
+
+
+def test_classifiers_say_what_pads(tmp_path):
+    """Where the tokenizer names a token that does nothing else, and config.json none."""
+    folder = cases.with_tokenizer(tmp_path / "m", "")
+    text, config = TextFiles.read(folder), json.loads((folder / "tokenizer_config.json").read_text())
+    assert "pad_token_id" not in text.ids and text.with_padding().ids == {**text.ids, "pad_token_id": 2}
+    said = TextFiles(text.files, {**text.ids, "pad_token_id": 7})
+    ends, none = (
+        TextFiles({**text.files, "tokenizer_config.json": json.dumps(config | {"pad_token": token}).encode()}, text.ids)
+        for token in (EOS, None)
+    )
+    for unchanged in (said, ends, none, TextFiles({}, {})):
+        assert unchanged.with_padding() is unchanged
 
 
 def test_a_taken_name_is_refused_and_untouched(tmp_path):

@@ -21,6 +21,7 @@ transformers = pytest.importorskip("transformers")
 from parity import deepseek_v1  # noqa: E402
 from parity.drawn import draw, redraw  # noqa: E402
 from safetensors.numpy import load_file, save_file  # noqa: E402
+from small import tokenizer  # noqa: E402
 
 from deepseek_jax import load_hf, save_hf  # noqa: E402
 from deepseek_jax.compute import ComputeConfig  # noqa: E402
@@ -399,11 +400,12 @@ def test_scores_are_those_of_a_classifier(name, tmp_path):
     scores = jax.jit(lambda tokens: ours(tokens, segment_ids_BS=(tokens != 0).astype(jnp.int32)).scores)(tokens)
     found = np.asarray(scores)[[0, 1], [19, 12]]
     assert np.abs(wanted).max() > 0.1 and np.abs(found - wanted).max() <= 1e-4
-    save_hf(ours, tmp_path / "ours", dtype="float32")
+    # In a batch, padded with the token that the tokenizer names; its folder's config.json says nothing of it.
+    tokenizer().save(tmp_path / "text")
+    (tmp_path / "text" / "config.json").write_text('{"bos_token_id": 0, "eos_token_id": 1}')
+    save_hf(ours, tmp_path / "ours", dtype="float32", tokenizer_from=tmp_path / "text")
     with torch.no_grad():
         again, told = kind.from_pretrained(tmp_path / "ours", dtype=torch.float32, output_loading_info=True)
-        assert not any(told.values())
-        again.config.pad_token_id = 0
-        np.testing.assert_allclose(
-            again.eval()(torch.tensor(tokens).long(), attention_mask=mask).logits, wanted, atol=1e-4
-        )
+        assert not any(told.values()) and again.config.pad_token_id == tokenizer().pad_id == 2
+        padded = torch.tensor(np.where(tokens == 0, 2, tokens)).long()
+        np.testing.assert_allclose(again.eval()(padded, attention_mask=mask).logits, wanted, atol=1e-4)

@@ -122,7 +122,7 @@ def scripted(monkeypatch, script):
 
 CALL = "<tool>calculator: {}</tool>"
 SCRIPT = {
-    "6*7": ["I ask. " + CALL.format("6*7"), "#### 42"],
+    "6*7": ["Wait, I ask. " + CALL.format("6*7"), "But yes. #### 42"],
     "5*5": [CALL.format("5*"), CALL.format("5*5"), "#### 25"],
     "8*8": [CALL.format("8*8"), CALL.format("8"), CALL.format("64")],
     "1+1": ["#### 3"],
@@ -153,6 +153,7 @@ def test_a_step_of_grpo_with_tools(path, tmp_path, monkeypatch):
     assert metrics["tool_unknown"] == metrics["tool_timeouts"] == metrics["tool_cut"] == 0
     assert metrics["reward_accuracy"] == 1 / 2  # of the last turn: 8*8's is a call too many
     assert metrics["response_length"] == batch["loss_mask"].sum() / 8 and metrics["truncated"] == 1 / 4
+    assert metrics["response_waits"] == 2 / 4  # 6*7's of both turns; a result's "error" is not the model's
     lines = read_json_lines(tmp_path / "rollouts.jsonl")
     assert sorted(judged) == sorted(line["completion"] for line in lines)  # all turns are there for a judge of all
     for line in lines:
@@ -227,7 +228,7 @@ def test_results_are_told_by_the_models_own_template(path, monkeypatch, opened):
     eos = text.decode([text.eos_id], skip_special_tokens=False)
     head, _, tail = expected.partition(SCRIPT["6*7"][0])
     assert asked[-1][0] == f"{head}{opened}{SCRIPT['6*7'][0]}{eos}{tail}"  # the template's end is no stop id here
-    assert sample.answer.text == f"{opened.strip()}#### 42" and sample.start == opened.strip()
+    assert sample.answer.text == f"{opened.strip()}{SCRIPT['6*7'][1]}" and sample.start == opened.strip()
 
 
 def test_a_template_of_one_question_cannot_be_told_results(path):

@@ -22,7 +22,7 @@ from deepseek_jax.rl.countdown import reaches
 from deepseek_jax.rl.grader import Grader
 from deepseek_jax.rl.rewards import accuracy_reward
 from deepseek_jax.rl.rewards.named import NAMED
-from deepseek_jax.rl.tasks import TASKS, Task, TaskConfig, make_task
+from deepseek_jax.rl.tasks import TASKS, Task, TaskConfig, make_task, score_all
 
 MATH = Path(__file__).parents[3] / "shared/data/math500.json"
 ROW = Record({"question": "1+1?", "unit": "m", "answer": "2", "n": 3, "nums": [1, 2]}, "rows.jsonl:4")
@@ -365,6 +365,33 @@ def test_what_breaks_math_verify_is_wrong_and_told_once(
     task = make_task(TaskConfig(name="maths"))
     assert [task.accuracy(text, {"answer": "4"}) for text in "xyx"] == [0, 1, 0]
     assert caplog.text.count("ZeroDivisionError") == 1
+
+
+MEETING = """
+import os, time
+def score(completion, row):
+    while completion == "hang" or len(os.listdir({folder!r})) < 2:
+        open({folder!r} + "/" + completion, "w").close()
+        time.sleep(0.01)
+    return 1.0
+"""
+
+
+@pytest.mark.parametrize("name", ["maths", "mixed"])
+def test_answers_of_mathematics_are_graded_side_by_side_and_one_that_hangs_is_killed(name, tmp_path, monkeypatch):
+    """Each of the first two is graded when both are being graded, or it would time out."""
+    (tmp_path / "met").mkdir()
+    (tmp_path / "meeting.py").write_text(MEETING.format(folder=str(tmp_path / "met")))
+    monkeypatch.setattr(mathematics, "check_arguments", lambda *given: None)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setitem(NAMED, "maths", dataclasses.replace(NAMED["maths"], file=tmp_path / "meeting.py"))
+    task, row = make_task(TaskConfig(name=name)), {"problem": "?", "answer": "4", "task": "maths"}
+    task.check([row])
+    assert score_all(task.accuracy, ["first", "second"], [row] * 2) == [1, 1]
+    monkeypatch.setattr(mathematics, "_SECONDS", 0.5)
+    task = make_task(TaskConfig(name=name))
+    task.check([row])
+    assert score_all(task.accuracy, ["hang", "third", "fourth"], [row] * 3) == [0, 1, 1]
 
 
 def test_multiple_choice():

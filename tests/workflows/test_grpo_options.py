@@ -16,7 +16,7 @@ from deepseek_jax.cli.main import main
 from deepseek_jax.files import read_json_lines
 from deepseek_jax.rl.rollout import RolloutConfig
 from deepseek_jax.train.metrics import read_metrics
-from deepseek_jax.workflows import own_run
+from deepseek_jax.workflows import grpo, own_run
 from deepseek_jax.workflows.grpo import GRPOConfig
 
 STEPS = """
@@ -112,3 +112,21 @@ def test_packed_rows_need_not_be_divided_by_their_parts():
         GRPOConfig(rollout=few, minibatches=3)
     with pytest.raises(ValueError, match=r"minibatches=5: more than the 4 answers of rollout\.prompts=2"):
         GRPOConfig(rollout=packed, minibatches=5)
+
+
+def test_returns_without_a_critic_are_refused():
+    with pytest.raises(ValueError, match=r"rollout\.advantage='return': without a critic \(deepseek-jax ppo has one\)"):
+        GRPOConfig(rollout=RolloutConfig(advantage="return"))
+
+
+def test_the_evaluation_has_the_tools_of_the_task_unless_it_names_others(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    asked = []
+    monkeypatch.setattr(grpo, "open_exam", lambda evaluation, **_: asked.append(evaluation.task))
+    options = ["grpo", "--init-from", "none", "--task.path", "train.jsonl", "--task.tools.use", "calculator"]
+    options += ["--task.tools.calls", "2", "--evaluation.task.path", "train.jsonl"]
+    assert main(options) == 1  # there is no such model
+    assert main([*options, "--evaluation.task.tools.use", "mine.py:steps"]) == 1
+    assert [(task.path, task.tools.use, task.tools.calls) for task in asked] == [
+        (("train.jsonl",), ("calculator",), 2),
+        (("train.jsonl",), ("mine.py:steps",), 4),
+    ]

@@ -80,7 +80,7 @@ def test_a_thought_that_ended_by_itself_is_right_as_it_is_without_a_budget(answe
     assert curve["accuracy"] == [1.0]
 
 
-def test_the_best_by_a_reward(answers, tmp_path, caplog):
+def test_the_best_by_a_reward(answers, tmp_path, caplog, monkeypatch):
     """By the task's own accuracy the best of k is right where one of them is; by a file's, whatever that prefers."""
     folder = ask_questions(MODEL, [answers], ASKING, tmp_path / "out", batch_size=4)[1]
     lines = read_json_lines(folder / answers.file)
@@ -88,7 +88,11 @@ def test_the_best_by_a_reward(answers, tmp_path, caplog):
     for line in lines[1:4:2]:  # two of the first question's
         line |= {"completion": f"<think>x</think>{right}", "correct": True, "ended": True}
     (folder / answers.file).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    made, devices = scaling.Grader, []
+    monkeypatch.setattr(scaling, "Grader", lambda *given, **more: devices.append(more) or made(*given, **more))
     (curve,) = scale(MODEL, [answers], Scaling(best_of="accuracy"), folder, batch_size=4)
+    # A reward model would be read as the model has been, and onto its devices.
+    assert (devices[0]["compute"], devices[0]["mesh"]) == (MODEL.compute, MODEL.mesh)
     assert curve["accuracy"] == pytest.approx([2 / 12, 1 / 3, 1 / 3]) and curve["kind"] == "best_of"
     (tmp_path / "mine.py").write_text("def score(completion, row): return -float('</think>' in completion)\n")
     spec = f"{tmp_path / 'mine.py'}:score"

@@ -67,6 +67,8 @@ def load_recipe(name: str, kind: type) -> Any:
     if field and field not in stages:
         raise ValueError(f"{path} has no stage {field!r}; it has {', '.join(stages) or 'none'}")
     found = stages[field] if field else config
+    if field and "pretrain" in stages and (base := getattr(config, "base", "")):  # which stands in its place
+        found = moved(found, stages["pretrain"].run_dir, base)
     if not isinstance(found, kind):
         fitting = "".join(f", as {name}:{each} is" for each in stages if isinstance(stages[each], kind))
         raise ValueError(f"{path} gives a {type(found).__name__}; this command takes a {kind.__name__}{fitting}")

@@ -24,7 +24,8 @@ def scores(stages: Sequence[Stage]) -> dict[str, dict[str, tuple[float, float]]]
 def asked(stage: Stage) -> str:
     """The section on it, "" for a stage that does something else."""
     tables = [part for part in (_evaluation(stage), _rejection(stage)) if part]
-    return section("asked", "Answers", "", [*tables]) if tables else ""
+    wide = f'<div class="grid-wide">{"".join(tables)}</div>'  # as a card, it would hide pass@1 behind a scroll bar
+    return section("asked", "Answers", "") + wide if tables else ""
 
 
 def _figures(stage: Stage) -> list[tuple[str, str, Figures]]:
@@ -54,7 +55,7 @@ def _cell(figures: Figures, key: str) -> str:
         return show_accuracy((value, figures.get("stderr") or 0.0))
     if isinstance(value, str):
         return value
-    return show_percent(value) if "@" in key or key == "cut_off" else f"{value:,.4g}"
+    return show_percent(value) if "@" in key or key in ("cut_off", "low", "high") else f"{value:,.4g}"
 
 
 def _rejection(stage: Stage) -> str:

@@ -207,7 +207,7 @@ def _time(stage: Stage) -> float:
 def _read_stage(folder: Path, titles: dict[str, str], *, name: str = "", began: str = "") -> Stage:
     """name: what it is; of one of a series what its files say, and the folder's name is its title."""
     kind = name or _kind(folder)
-    config = read_json_object(folder / "config.json")
+    config = read_json_object(folder / "config.json") or read_json_object(folder / "settings.json")  # eval's
     title = titles.get(name or folder.name) or name or folder.name
     return Stage(
         kind,

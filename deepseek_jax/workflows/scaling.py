@@ -187,7 +187,8 @@ def _scores(model: Model, answers: Answers, reward: str, lines: Sequence[dict[st
         grades = grader.grade(texts, rows, ended=ended, whole=[all_turns(line) for line in lines])
     ((name, scores),) = grades.rewards.items()
     if np.isnan(scores).all():
-        raise ValueError(f"scaling.best_of={reward!r}: {name} has no score for any answer of {answers.name}")
+        hint = f"; {reward}:always judges rows with a right answer too" if reward.startswith("model:") else ""
+        raise ValueError(f"scaling.best_of={reward!r}: {name} has no score for any answer of {answers.name}{hint}")
     return [float(score) for score in scores]
 
 

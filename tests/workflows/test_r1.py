@@ -239,8 +239,16 @@ def test_another_base_stands_in_the_place_of_pretraining(tmp_path):
     assert links["reasoning"].init_from == "elsewhere/cold_start"
 
 
-def test_a_stage_of_a_recipe_is_a_recipe():
+def test_a_stage_of_a_recipe_is_a_recipe(tmp_path):
     whole = load_recipe("r1/miniature", R1Config)
+    own = tmp_path / "own.py"
+    own.write_text(
+        "import dataclasses\n"
+        "from deepseek_jax.workflows.r1 import R1Config\n"
+        "from deepseek_jax.workflows.recipe import load_recipe\n"
+        'def config(): return dataclasses.replace(load_recipe("r1/miniature", R1Config), base="/a/base")\n'
+    )
+    assert load_recipe(f"{own}:zero", type(whole.zero)).init_from == "/a/base"
     assert load_recipe("r1/miniature:zero", type(whole.zero)) == whole.zero
     with pytest.raises(ValueError, match="has no stage 'zerro'; it has data, pretrain, zero"):
         load_recipe("r1/miniature:zerro", R1Config)

@@ -141,13 +141,14 @@ def test_a_reward_model_s_own_folder(tmp_path):
 
 
 def test_an_evaluation_s_own_folder(tmp_path):
-    (tmp_path / "settings.json").write_text("{}")
+    (tmp_path / "settings.json").write_text('{"model": "0123-4567"}')
     (tmp_path / "result.json").write_text(json.dumps({"gsm8k=x.jsonl": figures(0.125)}))
     curve = {"task": "<gsm8k>", "x": [1, 2, 8], "accuracy": [0.25, 0.5, 1.0], "stderr": [0.0, 0.1, None]}
     curves = [curve | {"kind": kind} for kind in ("budget", "majority", "best_of")]
     curves.append(curves[0] | {"label": "Wait, 2 times at most"})
     (tmp_path / "scaling.json").write_text(json.dumps({"curves": curves}))
     text = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "0123-4567" in text and "not written yet" not in text
     assert row(text, "gsm8k=x.jsonl")[1] == "12.5 ± 5.0%"
     card = re.search(r"<h3>Several answers, &lt;gsm8k&gt;</h3>(.*?)</figure>", text, re.S)
     assert card and "majority vote" in card[1] and "best of n" in card[1]

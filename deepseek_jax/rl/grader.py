@@ -186,11 +186,15 @@ class Grader:
             self._pool.close()
 
     def check(self, rows: Sequence[Row]) -> None:
-        """ValueError for the first row that a reward of the package cannot use: better known before training."""
+        """ValueError for the first row that a reward of the package cannot use: better known before training. Those that
+        it does not apply to, as they have no right answer, are counted in a warning."""
         for spec in self._specs:
             seen = self._seen(spec, [""] * len(rows), rows, [True] * len(rows))
             if spec.name in self._here:
-                self._grade_here(spec.name, seen, rows)
+                scores = self._grade_here(spec.name, seen, rows)
+                compares = spec.name == "accuracy" or (spec.named is not None and spec.named.compares)
+                if compares and (apart := sum(score is None for score in scores)):
+                    logger.warning("reward %s does not apply to %d of %d rows", spec.name, apart, len(rows))
 
     def grade(
         self,

@@ -117,5 +117,5 @@ def read_overlap(config: CurateConfig) -> Overlap:
                 raise ValueError(f"{where(row)}: {error}") from error
             found += sum(overlap.add(text, where(row).rpartition(":")[0]) for text in texts_of(value))
     if not found:
-        raise ValueError(f"{', '.join(config.against)}: no text of {config.shortest} words to look for")
+        raise ValueError(f"{', '.join(config.against)}: no text of shortest={config.shortest} words to look for")
     return overlap

@@ -140,13 +140,14 @@ def test_a_file_that_cannot_be_used_is_named_before_training(mine: Path, source:
         Grader((f"{mine}:score",))
 
 
-def test_the_packages_rewards_and_their_sum():
+def test_the_packages_rewards_and_their_sum(caplog):
     """The demo's rewards come out as they always did: to the letter, Σ by fsum."""
     task = make_task(TaskConfig(prompt="q", answer="a"))
     texts = ["<think>x</think>85", "<think>x</think>84", "85", "<think>x</think>85\n1"]
     given = [Record({"q": "?", "a": answer}, f"t:{i}") for i, answer in enumerate(["85", "85", None, "85"])]
     with Grader(("accuracy=1.0", "format=0.2"), task=task) as grader:
         grader.check(given)
+        assert caplog.messages == ["reward accuracy does not apply to 1 of 4 rows"]
         grades = grader.grade(texts, given)
         np.testing.assert_array_equal(grades.rewards["accuracy"], [1, 0, np.nan, 0])
         np.testing.assert_array_equal(grades.rewards["format"], [1, 1, 0, 0])

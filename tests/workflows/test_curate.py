@@ -63,7 +63,7 @@ def test_the_command(files, tmp_path, capsys):
         ({"against": (), "answers": ()}, "give --data FILES, and what rows are kept by"),
         ({"least": 0.5, "most": 0.2}, "least=0.5, most=0.2"),
         ({"against_columns": ("question",)}, r'exam\.jsonl:1: no column "question"; it has problem, answer'),
-        ({"against_columns": ("answer|problem",), "shortest": 9}, "no text of 9 words to look for"),
+        ({"against_columns": ("answer|problem",), "shortest": 9}, "no text of shortest=9 words to look for"),
         ({"answers": "data"}, r"train\.jsonl:1: no answer of eval"),
         ({"data": "against"}, r"there are answers to .*train\.jsonl:1, which is no row of --data"),
     ],

@@ -186,8 +186,8 @@ class Grader:
             self._pool.close()
 
     def check(self, rows: Sequence[Row]) -> None:
-        """ValueError for the first row that a reward of the package cannot use: better known before training. Those that
-        it does not apply to, as they have no right answer, are counted in a warning."""
+        """ValueError for the first row that a reward of the package cannot use: better known before training. Rows
+        without the right answer that it compares with are counted in a warning."""
         for spec in self._specs:
             seen = self._seen(spec, [""] * len(rows), rows, [True] * len(rows))
             if spec.name in self._here:

@@ -1,11 +1,9 @@
 """Completions to rewards: rewards by specification, in this process or in one that can be killed."""
 
 import contextlib
-import dataclasses
 import logging
 import math
 import os
-import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,9 +15,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from deepseek_jax.compute import ComputeConfig
+from deepseek_jax.rl.grades import Grades
+from deepseek_jax.rl.reward_spec import RewardSpec, parse_reward
 from deepseek_jax.rl.rewards.model import ModelReward
-from deepseek_jax.rl.rewards.named import NAMED, Named, check_arguments
-from deepseek_jax.rl.tasks import Reward, Row, Steps, Task, split_function, where
+from deepseek_jax.rl.rewards.named import NAMED
+from deepseek_jax.rl.tasks import Reward, Row, Steps, Task, where
 from deepseek_jax.rl.workers import Outcome, WorkerPool
 
 logger = logging.getLogger(__name__)
@@ -28,99 +28,6 @@ Score = float | Steps | None
 _Seen = tuple[str, Row]
 _BY_ANSWER = ("timeout", "crash")  # how an answer ends a reward of the package
 _FAILURES, _UNJUDGED = ("timeout", "crash", "error"), ("unjudged",)  # of a call of a file's, of a model's
-_PLURALS = {"timeout": "timeouts", "crash": "crashes", "error": "errors", "unjudged": "unjudged"}
-
-
-@dataclasses.dataclass(frozen=True)
-class RewardSpec:
-    """`NAME[:ARGUMENT...][=WEIGHT]` or `file.py:function[=WEIGHT]`, see ``parse_reward``; metrics call it `name`."""
-
-    name: str
-    weight: float
-    source: tuple[str, str] | None = None  # file and function
-    arguments: tuple[str | int, ...] = ()
-
-    @property
-    def named(self) -> Named | None:
-        """Which of the package's it is."""
-        return NAMED.get(self.name if self.source else self.name.partition(".")[0])
-
-
-def parse_reward(text: str) -> RewardSpec:
-    """One of the package's rewards or a function of a file, and its weight (1 if left out).
-
-    ValueError names an unknown reward, arguments that it does not take, a missing file, and a weight that is no finite
-    number.
-    """
-    found = re.fullmatch(r"(.+\.py:[^:/=]*|[^=]*?)(?:=([^=]*))?", text)
-    if found is None:
-        raise ValueError(f"reward {text!r}: expected NAME[:ARGUMENT...][=WEIGHT] or file.py:function[=WEIGHT]")
-    name, spelled = found.groups()
-    try:
-        weight = float("1" if spelled is None else spelled)
-    except ValueError:
-        weight = math.nan
-    if not math.isfinite(weight):
-        raise ValueError(f"reward {text!r}: the weight {spelled!r} is no finite number")
-    source = split_function(name)
-    if source is not None:
-        return RewardSpec(f"{Path(source[0]).stem}.{source[1]}", weight, source)
-    name, *given = name.split(":")
-    if name not in NAMED:
-        raise ValueError(f"reward {text!r}: expected one of {', '.join(NAMED)}, or file.py:function")
-    try:
-        arguments = check_arguments(name, given)
-    except ValueError as error:
-        raise ValueError(f"reward {text!r}: {error}") from error
-    file = NAMED[name].file
-    if NAMED[name].several:
-        name = f"{name}.{Path(str(arguments[0])).name}"
-    return RewardSpec(name, weight, (str(file), "score") if file else None, arguments)
-
-
-@dataclasses.dataclass(frozen=True)
-class Grades:
-    """The rewards of n completions.
-
-    total_N: Σ weight · reward of each (float64); a reward that has no score adds nothing.
-    steps_N: of each the steps that rewards of steps gave, weighted.
-    rewards: by name, unweighted, (n,), the sum of steps; NaN where the reward gave None or failed.
-    failed_N: completions on which a call ended by timeout, crash or error, or which a model cannot judge. failures: by
-    name, how many of each.
-    """
-
-    total_N: np.ndarray
-    steps_N: Sequence[Steps]
-    failed_N: np.ndarray
-    rewards: Mapping[str, np.ndarray]
-    failures: Mapping[str, Mapping[str, int]]
-
-    @classmethod
-    def joined(cls, parts: Sequence[Self]) -> Self:
-        """Those of several calls of one grader, one behind the other."""
-        first = parts[0]
-        return cls(
-            np.concatenate([part.total_N for part in parts]),
-            [steps for part in parts for steps in part.steps_N],
-            np.concatenate([part.failed_N for part in parts]),
-            {name: np.concatenate([part.rewards[name] for part in parts]) for name in first.rewards},
-            {
-                name: {kind: sum(part.failures[name][kind] for part in parts) for kind in kinds}
-                for name, kinds in first.failures.items()
-            },
-        )
-
-    def metrics(self) -> dict[str, float]:
-        """`reward`, the mean of the totals, steps included; `reward_NAME`, of what it graded (0 if nothing); the
-        failures' counts."""
-        total_N = self.total_N + [math.fsum(score for _, score in steps) for steps in self.steps_N]
-        found = {"reward": float(total_N.mean())}
-        for name, scores in self.rewards.items():
-            found[f"reward_{name}"] = float(np.nanmean(scores)) if np.isfinite(scores).any() else 0.0
-        for counts in self.failures.values():
-            for kind, count in counts.items():
-                found[f"reward_{_PLURALS[kind]}"] = found.get(f"reward_{_PLURALS[kind]}", 0.0) + count
-        return found
 
 
 class Grader:

@@ -18,7 +18,8 @@ from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.rl.advantages import choose_groups, has_signal, levelled, settled, step_advantages, token_ends
 from deepseek_jax.rl.asking import ask
 from deepseek_jax.rl.conversing import converse, tool_metrics
-from deepseek_jax.rl.grader import Grader, Grades
+from deepseek_jax.rl.grader import Grader
+from deepseek_jax.rl.grades import Grades
 from deepseek_jax.rl.rewards.length import overlong
 from deepseek_jax.rl.rollout_config import RolloutConfig
 from deepseek_jax.rl.samples import Sample, rollout_batch

@@ -21,8 +21,9 @@ from deepseek_jax.files import read_json_object, write_whole
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.parallel.hosts import require_one_process
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
-from deepseek_jax.rl.grader import Grader, parse_reward
+from deepseek_jax.rl.grader import Grader
 from deepseek_jax.rl.rejection import Readable, Sampled, choose, counts
+from deepseek_jax.rl.reward_spec import parse_reward
 from deepseek_jax.rl.rewards.language import language
 from deepseek_jax.rl.tasks import TaskConfig, where
 from deepseek_jax.saying import doing, say

@@ -18,7 +18,8 @@ from deepseek_jax.files import read_json_lines, write_json
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.rl.asking import ask
-from deepseek_jax.rl.grader import Grader, parse_reward
+from deepseek_jax.rl.grader import Grader
+from deepseek_jax.rl.reward_spec import parse_reward
 from deepseek_jax.rl.tasks import score_all, where
 from deepseek_jax.typed import check_types
 from deepseek_jax.workflows.questions import Answers, all_turns, powers

@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 
 from deepseek_jax.data.text import Record
-from deepseek_jax.rl.grader import Grader, Grades, RewardSpec, parse_reward
+from deepseek_jax.rl.grader import Grader
+from deepseek_jax.rl.grades import Grades
+from deepseek_jax.rl.reward_spec import RewardSpec, parse_reward
 from deepseek_jax.rl.rewards import accuracy_reward, format_reward
 from deepseek_jax.rl.tasks import Task, TaskConfig, make_task
 

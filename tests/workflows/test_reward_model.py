@@ -16,7 +16,8 @@ from small import SPEAKER, tokenizer
 from deepseek_jax import load, save_hf
 from deepseek_jax.data.preferences import encode_judged
 from deepseek_jax.rl.asking import Answer
-from deepseek_jax.rl.grader import Grader, parse_reward
+from deepseek_jax.rl.grader import Grader
+from deepseek_jax.rl.reward_spec import parse_reward
 from deepseek_jax.rl.tasks import TaskConfig, make_task
 from deepseek_jax.train.loop_config import LoopConfig
 from deepseek_jax.train.optimizer import OptimizerConfig

@@ -11,7 +11,7 @@ import pytest
 import deepseek_jax
 from deepseek_jax.cli.main import main
 from deepseek_jax.data.tokenizer import Tokenizer
-from deepseek_jax.rl.grader import parse_reward
+from deepseek_jax.rl.reward_spec import parse_reward
 from deepseek_jax.rl.rewards.named import NAMED
 
 PAGE = (Path(__file__).parents[2] / "docs" / "your-own-data.md").read_text(encoding="utf-8")

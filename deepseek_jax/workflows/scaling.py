@@ -215,7 +215,7 @@ def draw(curves: Sequence[dict[str, Any]], path: Path) -> None:
         axes = figure.add_subplot(1, len(kinds), place)
         for curve in curves:
             if curve["kind"] == kind:
-                label = ", ".join(filter(None, (Path(curve["task"]).name, curve.get("label"))))
+                label = ", ".join(Path(name).name for name in (curve["task"], curve.get("label")) if name)
                 y, error = ([100 * (v or 0) for v in curve[name]] for name in ("accuracy", "stderr"))
                 error = [value if value == value else 0 for value in error]  # NaN for a single question
                 axes.errorbar(curve["x"], y, yerr=error, marker="o", capsize=3, label=label)
@@ -227,5 +227,5 @@ def draw(curves: Sequence[dict[str, Any]], path: Path) -> None:
         axes.set_ylabel("right answers, %")
         axes.set_ylim(0, 1.35 * max(axes.get_ylim()[1], 1e-3))  # with room for the legend
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small").set_in_layout(False)  # a long name takes no room from the axes
     figure.savefig(path, dpi=150)

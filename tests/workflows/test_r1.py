@@ -185,6 +185,7 @@ def test_what_a_stage_reads_must_be_there_or_come_before(tmp_path):
 def test_no_samples_and_a_stage_skipped_half_done_are_named(tmp_path, monkeypatch):
     """Else the sft would learn the general chats alone, and from a base that is not what it was to be."""
     config = tiny_r1.config(tmp_path)
+    tiny_r1.write_questions(tmp_path)
     skip = tuple(name for name in ALL if name not in ("samples", "sft"))
     config = dataclasses.replace(config, run_dir=f"{tmp_path}/run/", skip=skip)
     for file in ("data/requests_sft.jsonl", "reasoning/model", "pretrain/checkpoints/20/model", "zero/checkpoints/6/x"):

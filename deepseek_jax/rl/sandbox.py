@@ -141,9 +141,12 @@ class Sandbox:
             to_status.close()
             first = status.readline()
             if not first:
-                raise SandboxError(process.communicate()[1].decode(errors="replace").strip() or "it has not started")
+                raise SandboxError(_complaint(process))
             pid = json.loads(first)["child-pid"]  # the sandbox's init: no process of the program outlives it
-            pidfd = os.pidfd_open(pid)  # it waits for `release`, so this is no other process of the same number
+            try:
+                pidfd = os.pidfd_open(pid)  # it waits for `release`, so this is no other process of the same number
+            except ProcessLookupError as error:  # it could not be made, which was found out behind that line
+                raise SandboxError(_complaint(process)) from error
             files.callback(os.close, pidfd)
             watch = _Watch(process, pid, pidfd, limits)
             try:
@@ -297,6 +300,11 @@ def _find(tool: str, package: str) -> str:
 
 def _encode(text: str) -> bytes:
     return text.encode(errors="replace")  # a lone surrogate is what a model may well write
+
+
+def _complaint(process: subprocess.Popen[bytes]) -> str:
+    """What bubblewrap said as it ended."""
+    return process.communicate()[1].decode(errors="replace").strip() or "it has not started"
 
 
 def _pipe() -> tuple[BinaryIO, BinaryIO]:

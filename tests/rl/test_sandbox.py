@@ -157,6 +157,10 @@ def test_a_sandbox_that_breaks_is_no_programs_fault(sandbox: Sandbox, monkeypatc
     monkeypatch.setattr(sandbox, "_view", [*sandbox._view, "--ro-bind", "/nowhere", "/nowhere"])
     with pytest.raises(SandboxError, match="/nowhere"):
         sandbox.run("print(1)")
+    pidfd_open = os.pidfd_open  # it may have ended by then
+    monkeypatch.setattr(os, "pidfd_open", lambda pid: (time.sleep(0.2), pidfd_open(pid))[1])
+    with pytest.raises(SandboxError, match="/nowhere"):
+        sandbox.run("print(1)")
 
 
 @pytest.mark.parametrize(("field", "value"), [("seconds", 0), ("memory", -1), ("output", float("nan"))])

@@ -2,8 +2,8 @@
 
     deepseek-jax r1 r1/miniature        (make r1)
 
-2 CPU cores: 12 minutes, tests beside it half of the time. Right answers to held-out problems, sampled: base 44 %, R1-Zero
-94 %; stages 1 to 4 56, 89, 79 and 88 %; student 71 % (docs/results/r1.md).
+2 CPU cores: 12 minutes, tests beside it half of the time. Right answers to held-out problems, sampled: base 44 %,
+R1-Zero 94 %; stages 1 to 4 56, 89, 79 and 88 %; student 71 % (docs/results/r1.md).
 
 A stage alone: deepseek-jax grpo r1/miniature:zero, and so on.
 """

@@ -11,12 +11,12 @@ from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from deepseek_kernels.hopper import STEP, refuses
 from deepseek_kernels.hopper_sizes import CORES, HOPPER, Sizes
+from deepseek_kernels.hopper_tiles import step, tiled
 from deepseek_kernels.target import Target
 
 _COLUMNS = 128  # of a tile, 64 for each of two warp groups
@@ -89,90 +89,42 @@ def _product(x_TD, w, blocks_M, *, parts: int, dtype: Any, cores: int, sizes: Si
     (size, depth), groups, width, tiles = x_TD.shape, len(w), w.shape[2], len(blocks_M) - 1
     tile_rows, across, all_steps = size // tiles, pl.cdiv(width, _COLUMNS), depth // STEP
     fitting = sizes.stages or _BYTES // (2 * STEP * (_COLUMNS + tile_rows))
-    stages = min(max(pl.cdiv(all_steps, parts), 2), fitting)
-    swizzled = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
-    operands = [
-        plgpu.BlockSpec((STEP, _COLUMNS), lambda k: (k, 0), transforms=swizzled, delay_release=1),
-        plgpu.BlockSpec((tile_rows, STEP), lambda k: (0, k), transforms=swizzled, delay_release=1),
-    ]
 
-    def pipeline(steps, multiply, compute):
-        return plgpu.emit_pipeline_warp_specialized(
-            multiply,
-            grid=(steps,),
-            in_specs=operands,
-            max_concurrent_steps=stages,
-            memory_registers=40,
-            wg_axis="warpgroup",
-            num_compute_wgs=2,
-            compute_context=compute,
-        )
-
-    def kernel(blocks, x, w, out):
-        allocations = pipeline(stages, lambda *_: None, lambda _: None).get_allocations(w.at[0], x)
-        columns = 128 // dtype.itemsize
-        transforms = plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128)
-        stored = plgpu.SMEM((2, tile_rows, 64), dtype, transforms=transforms)
-        body = functools.partial(each_tile, blocks, x, w, out)
-        pl.run_scoped(body, allocations, stored, plgpu.Barrier(num_arrivals=2), collective_axes="warpgroup")
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-    def each_tile(blocks, x, w, out, allocations, stored, multiplied):
-        warpgroup = jax.lax.axis_index("warpgroup")
-        mine = pl.ds(warpgroup * 64, 64)
-        used = blocks[tiles]
-
-        def multiply(_, w_step, x_step, sums):
-            plgpu.wgmma(sums, w_step.at[:, mine].transpose((1, 0)), x_step.transpose((1, 0)))
-            plgpu.wgmma_wait(1)  # for the step before, whose place in shared memory is released now
-            return sums
-
-        @plgpu.nd_loop((tiles * across * parts,), collective_axes="block")
-        def _(loop):
-            (place,) = loop.index
-            full = place < used * across * parts
-            place, start, count = (
-                jnp.where(full, yes, no)
-                for yes, no in (
-                    (place, place - used * across * parts),
-                    (0, used),
-                    (jnp.maximum(used, 1), jnp.maximum(tiles - used, 1)),
-                )
+    def tile(place, warpgroup, blocks, w, x, out):
+        (place,), used = place, blocks[tiles]
+        full = place < used * across * parts
+        place, start, count = (
+            jnp.where(full, yes, no)
+            for yes, no in (
+                (place, place - used * across * parts),
+                (0, used),
+                (jnp.maximum(used, 1), jnp.maximum(tiles - used, 1)),
             )
-            i, rest = start + jax.lax.rem(place, count), place // count
-            part, j = jax.lax.rem(rest, parts), rest // parts
-            first, last = (part * all_steps) // parts, ((part + 1) * all_steps) // parts
-            steps = jnp.where(full, last - first, 0)
-            rows, columns = pl.ds(i * tile_rows, tile_rows), pl.ds(j * _COLUMNS, _COLUMNS)
-            # What reaches past the end: no step goes there.
-            terms = pl.ds(pl.multiple_of(first * STEP, STEP), depth) if parts > 1 else slice(None)
-            matrix = w.at[jnp.minimum(blocks[i], groups - 1), terms, columns]
+        )
+        i, rest = start + jax.lax.rem(place, count), place // count
+        part, j = jax.lax.rem(rest, parts), rest // parts
+        first, last = (part * all_steps) // parts, ((part + 1) * all_steps) // parts
+        rows, columns = pl.ds(i * tile_rows, tile_rows), pl.ds(j * _COLUMNS, _COLUMNS)
+        # What reaches past the end: no step goes there.
+        terms = pl.ds(pl.multiple_of(first * STEP, STEP), depth) if parts > 1 else slice(None)
+        matrix = w.at[jnp.minimum(blocks[i], groups - 1), terms, columns]
+        mine = out.at[part, rows, columns].at[:, _half(warpgroup)]
+        return matrix, x.at[rows, terms], mine, jnp.where(full, last - first, 0)
 
-            def compute(run):
-                pl.run_scoped(functools.partial(store, run), plgpu.WGMMAAccumulatorRef((64, tile_rows)))
+    kernel = tiled(
+        tile,
+        lambda warpgroup, w, x: (w.at[:, _half(warpgroup)].transpose((1, 0)), x.transpose((1, 0))),
+        (step((STEP, _COLUMNS), True), step((tile_rows, STEP), False)),
+        (_COLUMNS // 2, tile_rows),
+        jax.ShapeDtypeStruct((parts, size, width), dtype),
+        grid=(tiles * across * parts,),
+        cores=cores,
+        stages=min(max(pl.cdiv(all_steps, parts), 2), fitting),
+        turned=True,
+    )
+    return kernel(blocks_M, w, x_TD)
 
-            def store(run, sums):
-                run(sums)
-                values = plgpu.layout_cast(sums[...].astype(dtype), plgpu.Layout.WGMMA_TRANSPOSED)
-                pl.when(full)(lambda: plgpu.barrier_arrive(multiplied))
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                stored.at[warpgroup].transpose((1, 0))[...] = values
-                plgpu.commit_smem()
-                target = out.at[part, rows, columns]
-                plgpu.copy_smem_to_gmem(stored.at[warpgroup], target.at[:, mine])
 
-            pipeline(steps, multiply, compute)(matrix, x.at[rows, terms], allocations=allocations)
-
-            @pl.when((warpgroup == 2) & full)
-            def _():  # the last step's place is not released: the next tile must not be streamed over it
-                plgpu.barrier_wait(multiplied)
-
-    return plgpu.kernel(
-        kernel,
-        out_type=jax.ShapeDtypeStruct((parts, size, width), dtype),
-        grid=(cores or CORES,),
-        grid_names=("block",),
-        num_threads=3,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-    )(blocks_M, x_TD, w)
+def _half(warpgroup):
+    """A warp group's columns of a tile."""
+    return pl.ds(warpgroup * (_COLUMNS // 2), _COLUMNS // 2)

@@ -1,5 +1,5 @@
-"""The products of hopper.py on Hopper: tiles taken one after another, each a sum of products over steps. Few rows and
-FP8 have pipelines of their own (hopper_few.py, hopper_fp8.py), which take from here at most how memory is swizzled.
+"""The products of hopper.py and hopper_few.py: tiles taken one after another, each a sum of products over steps. FP8
+has a pipeline of its own (hopper_fp8.py), which takes from here how memory is swizzled.
 
 One warp group streams both operands of the steps to shared memory, two multiply, each its part of the tile. As many
 blocks as the GPU has processors take the tiles in turn.
@@ -27,7 +27,8 @@ def tiled(
     grid: tuple[int, ...],
     cores: int,
     stages: int,
-    stored: int,
+    stored: int = 0,
+    turned: bool = False,
 ) -> Callable[..., jax.Array]:
     """The kernel of ``(index, lhs, rhs) -> out``.
 
@@ -41,7 +42,10 @@ def tiled(
       cores: of the target, 0 for an H100's.
       stages: steps in shared memory at once.
       stored: columns of the sums that are handed over at once.
+      turned: the sums are handed over transposed, in one go.
     """
+
+    handed = sums[::-1] if turned else (sums[0], stored)
 
     def pipeline(steps, multiply, compute):
         return plgpu.emit_pipeline_warp_specialized(
@@ -58,7 +62,9 @@ def tiled(
     def kernel(index, lhs, rhs, out_ref):
         scratch = (
             pipeline(stages, lambda *_: None, lambda _: None).get_allocations(lhs, rhs),
-            plgpu.SMEM((2, sums[0], stored), out.dtype, transforms=swizzled(stored, out.dtype)),
+            plgpu.SMEM(
+                (2, *handed), out.dtype, transforms=swizzled(min(handed[1], 128 // out.dtype.itemsize), out.dtype)
+            ),
             plgpu.Barrier(num_arrivals=2),
         )
         each = functools.partial(tiles, lambda *place: tile(*place, index, lhs, rhs, out_ref))
@@ -84,11 +90,17 @@ def tiled(
                 run(acc)
                 values = acc[...].astype(out.dtype)
                 pl.when(steps > 0)(lambda: plgpu.barrier_arrive(multiplied))
-                for first in range(0, sums[1], stored):
+                width = sums[1] if turned else stored
+                for first in range(0, sums[1], width):
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    room[warpgroup] = values[:, first : first + stored]
+                    if turned:
+                        turned_room = room.at[warpgroup].transpose((1, 0))
+                        turned_room[...] = plgpu.layout_cast(values, plgpu.Layout.WGMMA_TRANSPOSED)
+                    else:
+                        room[warpgroup] = values[:, first : first + width]
                     plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(room.at[warpgroup], out_part.at[:, first : first + stored])
+                    target = out_part if turned else out_part.at[:, first : first + width]
+                    plgpu.copy_smem_to_gmem(room.at[warpgroup], target)
 
             pipeline(steps, multiply, compute)(lhs_part, rhs_part, allocations=allocations)
 

@@ -1,23 +1,23 @@
-"""How tokens and experts come together on a mesh; what the experts compute is the caller's."""
+"""How tokens and experts come together on a mesh; what the experts compute is the caller's. See docs/parallel.md."""
 
 import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from deepseek_jax.parallel.dispatch import Dispatch, by_copies, by_gathering
 from deepseek_jax.parallel.mesh import current_mesh
+from deepseek_jax.parallel.rounds import Experts, in_rounds
 from deepseek_jax.parallel.sharding import ShardingRules
 from deepseek_kernels.block_fp8 import BLOCK, BlockScaled
 from deepseek_kernels.weights import InStack, block_scaled
 
 logger = logging.getLogger(__name__)
-
-Experts = Callable[[jax.Array, jax.Array, jax.Array, Any, Any], jax.Array]
 
 
 def exchange(
@@ -28,46 +28,104 @@ def exchange(
     wi_ED2F: Any,
     wo_EFD: Any,
     rules: ShardingRules,
-) -> jax.Array:
-    """``experts(x, weights, experts, wi, wo) -> y``, run on each device's own tokens.
+    dispatch: Dispatch = Dispatch(),
+) -> tuple[jax.Array, jax.Array]:
+    """``experts(x_TD, weights_TK, experts_TK, wi, wo, most) -> y_TD`` on a mesh -> (y_BSD, choices that were dropped).
 
-    Without a mesh, or on one of a single device, a plain call. On others tokens stay and the experts' matrices come to
-    them, gathered over every axis but those that split their width F, whose partial sums are added up. Matrices in FP8
-    stay with their experts, and tokens come to them: ``experts`` then gets a device's own matrices, in FP8, with
-    numbers of experts that count from its first; what is not among them adds nothing.
+    Without a mesh, or on one of a single device, a plain call. On others experts stay where ``rules.experts`` has put
+    them and tokens come to them, as ``dispatch`` says. ``experts`` then gets a device's own matrices, and numbers that
+    count from its first: what is not among them adds nothing. No more than ``most`` are, but for None.
+
+    Over ``rules.expert_embed`` and ``experts_gathered`` matrices are gathered, in x's dtype, and their gradients
+    reduce-scattered, in their own; those in FP8 as they are. Where ``expert_mlp`` splits their width F, the partial
+    sums are added up.
     """
     mesh = current_mesh()
     if mesh is None or mesh.size == 1:
-        return experts(x_BSD, weights_BSK, experts_BSK, wi_ED2F, wo_EFD)
-    operands = x_BSD, weights_BSK, experts_BSK, wi_ED2F, wo_EFD
-    tokens, width = rules.spec(("batch", "sequence", None)), rules.expert_mlp
+        y_TD = experts(_flat(x_BSD), _flat(weights_BSK), _flat(experts_BSK), wi_ED2F, wo_EFD, None)
+        return y_TD.reshape(x_BSD.shape), jnp.float32(0)
+    ways = lambda names: math.prod(mesh.shape[name] for name in names)  # noqa: E731
+    group = tuple(name for name in rules.experts if name not in rules.experts_gathered)
+    lie, embed, width = rules.experts, rules.expert_embed, rules.expert_mlp
+    if group + rules.experts_gathered != lie:
+        raise ValueError(f"experts_gathered={rules.experts_gathered}: must be the last of experts={lie}")
     if block_scaled(wi_ED2F) is not None or block_scaled(wo_EFD) is not None:
-        ways = math.prod(mesh.shape[name] for name in width)
-        if ways > 1 and wo_EFD.shape[1] % (ways * BLOCK):
-            why = f"experts' width {wo_EFD.shape[1]} in FP8 blocks of {BLOCK} is not split {ways} ways"
-            _say(f"{why}: each device of {', '.join(width)} multiplies by all of it")
-            width = ()
-        split, axes = functools.partial(_by_experts, experts, rules, width), rules.experts
-    else:
-        wi_ED2F, wo_EFD = (w if isinstance(w, jax.Array) else w.astype(x_BSD.dtype) for w in (wi_ED2F, wo_EFD))
-        split, axes = lambda *operands: jax.lax.psum(experts(*operands), width), ()
-    specs = tokens, tokens, tokens, _spec(wi_ED2F, axes, None, None, width), _spec(wo_EFD, axes, width, None)
-    return jax.shard_map(split, in_specs=specs, out_specs=tokens, check_vma=False)(*operands)
+        lie, embed, width = group, (), _width_in_blocks(width, ways(width), wo_EFD.shape[1])
+    elif ways(embed) * ways(rules.experts_gathered) > 1:  # no longer layers of a stack
+        wi_ED2F, wo_EFD = (w.astype(x_BSD.dtype) if isinstance(w, InStack) else w for w in (wi_ED2F, wo_EFD))
+    ours = tuple(name for name in group if name in (*rules.batch, *rules.sequence))
+    others = tuple(name for name in (*group, *width) if name not in ours and mesh.shape[name] > 1)
+    copied = dispatch.how == "all_to_all" and ways(group) > 1
+    if copied:
+        _check_copies(group, ours, ways(group), dispatch.nodes)
+
+    def on_device(x_BSD, weights_BSK, experts_BSK, wi_ED2F, wo_EFD):
+        for names, wi_axis, wo_axis in ((embed, 1, 2), (lie[len(group) :], 0, 0)):
+            if ways(names) > 1:
+                wi_ED2F = _gathered(wi_ED2F, names, wi_axis, x_BSD.dtype)
+                wo_EFD = _gathered(wo_EFD, names, wo_axis, x_BSD.dtype)
+        mean, own = experts_BSK.size * ways(ours) // ways(group), wo_EFD.shape[0]
+        local = lambda x, weights, ours: in_rounds(experts, mean, x, weights, ours, wi_ED2F, wo_EFD)  # noqa: E731
+        tokens = _flat(x_BSD), _flat(weights_BSK).astype(jnp.float32), _flat(experts_BSK)
+        if copied:
+            y_TD, dropped = by_copies(local, tokens, group, ways(group), own, dispatch)
+        else:
+            first = jax.lax.axis_index(group) * own if group else 0
+            y_TD, dropped = by_gathering(local, tokens, ours, first), jnp.float32(0)
+        y_TD = jax.lax.psum(y_TD, others) if others else y_TD
+        return y_TD.reshape(x_BSD.shape), dropped[None]
+
+    tokens = rules.spec(("batch", "sequence", None))
+    y_BSD, dropped = jax.shard_map(
+        on_device,
+        in_specs=(*[tokens] * 3, _spec(wi_ED2F, lie, embed, None, width), _spec(wo_EFD, lie, width, embed)),
+        out_specs=(tokens, PartitionSpec((*rules.batch, *rules.sequence))),
+        check_vma=False,
+    )(x_BSD, weights_BSK, experts_BSK, wi_ED2F, wo_EFD)
+    return y_BSD, jnp.sum(dropped) if copied else jnp.float32(0)
 
 
-def _by_experts(experts, rules, width, x_BSD, weights_BSK, experts_BSK, wi_ED2F, wo_EFD):
-    """The tokens of all devices that the experts are split over, by this device's experts; sums go back to them."""
-    ours = [name for name in rules.experts if name in (*rules.batch, *rules.sequence)]
-    others = [name for name in (*rules.experts, *width) if name not in ours]
-    for name in ours:
-        x_BSD, weights_BSK, experts_BSK = (
-            jax.lax.all_gather(x, name, tiled=True) for x in (x_BSD, weights_BSK, experts_BSK)
+def _flat(x_BSN: jax.Array) -> jax.Array:
+    return x_BSN.reshape(-1, x_BSN.shape[2])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gathered(w: jax.Array, names: tuple[str, ...], axis: int, dtype: Any) -> jax.Array:
+    """The parts of ``w`` along ``axis`` on the devices along ``names``, put together in ``dtype``. The gradient's sums
+    are of w's own dtype.
+
+    They are joined in front, whatever the axis, and moved there on the device: an XLA for TPUs that is to scatter sums
+    along the last axis adds them up whole."""
+    whole = jax.lax.all_gather(w.astype(dtype), names)
+    return jnp.moveaxis(whole, 0, axis).reshape(*w.shape[:axis], -1, *w.shape[axis + 1 :])
+
+
+def _scattered(names, axis, dtype, like, dw):
+    parts = jnp.moveaxis(dw.reshape(*like.shape[:axis], -1, *like.shape[axis:]), axis, 0)
+    return (jax.lax.psum_scatter(parts.astype(like.dtype), names),)
+
+
+_gathered.defvjp(lambda w, names, axis, dtype: (_gathered(w, names, axis, dtype), w), _scattered)
+
+
+def _check_copies(names: tuple[str, ...], ours: tuple[str, ...], ways: int, nodes: int) -> None:
+    if ours != names:
+        raise ValueError(f"dispatch='all_to_all': experts are split over {names}, tokens over {ours} of these alone")
+    if ways % nodes:
+        legal = [str(count) for count in range(1, ways + 1) if ways % count == 0]
+        raise ValueError(
+            f"dispatch_nodes={nodes} does not divide the {ways} devices of {', '.join(names)}: "
+            f"{', '.join(legal[:-1])} or {legal[-1]} do"
         )
-    first = jax.lax.axis_index(rules.experts) * wo_EFD.shape[0] if rules.experts else 0
-    y_BSD = jax.lax.psum(experts(x_BSD, weights_BSK, experts_BSK - first, wi_ED2F, wo_EFD), others)
-    for name in reversed(ours):
-        y_BSD = jax.lax.psum_scatter(y_BSD, name, tiled=True)
-    return y_BSD
+
+
+def _width_in_blocks(names: tuple[str, ...], ways: int, width: int) -> tuple[str, ...]:
+    """The axes that split the width of experts in FP8: none where a block would be cut."""
+    if ways == 1 or width % (ways * BLOCK) == 0:
+        return names
+    why = f"experts' width {width} in FP8 blocks of {BLOCK} is not split {ways} ways"
+    _say(f"{why}: each device of {', '.join(names)} multiplies by all of it")
+    return ()
 
 
 def _spec(w: Any, *axes: Any) -> Any:

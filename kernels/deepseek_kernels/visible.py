@@ -67,6 +67,12 @@ class Visible:
         return self.causal and self.q_segments_BS is not None and all(value is None for value in given)
 
     @property
+    def in_runs(self) -> int:
+        """``q_run`` where only queries' places in their row and segments count, else 0."""
+        whole = self.causal and self.k_positions_BT is None and self.lengths_B is None
+        return self.q_run if whole and self.q_positions_BS is not None else 0
+
+    @property
     def below_diagonal(self) -> bool:
         """Whether a query sees no key that stands behind it in the row, whatever segments and lengths say."""
         return self.causal and self.q_positions_BS is None and self.k_positions_BT is None

@@ -14,12 +14,13 @@ from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.inference.cache import Cache
 from deepseek_jax.model import transformer
 from deepseek_jax.model.router import router_stats
-from deepseek_jax.parallel.context import RowOrder, numbered, per_row_and_head, pieces
+from deepseek_jax.parallel.context import RowOrder, _placed, numbered, per_row_and_head, pieces
 from deepseek_jax.parallel.hlo import collectives
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
 from deepseek_jax.parallel.sharding import ShardingRules, named_sharding, place_batch, tree_shardings
 from deepseek_jax.train.losses import LanguageModelLoss
-from deepseek_kernels import Target, Visible, mla_attention
+from deepseek_kernels import Target, Visible, attention_hopper, mla_attention
+from deepseek_kernels.attention_splash_blocks import Blocks, visited
 
 RULES = ShardingRules()
 
@@ -135,6 +136,35 @@ def test_statistics_of_sequences_that_devices_share(balanced):
         shared = lambda scores, ids: value(*map(order.spread, (scores, experts, numbered(ids, RULES))))  # noqa: E731
         found = jax.jit(jax.value_and_grad(shared))(scores, ids)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7), found, expected)
+
+
+# Who does what
+
+
+@pytest.mark.parametrize("ways", [2, 4, 8])
+def test_all_devices_go_over_as_many_blocks(ways):
+    """Of scores, of the kernels of a TPU and of Hopper; in the row's own order the last does nearly twice the mean."""
+    size, block = ways * 1024, 128
+
+    def blocks(visible, device):
+        mine = slice(device * size // ways, (device + 1) * size // ways)
+        visible = dataclasses.replace(visible, q_positions_BS=visible.q_positions_BS[:, mine])
+        counted = Blocks(rows=1, queries=block, keys=block, across=size // block, at_once=block, sums=False)
+        on_tpu = visited(visible.limits(1, size // ways, size).reshape(-1) - 1, None, counted)
+        _, plan = attention_hopper._plan(visible, jnp.zeros((1, size // ways)), jnp.zeros((1, size)))
+        of_queries = 1 + np.asarray(plan.places_BI) - plan.of_queries[..., 0]
+        of_keys = plan.of_keys[..., 2] - plan.of_keys[..., 0]
+        return [int(np.sum(numbers)) for numbers in (on_tpu, of_queries, of_keys)]
+
+    counts = {
+        balanced: np.array([blocks(_placed(Visible(), size, ways, balanced), i) for i in range(ways)])
+        for balanced in (False, True)
+    }
+    total = (size // block) * (size // block + 1) // 2
+    for balanced, found in counts.items():
+        assert np.all(found.sum(axis=0) == total) and np.all(found == found[:, :1]), balanced
+    assert np.all(counts[True] == total // ways)
+    assert counts[False][-1, 0] > 1.45 * total / ways
 
 
 # What is sent

@@ -172,7 +172,7 @@ def attention_reference(q_BSHK, k_BTGK, v_BTGV, visible, scale):
 
 def _choose(operation, operands, key_width, value_width, visible, target, implementation, shared_by=1) -> str:
     facts = {"queries": operands[0].shape[1], "keys": operands[1].shape[1]}
-    facts |= {name: getattr(visible, name) for name in ("in_row_order", "in_segments", "in_columns")}
+    facts |= {name: getattr(visible, name) for name in ("in_row_order", "in_segments", "in_columns", "in_runs")}
     facts |= {"shared_by": shared_by, "devices": devices()}
     return _named(operation, operands, key_width, value_width, target, implementation, **facts)
 

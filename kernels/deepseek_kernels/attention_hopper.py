@@ -2,8 +2,9 @@
 
 Keys are 192 wide and values 128, read where they lie: a head's own part and values in one array, the part that all
 heads share in another. Blocks of keys above the diagonal are left out, and so are those in which no query's segment
-has a key; where a block of queries and one of keys are of a single segment, nothing is hidden. The backward pass sums
-in a fixed order: one kernel goes over the queries for each block of keys, one over the keys for each block of queries.
+has a key; where a block of queries and one of keys are of a single segment, nothing is hidden. Queries may be a part of
+their row, in runs of whole blocks. The backward pass sums in a fixed order: one kernel goes over the queries for each
+block of keys, one over the keys for each block of queries.
 """
 
 import functools
@@ -18,7 +19,7 @@ from deepseek_kernels import hopper_sizes
 from deepseek_kernels.attention_hopper_forward import forward
 from deepseek_kernels.attention_hopper_keys import keys_gradient
 from deepseek_kernels.attention_hopper_queries import queries_gradient
-from deepseek_kernels.attention_hopper_tiles import BLOCK, Operands
+from deepseek_kernels.attention_hopper_tiles import BLOCK, Ids, Operands, Plan
 from deepseek_kernels.kept import kept
 from deepseek_kernels.target import Target
 from deepseek_kernels.visible import Visible, not_whole_rows
@@ -37,14 +38,15 @@ def refuses(
     key_width: int,
     value_width: int,
     in_segments: bool = False,
-    shared_by: int = 1,
+    in_runs: int = 0,
     devices: int = 1,
     **_: Any,
 ) -> str:
     """Why the kernels cannot run; "" where they can."""
     if why := hopper_sizes.refuses(target, dtype):
         return why
-    if why := not_whole_rows(in_row_order or in_segments, queries, keys):
+    placed = in_runs and not in_runs % BLOCK  # whole blocks of queries, each before a block of keys
+    if not placed and (why := not_whole_rows(in_row_order or in_segments, queries, keys)):
         return why
     if (key_width, value_width) != _WIDTHS:
         return f"it needs keys of {_WIDTHS[0]} and values of {_WIDTHS[1]} numbers, not {key_width} and {value_width}"
@@ -72,37 +74,36 @@ def attend(
 
 
 def _forward(q, kv, pe, visible, scale):
-    out, logs = map(kept, hopper_attention(q, kv, pe, visible, scale))
+    out, logs = map(kept, hopper_attention(q, kv, pe, *_plan(visible, q, kv), scale))
     return out, (q, kv, pe, visible, out, logs)
 
 
 def _backward(scale, residuals, dout):
-    return *hopper_attention_gradients(*residuals, dout, scale), None
+    q, kv, pe, visible, out, logs = residuals
+    return *hopper_attention_gradients(q, kv, pe, *_plan(visible, q, kv), out, logs, dout, scale), None
 
 
 attend.defvjp(_forward, _backward)
 
 
-@functools.partial(jax.jit, static_argnums=4)  # lowered once for all layers, like the next
-def hopper_attention(q, kv, pe, visible, scale):
+@functools.partial(jax.jit, static_argnums=5)  # lowered once for all layers, like the next
+def hopper_attention(q, kv, pe, ids, plan, scale):
     S = q.shape[1]
-    ids, (of_queries, _) = _plan(visible, len(q), S)
-    out, logs = forward(_whole(q, _UNIT), _whole(kv, _UNIT), _whole(pe, _UNIT), ids, of_queries, scale)
+    out, logs = forward(_whole(q, _UNIT), _whole(kv, _UNIT), _whole(pe, _UNIT), ids, plan, scale)
     return out[:, :S], logs
 
 
-@functools.partial(jax.jit, static_argnums=7)
-def hopper_attention_gradients(q, kv, pe, visible, out, logs, dout, scale):
-    S = q.shape[1]
+@functools.partial(jax.jit, static_argnums=8)
+def hopper_attention_gradients(q, kv, pe, ids, plan, out, logs, dout, scale):
+    S, T = q.shape[1], kv.shape[1]
     along_BSH = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
     along_BHP = jnp.swapaxes(_whole(along_BSH, BLOCK), 1, 2)
     padded = (_whole(x, _UNIT) for x in (q, kv, pe, dout.astype(q.dtype)))
     operands = Operands._make([*padded, logs, along_BHP])
-    ids, (of_queries, of_keys) = _plan(visible, len(q), S)
-    dq = queries_gradient(operands, ids, of_queries, scale)
-    dkv, dpe_BTHR = keys_gradient(operands, ids, of_keys, scale)
+    dq = queries_gradient(operands, ids, plan, scale)
+    dkv, dpe_BTHR = keys_gradient(operands, ids, plan, scale)
     dpe = jnp.sum(dpe_BTHR.astype(jnp.float32), axis=2).astype(pe.dtype)
-    return tuple(gradient[:, :S] for gradient in (dq, dkv, dpe))
+    return dq[:, :S], dkv[:, :T], dpe[:, :T]
 
 
 def _whole(x, unit):
@@ -111,35 +112,54 @@ def _whole(x, unit):
     return jnp.pad(x, [(0, 0), (0, rows - x.shape[1])] + [(0, 0)] * (x.ndim - 2)) if rows > x.shape[1] else x
 
 
-def _plan(visible: Visible, batch: int, size: int):
+def _plan(visible: Visible, q_BSHK: jax.Array, kv_BTHW: jax.Array) -> tuple[Ids, Plan]:
     """Segments of queries and of keys, or None, and what blocks see of each other."""
-    if visible.q_segments_BS is None or visible.k_segments_BT is None:
+    (batch, queries), keys = q_BSHK.shape[:2], kv_BTHW.shape[1]
+    rows = lambda ids, size: _whole(jnp.broadcast_to(ids, (batch, size)).astype(jnp.int32), BLOCK)  # noqa: E731
+    ids = places_BI = None
+    if visible.q_segments_BS is not None and visible.k_segments_BT is not None:
+        ids = rows(visible.q_segments_BS, queries), rows(visible.k_segments_BT, keys)
+    if visible.in_runs and visible.q_positions_BS is not None:
+        places_BI = rows(visible.q_positions_BS, queries)[:, ::BLOCK] // BLOCK
+    if ids is None and places_BI is None:
         none = jnp.zeros((1, 1, 2), jnp.int32)  # not read
-        return None, (none, none)
-    rows = lambda ids: _whole(jnp.broadcast_to(ids, (batch, size)).astype(jnp.int32), BLOCK)  # noqa: E731
-    ids = rows(visible.q_segments_BS), rows(visible.k_segments_BT)
-    return ids, seen(*ids)
+        return None, Plan(none, none, None)
+    one = jnp.zeros((batch, 1), jnp.int32)
+    return ids, Plan(*seen(*(ids or (rows(one, queries), rows(one, keys))), places_BI), places_BI)
 
 
-def seen(q_ids_BP: Int[Array, "B P"], k_ids_BP: Int[Array, "B P"]) -> tuple[Int[Array, "B I 2"], Int[Array, "B I 2"]]:
+def seen(
+    q_ids_BP: Int[Array, "B P"], k_ids_BP: Int[Array, "B Q"], places_BI: Int[Array, "B I"] | None = None
+) -> tuple[Int[Array, "B I 2"], Int[Array, "B J X"]]:
     """What blocks see of each other, by the lowest and the highest number of their segments: right for any numbers,
     and as much as can be left out where a row's segments lie one behind the other in the order of their numbers.
 
     Of each block of queries: the first block of keys that it may see any of, and from which on it sees all, up to the
     diagonal's. Of each block of keys: where the blocks of queries behind it end that see all of it, and any of it.
+
+    places_BI: the block of keys at whose diagonal a block of queries stands; None: its own number. Of each block of
+    keys there is told, in front of the others, the first block of queries that sees any of it; of those behind it some
+    may see all, up to the second number, and none does from the third on.
     """
     (q_low, q_high), (k_low, k_high) = _ranges(q_ids_BP), _ranges(k_ids_BP)
+    blocks, i, j = q_low.shape[1], jnp.arange(q_low.shape[1])[:, None], jnp.arange(k_low.shape[1])[None]
     q_low, q_high, k_low, k_high = q_low[:, :, None], q_high[:, :, None], k_low[:, None], k_high[:, None]
-    blocks = q_low.shape[1]
-    i, j = jnp.arange(blocks)[:, None], jnp.arange(blocks)[None]
-    some = (j < i) & (q_low <= k_high) & (k_low <= q_high)
-    all_but = (j < i) & ((q_low != k_high) | (k_low != q_high))
-    first = jnp.min(jnp.where(some, j, i), axis=2)
+    place = i if places_BI is None else places_BI[:, :, None]
+    some = (j < place) & (q_low <= k_high) & (k_low <= q_high)
+    all_but = (j < place) & ((q_low != k_high) | (k_low != q_high))
+    first = jnp.min(jnp.where(some, j, place), axis=2)
     whole_from = jnp.maximum(jnp.max(jnp.where(all_but, j + 1, 0), axis=2), first)
-    end = jnp.max(jnp.where(some, i + 1, j + 1), axis=1)
-    whole_end = jnp.minimum(jnp.min(jnp.where(all_but, i, blocks), axis=1), end)
-    pair = lambda *numbers: jnp.stack(numbers, axis=2).astype(jnp.int32)  # noqa: E731
-    return pair(first, whole_from), pair(whole_end, end)
+    put = lambda *numbers: jnp.stack(numbers, axis=2).astype(jnp.int32)  # noqa: E731
+    if places_BI is None:
+        end = jnp.max(jnp.where(some, i + 1, j + 1), axis=1)
+        whole_end = jnp.minimum(jnp.min(jnp.where(all_but, i, blocks), axis=1), end)
+        return put(first, whole_from), put(whole_end, end)
+    any_of_it = some | (j == place)
+    end = jnp.max(jnp.where(any_of_it, i + 1, 0), axis=1)
+    start = jnp.minimum(jnp.min(jnp.where(any_of_it, i, blocks), axis=1), end)
+    hides = (i > start[:, None]) & ((j >= place) | all_but)
+    whole_end = jnp.minimum(jnp.min(jnp.where(hides, i, blocks), axis=1), end)
+    return put(first, whole_from), put(start, whole_end, end)
 
 
 def _ranges(ids_BP):

@@ -12,7 +12,7 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from deepseek_kernels.attention_hopper_tiles import (
     BLOCK,
@@ -21,11 +21,13 @@ from deepseek_kernels.attention_hopper_tiles import (
     OF_ROWS,
     TILED,
     Ids,
+    Plan,
     down,
     every_row,
     free,
     hide,
     launch,
+    numbers,
     product,
     share,
     times,
@@ -39,6 +41,7 @@ class _Refs(NamedTuple):
     """What the kernel reads and writes, then what it keeps in shared memory. staged: where the queries were."""
 
     plan: Any
+    places: Any
     ids_of_q: Any
     ids_of_k: Any
     q: Any
@@ -66,14 +69,13 @@ def forward(
     kv_BTHW: Float[Array, "B T H W"],
     pe_BTR: Float[Array, "B T R"],
     ids_BP: Ids,
-    plan_BI2: Int[Array, "_ I 2"],
+    plan: Plan,
     scale: float,
 ) -> tuple[Float[Array, "B S H V"], Float[Array, "B H P"]]:
-    """The result and ``log2 Σ exp`` of each query. P: whole blocks. ids_BP: of queries' and keys' segments.
-    plan_BI2: ``attention_hopper.seen``'s of queries."""
+    """The result and ``log2 Σ exp`` of each query. P: whole blocks. ids_BP: of queries' and keys' segments."""
     (B, S, H, K), R, dtype = q_BSHK.shape, pe_BTR.shape[-1], q_BSHK.dtype
     N, blocks, extra = K - R, pl.cdiv(S, BLOCK), ids_BP is not None
-    V = kv_BTHW.shape[-1] - N
+    T, V = kv_BTHW.shape[1], kv_BTHW.shape[-1] - N
     scratch = (
         # As large for a group, so that the result of one is not written over the other's queries.
         plgpu.RefUnion(
@@ -91,13 +93,14 @@ def forward(
     )
 
     def body(here, *refs):
-        (q_there, staged), rest = refs[8], refs[9:]
-        tile = _Tile(_Refs._make([*refs[:8], q_there, staged, *rest]), here, extra, scale * math.log2(math.e))
+        (q_there, staged), rest = refs[9], refs[10:]
+        refs = _Refs._make([*refs[:9], q_there, staged, *rest])
+        tile = _Tile(refs, here, extra, plan.places_BI is not None, scale * math.log2(math.e))
         share(tile.stream, tile.compute)
 
     out = jax.ShapeDtypeStruct((B, S, H, V), dtype), jax.ShapeDtypeStruct((B, H, blocks * BLOCK), jnp.float32)
-    kernel = launch("attention_forward", body, out, scratch, (B, H, blocks), S * (K + V) * 2, forwards=False)
-    return kernel(plan_BI2, *(ids_BP or (plan_BI2, plan_BI2)), q_BSHK, kv_BTHW, pe_BTR)
+    kernel = launch("attention_forward", body, out, scratch, (B, H, blocks), T * (K + V) * 2, forwards=False)
+    return kernel(*numbers(plan.of_queries, plan, ids_BP), q_BSHK, kv_BTHW, pe_BTR)
 
 
 class _Tile(NamedTuple):
@@ -106,20 +109,27 @@ class _Tile(NamedTuple):
     refs: _Refs
     here: tuple
     segments: bool
+    placed: bool
     factor: float
+
+    @property
+    def place(self):
+        """The block of keys at whose diagonal the queries stand."""
+        b, _, i = self.here
+        return self.refs.places[b, i] if self.placed else i
 
     @property
     def keys(self):
         """(the first block of keys below the diagonal, how many blocks, how many of them hide any)"""
-        b, _, i = self.here
+        (b, _, i), place = self.here, self.place
         if not self.segments:
-            return 0, 1 + i, 1
+            return 0, 1 + place, 1
         first, pure = (self.refs.plan[b, i, side] for side in range(2))
-        return first, 1 + i - first, 1 + pure - first
+        return first, 1 + place - first, 1 + pure - first
 
     def number(self, t):
         """Of the block that comes t-th: the diagonal's, then those below it upwards."""
-        return jnp.where(t == 0, self.here[2], self.keys[0] + t - 1)
+        return jnp.where(t == 0, self.place, self.keys[0] + t - 1)
 
     @property
     def mine(self):
@@ -194,7 +204,7 @@ class _Tile(NamedTuple):
         if self.segments:
             k_ids = plgpu.layout_cast(refs.k_ids[jax.lax.rem(t, _SLOTS)], OF_COLUMNS)
             ids = plgpu.layout_cast(refs.q_ids[group], OF_ROWS), k_ids
-        return hide(scores, (self.number(t) - self.here[2]) * BLOCK - group * HALF, ids)
+        return hide(scores, (self.number(t) - self.place) * BLOCK - group * HALF, ids)
 
     def softmax(self, scores, top, total):
         higher = jnp.maximum(top, jnp.max(scores, axis=1) * self.factor)

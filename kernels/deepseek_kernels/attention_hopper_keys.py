@@ -11,7 +11,7 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from deepseek_kernels.attention_hopper_tiles import (
     BLOCK,
@@ -21,10 +21,12 @@ from deepseek_kernels.attention_hopper_tiles import (
     TILED,
     Ids,
     Operands,
+    Plan,
     across,
     free,
     hide,
     launch,
+    numbers,
     product,
     share,
     times,
@@ -34,10 +36,10 @@ _SLOTS = 3  # blocks of 64 in shared memory at once: 120 KiB, beside 80 of the t
 
 
 def keys_gradient(
-    operands: Operands, ids_BP: Ids, plan_BJ2: Int[Array, "_ J 2"], scale: float
+    operands: Operands, ids_BP: Ids, plan: Plan, scale: float
 ) -> tuple[Float[Array, "B T H W"], Float[Array, "B T H R"]]:
     """The gradient in kv, and what each head adds to that in pe."""
-    (B, T, H, W), R, V = operands.kv_BTHW.shape, operands.pe_BTR.shape[-1], operands.dout_BSHV.shape[-1]
+    (B, T, H, W), R, (_, S, _, V) = operands.kv_BTHW.shape, operands.pe_BTR.shape[-1], operands.dout_BSHV.shape
     dtype, extra, K, blocks = operands.q_BSHK.dtype, ids_BP is not None, W - V + R, pl.cdiv(T, BLOCK)
     scratch = (
         *(plgpu.SMEM((2, HALF, width), dtype, transforms=TILED) for width in (K - R, R, V)),
@@ -51,12 +53,12 @@ def keys_gradient(
     )
 
     def body(here, *refs):
-        tile = _Tile(_Refs._make(refs), here, extra, scale, blocks)
+        tile = _Tile(_Refs._make(refs), here, extra, plan.places_BI is not None, scale, blocks)
         share(tile.stream, tile.compute)
 
     out = jax.ShapeDtypeStruct((B, T, H, W), dtype), jax.ShapeDtypeStruct((B, T, H, R), dtype)
-    kernel = launch("attention_of_keys", body, out, scratch, (B, H, blocks), T * (K + V) * 2, forwards=True)
-    return kernel(plan_BJ2, *(ids_BP or (plan_BJ2, plan_BJ2)), *operands)
+    kernel = launch("attention_of_keys", body, out, scratch, (B, H, blocks), S * (K + V) * 2, forwards=True)
+    return kernel(*numbers(plan.of_keys, plan, ids_BP), *operands)
 
 
 class _Refs(NamedTuple):
@@ -65,6 +67,7 @@ class _Refs(NamedTuple):
     numbers: of each query ``logs`` and ``along``."""
 
     plan: Any
+    places: Any
     ids_of_q: Any
     ids_of_k: Any
     q: Any
@@ -94,21 +97,34 @@ class _Tile(NamedTuple):
     refs: _Refs
     here: tuple
     segments: bool
+    placed: bool
     scale: float
     blocks: int
+
+    @property
+    def first(self):
+        """The first block of 128 queries that sees any of the keys: the diagonal's, unless another device has that."""
+        b, _, j = self.here
+        return self.refs.plan[b, j, 0] if self.placed else j
 
     @property
     def queries(self):
         """(the end of the blocks of 64 queries, how many blocks, how many of them hide any)"""
         b, _, j = self.here
-        if not self.segments:
+        if not (self.segments or self.placed):
             return 2 * self.blocks, 2 * (self.blocks - j), 2
-        pure, until = (self.refs.plan[b, j, side] for side in range(2))
-        return 2 * until, 2 * (until - j), 2 * (1 + until - pure)
+        pure, until = (self.refs.plan[b, j, side + self.placed] for side in range(2))
+        return 2 * until, 2 * (until - self.first), 2 * (1 + until - pure)
 
     def number(self, t):
-        """Of the block that comes t-th: the diagonal's two, then the others from the last on."""
-        return jnp.where(t < 2, 2 * self.here[2] + t, self.queries[0] + 1 - t)
+        """Of the block that comes t-th: the first two, then the others from the last on."""
+        return jnp.where(t < 2, 2 * self.first + t, self.queries[0] + 1 - t)
+
+    def place(self, number):
+        """Of a block of queries, in blocks of 64 keys."""
+        if not self.placed:
+            return number
+        return 2 * self.refs.places[self.here[0], number // 2] + jax.lax.rem(number, 2)
 
     def stream(self) -> None:
         refs, (b, h, j) = self.refs, self.here
@@ -183,4 +199,4 @@ class _Tile(NamedTuple):
         if self.segments:
             q_ids = plgpu.layout_cast(self.refs.q_ids[slot], OF_COLUMNS)
             ids = plgpu.layout_cast(self.refs.k_ids[group], OF_ROWS), q_ids
-        return hide(scores, (self.number(t) - 2 * self.here[2] - group) * HALF, ids, keys_down=True)
+        return hide(scores, (self.place(self.number(t)) - 2 * self.here[2] - group) * HALF, ids, keys_down=True)

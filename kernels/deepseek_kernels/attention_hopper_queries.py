@@ -12,7 +12,7 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from deepseek_kernels.attention_hopper_tiles import (
     BLOCK,
@@ -22,10 +22,12 @@ from deepseek_kernels.attention_hopper_tiles import (
     TILED,
     Ids,
     Operands,
+    Plan,
     down,
     free,
     hide,
     launch,
+    numbers,
     share,
     times,
 )
@@ -33,12 +35,10 @@ from deepseek_kernels.attention_hopper_tiles import (
 _SLOTS = 3  # blocks of 64 in shared memory at once: 120 KiB, beside 80 of the tile
 
 
-def queries_gradient(
-    operands: Operands, ids_BP: Ids, plan_BI2: Int[Array, "_ I 2"], scale: float
-) -> Float[Array, "B S H K"]:
+def queries_gradient(operands: Operands, ids_BP: Ids, plan: Plan, scale: float) -> Float[Array, "B S H K"]:
     """The gradient in q."""
     (B, S, H, K), R, V = operands.q_BSHK.shape, operands.pe_BTR.shape[-1], operands.dout_BSHV.shape[-1]
-    dtype, extra = operands.q_BSHK.dtype, ids_BP is not None
+    T, dtype, extra = operands.kv_BTHW.shape[1], operands.q_BSHK.dtype, ids_BP is not None
     scratch = (
         *(plgpu.SMEM((2, HALF, width), dtype, transforms=TILED) for width in (K, V)),
         *(plgpu.SMEM((_SLOTS, HALF, width), dtype, transforms=TILED) for width in (K - R, R, V)),
@@ -51,12 +51,12 @@ def queries_gradient(
     )
 
     def body(here, *refs):
-        tile = _Tile(_Refs._make(refs), here, extra, scale)
+        tile = _Tile(_Refs._make(refs), here, extra, plan.places_BI is not None, scale)
         share(tile.stream, tile.compute)
 
     out, tiles = jax.ShapeDtypeStruct((B, S, H, K), dtype), (B, H, pl.cdiv(S, BLOCK))
-    kernel = launch("attention_of_queries", body, out, scratch, tiles, S * (K + V) * 2, forwards=False)
-    return kernel(plan_BI2, *(ids_BP or (plan_BI2, plan_BI2)), *operands)
+    kernel = launch("attention_of_queries", body, out, scratch, tiles, T * (K + V) * 2, forwards=False)
+    return kernel(*numbers(plan.of_queries, plan, ids_BP), *operands)
 
 
 class _Refs(NamedTuple):
@@ -65,6 +65,7 @@ class _Refs(NamedTuple):
     numbers: of each query ``logs`` and ``along``."""
 
     plan: Any
+    places: Any
     ids_of_q: Any
     ids_of_k: Any
     q: Any
@@ -93,20 +94,27 @@ class _Tile(NamedTuple):
     refs: _Refs
     here: tuple
     segments: bool
+    placed: bool
     scale: float
+
+    @property
+    def place(self):
+        """The block of 128 keys at whose diagonal the queries stand."""
+        b, _, i = self.here
+        return self.refs.places[b, i] if self.placed else i
 
     @property
     def keys(self):
         """(the first block of 64 keys below the diagonal, how many blocks, how many of them hide any)"""
-        b, _, i = self.here
+        (b, _, i), place = self.here, self.place
         if not self.segments:
-            return 0, 2 * (1 + i), 2
+            return 0, 2 * (1 + place), 2
         first, pure = (self.refs.plan[b, i, side] for side in range(2))
-        return 2 * first, 2 * (1 + i - first), 2 * (1 + pure - first)
+        return 2 * first, 2 * (1 + place - first), 2 * (1 + pure - first)
 
     def number(self, t):
         """Of the block that comes t-th: the diagonal's two, then those below it upwards."""
-        return jnp.where(t < 2, 2 * self.here[2] + t, self.keys[0] + t - 2)
+        return jnp.where(t < 2, 2 * self.place + t, self.keys[0] + t - 2)
 
     def stream(self) -> None:
         refs, (b, h, i) = self.refs, self.here
@@ -177,4 +185,4 @@ class _Tile(NamedTuple):
         if self.segments:
             k_ids = plgpu.layout_cast(self.refs.k_ids[slot], OF_COLUMNS)
             ids = plgpu.layout_cast(self.refs.q_ids[group], OF_ROWS), k_ids
-        return hide(scores, (self.number(t) - 2 * self.here[2] - group) * HALF, ids)
+        return hide(scores, (self.number(t) - 2 * self.place - group) * HALF, ids)

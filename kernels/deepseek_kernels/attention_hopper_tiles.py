@@ -13,9 +13,17 @@ BLOCK = 128  # queries or keys of a tile
 HALF = BLOCK // 2  # what one warp group has of them: the rows of a product
 TILED = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)  # bfloat16 rows of 128 bytes
 OF_ROWS, OF_COLUMNS = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
-Ids = tuple[Int[Array, "B P"], Int[Array, "B P"]] | None  # the segments of queries and of keys, of whole blocks
+Ids = tuple[Int[Array, "B P"], Int[Array, "B Q"]] | None  # the segments of queries and of keys, of whole blocks
 _CACHE = 32 << 20  # bytes that the tiles which run side by side may read again and again: of a second-level cache of 50
 _FOR_STREAMING, _FOR_PRODUCTS = 24, 240  # registers of a thread
+
+
+class Plan(NamedTuple):
+    """``attention_hopper.seen``'s, and the places that it was told."""
+
+    of_queries: Int[Array, "_ I 2"]
+    of_keys: Int[Array, "_ J X"]
+    places_BI: Int[Array, "B I"] | None
 
 
 class Operands(NamedTuple):
@@ -71,6 +79,12 @@ def launch(
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
     )
+
+
+def numbers(first: Int[Array, "..."], plan: Plan, ids_BP: Ids) -> tuple[Int[Array, "..."], ...]:
+    """What a kernel reads in front of its operands: what it goes over, places, segments. In the stead of what there is
+    not stands what is there."""
+    return first, first if plan.places_BI is None else plan.places_BI, *(ids_BP or (first, first))
 
 
 def share(stream: Callable[[], None], compute: Callable[[], None]) -> None:

@@ -36,8 +36,8 @@ def refuses(
     value_width: int,
     in_segments: bool = False,
     in_columns: bool = False,
-    shared_by: int = 1,
     devices: int = 1,
+    **_: Any,
 ) -> str:
     """Why splash attention cannot do this attention; "" where it can. devices: that the operands may be split over."""
     if why := tpu.refuses(target, dtype):
@@ -66,7 +66,8 @@ def attend(
     zeros where there are none. H/G query heads share a head of keys."""
     (B, S, H), (T, G), chosen = q_BSHK.shape[:3], k_BTGK.shape[1:3], tpu.CHIPS[chip]
     largest, at_once = chosen.attention
-    block_q, block_k = tpu.even(S, largest), tpu.even(T, largest)
+    # A block of queries from two places of a row would go over all that lies between them.
+    block_q, block_k = tpu.even(visible.q_run or S, largest), tpu.even(T, largest)
     blocks = Blocks(B, block_q, block_k, -(-T // block_k), _divisor(block_k, at_once), not visible.in_row_order)
     behind_q, behind_k = -S % block_q, -T % block_k
     parts = chosen.cores if not G % chosen.cores else 1  # the cores share the heads

@@ -1,5 +1,6 @@
 """MLA's Hopper kernels against the definition: on such a GPU with ``TEST_ON=cuda``, else in Mosaic's interpreter."""
 
+import dataclasses
 import functools
 
 import jax
@@ -24,6 +25,7 @@ from deepseek_kernels import attention_hopper_tiles as tiles
 ON_GPU = jax.default_backend() == "gpu"
 HOPPER = Target("cuda", "9.0", 132)
 SCALE = 192**-0.5
+PLACED = Visible(q_positions_BS=jnp.concatenate([jnp.arange(512), jnp.arange(3584, 4096)])[None], q_run=512)
 
 
 @pytest.fixture
@@ -93,9 +95,12 @@ def definition(q, kv, pe, dout, mask_BST):
     return out, dq, dkv, dpe
 
 
-def check(batch, size, heads, visible):
-    """Result and gradients are the definition's, to bfloat16's rounding of weights and results; twice the same bits."""
+def check(batch, size, heads, visible, places=None):
+    """Result and gradients are the definition's, to bfloat16's rounding of weights and results; twice the same bits.
+    places: the queries that there are, by default those of all keys."""
     q, kv, pe, dout = draw(batch, size, heads)
+    if places is not None:
+        q, dout = q[:, places], dout[:, places]
 
     @jax.jit
     def run(visible, q, kv, pe, dout):
@@ -106,7 +111,7 @@ def check(batch, size, heads, visible):
     if ON_GPU:  # memory that is full of NaN
         jax.block_until_ready([jnp.full(1 << 26, jnp.nan) for _ in range(8)])
     found, again = run(visible, q, kv, pe, dout), run(visible, q, kv, pe, dout)
-    right = definition(q, kv, pe, dout, np.asarray(visible.mask(batch, size, size)))
+    right = definition(q, kv, pe, dout, np.asarray(visible.mask(batch, q.shape[1], size)))
     for value, same, wanted in zip(found, again, right, strict=True):
         assert value.dtype == jnp.bfloat16
         np.testing.assert_array_equal(value, same)
@@ -135,6 +140,18 @@ def test_segments_in_any_order_and_a_query_that_sees_nothing(hopper_gpu):
     of_keys[:, 5:9] = 99
     ids[:, 0] = -4  # sees no key
     check(1, 256, 1, Visible(q_segments_BS=jnp.asarray(ids), k_segments_BT=jnp.asarray(of_keys)))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_queries_from_two_places_of_their_row(hopper_gpu, packed):
+    """As a device has them that shares rows with another; some keys are seen by none."""
+    pieces = (0, 2) if packed else (0, 1)
+    places = np.concatenate([np.arange(128) + 128 * piece for piece in pieces])
+    visible = Visible(q_positions_BS=jnp.asarray(places, jnp.int32)[None], q_run=128)
+    if packed:
+        ids = np.asarray(segments(384, [100, 1, 160, 100]).q_segments_BS)
+        visible = dataclasses.replace(visible, q_segments_BS=ids[:, places], k_segments_BT=ids)
+    check(1, 384, 1, visible, places)
 
 
 @pytest.mark.skipif(not ON_GPU, reason="many shapes need the card")
@@ -173,11 +190,31 @@ def test_what_blocks_see_of_each_other(starts, data):
         assert j < whole_end <= end <= 3 and not some[end:, j].any() and whole[j + 1 : whole_end, j].all()
 
 
+@given(st.lists(st.integers(0, 3), min_size=8, max_size=8), st.lists(st.integers(0, 3), min_size=2, max_size=2))
+def test_what_blocks_see_of_each_other_where_queries_are_a_part(starts, places):
+    of_k = np.repeat(starts, 64).astype(np.int32)
+    at = np.concatenate([np.arange(128) + 128 * place for place in places])
+    of_q = of_k[at]
+    mask = (of_q[:, None] == of_k[None]) & (np.arange(512) <= at[:, None])
+    tile = mask.reshape(2, 128, 4, 128)
+    some, whole = tile.any((1, 3)), tile.all((1, 3))
+    arrays = (jnp.asarray(x, jnp.int32)[None] for x in (of_q, of_k, places))
+    of_queries, of_keys = (np.asarray(x)[0] for x in attention_hopper.seen(*arrays))
+    for i, (first, whole_from) in enumerate(of_queries):
+        place = places[i]
+        assert 0 <= first <= whole_from <= place and not some[i, :first].any() and whole[i, whole_from:place].all()
+    for j, (start, whole_end, end) in enumerate(of_keys):
+        assert start <= whole_end <= end <= 2 and not some[:start, j].any() and not some[end:, j].any()
+        assert whole[start + 1 : whole_end, j].all()
+
+
 @pytest.mark.parametrize("heads", [16, 128])
-@pytest.mark.parametrize("visible", [Visible(), segments(4096, [4096])], ids=["causal", "segments"])
+@pytest.mark.parametrize("visible", [Visible(), segments(4096, [4096]), PLACED], ids=["causal", "segments", "placed"])
 def test_they_are_lowered_for_cuda_without_a_gpu(heads, visible):
     """Chosen by themselves at the widths of V2-Lite and V3; any jax that the package allows takes them."""
-    q, kv, pe = (jax.ShapeDtypeStruct((1, 4096, *rest), jnp.bfloat16) for rest in ((heads, 192), (heads, 256), (64,)))
+    queries = 4096 if visible.q_positions_BS is None else visible.q_positions_BS.shape[1]
+    shapes = (1, queries, heads, 192), (1, 4096, heads, 256), (1, 4096, 64)
+    q, kv, pe = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
 
     def loss(*inputs):
         return jnp.sum(mla_attention(*inputs, visible=visible, scale=0.1, target=HOPPER).astype(jnp.float32))

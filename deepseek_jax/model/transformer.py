@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.block import Block, Context
+from deepseek_jax.model.dropping import Balancing
 from deepseek_jax.model.fresh import Together
 from deepseek_jax.model.layers import Linear, RMSNorm, RouterBias, param
 from deepseek_jax.model.mtp import MTP, mtp_segments
@@ -93,6 +94,7 @@ class Transformer(nnx.Module):
         memories: Any = None,
         chosen_LBSK: Int[Array, "L B S K"] | None = None,
         absorbed: bool = False,
+        balancing: Balancing | None = None,
         mtp: bool = False,
         head: bool = True,
     ) -> ModelOutput:
@@ -101,6 +103,7 @@ class Transformer(nnx.Module):
         Args:
           positions_BS, segment_ids_BS, visible: see ``context``.
           memories, chosen_LBSK, absorbed: see ``run_layers``.
+          balancing: what a loss asks of the routers (training).
           mtp: run the MTP module too (training); not with memories.
           head: compute logits, or scores.
 
@@ -110,6 +113,7 @@ class Transformer(nnx.Module):
             shape = getattr(tokens_BS, "shape", type(tokens_BS).__name__)
             raise ValueError(f"tokens {shape}: expected an array (B, S), rows of token ids")
         context = self.context(tokens_BS, positions_BS=positions_BS, segment_ids_BS=segment_ids_BS, visible=visible)
+        context = dataclasses.replace(context, balancing=balancing)
         main = None if chosen_LBSK is None else chosen_LBSK[: self.config.num_moe_layers]
         x, stats, memories = self.run_layers(
             self.embedded(tokens_BS), context, memories=memories, chosen_LBSK=main, absorbed=absorbed

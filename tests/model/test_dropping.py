@@ -117,7 +117,6 @@ def test_sequences_are_spared_whole_by_what_they_hold():
     assert not np.any(spared_tokens(tokens, segments, 0.0)) and np.all(spared_tokens(tokens, segments, 1.0))
 
 
-
 # The layer
 
 

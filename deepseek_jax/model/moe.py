@@ -1,5 +1,6 @@
 """DeepSeekMoE: fine-grained routed experts beside shared ones (MoE section 3, V3 equations 12–15)."""
 
+import dataclasses
 import functools
 
 import jax
@@ -53,7 +54,7 @@ class DeepSeekMoE(nnx.Module):
             if balancing is not None and balancing.capacity:
                 choices = experts_BSK, weights_BSK, scores_BSE
                 experts_BSK, weights_BSK, dropped = drop(config, balancing, *choices, segment_ids_BS)
-                stats = stats.replace(dropped=dropped)
+                stats = dataclasses.replace(stats, dropped=dropped)
 
         def experts(x_BSD, weights_BSK, experts_BSK, wi_ED2F, wo_EFD):
             kernel = {"implementation": compute.experts, "grouped": compute.grouped_matmul, "target": compute.kernels}

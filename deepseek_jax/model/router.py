@@ -3,6 +3,7 @@
 Everything here is float32: bf16 logits change which experts are chosen.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -168,7 +169,8 @@ def router_stats(
     share_BSD = jnp.sum(by_device(share_BSE), axis=-1)
     sent_BSD = jnp.max(by_device(chosen_BSE), axis=-1)
     sent_scale_BS = devices / most_devices(config, devices) / length_BS**2
-    return stats.replace(
+    return dataclasses.replace(
+        stats,
         device_balance=jnp.sum(scale_BS * jnp.sum(share_BSD * jnp.mean(by_device(f_BSE), axis=-1), axis=-1)),
         communication=jnp.sum(sent_scale_BS * jnp.sum(share_BSD * in_sequence(sent_BSD), axis=-1)),
     )

@@ -165,7 +165,7 @@ def test_the_layer_computes_what_is_left(layer_case, experts):
     def outputs(p, x):
         y = np.zeros_like(x)
         for at in map(tuple, np.argwhere(real)):
-            gates = oracle.gates(TINY, oracle.affinities(TINY, x[at], p["router"]), chosen[at])
+            gates = oracle.gates(TINY, oracle.affinities(TINY, x[at], p["router"]), chosen[at].tolist())
             y[at] = oracle.swiglu(p["shared"]["wi"], p["shared"]["wo"], x[at])
             for i, gate in zip(left[at], gates, strict=True):
                 y[at] += gate * oracle.swiglu(p["wi"][i], p["wo"][i], x[at]) if i >= 0 else 0

@@ -62,7 +62,7 @@ def drop(
     choices = K * jnp.sum(real_BS1, dtype=jnp.int32)
     budget = jnp.floor(balancing.capacity * choices.astype(jnp.float32) / D).astype(jnp.int32)
 
-    cut_D = _cut(key_BSK, on_BSKD, budget)
+    cut_D = _cut(key_BSK, on_BSKD, budget, 31)
     above_BSK, at_BSK = (
         jnp.any(on_BSKD & compare(key_BSK[..., None], cut_D), axis=3) for compare in (jnp.greater, jnp.equal)
     )
@@ -70,7 +70,9 @@ def drop(
     room_D = budget - jnp.sum(on_BSKD & above_BSK[..., None], axis=(0, 1, 2), dtype=jnp.int32)
     place_BSK = experts_BSK.size - jnp.arange(experts_BSK.size, dtype=jnp.int32).reshape(experts_BSK.shape)
     on_BSKD &= at_BSK[..., None]
-    first_BSK = jnp.any(on_BSKD & (place_BSK[..., None] > _cut(place_BSK, on_BSKD, room_D)), axis=3)
+    first_BSK = jnp.any(
+        on_BSKD & (place_BSK[..., None] > _cut(place_BSK, on_BSKD, room_D, place_BSK.size.bit_length())), axis=3
+    )
     keep_BSK = real_BS1 & (spared_BS1 | above_BSK | first_BSK)
     # Kept with the rows that it sorted, as the router's choice.
     experts_BSK = kept(jnp.where(keep_BSK, experts_BSK, -1))
@@ -78,15 +80,17 @@ def drop(
     return experts_BSK, jnp.where(experts_BSK < 0, 0, weights_BSK), dropped
 
 
-def _cut(key_BSK: Int[Array, "B S K"], on_BSKD: Bool[Array, "B S K D"], room: Int[Array, "..."]) -> Int[Array, "D"]:
+def _cut(
+    key_BSK: Int[Array, "B S K"], on_BSKD: Bool[Array, "B S K D"], room: Int[Array, "..."], bits: int
+) -> Int[Array, "D"]:
     """For each device the greatest number such that more of its keys are at least that than it has room for; 0 if all
-    fit. Keys are positive.
+    fit. Keys are positive and have so many bits.
 
     Counted, a few bits at a time: a sort of what lies on many devices would bring it all together.
     """
     cut_D = jnp.zeros(on_BSKD.shape[-1], jnp.int32)
-    for low in range(28, -1, -4):
-        more_J = jnp.arange(1, 8 if low == 28 else 16, dtype=jnp.int32) << low
+    for low in range((bits - 1) // 4 * 4, -1, -4):
+        more_J = jnp.arange(1, 1 << min(4, bits - low), dtype=jnp.int32) << low
         reach_BSKDJ = on_BSKD[..., None] & (key_BSK[..., None, None] >= cut_D[:, None] + more_J)
         over_DJ = jnp.sum(reach_BSKDJ, axis=(0, 1, 2), dtype=jnp.int32) > jnp.reshape(room, (-1, 1))
         cut_D += jnp.sum(over_DJ, axis=1, dtype=jnp.int32) << low

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.model.dropping import Balancing, drop
 from deepseek_jax.model.fresh import Source
 from deepseek_jax.model.layers import SwiGLU, param
 from deepseek_jax.model.router import RouterStats, route, router_stats
@@ -19,7 +20,10 @@ from deepseek_kernels import routed_experts
 
 
 class DeepSeekMoE(nnx.Module):
-    """``y = shared(x) + Σ_k g_k · expert_k(x)``: the shared experts as one wide SwiGLU, K of E routed."""
+    """``y = shared(x) + Σ_k g_k · expert_k(x)``: the shared experts as one wide SwiGLU, K of E routed.
+
+    All choices are computed, unless ``balancing`` has a capacity.
+    """
 
     def __init__(self, config: ModelConfig, compute: ComputeConfig, *, rngs: Source):
         self.config, self.compute = config, compute
@@ -36,6 +40,7 @@ class DeepSeekMoE(nnx.Module):
         bias_E: Float[Array, "E"] | None,
         segment_ids_BS: Int[Array, "B S"],
         chosen_BSK: Int[Array, "B S K"] | None = None,
+        balancing: Balancing | None = None,
     ) -> tuple[Float[Array, "B S D"], RouterStats]:
         config, compute, (B, S, _) = self.config, self.compute, x_BSD.shape
         flatten = lambda x: x.reshape(B * S, -1)  # noqa: E731
@@ -45,7 +50,12 @@ class DeepSeekMoE(nnx.Module):
             w_DE = self.router[...].astype(jnp.float32)
             routing = route(config, flatten(x_BSD), w_DE, bias_E, chosen_TK)
             experts_BSK, weights_BSK = unflatten(routing.experts_TK), unflatten(routing.weights_TK)
-            stats = router_stats(config, experts_BSK, unflatten(routing.scores_TE), segment_ids_BS, compute.rules)
+            scores_BSE, devices = unflatten(routing.scores_TE), 1 if balancing is None else balancing.devices
+            stats = router_stats(config, experts_BSK, scores_BSE, segment_ids_BS, compute.rules, devices)
+            if balancing is not None and balancing.capacity:
+                choices = experts_BSK, weights_BSK, scores_BSE
+                experts_BSK, weights_BSK, dropped = drop(config, balancing, *choices, segment_ids_BS)
+                stats = dataclasses.replace(stats, dropped=dropped)
 
         def experts(*operands):
             kernel = {"implementation": compute.experts, "grouped": compute.grouped_matmul, "target": compute.kernels}

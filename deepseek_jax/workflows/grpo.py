@@ -9,7 +9,7 @@ import tyro
 
 from deepseek_jax.data.text import read_rows
 from deepseek_jax.data.turns import count_turns
-from deepseek_jax.parallel.hosts import require_one_process
+from deepseek_jax.parallel.processes import require_one_process
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.rl.grader import Grader
 from deepseek_jax.rl.rollout import Rollouts

@@ -80,7 +80,7 @@ def require_one_process(what: str) -> None:
         raise ValueError(f"{what} is the work of one process, and here are {count}: start it without the others")
 
 
-def own(items: Sequence[Found]) -> Sequence[Found]:
+def own_part(items: Sequence[Found]) -> Sequence[Found]:
     """This process's part of what all of them hold: parts are of equal size, but for one, and follow one another."""
     count, index = jax.process_count(), jax.process_index()
     return items[len(items) * index // count : len(items) * (index + 1) // count]

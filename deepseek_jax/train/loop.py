@@ -15,7 +15,7 @@ import jax
 from deepseek_jax.checkpoint import CheckpointStore
 from deepseek_jax.checkpoint.model import CHECKPOINTS
 from deepseek_jax.files import write_json
-from deepseek_jax.parallel.processes import Agreement
+from deepseek_jax.parallel.processes import Agreement, gather
 from deepseek_jax.train.log import StepLog
 from deepseek_jax.train.loop_config import LoopConfig
 from deepseek_jax.train.metrics import MetricsWriter, read_metrics
@@ -124,7 +124,7 @@ def run_loop(
         if progress is not None:
             stack.callback(progress.stop)
             progress.start(step)
-        ended = step > 0 and stop_when is not None and _ended(run_dir, step, config, stop_when)
+        ended = gather(step > 0 and stop_when is not None and _ended(run_dir, step, config, stop_when))[0]
         agreed, signalled = Agreement(), 0
         while step < config.steps and not ended:
             batch, about_batch = batches.next(state)

@@ -9,6 +9,10 @@ import random
 from pathlib import Path
 from typing import Any
 
+from flax import nnx
+from small import tokenizer
+
+from deepseek_jax import Transformer, save_hf
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.parallel.mesh import MeshConfig
 from deepseek_jax.rl.rollout import RolloutConfig
@@ -45,12 +49,6 @@ OPTIMIZER = OptimizerConfig(peak_lr=1e-2, warmup_steps=0, constant_until=1.0, co
 
 def write_inputs(folder: Path) -> None:
     """A tokenizer, documents, chats, questions, a reward and the model that is tuned."""
-    import jax
-    from small import tokenizer
-
-    from deepseek_jax import Transformer, save_hf
-    from deepseek_jax.checkpoint.model import Model
-
     rng = random.Random(0)
     words = [f"{a}+{b}={a + b}" for a in range(30) for b in range(9)]
     lines = {
@@ -60,13 +58,11 @@ def write_inputs(folder: Path) -> None:
     }
     for name, rows in lines.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "mine.py").write_text("def vowels(completion, row):\n    return sum(map(completion.count, 'aeo1+')) / 4\n")
-    tokenizer().save(folder / "tokenizer")
-    from flax import nnx
-
+    reward = "def vowels(completion, row):\n    return sum(map(completion.count, 'aeo1+')) / 4\n"
+    (folder / "mine.py").write_text(reward)
+    for name in ("tokenizer", "model"):
+        tokenizer().save(folder / name)
     save_hf(Transformer(MODEL, rngs=nnx.Rngs(0)), folder / "model", dtype="float32")
-    tokenizer().save(folder / "model")
-    del jax, Model
 
 
 def configs(folder: Path, runs: Path) -> dict[str, tuple[Any, Any]]:
@@ -75,7 +71,6 @@ def configs(folder: Path, runs: Path) -> dict[str, tuple[Any, Any]]:
         "mesh": MeshConfig(fsdp=2, expert=2),
         "loop": LoopConfig(steps=10, log_every=1, checkpoint_every=5, tensorboard=False, keep=9),
     }
-    loss = {"chunk": 16}
     tuned: dict[str, Any] = {**common, "init_from": str(folder / "model")}
     questions = TaskConfig(path=(str(folder / "questions.jsonl"),))
     evaluation = TaskEval(questions, count=6, max_tokens=6, batch_size=4)
@@ -95,7 +90,7 @@ def configs(folder: Path, runs: Path) -> dict[str, tuple[Any, Any]]:
                     workers=1,
                 ),
                 batch_size=8,
-                loss=LanguageModelLoss(**loss),
+                loss=LanguageModelLoss(chunk=16),
                 **common,
             ),
         ),
@@ -105,7 +100,7 @@ def configs(folder: Path, runs: Path) -> dict[str, tuple[Any, Any]]:
                 run_dir=str(runs / "sft"),
                 data=SFTData(path=(str(folder / "chats.jsonl"),), heldout=(str(folder / "chats.jsonl"),), seq_len=32),
                 batch_size=8,
-                loss=LanguageModelLoss(isolate=True, **loss),
+                loss=LanguageModelLoss(isolate=True, chunk=16),
                 evaluation=evaluation,
                 **{**tuned, "loop": evaluated},
             ),
@@ -117,7 +112,7 @@ def configs(folder: Path, runs: Path) -> dict[str, tuple[Any, Any]]:
                 task=questions,
                 reward=(f"{folder / 'mine.py'}:vowels", "accuracy"),
                 rollout=RolloutConfig(prompts=4, group=4, max_tokens=8, patience=0),
-                loss=GRPOLoss(**loss, kl_weight=0.01),
+                loss=GRPOLoss(chunk=16, kl_weight=0.01),
                 evaluation=evaluation,
                 **{**tuned, "loop": evaluated},
             ),

@@ -5,7 +5,8 @@ from parallel.two_processes import start
 SUM = """
 import jax
 from jax.experimental import multihost_utils
-print(jax.process_index(), jax.device_count(), multihost_utils.process_allgather(1 + jax.process_index()).sum(), sys.argv[1])
+both = multihost_utils.process_allgather(1 + jax.process_index()).sum()
+print(jax.process_index(), jax.device_count(), both, sys.argv[1])
 """
 
 

@@ -1,11 +1,12 @@
-"""Three stages in miniature for the tests of processes: `main([FOLDER, RUNS, STAGE...])` runs them one after another.
+"""Three stages in miniature, for one process or several; what they need of files, `write_inputs` writes."""
 
-FOLDER has what `write_inputs` writes; RUNS is where the runs go. A stage is written NAME[:FIELD=VALUE...].
-"""
-
+import contextlib
 import dataclasses
 import json
+import os
 import random
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from small import tokenizer
 
 from deepseek_jax import Transformer, save_hf
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.data.rows import RowSource
 from deepseek_jax.parallel.mesh import MeshConfig
 from deepseek_jax.rl.rollout import RolloutConfig
 from deepseek_jax.rl.tasks import TaskConfig
@@ -24,6 +26,7 @@ from deepseek_jax.train.optimizer import OptimizerConfig
 from deepseek_jax.workflows.grpo import GRPOConfig, grpo
 from deepseek_jax.workflows.pretrain import PretrainConfig, PretrainData, pretrain
 from deepseek_jax.workflows.sft import SFTConfig, SFTData, sft
+from deepseek_jax.workflows.stage import LoaderBatches
 from deepseek_jax.workflows.task_eval import TaskEval
 
 MODEL = ModelConfig(
@@ -44,7 +47,6 @@ MODEL = ModelConfig(
     initializer_range=0.1,
     num_nextn_predict_layers=0,
 )
-OPTIMIZER = OptimizerConfig(peak_lr=1e-2, warmup_steps=0, constant_until=1.0, cosine_until=1.0)
 
 
 def write_inputs(folder: Path) -> None:
@@ -65,72 +67,79 @@ def write_inputs(folder: Path) -> None:
     save_hf(Transformer(MODEL, rngs=nnx.Rngs(0)), folder / "model", dtype="float32")
 
 
-def configs(folder: Path, runs: Path) -> dict[str, tuple[Any, Any]]:
+def run(name: str, folder: Path, run_dir: Path, **changed: Any) -> dict[str, Any]:
+    """The stage's result; ``folder`` has the inputs."""
+    stage, config = _stages(folder)[name]
+    return stage(dataclasses.replace(config, run_dir=str(run_dir), **changed))
+
+
+@contextlib.contextmanager
+def signalled(number: signal.Signals, batch: int, *, here: bool) -> Iterator[None]:
+    """This process, if ``here``, sends itself a signal when its loader is asked for that batch."""
+    given, original = 0, LoaderBatches.next
+
+    def counted(self: LoaderBatches, state: Any) -> Any:
+        nonlocal given
+        given += 1
+        if here and given == batch:
+            os.kill(os.getpid(), number)
+        return original(self, state)
+
+    LoaderBatches.next = counted
+    try:
+        yield
+    finally:
+        LoaderBatches.next = original
+
+
+@contextlib.contextmanager
+def rows_read() -> Iterator[list[int]]:
+    """The numbers of the packed rows that this process reads, in their order."""
+    found, original = list[int](), RowSource.__getitem__
+
+    def noted(self: RowSource, index: int) -> Any:
+        found.append(int(index))
+        return original(self, index)
+
+    RowSource.__getitem__ = noted
+    try:
+        yield found
+    finally:
+        RowSource.__getitem__ = original
+
+
+def _stages(folder: Path) -> dict[str, tuple[Any, Any]]:
+    """By name, its function and what that takes."""
+    loop = LoopConfig(steps=10, log_every=1, checkpoint_every=5, tensorboard=False, keep=9)
     common: dict[str, Any] = {
-        "optimizer": OPTIMIZER,
+        "optimizer": OptimizerConfig(peak_lr=1e-2, warmup_steps=0, constant_until=1.0, cosine_until=1.0),
         "mesh": MeshConfig(fsdp=2, expert=2),
-        "loop": LoopConfig(steps=10, log_every=1, checkpoint_every=5, tensorboard=False, keep=9),
+        "loop": loop,
     }
     tuned: dict[str, Any] = {**common, "init_from": str(folder / "model")}
-    questions = TaskConfig(path=(str(folder / "questions.jsonl"),))
-    evaluation = TaskEval(questions, count=6, max_tokens=6, batch_size=4)
-    evaluated = dataclasses.replace(common["loop"], eval_every=5)
-    return {
-        "pretrain": (
-            pretrain,
-            PretrainConfig(
-                run_dir=str(runs / "pretrain"),
-                model=MODEL,
-                data=PretrainData(
-                    path=(str(folder / "documents.jsonl"),),
-                    heldout=(str(folder / "documents.jsonl"),),
-                    tokenizer=str(folder / "tokenizer"),
-                    seq_len=32,
-                    cache=str(runs / "cache"),
-                    workers=1,
-                ),
-                batch_size=8,
-                loss=LanguageModelLoss(chunk=16),
-                **common,
-            ),
-        ),
-        "sft": (
-            sft,
-            SFTConfig(
-                run_dir=str(runs / "sft"),
-                data=SFTData(path=(str(folder / "chats.jsonl"),), heldout=(str(folder / "chats.jsonl"),), seq_len=32),
-                batch_size=8,
-                loss=LanguageModelLoss(isolate=True, chunk=16),
-                evaluation=evaluation,
-                **{**tuned, "loop": evaluated},
-            ),
-        ),
-        "grpo": (
-            grpo,
-            GRPOConfig(
-                run_dir=str(runs / "grpo"),
-                task=questions,
-                reward=(f"{folder / 'mine.py'}:vowels", "accuracy"),
-                rollout=RolloutConfig(prompts=4, group=4, max_tokens=8, patience=0),
-                loss=GRPOLoss(chunk=16, kl_weight=0.01),
-                evaluation=evaluation,
-                **{**tuned, "loop": evaluated},
-            ),
-        ),
-    }
-
-
-def main(arguments: list[str]) -> None:
-    folder, runs, *stages = arguments
-    for text in stages:
-        name, *fields = text.split(":")
-        run, config = configs(Path(folder), Path(runs))[name]
-        for field in fields:
-            path, value = field.split("=")
-            config = replaced(config, path.split("."), json.loads(value))
-        run(config)
-
-
-def replaced(config: Any, path: list[str], value: Any) -> Any:
-    name, *rest = path
-    return dataclasses.replace(config, **{name: replaced(getattr(config, name), rest, value) if rest else value})
+    path = {name: (str(folder / f"{name}.jsonl"),) for name in ("documents", "chats", "questions")}
+    questions = TaskConfig(path=path["questions"])
+    documents = PretrainData(
+        path["documents"],
+        heldout=path["documents"],
+        tokenizer=str(folder / "tokenizer"),
+        seq_len=32,
+        cache=str(folder / "cache"),
+        workers=1,
+    )
+    pretraining = PretrainConfig(model=MODEL, data=documents, batch_size=8, loss=LanguageModelLoss(chunk=16), **common)
+    tuning = SFTConfig(
+        data=SFTData(path["chats"], heldout=path["chats"], seq_len=32),
+        batch_size=8,
+        loss=LanguageModelLoss(isolate=True, chunk=16),
+        **tuned | {"loop": dataclasses.replace(loop, eval_every=5)},
+    )
+    reinforcing = GRPOConfig(
+        task=questions,
+        reward=(f"{folder / 'mine.py'}:vowels", "accuracy"),
+        rollout=RolloutConfig(prompts=4, group=4, max_tokens=8, patience=0),
+        loss=GRPOLoss(chunk=16, kl_weight=0.01),
+        evaluation=TaskEval(questions, count=6, max_tokens=8, batch_size=4),
+        **tuned,
+    )
+    return {"pretrain": (pretrain, pretraining), "sft": (sft, tuning), "grpo": (grpo, reinforcing)}

@@ -62,9 +62,9 @@ def write_inputs(folder: Path) -> None:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     reward = "def vowels(completion, row):\n    return sum(map(completion.count, 'aeo1+')) / 4\n"
     (folder / "mine.py").write_text(reward)
+    save_hf(Transformer(MODEL, rngs=nnx.Rngs(0)), folder / "model", dtype="float32")
     for name in ("tokenizer", "model"):
         tokenizer().save(folder / name)
-    save_hf(Transformer(MODEL, rngs=nnx.Rngs(0)), folder / "model", dtype="float32")
 
 
 def run(name: str, folder: Path, run_dir: Path, **changed: Any) -> dict[str, Any]:
@@ -110,11 +110,10 @@ def rows_read() -> Iterator[list[int]]:
 
 def _stages(folder: Path) -> dict[str, tuple[Any, Any]]:
     """By name, its function and what that takes."""
-    loop = LoopConfig(steps=10, log_every=1, checkpoint_every=5, tensorboard=False, keep=9)
     common: dict[str, Any] = {
         "optimizer": OptimizerConfig(peak_lr=1e-2, warmup_steps=0, constant_until=1.0, cosine_until=1.0),
         "mesh": MeshConfig(fsdp=2, expert=2),
-        "loop": loop,
+        "loop": LoopConfig(steps=10, log_every=1, checkpoint_every=5, tensorboard=False, keep=9),
     }
     tuned: dict[str, Any] = {**common, "init_from": str(folder / "model")}
     path = {name: (str(folder / f"{name}.jsonl"),) for name in ("documents", "chats", "questions")}
@@ -132,7 +131,7 @@ def _stages(folder: Path) -> dict[str, tuple[Any, Any]]:
         data=SFTData(path["chats"], heldout=path["chats"], seq_len=32),
         batch_size=8,
         loss=LanguageModelLoss(isolate=True, chunk=16),
-        **tuned | {"loop": dataclasses.replace(loop, eval_every=5)},
+        **tuned,
     )
     reinforcing = GRPOConfig(
         task=questions,

@@ -4,6 +4,7 @@ import json
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from deepseek_jax.parallel.mesh import MeshConfig
 from deepseek_jax.train.metrics import read_metrics
 
 STAGES = ("pretrain", "sft", "grpo")
-# All in one pair, the deaths at its end. Each process tells the rows that it has read.
+# All in one pair, the death at its end. What a process has to tell is in a file: gloo writes where print does.
 PROGRAM = """
 import json, signal, time
 from pathlib import Path
@@ -26,7 +27,6 @@ inputs, two = map(Path, sys.argv[1:])
 second = jax.process_index() == 1
 with rows_read() as rows:
     run("pretrain", inputs, two / "pretrain")
-print(json.dumps(rows))
 for name in ("sft", "grpo"):
     run(name, inputs, two / name)
 run("pretrain", inputs, two / "moved")
@@ -34,8 +34,9 @@ with signalled(signal.SIGTERM, 3, here=second):
     try:
         run("pretrain", inputs, two / "stopped")
     except Preempted as stop:
-        print(json.dumps(str(stop)))
-print(time.time(), flush=True)
+        said = str(stop)
+told = {"rows": rows, "said": said, "time": time.time()}
+(two / f"told.{jax.process_index()}").write_text(json.dumps(told))
 with signalled(signal.SIGKILL, 8, here=second):
     run("pretrain", inputs, two / "killed")
 """
@@ -64,12 +65,16 @@ def one(inputs, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(inputs, one, tmp_path_factory) -> tuple[Path, list[Ended], float]:
-    """Those of two, how each ended, and how long after the last went on without the other."""
+    """Those of two, how each ended, and when all had."""
     folder = tmp_path_factory.mktemp("two")
     half(one / "pretrain", folder / "moved")
     with start(PROGRAM, [inputs, folder], folder=folder) as group:
         ended = group.wait(240)
     return folder, ended, time.time()
+
+
+def told(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads((folder / f"told.{index}").read_text()) for index in range(2)]
 
 
 def half(run_dir: Path, to: Path) -> None:
@@ -84,10 +89,10 @@ def check_same(found: Path, expected: Path) -> None:
     pairs = list(zip(read_metrics(found), read_metrics(expected), strict=True))
     assert [line["step"] for line, _ in pairs] == list(range(1, 11))
     for line, wanted in pairs:
-        assert line.keys() == wanted.keys()
+        assert line.keys() ^ wanted.keys() <= set(CLOCKS)  # a first line has no tokens_per_second
         for name in line.keys() - set(CLOCKS):
-            scale = {"rtol": 1e-5, "atol": 1e-7}
-            np.testing.assert_allclose(line[name], wanted[name], **scale, err_msg=f"{name} of step {line['step']}")
+            what = f"{name} of step {line['step']}"
+            np.testing.assert_allclose(line[name], wanted[name], rtol=1e-5, atol=1e-7, err_msg=what)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -101,19 +106,17 @@ def test_two_processes_learn_what_one_does(stage, one, two):
 def test_questions_answers_and_rewards_are_those_of_one_process(one, two):
     for name in ("rollouts.jsonl", "samples.jsonl"):
         found, expected = (read_json_lines(folder / "grpo" / name) for folder in (two[0], one))
-        assert len(found) == len(expected) > 0
-        for line, wanted in zip(found, expected, strict=True):
-            assert line == pytest.approx(wanted, rel=1e-5) if name == "rollouts.jsonl" else line == wanted
+        assert found == expected and found
 
 
 def test_no_process_reads_the_rows_of_another(one, two):
     whole = np.reshape(json.loads((one / "rows.json").read_text())[:80], (10, 2, 4))
-    for index, process in enumerate(two[1]):
-        assert json.loads(process.out.splitlines()[0])[:40] == whole[:, index].ravel().tolist()
+    for index, process in enumerate(told(two[0])):
+        assert process["rows"][:40] == whole[:, index].ravel().tolist()
 
 
 def test_a_signal_to_one_stops_all_after_the_same_step_and_one_process_goes_on(inputs, one, two):
-    said = [json.loads(process.out.splitlines()[1]) for process in two[1]]
+    said = [process["said"] for process in told(two[0])]
     steps = [path.name for path in (two[0] / "stopped" / "checkpoints").iterdir()]
     assert len(steps) == 1 and 3 <= int(steps[0]) <= 4
     assert said[0] == said[1] and f"SIGTERM: stopped after step {steps[0]}, saved in" in said[0]
@@ -128,7 +131,7 @@ def test_what_one_process_saved_two_go_on_with(one, two):
 def test_a_death_ends_the_others_and_another_mesh_goes_on(inputs, one, two):
     folder, (first, second), end = two
     assert second.code == -9 and first.code not in (0, -9)
-    assert end - float(first.out.splitlines()[2]) < 60
+    assert end - told(folder)[0]["time"] < 60
     assert [path.name for path in (folder / "killed" / "checkpoints").iterdir()] == ["5"]
     run("pretrain", inputs, folder / "killed", mesh=MeshConfig(data=8))
     check_same(folder / "killed", one / "pretrain")

@@ -17,15 +17,18 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from deepseek_jax.checkpoint import reading
 from deepseek_jax.checkpoint.faults import no_room, silence_repeats
 from deepseek_jax.checkpoint.finding import checkpoint_steps
+from deepseek_jax.parallel.processes import meet
 
 _DELETED = "deleted"
 
 
 class CheckpointStore:
-    """The checkpoints of one run, for the process that trains it.
+    """The checkpoints of one run, for the process that trains it, or for all of them, which share the folder.
 
     A save copies the arrays to the host, so that the next step may donate them, and threads write it. It
-    counts once its folder is renamed to the step's number; a kill before that leaves nothing that looks so.
+    counts once its folder is renamed to the step's number; a kill before that leaves nothing that looks so. Of several
+    processes each writes its own part of the arrays, and all call these methods in the same order; any number of
+    processes reads what any other number wrote.
     """
 
     def __init__(
@@ -132,7 +135,8 @@ class CheckpointStore:
         if step is not None:
             return read(reading.existing(self.directory, step))
         _, content, damaged = reading.newest_intact(self.directory, read)
-        for number in damaged:  # out of the way of the save that will come to this step again
+        meet()  # all have read
+        for number in damaged if jax.process_index() == 0 else ():  # out of the way of the save that comes here again
             folder = self.directory / str(number)
             folder.rename(folder.with_name(f"{number}.damaged-{time.time_ns()}"))
         return content

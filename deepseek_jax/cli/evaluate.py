@@ -13,6 +13,7 @@ from deepseek_jax.checkpoint.model import Model, load
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.data.chat_templates import check_template
 from deepseek_jax.evals.text import HeldOut, Score
+from deepseek_jax.parallel.processes import require_one_process
 from deepseek_jax.rl.tasks import TaskConfig
 from deepseek_jax.saying import doing, terminal
 from deepseek_jax.typed import check_least, check_types
@@ -64,6 +65,7 @@ class _Eval:
 
 def run_eval(arguments: Sequence[str]) -> None:
     options = tyro.cli(_Eval, args=list(arguments), prog="deepseek-jax eval")
+    require_one_process("eval")
     if not options.data and not options.tasks:
         raise ValueError("give TASK=FILES to ask, --data FILES to measure, or both")
     # What is wrong with them is known before the model.

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+import jax
 import tyro
 
 from deepseek_jax.saying import terminal
@@ -57,6 +58,8 @@ def _shown(value: Any) -> str:
 
 
 def _finish(run_dir: str, result: dict[str, Any]) -> None:
+    if jax.process_index():
+        return
     console = terminal()
     for name, value in _flat(result):
         console.print(f"{name:32} {value}", soft_wrap=True)

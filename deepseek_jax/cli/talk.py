@@ -16,6 +16,7 @@ from deepseek_jax.data.chat_templates import check_template
 from deepseek_jax.data.tokenizer import THINK, whole_text
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
+from deepseek_jax.parallel.processes import require_one_process
 from deepseek_jax.saying import say
 from deepseek_kernels.target import Target
 
@@ -73,6 +74,7 @@ class Answering:
 
     def engine(self) -> Engine:
         self.check()
+        require_one_process("an engine that answers one user")
         options: dict[str, Any] = {"compute": self.compute, "step": self.step or None, "ema": self.ema}
         model = load(self.folder, **options, ignore_config=self.ignore_config)
         return Engine(model.asked_by(self.chat_template))

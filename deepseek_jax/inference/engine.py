@@ -9,15 +9,17 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from deepseek_jax.checkpoint.model import Model
 from deepseek_jax.data.streaming import TextStream
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.inference.generate import Generated, begin, generate, go_on
-from deepseek_jax.inference.requests import Requests, make_requests
+from deepseek_jax.inference.requests import Requests, Room, make_requests, spread
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.weights import sampling_compute, sampling_config, sampling_weights
 from deepseek_jax.model import transformer
+from deepseek_jax.parallel.processes import gather, require_one_process, require_own_rows
 from deepseek_jax.parallel.sharding import ShardingRules
 
 STREAM_SECONDS = 0.05  # from one piece of a streamed answer to the next, where a token takes less
@@ -102,7 +104,7 @@ class Engine:
         ids = [self._ids(prompt) for prompt in prompts]
         if not ids:
             return []
-        out = jax.device_get(self.generate_ids(ids, sampling or SamplingParams()))
+        out = self.generate_ids(ids, sampling or SamplingParams()).here()
         return [self._completion(out, row) for row in range(len(ids))]
 
     def generate_ids(
@@ -116,6 +118,9 @@ class Engine:
         """The arrays behind ``generate``; rows past ``len(prompts)`` are filling.
 
         key: prompt i draws with ``fold_in(key, i)`` instead of the seeds. experts: return those chosen, too.
+
+        Of several processes each gives prompts of its own, or none, at the same time; they count from those of the
+        first process on, so that answers are those that one process would give to all. ``Generated.here`` has its own.
         """
         weights, requests = self._prepared(prompts, sampling, key)
         with jax.set_mesh(self.mesh):  # the caller's may be another
@@ -129,6 +134,7 @@ class Engine:
         """
         weights, requests = self._prepared([self._ids(prompt)], sampling or SamplingParams())
         given = (sampling_config(self.config), self.compute, *weights, requests)
+        require_one_process("a streamed answer")
         text, known, chunk, went_on = TextStream(self.tokenizer), 0, 1, time.monotonic()
         with jax.set_mesh(self.mesh):
             decoding = begin(*given)
@@ -171,16 +177,18 @@ class Engine:
                 )
         with self._lock:
             weights = self._make()
-        with jax.set_mesh(self.mesh):
-            requests = make_requests(
-                prompts,
-                sampling,
-                key,
-                stop_ids=self.tokenizer.stop_ids,
-                pad_id=self.tokenizer.pad_id,
-                ways=math.prod(self.mesh.shape[axis] for axis in self.compute.rules.batch),
-            )
-        return weights, requests
+        axes, stop_ids = self.compute.rules.batch, self.tokenizer.stop_ids
+        ways = math.prod(self.mesh.shape[axis] for axis in axes)
+        options: dict[str, Any] = {"stop_ids": stop_ids, "pad_id": self.tokenizer.pad_id}
+        if (count := jax.process_count()) == 1:
+            with jax.set_mesh(self.mesh):
+                return weights, make_requests(prompts, sampling, key, ways=ways, **options)
+        require_own_rows(self.mesh, axes, "sampling")
+        rooms = [Room(*sizes) for sizes in gather(dataclasses.astuple(Room.of(prompts, each, stop_ids)))]
+        room = Room(*map(max, *map(dataclasses.astuple, rooms)))
+        first = sum(room.rows for room in rooms[: jax.process_index()])
+        requests = make_requests(prompts, sampling, key, ways=ways // count, room=room, first=first, **options)
+        return weights, spread(requests, NamedSharding(self.mesh, PartitionSpec(axes)))
 
     def _completion(self, out: Generated, row: int) -> Completion:
         length, stopped = int(out.lengths_B[row]), bool(out.stopped_B[row])

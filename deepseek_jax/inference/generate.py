@@ -14,6 +14,7 @@ from deepseek_jax.inference.cache import Cache, write_rows
 from deepseek_jax.inference.requests import Requests
 from deepseek_jax.inference.sampling import sample
 from deepseek_jax.model import transformer
+from deepseek_jax.parallel.processes import own_rows
 from deepseek_jax.parallel.sharding import constrain
 from deepseek_kernels import Visible
 
@@ -30,6 +31,14 @@ class Generated:
     lengths_B: jax.Array
     stopped_B: jax.Array
     experts_LBTK: jax.Array | None = None
+
+    def here(self) -> "Generated":
+        """The answers to this process's prompts, on the host."""
+        if jax.process_count() == 1:
+            return jax.device_get(self)
+        rows = (own_rows(x) for x in (self.tokens_BN, self.logprobs_BN, self.lengths_B, self.stopped_B))
+        experts = None if self.experts_LBTK is None else own_rows(self.experts_LBTK, 1)
+        return Generated(*rows, experts)  # pyright: ignore  # of numpy
 
 
 @struct.dataclass
@@ -72,10 +81,13 @@ def generate(
     network = transformer.merge(config, params, router_bias, compute)
     requests = _rows(requests, compute)
     decoding = _decode(network, requests, _prefill(network, requests, experts=experts), None)
+    answered = jax.tree.map(lambda x: _split(x, compute), decoding.answered)  # each process reads its rows
     if decoding.chosen_BTX is None:
-        return decoding.answered
+        return answered
     shape = (len(requests.limit_B), requests.columns, config.num_moe_layers, -1)
-    return dataclasses.replace(decoding.answered, experts_LBTK=jnp.moveaxis(decoding.chosen_BTX.reshape(shape), 2, 0))
+    experts_LBTK = jnp.moveaxis(decoding.chosen_BTX.reshape(shape), 2, 0)
+    experts_LBTK = constrain(experts_LBTK, compute.rules, None, "batch", None, None)
+    return dataclasses.replace(answered, experts_LBTK=experts_LBTK)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "compute"))

@@ -3,13 +3,15 @@
 Shapes alone are compiled for, and they come in powers of two.
 """
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.sharding import NamedSharding
 
 from deepseek_jax.inference.sampling import SamplingParams
 
@@ -37,6 +39,23 @@ class Requests:
     columns: int = struct.field(pytree_node=False)
 
 
+@dataclasses.dataclass(frozen=True)
+class Room:
+    """What requests have room for: rows, tokens of a prompt and of an answer, stop ids of a row."""
+
+    rows: int
+    prompt: int = 1
+    answer: int = 1
+    stops: int = 0
+
+    @classmethod
+    def of(cls, prompts: Sequence[Sequence[int]], each: Sequence[SamplingParams], stop_ids: Sequence[int] = ()) -> Self:
+        longest, most = max(map(len, prompts), default=1), max((params.max_tokens for params in each), default=1)
+        return cls(
+            len(prompts), longest, most, len(stop_ids) + max((len(params.stop_token_ids) for params in each), default=0)
+        )
+
+
 def make_requests(
     prompts: Sequence[Sequence[int]],
     sampling: SamplingParams | Sequence[SamplingParams],
@@ -46,6 +65,8 @@ def make_requests(
     pad_id: int = 0,
     width: int = 0,
     ways: int = 1,
+    room: Room | None = None,
+    first: int = 0,
 ) -> Requests:
     """Requests to answer ``prompts``.
 
@@ -56,6 +77,8 @@ def make_requests(
       stop_ids: beside those of ``sampling``.
       width: of the prompts' rows, instead of the next power of two.
       ways: the batch is a multiple of it.
+      room: by default what these prompts need; other processes' may need more.
+      first: the number of the first prompt, where it is not the first of all processes'.
 
     Raises ValueError for a prompt without tokens or wider than ``width``.
     """
@@ -63,29 +86,44 @@ def make_requests(
     each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
     if len(each) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts, but {len(each)} sampling parameters: expected one, or one for each")
-    longest = width or max(map(len, prompts))
+    room = room or Room.of(prompts, each, stop_ids)
+    longest = width or room.prompt
     limits = [params.max_tokens for params in each]
-    batch = -(-round_up(len(prompts)) // ways) * ways
+    batch = -(-round_up(room.rows) // ways) * ways
     tokens_BP, lengths_B = pad_prompts(prompts, pad_id, width or round_up(longest, 16))
     stops = [(*stop_ids, *params.stop_token_ids) for params in each]
-    stops_BX = np.full((batch, round_up(max(map(len, stops)), 4)), -1, np.int32)
+    stops_BX = np.full((batch, round_up(room.stops, 4)), -1, np.int32)
     for row, ids in enumerate(stops):
         stops_BX[row, : len(ids)] = ids
     rows = batch - len(prompts)
     return Requests(
         tokens_BP=np.pad(tokens_BP, ((0, rows), (0, 0)), constant_values=pad_id),
         lengths_B=np.pad(lengths_B, (0, rows), constant_values=1),
-        keys_B=_keys([params.seed for params in each] if key is None else key, batch),
-        rows_B=np.arange(batch, dtype=np.uint32) * np.uint32(shared or key is not None),
+        keys_B=_keys([params.seed for params in each] or [0] if key is None else key, batch),
+        rows_B=np.arange(first, first + batch, dtype=np.uint32) * np.uint32(shared or key is not None),
         temperature_B=np.array([params.temperature for params in each] + [0.0] * rows, np.float32),
         top_p_B=np.array([params.top_p for params in each] + [1.0] * rows, np.float32),
         top_k_B=np.array([params.top_k for params in each] + [0] * rows, np.int32),
         limit_B=np.array(limits + [0] * rows, np.int32),
         stops_BX=stops_BX,
         pad=np.int32(pad_id),
-        answers=round_up(max(limits), 16),
-        columns=max(tokens_BP.shape[1], round_up(longest + max(limits), 16)),
+        answers=round_up(room.answer, 16),
+        columns=max(tokens_BP.shape[1], round_up(longest + room.answer, 16)),
     )
+
+
+def spread(requests: Requests, rows: NamedSharding) -> Requests:
+    """Each process's requests, of equal shapes, as arrays that all of them share."""
+
+    def put(x: Any) -> Any:
+        if np.ndim(x) == 0:
+            return x
+        if isinstance(x, jax.Array):  # keys
+            data = put(np.asarray(jax.random.key_data(x)))
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+        return jax.make_array_from_process_local_data(rows, x)
+
+    return jax.tree.map(put, requests)
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], pad_id: int, width: int) -> tuple[np.ndarray, np.ndarray]:

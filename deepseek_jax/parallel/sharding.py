@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax.parallel.mesh import current_mesh
+from deepseek_jax.parallel.processes import row_groups
 
 Axes = tuple[str | None, ...]
 
@@ -124,20 +125,20 @@ def placed(
 def place_batch(
     batch: dict[str, Any], mesh: Mesh, rules: ShardingRules = ShardingRules(), *, whole: bool = False
 ) -> dict[str, jax.Array]:
-    """Put the host's rows (B S …), or (B 1), of a batch on the mesh, split by row and sequence.
+    """Put this process's rows (B S …), or (B 1), of a batch on the mesh, split by row and sequence; see ``row_groups``.
 
-    whole: every host has all the rows, as an evaluation does, not its own ones alone, as from a loader.
+    whole: every process has all the rows, as an evaluation does, not its own ones alone, as from a loader.
 
     Raises ValueError where the mesh does not divide them.
     """
 
     def put(value: Any) -> jax.Array:
         axes = ("batch", "sequence" if value.shape[1] > 1 else None, *[None] * (value.ndim - 2))
-        rows = value.shape[0] * (1 if whole else jax.process_count())
+        rows = value.shape[0] * (1 if whole else row_groups(mesh, rules.batch)[1])
         sharding = named_sharding(mesh, axes, (rows, *value.shape[1:]), rules)
         if whole:
             return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
-        return jax.make_array_from_process_local_data(sharding, value)
+        return jax.make_array_from_process_local_data(sharding, value, (rows, *value.shape[1:]))
 
     return {name: put(value) for name, value in batch.items()}
 

@@ -13,8 +13,9 @@ from deepseek_jax.data.tokenizer import THINK, Tokenizer
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.generate import Generated
 from deepseek_jax.inference.sampling import SamplingParams
+from deepseek_jax.parallel.processes import any_process
 from deepseek_jax.rl.asking import Question, read_answers
-from deepseek_jax.rl.samples import Sample, make_sample
+from deepseek_jax.rl.samples import About, Sample, make_sample
 from deepseek_jax.rl.tools import FAILURES, Call, Result, Tools, read_call
 
 _SAID, _TOLD = "an-answer-7c21", "a-result-d04e"  # where an answer and a result stand in a rendered text
@@ -38,8 +39,10 @@ def converse(
     ``max_tokens``, which counts results too, allow: the answer is all of it, of which ``own`` marks the model's tokens,
     and its text is the last turn's. One that would need a call or room beyond has not ended.
 
+    Of several processes each asks its own questions, at the same time, and goes on as long as one has a turn to sample.
+
     Args:
-      filled: rows of the first turn at least, so that a last part of the questions compiles nothing.
+      filled: rows of the first turn at least, so that a last part of the questions compiles nothing; by one process.
       dispatched: called when the devices have been given a turn to sample.
     """
     each = [sampling] * len(questions) if isinstance(sampling, SamplingParams) else list(sampling)
@@ -47,7 +50,7 @@ def converse(
     drafts = [_Draft(question, most=params.max_tokens) for question, params in zip(questions, each, strict=True)]
     frame = None if tools is None else _Frame.of(engine.tokenizer, tools.config.result_tokens)
     going, turn = list(range(len(questions))), 0
-    while going:
+    while any_process(bool(going)):
         asked = [drafts[row].question() for row in going]
         if turn == 0:
             out = _sampled(engine, asked, sampling, key, experts, filled)
@@ -56,7 +59,7 @@ def converse(
             own_key = None if key is None else jax.random.fold_in(key, np.uint32(2**32 - turn))
             out = _sampled(engine, asked, how, own_key, experts)
         dispatched()
-        out = jax.device_get(out)
+        out = out.here()
         for place, (question, answer) in enumerate(zip(asked, read_answers(engine.tokenizer, asked, out), strict=True)):
             drafts[going[place]].turns.append(make_sample(out, place, question, answer))
         if tools is None or frame is None:
@@ -75,19 +78,19 @@ def _sampled(
     experts: bool,
     filled: int = 0,
 ) -> Generated:
-    filling = max(filled - len(asked), 0)
+    filling = max(filled - len(asked), 0) if jax.process_count() == 1 else 0  # others' prompts count from behind these
     prompts = [question.prompt for question in asked] + [asked[0].prompt] * filling
     if not isinstance(how, SamplingParams):
         how = [*how, *[dataclasses.replace(how[0], max_tokens=1)] * filling]
     return engine.generate_ids(prompts, how, key, experts=experts)
 
 
-def tool_metrics(samples: Sequence[Sample]) -> dict[str, float]:
+def tool_metrics(answers: Sequence[About]) -> dict[str, float]:
     """Calls per answer, and how many failed, by what went wrong, or had a result that was cut off."""
-    counts = sum((Counter(sample.calls) for sample in samples), Counter[str]())
+    counts = sum((Counter(answer.calls) for answer in answers), Counter[str]())
     kinds = {**FAILURES, "cut": "cut"}
     failed = {f"tool_{name}": float(counts[kind]) for kind, name in kinds.items()}
-    return {"tool_calls": counts["calls"] / len(samples), **failed}
+    return {"tool_calls": counts["calls"] / len(answers), **failed}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -29,9 +29,29 @@ class Grades:
     rewards: Mapping[str, np.ndarray]
     failures: Mapping[str, Mapping[str, int]]
 
+    def to_json(self) -> dict[str, Any]:
+        """For another process, whose ``from_json`` makes the same of it."""
+        return {
+            "total_N": self.total_N.tolist(),
+            "steps_N": [[*map(list, steps)] for steps in self.steps_N],
+            "failed_N": self.failed_N.tolist(),
+            "rewards": {name: scores.tolist() for name, scores in self.rewards.items()},
+            "failures": {name: dict(counts) for name, counts in self.failures.items()},
+        }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Self:
+        return cls(
+            np.array(content["total_N"], np.float64),
+            [[(end, score) for end, score in steps] for steps in content["steps_N"]],
+            np.array(content["failed_N"], bool),
+            {name: np.array(scores, np.float64) for name, scores in content["rewards"].items()},
+            content["failures"],
+        )
+
     @classmethod
     def joined(cls, parts: Sequence[Self]) -> Self:
-        """Those of several calls of one grader, one behind the other."""
+        """Those of several calls of one grader, or of each process's, one behind the other."""
         first = parts[0]
         return cls(
             np.concatenate([part.total_N for part in parts]),

@@ -5,11 +5,13 @@ import time
 from collections.abc import Mapping
 from typing import Any, Self
 
+import jax
 import numpy as np
 
 from deepseek_jax.checkpoint.model import Model
 from deepseek_jax.data.rows import PromptLoader
 from deepseek_jax.inference.engine import Engine
+from deepseek_jax.parallel.processes import require_own_rows
 from deepseek_jax.rl.asynchronous import Ahead
 from deepseek_jax.rl.grader import Grader
 from deepseek_jax.rl.rollout_config import RolloutConfig
@@ -50,6 +52,12 @@ class Rollouts:
     ):
         """minibatches: parts of a batch with an update each. multiple: what the learner needs the number of each part's
         rows to be a multiple of, where they are packed. log: where some of the answers are kept. steps: of the run."""
+        require_own_rows(model.mesh, model.compute.rules.batch, "rollouts")
+        if config.resample and jax.process_count() > 1:
+            raise ValueError(
+                f"rollout.resample={config.resample} on {jax.process_count()} processes: one might find more groups "
+                "with signal than it trains on, and another fewer; expected 0, or one process"
+            )
         if config.replay_routing and not model.config.num_moe_layers:
             raise ValueError("rollout.replay_routing=True: the model has no experts that could be replayed")
         if config.staleness and model.mesh.size > 1:

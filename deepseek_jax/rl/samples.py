@@ -2,12 +2,14 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Self
 
 import numpy as np
 
 from deepseek_jax.data.packing import best_fit
 from deepseek_jax.inference.generate import Generated
 from deepseek_jax.rl.asking import Answer, Question
+from deepseek_jax.rl.words import wait_words
 
 _LEAST_WIDTH = 128  # shorter rows share one program
 
@@ -41,6 +43,29 @@ class Sample:
         return 0 if self.own is None else int(np.flatnonzero(~self.own)[-1]) + 1
 
 
+@dataclasses.dataclass(frozen=True)
+class About:
+    """What processes tell each other of an answer: tokens of the prompt, of the answer, and of those the model's own;
+    how often it waits to think again; whether it ended by itself; calls."""
+
+    prompt: int
+    answer: int
+    own: int
+    waits: int
+    ended: bool
+    calls: Mapping[str, int]
+
+    @classmethod
+    def of(cls, sample: Sample) -> Self:
+        waits = wait_words(sample.answer.own_turns)
+        sizes = len(sample.question.prompt), len(sample.ids), sample.length
+        return cls(*sizes, waits, sample.answer.ended, dict(sample.calls))
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt + self.answer
+
+
 def make_sample(out: Generated, row: int, question: Question, answer: Answer) -> Sample:
     """What the engine drew in this row."""
     length = int(out.lengths_B[row])
@@ -61,6 +86,9 @@ def rollout_batch(
     pack: int = 0,
     multiple: int = 1,
     minibatches: int = 1,
+    longest: int = 0,
+    fullest: int = 0,
+    by_token: bool = False,
 ) -> dict[str, np.ndarray]:
     """Each row a prompt, its answer as sampled and padding; ``loss_mask`` is 1 on what the model said of it, its
     stop tokens included.
@@ -75,13 +103,18 @@ def rollout_batch(
       minibatches: parts of the batch with an update each, see ``split_rows``: packed, they have the samples that they
         have in rows of their own.
       multiple: what the number of a part's packed rows is a multiple of; rows behind the last are padding.
+      longest, fullest, by_token: what other processes have in their parts of the batch, which are of one shape: tokens
+        of a row, packed rows of a part (see ``packed_rows``), and advantages of tokens.
     """
     lengths = [len(sample.question.prompt) + len(sample.ids) for sample in samples]
-    width = pack or min(max(_LEAST_WIDTH, 1 << (max(lengths) - 1).bit_length()), most)
-    assert max(lengths) <= width
-    rows = _packed(lengths, width, multiple, minibatches) if pack else [[index] for index in range(len(samples))]
+    longest = max(longest, *lengths)
+    width = pack or min(max(_LEAST_WIDTH, 1 << (longest - 1).bit_length()), most)
+    assert longest <= width
+    rows = [[index] for index in range(len(samples))]
+    if pack:
+        rows = _packed(lengths, width, multiple, minibatches, fullest)
     shape = len(rows), width
-    tokens = pack or any(np.ndim(advantage) for advantage in advantages)
+    tokens = pack or by_token or any(np.ndim(advantage) for advantage in advantages)
     batch = {
         "tokens": np.full(shape, pad_id, np.int32),
         "segment_ids": np.zeros(shape, np.int32),
@@ -123,11 +156,17 @@ def _place(
         batch["experts"][row, whole] = sample.experts_TLK
 
 
-def _packed(lengths: Sequence[int], width: int, multiple: int, minibatches: int) -> list[list[int]]:
+def packed_rows(lengths: Sequence[int], width: int, minibatches: int) -> int:
+    """How many rows samples of these lengths need in the part of a batch that needs the most."""
+    return max(len(best_fit(lengths[part::minibatches], width)) for part in range(minibatches))
+
+
+def _packed(lengths: Sequence[int], width: int, multiple: int, minibatches: int, fullest: int) -> list[list[int]]:
     """The samples of each row. Row r is of minibatch r mod ``minibatches``, as ``split_rows`` has it, and so is sample
     r: each part is packed apart, or one row could hold the samples of all, and updates would be of padding alone."""
     parts = [best_fit(lengths[part::minibatches], width) for part in range(minibatches)]
-    rows: list[list[int]] = [[] for _ in range(_round_up(max(map(len, parts)), multiple) * minibatches)]
+    count = _round_up(max(fullest, *map(len, parts)), multiple)
+    rows: list[list[int]] = [[] for _ in range(count * minibatches)]
     for part, own in enumerate(parts):
         for row, indices in enumerate(own):
             rows[row * minibatches + part] = [index * minibatches + part for index in indices]

@@ -15,6 +15,7 @@ import jax
 from deepseek_jax.checkpoint import CheckpointStore
 from deepseek_jax.checkpoint.model import CHECKPOINTS
 from deepseek_jax.files import write_json
+from deepseek_jax.parallel.processes import Agreement, gather
 from deepseek_jax.train.log import StepLog
 from deepseek_jax.train.loop_config import LoopConfig
 from deepseek_jax.train.metrics import MetricsWriter, read_metrics
@@ -88,8 +89,10 @@ def run_loop(
         on_log: called with step and line after each line of metrics; it may raise to end the run.
 
     Raises:
-        Preempted: SIGTERM or SIGINT; the step was finished and saved. A second signal does not wait for that.
+        Preempted: SIGTERM or SIGINT, to any process of the run; the step was finished and saved, the same by all. A
+            second signal does not wait for that.
         KeyboardInterrupt: the same before a first step was taken.
+        RuntimeError: another process is gone.
         NonFiniteError: `max_bad_steps` in a row; the last good checkpoint stays the newest.
         OSError: the disk is full; what was saved before is safe.
         ValueError: the checkpoint is of another model or data set; see `CheckpointStore.restore`.
@@ -121,7 +124,8 @@ def run_loop(
         if progress is not None:
             stack.callback(progress.stop)
             progress.start(step)
-        ended = step > 0 and stop_when is not None and _ended(run_dir, step, config, stop_when)
+        ended = gather(step > 0 and stop_when is not None and _ended(run_dir, step, config, stop_when))[0]
+        agreed, signalled = Agreement(), 0
         while step < config.steps and not ended:
             batch, about_batch = batches.next(state)
             state, metrics = step_fn(state, batch)
@@ -134,17 +138,18 @@ def run_loop(
                 found = log.evaluate(evaluate, state)
             best = found is not None and config.best_metric is not None
             ended = found is not None and stop_when is not None and stop_when(found)
-            if best or ended or stop.received or config.due(config.checkpoint_every, step):
+            signalled = agreed.largest(stop.number)
+            if best or ended or signalled or config.due(config.checkpoint_every, step):
                 log.flush(check=True)
-                if stop.received or step == config.steps or log.bad_steps == 0:  # or bad steps would push out good ones
+                if signalled or step == config.steps or log.bad_steps == 0:  # or bad steps would push out good ones
                     about = {**meta, **log.totals()}
                     arrays = None if moving is None else moving.arrays
                     store.save(step, state, loader=batches.state(), meta=about, reference=arrays, metrics=found)
-            if stop.received:
+            if signalled:
                 store.wait()
                 break
-    if stop.received:  # in the last moment too
-        raise Preempted(stop.received[0], step, store.directory)
+    if signalled := signalled or agreed.largest(stop.number, last=True):  # in the last moment too
+        raise Preempted(signalled, step, store.directory)
     return state
 
 

@@ -14,7 +14,7 @@ _PATIENCE = 0.5  # seconds in which the main thread may take a signal itself
 
 
 class Preempted(KeyboardInterrupt):
-    """A signal ended the run after `step`; a checkpoint of that step is saved."""
+    """A signal to this process, or to another of the run, ended it after `step`; a checkpoint of that step is saved."""
 
     def __init__(self, number: int, step: int, directory: Path) -> None:
         super().__init__(
@@ -29,6 +29,11 @@ class Stop:
 
     def __init__(self, when: str) -> None:
         self.when, self.saving, self.received = when, False, list[int]()
+
+    @property
+    def number(self) -> int:
+        """Of the first, 0 where none has come."""
+        return self.received[0] if self.received else 0
 
     def note(self, number: int, frame: object) -> None:
         del frame
@@ -67,8 +72,8 @@ def stop_signals(when: str) -> Iterator[Stop]:
         thread.join()
         os.close(writer)
         os.close(reader)
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, handler in before.items():  # one that was not set from Python is not to be had
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def _listen(reader: int, stop: Stop) -> None:

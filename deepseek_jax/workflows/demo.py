@@ -17,6 +17,7 @@ from deepseek_jax.checkpoint.model import TOKENIZER, load
 from deepseek_jax.data.chat import encode_chat
 from deepseek_jax.data.text import read_objects
 from deepseek_jax.evals.experts import expert_shares, token_kinds
+from deepseek_jax.parallel.processes import require_one_process
 from deepseek_jax.rl.arithmetic import read_jsonl, to_messages
 from deepseek_jax.saying import terminal
 from deepseek_jax.train.resume import differences
@@ -85,6 +86,7 @@ def demo(config: DemoConfig, console: Console | None = None) -> None:
 
     ValueError where a stage was run with other settings, or another process works in ``run_dir``.
     """
+    require_one_process("demo")
     console = console or terminal()
     with held(config.run_dir):
         _demo(config, console)

@@ -5,11 +5,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+import jax
 import tyro
 
 from deepseek_jax.data.text import read_rows
 from deepseek_jax.data.turns import count_turns
-from deepseek_jax.parallel.hosts import require_one_process
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.rl.grader import Grader
 from deepseek_jax.rl.rollout import Rollouts
@@ -103,7 +103,7 @@ def grpo(config: GRPOConfig) -> dict[str, Any]:
 
     Raises NoSignalError when almost no group of answers has unequal rewards, see ``RolloutConfig``.
     """
-    require_one_process(config.STAGE)
+    _check_processes(config)
     task, exam = make_task(config.task), open_exam(_with_tools(config), seed=config.seed)
     models = {"compute": config.compute, "mesh": make_mesh(config.mesh)}
     with Grader(config.reward or task.rewards, task=task, time_limit=config.rollout.reward_seconds, **models) as grader:
@@ -113,6 +113,15 @@ def grpo(config: GRPOConfig) -> dict[str, Any]:
         grader.check(rows)
         turns = {count_turns(task.messages(row)) for row in rows}
         return _train(config, task, grader, exam, turns)
+
+
+def _check_processes(config: GRPOConfig) -> None:
+    """ValueError naming what several processes cannot do, or cannot share out."""
+    count = jax.process_count()
+    if config.rollout.prompts % count:
+        raise ValueError(f"rollout.prompts={config.rollout.prompts} are not to be shared out to {count} processes")
+    if count > 1 and any(reward.startswith("model:") for reward in config.reward):
+        raise ValueError(f"reward={config.reward!r}: reward models judge in one process so far, not in {count}")
 
 
 def _with_tools(config: GRPOConfig) -> TaskEval:
@@ -128,7 +137,14 @@ def _train(config: GRPOConfig, task: Task, grader: Grader, exam: Exam | None, tu
     start = with_chat_template(config, open_start(config, arrays=config.has_reference))
     start = with_turns(config, start, turns)
     loader = open_questions(
-        task, start, config.task.path, config.rollout, batch_size=config.rollout.prompts, seed=config.seed
+        task,
+        start,
+        config.task.path,
+        config.rollout,
+        batch_size=config.rollout.prompts,
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
     )
     reference = None
     if config.has_reference:
@@ -149,7 +165,7 @@ def _train(config: GRPOConfig, task: Task, grader: Grader, exam: Exam | None, tu
         loader,
         config.rollout,
         seed=config.seed,
-        multiple=config.step.microbatches * ways,
+        multiple=config.step.microbatches * ways // jax.process_count(),
         minibatches=config.minibatches,
         log=SampleLog(config.run_dir, config.loop),
         steps=config.loop.steps,

@@ -15,6 +15,7 @@ from deepseek_jax.data.chat_templates import check_template
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.data.turns import taught
 from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.parallel.processes import first_host_first
 from deepseek_jax.saying import doing, quietly
 from deepseek_jax.train.preemption import stop_signals
 from deepseek_jax.train.resume import saved_meta
@@ -29,7 +30,7 @@ def owns_run(*needs: str) -> Callable[[Callable[[Config], Found]], Callable[[Con
     """A stage's function that holds its ``run_dir`` while it runs, from before anything is written there.
 
     needs: fields ("data.path") that must not be empty. ValueError where one is, or where another process holds the
-    folder.
+    folder. Of several processes, which share the folder, the first holds it.
     """
 
     def owning(stage: Callable[[Config], Found]) -> Callable[[Config], Found]:
@@ -42,8 +43,7 @@ def owns_run(*needs: str) -> Callable[[Callable[[Config], Found]], Callable[[Con
             with ExitStack() as stack:
                 stack.enter_context(stop_signals("; the same command goes on from what was saved"))
                 stack.enter_context(quietly(config.quiet or not first))
-                if first:
-                    stack.enter_context(run_lock(config.run_dir))
+                first_host_first(lambda: stack.enter_context(run_lock(config.run_dir)) if first else None)
                 return stage(config)
 
         return run

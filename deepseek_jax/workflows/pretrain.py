@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from deepseek_jax.checkpoint.model import Model
@@ -13,17 +12,17 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.data.files import ROWS, TEXTS
 from deepseek_jax.data.fim import FimTokens, apply_fim
 from deepseek_jax.data.packing import pack_stream
-from deepseek_jax.data.rows import RowLoader, check_rows, sources_of, write_rows
+from deepseek_jax.data.rows import check_rows, sources_of, write_rows
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.data.tokens import Tokens, tokenize
 from deepseek_jax.evals.text import HeldOut, Scores
-from deepseek_jax.parallel.hosts import first_host_first
 from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.parallel.processes import first_host_first
 from deepseek_jax.saying import doing, say
 from deepseek_jax.train.losses import LanguageModelLoss
 from deepseek_jax.typed import check_least, check_types
 from deepseek_jax.workflows.own_run import owns_run
-from deepseek_jax.workflows.stage import LoaderBatches, StageConfig, finish, train_stage
+from deepseek_jax.workflows.stage import LoaderBatches, StageConfig, finish, row_loader, train_stage
 from deepseek_kernels.cache import cache_folder, user_folder
 
 
@@ -99,13 +98,8 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     if config.loop.eval_every and heldout is None:
         raise ValueError(f"loop.eval_every={config.loop.eval_every}: nothing to evaluate without data.heldout")
     rows = first_host_first(lambda: prepare_rows(config.data, tokenizer, run_dir / "rows", seed=config.seed))
-    loader = RowLoader(
-        rows,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    mesh = make_mesh(config.mesh)
+    loader = row_loader(rows, config, mesh)
 
     latest: Scores | None = None  # where anything is trained and evaluated, of its last step
 
@@ -120,7 +114,6 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
             measure(trained)
         return {} if latest is None else latest.result()
 
-    mesh = make_mesh(config.mesh)
     start = Model(config.model, config.compute.on(mesh), None, None, tokenizer, mesh)
 
     trained, facts = train_stage(

@@ -34,6 +34,7 @@ from rich.text import Text
 
 from deepseek_jax.checkpoint.finding import CHECKPOINTS, checkpoint_steps
 from deepseek_jax.files import write_json
+from deepseek_jax.parallel.processes import require_one_process
 from deepseek_jax.saying import terminal
 from deepseek_jax.typed import check_types
 from deepseek_jax.workflows.chain import Link, held, run_chain
@@ -122,6 +123,7 @@ def r1(config: R1Config, console: Console | None = None) -> None:
     ValueError where a stage was run with other settings, another process works in ``run_dir``, no sample was kept, or a
     stage reads what neither is there nor comes of an earlier one.
     """
+    require_one_process("r1")  # each stage of a recipe, as r1/v3:zero, is a command too, and for many
     console = console or terminal()
     began, run_dir = time.monotonic(), Path(config.run_dir)
     links = make_links(config)

@@ -19,8 +19,8 @@ from deepseek_jax.checkpoint.model import load
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.files import read_json_object, write_whole
 from deepseek_jax.inference.engine import Engine
-from deepseek_jax.parallel.hosts import require_one_process
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
+from deepseek_jax.parallel.processes import require_one_process
 from deepseek_jax.rl.grader import Grader
 from deepseek_jax.rl.rejection import Readable, Sampled, choose, counts
 from deepseek_jax.rl.reward_spec import parse_reward

@@ -19,9 +19,9 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.data.files import ROWS
 from deepseek_jax.data.packing import Row
 from deepseek_jax.data.preferences import Judges, pack_items, read_items
-from deepseek_jax.data.rows import RowLoader, check_rows, sources_of, write_rows
+from deepseek_jax.data.rows import check_rows, sources_of, write_rows
 from deepseek_jax.model import transformer
-from deepseek_jax.parallel.hosts import first_host_first
+from deepseek_jax.parallel.processes import first_host_first
 from deepseek_jax.parallel.sharding import place_batch
 from deepseek_jax.saying import doing, say
 from deepseek_jax.train.loop_config import LoopConfig
@@ -29,7 +29,7 @@ from deepseek_jax.train.optimizer import OptimizerConfig
 from deepseek_jax.train.reward_model import RewardModelLoss, margins
 from deepseek_jax.typed import check_least, check_types
 from deepseek_jax.workflows.own_run import open_start, owns_run
-from deepseek_jax.workflows.stage import LoaderBatches, StageConfig, finish, train_stage
+from deepseek_jax.workflows.stage import LoaderBatches, StageConfig, finish, row_loader, train_stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,13 +91,7 @@ def reward_model(config: RewardModelConfig) -> dict[str, Any]:
         start = dataclasses.replace(start, config=network[0], params=network[1], router_bias=network[2])
     heldout = _packed(config, config.data.heldout, start, Counter()) if config.data.heldout else []
     rows = first_host_first(lambda: _prepare(config, start))
-    loader = RowLoader(
-        rows,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    loader = row_loader(rows, config, start.mesh)
     steps = config.loop.steps
     if config.epochs:
         steps = min(steps, math.ceil(config.epochs * loader.meta["count"] / config.batch_size))

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import tyro
 
 from deepseek_jax.checkpoint.model import Model
@@ -14,20 +13,20 @@ from deepseek_jax.data.chat import encode_chat
 from deepseek_jax.data.conversations import Conversation, Sample, read_conversation
 from deepseek_jax.data.files import ROWS
 from deepseek_jax.data.packing import Row, pack_samples
-from deepseek_jax.data.rows import RowLoader, check_rows, sources_of, write_rows
+from deepseek_jax.data.rows import check_rows, sources_of, write_rows
 from deepseek_jax.data.text import RefusedError, read_chats
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.data.turns import count_turns
 from deepseek_jax.evals.accuracy import accuracy
 from deepseek_jax.evals.text import row_loss
 from deepseek_jax.inference.engine import Engine
-from deepseek_jax.parallel.hosts import first_host_first, require_one_process
+from deepseek_jax.parallel.processes import first_host_first
 from deepseek_jax.rl.tasks import column, fill
 from deepseek_jax.saying import doing
 from deepseek_jax.train.losses import LanguageModelLoss
 from deepseek_jax.typed import check_least, check_types
 from deepseek_jax.workflows.own_run import open_start, owns_run, with_chat_template, with_turns
-from deepseek_jax.workflows.stage import LoaderBatches, StageConfig, finish, train_stage
+from deepseek_jax.workflows.stage import LoaderBatches, StageConfig, finish, row_loader, train_stage
 from deepseek_jax.workflows.task_eval import Exam, TaskEval, open_exam
 
 
@@ -120,21 +119,13 @@ def sft(config: SFTConfig) -> dict[str, Any]:
     """Run the stage, or go on with it; returns and writes its result."""
     run_dir = Path(config.run_dir)
     check, exam = (open_exam(questions, seed=config.seed) for questions in (config.check, config.evaluation))
-    if check or exam:
-        require_one_process("sft with evaluation or check")
     start = with_chat_template(config, open_start(config))
     heldout = _packed(config.data, config.data.heldout, start.text, Counter(), set()) if config.data.heldout else []
     if config.data.heldout and not heldout:
         raise ValueError(f"data.heldout={list(config.data.heldout)}: there is no chat in it, or none is left")
     by = config.chat_template
     rows = first_host_first(lambda: prepare_chats(config.data, start.text, run_dir / "rows", chat_template=by))
-    loader = RowLoader(
-        rows,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    loader = row_loader(rows, config, start.mesh)
     start = with_turns(config, start, loader.meta.get("turns", ()))
     latest: dict[str, float] = {}  # where anything is trained and evaluated, of its last step
     trained, facts = train_stage(

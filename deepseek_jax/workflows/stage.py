@@ -9,15 +9,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from deepseek_jax import files
 from deepseek_jax.checkpoint.finding import CHECKPOINTS, checkpoint_steps
 from deepseek_jax.checkpoint.model import Model
 from deepseek_jax.checkpoint.store import check_directory
 from deepseek_jax.compute import ComputeConfig
+from deepseek_jax.data.loader import LoaderOptions
+from deepseek_jax.data.rows import RowLoader
 from deepseek_jax.model.costs import count_parameters
 from deepseek_jax.parallel.mesh import MeshConfig
-from deepseek_jax.parallel.sharding import place_batch
+from deepseek_jax.parallel.processes import first_host_first, gather, meet, row_groups
+from deepseek_jax.parallel.sharding import ShardingRules, constrain, place_batch
 from deepseek_jax.saying import doing, say
 from deepseek_jax.train.loop import Batches, LoopConfig, run_loop
 from deepseek_jax.train.metrics import read_metrics
@@ -126,7 +130,7 @@ def train_stage(
         parts = {"steps": schedule_steps, "epochs": epochs, "minibatches": minibatches}
         step, state = with_critic(step, state, model, critic, config.step, **parts, compute=compute, mesh=mesh)
     state_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    jitted = _measured(step, learning_rate(config.optimizer, schedule_steps * updates), updates)
+    jitted = _measured(step, learning_rate(config.optimizer, schedule_steps * updates), updates, compute.rules)
     taken = 0
 
     def placed_step(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, dict[str, Any]]:
@@ -135,7 +139,11 @@ def train_stage(
         if taken == 1 and jax.process_index() == 0:
             (run_dir / RESULT).unlink(missing_ok=True)  # of fewer steps
         placed = place_batch(dict(batch), mesh, compute.rules)
-        state, metrics = jitted(state, placed if prepare is None else prepare(state, placed))
+        placed = placed if prepare is None else prepare(state, placed)
+        if taken == 1 and jax.process_count() > 1:  # or the first to have compiled it waits in a collective
+            jitted.lower(state, placed).compile()
+            meet()
+        state, metrics = jitted(state, placed)
         if reference is not None:
             reference.follow(state, metrics["finite"])
         if on_done is not None:
@@ -230,13 +238,17 @@ def _tell_warmup(config: OptimizerConfig, updates: int) -> None:
         )
 
 
-def _measured(step: Step, rate: Callable[[jax.Array], jax.typing.ArrayLike], updates: int) -> Step:
-    """The step, jitted with its state donated, its metrics with the rate and the number of tokens."""
+def _measured(
+    step: Step, rate: Callable[[jax.Array], jax.typing.ArrayLike], updates: int, rules: ShardingRules
+) -> jax.stages.Wrapped:
+    """The step, jitted with its state donated, its metrics with the rate and the number of tokens, whole on every
+    device: each process reads them."""
 
     def measured(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         new, metrics = step(state, batch)
         tokens = jnp.sum(batch["segment_ids"] > 0)
-        return new, {**metrics, "lr": jnp.asarray(rate(state.step * updates)), "tokens": tokens}
+        metrics = {**metrics, "lr": jnp.asarray(rate(state.step * updates)), "tokens": tokens}
+        return new, jax.tree.map(lambda x: constrain(x, rules, *[None] * x.ndim), metrics)
 
     return jax.jit(measured, donate_argnums=0)
 
@@ -253,14 +265,14 @@ def finish(config: StageConfig, facts: dict[str, Any], measure: Callable[[], dic
     trained, the result that is there stands: ``train_stage`` leaves none of other settings.
     """
     path = Path(config.run_dir) / RESULT
-    there = None if facts["steps_here"] or jax.process_count() > 1 else read_result(config.run_dir)
+    there = None if facts["steps_here"] else gather(read_result(config.run_dir))[0]
     if there is not None:
         say(f"{path} stands; remove it to measure again")
         return there | {"steps_here": 0}
     result = facts | measure()
     if past := [name for name, value in flat(result) if isinstance(value, float) and not math.isfinite(value)]:
         say(f"{path}: {', '.join(past)}: not finite, so null")
-    write_json(path, result)
+    first_host_first(lambda: write_json(path, result))
     return read_result(config.run_dir) or {}
 
 
@@ -275,6 +287,13 @@ def write_json(path: Path, content: Any) -> None:
     """``files.write_json``; of several processes the first alone writes."""
     if jax.process_index() == 0:
         files.write_json(path, content)
+
+
+def row_loader(folder: Path, config: Any, mesh: Mesh) -> RowLoader:
+    """Batches of ``config.batch_size`` packed rows, of which each process reads its own alone."""
+    index, count = row_groups(mesh, config.compute.rules.batch)
+    options: LoaderOptions = {"batch_size": config.batch_size, "seed": config.seed}
+    return RowLoader(folder, **options, process_index=index, process_count=count)
 
 
 class LoaderBatches:

@@ -7,6 +7,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from deepseek_jax.checkpoint.model import Model
 from deepseek_jax.data.text import read_rows
 from deepseek_jax.evals.accuracy import Answered, accuracy, accuracy_by, answer
@@ -108,7 +110,10 @@ def open_exam(config: TaskEval, *, seed: int) -> Exam | None:
 
 
 def write_samples(path: Path, samples: Iterable[dict[str, Any]]) -> None:
-    """Append completions to ``samples.jsonl``, once: what an earlier try wrote of the same kind is replaced."""
+    """Append completions to ``samples.jsonl``, once: what an earlier try wrote of the same kind is replaced. Of several
+    processes the first alone writes."""
+    if jax.process_index():
+        return
     samples = list(samples)
     kinds = {(sample["when"], sample["mode"]) for sample in samples}
     earlier = read_json_lines(path) if path.exists() else []

@@ -4,12 +4,8 @@ import jax
 import pytest
 
 from deepseek_jax.parallel import hosts
-from deepseek_jax.rl.tasks import TaskConfig
 from deepseek_jax.train.metrics import MetricsWriter
-from deepseek_jax.workflows.grpo import GRPOConfig, grpo
-from deepseek_jax.workflows.sft import SFTConfig, SFTData, sft
 from deepseek_jax.workflows.stage import write_json
-from deepseek_jax.workflows.task_eval import TaskEval
 
 
 @pytest.fixture
@@ -45,17 +41,3 @@ def test_another_process_writes_no_files(process, tmp_path):
     writer.close()
     write_json(tmp_path / "result.json", {})
     assert list(tmp_path.iterdir()) == []
-
-
-EXAM = TaskEval(TaskConfig(path=("rows.jsonl",)))
-SAMPLING = SFTConfig(init_from="x", data=SFTData(path=("chats.jsonl",)), evaluation=EXAM)
-ASKING = GRPOConfig(init_from="x", task=EXAM.task)
-
-
-@pytest.mark.parametrize(("stage", "config"), [(sft, SAMPLING), (grpo, ASKING)])
-def test_stages_that_sample_need_one_process(process, stage, config, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "1+1", "answer": "2"}\n')
-    process(0)
-    with pytest.raises(ValueError, match="samples answers, which one process can do so far, not 2"):
-        stage(config)

@@ -153,8 +153,8 @@ for line in sys.stdin:
     if line.startswith("Fatal Python error"):
         if joined:
             text = (
-                "another process of this run was lost, so this one ended too. What the lost one, or its scheduler, said "
-                "last tells why. The same command, started again on all, goes on from the last checkpoint."
+                "another process of this run was lost, so this one ended too. What the lost one, or its scheduler, said"
+                " last tells why. The same command, started again on all, goes on from the last checkpoint."
             )
         else:
             text = f"not all processes of this run came together within {sys.argv[1]} s: has each been started?"

@@ -43,6 +43,7 @@ def join_hosts() -> Peers | None:
             _check_port(peers)
         else:
             _await_coordinator(peers, seconds)
+    jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
     watch = _Watch(seconds)
     left = max(1, round(seconds - (time.monotonic() - began)))
     detect = None if peers.coordinator is None else "deactivate"

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib import metadata
 
 from deepseek_jax.cli import program
+from deepseek_jax.parallel import peers
 
 USAGE = """usage: deepseek-jax COMMAND [ARGUMENTS]      deepseek-jax COMMAND --help      deepseek-jax --version
 
@@ -42,7 +43,14 @@ using a model
 RECIPE is a name such as demo/pretrain or a Python file with a function config(), or a stage of such a one, as
 r1/miniature:zero; without one a stage has its defaults and says what is missing. RUN is a folder that a stage or the
 demo wrote; PATH is a RUN or a released model's folder, and so is what sft and grpo start from (--init-from PATH). Every
-field of a recipe can be set: --optimizer.peak-lr 3e-4 --loop.steps 100."""
+field of a recipe can be set: --optimizer.peak-lr 3e-4 --loop.steps 100.
+
+Several processes, each with devices of its own, work as one: those of srun, mpirun, a TPU pod or our JobSet find each
+other; others are told before COMMAND, --coordinator HOST:PORT --processes N --process 0 ... N-1, or by environment,
+DEEPSEEK_JAX_COORDINATOR, _PROCESSES and _PROCESS. DEEPSEEK_JAX_DISTRIBUTED=0: this one works alone; 1: it must find
+others. docs/many-hosts.md tells the rest."""
+
+PEERS = {"--coordinator": peers.COORDINATOR, "--processes": peers.PROCESSES, "--process": peers.PROCESS}
 
 COMMANDS = {
     "demo": "stages",
@@ -68,6 +76,8 @@ COMMANDS = {
     "place": "place",
     "bench": "bench",
 }
+# What needs no devices, so no other process either: on one host of many too.
+ALONE = ("corpus", "report", "compare", "tokenizer", "puzzles", "curate", "convert", "inspect")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -89,6 +99,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
+    while arguments and (option := arguments[0].partition("="))[0] in PEERS:
+        name, given, value = option
+        os.environ[PEERS[name]] = value if given else arguments[1] if len(arguments) > 1 else ""
+        arguments = arguments[1 if given else 2 :]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE)
         return 0 if arguments else 2
@@ -103,21 +117,35 @@ def _run(arguments: list[str]) -> int:
     try:
         module = importlib.import_module(f"deepseek_jax.cli.{COMMANDS[command]}")
         from deepseek_jax.cli import choices
-        from deepseek_jax.parallel.hosts import join_hosts
 
         program.interruptible()
         _keep_compiled_programs()
-        join_hosts()
+        if command not in ALONE and not {"-h", "--help"} & {*rest}:
+            _join()
         with choices.registry:
             getattr(module, f"run_{command.replace('-', '_')}")(rest)
         sys.stdout.flush()  # an answer that cannot be written is an error
-    except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
-        if os.environ.get("DEEPSEEK_JAX_TRACEBACK") == "1":
+    except Exception as error:
+        from deepseek_jax.parallel.hosts import leave_soon
+
+        several = leave_soon()
+        known = isinstance(error, ValueError | OSError | ArithmeticError | RuntimeError)
+        if not known or os.environ.get("DEEPSEEK_JAX_TRACEBACK") == "1":
             raise
         print(f"deepseek-jax {command}: {error}", file=sys.stderr)
+        if several:
+            print("(if another process of this run ended first, what it said last tells why)", file=sys.stderr)
         print("(DEEPSEEK_JAX_TRACEBACK=1 shows where)", file=sys.stderr)
         return 1
     return 0
+
+
+def _join() -> None:
+    from deepseek_jax.parallel.hosts import join_hosts
+    from deepseek_jax.saying import say
+
+    if (found := join_hosts()) is not None and not found.index:
+        say(f"joined the other processes, as {found.by} says" + (f": {found.processes}" if found.processes else ""))
 
 
 def _version() -> str:

@@ -12,19 +12,20 @@ from deepseek_jax.checkpoint.finding import CHECKPOINTS, described, find_model, 
 from deepseek_jax.checkpoint.model import Model, load
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.data.chat_templates import check_template
+from deepseek_jax.evals.needle import Needle, find_needles, rows_of, write_found
 from deepseek_jax.evals.text import HeldOut, Score
 from deepseek_jax.parallel.processes import require_one_process
 from deepseek_jax.rl.tasks import TaskConfig
 from deepseek_jax.saying import doing, terminal
 from deepseek_jax.typed import check_least, check_types
-from deepseek_jax.workflows.questions import Answers, Asking, ask_questions
+from deepseek_jax.workflows.questions import Answers, Asking, ask_questions, identity
 from deepseek_jax.workflows.scaling import Scaling, scale
 
 
 @dataclasses.dataclass(frozen=True)
 class _Eval:
-    """Accuracy of a model on the questions of tasks, and its bits per byte and perplexity on documents, by file, and by
-    kind where rows have one."""
+    """Accuracy of a model on the questions of tasks, its bits per byte and perplexity on documents, by file, and by
+    kind where rows have one, and how far back in a text it finds a planted fact."""
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
     """A folder that a stage or the demo wrote, or a released model's, with its tokenizer.json."""
@@ -35,6 +36,8 @@ class _Eval:
     """Columns and wording, of all tasks."""
     scaling: Scaling = Scaling()
     """Accuracy against tokens of thinking and samples, in scaling.json and scaling.png."""
+    needle: Needle = Needle()
+    """A planted fact found by length of the text and depth in it, in needle.json and needle.png."""
     out: str = ""
     """The folder for answers, a JSON line each, and result.json; by default one in runs/eval. The same command goes on
     where it was cut off."""
@@ -66,8 +69,8 @@ class _Eval:
 def run_eval(arguments: Sequence[str]) -> None:
     options = tyro.cli(_Eval, args=list(arguments), prog="deepseek-jax eval")
     require_one_process("eval")
-    if not options.data and not options.tasks:
-        raise ValueError("give TASK=FILES to ask, --data FILES to measure, or both")
+    if not options.data and not options.tasks and not options.needle.lengths:
+        raise ValueError("give TASK=FILES to ask, --data FILES to measure, --needle.lengths to find facts, or several")
     # What is wrong with them is known before the model.
     heldout = HeldOut(options.data, text_field=options.text_field) if options.data else None
     answers = [Answers(_task(options.task, text), options.ask) for text in options.tasks]
@@ -79,6 +82,8 @@ def run_eval(arguments: Sequence[str]) -> None:
         _predict(options, path, model, heldout)
     if answers:
         _ask(options, model, answers)
+    if options.needle.lengths:
+        _find(options, model)
 
 
 def _task(config: TaskConfig, text: str) -> TaskConfig:
@@ -108,6 +113,16 @@ def _ask(options: _Eval, model: Model, answers: list[Answers]) -> None:
         for curve in scale(model, answers, options.scaling, folder, batch_size=options.batch_size):
             terminal().print(_curved(curve), soft_wrap=True)
     terminal().print(f"answers: {folder}", soft_wrap=True)
+
+
+def _find(options: _Eval, model: Model) -> None:
+    with doing("looking for planted facts"):
+        found = find_needles(model, options.needle, batch_size=options.batch_size)
+    folder = Path(options.out or f"runs/eval/needle-{identity(model)}")
+    write_found(found, folder)
+    for row in rows_of(found):
+        terminal().print(row, soft_wrap=True, highlight=False)
+    terminal().print(f"needle.json, needle.png: {folder}", soft_wrap=True)
 
 
 def _shares(figures: dict[str, float]) -> str:

@@ -68,7 +68,7 @@ def _finish(run_dir: str, result: dict[str, Any]) -> None:
 
 
 def run_pretrain(arguments: Sequence[str]) -> None:
-    config = parse_recipe("pretrain", PretrainConfig, arguments)
+    config = parse_recipe("pretrain", PretrainConfig, arguments, emptied={"ignore_config": ()})
     _finish(config.run_dir, pretrain(config))
 
 

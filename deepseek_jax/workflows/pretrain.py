@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import tyro
 
 from deepseek_jax.checkpoint.model import Model
 from deepseek_jax.config import ModelConfig
@@ -21,7 +22,7 @@ from deepseek_jax.parallel.processes import first_host_first
 from deepseek_jax.saying import doing, say
 from deepseek_jax.train.losses import LanguageModelLoss
 from deepseek_jax.typed import check_least, check_types
-from deepseek_jax.workflows.own_run import owns_run
+from deepseek_jax.workflows.own_run import open_start, owns_run, require
 from deepseek_jax.workflows.stage import LoaderBatches, StageConfig, finish, row_loader, train_stage
 from deepseek_kernels.cache import cache_folder, user_folder
 
@@ -41,7 +42,7 @@ class PretrainData:
     heldout_kinds: tuple[str, ...] = ()
     """Of rows with a kind, measure these alone; none for all."""
     tokenizer: str = ""
-    """A tokenizer.json, or the folder of a model that has one."""
+    """A tokenizer.json, or the folder of a model that has one; with init_from nothing, as that model has its own."""
     seq_len: int = 128
     """Tokens of a row."""
     fim_rate: float = 0.1
@@ -69,31 +70,36 @@ _BESIDE = ("heldout", "heldout_kinds", "cache", "workers")
 
 @dataclasses.dataclass(frozen=True)
 class PretrainConfig(StageConfig):
-    """A pretraining run. ``model.vocab_size``, left at its default, is the tokenizer's."""
+    """A pretraining run, of fresh parameters or of a model's. ``model.vocab_size``, left at its default, is the
+    tokenizer's."""
 
     run_dir: str = "runs/pretrain"
     batch_size: int = 8
     """Rows of a step."""
+    init_from: str = ""
+    """The model to go on from, a run or a released model's folder; empty: fresh parameters. What model leaves at its
+    default is then this model's own; another rope_scaling, rope_theta or max_position_embeddings extends its context
+    from the first step on (V3 section 4.3), all else must be as it is. Adam's moments begin anew."""
+    ignore_config: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A field of a released model's config.json to take as absent; give it several times for more."""
     data: PretrainData = PretrainData()
     model: ModelConfig = ModelConfig()
     loss: LanguageModelLoss = LanguageModelLoss()
 
-    MAY_CHANGE = (*StageConfig.MAY_CHANGE, *(f"data.{name}" for name in _BESIDE))
+    MAY_CHANGE = (*StageConfig.MAY_CHANGE, "ignore_config", *(f"data.{name}" for name in _BESIDE))
 
 
-@owns_run("data.path", "data.tokenizer")
+@owns_run("data.path")
 def pretrain(config: PretrainConfig) -> dict[str, Any]:
     """Run the stage, or go on with it; returns and writes its result."""
     run_dir = Path(config.run_dir)
-    config.model.check_speaks()
-    tokenizer = Tokenizer.from_folder(config.data.tokenizer)
-    config = dataclasses.replace(config, model=_with_vocabulary(config.model, tokenizer))
-    tokenizer = tokenizer.over(config.model.vocab_size)
-    if config.data.seq_len > config.model.max_position_embeddings:
-        raise ValueError(
-            f"data.seq_len={config.data.seq_len} is more than "
-            f"model.max_position_embeddings={config.model.max_position_embeddings}"
-        )
+    if config.init_from:
+        start = _extended_start(config)
+    else:
+        config, start = _fresh_start(config)
+    tokenizer, longest = start.text, start.config.max_position_embeddings
+    if config.data.seq_len > longest:
+        raise ValueError(f"data.seq_len={config.data.seq_len} is more than model.max_position_embeddings={longest}")
     heldout = _heldout(config.data)
     if config.loop.eval_every and heldout is None:
         raise ValueError(f"loop.eval_every={config.loop.eval_every}: nothing to evaluate without data.heldout")
@@ -114,8 +120,6 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
             measure(trained)
         return {} if latest is None else latest.result()
 
-    start = Model(config.model, config.compute.on(mesh), None, None, tokenizer, mesh)
-
     trained, facts = train_stage(
         config,
         stage="pretrain",
@@ -125,6 +129,66 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         evaluate=measure if config.loop.eval_every else None,
     )
     return finish(config, facts, measure_last)
+
+
+def _fresh_start(config: PretrainConfig) -> tuple[PretrainConfig, Model]:
+    """The model of ``config``, without arrays, and the settings with its vocabulary."""
+    require(config, "data.tokenizer")
+    config.model.check_speaks()
+    tokenizer = Tokenizer.from_folder(config.data.tokenizer)
+    config = dataclasses.replace(config, model=_with_vocabulary(config.model, tokenizer))
+    mesh = make_mesh(config.mesh)
+    return config, Model(config.model, config.compute.on(mesh), None, None, tokenizer, mesh)
+
+
+def _extended_start(config: PretrainConfig) -> Model:
+    """The model in ``init_from``, its context as ``config.model`` has it. One that was extended before stays so."""
+    if config.data.tokenizer:
+        raise ValueError(
+            f"data.tokenizer={config.data.tokenizer!r}: the model in init_from={config.init_from!r} has its own; leave "
+            "it empty"
+        )
+    start = open_start(config)
+    return dataclasses.replace(start, config=with_context(start.config, config.model))
+
+
+_CONTEXT = ("rope_theta", "rope_scaling", "max_position_embeddings")
+
+
+def with_context(own: ModelConfig, given: ModelConfig) -> ModelConfig:
+    """``own`` with those of the fields that make the context which ``given`` does not leave at their defaults.
+
+    A ``max_position_embeddings`` left at its default beside another scaling is the length that this is made for,
+    ``factor · original_max_position_embeddings``. ValueError where ``given`` names another value for any other field.
+    """
+    said = {
+        field.name: value
+        for field in dataclasses.fields(ModelConfig)
+        if (value := getattr(given, field.name)) != field.default
+    }
+    differ = [
+        f"model.{name}={value!r} (it has {getattr(own, name)!r})"
+        for name, value in said.items()
+        if name not in _CONTEXT and value != getattr(own, name)
+    ]
+    if differ:
+        raise ValueError(
+            f"{', '.join(differ)}: the model in init_from is another; of model, {', '.join(_CONTEXT)} alone may differ "
+            "from it"
+        )
+    context = {name: said[name] for name in _CONTEXT if name in said}
+    if (scaling := context.get("rope_scaling")) is not None and "max_position_embeddings" not in context:
+        context["max_position_embeddings"] = round(scaling.factor * scaling.original_max_position_embeddings)
+    extended = dataclasses.replace(own, **context)
+    if extended != own:
+        say(f"context: {_context(own)} → {_context(extended)}")
+    return extended
+
+
+def _context(model: ModelConfig) -> str:
+    scaling = model.rope_scaling
+    stretched = "" if scaling.type == "none" else f", {scaling.type} × {scaling.factor:g}"
+    return f"{model.max_position_embeddings:,} positions{stretched}"
 
 
 def _with_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:

@@ -8,15 +8,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from typing import TypeVar
 
 import jax
-from jax.experimental import multihost_utils
 
 from deepseek_jax.parallel.peers import COORDINATOR, DISTRIBUTED, Peers, find_peers
-
-Found = TypeVar("Found")
 
 JOIN_SECONDS = "DEEPSEEK_JAX_JOIN_SECONDS"
 _JOIN_SECONDS = 300  # the first start of a container on one host, while another has it
@@ -164,21 +159,3 @@ for line in sys.stdin:
         print(f"deepseek-jax: {text}", file=sys.stderr, flush=True)
         break
 """
-
-
-def first_host_first(work: Callable[[], Found]) -> Found:
-    """``work()`` on process 0, then on the others, which find what it left in a folder that all share."""
-    if jax.process_count() == 1:
-        return work()
-    if jax.process_index() > 0:
-        multihost_utils.sync_global_devices("first_host_first")
-        return work()
-    found = work()
-    multihost_utils.sync_global_devices("first_host_first")
-    return found
-
-
-def require_one_process(stage: str) -> None:
-    """Refuse a stage that samples answers on several hosts: each would ask its own questions."""
-    if jax.process_count() > 1:
-        raise ValueError(f"{stage} samples answers, which one process can do so far, not {jax.process_count()}")

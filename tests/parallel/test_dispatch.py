@@ -220,7 +220,8 @@ def test_layouts_that_cannot_be_are_refused():
         exchange(experts, x, weights, chosen, wi, wo, rules, Dispatch("all_to_all"))
 
 
-# What is sent, by the compiled program: 4 devices, V2-Lite's and V3's choices a token, widths from which a TPU scatters sums.
+# What is sent, by the compiled program: 4 devices, V2-Lite's and V3's choices a token, widths from which a TPU scatters
+# sums.
 
 ROWS, WIDE, HIDDEN, MANY, TOP = 128, 1024, 256, 8, 6
 

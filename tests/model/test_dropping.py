@@ -107,6 +107,7 @@ def test_a_mesh_drops_the_same():
         found, program = compiled(1.0)(*placed), compiled(1.0).lower(*placed).compile().as_text()
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_array_equal(one, other)
+    assert program
     moved = collectives(program)
     assert {each.kind for each in moved} == {"all-reduce"} and max(each.shape_bytes for each in moved) <= 4 * D * 16
 
@@ -189,10 +190,10 @@ def test_dropped_choices_go_nowhere_on_a_mesh(layer_case, dispatch):
     """However tokens come to experts that lie on four devices, the layer computes what one device does."""
     params, x = layer_case
     spared = jnp.asarray(case(0)[4])
-    whole = jax.jit(lambda *arrays: layer(*arrays, ComputeConfig(), Balancing(D, 1.0, spared)))(params, x)
-    compute = ComputeConfig(dispatch=dispatch, dispatch_capacity=4.0)
+    run = lambda compute: jax.jit(lambda params, x: layer(params, x, compute, Balancing(D, 1.0, spared)))(params, x)  # noqa: E731
+    whole = run(ComputeConfig())
     mesh = make_mesh(MeshConfig(expert=4), jax.devices()[:4])
     with jax.set_mesh(mesh):
-        found = jax.jit(lambda *arrays: layer(*arrays, compute, Balancing(D, 1.0, spared)))(params, x)
+        found = run(ComputeConfig(dispatch=dispatch, dispatch_capacity=4.0))
     assert relative_error(found[0], whole[0]) < 1e-5
     assert found[1].dropped == whole[1].dropped > 5

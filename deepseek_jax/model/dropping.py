@@ -53,9 +53,8 @@ def drop(
     real_BS1 = (segment_ids_BS > 0)[:, :, None]
     spared_BS1 = jnp.zeros_like(real_BS1) if balancing.spared_BS is None else balancing.spared_BS[:, :, None]
     affinity_BSK = jax.lax.stop_gradient(jnp.take_along_axis(scores_BSE, experts_BSK, axis=2))
-    key_BSK = (
-        jax.lax.bitcast_convert_type(affinity_BSK, jnp.int32) + 1
-    )  # in the order of the numbers, which are positive
+    # Numbers of 0 and above are in the order of their bits.
+    key_BSK = jax.lax.bitcast_convert_type(affinity_BSK, jnp.int32) + 1
     key_BSK = jnp.where(spared_BS1, jnp.iinfo(jnp.int32).max, key_BSK)
     on_BSKD = (experts_BSK // device_size(config, D))[..., None] == jnp.arange(D)
     on_BSKD &= real_BS1[..., None]
@@ -63,17 +62,13 @@ def drop(
     budget = jnp.floor(balancing.capacity * choices.astype(jnp.float32) / D).astype(jnp.int32)
 
     cut_D = _cut(key_BSK, on_BSKD, budget, 31)
-    above_BSK, at_BSK = (
-        jnp.any(on_BSKD & compare(key_BSK[..., None], cut_D), axis=3) for compare in (jnp.greater, jnp.equal)
-    )
+    above_BSKD, at_BSKD = on_BSKD & (key_BSK[..., None] > cut_D), on_BSKD & (key_BSK[..., None] == cut_D)
     # Of equal ones the first, as many as there is room for.
-    room_D = budget - jnp.sum(on_BSKD & above_BSK[..., None], axis=(0, 1, 2), dtype=jnp.int32)
+    room_D = budget - jnp.sum(above_BSKD, axis=(0, 1, 2), dtype=jnp.int32)
     place_BSK = experts_BSK.size - jnp.arange(experts_BSK.size, dtype=jnp.int32).reshape(experts_BSK.shape)
-    on_BSKD &= at_BSK[..., None]
-    first_BSK = jnp.any(
-        on_BSKD & (place_BSK[..., None] > _cut(place_BSK, on_BSKD, room_D, place_BSK.size.bit_length())), axis=3
-    )
-    keep_BSK = real_BS1 & (spared_BS1 | above_BSK | first_BSK)
+    last_D = _cut(place_BSK, at_BSKD, room_D, experts_BSK.size.bit_length())
+    stays_BSK = jnp.any(above_BSKD | (at_BSKD & (place_BSK[..., None] > last_D)), axis=3)
+    keep_BSK = real_BS1 & (spared_BS1 | stays_BSK)
     # Kept with the rows that it sorted, as the router's choice.
     experts_BSK = kept(jnp.where(keep_BSK, experts_BSK, -1))
     dropped = jnp.sum(real_BS1 & (experts_BSK < 0)).astype(jnp.float32)

@@ -51,7 +51,7 @@ class DeepSeekMoE(nnx.Module):
             routing = route(config, flatten(x_BSD), w_DE, bias_E, chosen_TK)
             experts_BSK, weights_BSK = unflatten(routing.experts_TK), unflatten(routing.weights_TK)
             scores_BSE, devices = unflatten(routing.scores_TE), 1 if balancing is None else balancing.devices
-            stats = router_stats(config, experts_BSK, scores_BSE, segment_ids_BS, compute.rules, devices)
+            stats = router_stats(config, experts_BSK, scores_BSE, segment_ids_BS, compute.rules, devices=devices)
             if balancing is not None and balancing.capacity:
                 choices = experts_BSK, weights_BSK, scores_BSE
                 experts_BSK, weights_BSK, dropped = drop(config, balancing, *choices, segment_ids_BS)

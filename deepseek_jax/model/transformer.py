@@ -300,8 +300,8 @@ class Transformer(nnx.Module):
 
 def _in(order: RowOrder, context: Context) -> Context:
     """What layers need to know of rows in this order."""
-    parts = context.rope, context.segment_ids_BS, context.balancing
-    rope, segment_ids_BS, balancing = jax.tree.map(order.spread, parts)
+    along = context.rope, context.segment_ids_BS, context.balancing
+    rope, segment_ids_BS, balancing = jax.tree.map(order.spread, along)
     return Context(rope, order.seen(context.visible), segment_ids_BS, balancing)
 
 

@@ -15,6 +15,7 @@ from model.tiny import V2, config, float64, relative_error, weights
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.model.dropping import Balancing, drop, spared_tokens
 from deepseek_jax.model.moe import DeepSeekMoE
+from deepseek_jax.parallel.hlo import collectives
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
 from deepseek_jax.parallel.sharding import place_batch
 
@@ -97,13 +98,18 @@ def test_one_token_that_all_are_equal_to():
 
 
 def test_a_mesh_drops_the_same():
+    """And brings nothing together for it: devices exchange counts."""
     arguments = case(3, levels=5)
     expected = compiled(1.0)(*arguments)
     with jax.set_mesh(mesh := make_mesh(MeshConfig(data=2, expert=2, context=2))):
         names = "experts", "gates", "scores", "segments", "spared"
-        found = compiled(1.0)(*place_batch(dict(zip(names, arguments, strict=True)), mesh).values())
+        placed = place_batch(dict(zip(names, arguments, strict=True)), mesh).values()
+        found, program = compiled(1.0)(*placed), compiled(1.0).lower(*placed).compile().as_text()
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_array_equal(one, other)
+    assert program
+    moved = collectives(program)
+    assert {each.kind for each in moved} == {"all-reduce"} and max(each.shape_bytes for each in moved) <= 4 * D * 16
 
 
 def test_sequences_are_spared_whole_by_what_they_hold():
@@ -177,3 +183,17 @@ def test_the_layer_computes_what_is_left(layer_case, experts):
     slope = np.sum((moved(1e-6) - moved(-1e-6)) / 2e-6 * dy)
     found = sum(jax.tree.leaves(jax.tree.map(lambda g, way: np.sum(g * way), gradients, along)))
     np.testing.assert_allclose(found, slope, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dispatch", ["gather", "all_to_all"])
+def test_dropped_choices_go_nowhere_on_a_mesh(layer_case, dispatch):
+    """However tokens come to experts that lie on four devices, the layer computes what one device does."""
+    params, x = layer_case
+    spared = jnp.asarray(case(0)[4])
+    run = lambda compute: jax.jit(lambda params, x: layer(params, x, compute, Balancing(D, 1.0, spared)))(params, x)  # noqa: E731
+    whole = run(ComputeConfig())
+    mesh = make_mesh(MeshConfig(expert=4), jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        found = run(ComputeConfig(dispatch=dispatch, dispatch_capacity=4.0))
+    assert relative_error(found[0], whole[0]) < 1e-5
+    assert found[1].dropped == whole[1].dropped > 5

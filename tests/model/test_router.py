@@ -203,7 +203,7 @@ def test_losses_over_devices_and_their_gradients(name, devices):
     assert most_devices(tiny, devices) == most
 
     def losses(scores):
-        stats = router_stats(tiny, jnp.asarray(chosen), scores, jnp.asarray(SEGMENTS), devices)
+        stats = router_stats(tiny, jnp.asarray(chosen), scores, jnp.asarray(SEGMENTS), devices=devices)
         assert stats.device_balance is not None and stats.communication is not None
         return jnp.stack([stats.device_balance, stats.communication])
 
@@ -231,11 +231,11 @@ def test_even_devices_lose_one_a_sequence():
     tiny = config(V2, num_experts_per_tok=2)
     scores = jnp.full((1, 16, E), 1 / E)
     chosen = jnp.arange(32).reshape(1, 16, 2) * 2 % E
-    stats = router_stats(tiny, chosen, scores, jnp.ones((1, 16), jnp.int32), 4)
+    stats = router_stats(tiny, chosen, scores, jnp.ones((1, 16), jnp.int32), devices=4)
     assert stats.device_balance == pytest.approx(1) and stats.communication == pytest.approx(1)
     assert router_stats(tiny, chosen, scores, jnp.ones((1, 16), jnp.int32)).device_balance is None
     with pytest.raises(ValueError, match="balance_devices=3 does not divide n_routed_experts=8"):
-        router_stats(tiny, chosen, scores, jnp.ones((1, 16), jnp.int32), 3)
+        router_stats(tiny, chosen, scores, jnp.ones((1, 16), jnp.int32), devices=3)
 
 
 @pytest.mark.parametrize("tiny", [config(net, n_routed_experts=16) for net in (V2, V3)], ids=["v2", "v3"])

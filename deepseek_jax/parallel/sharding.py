@@ -6,7 +6,7 @@ split each of those. Nothing else in the project mentions a mesh axis.
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -75,7 +75,7 @@ def named_sharding(
     spec = rules.spec(axes)
     for axis, size in zip(axes, shape, strict=True):
         split = () if axis is None else getattr(rules, axis)
-        _check_split(mesh, axis, split)
+        check_axes(mesh.shape, axis, split)
         ways = math.prod(mesh.shape[name] for name in split)
         if size % ways:
             raise ValueError(
@@ -97,7 +97,7 @@ def state_sharding(
     divide any of its axes."""
     sharding = named_sharding(mesh, axes, shape, rules)
     parts = [() if axis is None else getattr(rules, axis) for axis in axes]
-    _check_split(mesh, "state", rules.state)
+    check_axes(mesh.shape, "state", rules.state)
     more = tuple(name for name in rules.state if mesh.shape[name] > 1 and not any(name in part for part in parts))
     for i in sorted(range(len(shape)), key=lambda i: -shape[i]):
         if more and axes[i] != "layers" and shape[i] % math.prod(mesh.shape[name] for name in (*parts[i], *more)) == 0:
@@ -143,15 +143,16 @@ def constrain(x: jax.Array, rules: ShardingRules, *axes: str | None) -> jax.Arra
     if (mesh := current_mesh()) is None:
         return x
     for axis in axes:
-        _check_split(mesh, axis, () if axis is None else getattr(rules, axis))
+        check_axes(mesh.shape, axis, () if axis is None else getattr(rules, axis))
     return jax.lax.with_sharding_constraint(x, rules.spec(axes))
 
 
-def _check_split(mesh: Mesh | AbstractMesh, axis: str | None, split: Sequence[str]) -> None:
+def check_axes(sizes: Mapping[str, int], axis: str | None, split: Sequence[str]) -> None:
+    """ValueError where a logical axis is split over mesh axes of which a mesh of these sizes has none."""
     for name in split:
-        if name not in mesh.shape:
+        if name not in sizes:
             raise ValueError(
-                f"{axis} is split over the mesh axis {name!r}, which the mesh lacks: it has {', '.join(mesh.shape)} "
+                f"{axis} is split over the mesh axis {name!r}, which the mesh lacks: it has {', '.join(sizes)} "
                 "(parallel.mesh.make_mesh makes one with all that the default rules name)"
             )
 

@@ -17,12 +17,12 @@ from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer
 from deepseek_jax.train.state import abstract_state
 from deepseek_jax.train.step import StepConfig, make_step
 
-# Widths that the chip's kernels take, each its own; a dense layer and a MoE layer.
+# Widths that the chip's kernels take, each its own; a dense layer and three MoE layers.
 MODEL = config(
     V3,
     vocab_size=1536,
     hidden_size=512,
-    num_hidden_layers=2,
+    num_hidden_layers=4,
     intermediate_size=768,
     num_attention_heads=8,
     q_lora_rank=384,

@@ -16,6 +16,7 @@ from deepseek_jax.model.layers import SwiGLU, param
 from deepseek_jax.model.router import RouterStats, route, router_stats
 from deepseek_jax.parallel.dispatch import Dispatch
 from deepseek_jax.parallel.exchange import exchange
+from deepseek_jax.parallel.sharding import per_device
 from deepseek_kernels import routed_experts
 
 
@@ -42,15 +43,15 @@ class DeepSeekMoE(nnx.Module):
         chosen_BSK: Int[Array, "B S K"] | None = None,
         balancing: Balancing | None = None,
     ) -> tuple[Float[Array, "B S D"], RouterStats]:
-        config, compute, (B, S, _) = self.config, self.compute, x_BSD.shape
-        flatten = lambda x: x.reshape(B * S, -1)  # noqa: E731
-        unflatten = functools.partial(jnp.reshape, shape=(B, S, -1))
+        config, compute = self.config, self.compute
         with jax.named_scope("router"):
-            chosen_TK = None if chosen_BSK is None else flatten(chosen_BSK)
-            w_DE = self.router[...].astype(jnp.float32)
-            routing = route(config, flatten(x_BSD), w_DE, bias_E, chosen_TK)
-            experts_BSK, weights_BSK = unflatten(routing.experts_TK), unflatten(routing.weights_TK)
-            scores_BSE, devices = unflatten(routing.scores_TE), 1 if balancing is None else balancing.devices
+            # XLA gathers what it takes the highest numbers of.
+            tokens, w_DE = ("batch", "sequence", None), self.router[...].astype(jnp.float32)
+            operands, axes = (x_BSD, w_DE, bias_E, chosen_BSK), (tokens, (None, None), (None,), tokens)
+            axes = tuple(None if x is None else axis for x, axis in zip(operands, axes, strict=True))
+            routed = per_device(functools.partial(_routed, config), compute.rules, operands, axes, tokens)
+            experts_BSK, weights_BSK, scores_BSE = routed
+            devices = 1 if balancing is None else balancing.devices
             stats = router_stats(config, experts_BSK, scores_BSE, segment_ids_BS, compute.rules, devices=devices)
             if balancing is not None and balancing.capacity:
                 choices = experts_BSK, weights_BSK, scores_BSE
@@ -70,3 +71,11 @@ class DeepSeekMoE(nnx.Module):
             with jax.named_scope("shared_experts"):
                 y = y + self.shared(x_BSD)
         return y, dataclasses.replace(stats, dropped=stats.dropped + dropped)
+
+
+def _routed(config, x_BSD, w_DE, bias_E, chosen_BSK):
+    """Experts, weights and scores of each token."""
+    chosen_TK = None if chosen_BSK is None else chosen_BSK.reshape(-1, chosen_BSK.shape[2])
+    routing = route(config, x_BSD.reshape(-1, x_BSD.shape[2]), w_DE, bias_E, chosen_TK)
+    found = routing.experts_TK, routing.weights_TK, routing.scores_TE
+    return tuple(x.reshape(*x_BSD.shape[:2], -1) for x in found)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.parallel.context import over_runs
-from deepseek_jax.parallel.sharding import ShardingRules
+from deepseek_jax.parallel.sharding import ShardingRules, per_device
 from deepseek_kernels.kept import kept
 
 _FEW = 64  # tokens: a step of decoding's
@@ -148,7 +148,9 @@ def router_stats(
     chosen_BSE = _one_hot_sum(experts_BSK, experts) * real_BS1
     counted_BSE = chosen_BSE
     if config.topk_method == "noaux_tc":
-        counted_BSE = _one_hot_sum(jax.lax.top_k(jax.lax.stop_gradient(scores_BSE), top)[1], experts) * real_BS1
+        tokens, raw_BSE = ("batch", "sequence", None), jax.lax.stop_gradient(scores_BSE)
+        best_BSK = per_device(lambda raw_BSE: jax.lax.top_k(raw_BSE, top)[1], rules, (raw_BSE,), (tokens,), tokens)
+        counted_BSE = _one_hot_sum(best_BSK, experts) * real_BS1
     share_BSE = scores_BSE / (jnp.sum(scores_BSE, axis=-1, keepdims=True) + 1e-20) * real_BS1
     f_BSE, length_BS = over_runs(_sums_of_runs, counted_BSE, segment_ids_BS, rules)
     scale_BS = experts / top / length_BS**2

@@ -20,7 +20,7 @@ from deepseek_jax.model.mtp import MTP, mtp_segments
 from deepseek_jax.model.rope import rotary_tables
 from deepseek_jax.model.router import RouterStats
 from deepseek_jax.parallel.context import RowOrder, numbered
-from deepseek_jax.parallel.sharding import constrain
+from deepseek_jax.parallel.sharding import constrain, weight_of_layer
 from deepseek_jax.parallel.table import rows_of_table
 from deepseek_kernels import BlockScaled, InStack, Visible, look_up, product
 from deepseek_kernels.kept import KEPT
@@ -286,6 +286,7 @@ class Transformer(nnx.Module):
 
         def layer(carry, inputs):
             (x, memories), (part, bias_E, chosen_BSK) = carry, inputs
+            part = _weights_of_layer(part, self.compute.rules) if memories is None else part
             memory = None if memories is None else _in_stack(memories, part)
             options = {"memory": memory, "chosen_BSK": chosen_BSK, "absorbed": absorbed}
             x, router, memory = nnx.merge(graph, get(part))(x, context, bias_E, **options)
@@ -296,6 +297,12 @@ class Transformer(nnx.Module):
         body = _rematerialised(layer, self.compute.remat, looped=_count(state) > unroll)
         (x_BSD, memories), router = jax.lax.scan(body, (x_BSD, memories), (weights, bias, chosen), unroll=unroll)
         return x_BSD, router, memories
+
+
+def _weights_of_layer(state, rules):
+    is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
+    weight = lambda leaf: leaf.replace(weight_of_layer(leaf[...], leaf.get_metadata("axes"), rules))  # noqa: E731
+    return jax.tree.map(weight, state, is_leaf=is_variable)
 
 
 def _in(order: RowOrder, context: Context) -> Context:

@@ -271,7 +271,7 @@ def of_tpu() -> dict[str, str]:
         names = [name for name in PROGRAMS if name != "two hops"]
         print(json.dumps({name: program(devices, *PROGRAMS[name], "bfloat16") for name in names}))
         """,
-        limit=600,
+        limit=280,
     )
     return json.loads(out.splitlines()[-1])
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from model.tiny import V2, config
 from parallel.topology import needs_libtpu, run_apart
 
 from deepseek_jax.compute import ComputeConfig
@@ -18,7 +19,8 @@ from deepseek_jax.parallel import rounds
 from deepseek_jax.parallel.dispatch import Dispatch, lay_out, reached
 from deepseek_jax.parallel.exchange import exchange
 from deepseek_jax.parallel.hlo import Collective, collectives
-from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
+from deepseek_jax.parallel.legal import check_layout
+from deepseek_jax.parallel.mesh import AXES, MeshConfig, make_mesh
 from deepseek_jax.parallel.sharding import ShardingRules
 from deepseek_kernels import InStack, Target, routed_experts
 
@@ -214,6 +216,9 @@ def test_fields_that_make_no_sense_are_refused(values, named):
 def test_layouts_that_cannot_be_are_refused():
     with on(expert=4), pytest.raises(ValueError, match="dispatch_nodes=3 .* 4 devices.* 1, 2 or 4"):
         run(Dispatch("all_to_all", nodes=3))
+    sizes, compute = dict.fromkeys(AXES, 1) | {"expert": 4}, ComputeConfig(dispatch="all_to_all", dispatch_nodes=3)
+    with pytest.raises(ValueError, match="dispatch_nodes=3 does not divide expert=4; the nearest is expert=3 or"):
+        check_layout(config(V2), compute, sizes)
     x, weights, chosen, wi, wo, _ = operands()
     rules = ShardingRules(experts=("tensor",), expert_mlp=())
     with on(tensor=2), pytest.raises(ValueError, match="all_to_all.*tensor"):

@@ -71,7 +71,8 @@ def exchange(
             y_TD, dropped = by_copies(local, tokens, group, ways(group), own, dispatch)
         else:
             first = jax.lax.axis_index(group) * own if group else 0
-            y_TD, dropped = by_gathering(local, tokens, ours, first), jnp.float32(0)
+            y_TD = by_gathering(local, tokens, tuple(name for name in ours if mesh.shape[name] > 1), first)
+            dropped = jnp.float32(0)
         y_TD = jax.lax.psum(y_TD, others) if others else y_TD
         return y_TD.reshape(x_BSD.shape), dropped[None]
 

@@ -39,10 +39,10 @@ class MLA(nnx.Module):
             self.q_norm = RMSNorm(config, compute, Q, eps=LATENT_EPS)
         else:
             self.q_a = self.q_norm = None
-        self.q_b = param(config, compute, rngs, (Q or D, H, N + R), (None if Q else "embed", "heads", None))
+        self.q_b = param(config, compute, rngs, (Q or D, H, N + R), ("latent" if Q else "embed", "heads", None))
         self.kv_a = Linear(config, compute, (D, C + R), ("embed", None), bias=config.attention_bias, rngs=rngs)
         self.kv_norm = RMSNorm(config, compute, C, eps=LATENT_EPS)
-        self.kv_b = param(config, compute, rngs, (C, H, N + V), (None, "heads", None))
+        self.kv_b = param(config, compute, rngs, (C, H, N + V), ("latent", "heads", None))
         self.o = param(config, compute, rngs, (H, V, D), ("heads", None, "embed"))
         self.o_bias = zeros(compute, (D,), ("embed",)) if config.attention_bias else None
 
@@ -96,7 +96,7 @@ class MLA(nnx.Module):
         q, entry_BTW = jnp.concatenate([q_BSHN, q_BSHR], axis=-1), entry_BTW.astype(q_BSHN.dtype)
         kernel = {"target": self.compute.kernels, "implementation": self.compute.attention}
         attend = functools.partial(mla_attention, scale=softmax_scale(self.config), **kernel)
-        more = {"expand": expand, "weights": (self.kv_b[...],)}
+        more = {"expand": expand, "weights": {"kv_b": (self.kv_b[...], ("latent", "heads", None))}}
         return per_row_and_head(attend, self.compute.rules, (q, entry_BTW), visible, **more)
 
     def _absorbed(self, q_BSHN, q_BSHR, entry_BTW, visible):

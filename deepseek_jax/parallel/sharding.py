@@ -6,7 +6,7 @@ split each of those. Nothing else in the project mentions a mesh axis.
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,6 +28,8 @@ class ShardingRules:
     """Mesh axes that split the sequence."""
     embed: tuple[str, ...] = ("fsdp",)
     """Mesh axes that split the model width."""
+    latent: tuple[str, ...] = ("fsdp",)
+    """Mesh axes that split the latents' widths of MLA's up-projections."""
     heads: tuple[str, ...] = ("tensor",)
     """Mesh axes that split the heads."""
     mlp: tuple[str, ...] = ("tensor",)
@@ -42,6 +44,9 @@ class ShardingRules:
     """Mesh axes that split the experts' feed-forward width."""
     layers: tuple[str, ...] = ()
     """Mesh axes that split the layers of a stack."""
+    state: tuple[str, ...] = ()
+    """Mesh axes that split what is kept beside a parameter, the optimizer's moments and the running mean, along its
+    largest axis that they divide, beyond what splits the parameter itself: data is ZeRO-1."""
 
     def spec(self, axes: Axes) -> PartitionSpec:
         """The partition of an array with these logical axes.
@@ -70,7 +75,7 @@ def named_sharding(
     spec = rules.spec(axes)
     for axis, size in zip(axes, shape, strict=True):
         split = () if axis is None else getattr(rules, axis)
-        _check_split(mesh, axis, split)
+        check_axes(mesh.shape, axis, split)
         ways = math.prod(mesh.shape[name] for name in split)
         if size % ways:
             raise ValueError(
@@ -83,6 +88,33 @@ def named_sharding(
 def tree_shardings(mesh: Mesh, axes_tree: Any, arrays_tree: Any, rules: ShardingRules = ShardingRules()) -> Any:
     """Shardings for a pytree of arrays (or their shapes) from a tree of the same structure of logical axes."""
     return jax.tree.map(lambda array, axes: named_sharding(mesh, axes, array.shape, rules), arrays_tree, axes_tree)
+
+
+def state_sharding(
+    mesh: Mesh | AbstractMesh, axes: Axes, shape: tuple[int, ...], rules: ShardingRules = ShardingRules()
+) -> NamedSharding:
+    """Where the optimizer's moments of a parameter live: with it, and split by ``rules.state`` as well, where they
+    divide any of its axes."""
+    sharding = named_sharding(mesh, axes, shape, rules)
+    parts = [() if axis is None else getattr(rules, axis) for axis in axes]
+    check_axes(mesh.shape, "state", rules.state)
+    more = tuple(name for name in rules.state if mesh.shape[name] > 1 and not any(name in part for part in parts))
+    for i in sorted(range(len(shape)), key=lambda i: -shape[i]):
+        if more and axes[i] != "layers" and shape[i] % math.prod(mesh.shape[name] for name in (*parts[i], *more)) == 0:
+            parts[i] = (*parts[i], *more)
+            return NamedSharding(mesh, PartitionSpec(*(part or None for part in parts)))
+    return sharding
+
+
+def placed(
+    tree: Any, axes_tree: Any, rules: ShardingRules, where: Callable[..., NamedSharding] = named_sharding
+) -> Any:
+    """Arrays under jit where parameters live, or ``where`` their moments do. On one device they stay as they are."""
+    mesh = current_mesh()
+    if mesh is None or mesh.size == 1:
+        return tree
+    place = lambda x, axes: jax.lax.with_sharding_constraint(x, where(mesh, axes, x.shape, rules))  # noqa: E731
+    return jax.tree.map(place, tree, axes_tree)
 
 
 def place_batch(
@@ -111,49 +143,56 @@ def constrain(x: jax.Array, rules: ShardingRules, *axes: str | None) -> jax.Arra
     if (mesh := current_mesh()) is None:
         return x
     for axis in axes:
-        _check_split(mesh, axis, () if axis is None else getattr(rules, axis))
+        check_axes(mesh.shape, axis, () if axis is None else getattr(rules, axis))
     return jax.lax.with_sharding_constraint(x, rules.spec(axes))
 
 
-def _check_split(mesh: Mesh | AbstractMesh, axis: str | None, split: Sequence[str]) -> None:
+def check_axes(sizes: Mapping[str, int], axis: str | None, split: Sequence[str]) -> None:
+    """ValueError where a logical axis is split over mesh axes of which a mesh of these sizes has none."""
     for name in split:
-        if name not in mesh.shape:
+        if name not in sizes:
             raise ValueError(
-                f"{axis} is split over the mesh axis {name!r}, which the mesh lacks: it has {', '.join(mesh.shape)} "
+                f"{axis} is split over the mesh axis {name!r}, which the mesh lacks: it has {', '.join(sizes)} "
                 "(parallel.mesh.make_mesh makes one with all that the default rules name)"
             )
 
 
 def per_batch_shard(
-    function: Callable[..., tuple[Any, Any]],
+    function: Callable[..., tuple[Any, Any, Any]],
     rules: ShardingRules,
     split: Sequence[jax.Array],
-    whole: Sequence[jax.Array],
-) -> tuple[Any, Any]:
-    """``function(*split, *whole) -> (by position, sums)`` on each device's own rows and positions.
+    w_DW: jax.Array,
+) -> tuple[Any, Any, Any]:
+    """``function(*split, w_DW) -> (by position, sums, dw_DW)`` on each device's own rows, positions and columns of w.
 
-    split: arrays (B S …), as are the results by position. whole: seen by every device, but for axes that the batch does
-    not use (the vocabulary's), which stay the compiler's. sums: over rows and positions; what the function adds up
-    stays on its device, and the mesh adds once, at the end. Without a mesh, a plain call.
+    split: arrays (B S …), as are the results by position, which devices with other columns must agree on (the axes
+    between them are ``split_by(rules.vocab)``). sums, and dw, the gradient of w or None, are over the device's own rows
+    and positions: the mesh adds them once, whatever loops are inside, dw in its dtype and straight to where w's parts
+    lie. On one device a plain call.
     """
     mesh = current_mesh()
-    if mesh is None:
-        return function(*split, *whole)
+    if mesh is None or mesh.size == 1:
+        return function(*split, w_DW)
     axes = (*rules.batch, *rules.sequence)
-    rows, everywhere = rules.spec(("batch", "sequence")), PartitionSpec()
+    scattered = tuple(name for name in rules.embed if name in axes)
+    others = tuple(name for name in axes if name not in scattered)
+    rows, columns = rules.spec(("batch", "sequence")), rules.spec((None, "vocab"))
 
     def local(*args):
-        by_position, sums = function(*args)
-        return by_position, jax.tree.map(lambda total: jax.lax.psum(total, axes), sums)
+        by_position, sums, dw_DW = function(*args)
+        if dw_DW is not None:
+            dw_DW = jax.lax.psum(jax.lax.psum_scatter(dw_DW, scattered, tiled=True) if scattered else dw_DW, others)
+        return by_position, jax.tree.map(lambda total: jax.lax.psum(total, axes), sums), dw_DW
 
-    return jax.shard_map(
-        local,
-        mesh=mesh,
-        axis_names=set(axes),
-        in_specs=(*[rows] * len(split), *[everywhere] * len(whole)),
-        out_specs=(rows, everywhere),
-        check_vma=False,
-    )(*split, *whole)
+    gradient = PartitionSpec(scattered or None, *columns[1:])
+    specs = {"in_specs": (*[rows] * len(split), columns), "out_specs": (rows, PartitionSpec(), gradient)}
+    return jax.shard_map(local, **specs, check_vma=False)(*split, w_DW)
+
+
+def split_by(axes: Sequence[str]) -> tuple[str, ...]:
+    """Those of these mesh axes over which the current mesh has several devices."""
+    mesh = current_mesh()
+    return () if mesh is None else tuple(name for name in axes if mesh.shape[name] > 1)
 
 
 def per_device(function: Callable[..., Any], rules: ShardingRules, operands: Any, axes: Any, out_axes: Axes) -> Any:

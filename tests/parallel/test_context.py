@@ -39,12 +39,10 @@ def test_balanced_order_and_back():
             np.testing.assert_array_equal(along[0], spread)
 
 
-# What each mesh is told to be: a model, packed rows or not, and what else is split.
+# A model, packed rows or not, a mesh, and how it is computed; more of V2 and V3: test_meshes.py.
 SAME = {
-    "v3 packed, context 4, tensor 2": (V3, True, MeshConfig(context=4, tensor=2), {}),
     "v3, context 2, data 2, tensor 2": (V3, False, MeshConfig(context=2, data=2, tensor=2), {}),
     "v3 packed in blocks, context 8": (V3, True, MeshConfig(context=8), {"attention": "blockwise", "remat": "full"}),
-    "v2 packed, context 2, expert 2, fsdp 2": (V2, True, MeshConfig(context=2, expert=2, fsdp=2), {}),
     "gqa packed, context 4, tensor 2": (QWEN, True, MeshConfig(context=4, tensor=2), {}),
     "gqa, context 2, tensor 4": (QWEN, False, MeshConfig(context=2, tensor=4), {}),  # two heads of keys on four devices
 }

@@ -168,7 +168,7 @@ def test_all_devices_go_over_as_many_blocks(ways):
 # What is sent
 
 
-@pytest.mark.parametrize(("remat", "gathers"), [("none", 1), ("full", 2)])
+@pytest.mark.parametrize(("remat", "gathers"), [("none", 1), pytest.param("full", 2, marks=pytest.mark.slow)])
 def test_what_is_gathered_is_what_is_kept_of_each_token(remat, gathers):
     """MLA's 576 numbers and not 2 heads' keys and values of 640; their gradient is scattered as it is added up."""
     widths = dict(kv_lora_rank=512, qk_rope_head_dim=64, qk_nope_head_dim=128, v_head_dim=128)

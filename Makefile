@@ -35,12 +35,12 @@ endif
 
 .DELETE_ON_ERROR:
 # setup: what runs the package. install: what the tests and checks need too.
-.PHONY: help demo r1 setup install test parity kernels lint format notebook notebook-server peer bench wheel clean
+.PHONY: help demo r1 setup install test test-all parity kernels lint format notebook notebook-server peer bench wheel clean
 
 help:
 	@echo "make demo      set up and train a small DeepSeek from raw text to answers (runs/demo/)"
 	@echo "make r1        R1-Zero, R1's four stages and a distilled student in miniature (runs/r1/)"
-	@echo "make test      set up and run all tests"
+	@echo "make test      set up and run the tests             make test-all  those too that take long (an hour)"
 	@echo "make parity    released models beside transformers (installs torch and transformers, pinned)"
 	@echo "make kernels   the kernels' tests with jax 0.11, Mosaic GPU's interpreter included (Python 3.12, PYTHON312=...)"
 	@echo "make lint      ruff and pyright          make format    let ruff rewrite the files"
@@ -62,6 +62,10 @@ install: $(TESTABLE)
 
 test: $(TESTABLE)
 	@$(BIN)/python -m pytest $(ARGS)
+
+# Those marked slow too: more meshes, whole steps compiled for TPUs.
+test-all: $(TESTABLE)
+	@$(BIN)/python -m pytest -m "" --timeout 1800 $(ARGS)
 
 parity: $(PARITY)
 	@$(BIN)/python -m pytest tests/parity $(ARGS)

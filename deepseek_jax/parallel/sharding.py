@@ -5,6 +5,7 @@ split each of those. Nothing else in the project mentions a mesh axis.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -115,6 +116,26 @@ def placed(
         return tree
     place = lambda x, axes: jax.lax.with_sharding_constraint(x, where(mesh, axes, x.shape, rules))  # noqa: E731
     return jax.tree.map(place, tree, axes_tree)
+
+
+def weight_of_layer(w: Any, axes: Axes, rules: ShardingRules) -> Any:
+    """A layer's weight as it is, whose gradient each layer brings to where ``state_sharding`` has it: stacked whole and
+    split behind the loop over layers, it would be summed whole on every device."""
+    mesh = current_mesh()
+    if mesh is None or mesh.size == 1 or not isinstance(w, jax.Array):
+        return w
+    return _with_gradient_at(w, axes, rules)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _with_gradient_at(w, axes, rules):
+    return w
+
+
+_with_gradient_at.defvjp(
+    lambda w, axes, rules: (w, None),
+    lambda axes, rules, _, dw: (placed([dw], [axes], rules, state_sharding)[0],),
+)
 
 
 def place_batch(

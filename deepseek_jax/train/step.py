@@ -118,7 +118,7 @@ def make_step(
             params = as_state(state.params)
             updates, opt_state = optimizer.update(gradients, state.opt_state, params, finite=finite)
             params = keep_if(finite, optax.apply_updates(params, updates), params)
-        load_LE = parts.pop("load", None)
+        load_LE, dropped_L = parts.pop("load", None), parts.pop("dropped", None)
         moved = _moved_bias(state, load_LE, options), _averaged(state.ema, params, options.ema_decay)
         router_bias, ema = keep_if(finite, moved, (state.router_bias, state.ema))
         params = as_parameters(params)
@@ -126,6 +126,8 @@ def make_step(
         metrics = {"loss": value, **parts, "grad_norm": grad_norm, "finite": finite.astype(jnp.float32)}
         if load_LE is not None:
             metrics |= load_metrics(load_LE)
+        if dropped_L is not None:  # choices (token, expert) of a step
+            metrics |= {"dropped": dropped_L, "dropped_sum": jnp.sum(dropped_L)}
         if new.router_bias is not None:
             metrics["bias_range"] = jnp.mean(jnp.max(new.router_bias, 1) - jnp.min(new.router_bias, 1))
         return new, metrics

@@ -84,7 +84,8 @@ def weight_gradient(
     if x.shape[:-1] != dy.shape[:-1]:
         raise ValueError(f"x {x.shape} and dy {dy.shape}: expected (…, D) and (…, F) with the same rows")
     dtype = jnp.promote_types(x.dtype, dy.dtype)
-    name = choose("product", target or Target.here(), dtype, implementation=implementation).name
+    facts = {"implementation": implementation, "devices": devices()}
+    name = choose("product", target or Target.here(), dtype, **facts).name
     return _weight_gradient(x, dy, precision, name)
 
 

@@ -1,4 +1,5 @@
-"""Python for TPUs that are not here, in a process apart: libtpu is none of this one's packages."""
+"""Python in a process apart: for TPUs that are not here, since libtpu is none of this one's packages, or for more
+devices than this one emulates."""
 
 import os
 import subprocess
@@ -21,12 +22,16 @@ _OWN = {
 }
 
 
-def run_apart(program: str, *, limit: float = 240) -> str:
-    """What the program prints; it can ask ``topologies.get_topology_desc`` for devices, and import from tests/."""
+def run_apart(program: str, *, limit: float = 240, devices: int = 8) -> str:
+    """What the program prints; it can ask ``topologies.get_topology_desc`` for devices, and import from tests/.
+
+    devices: emulated ones, on a CPU.
+    """
     places = [_ROOT, _ROOT / "kernels", _ROOT / "tests", compile_tpu.FOLDER]
     own = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     own["PYTHONPATH"] = os.pathsep.join(map(str, places))
     command = [sys.executable, "-c", textwrap.dedent(program)]
-    done = subprocess.run(command, env=own | _OWN, capture_output=True, text=True, timeout=limit)
+    own |= _OWN | {"JAX_NUM_CPU_DEVICES": str(devices)}
+    done = subprocess.run(command, env=own, capture_output=True, text=True, timeout=limit)
     assert not done.returncode, done.stderr[-2000:]
     return done.stdout

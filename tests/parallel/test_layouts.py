@@ -1,0 +1,79 @@
+"""What devices send each other in a compiled train step, and how large their arrays are."""
+
+import dataclasses
+import functools
+import json
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from parallel.test_meshes import MODELS
+from parallel.topology import needs_libtpu, run_apart
+
+from deepseek_jax.compute import ComputeConfig
+from deepseek_jax.parallel.hlo import Collective, collectives
+from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
+from deepseek_jax.parallel.sharding import named_sharding
+from deepseek_jax.train.losses import LanguageModelLoss
+from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer
+from deepseek_jax.train.state import abstract_state
+from deepseek_jax.train.step import StepConfig, make_step
+
+MODEL = dataclasses.replace(MODELS["v3"], num_nextn_predict_layers=0)
+ROWS, COLUMNS = 24, 20  # no width of the model, nor their product
+
+
+@functools.cache
+def program(chunk: int = 5, **sizes: int) -> str:
+    mesh = make_mesh(MeshConfig(**{"data": 1} | sizes))
+    optimizer, compute = make_optimizer(OptimizerConfig(), MODEL, 10), ComputeConfig()
+    state = abstract_state(MODEL, optimizer, mesh, compute=compute)
+    place = named_sharding(mesh, ("batch", "sequence"), (ROWS, COLUMNS))
+    array = functools.partial(jax.ShapeDtypeStruct, (ROWS, COLUMNS), sharding=place)
+    batch = {name: array(jnp.int32) for name in ("tokens", "segment_ids", "positions")}
+    batch["loss_mask"] = array(jnp.float32)
+    step = make_step(MODEL, LanguageModelLoss(chunk=chunk), optimizer, StepConfig(), compute=compute)
+    with jax.set_mesh(mesh):
+        return jax.jit(step).lower(state, batch).compile().as_text() or ""
+
+
+def of_loss(text: str) -> list[Collective]:
+    """What the head's gradient goes through: of its size, or a part of that."""
+    return [each for each in collectives(text) if "jvp(loss)" in each.scope and each.shape_bytes > 1000]
+
+
+@pytest.mark.parametrize("sizes", [dict(data=4, tensor=2), dict(data=2, fsdp=2, context=2)], ids=str)
+def test_no_array_has_the_tokens_of_all_devices(sizes):
+    text = program(**sizes)
+    tokens = re.compile(rf"(?:f32|bf16)\[(?:{ROWS},{COLUMNS}|{ROWS * COLUMNS}),\d+")
+    assert not tokens.findall(text)
+    assert re.search(rf"f32\[{ROWS // 4},{COLUMNS // sizes.get('context', 1)},16\]", text)  # a device's own
+
+
+def test_tensor_parallelism_gathers_nothing():
+    """Heads, widths, experts' widths and the vocabulary are multiplied in parts, and sums of those are added up."""
+    assert not [each for each in collectives(program(data=4, tensor=2)) if each.kind != "all-reduce"]
+
+
+def test_the_heads_gradient_is_summed_once_whatever_the_chunks():
+    """To its parts under fsdp; then those over the others."""
+    for chunk in (20, 5):
+        found = of_loss(program(chunk=chunk, data=2, fsdp=2, context=2))
+        assert [each.times for each in found if each.kind == "reduce-scatter"] == [1]
+        assert all(each.times == 1 for each in found)
+    assert sum(each.kind == "all-reduce" for each in of_loss(program(data=4, tensor=2))) <= 1
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_gradients_on_a_tpu_are_scattered_and_in_bfloat16():
+    """Of a step with fsdp and ZeRO-1: what a chip adds up of a matrix's gradient is in bfloat16, goes to where the
+    optimizer's state lies, and no weight is gathered in float32; with gradient_sums float32 all of it is."""
+    cases: list[Any] = [({"data": 2, "fsdp": 4}, {"state": ("data",)}, {"gradient_sums": "bfloat16"})]
+    cases.append(({"data": 2, "fsdp": 4}, {}, {"gradient_sums": "float32"}))
+    output = run_apart(f"from parallel.compiled_step import main\nmain(*{cases!r})", limit=1500)
+    half, whole = (json.loads(line) for line in output.splitlines() if line.startswith("{"))
+    assert half["reduced"]["f32"] < 0.02 * half["reduced"]["bf16"]
+    assert whole["reduced"]["bf16"] < 0.1 * whole["reduced"]["f32"]

@@ -96,7 +96,7 @@ class MLA(nnx.Module):
         q, entry_BTW = jnp.concatenate([q_BSHN, q_BSHR], axis=-1), entry_BTW.astype(q_BSHN.dtype)
         kernel = {"target": self.compute.kernels, "implementation": self.compute.attention}
         attend = functools.partial(mla_attention, scale=softmax_scale(self.config), **kernel)
-        more = {"expand": expand, "weights": (self.kv_b[...],)}
+        more = {"expand": expand, "weights": {"kv_b": (self.kv_b[...], ("latent", "heads", None))}}
         return per_row_and_head(attend, self.compute.rules, (q, entry_BTW), visible, **more)
 
     def _absorbed(self, q_BSHN, q_BSHR, entry_BTW, visible):

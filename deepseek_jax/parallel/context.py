@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from deepseek_jax.parallel.mesh import current_mesh
-from deepseek_jax.parallel.sharding import Axes, ShardingRules, constrain, per_device
+from deepseek_jax.parallel.sharding import Axes, ShardingRules, constrain, per_device, split_by
 from deepseek_kernels import Visible
 
 logger = logging.getLogger(__name__)
@@ -116,16 +116,19 @@ def per_row_and_head(
     visible: Visible | Balanced,
     *,
     expand: Callable[..., tuple[jax.Array, ...]] = lambda *kept: kept,
-    weights: Sequence[Any] = (),
+    weights: Mapping[str, tuple[Any, Axes]] = {},
 ) -> jax.Array:
-    """``attend(q, *expand(*kept, *weights), visible)`` on each device's own rows, heads and queries.
+    """``attend(q, *expand(*kept, **weights), visible)`` on each device's own rows, heads and queries.
 
     operands: queries (B S H …), then what is kept of each token: by head (B T G …) or for all heads (B T …). weights:
-    (… H W), split by head. Where the mesh splits rows a device has a part of the queries and is told their places; what
-    is kept is gathered as it is and expanded behind that, so that the gradient of what was gathered, not of what it was
-    expanded to, is added up over the devices and scattered. A plain call, which the compiler splits if it can, where
-    rows or heads are split unevenly; where it splits rows, devices that share heads unevenly each attend with all.
+    with their logical axes, of which a device has its own ``heads`` and all of the others.
+
+    Where the mesh splits rows a device has a part of the queries and is told their places; what is kept is gathered as
+    it is and expanded behind that, so that the gradient of what was gathered, not of what it was expanded to, is added
+    up over the devices and scattered; devices that share heads unevenly each attend with all. Elsewhere, where rows of
+    the batch or heads are split unevenly, it is a plain call, which the compiler splits if it can.
     """
+    arrays, axes_of = ({name: pair[i] for name, pair in weights.items()} for i in range(2))
     (q, *kept), size, balanced = operands, operands[0].shape[1], isinstance(visible, Balanced)
     seen = visible.visible if isinstance(visible, Balanced) else visible
     ways, rows = _ways(rules, "sequence"), all(len(x) % _ways(rules, "batch") == 0 for x in operands)
@@ -133,31 +136,40 @@ def per_row_and_head(
     sequence, heads = "sequence" if ways > 1 and size % ways == 0 else None, "heads" if by_head else None
     if not rows or not (by_head or sequence):
         assert not balanced
-        return attend(q, *expand(*kept, *weights), seen)
-    if not sequence or not all(isinstance(w, jax.Array) for w in weights):  # FP8 has no gradient to be scattered
+        return attend(q, *expand(*kept, **arrays), seen)
+    if not sequence or not all(isinstance(w, jax.Array) for w in arrays.values()):  # FP8 needs no gradient
         if sequence:
             kept = [constrain(x, rules, "batch", *[None] * (x.ndim - 1)) for x in kept]
         kept = [_in_row_order(x, ways) if balanced else x for x in kept]
-        kept, expand, weights, along = expand(*kept, *weights), lambda *kept: kept, (), None
+        kept, expand, arrays, along = expand(*kept, **arrays), lambda *kept: kept, {}, None
     else:
         along = sequence if all(x.shape[1] == size for x in kept) else None  # a cache is whole on each device
     if sequence and seen.causal and seen.q_positions_BS is None:
         seen = _placed(seen, size, ways, balanced)
 
-    def local(q, kept, weights, seen):
+    def local(q, kept, arrays, seen):
         if along:
             kept = [jax.lax.all_gather(x, rules.sequence, axis=1, tiled=True) for x in kept]
             kept = [_in_row_order(x, ways) if balanced else x for x in kept]
-        return attend(q, *expand(*kept, *weights), seen)
+        arrays = {name: _whole(w, axes_of[name], rules) for name, w in arrays.items()}
+        return attend(q, *expand(*kept, **arrays), seen)
 
     def of_rows(path, x):
         return ("batch" if len(x) > 1 else None, *[sequence if path[0].name.startswith("q_") else None] * (x.ndim - 1))
 
     queries: Axes = ("batch", sequence, heads, None)
     of_kept = [("batch", along, heads, None) if x.ndim == 4 else ("batch", along, None) for x in kept]
-    of_weights = [(*[None] * (w.ndim - 2), heads, None) for w in weights]
-    axes = queries, of_kept, of_weights, jax.tree_util.tree_map_with_path(of_rows, seen)
-    return per_device(local, rules, (q, list(kept), list(weights), seen), axes, queries)
+    of_arrays = {name: tuple(heads if axis == "heads" else axis for axis in axes_of[name]) for name in arrays}
+    axes = queries, of_kept, of_arrays, jax.tree_util.tree_map_with_path(of_rows, seen)
+    return per_device(local, rules, (q, list(kept), arrays, seen), axes, queries)
+
+
+def _whole(w, axes, rules):
+    """A device's own heads of a weight, gathered along its other axes, along which its gradient is scattered."""
+    for i, axis in enumerate(axes):
+        if axis not in (None, "heads") and (names := split_by(getattr(rules, axis))):
+            w = jax.lax.all_gather(w, names, axis=i, tiled=True)
+    return w
 
 
 def _in_row_order(x, ways):

@@ -44,7 +44,8 @@ class StageConfig:
     """What all stages have: where they write, the seed, and how they train."""
 
     run_dir: str = "runs/stage"
-    """The run's folder: checkpoints, metrics, result. A run that is there goes on."""
+    """The run's folder: checkpoints, metrics, result. A run that is there goes on. Several processes share it: a file
+    system that all hosts see."""
     seed: int = 0
     """Of fresh parameters, of the data's order and of all that is drawn."""
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import tyro
 
@@ -21,7 +20,7 @@ from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.files import read_json_object, write_whole
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
-from deepseek_jax.parallel.processes import first_host_first, require_one_process
+from deepseek_jax.parallel.processes import first_host_alone, require_one_process
 from deepseek_jax.rl.grader import Grader
 from deepseek_jax.rl.rejection import Readable, Sampled, choose, counts
 from deepseek_jax.rl.reward_spec import parse_reward
@@ -102,7 +101,7 @@ def rejection(config: RejectionConfig) -> dict[str, Any]:
         say(f"{run_dir / RESULT} stands; remove it to choose again")
         return stands
     lines = _asked(config, answers, asking)
-    first_host_first(lambda: None if jax.process_index() else _choose(config, settings, answers, lines))
+    first_host_alone(lambda: _choose(config, settings, answers, lines))
     return read_result(run_dir) or {}
 
 

@@ -138,4 +138,6 @@ def test_one_process_agrees_with_itself():
     assert processes.any_process(True) and not processes.any_process(False)
     assert processes.own_part([1, 2, 3]) == [1, 2, 3]
     assert processes.Agreement().largest(15) == 15
-    assert processes.first_host_first(lambda: 5) == 5
+    done = []
+    processes.first_host_alone(lambda: done.append("work"))
+    assert done == ["work"]

@@ -102,7 +102,7 @@ class Engine:
         if isinstance(prompts, str):
             raise ValueError(f"prompts={prompts!r:.60} is one text: give a list of them")
         ids = [self._ids(prompt) for prompt in prompts]
-        if not ids:
+        if not ids and jax.process_count() == 1:
             return []
         out = self.generate_ids(ids, sampling or SamplingParams()).here()
         return [self._completion(out, row) for row in range(len(ids))]

@@ -54,24 +54,19 @@ def any_process(flag: bool) -> bool:
     return any(gather(bool(flag)))
 
 
-def first_host_first(work: Callable[[], Found]) -> Found:
-    """``work()`` on process 0, then on the others, which find what it left in a folder that all share.
+def first_host_alone(work: Callable[[], object]) -> None:
+    """``work()`` on process 0, for which the others wait; what it leaves is in a folder that all share.
 
-    Raises what ``work`` does; where it fails on process 0, ValueError with its words on the others.
+    Raises what ``work`` does; on the others, ValueError with its words.
     """
-    if jax.process_count() == 1:
-        return work()
-    if jax.process_index():
-        if failed := gather("")[0]:
-            raise ValueError(f"process 0: {failed}")
-        return work()
-    try:
-        found = work()
-    except Exception as error:
-        gather(str(error) or type(error).__name__)
-        raise
-    gather("")
-    return found
+    failed = None
+    if jax.process_index() == 0:
+        try:
+            work()
+        except Exception as error:
+            failed = error
+    if said := gather(str(failed) or type(failed).__name__ if failed else "")[0]:
+        raise failed or ValueError(f"process 0: {said}")
 
 
 def require_one_process(what: str) -> None:

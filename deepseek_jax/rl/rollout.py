@@ -5,7 +5,6 @@ import time
 from collections.abc import Mapping
 from typing import Any, Self
 
-import jax
 import numpy as np
 
 from deepseek_jax.checkpoint.model import Model
@@ -53,11 +52,6 @@ class Rollouts:
         """minibatches: parts of a batch with an update each. multiple: what the learner needs the number of each part's
         rows to be a multiple of, where they are packed. log: where some of the answers are kept. steps: of the run."""
         require_own_rows(model.mesh, model.compute.rules.batch, "rollouts")
-        if config.resample and jax.process_count() > 1:
-            raise ValueError(
-                f"rollout.resample={config.resample} on {jax.process_count()} processes: one might find more groups "
-                "with signal than it trains on, and another fewer; expected 0, or one process"
-            )
         if config.replay_routing and not model.config.num_moe_layers:
             raise ValueError("rollout.replay_routing=True: the model has no experts that could be replayed")
         if config.staleness and model.mesh.size > 1:

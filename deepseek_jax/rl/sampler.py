@@ -69,9 +69,6 @@ class Sampler:
         self.most = config.prompt_limit(positions) + config.max_tokens
         self.multiple, self.minibatches = multiple, minibatches
         self.key = jax.random.key(seed)
-        self._first = (
-            jax.process_index() * config.prompts // jax.process_count() * config.group
-        )  # answer of this process
         self._numbers = {where(row): number for number, row in enumerate(loader.rows)}
 
     def make(self, engine: Engine, step: int, dispatched: Callable[[], None] = lambda: None) -> Made:
@@ -94,8 +91,7 @@ class Sampler:
             reward_N = reward_N + config.overlong_weight * overlong_N
             total_PG = total_PG + config.overlong_weight * overlong_N.reshape(total_PG.shape).astype(np.float32)
         everyone = [group * config.group + i for group in chosen for i in range(config.group)]
-        members = own_part(everyone)
-        trained = [samples[i - self._first] for i in members]
+        members, trained = own_part(everyone), self._brought(samples, everyone)
         by_token = any(grades.steps_N[i] for i in everyone)
         steps = [grades.steps_N[i] for i in members]
         advantages = self._advantages(engine, trained, total_PG[own_part(chosen)], steps if by_token else None)
@@ -104,6 +100,29 @@ class Sampler:
         lengths = [asked[i].tokens for i in everyone]
         batch = self._batch(trained, advantages, engine.tokenizer.pad_id, lengths, by_token)
         return Made(batch, metrics, metrics["signal_groups"], answers, len(asked), self.loader.state())
+
+    def _brought(self, samples: list[Sample], everyone: Sequence[int]) -> list[Sample]:
+        """This process's part of the answers with these numbers among all processes'. Those of questions that another
+        one has asked, as with ``resample`` it may, it is sent."""
+        count, here = jax.process_count(), jax.process_index()
+        asked, part = self.config.prompts * self.config.group, len(everyone) // count
+
+        def place(number: int) -> tuple[int, int]:  # whose it is, and where among its own
+            attempt, place = divmod(number, asked)
+            process, place = divmod(place, asked // count)
+            return process, attempt * (asked // count) + place
+
+        places = [place(number) for number in everyone]
+        moved = {k: own for k, (process, own) in enumerate(places) if process != k // part}
+        if not moved:
+            return [samples[own] for _, own in own_part(places)]
+        mine = {k: samples[own] for k, own in moved.items() if places[k][0] == here}
+        sent = gather({k: sample.to_json(self._numbers[where(sample.question.row)]) for k, sample in mine.items()})
+        given = {int(k): content for contents in sent for k, content in contents.items()}
+        return [
+            Sample.from_json(given[k], self.loader.rows) if k in given else samples[places[k][1]]
+            for k in range(here * part, (here + 1) * part)
+        ]
 
     def _batch(
         self,

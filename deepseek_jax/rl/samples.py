@@ -2,16 +2,18 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
 from deepseek_jax.data.packing import best_fit
 from deepseek_jax.inference.generate import Generated
 from deepseek_jax.rl.asking import Answer, Question
+from deepseek_jax.rl.tasks import Row
 from deepseek_jax.rl.words import wait_words
 
 _LEAST_WIDTH = 128  # shorter rows share one program
+_ARRAYS = ("ids", "logprobs", "experts_TLK", "own")  # of a sample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +33,25 @@ class Sample:
     own: np.ndarray | None = None
     start: str = ""
     calls: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    def to_json(self, number: int) -> dict[str, Any]:
+        """For another process, where the question's row has this ``number``."""
+        question, arrays = self.question, {name: getattr(self, name) for name in _ARRAYS}
+        return {
+            "question": [number, question.text, question.prompt, question.start],
+            "answer": dataclasses.asdict(self.answer),
+            "arrays": {name: [str(x.dtype), x.tolist()] for name, x in arrays.items() if x is not None},
+            "start": self.start,
+            "calls": dict(self.calls),
+        }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any], rows: Sequence[Row]) -> Self:
+        number, *asked = content["question"]
+        answer = content["answer"] | {"turns": tuple(content["answer"]["turns"])}
+        arrays = {name: np.array(values, dtype) for name, (dtype, values) in content["arrays"].items()}
+        beside = {"start": content["start"], "calls": content["calls"]}
+        return cls(Question(rows[number], *asked), Answer(**answer), **arrays, **beside)
 
     @property
     def length(self) -> int:

@@ -15,7 +15,7 @@ from deepseek_jax.data.chat_templates import check_template
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.data.turns import taught
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.parallel.processes import first_host_first
+from deepseek_jax.parallel.processes import first_host_alone
 from deepseek_jax.saying import doing, quietly
 from deepseek_jax.train.preemption import stop_signals
 from deepseek_jax.train.resume import saved_meta
@@ -43,7 +43,7 @@ def owns_run(*needs: str) -> Callable[[Callable[[Config], Found]], Callable[[Con
             with ExitStack() as stack:
                 stack.enter_context(stop_signals("; the same command goes on from what was saved"))
                 stack.enter_context(quietly(config.quiet or not first))
-                first_host_first(lambda: stack.enter_context(run_lock(config.run_dir)) if first else None)
+                first_host_alone(lambda: stack.enter_context(run_lock(config.run_dir)))
                 return stage(config)
 
         return run

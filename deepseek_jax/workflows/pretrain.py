@@ -18,7 +18,7 @@ from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.data.tokens import Tokens, tokenize
 from deepseek_jax.evals.text import HeldOut, Scores
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.parallel.processes import first_host_first
+from deepseek_jax.parallel.processes import first_host_alone
 from deepseek_jax.saying import doing, say
 from deepseek_jax.train.losses import LanguageModelLoss
 from deepseek_jax.typed import check_least, check_types
@@ -103,9 +103,9 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     heldout = _heldout(config.data)
     if config.loop.eval_every and heldout is None:
         raise ValueError(f"loop.eval_every={config.loop.eval_every}: nothing to evaluate without data.heldout")
-    rows = first_host_first(lambda: prepare_rows(config.data, tokenizer, run_dir / "rows", seed=config.seed))
+    first_host_alone(lambda: prepare_rows(config.data, tokenizer, run_dir / "rows", seed=config.seed))
     mesh = make_mesh(config.mesh)
-    loader = row_loader(rows, config, mesh)
+    loader = row_loader(run_dir / "rows", config, mesh)
 
     latest: Scores | None = None  # where anything is trained and evaluated, of its last step
 

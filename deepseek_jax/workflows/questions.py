@@ -4,12 +4,14 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Hashable, Iterator, Sequence
 from decimal import Decimal
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from deepseek_jax.checkpoint.model import Model
@@ -20,6 +22,7 @@ from deepseek_jax.evals.samples import cons_at_k, pass_at_1, pass_at_k, wilson
 from deepseek_jax.files import read_json_lines, read_json_object, write_json, write_whole
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
+from deepseek_jax.parallel.processes import gather, meet, own_part
 from deepseek_jax.rl.asking import Answer, Question, ask
 from deepseek_jax.rl.conversing import converse
 from deepseek_jax.rl.tasks import PRESETS, Row, TaskConfig, make_task, score_all, where
@@ -91,22 +94,35 @@ class Answers:
             yield row
 
     def complete(self, engine: Engine, folder: Path, batch_size: int) -> list[dict[str, Any]]:
-        """Ask what has not been answered yet; all answers, ordered by question and sample."""
+        """Ask what has not been answered yet; all answers, ordered by question and sample. Several processes ask and
+        grade a part each; the first writes."""
         path = folder / self.file
         known = read_json_lines(path) if path.exists() else []
         done = {(line["question"], line["sample"]): line for line in known}
         wanted = [(row, sample) for row in range(len(self.rows)) for sample in range(self.asking.samples)]
         missing = [key for key in wanted if key not in done]
-        write_whole(path, "".join(map(_line, known)))  # without the half line that a kill may have left
-        with doing(f"{self.name}: {len(missing):,} answers") as tell, path.open("a", encoding="utf-8") as file:
+        meet()  # all have read them
+        first = jax.process_index() == 0
+        if first:
+            write_whole(path, "".join(map(_line, known)))  # without the half line that a kill may have left
+        file = (path if first else Path(os.devnull)).open("a", encoding="utf-8")
+        with doing(f"{self.name}: {len(missing):,} answers") as tell, file:
             for start in range(0, len(missing), batch_size):
                 tell(f"{start:,} of {len(missing):,}")
                 part = missing[start : start + batch_size]
-                for key, line in zip(part, self._ask(engine, part, batch_size), strict=True):
+                for key, line in zip(part, self._asked(engine, part, batch_size), strict=True):
                     done[key] = line
                     file.write(_line(line))
                 file.flush()
         return [done[key] for key in wanted]
+
+    def _asked(self, engine: Engine, part: Sequence[tuple[int, int]], batch_size: int) -> Iterator[dict[str, Any]]:
+        """The answers to ``part``, as they come."""
+        if jax.process_count() == 1:
+            yield from self._ask(engine, part, batch_size)
+        else:
+            for lines in gather(list(self._ask(engine, own_part(part), batch_size))):
+                yield from lines
 
     def further_figures(self, lines: Sequence[dict[str, Any]]) -> dict[str, float]:
         """What the task itself has to say of all answers, see ``Task``."""
@@ -197,7 +213,8 @@ def claim(folder: Path, settings: dict[str, Any], option: str) -> None:
     names = {**earlier, **settings} if earlier else ()
     if differs := {name: earlier.get(name) for name in names if earlier.get(name) != settings.get(name)}:
         raise ValueError(f"{folder} holds answers by other settings, {differs}: give another {option}")
-    write_json(folder / "settings.json", settings)
+    if jax.process_index() == 0:
+        write_json(folder / "settings.json", settings)
 
 
 def identity(model: Model) -> str:

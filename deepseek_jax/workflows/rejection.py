@@ -20,7 +20,7 @@ from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.files import read_json_object, write_whole
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
-from deepseek_jax.parallel.processes import require_one_process
+from deepseek_jax.parallel.processes import first_host_alone, require_one_process
 from deepseek_jax.rl.grader import Grader
 from deepseek_jax.rl.rejection import Readable, Sampled, choose, counts
 from deepseek_jax.rl.reward_spec import parse_reward
@@ -86,10 +86,11 @@ def rejection(config: RejectionConfig) -> dict[str, Any]:
 
     ValueError for rows that cannot be asked, and for a folder with answers of another model or by other settings.
     """
-    require_one_process("rejection")
     run_dir = Path(config.run_dir)
     for reward in config.judge:  # known before a model is read
         parse_reward(reward)
+        if reward.startswith("model:"):
+            require_one_process(f"judge={reward!r}")
     asking = dataclasses.replace(config.asking, seed=config.asking.seed + config.seed)
     answers = Answers(config.task, asking, unanswered=config.unanswered)
     _check_languages(answers, config.keep)
@@ -100,17 +101,25 @@ def rejection(config: RejectionConfig) -> dict[str, Any]:
         say(f"{run_dir / RESULT} stands; remove it to choose again")
         return stands
     lines = _asked(config, answers, asking)
+    first_host_alone(lambda: _choose(config, settings, answers, lines))
+    return read_result(run_dir) or {}
+
+
+def _choose(
+    config: RejectionConfig, settings: dict[str, Any], answers: Answers, lines: Sequence[dict[str, Any]]
+) -> None:
+    """Write what is kept of the answers, and the result."""
+    run_dir = Path(config.run_dir)
     (run_dir / RESULT).unlink(missing_ok=True)
     write_json(run_dir / "config.json", settings)
     sampled = _sampled(config, answers, lines)
     chosen = choose(sampled, config.keep, least=config.judge_least if config.judge else None)
     kept = [(line, reply) for line, (reply, _) in zip(lines, chosen, strict=True) if reply is not None]
     write_whole(run_dir / KEPT, "".join(_chat(answers, line, reply) for line, reply in kept))
-    skipped = {"skipped": answers.skipped} if asking.skip_unusable else {}
+    skipped = {"skipped": answers.skipped} if config.asking.skip_unusable else {}
     write_json(run_dir / RESULT, counts(sampled, chosen) | skipped)
     if not kept:
         say(f"{run_dir / KEPT} is empty: no answer was kept")
-    return read_result(run_dir) or {}
 
 
 def check_kept(run_dir: str | Path) -> None:

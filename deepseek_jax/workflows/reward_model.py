@@ -21,7 +21,7 @@ from deepseek_jax.data.packing import Row
 from deepseek_jax.data.preferences import Judges, pack_items, read_items
 from deepseek_jax.data.rows import check_rows, sources_of, write_rows
 from deepseek_jax.model import transformer
-from deepseek_jax.parallel.processes import first_host_first
+from deepseek_jax.parallel.processes import first_host_alone
 from deepseek_jax.parallel.sharding import place_batch
 from deepseek_jax.saying import doing, say
 from deepseek_jax.train.loop_config import LoopConfig
@@ -90,8 +90,8 @@ def reward_model(config: RewardModelConfig) -> dict[str, Any]:
         network = transformer.with_scores(start.config, start.params, start.router_bias, 1)
         start = dataclasses.replace(start, config=network[0], params=network[1], router_bias=network[2])
     heldout = _packed(config, config.data.heldout, start, Counter()) if config.data.heldout else []
-    rows = first_host_first(lambda: _prepare(config, start))
-    loader = row_loader(rows, config, start.mesh)
+    first_host_alone(lambda: _prepare(config, start))
+    loader = row_loader(Path(config.run_dir) / "rows", config, start.mesh)
     steps = config.loop.steps
     if config.epochs:
         steps = min(steps, math.ceil(config.epochs * loader.meta["count"] / config.batch_size))

@@ -20,7 +20,7 @@ from deepseek_jax.data.turns import count_turns
 from deepseek_jax.evals.accuracy import accuracy
 from deepseek_jax.evals.text import row_loss
 from deepseek_jax.inference.engine import Engine
-from deepseek_jax.parallel.processes import first_host_first
+from deepseek_jax.parallel.processes import first_host_alone, require_own_rows
 from deepseek_jax.rl.tasks import column, fill
 from deepseek_jax.saying import doing
 from deepseek_jax.train.losses import LanguageModelLoss
@@ -120,12 +120,14 @@ def sft(config: SFTConfig) -> dict[str, Any]:
     run_dir = Path(config.run_dir)
     check, exam = (open_exam(questions, seed=config.seed) for questions in (config.check, config.evaluation))
     start = with_chat_template(config, open_start(config))
+    if check or exam:
+        require_own_rows(start.mesh, start.compute.rules.batch, "check and evaluation")
     heldout = _packed(config.data, config.data.heldout, start.text, Counter(), set()) if config.data.heldout else []
     if config.data.heldout and not heldout:
         raise ValueError(f"data.heldout={list(config.data.heldout)}: there is no chat in it, or none is left")
     by = config.chat_template
-    rows = first_host_first(lambda: prepare_chats(config.data, start.text, run_dir / "rows", chat_template=by))
-    loader = row_loader(rows, config, start.mesh)
+    first_host_alone(lambda: prepare_chats(config.data, start.text, run_dir / "rows", chat_template=by))
+    loader = row_loader(run_dir / "rows", config, start.mesh)
     start = with_turns(config, start, loader.meta.get("turns", ()))
     latest: dict[str, float] = {}  # where anything is trained and evaluated, of its last step
     trained, facts = train_stage(

@@ -16,12 +16,11 @@ from deepseek_jax.checkpoint.finding import CHECKPOINTS, checkpoint_steps
 from deepseek_jax.checkpoint.model import Model
 from deepseek_jax.checkpoint.store import check_directory
 from deepseek_jax.compute import ComputeConfig
-from deepseek_jax.data.loader import LoaderOptions
 from deepseek_jax.data.rows import RowLoader
 from deepseek_jax.model.costs import count_parameters
 from deepseek_jax.parallel.legal import check_layout
 from deepseek_jax.parallel.mesh import MeshConfig
-from deepseek_jax.parallel.processes import first_host_first, gather, meet, row_groups
+from deepseek_jax.parallel.processes import first_host_alone, gather, meet, row_groups
 from deepseek_jax.parallel.sharding import ShardingRules, constrain, place_batch
 from deepseek_jax.saying import doing, say
 from deepseek_jax.train.loop import Batches, LoopConfig, run_loop
@@ -45,7 +44,8 @@ class StageConfig:
     """What all stages have: where they write, the seed, and how they train."""
 
     run_dir: str = "runs/stage"
-    """The run's folder: checkpoints, metrics, result. A run that is there goes on."""
+    """The run's folder: checkpoints, metrics, result. A run that is there goes on. Several processes share it: a file
+    system that all hosts see."""
     seed: int = 0
     """Of fresh parameters, of the data's order and of all that is drawn."""
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -285,7 +285,7 @@ def finish(config: StageConfig, facts: dict[str, Any], measure: Callable[[], dic
     result = facts | measure()
     if past := [name for name, value in flat(result) if isinstance(value, float) and not math.isfinite(value)]:
         say(f"{path}: {', '.join(past)}: not finite, so null")
-    first_host_first(lambda: write_json(path, result))
+    first_host_alone(lambda: write_json(path, result))
     return read_result(config.run_dir) or {}
 
 
@@ -305,8 +305,7 @@ def write_json(path: Path, content: Any) -> None:
 def row_loader(folder: Path, config: Any, mesh: Mesh) -> RowLoader:
     """Batches of ``config.batch_size`` packed rows, of which each process reads its own alone."""
     index, count = row_groups(mesh, config.compute.rules.batch)
-    options: LoaderOptions = {"batch_size": config.batch_size, "seed": config.seed}
-    return RowLoader(folder, **options, process_index=index, process_count=count)
+    return RowLoader(folder, batch_size=config.batch_size, seed=config.seed, process_index=index, process_count=count)
 
 
 class LoaderBatches:

@@ -29,7 +29,6 @@ with rows_read() as rows:
     run("pretrain", inputs, two / "pretrain")
 for name in ("sft", "grpo"):
     run(name, inputs, two / name)
-run("pretrain", inputs, two / "moved")
 with signalled(signal.SIGTERM, 3, here=second):
     try:
         run("pretrain", inputs, two / "stopped")
@@ -67,7 +66,7 @@ def one(inputs, tmp_path_factory) -> Path:
 def two(inputs, one, tmp_path_factory) -> tuple[Path, list[Ended], float]:
     """Those of two, how each ended, and when all had."""
     folder = tmp_path_factory.mktemp("two")
-    half(one / "pretrain", folder / "moved")
+    half(one / "pretrain", folder / "stopped")
     with start(PROGRAM, [inputs, folder], folder=folder) as group:
         ended = group.wait(240)
     return folder, ended, time.time()
@@ -115,17 +114,14 @@ def test_no_process_reads_the_rows_of_another(one, two):
         assert process["rows"][:40] == whole[:, index].ravel().tolist()
 
 
-def test_a_signal_to_one_stops_all_after_the_same_step_and_one_process_goes_on(inputs, one, two):
+def test_a_signal_to_one_stops_all_after_the_same_step(inputs, one, two):
+    """Two go on with what one saved, and one with what they did: the losses are those of a run that nothing stopped."""
     said = [process["said"] for process in told(two[0])]
-    steps = [path.name for path in (two[0] / "stopped" / "checkpoints").iterdir()]
-    assert len(steps) == 1 and 3 <= int(steps[0]) <= 4
-    assert said[0] == said[1] and f"SIGTERM: stopped after step {steps[0]}, saved in" in said[0]
+    steps = sorted(path.name for path in (two[0] / "stopped" / "checkpoints").iterdir())
+    assert steps in (["5", "8"], ["5", "9"])
+    assert said[0] == said[1] and f"SIGTERM: stopped after step {steps[1]}, saved in" in said[0]
     run("pretrain", inputs, two[0] / "stopped")
     check_same(two[0] / "stopped", one / "pretrain")
-
-
-def test_what_one_process_saved_two_go_on_with(one, two):
-    check_same(two[0] / "moved", one / "pretrain")
 
 
 def test_a_death_ends_the_others_and_another_mesh_goes_on(inputs, one, two):
@@ -142,4 +138,6 @@ def test_one_process_agrees_with_itself():
     assert processes.any_process(True) and not processes.any_process(False)
     assert processes.own_part([1, 2, 3]) == [1, 2, 3]
     assert processes.Agreement().largest(15) == 15
-    assert processes.first_host_first(lambda: 5) == 5
+    done = []
+    processes.first_host_alone(lambda: done.append("work"))
+    assert done == ["work"]

@@ -73,7 +73,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 run_here() {
   export DEEPSEEK_JAX_DISTRIBUTED=1
   make setup ACCELERATOR=tpu PYTHON="$python"
-  [[ "$*" != *gs://* ]] || .venv/bin/python -m pip install -q --editable '.[tpu,gcs]'
+  [[ "$*" != *gs://* ]] || .venv/bin/python -m pip install -q gcsfs
   if $setup_only; then
     # Every worker runs this, and the devices of a slice answer only when all of them ask.
     .venv/bin/python -c 'import jax; jax.distributed.initialize(); print(jax.process_index(), jax.local_devices())'

@@ -4,13 +4,13 @@
 folders to rename, so there a checkpoint counts once Orbax has put `commit_success.txt` into it.
 """
 
+import contextlib
 import importlib.util
+import tempfile
 from glob import has_magic
 from pathlib import Path
 
 from etils import epath
-
-from deepseek_jax import files
 
 Folder = Path | epath.Path
 
@@ -27,17 +27,21 @@ def resolved(directory: str | Folder) -> Folder:
 
 
 def point_to(checkpoints: Path, place: str) -> None:
-    """Make ``RUN/checkpoints`` name another place. ValueError where it is a folder that holds some."""
-    if checkpoints.is_dir() and any(checkpoints.iterdir()):
+    """Make ``RUN/checkpoints`` name another place. ValueError where the run has some already, elsewhere."""
+    if checkpoints.is_file() and checkpoints.read_text(encoding="utf-8").strip() == place:
+        return
+    if committed_steps(before := resolved(checkpoints)):
         raise ValueError(
-            f"loop.checkpoints={place!r}: {checkpoints} holds checkpoints; copy them there and move that folder away, "
-            "to go on from them"
+            f"loop.checkpoints={place!r}: {before} holds checkpoints of this run. To go on from them, copy them there "
+            f"and move {checkpoints} away"
         )
-    if checkpoints.is_dir():
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         checkpoints.rmdir()
     checkpoints.parent.mkdir(parents=True, exist_ok=True)
-    if not checkpoints.is_file() or checkpoints.read_text(encoding="utf-8").strip() != place:
-        files.write_whole(checkpoints, place + "\n")
+    with tempfile.NamedTemporaryFile("w", dir=checkpoints.parent, delete=False) as file:  # several processes at once
+        file.write(place + "\n")
+    Path(file.name).chmod(0o644)
+    Path(file.name).replace(checkpoints)
 
 
 def check_directory(place: str | Folder) -> None:
@@ -45,7 +49,7 @@ def check_directory(place: str | Folder) -> None:
     text = str(place)
     if text.startswith(_BUCKET):
         if importlib.util.find_spec("gcsfs") is None:
-            raise ValueError(f"checkpoints on {place} need the package gcsfs: pip install 'deepseek-jax[gcs]'")
+            raise ValueError(f"checkpoints on {place} need the package gcsfs: pip install gcsfs")
         if has_magic(text) or len(text.removeprefix(_BUCKET).strip("/").split("/")) < 2:
             raise ValueError(f"checkpoints on {place}: expected gs://BUCKET/FOLDER, without any of [ * ?")
     elif "://" in text:

@@ -71,10 +71,11 @@ def test_a_file_names_another_folder(tmp_path):
     point_to(tmp_path / "run" / "checkpoints", str(tmp_path / "large"))
     save(tmp_path / "run" / "checkpoints", 1)
     assert checkpoint_steps(tmp_path / "large") == [1] and find_model(tmp_path / "run") == tmp_path / "run"
-    point_to(tmp_path / "run" / "checkpoints", "gs://bucket/run")
-    assert str(resolved(tmp_path / "run" / "checkpoints")) == "gs://bucket/run"
-    with pytest.raises(ValueError, match=r"loop.checkpoints='gs://bucket/run': .*large holds checkpoints"):
-        point_to(tmp_path / "large", "gs://bucket/run")
+    for place in (tmp_path / "run" / "checkpoints", tmp_path / "large"):
+        with pytest.raises(ValueError, match=r"loop.checkpoints='gs://bucket/run': .*large holds checkpoints of this"):
+            point_to(place, "gs://bucket/run")
+    point_to(tmp_path / "new" / "checkpoints", "gs://bucket/run")
+    assert str(resolved(tmp_path / "new" / "checkpoints")) == "gs://bucket/run"
 
 
 @pytest.mark.parametrize(

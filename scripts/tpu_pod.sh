@@ -14,8 +14,8 @@
 # machine the commit that is checked out (HEAD) is copied to ~/deepseek-jax of every worker, so what runs is what is
 # committed; the gcloud CLI has to be logged in. Each worker then runs this script with --here, which sets
 # DEEPSEEK_JAX_DISTRIBUTED=1: deepseek-jax joins the other workers through jax.distributed before it does anything else,
-# and waits for them. A run's folder (--run-dir) must be one that all workers share, mounted. sft and grpo sample
-# answers, which one worker alone can do so far.
+# and waits for them. A run's folder (--run-dir) must be one that all workers share, mounted; its checkpoints may go to a
+# bucket (--loop.checkpoints gs://BUCKET/FOLDER), for which this installs gcsfs. docs/many-hosts.md tells the rest.
 set -euo pipefail
 
 usage() { sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p;}' "$0"; }
@@ -73,6 +73,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 run_here() {
   export DEEPSEEK_JAX_DISTRIBUTED=1
   make setup ACCELERATOR=tpu PYTHON="$python"
+  [[ "$*" != *gs://* ]] || .venv/bin/python -m pip install -q gcsfs
   if $setup_only; then
     # Every worker runs this, and the devices of a slice answer only when all of them ask.
     .venv/bin/python -c 'import jax; jax.distributed.initialize(); print(jax.process_index(), jax.local_devices())'

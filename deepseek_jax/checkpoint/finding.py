@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from deepseek_jax.checkpoint.places import Folder, committed_steps, resolved
+
 CHECKPOINTS = "checkpoints"  # the folder of a run that holds them
 STAGES = ("grpo", "sft", "pretrain")  # of a demo, the last first
 _LISTED = 5
@@ -43,15 +45,15 @@ def described(path: str | Path, step: int | None = None) -> str:
     return f"{folder}, step {step or steps[-1]}{unfinished}"
 
 
-def checkpoint_steps(directory: Path) -> list[int]:
-    """The committed steps in a run's folder of checkpoints, oldest first; unfinished ones carry another name."""
-    if not directory.is_dir():
-        return []
-    return sorted(int(entry.name) for entry in directory.iterdir() if entry.name.isdecimal())
+def checkpoint_steps(directory: Folder) -> list[int]:
+    """The committed steps in a run's folder of checkpoints, or where it says they are, oldest first."""
+    return committed_steps(resolved(directory))
 
 
 def expanded(path: str | Path) -> Path:
-    """The path, with a ``~`` that no shell has expanded, as in ``--init-from=~/model``."""
+    """The path, with a ``~`` that no shell has expanded, as in ``--init-from=~/model``. ValueError for a URL."""
+    if "://" in str(path):
+        raise ValueError(f"{path}: a model's or a run's folder is local or mounted, no URL: copy it first")
     return Path(path).expanduser() if str(path).startswith("~") and not Path(path).exists() else Path(path)
 
 

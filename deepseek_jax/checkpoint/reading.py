@@ -1,6 +1,7 @@
 """Find, check and read the checkpoints of a run; nothing in this module writes.
 
-A checkpoint is the folder `<directory>/<step>`, which Orbax writes under another name and renames at the end:
+A checkpoint is the folder `<directory>/<step>`, which Orbax writes under another name and renames at the end (on a
+bucket: see `places`):
 
     state/           the arrays, one for each leaf of the state, named by their path in the pytree
     reference/       the same of a reference that moves with the run, where there is one
@@ -21,6 +22,7 @@ import orbax.checkpoint as ocp
 
 from deepseek_jax.checkpoint.faults import silence_repeats
 from deepseek_jax.checkpoint.finding import checkpoint_steps
+from deepseek_jax.checkpoint.places import Folder, resolved, sizes
 
 INVENTORY = "inventory.json"
 FORMAT_VERSION = 2
@@ -61,13 +63,12 @@ def describe_arrays(named: Mapping[LeafPath, Any]) -> dict[str, list[Any]]:
     return {"/".join(path): [list(leaf.shape), str(leaf.dtype)] for path, leaf in named.items()}
 
 
-def file_sizes(folder: Path) -> dict[str, int]:
+def file_sizes(folder: Folder) -> dict[str, int]:
     """Bytes of every file in the items of a checkpoint. Orbax's own marks beside them may change later."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.parent != folder)
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+    return {name: size for name, size in sizes(folder).items() if "/" in name}
 
 
-def read_inventory(folder: Path) -> dict[str, Any]:
+def read_inventory(folder: Folder) -> dict[str, Any]:
     """The inventory of an intact checkpoint.
 
     Raises:
@@ -85,7 +86,7 @@ def read_inventory(folder: Path) -> dict[str, Any]:
     return inventory
 
 
-def read_json(folder: Path, item: str, *, versions: tuple[int, ...] = READABLE) -> dict[str, Any]:
+def read_json(folder: Folder, item: str, *, versions: tuple[int, ...] = READABLE) -> dict[str, Any]:
     """The JSON item (`loader` or `meta`) of an intact checkpoint, which must be of one of these format versions."""
     content = json.loads((folder / item / "metadata").read_text())
     if item == "meta" and content["format"] not in versions:
@@ -98,7 +99,7 @@ def read_json(folder: Path, item: str, *, versions: tuple[int, ...] = READABLE) 
     return content
 
 
-def newest_intact(directory: Path, read: Callable[[Path], T]) -> tuple[int, T, list[int]]:
+def newest_intact(directory: Folder, read: Callable[[Folder], T]) -> tuple[int, T, list[int]]:
     """`read` the newest checkpoint that is not damaged -> (step, what was read, damaged steps passed over).
 
     Raises:
@@ -124,7 +125,7 @@ def newest_intact(directory: Path, read: Callable[[Path], T]) -> tuple[int, T, l
     )
 
 
-def check_same_model(folder: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def check_same_model(folder: Folder, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """ValueError naming the fields in which two `meta["model"]` differ; silent where one of them has none."""
     if "model" not in saved or "model" not in wanted:
         return
@@ -143,7 +144,7 @@ def check_same_model(folder: Path, saved: Mapping[str, Any], wanted: Mapping[str
 
 
 def check_same_arrays(
-    folder: Path, saved: Mapping[str, list[Any]], wanted: Mapping[str, list[Any]], *, part: bool
+    folder: Folder, saved: Mapping[str, list[Any]], wanted: Mapping[str, list[Any]], *, part: bool
 ) -> None:
     """ValueError naming the arrays that differ. Orbax itself would cut, pad and cast without a word.
 
@@ -166,7 +167,7 @@ def _refuse(what: str, differences: list[str]) -> None:
 
 
 def read_state(
-    folder: Path, abstract: Any, *, part: bool = False, item: Literal["state", "reference"] = "state"
+    folder: Folder, abstract: Any, *, part: bool = False, item: Literal["state", "reference"] = "state"
 ) -> Any:
     """Read the arrays of one checkpoint straight to their devices.
 
@@ -219,16 +220,16 @@ def restore_params(directory: str | Path, abstract: Any, *, step: int | None = N
         FileNotFoundError, DamagedCheckpointError, ValueError: see `read_state`.
     """
 
-    def read(folder: Path) -> tuple[Any, dict[str, Any]]:
+    def read(folder: Folder) -> tuple[Any, dict[str, Any]]:
         return read_state(folder, abstract, part=True), read_json(folder, "meta")
 
-    directory = Path(directory).absolute()
+    folder = resolved(directory)
     if step is None:
-        return newest_intact(directory, read)[1]
-    return read(existing(directory, step))
+        return newest_intact(folder, read)[1]
+    return read(existing(folder, step))
 
 
-def existing(directory: Path, step: int) -> Path:
+def existing(directory: Folder, step: int) -> Folder:
     """The folder of a step; FileNotFoundError naming the steps that there are."""
     if step not in checkpoint_steps(directory):
         raise FileNotFoundError(f"no checkpoint of step {step} in {directory}: {checkpoint_steps(directory) or 'none'}")

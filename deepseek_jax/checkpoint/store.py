@@ -6,7 +6,6 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
-from glob import has_magic
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -17,6 +16,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from deepseek_jax.checkpoint import reading
 from deepseek_jax.checkpoint.faults import no_room, silence_repeats
 from deepseek_jax.checkpoint.finding import checkpoint_steps
+from deepseek_jax.checkpoint.places import Folder, check_directory, put_aside, resolved
 from deepseek_jax.parallel.processes import meet
 
 _DELETED = "deleted"
@@ -40,7 +40,7 @@ class CheckpointStore:
         best_mode: Literal["max", "min"] = "max",
     ) -> None:
         """Args:
-            directory: made with the first save; a local or mounted path.
+            directory: made with the first save; a local or mounted path, or gs://BUCKET/FOLDER.
             keep: how many of the newest checkpoints stay.
             best_metric: the best by this metric stays as well; NaN is worse than any number.
 
@@ -53,7 +53,7 @@ class CheckpointStore:
             raise ValueError(f"best_mode must be 'max' or 'min', not {best_mode!r}")
         if "://" in str(directory):  # a path that is a pattern can be read
             check_directory(directory)
-        self.directory = Path(directory).absolute()
+        self.directory = resolved(directory)
         self._keep, self._best_metric, self._best_mode = keep, best_metric, best_mode
         self._manager: ocp.CheckpointManager | None = None
         self._pending: tuple[int, dict[str, dict[str, list[Any]]]] | None = None
@@ -126,7 +126,7 @@ class CheckpointStore:
             ValueError: of another model; names the fields, or else the arrays, that differ.
         """
 
-        def read(folder: Path) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+        def read(folder: Folder) -> tuple[Any, dict[str, Any], dict[str, Any]]:
             reading.read_inventory(folder)
             saved = reading.read_json(folder, "meta", versions=(reading.FORMAT_VERSION,))
             reading.check_same_model(folder, saved, meta or {})
@@ -137,8 +137,7 @@ class CheckpointStore:
         _, content, damaged = reading.newest_intact(self.directory, read)
         meet()  # all have read
         for number in damaged if jax.process_index() == 0 else ():  # out of the way of the save that comes here again
-            folder = self.directory / str(number)
-            folder.rename(folder.with_name(f"{number}.damaged-{time.time_ns()}"))
+            put_aside(self.directory / str(number), f"{number}.damaged-{time.time_ns()}")
         return content
 
     def restore_reference(self, abstract: Any, step: int) -> Any:
@@ -152,7 +151,7 @@ class CheckpointStore:
         """
         versions = (reading.FORMAT_VERSION,) if going_on else reading.READABLE
 
-        def read(folder: Path) -> dict[str, Any]:
+        def read(folder: Folder) -> dict[str, Any]:
             reading.read_inventory(folder)
             return reading.read_json(folder, "meta", versions=versions)
 
@@ -211,10 +210,12 @@ class CheckpointStore:
 
     def _delete(self) -> None:
         """Remove what was moved out of the way: a kill in the middle leaves no half checkpoint under a step's name."""
-        if jax.process_index() == 0:
+        if jax.process_index() == 0 and isinstance(self.directory, Path):
             shutil.rmtree(self.directory / _DELETED, ignore_errors=True)
 
-    def _unfinished(self, step: int) -> Path:
+    def _unfinished(self, step: int) -> Folder:
+        if not isinstance(self.directory, Path):
+            return self.directory / str(step)  # without its mark
         return self.directory / f"{step}.orbax-checkpoint-tmp"
 
     def _write_inventory(self) -> None:
@@ -244,7 +245,7 @@ class CheckpointStore:
             except (OSError, ValueError, RuntimeError) as again:
                 if no_room(again) is None:
                     raise
-        shutil.rmtree(self._unfinished(step), ignore_errors=True)
+        shutil.rmtree(str(self._unfinished(step)), ignore_errors=True)
         safe = self.latest_step()
         kept = "no checkpoint was saved before it" if safe is None else f"the checkpoint of step {safe} is safe"
         raise OSError(
@@ -253,16 +254,8 @@ class CheckpointStore:
         ) from error
 
 
-def check_directory(directory: str | Path) -> None:
-    """ValueError for a place where no checkpoint can be written: a URL, or a path that Orbax takes for a pattern."""
-    if "://" in str(directory):
-        raise ValueError(f"checkpoints go to a local or mounted folder, not to {directory}")
-    if has_magic(absolute := str(Path(directory).absolute())):
-        raise ValueError(f"checkpoints cannot be written to a path with any of [ * ? in it, as {absolute} is")
-
-
 def write_inventory(
-    folder: Path, arrays: Mapping[str, list[Any]], reference: Mapping[str, list[Any]] | None = None
+    folder: Folder, arrays: Mapping[str, list[Any]], reference: Mapping[str, list[Any]] | None = None
 ) -> None:
     """List the files of a complete checkpoint, and its arrays as `reading.describe_arrays` has them."""
     content = {"files": reading.file_sizes(folder), "arrays": arrays, "reference": reference or {}}

@@ -17,6 +17,7 @@ from deepseek_jax.checkpoint.finding import CHECKPOINTS, find_model, is_released
 from deepseek_jax.checkpoint.hf_load import KEPT_FP8
 from deepseek_jax.checkpoint.hf_save import released_bytes, write_model
 from deepseek_jax.checkpoint.model import load, read_config
+from deepseek_jax.checkpoint.places import sizes
 from deepseek_jax.checkpoint.publishing import check_place
 from deepseek_jax.checkpoint.safetensors import TensorFiles
 from deepseek_jax.compute import ComputeConfig
@@ -89,7 +90,10 @@ def _name_of(source: Path, step: int) -> str:
         files: Iterable[Path] = [source / "config.json", *source.glob("*.safetensors*")]
     else:
         with CheckpointStore(source / CHECKPOINTS, keep=1) as store:
-            files = (store.directory / str(step or store.latest_step())).rglob("*")
+            folder = store.directory / str(step or store.latest_step())
+        if not isinstance(folder, Path):
+            return hashlib.sha256(json.dumps([str(folder), sizes(folder)]).encode()).hexdigest()
+        files = folder.rglob("*")
     facts = [[str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(files)]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 

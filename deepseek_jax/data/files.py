@@ -37,6 +37,8 @@ def find_files(paths: PathLike | Iterable[PathLike], kinds: tuple[str, ...] = RO
         name = os.path.expanduser(given)
         if not name:
             raise ValueError("an empty path: give none for no files, or . for this folder")
+        if "://" in name:
+            raise ValueError(f"{name}: files are local or mounted, or hf:NAME:SPLIT of the hub; no URL: copy it first")
         path = Path(name)
         if hub.is_hub(name) or path.is_file():
             found.append(path)

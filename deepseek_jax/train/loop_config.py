@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from deepseek_jax.checkpoint.places import check_directory
 from deepseek_jax.typed import check_least, check_types
 
 
@@ -18,6 +19,9 @@ class LoopConfig:
     """Steps from one checkpoint to the next; the last step makes one in any case."""
     keep: int = 2
     """Newest checkpoints to keep, beside the best."""
+    checkpoints: str = ""
+    """Where they go, if not into the run's folder: a folder of this run alone by its whole path, or on
+    gs://BUCKET/FOLDER. The run's folder says where, so that all that reads the run finds them."""
     eval_every: int = 0
     """Steps from one evaluation to the next; 0: none."""
     best_metric: str | None = None
@@ -32,6 +36,13 @@ class LoopConfig:
     def __post_init__(self) -> None:
         check_types(self)
         check_least(self, 1, "steps", "log_every", "checkpoint_every", "keep", "max_bad_steps")
+        if self.checkpoints:
+            try:
+                check_directory(self.checkpoints)
+            except ValueError as error:
+                raise ValueError(f"checkpoints={self.checkpoints!r}: {error}") from error
+            if not self.checkpoints.startswith(("gs://", "/")):
+                raise ValueError(f"checkpoints={self.checkpoints!r}: expected gs://BUCKET/FOLDER, or a path from / on")
         if self.best_metric is not None and self.eval_every == 0:
             raise ValueError(f"best_metric={self.best_metric!r} needs evaluations: eval_every is 0")
 

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from deepseek_jax import files
 from deepseek_jax.checkpoint.finding import CHECKPOINTS, checkpoint_steps
 from deepseek_jax.checkpoint.model import Model
+from deepseek_jax.checkpoint.places import point_to
 from deepseek_jax.checkpoint.store import check_directory
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.data.rows import RowLoader
@@ -66,6 +67,11 @@ class StageConfig:
         check_types(self)
         check_least(self, 1, *(name for name in ("batch_size", "minibatches", "inner_epochs") if hasattr(self, name)))
         self._check_parts()
+        if self.run_dir.startswith("gs://"):
+            raise ValueError(
+                f"run_dir={self.run_dir!r}: expected a local or mounted folder, since a run appends to its files; its "
+                "checkpoints can go to a bucket: loop.checkpoints=gs://BUCKET/FOLDER"
+            )
         try:
             check_directory(self.run_dir)
         except ValueError as error:
@@ -197,6 +203,8 @@ def _check_layout(config: StageConfig, start: Model, minibatches: int) -> None:
 def _open_run(config: StageConfig, settings: dict[str, Any], start: Model) -> dict[str, Any] | None:
     """Make the run's folder, with its tokenizer; what its checkpoint says, if it has one, which must be of this run."""
     run_dir, first = Path(config.run_dir), jax.process_index() == 0
+    if config.loop.checkpoints:
+        point_to(run_dir / CHECKPOINTS, config.loop.checkpoints)
     if (saved := saved_meta(run_dir)) is not None:
         check_resume(run_dir, as_now(saved, settings, config), settings, config.MAY_CHANGE)
         say(f"{run_dir}: goes on from step {checkpoint_steps(run_dir / CHECKPOINTS)[-1]}")

@@ -252,7 +252,7 @@ def test_parameters_alone_for_inference(tmp_path):
     ("options", "message"),
     [
         ({"keep": 0}, "keep must be at least 1, not 0"),
-        ({"keep": 1, "directory": "gs://bucket/run"}, "local or mounted"),
+        ({"keep": 1, "directory": "s3://bucket/run"}, "local or mounted.*aws s3 sync"),
     ],
 )
 def test_bad_options(tmp_path, options, message):

@@ -16,8 +16,9 @@ from deepseek_jax.evals.haystack import FACT, KEYS, documents
 from deepseek_jax.evals.needle import Needle, find_needles, plant, rows_of
 from deepseek_jax.inference.engine import Engine
 
-STATED = re.compile(FACT.format(key=r"(\w+)", value=r"(\w+)"))
-ASKED = re.compile(FACT.partition("{value}")[0].rstrip().format(key=r"(\w+)") + "$")
+BEFORE, _, BEHIND = FACT.partition("{value}")
+ASKED = re.compile(BEFORE.rstrip().format(key=r"(\w+)") + "$")
+STATED = re.compile(BEFORE.format(key=r"(\w+)") + r"(\w+)" + BEHIND.format(key=r"\1"))
 
 
 def reader(tokens: int, monkeypatch) -> None:

@@ -1,22 +1,26 @@
-"""The one place where meshes are made: shapes that fit the devices, Auto axes, and the current mesh."""
+"""The one place where meshes are made: shapes that fit the devices, Auto axes, neighbours, and the current mesh."""
+
+import dataclasses
 
 import jax
+import numpy as np
 import pytest
 from jax.sharding import AxisType
+from parallel.topology import needs_libtpu, run_apart
 
-from deepseek_jax.parallel.mesh import AXES, MeshConfig, current_mesh, make_mesh
+from deepseek_jax.parallel.mesh import AXES, MeshConfig, arranged, current_mesh, make_mesh
 
 
 def test_data_takes_the_devices_that_the_other_axes_leave():
     assert jax.device_count() == 8  # emulated: see conftest.py
-    assert dict(make_mesh().shape) == dict(data=8, fsdp=1, expert=1, context=1, tensor=1)
+    assert dict(make_mesh().shape) == dict(pipe=1, data=8, fsdp=1, expert=1, context=1, tensor=1)
     assert dict(make_mesh(MeshConfig(expert=2, tensor=2)).shape)["data"] == 2
-    assert dict(make_mesh(MeshConfig(fsdp=8)).shape) == dict(data=1, fsdp=8, expert=1, context=1, tensor=1)
+    assert dict(make_mesh(MeshConfig(fsdp=8)).shape) == dict(pipe=1, data=1, fsdp=8, expert=1, context=1, tensor=1)
 
 
 def test_every_axis_is_auto_and_in_order():
     for mesh in (make_mesh(), make_mesh(MeshConfig(fsdp=2), jax.devices()[:2])):
-        assert mesh.axis_names == AXES == ("data", "fsdp", "expert", "context", "tensor")
+        assert mesh.axis_names == AXES == ("pipe", "data", "fsdp", "expert", "context", "tensor")
         assert set(mesh.axis_types) == {AxisType.Auto}
 
 
@@ -24,8 +28,92 @@ def test_some_of_the_devices():
     some = jax.devices()[2:6]
     mesh = make_mesh(MeshConfig(expert=2), some)
     assert mesh.devices.ravel().tolist() == some
-    assert dict(mesh.shape) == dict(data=2, fsdp=1, expert=2, context=1, tensor=1)
+    assert dict(mesh.shape) == dict(pipe=1, data=2, fsdp=1, expert=2, context=1, tensor=1)
     assert make_mesh(devices=jax.devices()[:1]).size == 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Fake:
+    """A device as far as its place tells; ``slice_index`` is there where jax knows it."""
+
+    id: int
+    process_index: int
+    platform: str = "gpu"
+    device_kind: str = "NVIDIA H100"
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeTPU(Fake):
+    platform: str = "tpu"
+    device_kind: str = "TPU v5"
+    slice_index: int = 0
+    coords: tuple[int, int, int] = (0, 0, 0)
+    core_on_chip: int = 0
+
+
+def nodes(count: int, each: int = 8) -> list[Fake]:
+    return [Fake(node * each + i, node) for node in range(count) for i in range(each)]
+
+
+def slices(count: int) -> list[FakeTPU]:
+    """Of 2 × 2 × 2 chips, four to a host."""
+    places = [(x, y, z) for z in range(2) for y in range(2) for x in range(2)]
+    return [
+        FakeTPU(n * 8 + i, n * 2 + i // 4, slice_index=n, coords=place)
+        for n in range(count)
+        for i, place in enumerate(places)
+    ]
+
+
+def placed(devices, attribute: str, **sizes: int) -> np.ndarray:
+    array = arranged(tuple(sizes.get(axis, 1) for axis in AXES), devices)
+    assert len(set(array.ravel().tolist())) == len(devices)
+    return np.vectorize(lambda device: getattr(device, attribute))(array).squeeze()
+
+
+@pytest.mark.parametrize("devices, attribute", [(nodes(4), "process_index"), (slices(4), "slice_index")])
+def test_leading_axes_take_the_slices_and_nodes(devices, attribute):
+    """The rest stays within one, and along an axis that is split between them each has a run of its own."""
+    whole = np.arange(4)[:, None]
+    np.testing.assert_array_equal(placed(devices, attribute, data=4, tensor=8), whole.repeat(8, 1))
+    np.testing.assert_array_equal(placed(devices, attribute, expert=32), whole.repeat(8, 1).ravel())
+    halves = placed(devices, attribute, data=2, expert=16)
+    np.testing.assert_array_equal(halves, np.arange(4).reshape(2, 2).repeat(8, 1))
+    # 3 does not divide 4 nodes: the next axis takes them all.
+    np.testing.assert_array_equal(placed(nodes(4, 3), "process_index", data=3, fsdp=4), [[0, 1, 2, 3]] * 3)
+
+
+def test_devices_come_in_any_order():
+    shuffled = np.random.default_rng(0).permutation(np.array(nodes(2), object)).tolist()
+    np.testing.assert_array_equal(
+        placed(shuffled, "process_index", data=2, expert=8), np.arange(2)[:, None].repeat(8, 1)
+    )
+
+
+def test_nodes_of_different_sizes_are_refused():
+    with pytest.raises(ValueError, match="unequally many devices: 8, 3"):
+        arranged((1, 11, 1, 1, 1, 1), nodes(2)[:11])
+
+
+@needs_libtpu
+def test_axes_lie_along_the_torus_of_a_real_topology():
+    """The ring of 8 of v5p:8x8x8 goes along one dimension, each step one link; 32 take part of a second one."""
+    run_apart("""
+        from jax.experimental import topologies
+        from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
+        import numpy as np
+
+        devices = topologies.get_topology_desc("v5p:8x8x8", "tpu").devices
+        coords = lambda mesh: np.array([d.coords for d in mesh.devices.ravel()]).reshape(*mesh.devices.shape, 3)
+        apart = lambda c, axis: np.abs(np.diff(c, axis=axis)).sum(-1)
+        ring = coords(make_mesh(MeshConfig(fsdp=64, expert=8), devices))
+        assert (apart(ring, 3) == 1).all()
+        shared = coords(make_mesh(MeshConfig(fsdp=16, expert=32), devices))
+        assert len(set(map(tuple, shared.reshape(-1, 3)))) == 512
+        several = topologies.get_topology_desc("v5p:2x2x2", "tpu", num_slices=2).devices
+        mesh = make_mesh(MeshConfig(fsdp=8, tensor=2), several)
+        assert [d.slice_index for d in mesh.devices.ravel()] == [0] * 8 + [1] * 8
+    """)
 
 
 @pytest.mark.parametrize(

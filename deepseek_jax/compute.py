@@ -51,12 +51,22 @@ class ComputeConfig:
     """Of the products of tokens sorted by expert; hopper_fp8 rounds the tokens to FP8 as well, for FP8 weights."""
     fp8_matmul: str = "auto"
     """Of the other products with FP8 weights; hopper_fp8 as above."""
+    dispatch: Literal["gather", "all_to_all"] = "gather"
+    """How tokens come to experts on other devices: every token to all devices of the group (gather), or one copy to each
+    that has any of its experts, in a buffer of fixed size (all_to_all)."""
+    dispatch_capacity: float = 1.5
+    """all_to_all: room for so many times the copies that a device gets from another on average; what finds none is
+    dropped, and counted in the metric ``dropped``."""
+    dispatch_nodes: int = 1
+    """all_to_all: nodes that the group spans; above 1 a token goes to each node at most once, and on from there."""
     rules: ShardingRules = ShardingRules()
     """Which mesh axes split which logical axis."""
 
     def __post_init__(self) -> None:
         check_types(self)
-        check_least(self, 1, "scan_unroll")
+        check_least(self, 1, "scan_unroll", "dispatch_nodes")
+        if not self.dispatch_capacity > 0:
+            raise ValueError(f"dispatch_capacity={self.dispatch_capacity}: must be above 0")
         if self.target != "auto":
             Target.parse(self.target)
         for field, operations in OPERATIONS.items():

@@ -12,12 +12,13 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.fresh import Source
 from deepseek_jax.model.layers import SwiGLU, param
 from deepseek_jax.model.router import RouterStats, route, router_stats
+from deepseek_jax.parallel.dispatch import Dispatch
 from deepseek_jax.parallel.exchange import exchange
 from deepseek_kernels import routed_experts
 
 
 class DeepSeekMoE(nnx.Module):
-    """``y = shared(x) + Σ_k g_k · expert_k(x)``: the shared experts as one wide SwiGLU, K of E routed, no drops."""
+    """``y = shared(x) + Σ_k g_k · expert_k(x)``: the shared experts as one wide SwiGLU, K of E routed."""
 
     def __init__(self, config: ModelConfig, compute: ComputeConfig, *, rngs: Source):
         self.config, self.compute = config, compute
@@ -45,15 +46,16 @@ class DeepSeekMoE(nnx.Module):
             experts_BSK, weights_BSK = unflatten(routing.experts_TK), unflatten(routing.weights_TK)
             stats = router_stats(config, experts_BSK, unflatten(routing.scores_TE), segment_ids_BS)
 
-        def experts(x_BSD, weights_BSK, experts_BSK, wi_ED2F, wo_EFD):
+        def experts(*operands):
             kernel = {"implementation": compute.experts, "grouped": compute.grouped_matmul, "target": compute.kernels}
-            x_TD, weights_TK, experts_TK = (x.reshape(-1, x.shape[2]) for x in (x_BSD, weights_BSK, experts_BSK))
-            return routed_experts(x_TD, weights_TK, experts_TK, wi_ED2F, wo_EFD, **kernel).reshape(x_BSD.shape)
+            return routed_experts(*operands[:-1], **kernel, most=operands[-1])
 
         with jax.named_scope("experts"):
             operands = x_BSD, weights_BSK, experts_BSK, self.wi[...], self.wo[...]
-            y = exchange(experts, *operands, compute.rules)
+            groups = (1, 1) if config.topk_method == "greedy" else (config.n_group, config.topk_group)
+            dispatch = Dispatch(compute.dispatch, compute.dispatch_capacity, compute.dispatch_nodes, *groups)
+            y, dropped = exchange(experts, *operands, compute.rules, dispatch)
         if self.shared is not None:
             with jax.named_scope("shared_experts"):
                 y = y + self.shared(x_BSD)
-        return y, stats
+        return y, stats.replace(dropped=dropped)

@@ -30,12 +30,13 @@ class RouterStats:
     """What a MoE layer returns beside its output; stacked over layers (L first) by the transformer.
 
     load_E: tokens sent to each expert. balance: ``Σ_i f_i P_i`` summed over sequences. experts_BSK: chosen experts.
-    Padding is in neither load nor balance.
+    Padding is in neither load nor balance. dropped: choices (token, expert) that were not computed.
     """
 
     load_E: jax.Array
     balance: jax.Array
     experts_BSK: jax.Array
+    dropped: jax.Array
 
 
 def route(
@@ -146,6 +147,7 @@ def router_stats(
         load_E=jnp.sum(chosen_BSE, axis=(0, 1)),
         balance=jnp.sum(scale_BS * jnp.sum(share_BSE * f_BSE, axis=-1)),
         experts_BSK=experts_BSK,
+        dropped=jnp.float32(0),
     )
 
 

@@ -1,23 +1,23 @@
-"""How tokens and experts come together on a mesh; what the experts compute is the caller's."""
+"""How tokens and experts come together on a mesh; what the experts compute is the caller's. See docs/parallel.md."""
 
 import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from deepseek_jax.parallel.dispatch import Dispatch, by_copies, by_gathering
 from deepseek_jax.parallel.mesh import current_mesh
+from deepseek_jax.parallel.rounds import Experts, in_rounds
 from deepseek_jax.parallel.sharding import ShardingRules
 from deepseek_kernels.block_fp8 import BLOCK, BlockScaled
 from deepseek_kernels.weights import InStack, block_scaled
 
 logger = logging.getLogger(__name__)
-
-Experts = Callable[[jax.Array, jax.Array, jax.Array, Any, Any], jax.Array]
 
 
 def exchange(
@@ -28,46 +28,74 @@ def exchange(
     wi_ED2F: Any,
     wo_EFD: Any,
     rules: ShardingRules,
-) -> jax.Array:
-    """``experts(x, weights, experts, wi, wo) -> y``, run on each device's own tokens.
+    dispatch: Dispatch = Dispatch(),
+) -> tuple[jax.Array, jax.Array]:
+    """``experts(x_TD, weights_TK, experts_TK, wi, wo, most) -> y_TD`` on a mesh -> (y_BSD, choices that were dropped).
 
-    Without a mesh, or on one of a single device, a plain call. On others tokens stay and the experts' matrices come to
-    them, gathered over every axis but those that split their width F, whose partial sums are added up. Matrices in FP8
-    stay with their experts, and tokens come to them: ``experts`` then gets a device's own matrices, in FP8, with
-    numbers of experts that count from its first; what is not among them adds nothing.
+    Without a mesh, or on one of a single device, a plain call. On others experts stay where ``rules.experts`` has put
+    them and tokens come to them, as ``dispatch`` says. ``experts`` then gets a device's own matrices, and numbers that
+    count from its first: what is not among them adds nothing. No more than ``most`` are, but for None.
+
+    Over ``rules.expert_embed`` matrices are gathered, in x's dtype, and their gradients reduce-scattered; those in FP8
+    as they are. Where ``rules.expert_mlp`` splits their width F, the partial sums are added up.
     """
-    mesh = current_mesh()
+    mesh, operands = current_mesh(), (x_BSD, weights_BSK, experts_BSK, wi_ED2F, wo_EFD)
     if mesh is None or mesh.size == 1:
-        return experts(x_BSD, weights_BSK, experts_BSK, wi_ED2F, wo_EFD)
-    operands = x_BSD, weights_BSK, experts_BSK, wi_ED2F, wo_EFD
-    tokens, width = rules.spec(("batch", "sequence", None)), rules.expert_mlp
+        return experts(*map(_flat, operands[:3]), *operands[3:], None).reshape(x_BSD.shape), jnp.float32(0)
+    ways = lambda names: math.prod(mesh.shape[name] for name in names)  # noqa: E731
+    embed, width = rules.expert_embed, rules.expert_mlp
     if block_scaled(wi_ED2F) is not None or block_scaled(wo_EFD) is not None:
-        ways = math.prod(mesh.shape[name] for name in width)
-        if ways > 1 and wo_EFD.shape[1] % (ways * BLOCK):
-            why = f"experts' width {wo_EFD.shape[1]} in FP8 blocks of {BLOCK} is not split {ways} ways"
-            _say(f"{why}: each device of {', '.join(width)} multiplies by all of it")
-            width = ()
-        split, axes = functools.partial(_by_experts, experts, rules, width), rules.experts
+        embed, width = (), _width_in_blocks(width, ways(width), wo_EFD.shape[1])
     else:
-        wi_ED2F, wo_EFD = (w if isinstance(w, jax.Array) else w.astype(x_BSD.dtype) for w in (wi_ED2F, wo_EFD))
-        split, axes = lambda *operands: jax.lax.psum(experts(*operands), width), ()
-    specs = tokens, tokens, tokens, _spec(wi_ED2F, axes, None, None, width), _spec(wo_EFD, axes, width, None)
-    return jax.shard_map(split, in_specs=specs, out_specs=tokens, check_vma=False)(*operands)
+        wi_ED2F, wo_EFD = (_ready(w, x_BSD.dtype, ways(embed)) for w in (wi_ED2F, wo_EFD))
+    copied = dispatch.how == "all_to_all" and ways(rules.experts) > 1
+    ours = tuple(name for name in rules.experts if name in (*rules.batch, *rules.sequence))
+    if copied and ours != rules.experts:
+        raise ValueError(f"dispatch='all_to_all' with experts over {rules.experts}: tokens are split over {ours} alone")
+    others = (*(name for name in rules.experts if name not in ours), *width)
+
+    def on_device(x_BSD, weights_BSK, experts_BSK, wi_ED2F, wo_EFD):
+        if ways(embed) > 1:
+            wi_ED2F = jax.lax.all_gather(wi_ED2F, embed, axis=1, tiled=True)
+            wo_EFD = jax.lax.all_gather(wo_EFD, embed, axis=2, tiled=True)
+        mean, own = experts_BSK.size * ways(ours) // ways(rules.experts), wo_EFD.shape[0]
+        local = lambda *tokens: in_rounds(experts, mean, *tokens, wi_ED2F, wo_EFD)  # noqa: E731
+        tokens = _flat(x_BSD), _flat(weights_BSK).astype(jnp.float32), _flat(experts_BSK)
+        if copied:
+            y_TD, dropped = by_copies(local, tokens, rules.experts, ways(rules.experts), own, dispatch)
+        else:
+            first = jax.lax.axis_index(rules.experts) * own if rules.experts else 0
+            y_TD, dropped = by_gathering(local, tokens, ours, first), jnp.float32(0)
+        return jax.lax.psum(y_TD, others).reshape(x_BSD.shape), dropped[None]
+
+    tokens = rules.spec(("batch", "sequence", None))
+    specs = _spec(wi_ED2F, rules.experts, embed, None, width), _spec(wo_EFD, rules.experts, width, embed)
+    y_BSD, dropped = jax.shard_map(
+        on_device,
+        in_specs=(tokens, tokens, tokens, *specs),
+        out_specs=(tokens, PartitionSpec((*rules.batch, *rules.sequence))),
+        check_vma=False,
+    )(x_BSD, weights_BSK, experts_BSK, wi_ED2F, wo_EFD)
+    return y_BSD, jnp.sum(dropped) if copied else jnp.float32(0)
 
 
-def _by_experts(experts, rules, width, x_BSD, weights_BSK, experts_BSK, wi_ED2F, wo_EFD):
-    """The tokens of all devices that the experts are split over, by this device's experts; sums go back to them."""
-    ours = [name for name in rules.experts if name in (*rules.batch, *rules.sequence)]
-    others = [name for name in (*rules.experts, *width) if name not in ours]
-    for name in ours:
-        x_BSD, weights_BSK, experts_BSK = (
-            jax.lax.all_gather(x, name, tiled=True) for x in (x_BSD, weights_BSK, experts_BSK)
-        )
-    first = jax.lax.axis_index(rules.experts) * wo_EFD.shape[0] if rules.experts else 0
-    y_BSD = jax.lax.psum(experts(x_BSD, weights_BSK, experts_BSK - first, wi_ED2F, wo_EFD), others)
-    for name in reversed(ours):
-        y_BSD = jax.lax.psum_scatter(y_BSD, name, tiled=True)
-    return y_BSD
+def _flat(x_BSN: jax.Array) -> jax.Array:
+    return x_BSN.reshape(-1, x_BSN.shape[2])
+
+
+def _ready(w: Any, dtype: Any, gathered: int) -> Any:
+    """In the dtype in which it is multiplied, and its gradient added up over devices. A layer of a stack stays there if
+    it can be read where it lies."""
+    return w if isinstance(w, InStack) and gathered == 1 else w.astype(dtype)
+
+
+def _width_in_blocks(names: tuple[str, ...], ways: int, width: int) -> tuple[str, ...]:
+    """The axes that split the width of experts in FP8: none where a block would be cut."""
+    if ways == 1 or width % (ways * BLOCK) == 0:
+        return names
+    why = f"experts' width {width} in FP8 blocks of {BLOCK} is not split {ways} ways"
+    _say(f"{why}: each device of {', '.join(names)} multiplies by all of it")
+    return ()
 
 
 def _spec(w: Any, *axes: Any) -> Any:

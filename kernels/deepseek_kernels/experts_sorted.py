@@ -32,12 +32,16 @@ class Layout:
     block: int
 
 
-def sort_by_expert(experts_TK: Int[Array, "T K"], experts: int, *, block: int) -> Layout:
-    """Lay the choices out by expert, in token order within an expert, each expert padded to whole blocks."""
+def sort_by_expert(experts_TK: Int[Array, "T K"], experts: int, *, block: int, most: int | None = None) -> Layout:
+    """Lay the choices out by expert, in token order within an expert, each expert padded to whole blocks.
+
+    most: how many choices are of an expert at most, where that is known to be fewer than all; the buffer holds these.
+    """
     tokens, top = experts_TK.shape
     choices = tokens * top
+    most = choices if most is None else min(most, choices)
     assert (experts + 1) * choices < 2**31, "a sort key would overflow int32"
-    rows = (choices + min(experts, choices) * (block - 1)) // block * block
+    rows = (most + min(experts, most) * (block - 1)) // block * block
     chosen_N = experts_TK.reshape(-1).astype(jnp.int32)
     chosen_N = jnp.where((chosen_N >= 0) & (chosen_N < experts), chosen_N, experts)  # no expert: sorted last
     key_N = jnp.sort(chosen_N * choices + jnp.arange(choices, dtype=jnp.int32))

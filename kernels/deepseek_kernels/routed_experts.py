@@ -31,6 +31,7 @@ def routed_experts(
     target: Target | None = None,
     implementation: str = "auto",
     grouped: str = "auto",
+    most: int | None = None,
 ) -> Float[Array, "T D"]:
     """``y[t] = Σ_k weights[t, k] · (silu(x gate) · x up) wo`` with the matrices of expert ``experts[t, k]``.
 
@@ -40,6 +41,7 @@ def routed_experts(
     Args:
       implementation: ``sorted``, ``fused`` or ``plain``.
       grouped: the sorted one's ``grouped_matmul``.
+      most: a promise that no more choices than these lie in 0…E-1: the sorted one makes room for as many.
 
     Raises:
       ValueError: shapes that do not fit, or an implementation that cannot run on the target.
@@ -56,7 +58,7 @@ def routed_experts(
     operands = x_TD, weights_TK, experts_TK, wi_ED2F, wo_EFD
     if name == "fused":
         return _fused(x_TD, weights_TK.astype(jnp.float32), experts_TK.astype(jnp.int32), wi_ED2F, wo_EFD)
-    return _plain(*operands, target) if name == "plain" else _sorted(*operands, target, grouped)
+    return _plain(*operands, target) if name == "plain" else _sorted(*operands, target, grouped, most)
 
 
 def _plain(x_TD, weights_TK, experts_TK, wi_ED2F, wo_EFD, target):
@@ -67,9 +69,9 @@ def _plain(x_TD, weights_TK, experts_TK, wi_ED2F, wo_EFD, target):
     return jnp.einsum("ted,te->td", y_TED.astype(jnp.float32), weights_TE).astype(x_TD.dtype)
 
 
-def _sorted(x_TD, weights_TK, experts_TK, wi_ED2F, wo_EFD, target, grouped):
+def _sorted(x_TD, weights_TK, experts_TK, wi_ED2F, wo_EFD, target, grouped, most=None):
     E, F, D = wo_EFD.shape
-    facts = {"rows": experts_TK.size, "groups": E}
+    facts = {"rows": experts_TK.size if most is None else min(most, experts_TK.size), "groups": E}
     choices = [
         choose("grouped_matmul", target, x_TD.dtype, implementation=grouped, widths=widths, weight=weight, **facts)
         for widths, weight in (((D, 2 * F), wi_ED2F), ((F, D), wo_EFD))
@@ -80,7 +82,7 @@ def _sorted(x_TD, weights_TK, experts_TK, wi_ED2F, wo_EFD, target, grouped):
     if few and experts_TK.size <= experts_few.MOST:
         y_TD: jax.Array = _few(x_TD, weights_TK, experts_TK, wi_ED2F, wo_EFD, aligned, target)
         return y_TD
-    layout = sort_by_expert(experts_TK, E, block=aligned)
+    layout = sort_by_expert(experts_TK, E, block=aligned, most=most)
     options = {"aligned": aligned, "target": target, "implementation": grouped}
     x_PD = gather_rows(x_TD, layout)
     gate_up_P2F = grouped_matmul(x_PD, wi_ED2F, layout.group_sizes_E, **options)

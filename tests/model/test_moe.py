@@ -120,11 +120,6 @@ def in_fp8() -> Any:
     return x, gates, jnp.asarray(rng.integers(0, E, (8, 2, 2)), jnp.int32), wi, wo
 
 
-def multiply(x, gates, chosen, wi, wo):
-    x_TD, gates_TK, chosen_TK = (a.reshape(-1, a.shape[2]) for a in (x, gates, chosen))
-    return routed_experts(x_TD, gates_TK, chosen_TK, wi, wo).reshape(x.shape)
-
-
 @pytest.mark.parametrize("stored", ["as they are", "terms last", "in a stack"])
 @pytest.mark.parametrize(
     "axes", [{"expert": 4, "data": 2}, {"expert": 2, "tensor": 2, "fsdp": 2}, {"tensor": 4}], ids=str
@@ -133,7 +128,7 @@ def test_experts_in_fp8_stay_where_they_lie(axes, stored, caplog):
     """And give on a mesh what they do on one device. In the program nothing of all experts' size is of another dtype,
     and each device multiplies by its own matrices; a width of two blocks is not split four ways, which the log says."""
     x, gates, chosen, wi, wo = in_fp8()
-    expected = multiply(x, gates, chosen, wi, wo)
+    expected = routed_experts(*(a.reshape(-1, a.shape[2]) for a in (x, gates, chosen)), wi, wo).reshape(x.shape)
     if stored == "terms last":
         wi, wo = wi.with_terms_last(), wo.with_terms_last()
     elif stored == "in a stack":
@@ -143,13 +138,13 @@ def test_experts_in_fp8_stay_where_they_lie(axes, stored, caplog):
 
     def experts(*operands):
         seen.append((tuple(operands[3].shape), tuple(operands[4].shape), operands[3].dtype))
-        return multiply(*operands)
+        return routed_experts(*operands[:-1], most=operands[-1])
 
     mesh = make_mesh(MeshConfig(**axes), devices=jax.devices()[: math.prod(axes.values())])
     run = functools.partial(exchanging.exchange, experts, rules=ShardingRules())
     with jax.set_mesh(mesh):
         program = jax.jit(run).trace(x, gates, chosen, wi, wo)
-        found = program.lower().compile()(x, gates, chosen, wi, wo)
+        found, _ = program.lower().compile()(x, gates, chosen, wi, wo)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
     whole = axes.get("tensor") == 4
     own, width = E // axes.get("expert", 1), F if whole else F // axes.get("tensor", 1)

@@ -14,6 +14,7 @@ from deepseek_jax.model.layers import RMSNorm, SwiGLU
 from deepseek_jax.model.mla import MLA
 from deepseek_jax.model.moe import DeepSeekMoE
 from deepseek_jax.model.router import RouterStats
+from deepseek_jax.parallel.context import Balanced
 from deepseek_jax.parallel.sharding import constrain
 from deepseek_kernels import InStack, Visible
 
@@ -33,7 +34,7 @@ class Context:
     segment is a sequence of the balance loss. What attention may look at, ``visible`` alone says."""
 
     rope: tuple[jax.Array, jax.Array]
-    visible: Visible
+    visible: Visible | Balanced
     segment_ids_BS: jax.Array
 
 

@@ -13,7 +13,7 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.fresh import Source
 from deepseek_jax.model.layers import biased, param, zeros
 from deepseek_jax.model.rope import rotate, softmax_scale
-from deepseek_jax.parallel.sharding import per_row_and_head
+from deepseek_jax.parallel.context import Balanced, per_row_and_head
 from deepseek_kernels import Visible, gqa_attention, product
 
 
@@ -41,7 +41,7 @@ class GQA(nnx.Module):
         self,
         x_BSD: Float[Array, "B S D"],
         rope,
-        visible: Visible,
+        visible: Visible | Balanced,
         memory: Any = None,
         *,
         absorbed: bool = False,

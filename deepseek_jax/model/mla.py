@@ -13,7 +13,8 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.fresh import Source
 from deepseek_jax.model.layers import Linear, RMSNorm, biased, param, zeros
 from deepseek_jax.model.rope import rotate, softmax_scale
-from deepseek_jax.parallel.sharding import per_device, per_row_and_head
+from deepseek_jax.parallel.context import Balanced, per_row_and_head
+from deepseek_jax.parallel.sharding import per_device
 from deepseek_kernels import Columns, InStack, Visible, mla_attention, mla_decode, product
 
 LATENT_EPS = 1e-6  # of the two latents' norms, whatever rms_norm_eps says: so in the released code
@@ -49,7 +50,7 @@ class MLA(nnx.Module):
         self,
         x_BSD: Float[Array, "B S D"],
         rope,
-        visible: Visible,
+        visible: Visible | Balanced,
         memory: Any = None,
         *,
         absorbed: bool = False,
@@ -88,12 +89,15 @@ class MLA(nnx.Module):
             return jnp.concatenate([self.kv_norm(latent), pe], axis=-1)
 
     def _plain(self, q_BSHN, q_BSHR, entry_BTW, visible):
-        latent_BTC, pe_BTR = jnp.split(entry_BTW.astype(q_BSHN.dtype), [self.config.kv_lora_rank], axis=-1)
-        kv = product("btc,chw->bthw", latent_BTC, self.kv_b[...], **self._products)
-        q = jnp.concatenate([q_BSHN, q_BSHR], axis=-1)
+        def expand(entry_BTW, kv_b):
+            latent_BTC, pe_BTR = jnp.split(entry_BTW, [self.config.kv_lora_rank], axis=-1)
+            return product("btc,chw->bthw", latent_BTC, kv_b, **self._products), pe_BTR
+
+        q, entry_BTW = jnp.concatenate([q_BSHN, q_BSHR], axis=-1), entry_BTW.astype(q_BSHN.dtype)
         kernel = {"target": self.compute.kernels, "implementation": self.compute.attention}
         attend = functools.partial(mla_attention, scale=softmax_scale(self.config), **kernel)
-        return per_row_and_head(attend, self.compute.rules, (q, kv, pe_BTR), visible)
+        more = {"expand": expand, "weights": (self.kv_b[...],)}
+        return per_row_and_head(attend, self.compute.rules, (q, entry_BTW), visible, **more)
 
     def _absorbed(self, q_BSHN, q_BSHR, entry_BTW, visible):
         N, V, C = self.config.qk_nope_head_dim, self.config.v_head_dim, self.config.kv_lora_rank

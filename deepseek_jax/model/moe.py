@@ -44,7 +44,7 @@ class DeepSeekMoE(nnx.Module):
             w_DE = self.router[...].astype(jnp.float32)
             routing = route(config, flatten(x_BSD), w_DE, bias_E, chosen_TK)
             experts_BSK, weights_BSK = unflatten(routing.experts_TK), unflatten(routing.weights_TK)
-            stats = router_stats(config, experts_BSK, unflatten(routing.scores_TE), segment_ids_BS)
+            stats = router_stats(config, experts_BSK, unflatten(routing.scores_TE), segment_ids_BS, compute.rules)
 
         def experts(*operands):
             kernel = {"implementation": compute.experts, "grouped": compute.grouped_matmul, "target": compute.kernels}

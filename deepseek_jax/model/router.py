@@ -11,6 +11,8 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.parallel.context import over_runs
+from deepseek_jax.parallel.sharding import ShardingRules
 from deepseek_kernels.kept import kept
 
 _FEW = 64  # tokens: a step of decoding's
@@ -121,6 +123,7 @@ def router_stats(
     experts_BSK: Int[Array, "B S K"],
     scores_BSE: Float[Array, "B S E"],
     segment_ids_BS: Int[Array, "B S"],
+    rules: ShardingRules = ShardingRules(),
 ) -> RouterStats:
     """Load of each expert, and the balance loss ``Σ_i f_i P_i`` of each sequence, summed over the sequences.
 
@@ -138,11 +141,8 @@ def router_stats(
     if config.topk_method == "noaux_tc":
         counted_BSE = _one_hot_sum(jax.lax.top_k(jax.lax.stop_gradient(scores_BSE), top)[1], experts) * real_BS1
     share_BSE = scores_BSE / (jnp.sum(scores_BSE, axis=-1, keepdims=True) + 1e-20) * real_BS1
-    first_BS, end_BS = segment_bounds(segment_ids_BS)
-    before_BSE = jnp.pad(jnp.cumsum(counted_BSE, axis=1), ((0, 0), (1, 0), (0, 0)))
-    at = lambda index_BS: jnp.take_along_axis(before_BSE, index_BS[:, :, None], axis=1)  # noqa: E731
-    f_BSE = at(end_BS) - at(first_BS)
-    scale_BS = experts / top / (end_BS - first_BS).astype(jnp.float32) ** 2
+    f_BSE, length_BS = over_runs(_sums_of_runs, counted_BSE, segment_ids_BS, rules)
+    scale_BS = experts / top / length_BS**2
     return RouterStats(
         load_E=jnp.sum(chosen_BSE, axis=(0, 1)),
         balance=jnp.sum(scale_BS * jnp.sum(share_BSE * f_BSE, axis=-1)),
@@ -155,6 +155,13 @@ def count_sequences(segment_ids_BS: Int[Array, "B S"]) -> Float[Array, ""]:
     """How many segments a packed batch holds, padding left out: what ``balance`` is averaged over."""
     first_BS = segment_ids_BS != jnp.pad(segment_ids_BS, ((0, 0), (1, 0)))[:, :-1]
     return jnp.sum(first_BS & (segment_ids_BS > 0)).astype(jnp.float32)
+
+
+def _sums_of_runs(x_BSE, ids_BS) -> tuple[Float[Array, "B S E"], Float[Array, "B S"]]:
+    first_BS, end_BS = segment_bounds(ids_BS)
+    before_BSE = jnp.pad(jnp.cumsum(x_BSE, axis=1), ((0, 0), (1, 0), (0, 0)))
+    at = lambda index_BS: jnp.take_along_axis(before_BSE, index_BS[:, :, None], axis=1)  # noqa: E731
+    return at(end_BS) - at(first_BS), (end_BS - first_BS).astype(jnp.float32)
 
 
 def _one_hot_sum(indices_BSK: Int[Array, "B S K"], size: int) -> Float[Array, "B S E"]:

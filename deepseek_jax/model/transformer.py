@@ -18,6 +18,7 @@ from deepseek_jax.model.layers import Linear, RMSNorm, RouterBias, param
 from deepseek_jax.model.mtp import MTP, mtp_segments
 from deepseek_jax.model.rope import rotary_tables
 from deepseek_jax.model.router import RouterStats
+from deepseek_jax.parallel.context import RowOrder, numbered
 from deepseek_jax.parallel.mesh import current_mesh
 from deepseek_jax.parallel.sharding import constrain
 from deepseek_kernels import BlockScaled, InStack, Visible, look_up, product
@@ -110,9 +111,18 @@ class Transformer(nnx.Module):
             shape = getattr(tokens_BS, "shape", type(tokens_BS).__name__)
             raise ValueError(f"tokens {shape}: expected an array (B, S), rows of token ids")
         context = self.context(tokens_BS, positions_BS=positions_BS, segment_ids_BS=segment_ids_BS, visible=visible)
+        order = RowOrder(self.compute.rules)
+        if memories is None and not absorbed:
+            order = RowOrder.of(self.compute.rules, *tokens_BS.shape, context.visible)
+        if chosen_LBSK is not None:
+            chosen_LBSK = order.spread(chosen_LBSK, axis=2)
         main = None if chosen_LBSK is None else chosen_LBSK[: self.config.num_moe_layers]
         x, stats, memories = self.run_layers(
-            self.embedded(tokens_BS), context, memories=memories, chosen_LBSK=main, absorbed=absorbed
+            self.embedded(order.spread(tokens_BS)),
+            _in(order, context),
+            memories=memories,
+            chosen_LBSK=main,
+            absorbed=absorbed,
         )
         hidden, mtp_hidden = self.norm(x), None
         if mtp:
@@ -120,10 +130,14 @@ class Transformer(nnx.Module):
                 raise ValueError("mtp=True needs num_nextn_predict_layers=1 and no memories")
             chosen_BSK = None if chosen_LBSK is None else chosen_LBSK[self.config.num_moe_layers]
             # A row's last token has no next one and counts as padding.
-            following_BS = jnp.roll(tokens_BS, -1, axis=1)
-            ahead = dataclasses.replace(context, segment_ids_BS=mtp_segments(context.segment_ids_BS))
+            following_BS = order.spread(jnp.roll(tokens_BS, -1, axis=1))
+            ahead = _in(order, dataclasses.replace(context, segment_ids_BS=mtp_segments(context.segment_ids_BS)))
             mtp_hidden, mtp_stats, _ = self.predict_next(hidden, following_BS, ahead, chosen_BSK=chosen_BSK)
+            mtp_hidden = order.back(mtp_hidden)
             stats = joined([stats, jax.tree.map(lambda leaf: leaf[None], mtp_stats)])
+        hidden = order.back(hidden)
+        if stats is not None:
+            stats = dataclasses.replace(stats, experts_BSK=order.back(stats.experts_BSK, axis=2))
         speaks = head and self.score is None
         logits, scores = self.logits(hidden) if speaks else None, None if speaks or not head else self.scores(hidden)
         return ModelOutput(logits, hidden, mtp_hidden, stats, memories, scores)
@@ -149,6 +163,7 @@ class Transformer(nnx.Module):
             positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1], dtype=jnp.int32), tokens_BS.shape)
         visible = Visible.rows(segment_ids_BS) if visible is None else visible
         segment_ids_BS = jnp.ones_like(tokens_BS) if segment_ids_BS is None else segment_ids_BS
+        segment_ids_BS = numbered(segment_ids_BS, self.compute.rules)
         return Context(rotary_tables(self.config, positions_BS), visible, segment_ids_BS)
 
     def embedded(self, tokens_BS: Int[Array, "B S"]) -> Float[Array, "B S D"]:
@@ -280,6 +295,12 @@ class Transformer(nnx.Module):
         body = _rematerialised(layer, self.compute.remat, looped=_count(state) > unroll)
         (x_BSD, memories), router = jax.lax.scan(body, (x_BSD, memories), (weights, bias, chosen), unroll=unroll)
         return x_BSD, router, memories
+
+
+def _in(order: RowOrder, context: Context) -> Context:
+    """What layers need to know of rows in this order."""
+    rope, segment_ids_BS = jax.tree.map(order.spread, (context.rope, context.segment_ids_BS))
+    return Context(rope, order.seen(context.visible), segment_ids_BS)
 
 
 def joined(stats: list[RouterStats | None]) -> RouterStats | None:

@@ -166,40 +166,6 @@ def per_device(function: Callable[..., Any], rules: ShardingRules, operands: Any
     return jax.shard_map(function, in_specs=specs, out_specs=rules.spec(out_axes), check_vma=False)(*operands)
 
 
-def per_row_and_head(
-    attend: Callable[..., jax.Array], rules: ShardingRules, operands: Sequence[jax.Array], visible: Any
-):
-    """``attend(*operands, visible)`` of (B S H …), or (B S …) for all heads, on each device's own rows and heads.
-
-    Where the mesh splits sequences a device has a part of the first operand's, its queries', and is told their places;
-    keys are gathered. A plain call, which the compiler splits if it can, where rows, heads or queries are split
-    unevenly, or places or lengths given.
-    """
-    mesh = current_mesh()
-
-    def ways(axis: str) -> int:
-        return 1 if mesh is None else math.prod(mesh.shape.get(name, 1) for name in getattr(rules, axis))
-
-    even = all(len(x) % ways("batch") == 0 and (x.ndim < 4 or x.shape[2] % ways("heads") == 0) for x in operands)
-    size, sequence = operands[0].shape[1], "sequence" if ways("sequence") > 1 else None
-    if sequence:
-        whole = (visible.in_row_order or visible.in_segments) and all(x.shape[1] == size for x in operands)
-        even = even and whole and size % ways(sequence) == 0
-    if not even:
-        return attend(*operands, visible)
-    if sequence:
-        visible = dataclasses.replace(visible, q_positions_BS=jnp.arange(size, dtype=jnp.int32)[None])
-    queries = "batch", sequence, "heads", None
-    axes = [("batch", None, "heads", None) if x.ndim == 4 else ("batch", None, None) for x in operands[1:]]
-
-    def of_rows(path, x):
-        along = sequence if path[0].name.startswith("q_") else None
-        return ("batch" if len(x) > 1 else None, *[along] * (x.ndim - 1))
-
-    rows = jax.tree_util.tree_map_with_path(of_rows, visible)
-    return per_device(attend, rules, (*operands, visible), (queries, *axes, rows), queries)
-
-
 def split_rows(arrays: Any, parts: int, rules: ShardingRules, name: str) -> Any:
     """Each array (B …) as (parts B/parts …): row r goes to part r mod parts, so that every device has some of each.
 

@@ -158,13 +158,22 @@ class _Sides(NamedTuple):
         grid, last = self.grid, self.grid.down
         if self.visible.below_diagonal:
             last = jnp.minimum(last, -(-(i + 1) * grid.rows // grid.columns))
+        elif self.visible.causal and self.visible.in_columns:
+            last = jnp.minimum(last, jnp.max(self.rows(self.visible.q_positions_BS, i, 1)) // grid.columns + 1)
         if self.visible.lengths_B is not None:
             last = jnp.minimum(last, -(-jnp.max(self.visible.lengths_B) // grid.columns))
         return last
 
     def first(self, j):
         """The first block of queries that can see any of block j of keys."""
-        return j * self.grid.columns // self.grid.rows if self.visible.below_diagonal else 0
+        grid = self.grid
+        if self.visible.below_diagonal:
+            return j * grid.columns // grid.rows
+        if not (self.visible.causal and self.visible.in_columns):
+            return 0
+        last_I = jnp.max(self.visible.q_positions_BS.reshape(-1, grid.across, grid.rows), axis=(0, 2))
+        seen_I = last_I >= j * grid.columns
+        return jnp.where(jnp.any(seen_I), jnp.argmax(seen_I), grid.across)
 
 
 def _block(array, index, size, axis):

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Int
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["q_positions_BS", "k_positions_BT", "q_segments_BS", "k_segments_BT", "lengths_B", "pages_BJ"],
-    meta_fields=["causal"],
+    meta_fields=["causal", "q_run"],
 )
 @dataclasses.dataclass(frozen=True)
 class Visible:
@@ -25,6 +25,9 @@ class Visible:
     pages_BJ: where the keys lie, for ``mla_decode`` alone: of a cache of P pages of N tokens, key t of row b is token
     ``t % N`` of page ``pages[b, t // N]``, in any order; rows may share pages. None: row b's keys lie side by side.
     Entries beyond a row's length may be any number.
+
+    q_run: where not 0, a promise: the positions of every so many queries, from the first on, go up one by one from a
+    multiple of that number. Kernels that cannot take queries one by one anywhere in a row may take them so.
     """
 
     q_positions_BS: jax.Array | None = None
@@ -34,6 +37,7 @@ class Visible:
     lengths_B: jax.Array | None = None
     causal: bool = True
     pages_BJ: jax.Array | None = None
+    q_run: int = 0
 
     @classmethod
     def rows(cls, segment_ids_BS: Int[Array, "B S"] | None = None) -> Self:
@@ -75,7 +79,7 @@ class Visible:
         sizes = {"q": queries, "k": keys}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value is None or field.name in ("causal", "pages_BJ"):
+            if value is None or field.name in ("causal", "pages_BJ", "q_run"):
                 continue
             shape = (batch, sizes[field.name[0]]) if field.name != "lengths_B" else (batch,)
             if value.shape not in (shape, (1, *shape[1:])):

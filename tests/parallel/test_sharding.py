@@ -1,7 +1,5 @@
 """Logical axes to mesh axes: where arrays go, and the splits that are refused."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,11 +13,9 @@ from deepseek_jax.parallel.sharding import (
     ShardingRules,
     constrain,
     named_sharding,
-    per_row_and_head,
     place_batch,
     tree_shardings,
 )
-from deepseek_kernels import Target, Visible, mla_attention
 
 
 def test_rules_give_the_partition():
@@ -108,34 +104,3 @@ def test_constrain_places_on_the_current_mesh_and_does_nothing_without():
     with jax.set_mesh(mesh):
         y = jax.jit(lambda x: constrain(x + 1, ShardingRules(), "batch", "sequence", None))(x)
     assert isinstance(y.sharding, NamedSharding) and y.sharding.shard_shape(y.shape) == (2, 2, 6)
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_attention_of_split_sequences_is_that_of_whole_ones(packed):
-    """Queries on four devices, two heads on two, against the definition without a mesh; with its gradients."""
-    rng = np.random.default_rng(0)
-    q, kv, pe = (
-        jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in [(2, 16, 2, 6), (2, 16, 2, 8), (2, 16, 2)]
-    )
-    ids = jnp.asarray(np.sort(rng.integers(0, 4, (2, 16)), axis=1))
-    visible = Visible.rows(ids) if packed else Visible()
-
-    def run(attend):
-        loss = lambda *operands: jnp.sum(jnp.sin(attend(*operands)))  # noqa: E731
-        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(q, kv, pe)
-
-    expected = run(functools.partial(mla_attention, visible=visible, scale=0.5, implementation="reference"))
-    with jax.set_mesh(make_mesh(MeshConfig(context=4, tensor=2))):
-        inner = functools.partial(mla_attention, scale=0.5)
-        found = run(lambda *operands: per_row_and_head(inner, ShardingRules(), operands, visible))
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), found, expected)
-
-
-def test_attention_of_split_sequences_takes_the_kernel_of_a_tpu():
-    mesh = make_mesh(MeshConfig(data=2, context=4))
-    shapes = (2, 512, 2, 192), (2, 512, 2, 256), (2, 512, 64)
-    operands = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
-    inner = functools.partial(mla_attention, scale=0.1, target=Target("tpu", "TPU v5p"), implementation="splash")
-    with jax.set_mesh(mesh):
-        attend = lambda *operands: per_row_and_head(inner, ShardingRules(), operands, Visible())  # noqa: E731
-        assert jax.eval_shape(attend, *operands).shape == (2, 512, 2, 128)

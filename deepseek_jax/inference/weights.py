@@ -29,7 +29,7 @@ def sampling_rules(rules: ShardingRules, params: Any = None) -> ShardingRules:
     """
     scaled = lambda leaf: isinstance(leaf, BlockScaled)  # noqa: E731
     experts = rules.experts if any(map(scaled, jax.tree.leaves(params, is_leaf=scaled))) else ()
-    return dataclasses.replace(rules, sequence=(), embed=(), experts=experts, expert_embed=())
+    return dataclasses.replace(rules, sequence=(), embed=(), latent=(), experts=experts, expert_embed=())
 
 
 def sampling_config(config: ModelConfig) -> ModelConfig:

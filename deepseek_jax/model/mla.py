@@ -39,10 +39,10 @@ class MLA(nnx.Module):
             self.q_norm = RMSNorm(config, compute, Q, eps=LATENT_EPS)
         else:
             self.q_a = self.q_norm = None
-        self.q_b = param(config, compute, rngs, (Q or D, H, N + R), (None if Q else "embed", "heads", None))
+        self.q_b = param(config, compute, rngs, (Q or D, H, N + R), ("latent" if Q else "embed", "heads", None))
         self.kv_a = Linear(config, compute, (D, C + R), ("embed", None), bias=config.attention_bias, rngs=rngs)
         self.kv_norm = RMSNorm(config, compute, C, eps=LATENT_EPS)
-        self.kv_b = param(config, compute, rngs, (C, H, N + V), (None, "heads", None))
+        self.kv_b = param(config, compute, rngs, (C, H, N + V), ("latent", "heads", None))
         self.o = param(config, compute, rngs, (H, V, D), ("heads", None, "embed"))
         self.o_bias = zeros(compute, (D,), ("embed",)) if config.attention_bias else None
 

@@ -21,6 +21,7 @@ from deepseek_jax.model.router import RouterStats
 from deepseek_jax.parallel.context import RowOrder, numbered
 from deepseek_jax.parallel.mesh import current_mesh
 from deepseek_jax.parallel.sharding import constrain
+from deepseek_jax.parallel.table import rows_of_table
 from deepseek_kernels import BlockScaled, InStack, Visible, look_up, product
 from deepseek_kernels.kept import KEPT
 
@@ -169,12 +170,9 @@ class Transformer(nnx.Module):
     def embedded(self, tokens_BS: Int[Array, "B S"]) -> Float[Array, "B S D"]:
         """The tokens' embeddings in the compute dtype."""
         with jax.named_scope("embed"):
-            # Cast behind the look-up: the gradient of a row that stands in many places is summed in float32. On several
-            # devices a row's gradients lie on all of them, and XLA knows best how to bring them together.
-            mesh = current_mesh()
-            how = "auto" if mesh is None or mesh.size == 1 else "scatter"
-            rows = look_up(self.embed[...], tokens_BS, target=self.compute.kernels, implementation=how)
-            x = rows.astype(self.compute.dtype)
+            # Cast behind the look-up: the gradient of a row that stands in many places is summed in float32.
+            find = functools.partial(look_up, target=self.compute.kernels)
+            x = rows_of_table(find, self.embed[...], tokens_BS, self.compute.dtype, self.compute.rules)
             return constrain(x, self.compute.rules, "batch", "sequence", None)
 
     def run_layers(

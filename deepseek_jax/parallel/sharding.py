@@ -28,6 +28,8 @@ class ShardingRules:
     """Mesh axes that split the sequence."""
     embed: tuple[str, ...] = ("fsdp",)
     """Mesh axes that split the model width."""
+    latent: tuple[str, ...] = ("fsdp",)
+    """Mesh axes that split the latents' widths of MLA's up-projections."""
     heads: tuple[str, ...] = ("tensor",)
     """Mesh axes that split the heads."""
     mlp: tuple[str, ...] = ("tensor",)
@@ -125,35 +127,41 @@ def _check_split(mesh: Mesh | AbstractMesh, axis: str | None, split: Sequence[st
 
 
 def per_batch_shard(
-    function: Callable[..., tuple[Any, Any]],
+    function: Callable[..., tuple[Any, Any, Any]],
     rules: ShardingRules,
     split: Sequence[jax.Array],
-    whole: Sequence[jax.Array],
-) -> tuple[Any, Any]:
-    """``function(*split, *whole) -> (by position, sums)`` on each device's own rows and positions.
+    w_DW: jax.Array,
+) -> tuple[Any, Any, Any]:
+    """``function(*split, w_DW) -> (by position, sums, dw_DW)`` on each device's own rows, positions and columns of w.
 
-    split: arrays (B S …), as are the results by position. whole: seen by every device, but for axes that the batch does
-    not use (the vocabulary's), which stay the compiler's. sums: over rows and positions; what the function adds up
-    stays on its device, and the mesh adds once, at the end. Without a mesh, a plain call.
+    split: arrays (B S …), as are the results by position, which devices with other columns must agree on (``split_by``
+    of ``rules.vocab`` are the axes between them). sums, and dw, the gradient of w or None, are over the device's own rows and
+    positions: the mesh adds them once, whatever loops are inside, dw in its dtype and straight to where w's parts lie.
+    On one device a plain call.
     """
     mesh = current_mesh()
-    if mesh is None:
-        return function(*split, *whole)
+    if mesh is None or mesh.size == 1:
+        return function(*split, w_DW)
     axes = (*rules.batch, *rules.sequence)
-    rows, everywhere = rules.spec(("batch", "sequence")), PartitionSpec()
+    scattered = tuple(name for name in rules.embed if name in axes)
+    others = tuple(name for name in axes if name not in scattered)
+    rows, columns = rules.spec(("batch", "sequence")), rules.spec((None, "vocab"))
 
     def local(*args):
-        by_position, sums = function(*args)
-        return by_position, jax.tree.map(lambda total: jax.lax.psum(total, axes), sums)
+        by_position, sums, dw_DW = function(*args)
+        if dw_DW is not None:
+            dw_DW = jax.lax.psum(jax.lax.psum_scatter(dw_DW, scattered, tiled=True) if scattered else dw_DW, others)
+        return by_position, jax.tree.map(lambda total: jax.lax.psum(total, axes), sums), dw_DW
 
-    return jax.shard_map(
-        local,
-        mesh=mesh,
-        axis_names=set(axes),
-        in_specs=(*[rows] * len(split), *[everywhere] * len(whole)),
-        out_specs=(rows, everywhere),
-        check_vma=False,
-    )(*split, *whole)
+    gradient = PartitionSpec(scattered or None, *columns[1:])
+    specs = {"in_specs": (*[rows] * len(split), columns), "out_specs": (rows, PartitionSpec(), gradient)}
+    return jax.shard_map(local, **specs, check_vma=False)(*split, w_DW)
+
+
+def split_by(axes: Sequence[str]) -> tuple[str, ...]:
+    """Those of these mesh axes over which the current mesh has several devices."""
+    mesh = current_mesh()
+    return () if mesh is None else tuple(name for name in axes if mesh.shape[name] > 1)
 
 
 def per_device(function: Callable[..., Any], rules: ShardingRules, operands: Any, axes: Any, out_axes: Axes) -> Any:

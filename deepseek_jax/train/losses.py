@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.model.router import count_sequences
 from deepseek_jax.model.transformer import Transformer
-from deepseek_jax.parallel.sharding import per_batch_shard
+from deepseek_jax.parallel.sharding import per_batch_shard, split_by
 from deepseek_jax.typed import check_least, check_types
 from deepseek_kernels import Visible, product, weight_gradient
 
@@ -39,30 +39,52 @@ def score_targets(
     splitting the sequence leaves the rows where the mesh has put them.
     """
 
+    between = split_by(compute.rules.vocab)
+
     @jax.checkpoint
     def score(w_DW, hidden, targets, *temperature):
         logits = _head(hidden, w_DW, compute.kernels)
         if temperature:  # 0 behind the end of the last chunk
             logits = logits / jnp.where(temperature[0] == 0, 1, temperature[0])[..., None]
-        log_z = jax.nn.logsumexp(logits, axis=-1)
-        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        log_z = _log_sum(logits, between)[..., 0]
+        chosen = _at(logits, targets, between)[0]
         p = jax.lax.stop_gradient(jnp.exp(logits - log_z[..., None]))
-        entropy = jax.lax.stop_gradient(log_z - jnp.sum(p * logits, axis=-1))
+        mean = jnp.sum(p * logits, axis=-1)
+        entropy = jax.lax.stop_gradient(log_z - (jax.lax.psum(mean, between) if between else mean))
         return chosen - log_z, entropy
 
     def on_device(*arrays):
         *split, w_DW = arrays
         _, scores = jax.lax.scan(lambda _, piece: (None, score(w_DW, *piece)), None, _pieces(chunk, *split))
-        return tuple(_joined(x, split[0].shape[1]) for x in scores), ()
+        return tuple(_joined(x, split[0].shape[1]) for x in scores), (), None
 
     split = [hidden_BSD, targets_BS]
     if temperature_B1 is not None:
         split.append(jnp.broadcast_to(temperature_B1, targets_BS.shape))
-    return TokenScores(*per_batch_shard(on_device, compute.rules, split, [w_DW])[0])
+    return TokenScores(*per_batch_shard(on_device, compute.rules, split, w_DW)[0])
 
 
 def _head(hidden, w_DW, target):
     return product("bsd,dw->bsw", hidden, w_DW, dtype=jnp.float32, target=target)
+
+
+def _log_sum(logits, between):
+    """``log Σ exp`` over the vocabulary, of which each device of the mesh axes ``between`` has a part: (… 1)."""
+    log_z = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    if not between:
+        return log_z
+    most = jax.lax.stop_gradient(jax.lax.pmax(jax.lax.stop_gradient(log_z), between))
+    return most + jnp.log(jax.lax.psum(jnp.exp(log_z - most), between))
+
+
+def _at(logits, targets, between):
+    """The targets' logits, and the targets as columns of this device's part, which one of another part is not."""
+    if not between:
+        return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0], targets
+    targets = targets - jax.lax.axis_index(between) * logits.shape[-1]
+    here = (targets >= 0) & (targets < logits.shape[-1])
+    chosen = jnp.take_along_axis(logits, jnp.where(here, targets, 0)[..., None], axis=-1)[..., 0]
+    return jax.lax.psum(jnp.where(here, chosen, 0), between), targets
 
 
 def _head_gradients(hidden, w_DW, dlogits, target):
@@ -83,7 +105,7 @@ def cross_entropy(
     """``-Σ weights · log softmax(hidden · w)`` at the targets, ``chunk`` positions of each row at a time.
 
     Where a gradient is asked for, it is taken while a chunk's logits are there, so that they are computed once; w's is
-    added up on each device, and over the mesh after the last chunk. Differentiable in hidden and w.
+    added up on each device, and over the mesh after the last chunk, in w's dtype. Differentiable in hidden and w.
     """
     loss: jax.Array = _cross_entropy(hidden_BSD, w_DW, targets_BS, weights_BS, chunk, compute)
     return loss
@@ -96,13 +118,16 @@ def _cross_entropy(hidden_BSD, w_DW, targets_BS, weights_BS, chunk, compute):
 
 
 def _cross_entropy_forward(hidden_BSD, w_DW, targets_BS, weights_BS, chunk, compute):
+    rules, between = compute.rules, split_by(compute.rules.vocab)
+    sums = w_DW.dtype if split_by((*rules.batch, *rules.sequence)) else jnp.float32
+
     def body(w_DW, carry, piece):
         loss, dw_DW = carry
         hidden, targets, weights = piece
         logits = _head(hidden, w_DW, compute.kernels)
-        log_z = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-        loss += jnp.sum(weights * (log_z - jnp.take_along_axis(logits, targets[..., None], axis=-1))[..., 0])
-        right = targets[..., None] == jnp.arange(logits.shape[-1])
+        log_z, (chosen, columns) = _log_sum(logits, between), _at(logits, targets, between)
+        loss += jnp.sum(weights * (log_z[..., 0] - chosen))
+        right = columns[..., None] == jnp.arange(logits.shape[-1])
         dlogits = weights[..., None] * (jnp.exp(logits - log_z) - right)
         dhidden, dw = _head_gradients(hidden, w_DW, dlogits, compute.kernels)
         return (loss, dw_DW + dw), dhidden
@@ -110,12 +135,15 @@ def _cross_entropy_forward(hidden_BSD, w_DW, targets_BS, weights_BS, chunk, comp
     def on_device(hidden, targets, weights, w_DW):
         zero = jnp.float32(0), jnp.zeros(w_DW.shape, jnp.float32)
         pieces = _pieces(chunk, hidden, targets, weights)
-        sums, dhidden = jax.lax.scan(functools.partial(body, w_DW), zero, pieces)
-        return _joined(dhidden, hidden.shape[1]), sums
+        (loss, dw_DW), dhidden = jax.lax.scan(functools.partial(body, w_DW), zero, pieces)
+        dhidden = _joined(dhidden, hidden.shape[1])
+        if between:
+            dhidden = jax.lax.psum(dhidden.astype(hidden.dtype), between)
+        return dhidden, loss, dw_DW.astype(sums)
 
     # Cast before it is gathered.
     split, cast_DW = [hidden_BSD, targets_BS, weights_BS], w_DW.astype(hidden_BSD.dtype)
-    dhidden_BSD, (loss, dw_DW) = per_batch_shard(on_device, compute.rules, split, [cast_DW])
+    dhidden_BSD, loss, dw_DW = per_batch_shard(on_device, rules, split, cast_DW)
     return loss, (dhidden_BSD, dw_DW, hidden_BSD[:0], w_DW[:0])
 
 

@@ -52,11 +52,11 @@ class ComputeConfig:
     fp8_matmul: str = "auto"
     """Of the other products with FP8 weights; hopper_fp8 as above."""
     dispatch: Literal["gather", "all_to_all"] = "gather"
-    """How tokens come to experts on other devices: every token to all devices of the group (gather), or one copy to each
-    that has any of its experts, in a buffer of fixed size (all_to_all)."""
+    """How tokens come to experts on other devices: every token to all devices of the group (gather), or a copy to each
+    device with any of its experts, in a buffer of fixed size (all_to_all)."""
     dispatch_capacity: float = 1.5
     """all_to_all: room for so many times the copies that a device gets from another on average; what finds none is
-    dropped, and counted in the metric ``dropped``."""
+    dropped, and counted in the metrics ``dropped`` and ``dropped_sum``."""
     dispatch_nodes: int = 1
     """all_to_all: nodes that the group spans; above 1 a token goes to each node at most once, and on from there."""
     rules: ShardingRules = ShardingRules()

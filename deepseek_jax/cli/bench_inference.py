@@ -21,7 +21,7 @@ from deepseek_jax.inference.cache import Cache
 from deepseek_jax.inference.generate import Decoding, Generated, begin, go_on
 from deepseek_jax.inference.requests import Requests, make_requests
 from deepseek_jax.inference.sampling import SamplingParams
-from deepseek_jax.inference.weights import random_weights, sampling_config, sampling_rules
+from deepseek_jax.inference.weights import random_weights, sampling_compute, sampling_config
 from deepseek_jax.model import transformer
 from deepseek_jax.model.costs import attention_flops, count_parameters, forward_flops
 from deepseek_jax.parallel.mesh import make_mesh
@@ -44,7 +44,7 @@ class Setting:
     @classmethod
     def of(cls, recipe: PretrainConfig, prompt: int, answer: int, columns: int, fp8: bool) -> "Setting":
         mesh, config = make_mesh(recipe.mesh), sampling_config(recipe.model)
-        compute = dataclasses.replace(recipe.compute.on(mesh), rules=sampling_rules(recipe.compute.rules))
+        compute = sampling_compute(recipe.compute.on(mesh))
         compute = dataclasses.replace(compute, param_dtype="float8_e4m3") if fp8 else compute
         rng = np.random.default_rng(0)
         prompts = rng.integers(0, config.vocab_size, (recipe.batch_size, prompt)).tolist()
@@ -169,7 +169,8 @@ def _touched(its: Setting, load_LE: np.ndarray | None, context: int) -> float:
     read = sum(map(here, jax.tree.leaves(params))) - (0 if config.tie_word_embeddings else here(params["embed"]))
     if load_LE is not None:
         stored = 1 if its.compute.param_dtype == "float8_e4m3" else itemsize
-        one = 3 * config.hidden_size * config.moe_intermediate_size * stored / _ways(its.mesh, rules.expert_mlp)
+        ways = _ways(its.mesh, (*rules.experts, *rules.expert_mlp))
+        one = 3 * config.hidden_size * config.moe_intermediate_size * stored / ways
         read -= one * np.sum(load_LE == 0)
     numbers = config.cache_numbers_per_token_layer * config.num_hidden_layers
     return read + its.batch / _ways(its.mesh, rules.batch) * context * numbers * itemsize

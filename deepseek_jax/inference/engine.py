@@ -16,7 +16,7 @@ from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.inference.generate import Generated, begin, generate, go_on
 from deepseek_jax.inference.requests import Requests, make_requests
 from deepseek_jax.inference.sampling import SamplingParams
-from deepseek_jax.inference.weights import sampling_config, sampling_rules, sampling_weights
+from deepseek_jax.inference.weights import sampling_compute, sampling_config, sampling_weights
 from deepseek_jax.model import transformer
 from deepseek_jax.parallel.sharding import ShardingRules
 
@@ -56,9 +56,9 @@ class Engine:
         model.config.check_speaks()
         self.config, self.mesh = model.config, model.mesh
         self.tokenizer = model.text if tokenizer is None else tokenizer.over(model.config.vocab_size)
-        self.compute = dataclasses.replace(
-            model.compute, rules=rules or sampling_rules(model.compute.rules, model.params)
-        )
+        self.compute = sampling_compute(model.compute)
+        if rules is not None:
+            self.compute = dataclasses.replace(self.compute, rules=rules)
         self._given: tuple[Any, jax.Array | None] | None = (model.params, model.router_bias)
         self._weights: tuple[Any, jax.Array | None] | None = None
         self._lock = threading.Lock()

@@ -21,15 +21,16 @@ _FP8_WIDTH = 64.0  # of random FP8 numbers: 7 of it are the largest
 READ_BY_HEAD = ("kv_b",)  # dequantised in each step, which would turn it back
 
 
-def sampling_rules(rules: ShardingRules, params: Any = None) -> ShardingRules:
-    """What splits weights by heads, feed-forward width and vocabulary stays; nothing else is split but the batch, and
-    experts whose ``params`` are in FP8, to whom the tokens come.
+def sampling_rules(rules: ShardingRules) -> ShardingRules:
+    """What splits weights by experts, heads, feed-forward width and vocabulary stays; nothing else is split but the
+    batch. A weight that is split by model width would be gathered anew for every token."""
+    return dataclasses.replace(rules, sequence=(), embed=(), latent=(), expert_embed=())
 
-    A weight that is split by model width, or by experts in another dtype, would be gathered anew for every token.
-    """
-    scaled = lambda leaf: isinstance(leaf, BlockScaled)  # noqa: E731
-    experts = rules.experts if any(map(scaled, jax.tree.leaves(params, is_leaf=scaled))) else ()
-    return dataclasses.replace(rules, sequence=(), embed=(), latent=(), experts=experts, expert_embed=())
+
+def sampling_compute(compute: ComputeConfig) -> ComputeConfig:
+    """With ``sampling_rules``, and tokens gathered by the devices of their experts: an answer depends on no other's
+    tokens, so none may be dropped, and with room for all a copy for each device is no less."""
+    return dataclasses.replace(compute, rules=sampling_rules(compute.rules), dispatch="gather")
 
 
 def sampling_config(config: ModelConfig) -> ModelConfig:

@@ -1,5 +1,6 @@
 """DeepSeekMoE: fine-grained routed experts beside shared ones (MoE section 3, V3 equations 12–15)."""
 
+import dataclasses
 import functools
 
 import jax
@@ -58,4 +59,4 @@ class DeepSeekMoE(nnx.Module):
         if self.shared is not None:
             with jax.named_scope("shared_experts"):
                 y = y + self.shared(x_BSD)
-        return y, stats.replace(dropped=dropped)
+        return y, dataclasses.replace(stats, dropped=stats.dropped + dropped)

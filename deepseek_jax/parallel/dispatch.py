@@ -91,8 +91,8 @@ def by_copies(
 
 @dataclasses.dataclass(frozen=True)
 class _Hop:
-    """An exchange among the ``parts`` devices of each of ``groups`` along ``axes``, this one's number in its group being
-    ``place``; to each belong ``own`` experts, and it takes ``rows`` copies from each."""
+    """An exchange among the ``parts`` devices of each of ``groups`` along ``axes``, of which this one is number
+    ``place``. Each has ``own`` experts, and takes ``rows`` copies from each."""
 
     axes: Axes
     groups: list[list[int]]

@@ -39,9 +39,10 @@ def exchange(
     Over ``rules.expert_embed`` matrices are gathered, in x's dtype, and their gradients reduce-scattered; those in FP8
     as they are. Where ``rules.expert_mlp`` splits their width F, the partial sums are added up.
     """
-    mesh, operands = current_mesh(), (x_BSD, weights_BSK, experts_BSK, wi_ED2F, wo_EFD)
+    mesh = current_mesh()
     if mesh is None or mesh.size == 1:
-        return experts(*map(_flat, operands[:3]), *operands[3:], None).reshape(x_BSD.shape), jnp.float32(0)
+        y_TD = experts(_flat(x_BSD), _flat(weights_BSK), _flat(experts_BSK), wi_ED2F, wo_EFD, None)
+        return y_TD.reshape(x_BSD.shape), jnp.float32(0)
     ways = lambda names: math.prod(mesh.shape[name] for name in names)  # noqa: E731
     embed, width = rules.expert_embed, rules.expert_mlp
     if block_scaled(wi_ED2F) is not None or block_scaled(wo_EFD) is not None:
@@ -59,7 +60,7 @@ def exchange(
             wi_ED2F = jax.lax.all_gather(wi_ED2F, embed, axis=1, tiled=True)
             wo_EFD = jax.lax.all_gather(wo_EFD, embed, axis=2, tiled=True)
         mean, own = experts_BSK.size * ways(ours) // ways(rules.experts), wo_EFD.shape[0]
-        local = lambda *tokens: in_rounds(experts, mean, *tokens, wi_ED2F, wo_EFD)  # noqa: E731
+        local = lambda x, weights, ours: in_rounds(experts, mean, x, weights, ours, wi_ED2F, wo_EFD)  # noqa: E731
         tokens = _flat(x_BSD), _flat(weights_BSK).astype(jnp.float32), _flat(experts_BSK)
         if copied:
             y_TD, dropped = by_copies(local, tokens, rules.experts, ways(rules.experts), own, dispatch)

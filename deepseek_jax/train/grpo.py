@@ -141,7 +141,7 @@ class GRPOLoss:
         of the answer that a token belongs to, and ``advantages`` and ``truncated`` are of tokens.
         """
         del step
-        scores, load_LE = score_tokens(model, batch, self.chunk)
+        scores, routing = score_tokens(model, batch, self.chunk)
         new_BS = scores.logprob_BS
         # Position i scores the token at i + 1; move every per-token input there.
         mask_BS = shift(self._mask(batch), 1)
@@ -174,9 +174,7 @@ class GRPOLoss:
             "clip_fraction": mean(clipped_BS.astype(jnp.float32)),
             "entropy": mean(scores.entropy_BS),
         }
-        if load_LE is not None:
-            parts["load"] = load_LE
-        return loss, parts
+        return loss, parts | routing
 
     def _gain(self, ratio_BS, advantage_BX, new_BS):
         """What each token adds to the objective, and whether it was clipped."""

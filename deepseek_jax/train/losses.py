@@ -9,7 +9,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from deepseek_jax.compute import ComputeConfig
-from deepseek_jax.model.router import count_sequences
+from deepseek_jax.model.router import RouterStats, count_sequences
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.sharding import per_batch_shard, split_by
 from deepseek_jax.typed import check_least, check_types
@@ -240,7 +240,7 @@ class LanguageModelLoss:
                 loss = loss + weight * parts["mtp"]
             if out.router is not None:
                 parts["balance"] = jnp.sum(out.router.balance) / norm["sequences"]
-                parts["load"] = out.router.load_E
+                parts |= routed(model, out.router)
                 loss = loss + self.balance_weight * parts["balance"]
         return loss, parts
 
@@ -251,6 +251,14 @@ class LanguageModelLoss:
         segments = (batch["segment_ids"] > 0).astype(jnp.int32)
         positions = jnp.broadcast_to(jnp.arange(segments.shape[1], dtype=jnp.int32), segments.shape)
         return {**batch, "segment_ids": segments, "positions": positions}
+
+
+def routed(model: Transformer, stats: RouterStats | None) -> dict[str, jax.Array]:
+    """The routers' ``load`` (L E), where there are experts, and what was ``dropped`` (L) where they may drop."""
+    if stats is None:
+        return {}
+    dropped = {"dropped": stats.dropped} if model.compute.dispatch == "all_to_all" else {}
+    return {"load": stats.load_E, **dropped}
 
 
 def shift(x_BS: jax.Array, ahead: int) -> jax.Array:

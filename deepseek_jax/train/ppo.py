@@ -27,6 +27,7 @@ from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model import transformer
 from deepseek_jax.model.transformer import Transformer
+from deepseek_jax.train.losses import routed
 from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer
 from deepseek_jax.train.scoring import in_parts
 from deepseek_jax.train.state import TrainState, abstract_state, create_state
@@ -98,8 +99,8 @@ def advantages(
     return jnp.swapaxes(A_SB, 0, 1)
 
 
-def values(critic: Transformer, batch: Batch) -> tuple[Float[Array, "B S"], jax.Array | None]:
-    """V of what stands before each token, in the token's column (0 in the first), and the routers' loads (L E)."""
+def values(critic: Transformer, batch: Batch) -> tuple[Float[Array, "B S"], dict[str, jax.Array]]:
+    """V of what stands before each token, in the token's column (0 in the first), and ``losses.routed``."""
     out = critic(
         batch["tokens"],
         positions_BS=batch["positions"],
@@ -107,7 +108,7 @@ def values(critic: Transformer, batch: Batch) -> tuple[Float[Array, "B S"], jax.
         visible=Visible.rows(batch["segment_ids"] if "answer_tokens" in batch else None),
     )
     assert out.scores is not None
-    return jnp.pad(out.scores[:, :-1, 0], ((0, 0), (1, 0))), None if out.router is None else out.router.load_E
+    return jnp.pad(out.scores[:, :-1, 0], ((0, 0), (1, 0))), routed(critic, out.router)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +124,7 @@ class ValueLoss:
         self, model: Transformer, batch: Batch, norm: Batch, step: Int[Array, ""]
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         del step
-        new_BS, load_LE = values(model, batch)
+        new_BS, routing = values(model, batch)
         old_BS, returns_BS = batch["values"], batch["returns"]
         error_BS = jnp.square(new_BS - returns_BS)
         clipped_BS = jnp.zeros_like(error_BS)
@@ -132,9 +133,7 @@ class ValueLoss:
             clipped_BS = jnp.square(near_BS - returns_BS)
         mean = lambda x_BS: jnp.sum(x_BS * batch["loss_mask"]) / norm["tokens"]  # noqa: E731
         parts = {"clip_fraction": mean((clipped_BS > error_BS).astype(jnp.float32))}
-        if load_LE is not None:
-            parts["load"] = load_LE
-        return 0.5 * mean(jnp.maximum(error_BS, clipped_BS)), parts
+        return 0.5 * mean(jnp.maximum(error_BS, clipped_BS)), parts | routing
 
 
 def with_critic(

@@ -27,7 +27,7 @@ class Progress:
         stage: str,
         total: int,
         *,
-        keys: Sequence[str] = ("loss", "reward", "tokens_per_second"),
+        keys: Sequence[str] = ("loss", "reward", "dropped_sum", "tokens_per_second"),
         every_seconds: float = 10.0,
         console: Console | None = None,
     ) -> None:

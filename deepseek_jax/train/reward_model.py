@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from deepseek_jax.model.transformer import Transformer
+from deepseek_jax.train.losses import routed
 from deepseek_kernels import Visible
 
 
@@ -35,18 +36,16 @@ class RewardModelLoss:
         """The share of a microbatch in the batch's loss; ``agreement`` is the share of margins over 0, one of 0 being
         half of one."""
         del step
-        margin_BI, there_BI, load_LE = margins(model, batch)
+        margin_BI, there_BI, routing = margins(model, batch)
         mean = lambda x_BI: jnp.sum(jnp.where(there_BI, x_BI, 0.0)) / norm["items"]  # noqa: E731
         parts = {"agreement": mean((jnp.sign(margin_BI) + 1) / 2), "margin": mean(margin_BI)}
-        if load_LE is not None:
-            parts["load"] = load_LE
-        return mean(jax.nn.softplus(-margin_BI)), parts
+        return mean(jax.nn.softplus(-margin_BI)), parts | routing
 
 
 def margins(
     model: Transformer, batch: dict[str, jax.Array]
-) -> tuple[Float[Array, "B I"], Bool[Array, "B I"], jax.Array | None]:
-    """Each item's margin, whether there is such an item in the row, and the routers' loads (L E)."""
+) -> tuple[Float[Array, "B I"], Bool[Array, "B I"], dict[str, jax.Array]]:
+    """Each item's margin, whether there is such an item in the row, and ``losses.routed``."""
     out = model(
         batch["tokens"],
         positions_BS=batch["positions"],
@@ -57,7 +56,7 @@ def margins(
     sign_BS = batch["loss_mask"] * jnp.where(batch["segment_ids"] % 2 == 1, 1.0, -1.0)
     margin_BI = _by_item(batch, sign_BS * out.scores[..., 0])
     there_BI = _by_item(batch, batch["loss_mask"]) > 0
-    return margin_BI, there_BI, None if out.router is None else out.router.load_E
+    return margin_BI, there_BI, routed(model, out.router)
 
 
 def _by_item(batch: dict[str, jax.Array], x_BS: jax.Array) -> jax.Array:

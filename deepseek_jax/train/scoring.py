@@ -11,7 +11,7 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.model import transformer
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.sharding import ShardingRules, split_rows
-from deepseek_jax.train.losses import TokenScores, score_targets, shift
+from deepseek_jax.train.losses import TokenScores, routed, score_targets, shift
 from deepseek_jax.train.reference import Reference
 from deepseek_jax.train.state import TrainState
 from deepseek_kernels import Visible
@@ -19,8 +19,8 @@ from deepseek_kernels import Visible
 Batch = dict[str, jax.Array]
 
 
-def score_tokens(model: Transformer, batch: Batch, chunk: int) -> tuple[TokenScores, jax.Array | None]:
-    """The scores at position i of the token at i + 1, and the routers' loads (L E) where there are experts.
+def score_tokens(model: Transformer, batch: Batch, chunk: int) -> tuple[TokenScores, dict[str, jax.Array]]:
+    """The scores at position i of the token at i + 1, and what ``losses.routed`` says of the routers.
 
     Where the batch has them, ``temperature`` (B 1) divides the logits, as the sampler's did, and ``experts`` (B S L K)
     are those that each MoE layer takes, -1 leaving the choice to its router. ``answer_tokens``: rows hold several
@@ -44,7 +44,7 @@ def score_tokens(model: Transformer, batch: Batch, chunk: int) -> tuple[TokenSco
         temperature_B1=batch.get("temperature"),
         compute=model.compute,
     )
-    return scores, None if out.router is None else out.router.load_E
+    return scores, routed(model, out.router)
 
 
 def score_batch(model: Transformer, batch: Batch, *, chunk: int, microbatches: int = 1) -> Float[Array, "B S"]:

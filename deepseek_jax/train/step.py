@@ -95,13 +95,15 @@ def make_step(
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, finite=finite)
             params = keep_if(finite, optax.apply_updates(state.params, updates), state.params)
-        load_LE = parts.pop("load", None)
+        load_LE, dropped_L = parts.pop("load", None), parts.pop("dropped", None)
         moved = _moved_bias(state, load_LE, options), _averaged(state.ema, params, options.ema_decay)
         router_bias, ema = keep_if(finite, moved, (state.router_bias, state.ema))
         new = dataclasses.replace(state, params=params, opt_state=opt_state, router_bias=router_bias, ema=ema)
         metrics = {"loss": value, **parts, "grad_norm": grad_norm, "finite": finite.astype(jnp.float32)}
         if load_LE is not None:
             metrics |= load_metrics(load_LE)
+        if dropped_L is not None:  # choices (token, expert) of a step
+            metrics |= {"dropped": dropped_L, "dropped_sum": jnp.sum(dropped_L)}
         if new.router_bias is not None:
             metrics["bias_range"] = jnp.mean(jnp.max(new.router_bias, 1) - jnp.min(new.router_bias, 1))
         return new, metrics

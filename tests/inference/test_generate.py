@@ -217,7 +217,9 @@ def test_each_device_answers_its_rows(mesh):
     assert buffer.format(batch // ways) in text and buffer.format(batch) not in text
     if ways == mesh.size:  # no weight is gathered for a token; what top_k gathers is the router's scores
         loop = [line for line in text.splitlines() if "decode/while/body" in line]
-        assert loop and not [line for line in loop if "all-gather(" in line and "router/" not in line]
+        gathered = [line for line in loop if "all-gather(" in line and "router/" not in line]
+        # Tokens come to the two devices of their experts.
+        assert gathered and all("experts/" in line and f"[{2 * batch // ways}," in line for line in gathered), gathered
     expected = run(prompts, sampling=SAMPLED, seed=3, experts=True)
     found = trimmed(out, len(prompts))
     np.testing.assert_array_equal(found.tokens_BN, expected.tokens_BN)

@@ -419,7 +419,7 @@ def test_the_learner_takes_the_experts_that_the_sampler_took():
     assert np.array_equal(batch["experts"][:, :, 0, 0] >= 0, ran_BS > 0)
 
     def load(params, bias, batch):
-        return score_tokens(transformer.merge(config, params, bias), batch, 16)[1]
+        return score_tokens(transformer.merge(config, params, bias), batch, 16)[1]["load"]
 
     run = jax.jit(load)
     experts = params["moe_layers"]["mlp"]

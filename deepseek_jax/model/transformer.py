@@ -114,7 +114,7 @@ class Transformer(nnx.Module):
         context = self.context(tokens_BS, positions_BS=positions_BS, segment_ids_BS=segment_ids_BS, visible=visible)
         order = RowOrder(self.compute.rules)
         if memories is None and not absorbed:
-            order = RowOrder.of(self.compute.rules, *tokens_BS.shape, context.visible)
+            order = RowOrder.of(self.compute.rules, context.visible, tokens_BS.shape)
         if chosen_LBSK is not None:
             chosen_LBSK = order.spread(chosen_LBSK, axis=2)
         main = None if chosen_LBSK is None else chosen_LBSK[: self.config.num_moe_layers]

@@ -42,11 +42,13 @@ class RowOrder:
     ways: int = 1
 
     @classmethod
-    def of(cls, rules: ShardingRules, rows: int, size: int, visible: Visible) -> "RowOrder":
-        """Balanced where the mesh splits these rows and their tokens see what stands before them, and no more than
-        that and segments are described."""
-        ways = _ways(rules, "sequence")
-        if ways == 1 or not (visible.in_row_order or visible.in_segments) or rows % _ways(rules, "batch"):
+    def of(cls, rules: ShardingRules, visible: Visible | Balanced, shape: tuple[int, ...]) -> "RowOrder":
+        """Of rows (B S): balanced where the mesh splits them and their tokens see what stands before them, and no more
+        than that and segments are described."""
+        ways, (rows, size) = _ways(rules, "sequence"), shape
+        if ways == 1 or isinstance(visible, Balanced) or rows % _ways(rules, "batch"):
+            return cls(rules)
+        if not (visible.in_row_order or visible.in_segments):
             return cls(rules)
         if size % (2 * ways):
             _say(f"rows of {size} tokens are not cut into {2 * ways} pieces: the last of {ways} devices has most work")
@@ -61,12 +63,14 @@ class RowOrder:
         """The inverse of ``spread``."""
         return self._moved(x, axis, _back)
 
-    def seen(self, visible: Visible) -> Visible | Balanced:
+    def seen(self, visible: Visible | Balanced) -> Visible | Balanced:
         """``visible`` of rows in this order."""
-        if self.ways == 1:
+        if self.ways == 1 or isinstance(visible, Balanced):
             return visible
-        ids_BS = visible.q_segments_BS
-        return Balanced(dataclasses.replace(visible, q_segments_BS=None if ids_BS is None else self.spread(ids_BS)))
+        q_BS, k_BT = visible.q_segments_BS, visible.k_segments_BT
+        if q_BS is not None and k_BT is not None:  # the keys' gathered here, once for all layers
+            q_BS, k_BT = self.spread(q_BS), constrain(k_BT, self.rules, "batch", None)
+        return Balanced(dataclasses.replace(visible, q_segments_BS=q_BS, k_segments_BT=k_BT))
 
     def _moved(self, x, axis, move):
         if self.ways == 1:
@@ -91,7 +95,8 @@ def _spread(x, names, ways, axis):
 
 
 def _back(x, names, ways, axis):
-    even, odd = _swapped(*jnp.split(x, 2, axis), names)
+    first, last = jnp.split(x, 2, axis)
+    even, odd = _swapped(first, last, names)
     source = lambda piece: min(piece, 2 * ways - 1 - piece)  # noqa: E731
     even = jax.lax.ppermute(even, names, [(source(2 * i), i) for i in range(ways)])
     odd = jax.lax.ppermute(odd, names, [(source(2 * i + 1), i) for i in range(ways)])
@@ -122,7 +127,7 @@ def per_row_and_head(
     rows or heads are split unevenly; where it splits rows, devices that share heads unevenly each attend with all.
     """
     (q, *kept), size, balanced = operands, operands[0].shape[1], isinstance(visible, Balanced)
-    seen: Visible = visible.visible if balanced else visible
+    seen = visible.visible if isinstance(visible, Balanced) else visible
     ways, rows = _ways(rules, "sequence"), all(len(x) % _ways(rules, "batch") == 0 for x in operands)
     by_head = all(x.shape[2] % _ways(rules, "heads") == 0 for x in operands if x.ndim == 4)
     sequence, heads = "sequence" if ways > 1 and size % ways == 0 else None, "heads" if by_head else None

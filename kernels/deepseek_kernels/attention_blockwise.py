@@ -153,13 +153,18 @@ class _Sides(NamedTuple):
             parts.append(q[:, :, None] == k[:, None])
         return functools.reduce(jnp.logical_and, parts) if parts else None
 
+    @property
+    def places(self):
+        """Queries' positions where a key's is its column, so that blocks behind a query can be left out."""
+        return self.visible.q_positions_BS if self.visible.causal and self.visible.in_columns else None
+
     def last(self, i):
         """The number of blocks of keys that block i of queries can see any of."""
         grid, last = self.grid, self.grid.down
         if self.visible.below_diagonal:
             last = jnp.minimum(last, -(-(i + 1) * grid.rows // grid.columns))
-        elif self.visible.causal and self.visible.in_columns:
-            last = jnp.minimum(last, jnp.max(self.rows(self.visible.q_positions_BS, i, 1)) // grid.columns + 1)
+        elif (positions := self.places) is not None:
+            last = jnp.minimum(last, jnp.max(self.rows(positions, i, 1)) // grid.columns + 1)
         if self.visible.lengths_B is not None:
             last = jnp.minimum(last, -(-jnp.max(self.visible.lengths_B) // grid.columns))
         return last
@@ -169,10 +174,9 @@ class _Sides(NamedTuple):
         grid = self.grid
         if self.visible.below_diagonal:
             return j * grid.columns // grid.rows
-        if not (self.visible.causal and self.visible.in_columns):
+        if (positions := self.places) is None:
             return 0
-        last_I = jnp.max(self.visible.q_positions_BS.reshape(-1, grid.across, grid.rows), axis=(0, 2))
-        seen_I = last_I >= j * grid.columns
+        seen_I = jnp.max(positions.reshape(-1, grid.across, grid.rows), axis=(0, 2)) >= j * grid.columns
         return jnp.where(jnp.any(seen_I), jnp.argmax(seen_I), grid.across)
 
 

@@ -222,7 +222,7 @@ def collectives(text: str) -> list[Collective]:
         for one in instructions.values():
             if (kind := kind_of(one, computation)) is None:
                 continue
-            groups = _groups(one.rest, module.partitions)
+            groups = groups_of(one, module.partitions)
             asynchronous = apart.get(computation, apart.get(one.name, False))
             size = operand_bytes(one, instructions) * (len(groups[0]) if kind == "all-gather" else 1)
             found.append(Collective(kind, size, len(groups[0]), groups, times[computation], asynchronous, one.scope))
@@ -254,6 +254,11 @@ def shape_bytes(shape: str) -> int:
         bits = _BITS.get(dtype) or (0 if dtype in _BITS else int((re.search(r"\d+", dtype) or ["0"])[0]))
         total += -(-bits * math.prod(int(size) for size in sizes.split(",") if size) // 8)
     return total
+
+
+def arrays(shape: str) -> list[str]:
+    """The arrays of a shape's text, each with its layout."""
+    return re.findall(r"[a-z]\w*\[[\d,]*\](?:{[^}]*})?", shape)
 
 
 def _asynchronous(module: Module) -> dict[str, bool]:
@@ -319,9 +324,10 @@ def _parsed(text: str) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(group) for group in cut.tolist())
 
 
-def _groups(rest: str, partitions: int) -> tuple[tuple[int, ...], ...]:
+def groups_of(one: Instruction, partitions: int) -> tuple[tuple[int, ...], ...]:
+    """The devices that take part together in a collective; of a collective-permute (source, target)."""
     pattern = r"(?:replica_groups|source_target_pairs)=({(?:{[\d,]*},?)*}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)"
-    found = re.search(pattern, rest)
+    found = re.search(pattern, one.rest)
     return (found and _parsed(found[1])) or (tuple(range(partitions)),)
 
 

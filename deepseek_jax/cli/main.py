@@ -36,6 +36,7 @@ using a model
   convert PATH DST       write it as released ones are: safetensors, tokenizer, chat template
   inspect PATH|RECIPE    parameters, cache and arithmetic per token
   bench                  train and decode speed of the demo's model beside transformers
+  compile RECIPE --topology v5p:8x8x16   does it fit there, and how fast would it be: no such machine needed
   bench RECIPE --work train|prefill|decode   speed, memory and longest kernels of a recipe's model
 
 RECIPE is a name such as demo/pretrain or a Python file with a function config(), or a stage of such a one, as
@@ -65,6 +66,7 @@ COMMANDS = {
     "convert": "convert",
     "inspect": "inspect",
     "bench": "bench",
+    "compile": "compile",
 }
 
 

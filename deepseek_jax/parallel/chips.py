@@ -45,9 +45,7 @@ _V5E = Chip(197 * TERA, 16 * GIB, 819 * GB, 45 * GB, 3.125 * GB, torus=2, around
 _V5P = Chip(459 * TERA, 95 * GIB, 2765 * GB, 90 * GB, 6.25 * GB, torus=3)
 _V6E = Chip(918 * TERA, 32 * GIB, 1638 * GB, 90 * GB, 12.5 * GB, torus=2, around=16)
 _TPU7X = Chip(1153.5 * TERA, 96 * GIB, 3690 * GB, 100 * GB, 6.25 * GB, torus=3, cores=2)
-_H100 = Chip(
-    989.4 * TERA, 80 * GIB, 3350 * GB, 240 * GB, 50 * GB, 0, 4, 1, 0.78, 0.87, 0.67, 0.54
-)
+_H100 = Chip(989.4 * TERA, 80 * GIB, 3350 * GB, 240 * GB, 50 * GB, 0, 4, 1, 0.78, 0.87, 0.67, 0.54)
 _H200 = dataclasses.replace(_H100, hbm=141 * GB, bandwidth=4800 * GB)
 
 CHIPS = {"v5e": _V5E, "v5p": _V5P, "v6e": _V6E, "tpu7x": _TPU7X, "h100": _H100, "h200": _H200}

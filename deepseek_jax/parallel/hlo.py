@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -72,9 +72,13 @@ class Instruction:
 
 
 class Module:
-    """A program's computations, each its instructions in the order of the schedule, the last one the root."""
+    """A program's computations, each its instructions in the order of the schedule.
 
-    def __init__(self, text: str):
+    turns: how often a loop runs whose count is no constant, from its scope.
+    """
+
+    def __init__(self, text: str, turns: Callable[[str], int] = lambda scope: 1):
+        self._turns = turns
         self.computations: dict[str, dict[str, Instruction]] = {}
         self.roots: dict[str, str] = {}
         current, name, self.entry = {}, "", ""
@@ -97,7 +101,7 @@ class Module:
                     self._loops[_attribute(one, "body")] = (outer, one)
 
     def times(self) -> dict[str, int]:
-        """How often each computation runs. A loop whose count is no constant counts once, and so does each branch."""
+        """How often each computation runs; each branch of a choice counts."""
         found = dict.fromkeys(self.computations, 0) | {self.entry: 1}
         for name in reversed(self.computations):  # callers stand behind what they call
             for one in self.computations[name].values():
@@ -107,7 +111,7 @@ class Module:
         return found
 
     def trips(self, computation: str, loop: Instruction) -> int:
-        """How often a loop's body runs, from the compiler's note or from counter, limit and step; else 1."""
+        """How often a loop's body runs, from the compiler's note or from counter, limit and step; else ``turns``."""
         if known := re.search(r'"known_trip_count":{"n":"(\d+)"', loop.rest):
             return int(known[1])
         condition, body = _attribute(loop, "condition"), _attribute(loop, "body")
@@ -123,7 +127,7 @@ class Module:
                 continue
             steps = (limit - start) / after
             return max(0, math.floor(steps) + 1 if direction in ("LE", "GE") else math.ceil(steps))
-        return 1
+        return self._turns(loop.scope)
 
     def _compared(self, computation: str) -> tuple[tuple[str, str] | None, str]:
         """The two operands of a condition's comparison, by their names in the condition, and its direction."""

@@ -56,14 +56,20 @@ class Estimate:
     traffic: list[Traffic] = dataclasses.field(default_factory=list)
 
 
-def estimate(text: str, links: Links, kernel_flops: KernelFlops = lambda scope: None) -> Estimate:
+def estimate(
+    text: str,
+    links: Links,
+    kernel_flops: KernelFlops = lambda scope: None,
+    turns: Callable[[str], int] = lambda scope: 1,
+) -> Estimate:
     """The time of an optimised module (``compiled.as_text()``) on ``links``' chips.
 
     Instructions follow one another as the schedule has them, each at the larger of FLOPs / peak and bytes / bandwidth
-    (``Chip.attained``, where that was measured). A collective waits for its links, and all else for it, but for one that
-    the schedule makes asynchronous: that delays what comes after its end alone. Loops count as often as they turn.
+    (``Chip.attained``, where that was measured). A collective waits for its links, and all else for it; one that the
+    schedule makes asynchronous delays what comes after its end alone. Loops count as often as they turn,
+    those of which the text does not tell as ``turns`` says of their scopes.
     """
-    walk = _Walk(Module(text), links, kernel_flops)
+    walk = _Walk(Module(text, turns), links, kernel_flops)
     walk.total.seconds = walk.run(walk.module.entry, 1)
     walk.total.traffic = sorted(walk.traffic.values(), key=lambda one: -one.exposed)
     return walk.total
@@ -141,7 +147,9 @@ class _Walk:
         size = operand_bytes(one, self.module.computations[computation])
         return size * (len(groups[0]) if kind_of(one, computation) == "all-gather" else 1)
 
-    def _count(self, one: Instruction, computation: str, times: int, seconds: float, waited: float, apart: bool) -> None:
+    def _count(
+        self, one: Instruction, computation: str, times: int, seconds: float, waited: float, apart: bool
+    ) -> None:
         kind, groups = kind_of(one, computation), groups_of(one, self.module.partitions)
         assert kind
         members = len(groups[0])
@@ -159,7 +167,9 @@ class _Walk:
 
     def _work(self, one: Instruction, instructions: dict[str, Instruction], times: int) -> float:
         flops, moved = self._flops(one, instructions), self._moved(one, instructions)
-        seconds = max(flops / (self.chip.flops * self._share(one)), moved / self.chip.bandwidth / self.chip.attained_bandwidth)
+        seconds = max(
+            flops / (self.chip.flops * self._share(one)), moved / self.chip.bandwidth / self.chip.attained_bandwidth
+        )
         self.total.flops += times * flops
         self.total.memory_bytes += times * moved
         self.total.compute += times * seconds
@@ -207,7 +217,7 @@ class _Walk:
             return float(sum(given)) + memory_bytes(one.shape)
         return self._fused(one.called[0], [instructions[name].shape for name in one.operands]) + self._written(one)
 
-    @functools.lru_cache(maxsize=None)  # noqa: B019
+    @functools.cache  # noqa: B019
     def _reads(self, computation: str) -> dict[int, int | None]:
         """Of a fusion's parameters the bytes that are read, None: all."""
         inner = self.module.computations[computation]
@@ -262,16 +272,17 @@ def convolution_flops(one: Instruction, lhs: str, rhs: str) -> float:
     """2 × batch × features in and out × the pairs of places in which input and kernel meet, along each dimension."""
     labels = re.search(r"dim_labels=([\w?]+)_([\w?]+)->([\w?]+)", one.rest)
     assert labels, one.rest[:200]
-    of = lambda shape, names: dict(zip(names, _sizes(shape)))  # noqa: E731
+    of = lambda shape, names: dict(zip(names, _sizes(shape), strict=True))  # noqa: E731
     given, kernel, out = of(lhs, labels[1]), of(rhs, labels[2]), of(one.shape, labels[3])
     window = re.search(r"window={([^}]*)}", one.rest)
     options = dict(part.split("=") for part in window[1].split()) if window else {}
     pairs = 1
+    dimensions = sum(name.isdigit() for name in out)
+    option = lambda name, default: options.get(name, "x".join([default] * dimensions)).split("x")  # noqa: E731
     for place in (name for name in out if name.isdigit()):
-        at = int(place)
-        option = lambda name, default: options[name].split("x")[at] if name in options else default  # noqa: E731
-        low = int(option("pad", "0_0").split("_")[0])
-        stride, spread, dilated = (int(option(name, "1")) for name in ("stride", "rhs_dilate", "lhs_dilate"))
+        low = int(option("pad", "0_0")[int(place)].split("_")[0])
+        how = (int(option(name, "1")[int(place)]) for name in ("stride", "rhs_dilate", "lhs_dilate"))
+        stride, spread, dilated = how
         begin = np.arange(out[place])[:, None] * stride + np.arange(kernel[place]) * spread - low
         inside = (begin >= 0) & (begin <= (given[place] - 1) * dilated) & (begin % dilated == 0)
         pairs *= int(inside.sum())
@@ -304,5 +315,3 @@ def short(scope: str) -> str:
 def _sizes(shape: str) -> list[int]:
     found = re.search(r"\[([\d,]*)\]", shape)
     return [int(size) for size in found[1].split(",") if size] if found else []
-
-

@@ -1,12 +1,8 @@
 """Machines that are not here: their devices, for the compiler, and what a collective takes on their links."""
 
 import dataclasses
-import functools
-import glob
-import importlib
-import importlib.util
+import importlib.metadata
 import math
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -18,10 +14,10 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from deepseek_jax.parallel.chips import CHIPS, GIB, Chip
+from deepseek_jax.parallel.chips import CHIPS, Chip
+from deepseek_jax.parallel.compilers import CUDA, LIBTPU, found, silenced
 
 NODE = 8  # GPUs of a node
-LIBTPU, CUDA = Path(sys.prefix) / "libtpu", Path(sys.prefix) / "cuda"  # beside an environment's packages
 
 # What XLA asks of a GPU that it compiles for; the rest is in CHIPS.
 _GPU = """
@@ -52,19 +48,21 @@ class Topology:
     @classmethod
     def parse(cls, text: str) -> "Topology":
         """Raises ValueError for another chip, or another number of dimensions than its torus has."""
-        found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*?)(?:x(\d+)slices?)?", text)
-        if not found or found[1] not in CHIPS:
+        parts = re.fullmatch(r"(\w+):(\d+(?:x\d+)*?)(?:x(\d+)slices?)?", text)
+        if not parts or parts[1] not in CHIPS:
             raise ValueError(
                 f"topology={text!r}: expected CHIP:SHAPE with one of {', '.join(CHIPS)}, as v5p:8x8x16, "
                 "v6e:16x16x2slices or h100:256"
             )
-        shape = tuple(map(int, found[2].split("x")))
-        dimensions = CHIPS[found[1]].torus or 1
+        shape = tuple(map(int, parts[2].split("x")))
+        dimensions = CHIPS[parts[1]].torus or 1
         if len(shape) != dimensions or 0 in shape:
-            raise ValueError(f"topology={text!r}: {found[1]} has {dimensions} dimensions, as {'x'.join('4' * dimensions)}")
-        if not CHIPS[found[1]].torus and (found[3] or (shape[0] > NODE and shape[0] % NODE)):
-            raise ValueError(f"topology={text!r}: up to {NODE} GPUs, or whole nodes of {NODE}, as {found[1]}:256")
-        return cls(found[1], shape, int(found[3] or 1))
+            raise ValueError(
+                f"topology={text!r}: {parts[1]} has {dimensions} dimensions, as {'x'.join('4' * dimensions)}"
+            )
+        if not CHIPS[parts[1]].torus and (parts[3] or (shape[0] > NODE and shape[0] % NODE)):
+            raise ValueError(f"topology={text!r}: up to {NODE} GPUs, or whole nodes of {NODE}, as {parts[1]}:256")
+        return cls(parts[1], shape, int(parts[3] or 1))
 
     @property
     def chip(self) -> Chip:
@@ -80,64 +78,49 @@ class Topology:
         Raises ModuleNotFoundError, with the command that installs it, where the compiler is missing, and ValueError for
         a shape that it does not know.
         """
-        # Whatever is in this machine stays alone, and so does the cache: programs of another machine cannot be read back.
+        # What is in this machine is left alone, and so is the cache: another machine's programs cannot be read back.
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_enable_compilation_cache", False)
         try:
-            return list(self._tpus() if self.chip.torus else self._gpus())
+            with silenced():
+                jax.devices()  # starts the plugins
+                return list(self._tpus() if self.chip.torus else self._gpus())
         except jax.errors.JaxRuntimeError as error:
             raise ValueError(f"topology={self}: {str(error).splitlines()[0]}") from error
 
     def _tpus(self) -> Sequence[Any]:
-        _add(LIBTPU, "libtpu")
-        if not importlib.util.find_spec("libtpu"):
-            wanted = _pinned("jax", "libtpu")
-            raise ModuleNotFoundError(
-                f"compiling for TPUs needs libtpu: {sys.executable} -m pip install --no-deps --target {LIBTPU} '{wanted}'"
-            )
-        os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
-        os.environ.pop("XLA_FLAGS", None)  # libtpu ends the process at one that it does not know
+        if not found("libtpu"):
+            raise ModuleNotFoundError(f"compiling for TPUs needs libtpu: {_pip(LIBTPU)} '{_pinned('jax', 'libtpu')}'")
         options = {"num_slices": self.slices} if self.slices > 1 else {}
         name = f"{self.name}:{'x'.join(map(str, self.shape))}"
         return topologies.get_topology_desc(name, "tpu", **options).devices
 
     def _gpus(self) -> Sequence[Any]:
-        _add(CUDA, "jax_plugins")
-        plugins = [name for name in ("xla_cuda12", "xla_cuda13") if _found(f"jax_plugins.{name}")]
-        if not plugins:
+        if not any(found(f"jax_plugins.xla_cuda{version}") for version in (12, 13)):
             version = jax.__version__
             raise ModuleNotFoundError(
-                f"compiling for GPUs needs jax's CUDA plugin: {sys.executable} -m pip install --no-deps --target {CUDA} "
+                f"compiling for GPUs needs jax's CUDA plugin: {_pip(CUDA)} "
                 f"jax-cuda12-plugin=={version} jax-cuda12-pjrt=={version} nvidia-cuda-nvcc-cu12"
             )
-        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
-        jax.devices()  # starts the plugins
         count = self.shape[0]
         nodes, inside = (1, count) if count <= NODE else (count // NODE, NODE)
         chip = self.chip
         about = _GPU.format(bandwidth=chip.bandwidth, memory=chip.hbm, name=self.name.upper())
-        return topologies.get_topology_desc(platform="cuda", target_config=about, topology=f"1x{nodes}x{inside}").devices
+        return topologies.get_topology_desc(
+            platform="cuda", target_config=about, topology=f"1x{nodes}x{inside}"
+        ).devices
 
     def __str__(self) -> str:
         return f"{self.name}:{'x'.join(map(str, self.shape))}" + (f"x{self.slices}slices" if self.slices > 1 else "")
 
 
-def _add(folder: Path, name: str) -> None:
-    if not _found(name) and folder.exists():
-        sys.path.append(str(folder))
-        importlib.invalidate_caches()
-
-
-def _found(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:
-        return False
+def _pip(folder: Path) -> str:
+    return f"{sys.executable} -m pip install --no-deps --target {folder}"
 
 
 def _pinned(package: str, wanted: str) -> str:
-    found = importlib.metadata.requires(package) or ()
-    return next((line.split(";")[0].strip() for line in found if line.startswith(wanted)), wanted)
+    lines = importlib.metadata.requires(package) or ()
+    return next((line.split(";")[0].strip() for line in lines if line.startswith(wanted)), wanted)
 
 
 class Links:
@@ -145,18 +128,17 @@ class Links:
 
     def __init__(self, topology: Topology, mesh: Mesh):
         self.topology, self.mesh = topology, mesh
-        devices = list(mesh.devices.flat)
-        single = lambda device: device.process_index if topology.platform == "cuda" else 0  # noqa: E731
-        slices = [getattr(device, "slice_index", None) for device in devices]
-        self.islands = np.array([single(d) if s is None or topology.platform == "cuda" else s for d, s in zip(devices, slices)])
-        torus = topology.chip.torus
-        self.chips = np.array([device.coords[:torus] for device in devices]) if torus else np.zeros((len(devices), 0), int)
+        devices, torus = list(mesh.devices.flat), topology.chip.torus
+        island = "slice_index" if torus else "process_index"
+        self.islands = np.array([getattr(device, island, 0) or 0 for device in devices])
+        coordinates = [device.coords[:torus] if torus else () for device in devices]
+        self.chips = np.array(coordinates, int).reshape(len(devices), torus)
 
     def axes(self, groups: Sequence[Sequence[int]]) -> tuple[str, ...]:
         """The mesh axes along which the devices of a group differ."""
         places = np.array(np.unravel_index(np.array(groups[:64]), self.mesh.devices.shape))  # axes, groups, members
         varies = (places != places[:, :, :1]).any(axis=(1, 2))
-        return tuple(name for name, differs in zip(self.mesh.axis_names, varies) if differs)
+        return tuple(name for name, differs in zip(self.mesh.axis_names, varies, strict=True) if differs)
 
     def crosses(self, groups: Sequence[Sequence[int]]) -> bool:
         """Whether some group spans slices or nodes."""

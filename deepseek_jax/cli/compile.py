@@ -104,12 +104,13 @@ def show(console: Console, name: str, found: Found) -> None:
         table.add_row(fact, value)
     console.print(table)
     if found.estimate is not None and found.estimate.traffic:
-        console.print(_traffic(found.estimate.traffic))
+        for line in _traffic(found.estimate.traffic):
+            console.print(line, soft_wrap=True)
     for size, scope in found.largest[:5] if not found.fits else ():
         console.print(f"{_gib(size):>12}  {scope}", soft_wrap=True)
     for scope, count in (found.estimate.unknown if found.estimate else {}).items():
-        console.print(f"{count} × {scope}: its arithmetic is unknown, so it counts by its bytes", soft_wrap=True)
-    console.print(found.refusal or verdict(found) if found.fits else verdict(found), soft_wrap=True)
+        console.print(f"{count} × {scope}: counts by its bytes alone", soft_wrap=True)
+    console.print(verdict(found), soft_wrap=True)
 
 
 def _facts(found: Found) -> Iterator[tuple[str, str]]:
@@ -128,23 +129,30 @@ def _facts(found: Found) -> Iterator[tuple[str, str]]:
     yield "MFU", f"{found.mfu:.1%}"
 
 
-def _traffic(traffic: list[Traffic]) -> Table:
-    table = Table(title="collectives of one device, by the time that they cost")
-    for column in ("kind", "axes", "links", "GB sent", "times", "on the links", "exposed", "where"):
-        table.add_column(
-            column, justify="right" if column in ("GB sent", "times", "on the links", "exposed") else "left"
-        )
-    rest = traffic[_SHOWN:]
+def _traffic(traffic: list[Traffic]) -> Iterator[str]:
+    yield "collectives of one device, by the time that it waits for them:"
     for one in traffic[:_SHOWN]:
-        links = "between" if one.crosses else "within"
-        apart = " (asynchronous)" if one.asynchronous else ""
-        sizes = f"{one.sent / 1e9:,.2f}", f"{one.times:,}", _seconds(one.seconds), _seconds(one.exposed)
-        table.add_row(one.kind, _axes(one), links, *sizes, one.scope + apart)
-    if rest:
-        sums = (f"{sum(one.sent for one in rest) / 1e9:,.2f}", f"{sum(one.times for one in rest):,}")
-        times = (_seconds(sum(one.seconds for one in rest)), _seconds(sum(one.exposed for one in rest)))
-        table.add_row(f"{len(rest)} others", "", "", *sums, *times, "")
-    return table
+        links = "between slices or nodes" if one.crosses else "within"
+        apart = ", asynchronous" if one.asynchronous else ""
+        waits = f"{_seconds(one.exposed):>8} of {_seconds(one.seconds):>8}"
+        sent = f"{one.sent / 1e9:9,.2f} GB in {one.times:5,}"
+        yield f"{waits}  {sent}  {one.kind} over {_axes(one)}, {links}{apart}: {one.scope}"
+    if rest := traffic[_SHOWN:]:
+        exposed, seconds, sent = (sum(getattr(one, name) for one in rest) for name in ("exposed", "seconds", "sent"))
+        yield f"{_seconds(exposed):>8} of {_seconds(seconds):>8}  {sent / 1e9:9,.2f} GB in {len(rest)} others"
+    yield from _sums(traffic)
+
+
+def _sums(traffic: list[Traffic]) -> Iterator[str]:
+    """Bytes by kind of link and of collective."""
+    for crosses, links in ((False, "within"), (True, "between slices or nodes")):
+        kinds = {one.kind: 0.0 for one in traffic if one.crosses == crosses}
+        for one in traffic:
+            if one.crosses == crosses:
+                kinds[one.kind] += one.sent
+        if kinds:
+            told = ", ".join(f"{kind} {sent / 1e9:,.1f}" for kind, sent in kinds.items())
+            yield f"GB sent {links}: {sum(kinds.values()) / 1e9:,.1f} ({told})"
 
 
 def _axes(one: Traffic) -> str:

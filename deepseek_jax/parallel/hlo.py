@@ -81,24 +81,31 @@ class Module:
         self._turns = turns
         self.computations: dict[str, dict[str, Instruction]] = {}
         self.roots: dict[str, str] = {}
-        current, name, self.entry = {}, "", ""
+        current, name, last, self.entry = {}, "", "", ""
         for line in text.splitlines():
             if line.startswith(("%", "ENTRY ")) and line.endswith("{"):
                 name = line.removeprefix("ENTRY ").split(" ", 1)[0]
-                current = self.computations.setdefault(name, {})
+                current, last = self.computations.setdefault(name, {}), ""
                 self.entry = name if line.startswith("ENTRY ") else self.entry
             elif name and (found := _INSTRUCTION.match(line)):
-                current[found[2]] = _instruction(found[2], found[3])
+                current[last := found[2]] = _instruction(found[2], found[3])
                 if found[1]:
-                    self.roots[name] = found[2]
+                    self.roots[name] = last
+            elif last and line != "}":  # a kernel's metadata may have lines of its own
+                current[last] = dataclasses.replace(current[last], rest=current[last].rest + line)
         if not self.entry:
             raise ValueError("no HLO module: there is no ENTRY computation in the text")
         self.partitions = int((re.search(r"num_partitions=(\d+)", text[:100_000]) or [0, "1"])[1])
         self._loops: dict[str, tuple[str, Instruction]] = {}  # by their bodies
-        for outer, instructions in self.computations.items():
+        for outer, one in self.instructions():
+            if one.opcode == "while":
+                self._loops[_attribute(one, "body")] = (outer, one)
+
+    def instructions(self) -> Iterator[tuple[str, Instruction]]:
+        """All of them, with their computations' names."""
+        for name, instructions in self.computations.items():
             for one in instructions.values():
-                if one.opcode == "while":
-                    self._loops[_attribute(one, "body")] = (outer, one)
+                yield name, one
 
     def times(self) -> dict[str, int]:
         """How often each computation runs; each branch of a choice counts."""
@@ -219,7 +226,7 @@ def collectives(text: str) -> list[Collective]:
     """
     module = Module(text)
     times, apart = module.times(), _asynchronous(module)
-    found = []
+    found, outer = [], {name: one.scope for _, one in module.instructions() for name in one.called}
     for computation, instructions in module.computations.items():
         if not times[computation]:
             continue
@@ -229,7 +236,8 @@ def collectives(text: str) -> list[Collective]:
             groups = groups_of(one, module.partitions)
             asynchronous = apart.get(computation, apart.get(one.name, False))
             size = operand_bytes(one, instructions) * (len(groups[0]) if kind == "all-gather" else 1)
-            found.append(Collective(kind, size, len(groups[0]), groups, times[computation], asynchronous, one.scope))
+            scope = one.scope or outer.get(computation, "")
+            found.append(Collective(kind, size, len(groups[0]), groups, times[computation], asynchronous, scope))
     return found
 
 

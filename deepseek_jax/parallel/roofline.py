@@ -128,7 +128,8 @@ class _Walk:
             for name in one.called:
                 for inner in self.module.computations[name].values():
                     if kind_of(inner, name):
-                        return inner, name
+                        named = inner if inner.scope else dataclasses.replace(inner, rest=inner.rest + one.rest)
+                        return named, name
             if one.opcode != "fusion":
                 return None, next(iter(one.called), "")
         return None
@@ -305,6 +306,9 @@ def short(scope: str) -> str:
     >>> short("jit(step)/transpose(jvp())/while/body/closed_call/checkpoint/mlp/experts/shard_map/all_to_all")
     'backward mlp/experts/all_to_all'
     """
+    first, *merged = scope.split(":")  # of several that the compiler made one
+    if merged:
+        return f"{short(first.replace('/(', '/').lstrip('('))} and {len(merged)} more"
     noise = {"while", "body", "closed_call", "checkpoint", "shard_map", "cond", "jvp()", "transpose(jvp())", ""}
     parts = [part for part in scope.split("/") if part not in noise and not part.startswith("jit(")]
     names = [part for part in parts if part != "rematted_computation"]

@@ -23,6 +23,7 @@ from deepseek_jax.checkpoint.safetensors import TensorFiles, TensorInfo
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model import transformer
+from deepseek_jax.parallel.legal import check_layout
 from deepseek_jax.parallel.sharding import named_sharding
 from deepseek_kernels.block_fp8 import BLOCK, FP8, BlockScaled, scales_shape, split_shape
 
@@ -53,6 +54,7 @@ def read_released(
     place = functools.partial(named_sharding, mesh, rules=compute.rules)
     with TensorFiles(path) as files:
         config = find_mtp(config, files)
+        check_layout(config, compute, mesh.shape)
         tensors = check_tensors(config, files, keep_fp8=keep_fp8)
         dtype = np.dtype(jnp.bfloat16 if keep_fp8 else compute.param_dtype)  # of what is not kept in FP8
         leaves = _Leaves(config, tensors, dtype, keep_fp8, place)

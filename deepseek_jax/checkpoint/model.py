@@ -19,6 +19,7 @@ from deepseek_jax.data.chat_templates import with_template
 from deepseek_jax.data.model_folder import TOKENIZER
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.model import transformer
+from deepseek_jax.parallel.legal import check_layout
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.sharding import tree_shardings
 
@@ -142,6 +143,7 @@ def _load_run(path: Path, compute: ComputeConfig, mesh: Mesh, step: int | None, 
     if ema and not meta.get("recipe", {}).get("step", {}).get("ema_decay"):
         raise ValueError(f"{path} keeps no running mean of its parameters: step.ema_decay was 0")
     name = "ema" if ema else "params"
+    check_layout(config, compute, mesh.shape)
     params, router_bias = transformer.abstract_arrays(config, compute)
     shardings = tree_shardings(mesh, transformer.logical_axes(config), params, compute.rules)
     place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)  # noqa: E731

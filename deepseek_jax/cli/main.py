@@ -35,6 +35,7 @@ using a model
   eval PATH --data FILES bits per byte and perplexity of text
   convert PATH DST       write it as released ones are: safetensors, tokenizer, chat template
   inspect PATH|RECIPE    parameters, cache and arithmetic per token
+  place RUN --devices N  which device should hold which experts, for the loads that a run has logged
   bench                  train and decode speed of the demo's model beside transformers
   compile RECIPE --topology v5p:8x8x16   does it fit there, and how fast would it be: no such machine needed
   bench RECIPE --work train|prefill|decode   speed, memory and longest kernels of a recipe's model
@@ -65,6 +66,7 @@ COMMANDS = {
     "eval": "evaluate",
     "convert": "convert",
     "inspect": "inspect",
+    "place": "place",
     "bench": "bench",
     "compile": "compile",
 }

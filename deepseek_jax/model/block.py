@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.model.dropping import Balancing
 from deepseek_jax.model.fresh import Source
 from deepseek_jax.model.gqa import GQA
 from deepseek_jax.model.layers import RMSNorm, SwiGLU
@@ -31,11 +32,13 @@ class Memory(Protocol):
 @struct.dataclass
 class Context:
     """What all layers share. rope: cosines and sines. segment_ids_BS: 0 marks padding, which counts in no load; a
-    segment is a sequence of the balance loss. What attention may look at, ``visible`` alone says."""
+    segment is a sequence of the balance loss. What attention may look at, ``visible`` alone says. balancing: what a
+    loss asks of the routers."""
 
     rope: tuple[jax.Array, jax.Array]
     visible: Visible | Balanced
     segment_ids_BS: jax.Array
+    balancing: Balancing | None = None
 
 
 class Block(nnx.Module):
@@ -69,7 +72,7 @@ class Block(nnx.Module):
         with jax.named_scope("mlp"):
             normed, stats = self.mlp_norm(x_BSD), None
             if isinstance(self.mlp, DeepSeekMoE):
-                y, stats = self.mlp(normed, bias_E, context.segment_ids_BS, chosen_BSK)
+                y, stats = self.mlp(normed, bias_E, context.segment_ids_BS, chosen_BSK, context.balancing)
             else:
                 y = self.mlp(normed)
         return constrain(x_BSD + y, self.rules, "batch", "sequence", None), stats, memory

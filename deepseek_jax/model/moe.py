@@ -10,16 +10,21 @@ from jaxtyping import Array, Float, Int
 
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.model.dropping import Balancing, drop
 from deepseek_jax.model.fresh import Source
 from deepseek_jax.model.layers import SwiGLU, param
 from deepseek_jax.model.router import RouterStats, route, router_stats
 from deepseek_jax.parallel.dispatch import Dispatch
 from deepseek_jax.parallel.exchange import exchange
+from deepseek_jax.parallel.sharding import per_device
 from deepseek_kernels import routed_experts
 
 
 class DeepSeekMoE(nnx.Module):
-    """``y = shared(x) + Σ_k g_k · expert_k(x)``: the shared experts as one wide SwiGLU, K of E routed."""
+    """``y = shared(x) + Σ_k g_k · expert_k(x)``: the shared experts as one wide SwiGLU, K of E routed.
+
+    All choices are computed, unless ``balancing`` has a capacity.
+    """
 
     def __init__(self, config: ModelConfig, compute: ComputeConfig, *, rngs: Source):
         self.config, self.compute = config, compute
@@ -36,16 +41,22 @@ class DeepSeekMoE(nnx.Module):
         bias_E: Float[Array, "E"] | None,
         segment_ids_BS: Int[Array, "B S"],
         chosen_BSK: Int[Array, "B S K"] | None = None,
+        balancing: Balancing | None = None,
     ) -> tuple[Float[Array, "B S D"], RouterStats]:
-        config, compute, (B, S, _) = self.config, self.compute, x_BSD.shape
-        flatten = lambda x: x.reshape(B * S, -1)  # noqa: E731
-        unflatten = functools.partial(jnp.reshape, shape=(B, S, -1))
+        config, compute = self.config, self.compute
         with jax.named_scope("router"):
-            chosen_TK = None if chosen_BSK is None else flatten(chosen_BSK)
-            w_DE = self.router[...].astype(jnp.float32)
-            routing = route(config, flatten(x_BSD), w_DE, bias_E, chosen_TK)
-            experts_BSK, weights_BSK = unflatten(routing.experts_TK), unflatten(routing.weights_TK)
-            stats = router_stats(config, experts_BSK, unflatten(routing.scores_TE), segment_ids_BS, compute.rules)
+            # XLA gathers what it takes the highest numbers of.
+            tokens, w_DE = ("batch", "sequence", None), self.router[...].astype(jnp.float32)
+            operands, axes = (x_BSD, w_DE, bias_E, chosen_BSK), (tokens, (None, None), (None,), tokens)
+            axes = tuple(None if x is None else axis for x, axis in zip(operands, axes, strict=True))
+            routed = per_device(functools.partial(_routed, config), compute.rules, operands, axes, tokens)
+            experts_BSK, weights_BSK, scores_BSE = routed
+            devices = 1 if balancing is None else balancing.devices
+            stats = router_stats(config, experts_BSK, scores_BSE, segment_ids_BS, compute.rules, devices=devices)
+            if balancing is not None and balancing.capacity:
+                choices = experts_BSK, weights_BSK, scores_BSE
+                experts_BSK, weights_BSK, dropped = drop(config, balancing, *choices, segment_ids_BS)
+                stats = dataclasses.replace(stats, dropped=dropped)
 
         def experts(*operands):
             kernel = {"implementation": compute.experts, "grouped": compute.grouped_matmul, "target": compute.kernels}
@@ -60,3 +71,11 @@ class DeepSeekMoE(nnx.Module):
             with jax.named_scope("shared_experts"):
                 y = y + self.shared(x_BSD)
         return y, dataclasses.replace(stats, dropped=stats.dropped + dropped)
+
+
+def _routed(config, x_BSD, w_DE, bias_E, chosen_BSK):
+    """Experts, weights and scores of each token."""
+    chosen_TK = None if chosen_BSK is None else chosen_BSK.reshape(-1, chosen_BSK.shape[2])
+    routing = route(config, x_BSD.reshape(-1, x_BSD.shape[2]), w_DE, bias_E, chosen_TK)
+    found = routing.experts_TK, routing.weights_TK, routing.scores_TE
+    return tuple(x.reshape(*x_BSD.shape[:2], -1) for x in found)

@@ -3,6 +3,7 @@
 Everything here is float32: bf16 logits change which experts are chosen.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -12,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.parallel.context import over_runs
-from deepseek_jax.parallel.sharding import ShardingRules
+from deepseek_jax.parallel.sharding import ShardingRules, per_device
 from deepseek_kernels.kept import kept
 
 _FEW = 64  # tokens: a step of decoding's
@@ -32,13 +33,16 @@ class RouterStats:
     """What a MoE layer returns beside its output; stacked over layers (L first) by the transformer.
 
     load_E: tokens sent to each expert. balance: ``Σ_i f_i P_i`` summed over sequences. experts_BSK: chosen experts.
-    Padding is in neither load nor balance. dropped: choices (token, expert) that were not computed.
+    Padding is in neither load nor balance. dropped: choices (token, expert) that were not computed. device_balance,
+    communication: V2's losses over devices, as ``balance``; None where none were asked for.
     """
 
     load_E: jax.Array
     balance: jax.Array
     experts_BSK: jax.Array
     dropped: jax.Array
+    device_balance: jax.Array | None = None
+    communication: jax.Array | None = None
 
 
 def route(
@@ -124,6 +128,7 @@ def router_stats(
     scores_BSE: Float[Array, "B S E"],
     segment_ids_BS: Int[Array, "B S"],
     rules: ShardingRules = ShardingRules(),
+    devices: int = 1,
 ) -> RouterStats:
     """Load of each expert, and the balance loss ``Σ_i f_i P_i`` of each sequence, summed over the sequences.
 
@@ -133,22 +138,60 @@ def router_stats(
 
     It is summed token by token, ``Σ_t Σ_i s'_{i,t} f_i``: counts are added up along the row, exactly, and every token
     looks up its own sequence's. Sums scattered into sequences would collide on a GPU, in another order every time.
+
+    devices: over 1, V2's losses over so many groups of neighbouring experts as well (V2 section 2.2.3):
+    ``Σ_d f'_d P'_d`` with ``f'_d`` the mean of the group's ``f_i`` and ``P'_d`` the sum of its ``P_i``, and
+    ``Σ_d f''_d P'_d`` with ``f''_d = D / (M T) · #{t : an expert of d chosen}``, a token going to M devices at most.
     """
     experts, top = config.n_routed_experts, config.num_experts_per_tok
     real_BS1 = (segment_ids_BS > 0)[:, :, None]
     chosen_BSE = _one_hot_sum(experts_BSK, experts) * real_BS1
     counted_BSE = chosen_BSE
     if config.topk_method == "noaux_tc":
-        counted_BSE = _one_hot_sum(jax.lax.top_k(jax.lax.stop_gradient(scores_BSE), top)[1], experts) * real_BS1
+        tokens, raw_BSE = ("batch", "sequence", None), jax.lax.stop_gradient(scores_BSE)
+        best_BSK = per_device(lambda raw_BSE: jax.lax.top_k(raw_BSE, top)[1], rules, (raw_BSE,), (tokens,), tokens)
+        counted_BSE = _one_hot_sum(best_BSK, experts) * real_BS1
     share_BSE = scores_BSE / (jnp.sum(scores_BSE, axis=-1, keepdims=True) + 1e-20) * real_BS1
     f_BSE, length_BS = over_runs(_sums_of_runs, counted_BSE, segment_ids_BS, rules)
     scale_BS = experts / top / length_BS**2
-    return RouterStats(
+    stats = RouterStats(
         load_E=jnp.sum(chosen_BSE, axis=(0, 1)),
         balance=jnp.sum(scale_BS * jnp.sum(share_BSE * f_BSE, axis=-1)),
         experts_BSK=experts_BSK,
         dropped=jnp.float32(0),
     )
+    if devices == 1:
+        return stats
+    by_device = lambda x_BSE: x_BSE.reshape(*x_BSE.shape[:2], devices, device_size(config, devices))  # noqa: E731
+    share_BSD = jnp.sum(by_device(share_BSE), axis=-1)
+    sent_BSD, _ = over_runs(_sums_of_runs, jnp.max(by_device(chosen_BSE), axis=-1), segment_ids_BS, rules)
+    sent_scale_BS = devices / most_devices(config, devices) / length_BS**2
+    return dataclasses.replace(
+        stats,
+        device_balance=jnp.sum(scale_BS * jnp.sum(share_BSD * jnp.mean(by_device(f_BSE), axis=-1), axis=-1)),
+        communication=jnp.sum(sent_scale_BS * jnp.sum(share_BSD * sent_BSD, axis=-1)),
+    )
+
+
+def device_size(config: ModelConfig, devices: int) -> int:
+    """Experts of each of so many devices, neighbours together. ValueError where they cannot have as many each."""
+    if config.n_routed_experts % devices:
+        raise ValueError(
+            f"balance_devices={devices} does not divide n_routed_experts={config.n_routed_experts}: "
+            "each device has as many experts"
+        )
+    return config.n_routed_experts // devices
+
+
+def most_devices(config: ModelConfig, devices: int) -> int:
+    """To how many of so many devices a token goes at most: V2's M. Experts lie on them in order, so with as many groups
+    as devices it is ``topk_group``; groups of two devices each reach twice as many."""
+    most = min(devices, config.num_experts_per_tok)
+    if config.topk_method == "greedy":
+        return most
+    size, group = device_size(config, devices), config.n_routed_experts // config.n_group
+    first = range(0, config.n_routed_experts, group)
+    return min(most, config.topk_group * max((i + group - 1) // size - i // size + 1 for i in first))
 
 
 def count_sequences(segment_ids_BS: Int[Array, "B S"]) -> Float[Array, ""]:

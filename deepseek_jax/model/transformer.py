@@ -13,14 +13,14 @@ from jaxtyping import Array, Float, Int
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.block import Block, Context
+from deepseek_jax.model.dropping import Balancing
 from deepseek_jax.model.fresh import Together
 from deepseek_jax.model.layers import Linear, RMSNorm, RouterBias, param
 from deepseek_jax.model.mtp import MTP, mtp_segments
 from deepseek_jax.model.rope import rotary_tables
 from deepseek_jax.model.router import RouterStats
 from deepseek_jax.parallel.context import RowOrder, numbered
-from deepseek_jax.parallel.mesh import current_mesh
-from deepseek_jax.parallel.sharding import constrain
+from deepseek_jax.parallel.sharding import constrain, weight_of_layer
 from deepseek_jax.parallel.table import rows_of_table
 from deepseek_kernels import BlockScaled, InStack, Visible, look_up, product
 from deepseek_kernels.kept import KEPT
@@ -95,6 +95,7 @@ class Transformer(nnx.Module):
         memories: Any = None,
         chosen_LBSK: Int[Array, "L B S K"] | None = None,
         absorbed: bool = False,
+        balancing: Balancing | None = None,
         mtp: bool = False,
         head: bool = True,
     ) -> ModelOutput:
@@ -103,6 +104,7 @@ class Transformer(nnx.Module):
         Args:
           positions_BS, segment_ids_BS, visible: see ``context``.
           memories, chosen_LBSK, absorbed: see ``run_layers``.
+          balancing: what a loss asks of the routers (training).
           mtp: run the MTP module too (training); not with memories.
           head: compute logits, or scores.
 
@@ -112,6 +114,7 @@ class Transformer(nnx.Module):
             shape = getattr(tokens_BS, "shape", type(tokens_BS).__name__)
             raise ValueError(f"tokens {shape}: expected an array (B, S), rows of token ids")
         context = self.context(tokens_BS, positions_BS=positions_BS, segment_ids_BS=segment_ids_BS, visible=visible)
+        context = dataclasses.replace(context, balancing=balancing)
         order = RowOrder(self.compute.rules)
         if memories is None and not absorbed:
             order = RowOrder.of(self.compute.rules, context.visible, tokens_BS.shape)
@@ -283,6 +286,7 @@ class Transformer(nnx.Module):
 
         def layer(carry, inputs):
             (x, memories), (part, bias_E, chosen_BSK) = carry, inputs
+            part = _weights_of_layer(part, self.compute.rules) if memories is None else part
             memory = None if memories is None else _in_stack(memories, part)
             options = {"memory": memory, "chosen_BSK": chosen_BSK, "absorbed": absorbed}
             x, router, memory = nnx.merge(graph, get(part))(x, context, bias_E, **options)
@@ -295,10 +299,17 @@ class Transformer(nnx.Module):
         return x_BSD, router, memories
 
 
+def _weights_of_layer(state, rules):
+    is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
+    weight = lambda leaf: leaf.replace(weight_of_layer(leaf[...], leaf.get_metadata("axes"), rules))  # noqa: E731
+    return jax.tree.map(weight, state, is_leaf=is_variable)
+
+
 def _in(order: RowOrder, context: Context) -> Context:
     """What layers need to know of rows in this order."""
-    rope, segment_ids_BS = jax.tree.map(order.spread, (context.rope, context.segment_ids_BS))
-    return Context(rope, order.seen(context.visible), segment_ids_BS)
+    along = context.rope, context.segment_ids_BS, context.balancing
+    rope, segment_ids_BS, balancing = jax.tree.map(order.spread, along)
+    return Context(rope, order.seen(context.visible), segment_ids_BS, balancing)
 
 
 def joined(stats: list[RouterStats | None]) -> RouterStats | None:

@@ -5,8 +5,9 @@ split each of those. Nothing else in the project mentions a mesh axis.
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -44,6 +45,9 @@ class ShardingRules:
     """Mesh axes that split the experts' feed-forward width."""
     layers: tuple[str, ...] = ()
     """Mesh axes that split the layers of a stack."""
+    state: tuple[str, ...] = ()
+    """Mesh axes that split what is kept beside a parameter, the optimizer's moments and the running mean, along its
+    largest axis that they divide, beyond what splits the parameter itself: data is ZeRO-1."""
 
     def spec(self, axes: Axes) -> PartitionSpec:
         """The partition of an array with these logical axes.
@@ -72,7 +76,7 @@ def named_sharding(
     spec = rules.spec(axes)
     for axis, size in zip(axes, shape, strict=True):
         split = () if axis is None else getattr(rules, axis)
-        _check_split(mesh, axis, split)
+        check_axes(mesh.shape, axis, split)
         ways = math.prod(mesh.shape[name] for name in split)
         if size % ways:
             raise ValueError(
@@ -85,6 +89,53 @@ def named_sharding(
 def tree_shardings(mesh: Mesh, axes_tree: Any, arrays_tree: Any, rules: ShardingRules = ShardingRules()) -> Any:
     """Shardings for a pytree of arrays (or their shapes) from a tree of the same structure of logical axes."""
     return jax.tree.map(lambda array, axes: named_sharding(mesh, axes, array.shape, rules), arrays_tree, axes_tree)
+
+
+def state_sharding(
+    mesh: Mesh | AbstractMesh, axes: Axes, shape: tuple[int, ...], rules: ShardingRules = ShardingRules()
+) -> NamedSharding:
+    """Where the optimizer's moments of a parameter live: with it, and split by ``rules.state`` as well, where they
+    divide any of its axes."""
+    sharding = named_sharding(mesh, axes, shape, rules)
+    parts = [() if axis is None else getattr(rules, axis) for axis in axes]
+    check_axes(mesh.shape, "state", rules.state)
+    more = tuple(name for name in rules.state if mesh.shape[name] > 1 and not any(name in part for part in parts))
+    for i in sorted(range(len(shape)), key=lambda i: -shape[i]):
+        if more and axes[i] != "layers" and shape[i] % math.prod(mesh.shape[name] for name in (*parts[i], *more)) == 0:
+            parts[i] = (*parts[i], *more)
+            return NamedSharding(mesh, PartitionSpec(*(part or None for part in parts)))
+    return sharding
+
+
+def placed(
+    tree: Any, axes_tree: Any, rules: ShardingRules, where: Callable[..., NamedSharding] = named_sharding
+) -> Any:
+    """Arrays under jit where parameters live, or ``where`` their moments do. On one device they stay as they are."""
+    mesh = current_mesh()
+    if mesh is None or mesh.size == 1:
+        return tree
+    place = lambda x, axes: jax.lax.with_sharding_constraint(x, where(mesh, axes, x.shape, rules))  # noqa: E731
+    return jax.tree.map(place, tree, axes_tree)
+
+
+def weight_of_layer(w: Any, axes: Axes, rules: ShardingRules) -> Any:
+    """A layer's weight as it is, whose gradient each layer brings to where ``state_sharding`` has it: stacked whole and
+    split behind the loop over layers, it would be summed whole on every device."""
+    mesh = current_mesh()
+    if mesh is None or mesh.size == 1 or not isinstance(w, jax.Array):
+        return w
+    return _with_gradient_at(w, axes, rules)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _with_gradient_at(w, axes, rules):
+    return w
+
+
+_with_gradient_at.defvjp(
+    lambda w, axes, rules: (w, None),
+    lambda axes, rules, _, dw: (placed([dw], [axes], rules, state_sharding)[0],),
+)
 
 
 def place_batch(
@@ -113,15 +164,16 @@ def constrain(x: jax.Array, rules: ShardingRules, *axes: str | None) -> jax.Arra
     if (mesh := current_mesh()) is None:
         return x
     for axis in axes:
-        _check_split(mesh, axis, () if axis is None else getattr(rules, axis))
+        check_axes(mesh.shape, axis, () if axis is None else getattr(rules, axis))
     return jax.lax.with_sharding_constraint(x, rules.spec(axes))
 
 
-def _check_split(mesh: Mesh | AbstractMesh, axis: str | None, split: Sequence[str]) -> None:
+def check_axes(sizes: Mapping[str, int], axis: str | None, split: Sequence[str]) -> None:
+    """ValueError where a logical axis is split over mesh axes of which a mesh of these sizes has none."""
     for name in split:
-        if name not in mesh.shape:
+        if name not in sizes:
             raise ValueError(
-                f"{axis} is split over the mesh axis {name!r}, which the mesh lacks: it has {', '.join(mesh.shape)} "
+                f"{axis} is split over the mesh axis {name!r}, which the mesh lacks: it has {', '.join(sizes)} "
                 "(parallel.mesh.make_mesh makes one with all that the default rules name)"
             )
 
@@ -134,10 +186,10 @@ def per_batch_shard(
 ) -> tuple[Any, Any, Any]:
     """``function(*split, w_DW) -> (by position, sums, dw_DW)`` on each device's own rows, positions and columns of w.
 
-    split: arrays (B S …), as are the results by position, which devices with other columns must agree on (``split_by``
-    of ``rules.vocab`` are the axes between them). sums, and dw, the gradient of w or None, are over the device's own rows and
-    positions: the mesh adds them once, whatever loops are inside, dw in its dtype and straight to where w's parts lie.
-    On one device a plain call.
+    split: arrays (B S …), as are the results by position, which devices with other columns must agree on (the axes
+    between them are ``split_by(rules.vocab)``). sums, and dw, the gradient of w or None, are over the device's own rows
+    and positions: the mesh adds them once, whatever loops are inside, dw in its dtype and straight to where w's parts
+    lie. On one device a plain call.
     """
     mesh = current_mesh()
     if mesh is None or mesh.size == 1:

@@ -9,6 +9,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from deepseek_jax.compute import ComputeConfig
+from deepseek_jax.model.dropping import Balancing, spared_tokens
 from deepseek_jax.model.router import RouterStats, count_sequences
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.sharding import per_batch_shard, split_by
@@ -175,7 +176,9 @@ def _joined(x: jax.Array, size: int) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModelLoss:
-    """``ce + mtp_weight · mtp + balance_weight · Σ_layers balance``; the defaults are V3's."""
+    """``ce + mtp_weight · mtp + Σ_layers (balance_weight · balance + device_balance_weight · device_balance +
+    communication_weight · communication)``; the defaults are V3's. V2 has 0.003, 0.05 and 0.02 with 8 devices, and
+    drops tokens with a capacity of 1."""
 
     mtp_weight: float = 0.3
     """Of multi-token prediction."""
@@ -185,6 +188,18 @@ class LanguageModelLoss:
     """0: never."""
     balance_weight: float = 1e-4
     """Of the loss that balances the experts' load within sequences."""
+    device_balance_weight: float = 0.0
+    """Of the loss that balances the devices' load within sequences (V2)."""
+    communication_weight: float = 0.0
+    """Of the loss that balances how many tokens of a sequence each device receives (V2)."""
+    balance_devices: int = 8
+    """Devices that these two losses and drop_capacity think of, whatever the run has: each has as many experts,
+    neighbours."""
+    drop_capacity: float = 0.0
+    """Choices (token, expert) that one of balance_devices computes, over the mean of the devices (V2: 1): those of
+    the least affinity are dropped, in training alone. 0: all are computed."""
+    drop_spared: float = 0.1
+    """Share of the sequences whose tokens are never dropped."""
     isolate: bool = False
     """Keep attention, MTP and balance within each packed document; V3 pretrains without."""
     chunk: int = 128
@@ -193,6 +208,9 @@ class LanguageModelLoss:
     def __post_init__(self) -> None:
         check_types(self)
         check_least(self, 1, "chunk")
+        check_least(self, 2, "balance_devices")
+        if self.drop_spared > 1:
+            raise ValueError(f"drop_spared={self.drop_spared}: must lie in [0, 1]")
 
     def normalisers(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """What the sums of a whole batch are divided by, so that any split into microbatches gives the same loss."""
@@ -219,6 +237,7 @@ class LanguageModelLoss:
             segment_ids_BS=batch["segment_ids"],
             # Padding stands behind all that counts: order within the row is enough, and a plain causal kernel.
             visible=None if self.isolate else Visible.rows(),
+            balancing=self._balancing(batch),
             mtp=use_mtp,
             head=False,
         )
@@ -242,7 +261,25 @@ class LanguageModelLoss:
                 parts["balance"] = jnp.sum(out.router.balance) / norm["sequences"]
                 parts |= routed(model, out.router)
                 loss = loss + self.balance_weight * parts["balance"]
+                for name, weight in self._of_devices().items():
+                    parts[name] = jnp.sum(getattr(out.router, name)) / norm["sequences"]
+                    loss = loss + weight * parts[name]
+                if self.drop_capacity:
+                    parts["dropped"] = out.router.dropped
         return loss, parts
+
+    def _of_devices(self):
+        weights = {"device_balance": self.device_balance_weight, "communication": self.communication_weight}
+        return {name: weight for name, weight in weights.items() if weight}
+
+    def _balancing(self, batch):
+        """None where the routers are asked for nothing beside what they always tell."""
+        if not (self._of_devices() or self.drop_capacity):
+            return None
+        spared_BS = None
+        if self.drop_capacity and self.drop_spared:
+            spared_BS = spared_tokens(batch["tokens"], batch["segment_ids"], self.drop_spared)
+        return Balancing(self.balance_devices, self.drop_capacity, spared_BS)
 
     def _view(self, batch):
         """Without isolation a row is one document, its padding left out."""

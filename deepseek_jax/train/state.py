@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model import transformer
-from deepseek_jax.parallel.sharding import ShardingRules, tree_shardings
+from deepseek_jax.parallel.sharding import ShardingRules, state_sharding, tree_shardings
 from deepseek_kernels import BlockScaled
 
 
@@ -96,13 +96,15 @@ def float32_copy(arrays: Any) -> Any:
 
 
 def state_shardings(config: ModelConfig, state: TrainState, mesh: Mesh, rules: ShardingRules) -> Any:
-    """Where each array lives: what is shaped like a parameter lies with it, the rest on every device."""
-    params = tree_shardings(mesh, transformer.logical_axes(config), state.params, rules)
+    """Where each array lives: what is shaped like a parameter by ``state_sharding``, the rest on every device."""
+    axes = transformer.logical_axes(config)
+    params = tree_shardings(mesh, axes, state.params, rules)
+    beside = jax.tree.map(lambda leaf, axes: state_sharding(mesh, axes, leaf.shape, rules), state.params, axes)
     whole = NamedSharding(mesh, PartitionSpec())
     like_params = lambda tree: jax.tree.structure(tree) == jax.tree.structure(params)  # noqa: E731
 
     def place(tree: Any) -> Any:
-        return params if like_params(tree) else jax.tree.map(lambda _: whole, tree)
+        return beside if like_params(tree) else jax.tree.map(lambda _: whole, tree)
 
     return dataclasses.replace(
         state,

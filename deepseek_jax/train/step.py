@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +13,16 @@ from jaxtyping import Array, Float
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model import transformer
-from deepseek_jax.parallel.sharding import split_rows
+from deepseek_jax.parallel.sharding import placed, split_by, split_rows, state_sharding
 from deepseek_jax.train.optimizer import guarded, keep_if
 from deepseek_jax.train.state import TrainState
 from deepseek_jax.typed import check_least, check_types
 
 Batch = dict[str, jax.Array]
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+
+
+_IN_FLOAT32 = ("router", "gain", "b")  # names of parameters, beside biases
 
 
 @runtime_checkable
@@ -45,6 +48,9 @@ class StepConfig:
     """The step from which the bias stays; 0: never."""
     ema_decay: float = 0.0
     """Of the parameters' running mean; 0: none is kept."""
+    gradient_sums: Literal["bfloat16", "float32"] = "bfloat16"
+    """What gradients of matrices are added up in over the devices of a mesh, where compute.dtype is bfloat16: half the
+    bytes. Each device adds up its own tokens in float32 before, and microbatches are added up in float32."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -73,6 +79,19 @@ def make_step(
         raise ValueError(f"epochs={epochs}, minibatches={minibatches}: must be at least 1")
     optimizer = guarded(optimizer)
     build = functools.partial(transformer.merge, config, compute=compute)
+    axes, rules = transformer.logical_axes(config), compute.rules
+    as_parameters = functools.partial(placed, axes_tree=axes, rules=rules)
+    as_state = functools.partial(as_parameters, where=state_sharding)
+
+    def multiplied(params: Any) -> Any:
+        """The parameters as the layers get them. A gradient is rounded to its parameter's dtype before the mesh adds it
+        up, so where that is to be in bfloat16 they are: all but those that are read in float32."""
+        several = split_by((*rules.batch, *rules.sequence))
+        if not several or "float32" in (options.gradient_sums, compute.dtype):
+            return params
+        matrix = lambda path: path[-1].key not in _IN_FLOAT32 and not path[-1].key.endswith("bias")  # noqa: E731
+        rounded = lambda path, leaf: leaf.astype(compute.dtype) if matrix(path) else leaf  # noqa: E731
+        return as_parameters(jax.tree_util.tree_map_with_path(rounded, params))
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         if epochs * minibatches == 1:
@@ -89,15 +108,20 @@ def make_step(
         return dataclasses.replace(state, step=state.step + 1), metrics
 
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        gradients, value, parts = _accumulate(build, loss, state, batch, options.microbatches, compute.rules)
+        split = functools.partial(split_rows, parts=options.microbatches, rules=rules, name="step.microbatches")
+        norm, params = loss.normalisers(batch), multiplied(state.params)
+        part = functools.partial(_gradient, build, loss, state, norm, params, as_state)
+        gradients, value, parts = part(batch) if options.microbatches == 1 else _accumulated(part, split(batch))
         grad_norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
         with jax.named_scope("optimizer"):
-            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, finite=finite)
-            params = keep_if(finite, optax.apply_updates(state.params, updates), state.params)
+            params = as_state(state.params)
+            updates, opt_state = optimizer.update(gradients, state.opt_state, params, finite=finite)
+            params = keep_if(finite, optax.apply_updates(params, updates), params)
         load_LE, dropped_L = parts.pop("load", None), parts.pop("dropped", None)
         moved = _moved_bias(state, load_LE, options), _averaged(state.ema, params, options.ema_decay)
         router_bias, ema = keep_if(finite, moved, (state.router_bias, state.ema))
+        params = as_parameters(params)
         new = dataclasses.replace(state, params=params, opt_state=opt_state, router_bias=router_bias, ema=ema)
         metrics = {"loss": value, **parts, "grad_norm": grad_norm, "finite": finite.astype(jnp.float32)}
         if load_LE is not None:
@@ -120,25 +144,23 @@ def load_metrics(load_LE: Float[Array, "L E"]) -> dict[str, jax.Array]:
     }
 
 
-def _accumulate(build, loss, state, batch, microbatches, rules):
-    norm = loss.normalisers(batch)
+def _gradient(build, loss, state, norm, params, as_state, batch):
+    """Of the loss of these rows: float32 or as it came from the mesh, where the optimizer's state lies; with the loss
+    and its parts."""
 
     def value_and_parts(params, rows):
         return loss(build(params, state.router_bias), rows, norm, state.step)
 
-    gradient = jax.value_and_grad(value_and_parts, has_aux=True)
-    if microbatches == 1:
-        (value, parts), gradients = gradient(state.params, batch)
-        return gradients, value, parts
-    stacked = split_rows(batch, microbatches, rules, "step.microbatches")
+    (value, parts), gradients = jax.value_and_grad(value_and_parts, has_aux=True)(params, batch)
+    wide = lambda gradient, master: gradient.astype(master.dtype)  # noqa: E731
+    return jax.tree.map(wide, as_state(gradients), state.params), value, parts
 
-    def add(total, rows):
-        (value, parts), gradients = gradient(state.params, rows)
-        return jax.tree.map(lambda sum, term: sum + term.astype(sum.dtype), total, (gradients, value, parts)), None
 
-    shapes = jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], stacked))
-    (value, parts), gradients = shapes
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), (gradients, value, parts))
+def _accumulated(part, stacked):
+    """The sums of ``part`` over microbatches (M B …)."""
+    shapes = jax.eval_shape(part, jax.tree.map(lambda x: x[0], stacked))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shapes)
+    add = lambda total, rows: (jax.tree.map(lambda sum, term: sum + term.astype(sum.dtype), total, part(rows)), None)  # noqa: E731
     return jax.lax.scan(add, zeros, stacked)[0]
 
 

@@ -18,6 +18,7 @@ from deepseek_jax.checkpoint.store import check_directory
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.costs import count_parameters
+from deepseek_jax.parallel.legal import check_layout
 from deepseek_jax.parallel.mesh import MeshConfig
 from deepseek_jax.parallel.sharding import named_sharding, place_batch
 from deepseek_jax.saying import doing, say
@@ -116,6 +117,7 @@ def train_stage(
     """
     run_dir, updates = Path(config.run_dir), epochs * minibatches
     model, compute, mesh = start.config, start.compute, start.mesh
+    _check_layout(config, start, minibatches)
     settings = _settings(config, stage, start, reference)
     saved = _open_run(config, settings, start)
     schedule_steps = config.loop.steps if saved is None else saved["schedule_steps"]
@@ -173,6 +175,17 @@ def train_stage(
         "state_bytes": state_bytes,
         "cache_numbers_per_token_layer": model.cache_numbers_per_token_layer,
     }
+
+
+def _check_layout(config: StageConfig, start: Model, minibatches: int) -> None:
+    """Before the run's folder is there. Of a row's columns, what says how many it has."""
+    rows, said = config.rows_of_step()
+    parts = {"minibatches": minibatches, "step.microbatches": config.step.microbatches}
+    said += "".join(f", {name}={count}" for name, count in parts.items() if count > 1)
+    rows //= math.prod(parts.values())
+    columns = getattr(getattr(config, "data", None), "seq_len", None)
+    layout = {"rows": rows or None, "columns": columns, "rows_said": f"the {rows} rows of {said}"}
+    check_layout(start.config, start.compute, start.mesh.shape, **layout)
 
 
 def _open_run(config: StageConfig, settings: dict[str, Any], start: Model) -> dict[str, Any] | None:

@@ -84,16 +84,17 @@ def weight_gradient(
     if x.shape[:-1] != dy.shape[:-1]:
         raise ValueError(f"x {x.shape} and dy {dy.shape}: expected (…, D) and (…, F) with the same rows")
     dtype = jnp.promote_types(x.dtype, dy.dtype)
-    name = choose("product", target or Target.here(), dtype, implementation=implementation).name
+    facts = {"implementation": implementation, "devices": devices()}
+    name = choose("product", target or Target.here(), dtype, **facts).name
     return _weight_gradient(x, dy, precision, name)
 
 
-def _weight_gradient(x, dy, precision, name):
+def _weight_gradient(x, dy, precision, name, dtype=jnp.float32):
     if name == "c":
         x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
         return cpu.call("grouped_dw", [(1, x.shape[1], dy.shape[1])], x, dy, jnp.array([len(x)], jnp.int32))[0][0]
     rows = tuple(range(x.ndim - 1))
-    return jax.lax.dot_general(x, dy, ((rows, rows), ((), ())), precision=precision, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(x, dy, ((rows, rows), ((), ())), precision=precision, preferred_element_type=dtype)
 
 
 class _Form(NamedTuple):
@@ -181,14 +182,15 @@ def _backward(form, dtype, precision, name, cores, residuals, dy):
     else:
         dx = jnp.einsum(f"{form.out},{form.w}->{form.x}", dy, values, precision=precision)
 
+    # Rounded by the product itself: behind it, the devices of a mesh would add their products up in float32.
+    kept = x.dtype if getattr(w, "dtype", None) == x.dtype else jnp.float32
+
     def gradient():
         if not form.plain and not form.transposed:
-            return jnp.einsum(
-                f"{form.x},{form.out}->{form.w}", x, dy, precision=precision, preferred_element_type=jnp.float32
-            )
+            return jnp.einsum(f"{form.x},{form.out}->{form.w}", x, dy, precision=precision, preferred_element_type=kept)
         x_rows, dy_rows = x.reshape(*rows, -1), dy.reshape(*rows, -1)
         first, second = (x_rows, dy_rows) if form.plain else (dy_rows, x_rows)
-        return _weight_gradient(first, second, precision, name).reshape(w.shape)
+        return _weight_gradient(first, second, precision, name, kept).reshape(w.shape)
 
     return dx, stored_gradient(w, gradient)
 

@@ -66,6 +66,10 @@ def _needs_c(target: Target, dtype: Any, **_) -> str:
     return "" if cpu.available() else "it needs Linux and a C compiler: gcc, or what CC names"
 
 
+def _needs_c_and_one_device(target: Target, dtype: Any, *, devices: int = 1, **_) -> str:
+    return f"it needs whole operands, not a mesh of {devices}" if devices > 1 else _needs_c(target, dtype)
+
+
 def _block_rows(target: Target, *, rows: int, groups: int, **_) -> int:
     """A power of two, at most a group's mean size: padding a group costs half a block on average, a small block one
     more copy of its group's matrix. Measured best: half the mean, 64 at most, on a CPU; the mean, 1024 at most, on a
@@ -103,7 +107,7 @@ _REFERENCE = Implementation("reference", ())
 TABLE: dict[str, tuple[Implementation, ...]] = {
     # XLA's; with "c" the weight's gradient by the C kernel; "hopper" is of few rows, as decoding has them.
     "product": (
-        dataclasses.replace(_C, copies=_dequantises),
+        dataclasses.replace(_C, refuses=_needs_c_and_one_device, copies=_dequantises, special=True),
         Implementation("hopper", ("cuda",), hopper_few.refuses_dense, special=True),
         Implementation("dot", copies=_dequantises),
     ),

@@ -169,6 +169,45 @@ def balance(config: ModelConfig, scores: np.ndarray, chosen: list[list[int]]) ->
     return total
 
 
+def device_losses(
+    config: ModelConfig, scores: np.ndarray, chosen: list[list[int]], devices: int, most: int
+) -> tuple[float, float]:
+    """V2's device-level and communication balance losses of one sequence, equations 26 to 31 without their factors.
+    most: devices that a token may be sent to."""
+    tokens, experts = scores.shape
+    here = np.split(np.arange(experts), devices)
+    selects = chosen
+    if config.topk_method == "noaux_tc":
+        selects = [best(s, config.num_experts_per_tok) for s in scores]
+    f = [experts / (config.num_experts_per_tok * tokens) * sum(i in c for c in selects) for i in range(experts)]
+    p = [np.mean([s[i] / s.sum() for s in scores]) for i in range(experts)]
+    level = communication = 0.0
+    for mine in here:
+        share = sum(p[i] for i in mine)
+        level += sum(f[i] for i in mine) / len(mine) * share
+        sent = sum(any(i in c for i in mine) for c in chosen)
+        communication += devices / (most * tokens) * sent * share
+    return level, communication
+
+
+def dropped(
+    experts: int,
+    scores: np.ndarray,
+    chosen: np.ndarray,
+    spared: np.ndarray,
+    real: np.ndarray,
+    devices: int,
+    capacity: float,
+) -> list[tuple[int, int]]:
+    """(token, k) of the choices that V2 drops: scores (T E), chosen (T K), spared and real (T)."""
+    budget, gone = math.floor(capacity * real.sum() * chosen.shape[1] / devices), []
+    for device in range(devices):
+        mine = [(t, k) for t, k in np.ndindex(*chosen.shape) if real[t] and chosen[t, k] * devices // experts == device]
+        may_go = sorted((p for p in mine if not spared[p[0]]), key=lambda p: (scores[p[0], chosen[p]], -p[0], -p[1]))
+        gone += may_go[: max(0, len(mine) - budget)]
+    return gone
+
+
 def moe(p: Params, config: ModelConfig, x: np.ndarray, bias: np.ndarray | None) -> tuple[np.ndarray, Params]:
     """Output (S D), and load (E) and balance of the sequence."""
     y, scores, choices = np.zeros_like(x), [], []

@@ -1,5 +1,6 @@
 """The routers of V1, V2 and V3 and the balance loss against the formulas of the facts page, in numpy."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,7 +12,16 @@ from hypothesis import strategies as st
 from model import oracle
 from model.tiny import V1, V2, V3, config, relative_error
 
-from deepseek_jax.model.router import best_experts, count_sequences, limit_to_groups, route, router_stats
+from deepseek_jax.model.router import (
+    best_experts,
+    count_sequences,
+    limit_to_groups,
+    most_devices,
+    route,
+    router_stats,
+)
+from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
+from deepseek_jax.parallel.sharding import named_sharding
 
 T, D, E = 20, 6, 8
 ROUTERS = {
@@ -181,6 +191,74 @@ def test_load_and_balance_per_segment_without_padding(name):
     line = [oracle_balance(tiny, scores.astype(np.float64) + h * direction, chosen) for h in (1e-5, -1e-5)]
     np.testing.assert_allclose(np.sum(dscores * direction), (line[0] - line[1]) / 2e-5, rtol=1e-4)
     assert not np.any(dscores[~real]) and np.any(dscores[real])
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+@pytest.mark.parametrize("name", ["v1", "v2", "v3"])
+def test_losses_over_devices_and_their_gradients(name, devices):
+    """V2's, of each segment of packed rows with padding. Groups of two experts, so two devices have two groups each."""
+    tiny = ROUTERS[name]
+    scores, chosen = stats_case(tiny)
+    most = min(devices, tiny.num_experts_per_tok if name == "v1" else tiny.topk_group)
+    assert most_devices(tiny, devices) == most
+
+    def losses(scores):
+        stats = router_stats(tiny, jnp.asarray(chosen), scores, jnp.asarray(SEGMENTS), devices=devices)
+        assert stats.device_balance is not None and stats.communication is not None
+        return jnp.stack([stats.device_balance, stats.communication])
+
+    def by_loops(scores):
+        total = np.zeros(2)
+        for row, ids in enumerate(SEGMENTS):
+            for segment in set(ids[ids > 0].tolist()):
+                mine = ids == segment
+                total += oracle.device_losses(tiny, scores[row][mine], chosen[row][mine].tolist(), devices, most)
+        return total
+
+    found, gradients = jax.jit(lambda scores: (losses(scores), jax.jacrev(losses)(scores)))(scores)
+    exact = scores.astype(np.float64)
+    np.testing.assert_allclose(found, by_loops(exact), rtol=1e-5)
+    direction = np.random.default_rng(1).standard_normal(scores.shape)
+    line = [by_loops(exact + h * direction) for h in (1e-5, -1e-5)]
+    slope = np.sum(gradients * direction, axis=(1, 2, 3))
+    np.testing.assert_allclose(slope, (line[0] - line[1]) / 2e-5, rtol=1e-4)
+    real = SEGMENTS > 0
+    assert not np.any(gradients[:, ~real]) and np.all(np.any(gradients[:, real] != 0, axis=(1, 2)))
+
+
+def test_even_devices_lose_one_a_sequence():
+    """Each token on M=2 of 4 devices, all equally often."""
+    tiny = config(V2, num_experts_per_tok=2)
+    scores = jnp.full((1, 16, E), 1 / E)
+    chosen = jnp.arange(32).reshape(1, 16, 2) * 2 % E
+    stats = router_stats(tiny, chosen, scores, jnp.ones((1, 16), jnp.int32), devices=4)
+    assert stats.device_balance == pytest.approx(1) and stats.communication == pytest.approx(1)
+    assert router_stats(tiny, chosen, scores, jnp.ones((1, 16), jnp.int32)).device_balance is None
+    with pytest.raises(ValueError, match="balance_devices=3 does not divide n_routed_experts=8"):
+        router_stats(tiny, chosen, scores, jnp.ones((1, 16), jnp.int32), devices=3)
+
+
+@pytest.mark.parametrize("tiny", [config(net, n_routed_experts=16) for net in (V2, V3)], ids=["v2", "v3"])
+@pytest.mark.parametrize("ways", [4, 8], ids=["a device a group", "a node of two devices a group"])
+def test_a_token_reaches_as_many_nodes_as_groups(tiny, ways):
+    """Experts as a mesh lays them out over its axis ``expert``: those of a group stand on one node. Taken from all
+    experts, a token's choices would reach more."""
+    mesh = make_mesh(MeshConfig(expert=ways), jax.devices()[:ways])
+    weight = named_sharding(mesh, ("experts", "expert_embed", None, "expert_mlp"), (16, 8, 2, 8))
+    places = weight.devices_indices_map((16, 8, 2, 8))
+    device_of = {e: at for at, d in enumerate(mesh.devices.flat) for e in range(16)[places[d][0]]}
+    assert sorted(device_of) == list(range(16))
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((200, D), (D, 16)))
+    bias = jnp.asarray(rng.standard_normal(16) / 4, jnp.float32)
+
+    def nodes(tiny):
+        chosen = np.asarray(route(tiny, x, w, bias if tiny.topk_method == "noaux_tc" else None).experts_TK)
+        return [len({device_of[e] * tiny.n_group // ways for e in row}) for row in chosen.tolist()]
+
+    assert max(nodes(tiny)) == tiny.topk_group
+    assert max(nodes(dataclasses.replace(tiny, topk_method="greedy"))) > tiny.topk_group
+    assert most_devices(tiny, tiny.n_group) == tiny.topk_group
 
 
 def test_v3_counts_the_raw_affinities_and_v2_the_chosen_experts():

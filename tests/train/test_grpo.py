@@ -390,7 +390,7 @@ def test_a_reference_stays_or_follows_and_is_never_the_state_itself():
 
 def test_a_fingerprint_names_the_numbers_alone():
     params, _ = weights(TINY)
-    mesh = make_mesh(MeshConfig(fsdp=4, data=2))
+    mesh = make_mesh(MeshConfig(fsdp=2, data=4))
     placed = jax.device_put(params, tree_shardings(mesh, transformer.logical_axes(TINY), params))
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
     assert fingerprint(params) == fingerprint(placed) == fingerprint(half)

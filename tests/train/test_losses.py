@@ -12,6 +12,9 @@ from model.tiny import V3, config, relative_error, weights
 from train.cases import BATCH, LENGTHS, TINY, S, documents, on_device, pack
 
 from deepseek_jax.model import transformer
+from deepseek_jax.model.dropping import Balancing
+from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
+from deepseek_jax.parallel.sharding import place_batch
 from deepseek_jax.train.losses import LanguageModelLoss, cross_entropy, score_targets
 
 PARAMS, BIAS = weights(TINY)
@@ -296,6 +299,60 @@ def test_mtp_weight_falls_at_its_step():
     np.testing.assert_allclose(values, [0.3, 0.1], rtol=1e-4)
 
 
+V2S = dataclasses.replace(ISOLATED, device_balance_weight=0.05, communication_weight=0.02, balance_devices=4)
+DROPPING = dataclasses.replace(V2S, drop_capacity=1.0, drop_spared=0.5)
+
+
+@pytest.fixture(scope="module")
+def v2s_terms():
+    """(value, parts, gradient) of V2's losses and dropping, on one device."""
+    return evaluate(DROPPING, BATCH)
+
+
+def test_v2s_losses_over_devices_are_means_over_sequences():
+    value, parts, _ = evaluate(V2S, BATCH)
+    batch = on_device(BATCH)
+    model = transformer.merge(TINY, PARAMS, BIAS)
+    names = {"positions_BS": batch["positions"], "segment_ids_BS": batch["segment_ids"], "mtp": True}
+    router = model(batch["tokens"], balancing=Balancing(4), **names).router
+    sequences = sum(map(len, LENGTHS))
+    for name in ("device_balance", "communication"):
+        assert parts[name] == pytest.approx(float(jnp.sum(getattr(router, name))) / sequences, rel=1e-5)
+    plain, alone, _ = evaluate(ISOLATED, BATCH)
+    assert value == pytest.approx(plain + 0.05 * parts["device_balance"] + 0.02 * parts["communication"], rel=1e-6)
+    assert alone.keys() == parts.keys() - {"device_balance", "communication"} and "dropped" not in parts
+
+
+def test_dropping_changes_the_loss_and_is_counted(v2s_terms):
+    value, parts, gradient = v2s_terms
+    whole, all_parts, _ = evaluate(V2S, BATCH)
+    assert parts["dropped"].shape == (TINY.num_routers,) and np.all(parts["dropped"] > 0)
+    assert parts["ce"] != all_parts["ce"] and value != whole
+    np.testing.assert_array_equal(parts["load"][0], all_parts["load"][0])  # what was chosen, in the first layer
+    most = TINY.num_experts_per_tok * np.sum(BATCH["segment_ids"] > 0)
+    assert np.all(parts["dropped"] < 0.5 * most)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradient))
+    # Everyone spared, or room for all: the loss without it.
+    for roomy in ({"drop_spared": 1.0}, {"drop_capacity": 4.0}):
+        found, parts, _ = evaluate(dataclasses.replace(DROPPING, **roomy), BATCH)
+        assert found == pytest.approx(whole, rel=1e-6) and not np.any(parts["dropped"])
+
+
+@pytest.mark.parametrize("axes", [{"data": 2, "expert": 4}, {"expert": 2, "fsdp": 2, "context": 2}], ids=str)
+def test_a_mesh_changes_neither_v2s_losses_nor_what_is_dropped(v2s_terms, axes):
+    mesh = make_mesh(MeshConfig(**axes))
+
+    def run(params, batch):
+        norm = DROPPING.normalisers(batch)
+        return DROPPING(transformer.merge(TINY, params, BIAS), batch, norm, jnp.int32(0))
+
+    with jax.set_mesh(mesh):
+        (value, parts), gradient = jax.jit(jax.value_and_grad(run, has_aux=True))(PARAMS, place_batch(BATCH, mesh))
+    assert value == pytest.approx(v2s_terms[0], rel=1e-5)
+    np.testing.assert_array_equal(parts["dropped"], v2s_terms[1]["dropped"])
+    assert_same(gradient, v2s_terms[2])
+
+
 def test_a_batch_without_targets_gives_zero_not_nan():
     value, parts, gradient = evaluate(ISOLATED, pack([[]]))
     assert value == 0 and not np.any(parts["load"])
@@ -305,5 +362,9 @@ def test_a_batch_without_targets_gives_zero_not_nan():
 def test_a_chunk_of_nothing_is_refused():
     with pytest.raises(ValueError, match="chunk=0"):
         LanguageModelLoss(chunk=0)
+    with pytest.raises(ValueError, match="balance_devices=1: must be at least 2"):
+        LanguageModelLoss(balance_devices=1)
+    with pytest.raises(ValueError, match=r"drop_spared=1.5: must lie in \[0, 1\]"):
+        LanguageModelLoss(drop_spared=1.5)
     with pytest.raises(ValueError, match="isolate='yes'.*bool"):
         LanguageModelLoss(isolate="yes")  # pyright: ignore[reportArgumentType]

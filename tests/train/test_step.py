@@ -96,23 +96,17 @@ def test_microbatches_give_the_step_of_the_whole_batch(microbatches):
     assert_same_step(take(fresh(), microbatches=microbatches))
 
 
+# More of them: tests/parallel/test_meshes.py.
 MESHES = {
     "data": MeshConfig(data=8),
-    "fsdp_data": MeshConfig(fsdp=4, data=2),
-    "expert_data": MeshConfig(expert=4, data=2),
+    "fsdp_data": MeshConfig(fsdp=2, data=4),
     "tensor_fsdp_data": MeshConfig(tensor=2, fsdp=2, data=2),
-    "context_expert_data": MeshConfig(context=2, expert=2, data=2),
 }
 
 
-@pytest.mark.parametrize("name", MESHES)
-def test_meshes_give_the_step_of_one_device(name):
-    mesh = make_mesh(MESHES[name])
-    state = fresh(mesh)
-    split = sum(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.params))
-    assert (split > 0) == (name != "data")
-    microbatches = 2 if name == "tensor_fsdp_data" else 1
-    assert_same_step(take(state, mesh=mesh, microbatches=microbatches))
+def test_microbatches_on_a_mesh_give_the_step_of_one_device():
+    mesh = make_mesh(MESHES["tensor_fsdp_data"])
+    assert_same_step(take(fresh(mesh), mesh=mesh, microbatches=2))
 
 
 def test_the_state_keeps_its_places():

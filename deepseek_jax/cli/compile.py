@@ -49,14 +49,11 @@ class Compile:
 
 def run_compile(arguments: Sequence[str]) -> None:
     if not arguments or arguments[0].startswith("-"):
-        asked_for_help = any(argument in ("-h", "--help") for argument in arguments)
-        name, rest, default = "RECIPE", ["--help"] if asked_for_help else [], Compile(PretrainConfig())
-        if not asked_for_help:
-            raise ValueError("which recipe? deepseek-jax compile RECIPE --topology v5p:8x8x16")
+        name, options = "the defaults", tyro.cli(Compile, args=list(arguments), prog="deepseek-jax compile")
     else:
         name, *rest = arguments
         default = Compile(load_recipe(name, PretrainConfig))
-    options = tyro.cli(Compile, args=rest, default=default, prog=f"deepseek-jax compile {name}")
+        options = tyro.cli(Compile, args=rest, default=default, prog=f"deepseek-jax compile {name}")
     topology = Topology.parse(options.topology)
     with quietly(options.json):
         found = compile_for(options.recipe, topology, options.work, options.columns)
@@ -82,6 +79,8 @@ def verdict(found: Found) -> str:
     most = f"most of it {by_size[-1][1]}, {_gib(by_size[-1][0])}"
     if not found.fits:
         where = f"; the largest array {_gib(found.largest[0][0])}, {found.largest[0][1]}" if found.largest else ""
+        if total <= room:  # the compiler gives no numbers, and these are the arrays that have shapes
+            return f"does not fit: {found.refusal}"
         return f"does not fit: {_gib(total)} of {_gib(room)}, {_gib(total - room)} too much; {most}{where}"
     told = f"fits: {_gib(total)} of {_gib(room)}, {_gib(room - total)} to spare; {most}"
     if found.estimate is None or not found.estimate.traffic:

@@ -23,6 +23,8 @@ def add_compilers() -> None:
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_STDERR_LOG_LEVEL": "3"}
     os.environ |= {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
     os.environ.pop("XLA_FLAGS", None)  # libtpu ends the process at a flag that it does not know
+    with silenced():
+        importlib.import_module("jax")
 
 
 def found(name: str) -> bool:

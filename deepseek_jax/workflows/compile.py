@@ -119,20 +119,17 @@ def _peak(compiled: Any) -> int:
 
 
 def _refused(message: str, memory: dict[str, int]) -> dict[str, Any]:
-    """What the compiler says it would need: in all, or of temporaries beside the arguments."""
-    memory = dict(memory)
+    """What the compiler says it would need: in all, or of temporaries, gradients among them, beside the arguments."""
     number = r"([\d.]+)([KMGT])"
     amount = lambda value, unit: int(float(value) * _UNITS[unit])  # noqa: E731
+    total = known = sum(memory.values())
     if used := re.search(rf"Used {number} of {number} hbm", message):
-        memory["total"] = amount(used[1], used[2])
-        memory["activations, temporaries"] = max(0, memory["total"] - sum(memory.values()) + memory["total"])
-        memory["activations, temporaries"] -= memory["total"]
+        total = amount(used[1], used[2])
     elif needed := re.search(rf"\({number}\) exceeds available HBM \({number}\)", message):
-        temporaries = amount(needed[1], needed[2])
-        memory["total"] = sum(memory.values()) - memory.get("gradients", 0) + temporaries
-        memory["activations, temporaries"] = temporaries - memory.get("gradients", 0)
+        total = known - memory.get("gradients", 0) + amount(needed[1], needed[2])
     sizes = re.findall(rf"Size: {number}.*?(?:op_name=\"([^\"]*)\"|Shape: (\S+))", message, re.DOTALL)
     largest = tuple((amount(value, unit), short(scope) or shape) for value, unit, scope, shape in sizes[:8])
+    memory = memory | {"activations, temporaries": max(0, total - known), "total": total}
     return {"memory": memory, "refusal": message.splitlines()[0], "largest": largest}
 
 

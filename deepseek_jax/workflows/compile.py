@@ -54,7 +54,7 @@ class Found:
 
 
 def compile_for(recipe: PretrainConfig, topology: Topology, work: Work = "train", columns: int = 0) -> Found:
-    """Compile the recipe's train step, or what serving does up to the first token of each answer or for one more of each,
+    """Compile the recipe's train step, or what serving does up to each answer's first token or for one more of each,
     for ``topology``. Nothing of that machine need be here, and no array is made.
 
     columns: tokens of a row, instead of the recipe's ``data.seq_len``; in decoding those before the new one.

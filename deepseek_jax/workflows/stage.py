@@ -265,11 +265,15 @@ class AbstractStep(NamedTuple):
 
 
 def abstract_step(config: StageConfig, model: ModelConfig, loss: Loss, mesh: Mesh, columns: int) -> AbstractStep:
-    """The step that a stage takes on ``mesh``, whose devices need not be here, on its rows of ``columns`` tokens."""
-    compute = config.compute.on(mesh)
+    """The step that a stage takes on ``mesh``, whose devices need not be here, on its rows of ``columns`` tokens.
+
+    Raises ValueError where the mesh cannot split them, or the network (``check_layout``).
+    """
+    compute, rows = config.compute.on(mesh), config.rows_of_step()[0]
+    check_layout(model, compute, mesh.shape, rows=rows // config.step.microbatches, columns=columns)
     optimizer = make_optimizer(config.optimizer, model, config.loop.steps)
     state = abstract_state(model, optimizer, mesh, compute=compute, ema=config.step.ema_decay > 0)
-    shape = config.rows_of_step()[0], columns
+    shape = rows, columns
     place = named_sharding(mesh, ("batch", "sequence"), shape, compute.rules)
     array = lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=place)  # noqa: E731
     batch = {name: array(jnp.int32) for name in ("tokens", "segment_ids", "positions")}

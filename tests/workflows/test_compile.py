@@ -1,16 +1,21 @@
 """``deepseek-jax compile``, as a user calls it: programs for chips that are not here."""
 
+import dataclasses
 import json
 import math
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from deepseek_jax.parallel.compilers import CUDA, LIBTPU, found
+from deepseek_jax.parallel.legal import check_layout
 from deepseek_jax.workflows.compile import _refused
+from deepseek_jax.workflows.pretrain import PretrainConfig
+from deepseek_jax.workflows.recipe import load_recipe
 
 # float32 needs no kernels, which take the compiler's time; one layer of each kind, no MTP.
 RECIPE = '''
@@ -84,6 +89,26 @@ def test_decoding_on_two_gpus(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     for line in ("2: expert 2", "cache", "of 76.0 GiB", "estimated time", "fits: "):
         assert line in done.stdout, (line, done.stdout)
+
+
+MACHINES = {"v5p": 1024, "tpu7x": 256, "v6e": 256, "v6e_4_slices": 1024, "gpus_256": 256, "gpus_2048": 2048}
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_recipes_are_legal_on_their_machines(machine):
+    """Also their later stages, of longer rows."""
+    for name in (machine, f"{machine}_32k", f"{machine}_128k"):
+        if name not in {field.name for field in dataclasses.fields(type(recipes()))}:
+            continue
+        recipe = load_recipe(f"pods/v3:{name}", PretrainConfig)
+        sizes = dataclasses.asdict(recipe.mesh) | {"data": 1}
+        assert math.prod(sizes.values()) == MACHINES[machine], name
+        rows, columns = recipe.batch_size // recipe.step.microbatches, recipe.data.seq_len
+        check_layout(recipe.model, recipe.compute, sizes, rows=rows, columns=columns)
+
+
+def recipes() -> Any:
+    return load_recipe("pods/v3", object)
 
 
 def test_what_a_user_gets_wrong(tmp_path):

@@ -38,6 +38,7 @@ using a model
   inspect PATH|RECIPE    parameters, cache and arithmetic per token
   place RUN --devices N  which device should hold which experts, for the loads that a run has logged
   bench                  train and decode speed of the demo's model beside transformers
+  compile RECIPE --topology v5p:8x8x16   does it fit there, and how fast would it be: no such machine needed
   bench RECIPE --work train|prefill|decode   speed, memory and longest kernels of a recipe's model
 
 RECIPE is a name such as demo/pretrain or a Python file with a function config(), or a stage of such a one, as
@@ -75,6 +76,7 @@ COMMANDS = {
     "inspect": "inspect",
     "place": "place",
     "bench": "bench",
+    "compile": "compile",
 }
 # What needs no devices, so no other process either: on one host of many too.
 ALONE = ("corpus", "report", "compare", "tokenizer", "puzzles", "curate", "convert", "inspect")

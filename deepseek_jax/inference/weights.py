@@ -83,21 +83,7 @@ def random_weights(
     """What ``sampling_weights`` makes, drawn where it lies instead of made from a model, for measurements: no second
     copy, nothing in float32 but what is read so. The same widths as fresh weights, other numbers. With ``param_dtype``
     float8_e4m3 the matrices that V3's checkpoints have in FP8 are."""
-    fp8 = {}
-    if compute.param_dtype == "float8_e4m3":
-        fp8 = {tensor.path: tensor.groups for tensor in hf_tensors(config) if tensor.quantised}
-
-    def kept(path, leaf):
-        if (groups := fp8.get(tuple(part.key for part in path))) is None:
-            return leaf
-        scales = jax.ShapeDtypeStruct(scales_shape(leaf.shape, groups), jnp.float32)
-        return BlockScaled(jax.ShapeDtypeStruct(leaf.shape, FP8), scales, groups)
-
-    params, bias = transformer.abstract_arrays(config, dataclasses.replace(compute, param_dtype="bfloat16"))
-    shapes = jax.tree_util.tree_map_with_path(kept, params), bias
-    shapes, bias = jax.eval_shape(
-        functools.partial(sampling_weights, config=config, compute=compute, mesh=mesh), *shapes
-    )
+    shapes, bias = _shapes(config, compute, mesh)
     keys = iter(jax.random.split(jax.random.key(seed, impl="rbg"), len(jax.tree.leaves(shapes))))
 
     def make(path, leaf, axes):
@@ -113,6 +99,33 @@ def random_weights(
     is_leaf = lambda leaf: isinstance(leaf, BlockScaled)  # noqa: E731
     params = jax.tree_util.tree_map_with_path(make, shapes, _axes(config, compute), is_leaf=is_leaf)
     return params, None if bias is None else jnp.zeros(bias.shape, bias.dtype)
+
+
+def abstract_weights(config: ModelConfig, compute: ComputeConfig, mesh: Mesh) -> tuple[dict[str, Any], Any]:
+    """What ``sampling_weights`` makes of weights in bfloat16 or float32, as shapes, dtypes and shardings."""
+    assert compute.param_dtype != "float8_e4m3", "where the parts of FP8 matrices lie depends on their kernels"
+    shapes, bias = _shapes(config, compute, mesh)
+    place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)  # noqa: E731
+    axes = lambda leaf, axes: place(leaf, named_sharding(mesh, axes, leaf.shape, compute.rules))  # noqa: E731
+    whole = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(axes, shapes, _axes(config, compute)), None if bias is None else place(bias, whole)
+
+
+def _shapes(config: ModelConfig, compute: ComputeConfig, mesh: Mesh) -> tuple[dict[str, Any], Any]:
+    """Shapes and dtypes of what ``sampling_weights`` makes; FP8 where ``param_dtype`` says so."""
+    fp8 = {}
+    if compute.param_dtype == "float8_e4m3":
+        fp8 = {tensor.path: tensor.groups for tensor in hf_tensors(config) if tensor.quantised}
+
+    def kept(path, leaf):
+        if (groups := fp8.get(tuple(part.key for part in path))) is None:
+            return leaf
+        scales = jax.ShapeDtypeStruct(scales_shape(leaf.shape, groups), jnp.float32)
+        return BlockScaled(jax.ShapeDtypeStruct(leaf.shape, FP8), scales, groups)
+
+    params, bias = transformer.abstract_arrays(config, dataclasses.replace(compute, param_dtype="bfloat16"))
+    make = functools.partial(sampling_weights, config=config, compute=compute, mesh=mesh)
+    return jax.eval_shape(make, jax.tree_util.tree_map_with_path(kept, params), bias)
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "dtype", "scale", "place"))

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -72,32 +72,43 @@ class Instruction:
 
 
 class Module:
-    """A program's computations, each its instructions in the order of the schedule, the last one the root."""
+    """A program's computations, each its instructions in the order of the schedule.
 
-    def __init__(self, text: str):
+    turns: how often a loop runs whose count is no constant, from its scope.
+    """
+
+    def __init__(self, text: str, turns: Callable[[str], int] = lambda scope: 1):
+        self._turns = turns
         self.computations: dict[str, dict[str, Instruction]] = {}
         self.roots: dict[str, str] = {}
-        current, name, self.entry = {}, "", ""
+        current, name, last, self.entry = {}, "", "", ""
         for line in text.splitlines():
             if line.startswith(("%", "ENTRY ")) and line.endswith("{"):
                 name = line.removeprefix("ENTRY ").split(" ", 1)[0]
-                current = self.computations.setdefault(name, {})
+                current, last = self.computations.setdefault(name, {}), ""
                 self.entry = name if line.startswith("ENTRY ") else self.entry
             elif name and (found := _INSTRUCTION.match(line)):
-                current[found[2]] = _instruction(found[2], found[3])
+                current[last := found[2]] = _instruction(found[2], found[3])
                 if found[1]:
-                    self.roots[name] = found[2]
+                    self.roots[name] = last
+            elif last and line != "}":  # a kernel's metadata may have lines of its own
+                current[last] = dataclasses.replace(current[last], rest=current[last].rest + line)
         if not self.entry:
             raise ValueError("no HLO module: there is no ENTRY computation in the text")
         self.partitions = int((re.search(r"num_partitions=(\d+)", text[:100_000]) or [0, "1"])[1])
         self._loops: dict[str, tuple[str, Instruction]] = {}  # by their bodies
-        for outer, instructions in self.computations.items():
+        for outer, one in self.instructions():
+            if one.opcode == "while":
+                self._loops[_attribute(one, "body")] = (outer, one)
+
+    def instructions(self) -> Iterator[tuple[str, Instruction]]:
+        """All of them, with their computations' names."""
+        for name, instructions in self.computations.items():
             for one in instructions.values():
-                if one.opcode == "while":
-                    self._loops[_attribute(one, "body")] = (outer, one)
+                yield name, one
 
     def times(self) -> dict[str, int]:
-        """How often each computation runs. A loop whose count is no constant counts once, and so does each branch."""
+        """How often each computation runs; each branch of a choice counts."""
         found = dict.fromkeys(self.computations, 0) | {self.entry: 1}
         for name in reversed(self.computations):  # callers stand behind what they call
             for one in self.computations[name].values():
@@ -107,7 +118,7 @@ class Module:
         return found
 
     def trips(self, computation: str, loop: Instruction) -> int:
-        """How often a loop's body runs, from the compiler's note or from counter, limit and step; else 1."""
+        """How often a loop's body runs, from the compiler's note or from counter, limit and step; else ``turns``."""
         if known := re.search(r'"known_trip_count":{"n":"(\d+)"', loop.rest):
             return int(known[1])
         condition, body = _attribute(loop, "condition"), _attribute(loop, "body")
@@ -123,7 +134,7 @@ class Module:
                 continue
             steps = (limit - start) / after
             return max(0, math.floor(steps) + 1 if direction in ("LE", "GE") else math.ceil(steps))
-        return 1
+        return self._turns(loop.scope)
 
     def _compared(self, computation: str) -> tuple[tuple[str, str] | None, str]:
         """The two operands of a condition's comparison, by their names in the condition, and its direction."""
@@ -215,17 +226,18 @@ def collectives(text: str) -> list[Collective]:
     """
     module = Module(text)
     times, apart = module.times(), _asynchronous(module)
-    found = []
+    found, outer = [], {name: one.scope for _, one in module.instructions() for name in one.called}
     for computation, instructions in module.computations.items():
         if not times[computation]:
             continue
         for one in instructions.values():
             if (kind := kind_of(one, computation)) is None:
                 continue
-            groups = _groups(one.rest, module.partitions)
+            groups = groups_of(one, module.partitions)
             asynchronous = apart.get(computation, apart.get(one.name, False))
             size = operand_bytes(one, instructions) * (len(groups[0]) if kind == "all-gather" else 1)
-            found.append(Collective(kind, size, len(groups[0]), groups, times[computation], asynchronous, one.scope))
+            scope = one.scope or outer.get(computation, "")
+            found.append(Collective(kind, size, len(groups[0]), groups, times[computation], asynchronous, scope))
     return found
 
 
@@ -254,6 +266,11 @@ def shape_bytes(shape: str) -> int:
         bits = _BITS.get(dtype) or (0 if dtype in _BITS else int((re.search(r"\d+", dtype) or ["0"])[0]))
         total += -(-bits * math.prod(int(size) for size in sizes.split(",") if size) // 8)
     return total
+
+
+def arrays(shape: str) -> list[str]:
+    """The arrays of a shape's text, each with its layout."""
+    return re.findall(r"[a-z]\w*\[[\d,]*\](?:{[^}]*})?", shape)
 
 
 def _asynchronous(module: Module) -> dict[str, bool]:
@@ -319,9 +336,10 @@ def _parsed(text: str) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(group) for group in cut.tolist())
 
 
-def _groups(rest: str, partitions: int) -> tuple[tuple[int, ...], ...]:
+def groups_of(one: Instruction, partitions: int) -> tuple[tuple[int, ...], ...]:
+    """The devices that take part together in a collective; of a collective-permute (source, target)."""
     pattern = r"(?:replica_groups|source_target_pairs)=({(?:{[\d,]*},?)*}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)"
-    found = re.search(pattern, rest)
+    found = re.search(pattern, one.rest)
     return (found and _parsed(found[1])) or (tuple(range(partitions)),)
 
 

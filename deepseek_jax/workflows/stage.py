@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +17,13 @@ from deepseek_jax.checkpoint.model import Model
 from deepseek_jax.checkpoint.places import point_to
 from deepseek_jax.checkpoint.store import check_directory
 from deepseek_jax.compute import ComputeConfig
+from deepseek_jax.config import ModelConfig
 from deepseek_jax.data.rows import RowLoader
 from deepseek_jax.model.costs import count_parameters
 from deepseek_jax.parallel.legal import check_layout
 from deepseek_jax.parallel.mesh import MeshConfig
 from deepseek_jax.parallel.processes import first_host_alone, gather, meet, row_groups
-from deepseek_jax.parallel.sharding import ShardingRules, constrain, place_batch
+from deepseek_jax.parallel.sharding import ShardingRules, constrain, named_sharding, place_batch
 from deepseek_jax.saying import doing, say
 from deepseek_jax.train.loop import Batches, LoopConfig, run_loop
 from deepseek_jax.train.metrics import read_metrics
@@ -272,6 +273,32 @@ def _measured(
         return new, jax.tree.map(lambda x: constrain(x, rules, *[None] * x.ndim), metrics)
 
     return jax.jit(measured, donate_argnums=0)
+
+
+class AbstractStep(NamedTuple):
+    """A jitted step with what it is called with, as shapes, dtypes and shardings: no array exists."""
+
+    step: Any
+    state: TrainState
+    batch: dict[str, jax.ShapeDtypeStruct]
+
+
+def abstract_step(config: StageConfig, model: ModelConfig, loss: Loss, mesh: Mesh, columns: int) -> AbstractStep:
+    """The step that a stage takes on ``mesh``, whose devices need not be here, on its rows of ``columns`` tokens.
+
+    Raises ValueError where the mesh cannot split them, or the network (``check_layout``).
+    """
+    compute, rows = config.compute.on(mesh), config.rows_of_step()[0]
+    check_layout(model, compute, mesh.shape, rows=rows // config.step.microbatches, columns=columns)
+    optimizer = make_optimizer(config.optimizer, model, config.loop.steps)
+    state = abstract_state(model, optimizer, mesh, compute=compute, ema=config.step.ema_decay > 0)
+    shape = rows, columns
+    place = named_sharding(mesh, ("batch", "sequence"), shape, compute.rules)
+    array = lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=place)  # noqa: E731
+    batch = {name: array(jnp.int32) for name in ("tokens", "segment_ids", "positions")}
+    step = make_step(model, loss, optimizer, config.step, compute=compute)
+    jitted = _measured(step, learning_rate(config.optimizer, config.loop.steps), 1)
+    return AbstractStep(jitted, state, batch | {"loss_mask": array(jnp.float32)})
 
 
 def read_result(run_dir: str | Path) -> dict[str, Any] | None:

@@ -1,0 +1,25 @@
+"""DeepSeek-V2-Lite (15.7 B parameters) on eight devices.
+
+    deepseek-jax compile pods/v2_lite --topology v5p:2x2x2
+    deepseek-jax compile pods/v2_lite --topology h100:8
+
+8 × 4 rows of 4,096 tokens a step. What the compiler and the roofline say stands in docs/results/topologies.md.
+"""
+
+from deepseek_jax.compute import ComputeConfig
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.parallel.mesh import MeshConfig
+from deepseek_jax.train.losses import LanguageModelLoss
+from deepseek_jax.workflows.pretrain import PretrainConfig, PretrainData
+from deepseek_jax.workflows.recipe import load_recipe
+
+
+def config() -> PretrainConfig:
+    return PretrainConfig(
+        model=load_recipe("models/deepseek_v2_lite", ModelConfig),
+        compute=ComputeConfig(dtype="bfloat16", remat="full", dispatch="all_to_all"),
+        mesh=MeshConfig(fsdp=2, expert=4),
+        batch_size=32,
+        data=PretrainData(seq_len=4096),
+        loss=LanguageModelLoss(chunk=1024),
+    )

@@ -1,0 +1,83 @@
+"""DeepSeek-V3 (671 B parameters and a module that predicts one token more) on pods and clusters that nobody here has.
+
+    deepseek-jax compile pods/v3:v5p --topology v5p:8x8x16
+
+A field for each machine; what the compiler and the roofline say of it stands in docs/results/topologies.md. 15,360 rows
+of 4,096 tokens a step as in the paper (section 4.2), or near it; after it 1,000 steps each at 32K (1,920 rows) and 128K
+(480 rows; section 4.3), which go on from a checkpoint: rows longer than a device holds are split over ``context``.
+"""
+
+import dataclasses
+
+from deepseek_jax.compute import ComputeConfig
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.parallel.mesh import MeshConfig
+from deepseek_jax.parallel.sharding import ShardingRules
+from deepseek_jax.train.losses import LanguageModelLoss
+from deepseek_jax.train.step import StepConfig
+from deepseek_jax.workflows.pretrain import PretrainConfig, PretrainData
+from deepseek_jax.workflows.recipe import load_recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class Pods:
+    v5p: PretrainConfig
+    """1,024 chips: --topology v5p:8x8x16. Experts in groups of 32, V3's own, on rings of 8."""
+    v5p_32k: PretrainConfig
+    v5p_128k: PretrainConfig
+    tpu7x: PretrainConfig
+    """128 chips, two devices each: --topology tpu7x:4x4x8."""
+    tpu7x_32k: PretrainConfig
+    tpu7x_128k: PretrainConfig
+    v6e: PretrainConfig
+    """Serving on 256 chips: --topology v6e:16x16 --work decode, or prefill; training is refused there."""
+    v6e_4_slices: PretrainConfig
+    """Training on 1,024 chips: --topology v6e:16x16x4slices."""
+    gpus_256: PretrainConfig
+    """--topology h100:256 or h200:256. Experts over 8 nodes, to which a token goes at most once each."""
+    gpus_2048: PretrainConfig
+    """--topology h100:2048 or h200:2048."""
+
+
+def config() -> Pods:
+    v5p = on(MeshConfig(fsdp=128, expert=8), rows=15_360, microbatches=5)
+    tpu7x = on(MeshConfig(fsdp=32, expert=8), rows=1_024, microbatches=1)
+    nodes = {"dispatch_nodes": 8}
+    return Pods(
+        v5p=v5p,
+        v5p_32k=longer(v5p, MeshConfig(fsdp=16, expert=8, context=8), 32_768, rows=1_920, microbatches=5),
+        v5p_128k=longer(v5p, MeshConfig(fsdp=4, expert=8, context=32), 131_072, rows=480, microbatches=5),
+        tpu7x=tpu7x,
+        tpu7x_32k=longer(tpu7x, MeshConfig(fsdp=8, expert=8, context=4), 32_768, rows=128, microbatches=2),
+        tpu7x_128k=longer(tpu7x, MeshConfig(fsdp=2, expert=8, context=16), 131_072, rows=32, microbatches=2),
+        v6e=dataclasses.replace(on(MeshConfig(expert=32, tensor=8), rows=1_024), data=PretrainData(seq_len=4096)),
+        v6e_4_slices=on(MeshConfig(fsdp=64, expert=16), rows=2_048, microbatches=2),
+        gpus_256=on(MeshConfig(fsdp=4, expert=64), rows=15_360, microbatches=60, **nodes),
+        gpus_2048=on(MeshConfig(fsdp=32, expert=64), rows=16_384, microbatches=8, **nodes),
+    )
+
+
+def on(mesh: MeshConfig, *, rows: int, microbatches: int = 1, **compute) -> PretrainConfig:
+    return PretrainConfig(
+        model=load_recipe("models/deepseek_v3", ModelConfig),
+        compute=ComputeConfig(dtype="bfloat16", remat="full", dispatch="all_to_all", **compute),
+        mesh=mesh,
+        batch_size=rows,
+        step=StepConfig(microbatches=microbatches),
+        data=PretrainData(seq_len=4096),
+        loss=LanguageModelLoss(chunk=1024),
+    )
+
+
+def longer(recipe: PretrainConfig, mesh: MeshConfig, columns: int, *, rows: int, microbatches: int) -> PretrainConfig:
+    """Parameters are split over the devices of a row as well."""
+    split = ("fsdp", "context")
+    rules = ShardingRules(embed=split, latent=split, expert_embed=split)
+    return dataclasses.replace(
+        recipe,
+        compute=dataclasses.replace(recipe.compute, rules=rules),
+        mesh=mesh,
+        batch_size=rows,
+        step=StepConfig(microbatches=microbatches),
+        data=PretrainData(seq_len=columns),
+    )

@@ -1,0 +1,196 @@
+"""A recipe's program compiled for a machine that is not there: its memory, its traffic, and how long it would take."""
+
+import dataclasses
+import math
+import re
+import time
+from typing import Any, Literal
+
+import jax
+from jax.sharding import Mesh
+
+from deepseek_jax.inference.abstract import serving
+from deepseek_jax.model.costs import attention_flops, forward_flops
+from deepseek_jax.parallel.hlo import Module, shape_bytes
+from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.parallel.roofline import Estimate, estimate, short
+from deepseek_jax.parallel.topology import OPTIONS, Links, Topology
+from deepseek_jax.saying import doing
+from deepseek_jax.workflows.pretrain import PretrainConfig
+from deepseek_jax.workflows.stage import abstract_step
+
+Work = Literal["train", "prefill", "decode"]
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """Of one device, in bytes, seconds and FLOPs, but for what says otherwise."""
+
+    topology: str
+    devices: int
+    mesh: dict[str, int]
+    work: str
+    tokens: int
+    """Of all devices, in one run of the program."""
+    memory: dict[str, int]
+    """By category; ``total`` is the compiler's peak, of which the rest is, or what it refused."""
+    available: int
+    fits: bool
+    refusal: str = ""
+    largest: tuple[tuple[int, str], ...] = ()
+    """The largest arrays among the temporaries, and where they come from."""
+    model_flops: float = 0.0
+    """Of a device's tokens: three times the forward pass, or one; none done again. MTP is left out."""
+    estimate: Estimate | None = None
+    compile_seconds: float = 0.0
+    text: str = dataclasses.field(default="", repr=False)
+
+    @property
+    def mfu(self) -> float | None:
+        """Share of the peak in bfloat16."""
+        chip = Topology.parse(self.topology).chip
+        return None if self.estimate is None else self.model_flops / self.estimate.seconds / chip.flops
+
+
+def compile_for(recipe: PretrainConfig, topology: Topology, work: Work = "train", columns: int = 0) -> Found:
+    """Compile the recipe's train step, or what serving does up to each answer's first token or for one more of each,
+    for ``topology``. Nothing of that machine need be here, and no array is made.
+
+    columns: tokens of a row, instead of the recipe's ``data.seq_len``; in decoding those before the new one.
+
+    Raises ValueError where the recipe's layout is not legal, and what ``Topology.devices`` does.
+    """
+    columns = columns or recipe.data.seq_len
+    mesh = make_mesh(recipe.mesh, topology.devices())
+    with doing(f"tracing for {topology}"), jax.set_mesh(mesh):
+        if work == "train":
+            built = abstract_step(recipe, recipe.model, recipe.loss, mesh, columns)
+            lowered = built.step.lower(built.state, built.batch)
+            memory = {"parameters": _bytes(built.state.params), "optimiser state": _bytes(built.state)}
+            memory["optimiser state"] -= memory["parameters"]
+            memory |= {"batch": _bytes(built.batch), "gradients": memory["parameters"]}
+        else:
+            compute, rows = recipe.compute, recipe.batch_size
+            lowered, weights, cache = serving(recipe.model, compute, mesh, rows, columns, work)
+            memory = {"parameters": _bytes(weights), "cache": _bytes(cache)}
+    tokens = recipe.batch_size * (1 if work == "decode" else columns)
+    facts: dict[str, Any] = {"topology": str(topology), "devices": mesh.size, "mesh": dict(mesh.shape), "work": work}
+    facts |= {
+        "tokens": tokens,
+        "available": int(_room(topology)),
+        "model_flops": _model_flops(recipe, work, columns, mesh),
+    }
+    began = time.perf_counter()
+    try:
+        with doing(f"compiling for {topology}"):
+            compiled = lowered.compile(compiler_options=OPTIONS[topology.platform] or None)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        seconds = time.perf_counter() - began
+        return Found(**facts, **_refused(str(error), memory), fits=False, compile_seconds=seconds)
+    facts["compile_seconds"] = time.perf_counter() - began
+    total, text = _peak(compiled), compiled.as_text()
+    assert text
+    memory["activations, temporaries"] = max(0, total - sum(memory.values()))
+    memory["total"] = total
+    found = estimate(text, Links(topology, mesh), _kernel_flops(recipe, work, columns, mesh), _turns)
+    largest = () if work == "decode" else _largest(text)
+    fits = total <= facts["available"]
+    return Found(**facts, memory=memory, fits=fits, largest=largest, estimate=found, text=text)
+
+
+def _bytes(tree: Any) -> int:
+    """What a device holds of arrays that are shapes and shardings."""
+    local = lambda leaf: math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize  # noqa: E731
+    return sum(map(local, jax.tree.leaves(tree)))
+
+
+def _room(topology: Topology) -> float:
+    """XLA keeps 0.26 GiB of a v5p's memory for itself; jax takes 95 % of a GPU's at most."""
+    return topology.chip.hbm * (0.95 if topology.platform == "cuda" else 1.0)
+
+
+def _peak(compiled: Any) -> int:
+    sizes = compiled.memory_analysis()
+    arguments = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    return int(arguments + sizes.temp_size_in_bytes + sizes.generated_code_size_in_bytes)
+
+
+def _refused(message: str, memory: dict[str, int]) -> dict[str, Any]:
+    """What the compiler says it would need: in all, or of temporaries, gradients among them, beside the arguments."""
+    number = r"([\d.]+)([KMGT])"
+    amount = lambda value, unit: int(float(value) * _UNITS[unit])  # noqa: E731
+    total = known = sum(memory.values())
+    if used := re.search(rf"Used {number} of {number} hbm", message):
+        total = amount(used[1], used[2])
+    elif needed := re.search(rf"\({number}\) exceeds available HBM \({number}\)", message):
+        total = known - memory.get("gradients", 0) + amount(needed[1], needed[2])
+    sizes = re.findall(rf"Size: {number}.*?(?:op_name=\"([^\"]*)\"|Shape: (\S+))", message, re.DOTALL)
+    largest = tuple((amount(value, unit), short(scope) or shape) for value, unit, scope, shape in sizes[:8])
+    memory = memory | {"activations, temporaries": max(0, total - known), "total": total}
+    return {"memory": memory, "refusal": message.splitlines()[0], "largest": largest}
+
+
+def _largest(text: str, count: int = 8) -> tuple[tuple[int, str], ...]:
+    """Results of single instructions, none twice from one place in the program."""
+    module = Module(text)
+    times, fused = module.times(), set()
+    for instructions in module.computations.values():
+        for one in instructions.values():
+            fused |= set(one.called) if one.opcode in ("fusion", "reduce", "sort", "scatter", "all-reduce") else set()
+    found: dict[str, int] = {}
+    for name, instructions in module.computations.items():
+        for one in instructions.values() if times[name] and name not in fused else ():
+            if one.opcode in ("fusion", "custom-call", "convolution", "dot", "all-gather", "all-to-all", "broadcast"):
+                scope = short(one.scope)
+                if scope and not scope.startswith("optimizer"):
+                    found[scope] = max(found.get(scope, 0), shape_bytes(one.shape))
+    return tuple(sorted(((size, scope) for scope, size in found.items()), reverse=True)[:count])
+
+
+def _model_flops(recipe: PretrainConfig, work: Work, columns: int, mesh: Mesh) -> float:
+    model = recipe.model
+    if work == "decode":
+        each, tokens = forward_flops(model) + attention_flops(model, columns, absorbed=True), recipe.batch_size
+    else:
+        each, tokens = forward_flops(model) + attention_flops(model, columns // 2), recipe.batch_size * columns
+        if work == "prefill":  # the head is applied to a row's last token alone
+            each -= 2 * model.vocab_size * model.hidden_size * (1 - 1 / columns)
+    return (3 if work == "train" else 1) * each * tokens / mesh.size
+
+
+def _kernel_flops(recipe: PretrainConfig, work: Work, columns: int, mesh: Mesh):
+    """Of attention's kernels, whose FLOPs no compiler counts: those of one layer, causal, and in the backward pass as
+    much more as it has products."""
+    model = recipe.model
+    layer = _attention_of_layer(recipe, work, columns) / mesh.size
+    if model.attention == "gqa":
+        key = value = model.head_dim
+    else:
+        key, value = model.qk_nope_head_dim + model.qk_rope_head_dim, model.v_head_dim
+    products = {"queries": 2 * key + value, "dq": 2 * key + value, "keys": 2 * (key + value), "dkv": 2 * (key + value)}
+
+    def flops(scope: str) -> float | None:
+        if "/attend" not in scope:
+            return None
+        kernel = scope.split("/attend", 1)[1]
+        return (
+            layer * next((number for name, number in products.items() if name in kernel), key + value) / (key + value)
+        )
+
+    return flops
+
+
+def _attention_of_layer(recipe: PretrainConfig, work: Work, columns: int) -> float:
+    model = recipe.model
+    if work == "decode":
+        return attention_flops(model, columns, absorbed=True) / model.num_hidden_layers * recipe.batch_size
+    rows = recipe.batch_size / (recipe.step.microbatches if work == "train" else 1)
+    return attention_flops(model, columns // 2) / model.num_hidden_layers * rows * columns
+
+
+def _turns(scope: str) -> int:
+    """Experts' rounds beyond the first, of uneven loads, are not taken; a step of decoding is one."""
+    return 0 if "/experts" in scope else 1

@@ -1,0 +1,91 @@
+"""The walk through a schedule, on programs whose seconds can be added up by hand."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deepseek_jax.parallel.hlo import Module
+from deepseek_jax.parallel.roofline import convolution_flops, dot_flops, estimate, short
+from deepseek_jax.parallel.topology import Links, Topology
+
+PROGRAM = """HloModule jit_f, is_scheduled=true, num_partitions=2
+
+%product (a: bf16[1024,1024], b: bf16[1024,1024]) -> bf16[1024,1024] {
+  %a = bf16[1024,1024]{1,0} parameter(0)
+  %b = bf16[1024,1024]{1,0} parameter(1)
+  ROOT %c = bf16[1024,1024]{1,0} convolution(%a, %b), dim_labels=bf_io->bf
+}
+
+%sliced (stack: f32[64,1024,1024], place: s32[]) -> f32[1,1024,1024] {
+  %stack = f32[64,1024,1024]{2,1,0} parameter(0)
+  %place = s32[] parameter(1)
+  ROOT %layer = f32[1,1024,1024]{2,1,0} dynamic-slice(%stack, %place, %place, %place), dynamic_slice_sizes={1,1024,1024}
+}
+
+ENTRY %main (x: bf16[1024,1024], s: f32[64,1024,1024], i: s32[]) -> bf16[1024,1024] {
+  %x = bf16[1024,1024]{1,0} parameter(0)
+  %s = f32[64,1024,1024]{2,1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %start = (bf16[1024,1024]{1,0}, bf16[2048,1024]{1,0}) all-gather-start(%x), replica_groups={{0,1}}, dimensions={0}, \
+metadata={op_name="jit(f)/apart/all_gather"}
+  %y = bf16[1024,1024]{1,0:S(1)} fusion(%x, %x), kind=kOutput, calls=%product
+  %done = bf16[2048,1024]{1,0} all-gather-done(%start)
+  %z = bf16[2048,1024]{1,0} all-gather(%y), replica_groups={{0,1}}, dimensions={0}, metadata={op_name="jit(f)/now"}
+  %layer.1 = f32[1,1024,1024]{2,1,0} fusion(%s, %i), kind=kLoop, calls=%sliced
+  ROOT %out = bf16[1024,1024]{1,0} fusion(%y, %y), kind=kOutput, calls=%product
+}
+"""
+MEBI = 2**20
+
+
+@pytest.fixture
+def links() -> Links:
+    devices = [types.SimpleNamespace(coords=(0, 0, place), slice_index=None) for place in range(2)]
+    mesh = types.SimpleNamespace(devices=np.array(devices, object), axis_names=("data",))
+    return Links(Topology.parse("v5p:1x1x2"), mesh)  # pyright: ignore[reportArgumentType]
+
+
+def test_only_what_the_schedule_sets_apart_overlaps(links):
+    """A gather behind a product costs what is left of it; the other all of it. Of a stack one layer is read."""
+    chip, found = links.topology.chip, estimate(PROGRAM, links)
+    gather = 2 * MEBI / chip.link  # a device gets the other's half
+    first = max(2 * 2**30 / chip.flops, 2 * 2 * MEBI / chip.bandwidth)  # its result stays in the chip's own memory
+    second = max(2 * 2**30 / chip.flops, 2 * MEBI / chip.bandwidth)
+    sliced = 2 * 4 * MEBI / chip.bandwidth
+    np.testing.assert_allclose(found.compute, first + second + sliced, rtol=1e-4)
+    np.testing.assert_allclose(found.exposed, (gather - first) + gather, rtol=1e-4)
+    np.testing.assert_allclose(found.seconds, found.compute + found.exposed, rtol=1e-6)
+    assert found.flops == 2 * 2 * 2**30
+    now, apart = found.traffic
+    assert (now.scope, now.asynchronous, apart.scope, apart.asynchronous) == ("now", False, "apart/all_gather", True)
+    assert now.sent == apart.sent == 2 * MEBI and now.axes == ("data",) and now.exposed > apart.exposed
+
+
+def test_flops_of_products_in_xlas_own_count():
+    """XLA's count of the same programs: dots of any axes, and convolutions with windows, strides and dilations."""
+    arrays = [jnp.zeros(shape, jnp.float32) for shape in ((4, 8, 16), (4, 16, 32), (2, 9, 9, 3), (3, 3, 3, 5))]
+    products = {
+        "dot": lambda a, b, x, w: jnp.einsum("bij,bjk->bik", a, b),
+        "convolution": lambda a, b, x, w: jax.lax.conv_general_dilated(
+            x, w, (2, 1), ((1, 1), (0, 2)), (1, 2), (2, 1), dimension_numbers=("NHWC", "HWIO", "NHWC")
+        ),
+    }
+    for opcode, function in products.items():
+        lowered = jax.jit(function).lower(*arrays)
+        module = Module(lowered.compiler_ir("hlo").as_hlo_module().to_string())
+        instructions = module.computations[module.entry]
+        one = next(each for each in instructions.values() if each.opcode == opcode)
+        count = dot_flops if opcode == "dot" else convolution_flops
+        found = count(one, *(instructions[name].shape for name in one.operands))
+        assert found == lowered.cost_analysis()["flops"], opcode
+
+
+def test_scopes_are_told_shortly():
+    assert short("jit(step)/jvp()/while/body/closed_call/mlp/experts/shard_map/all_to_all") == "mlp/experts/all_to_all"
+    assert short("jit(step)/transpose(jvp())/while/body/closed_call/checkpoint/mlp/mul") == "backward mlp/mul"
+    again = "jit(step)/transpose(jvp())/while/body/checkpoint/rematted_computation/attention/mul"
+    assert short(again) == "again attention/mul"
+    assert short("jit(step)/jvp()/(jvp()/mlp/mul:jvp()/attention/mul:x)") == "mlp/mul and 2 more"

@@ -1,0 +1,138 @@
+"""``deepseek-jax compile``, as a user calls it: programs for chips that are not here."""
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deepseek_jax.parallel.compilers import CUDA, LIBTPU, found
+from deepseek_jax.parallel.legal import check_layout
+from deepseek_jax.workflows.compile import _refused
+from deepseek_jax.workflows.pretrain import PretrainConfig
+from deepseek_jax.workflows.recipe import load_recipe
+
+# float32 needs no kernels, which take the compiler's time; one layer of each kind, no MTP.
+RECIPE = '''
+from deepseek_jax.compute import ComputeConfig
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.parallel.mesh import MeshConfig
+from deepseek_jax.train.losses import LanguageModelLoss
+from deepseek_jax.workflows.pretrain import PretrainConfig, PretrainData
+
+def config():
+    """A tiny V2-Lite."""
+    model = ModelConfig(
+        vocab_size=512, hidden_size=256, num_hidden_layers=3, intermediate_size=512, num_attention_heads=2,
+        q_lora_rank=0, kv_lora_rank=128, qk_nope_head_dim=32, qk_rope_head_dim=32, v_head_dim=32,
+        n_routed_experts=8, n_shared_experts=1, moe_intermediate_size=128, num_experts_per_tok=2,
+        first_k_dense_replace=1, num_nextn_predict_layers=0, max_position_embeddings=256,
+    )
+    return PretrainConfig(
+        model=model,
+        compute=ComputeConfig(dtype="float32", remat="full", dispatch="all_to_all", dispatch_capacity=1.5),
+        mesh=MeshConfig(expert=4),
+        batch_size=8,
+        data=PretrainData(seq_len=128),
+        loss=LanguageModelLoss(chunk=64),
+    )
+'''
+TOKENS, WIDTH, LAYERS, EXPERTS, TOP, PARTS = 8 * 128 // 4, 256, 2, 8, 2, 4
+
+
+def told(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    recipe = tmp_path / "tiny.py"
+    recipe.write_text(RECIPE, encoding="utf-8")
+    command = [sys.executable, "-m", "deepseek_jax.cli.main", "compile", str(recipe), *arguments]
+    root = Path(__file__).parents[2]
+    path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(command, capture_output=True, text=True, timeout=540, env=os.environ | {"PYTHONPATH": path})
+
+
+def test_train_step_for_four_v5p(tmp_path):
+    """It fits, and of experts nothing moves: the exchange sends a copy of each token to each device with any of its
+    experts, there and back, forward, again and backward; what else is sent is not of the experts' size."""
+    if not (LIBTPU.exists() or found("libtpu")):
+        pytest.skip("it needs libtpu: python -m deepseek_kernels.compile_tpu --install")
+    done = told(tmp_path, "--topology", "v5p:2x2x1", "--json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout)
+    assert result["fits"] and result["verdict"].startswith("fits: ") and result["devices"] == 4
+    memory, estimate = result["memory"], result["estimate"]
+    assert memory["optimiser state"] == pytest.approx(2 * memory["parameters"], rel=0.01)
+    assert memory["total"] == sum(size for name, size in memory.items() if name != "total")
+    assert 0 < estimate["compute"] <= estimate["seconds"] <= estimate["compute"] + estimate["exposed"] + 1e-9
+    assert 0 < result["mfu"] < 1
+    reached = 1 - (1 - 1 / PARTS) ** TOP
+    rows = math.ceil(1.5 * TOKENS * reached)
+    exchange = PARTS * rows * WIDTH * 4 * (PARTS - 1) / PARTS
+    moved = [one for one in estimate["traffic"] if one["kind"] == "all-to-all" and one["axes"] == ["expert"]]
+    # There and back, forward and backward; again the way there alone, where the compiler sees that no more is needed.
+    times = sum(one["sent"] for one in moved if "experts" in one["scope"]) / (LAYERS * exchange)
+    assert 4 <= times <= 6.2, (times, moved)
+    matrix = EXPERTS // PARTS * WIDTH * 128 * 4
+    gathers = [one for one in estimate["traffic"] if one["kind"] == "all-gather" and "experts" in one["scope"]]
+    assert all(one["sent"] / one["times"] < matrix for one in gathers), gathers
+
+
+def test_decoding_on_two_gpus(tmp_path):
+    """The command's tables, where jax's CUDA plugin is there without a GPU."""
+    if not (CUDA.exists() or found("jax_plugins.xla_cuda12")):
+        pytest.skip("it needs jax's CUDA plugin, which the command names")
+    mesh = ("--mesh.expert", "2", "--compute.dtype", "float32")
+    done = told(tmp_path, "--topology", "h100:2", "--work", "decode", "--columns", "64", *mesh)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for line in ("2: expert 2", "cache", "of 76.0 GiB", "estimated time", "fits: "):
+        assert line in done.stdout, (line, done.stdout)
+
+
+MACHINES = {"v5p": 1024, "tpu7x": 256, "v6e": 256, "v6e_4_slices": 1024, "gpus_256": 256, "gpus_2048": 2048}
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_recipes_are_legal_on_their_machines(machine):
+    """Also their later stages, of longer rows."""
+    for name in (machine, f"{machine}_32k", f"{machine}_128k"):
+        if name not in {field.name for field in dataclasses.fields(type(recipes()))}:
+            continue
+        recipe = load_recipe(f"pods/v3:{name}", PretrainConfig)
+        sizes = dataclasses.asdict(recipe.mesh) | {"data": 1}
+        assert math.prod(sizes.values()) == MACHINES[machine], name
+        rows, columns = recipe.batch_size // recipe.step.microbatches, recipe.data.seq_len
+        check_layout(recipe.model, recipe.compute, sizes, rows=rows, columns=columns)
+
+
+def recipes() -> Any:
+    return load_recipe("pods/v3", object)
+
+
+def test_what_a_user_gets_wrong(tmp_path):
+    done = told(tmp_path, "--topology", "v5p:2x2")
+    assert done.returncode == 1 and "v5p has 3 dimensions" in done.stderr
+
+
+def test_a_refusal_is_told_in_numbers():
+    """The two ways in which a TPU's compiler says that memory is too small."""
+    state = {"parameters": 4 * 2**30, "optimiser state": 8 * 2**30, "gradients": 4 * 2**30}
+    short = _refused(
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (132.05G) exceeds "
+        "available HBM (95.74G).",
+        state,
+    )
+    assert short["memory"]["total"] == pytest.approx((12 + 132.05) * 2**30)
+    assert short["memory"]["activations, temporaries"] == pytest.approx((132.05 - 4) * 2**30)
+    long = _refused(
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 120.50G of "
+        "95.74G hbm. Exceeded hbm capacity by 24.76G.\n\nLargest program allocations in hbm:\n\n  1. Size: 22.50G\n"
+        '     Operator: op_name="jit(step)/jvp()/mlp/experts/shard_map/all_gather" source_file="x.py"\n'
+        "     Shape: bf16[256,7168,4096]{2,1,0}\n",
+        state,
+    )
+    assert long["memory"]["total"] == pytest.approx(120.5 * 2**30)
+    assert long["memory"]["activations, temporaries"] == pytest.approx((120.5 - 16) * 2**30)
+    assert long["largest"] == ((int(22.5 * 2**30), "mlp/experts/all_gather"),)

@@ -13,7 +13,6 @@ import dataclasses
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig, RopeScaling
 from deepseek_jax.train.loop import LoopConfig
-from deepseek_jax.train.losses import LanguageModelLoss
 from deepseek_jax.train.optimizer import OptimizerConfig
 from deepseek_jax.workflows.pretrain import PretrainConfig, PretrainData
 
@@ -48,7 +47,7 @@ def config() -> Phases:
         optimizer=OptimizerConfig(peak_lr=5e-3, warmup_steps=50),
         loop=LoopConfig(steps=4000, log_every=20, checkpoint_every=500),
     )
-    # As V3: factor of the length that it was trained on, all else as in its config.json, and the rate that it ended with.
+    # As V3: factor of the length that it was trained on, all else as in its config.json, the rate that it ended with.
     yarn = RopeScaling("yarn", factor=8.0, original_max_position_embeddings=128)
     return Phases(
         short=short,

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import logging
 import math
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +64,7 @@ def exchange(
             if ways(names) > 1:
                 wi_ED2F = _gathered(wi_ED2F, names, wi_axis, x_BSD.dtype)
                 wo_EFD = _gathered(wo_EFD, names, wo_axis, x_BSD.dtype)
-        mean, own = experts_BSK.size * ways(ours) // ways(group), wo_EFD.shape[0]
+        mean, own = experts_BSK.size * ways(ours) // ways(group), cast(Any, wo_EFD).shape[0]
         local = lambda x, weights, ours: in_rounds(experts, mean, x, weights, ours, wi_ED2F, wo_EFD)  # noqa: E731
         tokens = _flat(x_BSD), _flat(weights_BSK).astype(jnp.float32), _flat(experts_BSK)
         if copied:

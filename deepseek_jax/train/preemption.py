@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _PATIENCE = 0.5  # seconds in which the main thread may take a signal itself
@@ -16,7 +15,7 @@ _PATIENCE = 0.5  # seconds in which the main thread may take a signal itself
 class Preempted(KeyboardInterrupt):
     """A signal to this process, or to another of the run, ended it after `step`; a checkpoint of that step is saved."""
 
-    def __init__(self, number: int, step: int, directory: Path) -> None:
+    def __init__(self, number: int, step: int, directory: object) -> None:
         super().__init__(
             f"{signal.Signals(number).name}: stopped after step {step}, saved in {directory}; "
             "the same command goes on from there"

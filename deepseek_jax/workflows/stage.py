@@ -297,7 +297,7 @@ def abstract_step(config: StageConfig, model: ModelConfig, loss: Loss, mesh: Mes
     array = lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=place)  # noqa: E731
     batch = {name: array(jnp.int32) for name in ("tokens", "segment_ids", "positions")}
     step = make_step(model, loss, optimizer, config.step, compute=compute)
-    jitted = _measured(step, learning_rate(config.optimizer, config.loop.steps), 1)
+    jitted = _measured(step, learning_rate(config.optimizer, config.loop.steps), 1, compute.rules)
     return AbstractStep(jitted, state, batch | {"loss_mask": array(jnp.float32)})
 
 

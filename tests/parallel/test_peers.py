@@ -175,8 +175,8 @@ def test_processes_join_by_settings_and_a_lost_one_ends_the_other(tmp_path):
     assert [f"its settings {i} 8 gloo" in process.out for i, process in enumerate(ended)] == [True, True]
     assert [process.code for process in ended] == [-signal.SIGABRT, -signal.SIGKILL]
     assert ended[0].err.endswith(
-        "deepseek-jax: another process of this run was lost, so this one ended too. What the lost one, or its "
-        "scheduler, said last tells why. The same command, started again on all, goes on from the last checkpoint.\n"
+        "deepseek-jax: this process was aborted, as jax does where another one of the run is lost. What that one, or "
+        "its scheduler, said last tells why. The same command, started again on all, goes on from the last checkpoint.\n"
     )
 
 
@@ -206,4 +206,4 @@ def test_a_process_that_fails_alone_ends_the_other(tmp_path):
     with start(FAIL, folder=tmp_path, join=False) as group:
         ended = group.wait(60)
     assert [process.code for process in ended] == [-signal.SIGABRT, 1]
-    assert "TypeError: a mistake of one" in ended[1].err and "another process of this run was lost" in ended[0].err
+    assert "TypeError: a mistake of one" in ended[1].err and "as jax does where another one of the run is lost" in ended[0].err

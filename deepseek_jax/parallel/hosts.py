@@ -131,11 +131,11 @@ class _Watch:
         assert self._process.stdin is not None
         self._pipe = self._process.stdin
         faulthandler.enable(file=self._pipe, all_threads=False)
+        _watches.append(self)
 
     def joined(self) -> None:
         self._pipe.write(b"joined\n")
         self._pipe.flush()
-        _watches.append(self)
 
 
 _watches: list[_Watch] = []  # its pipe lives as long as the process
@@ -143,19 +143,20 @@ _WATCHER = """
 import signal, sys
 for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
     signal.signal(number, signal.SIG_IGN)
-joined = False
+joined = crashed = False
 for line in sys.stdin:
     joined = joined or line == "joined\\n"
-    if line.startswith("Fatal Python error"):
+    if line.startswith("Fatal Python error: Aborted"):
         if joined:
             text = (
-                "another process of this run was lost, so this one ended too. What the lost one, or its scheduler, said"
-                " last tells why. The same command, started again on all, goes on from the last checkpoint."
+                "this process was aborted, as jax does where another one of the run is lost. What that one, or its "
+                "scheduler, said last tells why. The same command, started again on all, goes on from the last "
+                "checkpoint."
             )
         else:
             text = f"not all processes of this run came together within {sys.argv[1]} s: has each been started?"
-        if "Aborted" not in line:
-            text = f"this process crashed ({line.strip().rpartition(': ')[2]})."
         print(f"deepseek-jax: {text}", file=sys.stderr, flush=True)
-        break
+    crashed = crashed or line.startswith("Fatal Python error") and "Aborted" not in line
+    if crashed:
+        print(line, end="", file=sys.stderr, flush=True)
 """

@@ -141,7 +141,7 @@ def count_flops(jaxpr) -> int:
             total += 2 * math.prod(out) * math.prod(shapes[0][axis] for axis in contracted)
         elif name == "mpmd_map" and len(out) == 4:
             total += attention_kernel_flops(
-                shapes[3], shapes[4], gradients=len(shapes) > 6, of_queries=len(eqn.outvars) == 1
+                shapes[4], shapes[5], gradients=len(shapes) > 7, of_queries=len(eqn.outvars) == 1
             )
         elif name == "mpmd_map":  # groups' numbers or sizes, then rows with matrices or with rows
             matrices = [shape for shape in (*shapes, out) if len(shape) == 3]

@@ -19,6 +19,7 @@ from deepseek_jax.data.packing import Row, pack_stream
 from deepseek_jax.data.text import read_texts
 from deepseek_jax.data.tokenizer import whole_text
 from deepseek_jax.model import transformer
+from deepseek_jax.parallel.processes import together
 from deepseek_jax.parallel.sharding import place_batch
 from deepseek_jax.train.losses import LanguageModelLoss
 
@@ -34,7 +35,7 @@ def _negative_log_likelihood(config: ModelConfig, compute: ComputeConfig, isolat
         network = transformer.merge(config, params, router_bias, compute)
         return loss(network, batch, norm, jnp.int32(0))[1]["ce"] * norm["targets"], norm["targets"]
 
-    return sums
+    return together(sums)
 
 
 def row_loss(

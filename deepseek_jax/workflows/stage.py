@@ -22,7 +22,7 @@ from deepseek_jax.data.rows import RowLoader
 from deepseek_jax.model.costs import count_parameters
 from deepseek_jax.parallel.legal import check_layout
 from deepseek_jax.parallel.mesh import MeshConfig
-from deepseek_jax.parallel.processes import first_host_alone, gather, meet, row_groups
+from deepseek_jax.parallel.processes import first_host_alone, gather, row_groups, together
 from deepseek_jax.parallel.sharding import ShardingRules, constrain, named_sharding, place_batch
 from deepseek_jax.saying import doing, say
 from deepseek_jax.train.loop import Batches, LoopConfig, run_loop
@@ -139,7 +139,8 @@ def train_stage(
         parts = {"steps": schedule_steps, "epochs": epochs, "minibatches": minibatches}
         step, state = with_critic(step, state, model, critic, config.step, **parts, compute=compute, mesh=mesh)
     state_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    jitted = _measured(step, learning_rate(config.optimizer, schedule_steps * updates), updates, compute.rules)
+    measured = _measured(step, learning_rate(config.optimizer, schedule_steps * updates), updates, compute.rules)
+    jitted = together(measured)
     taken = 0
 
     def placed_step(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, dict[str, Any]]:
@@ -149,9 +150,6 @@ def train_stage(
             (run_dir / RESULT).unlink(missing_ok=True)  # of fewer steps
         placed = place_batch(dict(batch), mesh, compute.rules)
         placed = placed if prepare is None else prepare(state, placed)
-        if taken == 1 and jax.process_count() > 1:  # or the first to have compiled it waits in a collective
-            jitted.lower(state, placed).compile()
-            meet()
         state, metrics = jitted(state, placed)
         if reference is not None:
             reference.follow(state, metrics["finite"])

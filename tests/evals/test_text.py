@@ -15,6 +15,7 @@ from deepseek_jax.data.packing import pack_stream
 from deepseek_jax.data.tokenizer import EOS, Tokenizer
 from deepseek_jax.evals.text import HeldOut, Score, row_loss, score_text
 from deepseek_jax.model import transformer
+from deepseek_jax.parallel import processes
 from deepseek_jax.workflows.stage import StageConfig, finish, write_json
 
 TEXTS = ["def add(a, b):\n    return a + b\n", "12+34=46\n", "größer als ünïcode ½\n" * 2]
@@ -115,4 +116,5 @@ def test_every_process_measures_the_same_rows(monkeypatch):
     rows = rows_of()
     alone = row_loss(MODEL, rows, batch_size=4)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(processes, "gather", lambda value: [value, value])
     assert row_loss(MODEL, rows, batch_size=4) == alone

@@ -24,7 +24,10 @@ READ_BY_HEAD = ("kv_b",)  # dequantised in each step, which would turn it back
 def sampling_rules(rules: ShardingRules) -> ShardingRules:
     """What splits weights by experts, heads, feed-forward width and vocabulary stays; nothing else is split but the
     batch. A weight that is split by model width would be gathered anew for every token."""
-    return dataclasses.replace(rules, sequence=(), embed=(), latent=(), expert_embed=())
+    experts = tuple(name for name in rules.experts if name not in rules.experts_gathered)
+    return dataclasses.replace(
+        rules, sequence=(), embed=(), latent=(), experts=experts, experts_gathered=(), expert_embed=()
+    )
 
 
 def sampling_compute(compute: ComputeConfig) -> ComputeConfig:

@@ -36,44 +36,50 @@ def exchange(
     them and tokens come to them, as ``dispatch`` says. ``experts`` then gets a device's own matrices, and numbers that
     count from its first: what is not among them adds nothing. No more than ``most`` are, but for None.
 
-    Over ``rules.expert_embed`` matrices are gathered, in x's dtype, and their gradients reduce-scattered; those in FP8
-    as they are. Where ``rules.expert_mlp`` splits their width F, the partial sums are added up.
+    Over ``rules.expert_embed`` and ``experts_gathered`` matrices are gathered, in x's dtype, and their gradients
+    reduce-scattered, in their own; those in FP8 as they are. Where ``expert_mlp`` splits their width F, the partial
+    sums are added up.
     """
     mesh = current_mesh()
     if mesh is None or mesh.size == 1:
         y_TD = experts(_flat(x_BSD), _flat(weights_BSK), _flat(experts_BSK), wi_ED2F, wo_EFD, None)
         return y_TD.reshape(x_BSD.shape), jnp.float32(0)
     ways = lambda names: math.prod(mesh.shape[name] for name in names)  # noqa: E731
-    embed, width = rules.expert_embed, rules.expert_mlp
+    group = tuple(name for name in rules.experts if name not in rules.experts_gathered)
+    lie, embed, width = rules.experts, rules.expert_embed, rules.expert_mlp
+    if group + rules.experts_gathered != lie:
+        raise ValueError(f"experts_gathered={rules.experts_gathered}: must be the last of experts={lie}")
     if block_scaled(wi_ED2F) is not None or block_scaled(wo_EFD) is not None:
-        embed, width = (), _width_in_blocks(width, ways(width), wo_EFD.shape[1])
-    else:
-        wi_ED2F, wo_EFD = (_ready(w, x_BSD.dtype, ways(embed)) for w in (wi_ED2F, wo_EFD))
-    copied = dispatch.how == "all_to_all" and ways(rules.experts) > 1
-    ours = tuple(name for name in rules.experts if name in (*rules.batch, *rules.sequence))
-    if copied and ours != rules.experts:
-        raise ValueError(f"dispatch='all_to_all' with experts over {rules.experts}: tokens are split over {ours} alone")
-    others = (*(name for name in rules.experts if name not in ours), *width)
+        lie, embed, width = group, (), _width_in_blocks(width, ways(width), wo_EFD.shape[1])
+    elif ways(embed) * ways(rules.experts_gathered) > 1:  # no longer layers of a stack
+        wi_ED2F, wo_EFD = (w.astype(x_BSD.dtype) if isinstance(w, InStack) else w for w in (wi_ED2F, wo_EFD))
+    ours = tuple(name for name in group if name in (*rules.batch, *rules.sequence))
+    others = tuple(name for name in (*group, *width) if name not in ours and mesh.shape[name] > 1)
+    own, copied = wo_EFD.shape[0] // ways(group), dispatch.how == "all_to_all" and ways(group) > 1
+    if copied:
+        _check_copies(group, ours, ways(group), dispatch.nodes)
 
     def on_device(x_BSD, weights_BSK, experts_BSK, wi_ED2F, wo_EFD):
-        if ways(embed) > 1:
-            wi_ED2F = jax.lax.all_gather(wi_ED2F, embed, axis=1, tiled=True)
-            wo_EFD = jax.lax.all_gather(wo_EFD, embed, axis=2, tiled=True)
-        mean, own = experts_BSK.size * ways(ours) // ways(rules.experts), wo_EFD.shape[0]
+        for names, wi_axis, wo_axis in ((embed, 1, 2), (lie[len(group) :], 0, 0)):
+            if ways(names) > 1:
+                wi_ED2F = _gathered(wi_ED2F, names, wi_axis, x_BSD.dtype)
+                wo_EFD = _gathered(wo_EFD, names, wo_axis, x_BSD.dtype)
+        mean = experts_BSK.size * ways(ours) // ways(group)
         local = lambda x, weights, ours: in_rounds(experts, mean, x, weights, ours, wi_ED2F, wo_EFD)  # noqa: E731
         tokens = _flat(x_BSD), _flat(weights_BSK).astype(jnp.float32), _flat(experts_BSK)
         if copied:
-            y_TD, dropped = by_copies(local, tokens, rules.experts, ways(rules.experts), own, dispatch)
+            y_TD, dropped = by_copies(local, tokens, group, ways(group), own, dispatch)
         else:
-            first = jax.lax.axis_index(rules.experts) * own if rules.experts else 0
-            y_TD, dropped = by_gathering(local, tokens, ours, first), jnp.float32(0)
-        return jax.lax.psum(y_TD, others).reshape(x_BSD.shape), dropped[None]
+            first = jax.lax.axis_index(group) * own if group else 0
+            y_TD = by_gathering(local, tokens, tuple(name for name in ours if mesh.shape[name] > 1), first)
+            dropped = jnp.float32(0)
+        y_TD = jax.lax.psum(y_TD, others) if others else y_TD
+        return y_TD.reshape(x_BSD.shape), dropped[None]
 
     tokens = rules.spec(("batch", "sequence", None))
-    specs = _spec(wi_ED2F, rules.experts, embed, None, width), _spec(wo_EFD, rules.experts, width, embed)
     y_BSD, dropped = jax.shard_map(
         on_device,
-        in_specs=(tokens, tokens, tokens, *specs),
+        in_specs=(*[tokens] * 3, _spec(wi_ED2F, lie, embed, None, width), _spec(wo_EFD, lie, width, embed)),
         out_specs=(tokens, PartitionSpec((*rules.batch, *rules.sequence))),
         check_vma=False,
     )(x_BSD, weights_BSK, experts_BSK, wi_ED2F, wo_EFD)
@@ -84,10 +90,34 @@ def _flat(x_BSN: jax.Array) -> jax.Array:
     return x_BSN.reshape(-1, x_BSN.shape[2])
 
 
-def _ready(w: Any, dtype: Any, gathered: int) -> Any:
-    """In the dtype in which it is multiplied, and its gradient added up over devices. A layer of a stack stays there if
-    it can be read where it lies."""
-    return w if isinstance(w, InStack) and gathered == 1 else w.astype(dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gathered(w: jax.Array, names: tuple[str, ...], axis: int, dtype: Any) -> jax.Array:
+    """The parts of ``w`` along ``axis`` on the devices along ``names``, put together in ``dtype``. The gradient's sums
+    are of w's own dtype.
+
+    They are joined in front, whatever the axis, and moved there on the device: an XLA for TPUs that is to scatter sums
+    along the last axis adds them up whole."""
+    whole = jax.lax.all_gather(w.astype(dtype), names)
+    return jnp.moveaxis(whole, 0, axis).reshape(*w.shape[:axis], -1, *w.shape[axis + 1 :])
+
+
+def _scattered(names, axis, dtype, like, dw):
+    parts = jnp.moveaxis(dw.reshape(*like.shape[:axis], -1, *like.shape[axis:]), axis, 0)
+    return (jax.lax.psum_scatter(parts.astype(like.dtype), names),)
+
+
+_gathered.defvjp(lambda w, names, axis, dtype: (_gathered(w, names, axis, dtype), w), _scattered)
+
+
+def _check_copies(names: tuple[str, ...], ours: tuple[str, ...], ways: int, nodes: int) -> None:
+    if ours != names:
+        raise ValueError(f"dispatch='all_to_all': experts are split over {names}, tokens over {ours} of these alone")
+    if ways % nodes:
+        legal = [str(count) for count in range(1, ways + 1) if ways % count == 0]
+        raise ValueError(
+            f"dispatch_nodes={nodes} does not divide the {ways} devices of {', '.join(names)}: "
+            f"{', '.join(legal[:-1])} or {legal[-1]} do"
+        )
 
 
 def _width_in_blocks(names: tuple[str, ...], ways: int, width: int) -> tuple[str, ...]:

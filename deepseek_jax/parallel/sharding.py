@@ -39,6 +39,10 @@ class ShardingRules:
     """Mesh axes that split the vocabulary."""
     experts: tuple[str, ...] = ("expert",)
     """Mesh axes that split the routed experts."""
+    experts_gathered: tuple[str, ...] = ()
+    """The last of these over which a layer gathers its experts; over the others tokens come to them. With experts
+    ("expert", "fsdp") and expert_embed () whole experts are gathered over fsdp: no copy is needed to join their parts,
+    but expert × fsdp must divide their number."""
     expert_embed: tuple[str, ...] = ("fsdp",)
     """Mesh axes that split the experts' model width."""
     expert_mlp: tuple[str, ...] = ("tensor",)

@@ -236,8 +236,9 @@ def test_a_file_that_is_missing_is_named(workplace, refused):
 def test_a_mesh_that_does_not_fit_is_refused(workplace, refused):
     message = refused(*PRETRAIN, "--mesh.data", "3")
     assert "data 3" in message and "needs 3 devices, but there are 8" in message
-    # Eight devices split the batch eight ways: four rows do not do.
-    assert "batch of size 4 cannot be split 8 ways" in refused(*PRETRAIN, "--run-dir", "run/new")
+    # Eight devices split each microbatch eight ways: two rows do not do.
+    said = "data=8 does not divide the 2 rows of batch_size=4, step.microbatches=2; the nearest is 8"
+    assert said in refused(*PRETRAIN, "--run-dir", "run/new")
 
 
 def test_the_checkpoint_of_another_model_is_refused(workplace, refused):

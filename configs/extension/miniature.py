@@ -1,7 +1,7 @@
 """Context extension in miniature: a model trained on rows of 128 tokens finds a fact in texts of 1,024.
 
-deepseek-jax puzzles runs/extension/short.jsonl --kind needles --size 30 --count 40000
-deepseek-jax puzzles runs/extension/long.jsonl --kind needles --size 250 --count 4000 --seed 1
+deepseek-jax puzzles runs/extension/short.jsonl --kind needles --size 30 --count 25000
+deepseek-jax puzzles runs/extension/long.jsonl --kind needles --size 500 --count 1000 --seed 1
 deepseek-jax tokenizer train runs/extension/short.jsonl --vocab-size 1024 --out runs/extension/tokenizer
 deepseek-jax pretrain extension/miniature:short
 deepseek-jax pretrain extension/miniature:long
@@ -46,7 +46,7 @@ def config() -> Phases:
         data=PretrainData(path=(f"{RUN}/short.jsonl",), tokenizer=f"{RUN}/tokenizer", seq_len=128, fim_rate=0.0),
         batch_size=16,
         optimizer=OptimizerConfig(peak_lr=5e-3, warmup_steps=50),
-        loop=LoopConfig(steps=4000, log_every=20, checkpoint_every=500),
+        loop=LoopConfig(steps=1200, log_every=20, checkpoint_every=500),
     )
     # As V3: factor of the length that it was trained on, all else as in its config.json, and the rate that it ended with.
     yarn = RopeScaling("yarn", factor=8.0, original_max_position_embeddings=128)
@@ -59,7 +59,9 @@ def config() -> Phases:
             model=dataclasses.replace(short.model, rope_scaling=yarn, max_position_embeddings=1024),
             data=PretrainData(path=(f"{RUN}/long.jsonl",), seq_len=1024, fim_rate=0.0),
             batch_size=4,
-            optimizer=OptimizerConfig(peak_lr=1e-3, warmup_steps=0, constant_until=1.0, cosine_until=1.0),
-            loop=LoopConfig(steps=100, log_every=10, checkpoint_every=100),
+            optimizer=OptimizerConfig(
+                peak_lr=2e-3, warmup_steps=0, constant_until=0.6, cosine_until=1.0, tail_ratio=0.1
+            ),
+            loop=LoopConfig(steps=280, log_every=10, checkpoint_every=140),
         ),
     )

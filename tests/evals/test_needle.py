@@ -113,6 +113,6 @@ def test_texts_to_train_on_state_facts_again():
     assert rows == [row["text"] for row in islice(documents(40, seed=1), 50)]
     stated = [STATED.findall(text) for text in rows]
     assert all(len(dict(facts)) == len(set(facts)) <= 5 for facts in stated)  # a key has one value in a text
-    assert sum(map(len, stated)) > 3 * sum(len(set(facts)) for facts in stated)
+    assert sum(map(len, stated)) > 2 * sum(len(set(facts)) for facts in stated)
     with pytest.raises(ValueError, match="size=7"):
         next(documents(7, seed=0))

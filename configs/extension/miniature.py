@@ -5,7 +5,7 @@ deepseek-jax puzzles runs/extension/long.jsonl --kind needles --size 500 --count
 deepseek-jax tokenizer train runs/extension/short.jsonl --vocab-size 1024 --out runs/extension/tokenizer
 deepseek-jax pretrain extension/miniature:short
 deepseek-jax pretrain extension/miniature:long
-deepseek-jax eval runs/extension/long --needle.lengths 128 256 512 1024
+deepseek-jax eval runs/extension/long --needle.others 0 --needle.lengths 128 256 512 1024
 """
 
 import dataclasses
@@ -13,7 +13,6 @@ import dataclasses
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig, RopeScaling
 from deepseek_jax.train.loop import LoopConfig
-from deepseek_jax.train.losses import LanguageModelLoss
 from deepseek_jax.train.optimizer import OptimizerConfig
 from deepseek_jax.workflows.pretrain import PretrainConfig, PretrainData
 
@@ -48,7 +47,7 @@ def config() -> Phases:
         optimizer=OptimizerConfig(peak_lr=5e-3, warmup_steps=50),
         loop=LoopConfig(steps=1200, log_every=20, checkpoint_every=500),
     )
-    # As V3: factor of the length that it was trained on, all else as in its config.json, and the rate that it ended with.
+    # A factor of the length that it was trained on, all else as V3 has it.
     yarn = RopeScaling("yarn", factor=8.0, original_max_position_embeddings=128)
     return Phases(
         short=short,

@@ -6,6 +6,9 @@ deepseek-jax tokenizer train runs/extension/short.jsonl --vocab-size 1024 --out 
 deepseek-jax pretrain extension/miniature:short
 deepseek-jax pretrain extension/miniature:long
 deepseek-jax eval runs/extension/long --needle.others 0 --needle.lengths 128 256 512 1024
+
+2 busy CPU cores: corpus and tokenizer a minute and a half, the phases 207 and 47 seconds. Of facts in 1,024 tokens the first
+model finds 14.5 %, the extended one 99.1 %, at no depth fewer than 9 of 10 (docs/results/context.md).
 """
 
 import dataclasses
@@ -47,8 +50,8 @@ def config() -> Phases:
         optimizer=OptimizerConfig(peak_lr=5e-3, warmup_steps=50),
         loop=LoopConfig(steps=1200, log_every=20, checkpoint_every=500),
     )
-    # A factor of the length that it was trained on, all else as V3 has it.
-    yarn = RopeScaling("yarn", factor=8.0, original_max_position_embeddings=128)
+    # As V3's first phase: rows of 8 times the length and a factor of 40.
+    yarn = RopeScaling("yarn", factor=40.0, original_max_position_embeddings=128)
     return Phases(
         short=short,
         long=dataclasses.replace(
@@ -61,6 +64,6 @@ def config() -> Phases:
             optimizer=OptimizerConfig(
                 peak_lr=2e-3, warmup_steps=0, constant_until=0.6, cosine_until=1.0, tail_ratio=0.1
             ),
-            loop=LoopConfig(steps=280, log_every=10, checkpoint_every=140),
+            loop=LoopConfig(steps=60, log_every=10, checkpoint_every=60),
         ),
     )

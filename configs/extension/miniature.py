@@ -7,7 +7,7 @@ deepseek-jax pretrain extension/miniature:short
 deepseek-jax pretrain extension/miniature:long
 deepseek-jax eval runs/extension/long --needle.others 0 --needle.lengths 128 256 512 1024
 
-2 busy CPU cores: corpus and tokenizer a minute and a half, the phases 207 and 47 seconds. Of facts in 1,024 tokens the first
+2 busy CPU cores: corpus and tokenizer two minutes, the phases 207 and 47 seconds. Of facts in 1,024 tokens the first
 model finds 14.5 %, the extended one 99.1 %, at no depth fewer than 9 of 10 (docs/results/context.md).
 """
 

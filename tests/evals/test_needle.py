@@ -49,7 +49,7 @@ def test_a_fact_is_planted_at_its_depth(depth):
     assert len({match[2] for match in facts.values()}) == 3  # no other's value is right
     used = len(asked.prompt) + len(asked.value_ids)
     assert length - 60 < used <= length
-    before, behind = facts[key].start(), len(text) - len(ASKED.search(text)[0]) - facts[key].end()
+    before, behind = facts[key].start(), text.rindex(BEFORE.format(key=key).rstrip()) - facts[key].end()
     assert abs(before / (before + behind) - depth / 100) < 0.06
 
 

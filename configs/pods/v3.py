@@ -42,7 +42,8 @@ class Pods:
 def config() -> Pods:
     v5p = on(MeshConfig(fsdp=128, expert=8), rows=15_360, microbatches=5)
     tpu7x = on(MeshConfig(fsdp=32, expert=8), rows=1_024, microbatches=1)
-    nodes = {"dispatch_nodes": 8}
+    # Dense parameters are split over the experts' devices too: a node's gather each part between nodes but once.
+    nodes = {"dispatch_nodes": 8, "rules": ShardingRules(embed=("fsdp", "expert"), latent=("expert",))}
     return Pods(
         v5p=v5p,
         v5p_32k=longer(v5p, MeshConfig(fsdp=16, expert=8, context=8), 32_768, rows=1_920, microbatches=5),
@@ -53,7 +54,7 @@ def config() -> Pods:
         v6e=dataclasses.replace(on(MeshConfig(expert=32, tensor=8), rows=1_024), data=PretrainData(seq_len=4096)),
         v6e_4_slices=on(MeshConfig(fsdp=64, expert=16), rows=2_048, microbatches=2),
         gpus_256=on(MeshConfig(fsdp=4, expert=64), rows=15_360, microbatches=60, **nodes),
-        gpus_2048=on(MeshConfig(fsdp=32, expert=64), rows=16_384, microbatches=8, **nodes),
+        gpus_2048=on(MeshConfig(data=2, fsdp=16, expert=64), rows=16_384, microbatches=8, **nodes),
     )
 
 

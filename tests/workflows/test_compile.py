@@ -101,7 +101,8 @@ def test_recipes_are_legal_on_their_machines(machine):
         if name not in {field.name for field in dataclasses.fields(type(recipes()))}:
             continue
         recipe = load_recipe(f"pods/v3:{name}", PretrainConfig)
-        sizes = dataclasses.asdict(recipe.mesh) | {"data": 1}
+        sizes = dataclasses.asdict(recipe.mesh)
+        sizes["data"] = sizes["data"] or 1
         assert math.prod(sizes.values()) == MACHINES[machine], name
         rows, columns = recipe.batch_size // recipe.step.microbatches, recipe.data.seq_len
         check_layout(recipe.model, recipe.compute, sizes, rows=rows, columns=columns)

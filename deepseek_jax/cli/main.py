@@ -79,7 +79,7 @@ COMMANDS = {
     "compile": "compile",
 }
 # What needs no devices, so no other process either: on one host of many too.
-ALONE = ("corpus", "report", "compare", "tokenizer", "puzzles", "curate", "convert", "inspect")
+ALONE = ("corpus", "report", "compare", "tokenizer", "puzzles", "curate", "convert", "inspect", "place", "compile")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -46,8 +46,8 @@ def row_loss(
     isolate: bool = False,
     chunk: int = 128,
 ) -> tuple[float, int]:
-    """Cross-entropy in nats summed over all targets of ``rows``, and how many there are."""
-    sums = _negative_log_likelihood(model.config, model.compute, isolate, chunk)
+    """Cross-entropy in nats summed over all targets of ``rows``, and how many there are. No token is dropped."""
+    sums = _negative_log_likelihood(model.config, model.compute.exact, isolate, chunk)
     nats, targets, rows = 0.0, 0.0, iter(rows)
     while group := list(islice(rows, batch_size)):
         if not any(row["loss_mask"].any() for row in group):

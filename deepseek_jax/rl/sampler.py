@@ -66,7 +66,7 @@ class Sampler:
         minibatches: int,
     ):
         self.task, self.grader, self.loader, self.config = task, grader, loader, config
-        self.most = config.prompt_limit(positions) + config.max_tokens
+        self.most = config.columns(positions)
         self.multiple, self.minibatches = multiple, minibatches
         self.key = jax.random.key(seed)
         self._numbers = {where(row): number for number, row in enumerate(loader.rows)}

@@ -84,9 +84,13 @@ class StageConfig:
             )
 
     def rows_of_step(self) -> tuple[int, str]:
-        """How many rows a step has, and what says so."""
+        """How many rows a step has, 0 where it is made as many as its parts and the mesh need, and what says so."""
         rows = getattr(self, "batch_size", 0)
         return rows, f"batch_size={rows}"
+
+    def columns_of_step(self, model: ModelConfig) -> int | None:
+        """The most tokens that a row has, where settings say so."""
+        return getattr(getattr(self, "data", None), "seq_len", None)
 
     def _check_parts(self) -> None:
         rows, said = self.rows_of_step()
@@ -189,12 +193,12 @@ def train_stage(
 
 
 def _check_layout(config: StageConfig, start: Model, minibatches: int) -> None:
-    """Before the run's folder is there. Of a row's columns, what says how many it has."""
+    """Before the run's folder is there."""
     rows, said = config.rows_of_step()
     parts = {"minibatches": minibatches, "step.microbatches": config.step.microbatches}
     said += "".join(f", {name}={count}" for name, count in parts.items() if count > 1)
     rows //= math.prod(parts.values())
-    columns = getattr(getattr(config, "data", None), "seq_len", None)
+    columns = config.columns_of_step(start.config)
     layout = {"rows": rows or None, "columns": columns, "rows_said": f"the {rows} rows of {said}"}
     check_layout(start.config, start.compute, start.mesh.shape, **layout)
 

@@ -13,9 +13,12 @@ import pytest
 
 from deepseek_jax.parallel.compilers import CUDA, LIBTPU, found
 from deepseek_jax.parallel.legal import check_layout
-from deepseek_jax.workflows.compile import _refused
+from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
+from deepseek_jax.parallel.sharding import ShardingRules
+from deepseek_jax.workflows.compile import _bytes, _refused, gradients
 from deepseek_jax.workflows.pretrain import PretrainConfig
 from deepseek_jax.workflows.recipe import load_recipe
+from deepseek_jax.workflows.stage import abstract_step
 
 # float32 needs no kernels, which take the compiler's time; one layer of each kind, no MTP.
 RECIPE = '''
@@ -89,6 +92,18 @@ def test_decoding_on_two_gpus(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     for line in ("2: expert 2", "cache", "of 76.0 GiB", "estimated time", "fits: "):
         assert line in done.stdout, (line, done.stdout)
+
+
+def test_gradients_lie_where_the_optimizers_state_does(tmp_path):
+    """With ZeRO-1 over four devices each has a quarter of them, and of the moments, beside all parameters."""
+    (tmp_path / "tiny.py").write_text(RECIPE, encoding="utf-8")
+    recipe, mesh = load_recipe(str(tmp_path / "tiny.py"), PretrainConfig), make_mesh(MeshConfig(data=4, fsdp=2))
+    for rules, share in ((ShardingRules(), 1), (ShardingRules(state=("data",)), 4)):
+        recipe = dataclasses.replace(recipe, compute=dataclasses.replace(recipe.compute, rules=rules))
+        state = abstract_step(recipe, recipe.model, recipe.loss, mesh, 128).state
+        whole, found = _bytes(state.params), _bytes(gradients(recipe, state, mesh))
+        assert found == pytest.approx(whole / share, rel=0.01)
+        assert _bytes(state) - whole == pytest.approx(2 * found, rel=0.01)
 
 
 MACHINES = {"v5p": 1024, "tpu7x": 256, "v6e": 256, "v6e_4_slices": 1024, "gpus_256": 256, "gpus_2048": 2048}

@@ -126,7 +126,7 @@ def train_stage(
     """
     run_dir, updates = Path(config.run_dir), epochs * minibatches
     model, compute, mesh = start.config, start.compute, start.mesh
-    _check_layout(config, start, minibatches)
+    check_start(config, start)
     settings = _settings(config, stage, start, reference)
     saved = _open_run(config, settings, start)
     schedule_steps = config.loop.steps if saved is None else saved["schedule_steps"]
@@ -190,10 +190,11 @@ def train_stage(
     }
 
 
-def _check_layout(config: StageConfig, start: Model, minibatches: int) -> None:
-    """Before the run's folder is there. Of a row's columns, what says how many it has."""
+def check_start(config: StageConfig, start: Model) -> None:
+    """ValueError for a layout that cannot be (``check_layout``): before rows are packed, and before the run's folder is
+    there. Of a row's columns, what says how many it has."""
     rows, said = config.rows_of_step()
-    parts = {"minibatches": minibatches, "step.microbatches": config.step.microbatches}
+    parts = {"minibatches": getattr(config, "minibatches", 1), "step.microbatches": config.step.microbatches}
     said += "".join(f", {name}={count}" for name, count in parts.items() if count > 1)
     rows //= math.prod(parts.values())
     columns = getattr(getattr(config, "data", None), "seq_len", None)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import logging
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -45,10 +46,8 @@ def exchange(
         y_TD = experts(_flat(x_BSD), _flat(weights_BSK), _flat(experts_BSK), wi_ED2F, wo_EFD, None)
         return y_TD.reshape(x_BSD.shape), jnp.float32(0)
     ways = lambda names: math.prod(mesh.shape[name] for name in names)  # noqa: E731
-    group = tuple(name for name in rules.experts if name not in rules.experts_gathered)
+    group = check_exchange(rules, mesh.shape, dispatch.how, dispatch.nodes)
     lie, embed, width = rules.experts, rules.expert_embed, rules.expert_mlp
-    if group + rules.experts_gathered != lie:
-        raise ValueError(f"experts_gathered={rules.experts_gathered}: must be the last of experts={lie}")
     if block_scaled(wi_ED2F) is not None or block_scaled(wo_EFD) is not None:
         lie, embed, width = group, (), _width_in_blocks(width, ways(width), wo_EFD.shape[1])
     elif ways(embed) * ways(rules.experts_gathered) > 1:  # no longer layers of a stack
@@ -56,8 +55,6 @@ def exchange(
     ours = tuple(name for name in group if name in (*rules.batch, *rules.sequence))
     others = tuple(name for name in (*group, *width) if name not in ours and mesh.shape[name] > 1)
     own, copied = wo_EFD.shape[0] // ways(group), dispatch.how == "all_to_all" and ways(group) > 1
-    if copied:
-        _check_copies(group, ours, ways(group), dispatch.nodes)
 
     def on_device(x_BSD, weights_BSK, experts_BSK, wi_ED2F, wo_EFD):
         for names, wi_axis, wo_axis in ((embed, 1, 2), (lie[len(group) :], 0, 0)):
@@ -86,6 +83,26 @@ def exchange(
     return y_BSD, jnp.sum(dropped) if copied else jnp.float32(0)
 
 
+def check_exchange(rules: ShardingRules, sizes: Mapping[str, int], how: str, nodes: int) -> tuple[str, ...]:
+    """The mesh axes over which tokens come to experts. ValueError for rules or nodes with which they cannot."""
+    group = tuple(name for name in rules.experts if name not in rules.experts_gathered)
+    if group + rules.experts_gathered != rules.experts:
+        raise ValueError(f"experts_gathered={rules.experts_gathered}: must be the last of experts={rules.experts}")
+    ways = math.prod(sizes[name] for name in group)
+    if how != "all_to_all" or ways == 1:
+        return group
+    ours = tuple(name for name in group if name in (*rules.batch, *rules.sequence))
+    if ours != group:
+        raise ValueError(f"dispatch='all_to_all': experts are split over {group}, tokens over {ours} of these alone")
+    if ways % nodes:
+        legal = [str(count) for count in range(1, ways + 1) if ways % count == 0]
+        raise ValueError(
+            f"dispatch_nodes={nodes} does not divide the {ways} devices of {', '.join(group)}: "
+            f"{', '.join(legal[:-1])} or {legal[-1]} do"
+        )
+    return group
+
+
 def _flat(x_BSN: jax.Array) -> jax.Array:
     return x_BSN.reshape(-1, x_BSN.shape[2])
 
@@ -107,17 +124,6 @@ def _scattered(names, axis, dtype, like, dw):
 
 
 _gathered.defvjp(lambda w, names, axis, dtype: (_gathered(w, names, axis, dtype), w), _scattered)
-
-
-def _check_copies(names: tuple[str, ...], ours: tuple[str, ...], ways: int, nodes: int) -> None:
-    if ours != names:
-        raise ValueError(f"dispatch='all_to_all': experts are split over {names}, tokens over {ours} of these alone")
-    if ways % nodes:
-        legal = [str(count) for count in range(1, ways + 1) if ways % count == 0]
-        raise ValueError(
-            f"dispatch_nodes={nodes} does not divide the {ways} devices of {', '.join(names)}: "
-            f"{', '.join(legal[:-1])} or {legal[-1]} do"
-        )
 
 
 def _width_in_blocks(names: tuple[str, ...], ways: int, width: int) -> tuple[str, ...]:

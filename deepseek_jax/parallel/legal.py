@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.parallel.exchange import check_exchange
 from deepseek_jax.parallel.sharding import ShardingRules, check_axes
 from deepseek_kernels.block_fp8 import BLOCK
 from deepseek_kernels.registry import TABLE
@@ -34,6 +35,8 @@ def check_layout(
         check_axes(sizes, field.name, getattr(compute.rules, field.name))
     for axis, why in _problems(model, compute, sizes):
         raise ValueError(f"{why}; {_nearest(model, compute, sizes, axis)}")
+    if model.num_moe_layers:
+        check_exchange(compute.rules, sizes, compute.dispatch, compute.dispatch_nodes)
     for what, axis, size in ((rows_said or f"rows={rows}", "batch", rows), (f"columns={columns}", "sequence", columns)):
         split = getattr(compute.rules, axis)
         if size is not None and (rest := size % (ways := _ways(sizes, split))):
@@ -53,7 +56,6 @@ def _problems(model: ModelConfig, compute: Any, sizes: Mapping[str, int]) -> Ite
     if model.num_moe_layers and not uneven:
         yield from _problems_of_groups(model, compute, sizes)
         yield from _problems_of_kernels(model, compute, sizes)
-        yield from _problems_of_dispatch(compute, sizes)
 
 
 def _widths(model: ModelConfig) -> list[tuple[str, str, int]]:
@@ -85,13 +87,6 @@ def _problems_of_groups(model: ModelConfig, compute: Any, sizes: Mapping[str, in
     if model.n_group > 1 and of_device % of_group and of_group % of_device:
         groups = f"across the groups of {of_group} (n_group={model.n_group})"
         yield _largest(sizes, split), f"{_said(sizes, split)} gives each device {of_device} experts, {groups}"
-
-
-def _problems_of_dispatch(compute: Any, sizes: Mapping[str, int]) -> Iterator[_Problem]:
-    """The devices that exchange tokens are as many on each node."""
-    group = [name for name in compute.rules.experts if name not in compute.rules.experts_gathered]
-    if compute.dispatch == "all_to_all" and (ways := _ways(sizes, group)) > 1 and ways % compute.dispatch_nodes:
-        yield _largest(sizes, group), f"dispatch_nodes={compute.dispatch_nodes} does not divide {_said(sizes, group)}"
 
 
 def _problems_of_kernels(model: ModelConfig, compute: Any, sizes: Mapping[str, int]) -> Iterator[_Problem]:

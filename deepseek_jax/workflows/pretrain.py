@@ -23,7 +23,7 @@ from deepseek_jax.saying import doing, say
 from deepseek_jax.train.losses import LanguageModelLoss
 from deepseek_jax.typed import check_least, check_types
 from deepseek_jax.workflows.own_run import open_start, owns_run, require
-from deepseek_jax.workflows.stage import LoaderBatches, StageConfig, finish, row_loader, train_stage
+from deepseek_jax.workflows.stage import LoaderBatches, StageConfig, check_start, finish, row_loader, train_stage
 from deepseek_kernels.cache import cache_folder, user_folder
 
 
@@ -103,9 +103,9 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     heldout = _heldout(config.data)
     if config.loop.eval_every and heldout is None:
         raise ValueError(f"loop.eval_every={config.loop.eval_every}: nothing to evaluate without data.heldout")
+    check_start(config, start)
     first_host_alone(lambda: prepare_rows(config.data, tokenizer, run_dir / "rows", seed=config.seed))
-    mesh = make_mesh(config.mesh)
-    loader = row_loader(run_dir / "rows", config, mesh)
+    loader = row_loader(run_dir / "rows", config, start.mesh)
 
     latest: Scores | None = None  # where anything is trained and evaluated, of its last step
 

@@ -26,7 +26,7 @@ from deepseek_jax.saying import doing
 from deepseek_jax.train.losses import LanguageModelLoss
 from deepseek_jax.typed import check_least, check_types
 from deepseek_jax.workflows.own_run import open_start, owns_run, with_chat_template, with_turns
-from deepseek_jax.workflows.stage import LoaderBatches, StageConfig, finish, row_loader, train_stage
+from deepseek_jax.workflows.stage import LoaderBatches, StageConfig, check_start, finish, row_loader, train_stage
 from deepseek_jax.workflows.task_eval import Exam, TaskEval, open_exam
 
 
@@ -120,6 +120,7 @@ def sft(config: SFTConfig) -> dict[str, Any]:
     run_dir = Path(config.run_dir)
     check, exam = (open_exam(questions, seed=config.seed) for questions in (config.check, config.evaluation))
     start = with_chat_template(config, open_start(config))
+    check_start(config, start)
     if check or exam:
         require_own_rows(start.mesh, start.compute.rules.batch, "check and evaluation")
     heldout = _packed(config.data, config.data.heldout, start.text, Counter(), set()) if config.data.heldout else []

@@ -130,7 +130,7 @@ def train_stage(
     """
     run_dir, updates = Path(config.run_dir), epochs * minibatches
     model, compute, mesh = start.config, start.compute, start.mesh
-    _check_layout(config, start, minibatches)
+    check_start(config, start)
     settings = _settings(config, stage, start, reference)
     saved = _open_run(config, settings, start)
     schedule_steps = config.loop.steps if saved is None else saved["schedule_steps"]
@@ -192,10 +192,11 @@ def train_stage(
     }
 
 
-def _check_layout(config: StageConfig, start: Model, minibatches: int) -> None:
-    """Before the run's folder is there."""
+def check_start(config: StageConfig, start: Model) -> None:
+    """ValueError for a layout that cannot be (``check_layout``): before rows are packed, and before the run's folder is
+    there."""
     rows, said = config.rows_of_step()
-    parts = {"minibatches": minibatches, "step.microbatches": config.step.microbatches}
+    parts = {"minibatches": getattr(config, "minibatches", 1), "step.microbatches": config.step.microbatches}
     said += "".join(f", {name}={count}" for name, count in parts.items() if count > 1)
     rows //= math.prod(parts.values())
     columns = config.columns_of_step(start.config)

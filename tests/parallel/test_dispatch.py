@@ -218,7 +218,10 @@ def test_layouts_that_cannot_be_are_refused():
     with on(expert=4), pytest.raises(ValueError, match="dispatch_nodes=3 .* 4 devices.* 1, 2 or 4"):
         run(Dispatch("all_to_all", nodes=3))
     sizes, compute = dict.fromkeys(AXES, 1) | {"expert": 4}, ComputeConfig(dispatch="all_to_all", dispatch_nodes=3)
-    with pytest.raises(ValueError, match="dispatch_nodes=3 does not divide expert=4; the nearest is expert=1"):
+    with pytest.raises(ValueError, match="dispatch_nodes=3 .* 4 devices of expert: 1, 2 or 4 do"):
+        check_layout(config(V2), compute, sizes)
+    compute = ComputeConfig(rules=ShardingRules(experts_gathered=("fsdp",)))
+    with pytest.raises(ValueError, match="experts_gathered=.'fsdp',.: must be the last of experts=.'expert'"):
         check_layout(config(V2), compute, sizes)
     x, weights, chosen, wi, wo, _ = operands()
     rules = ShardingRules(experts=("tensor",), expert_mlp=())

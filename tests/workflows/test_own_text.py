@@ -158,6 +158,15 @@ def test_inputs_are_looked_at_before_training(folder: Path, monkeypatch, capsys,
     assert not Path("never/checkpoints").exists()
 
 
+def test_what_a_mesh_cannot_split_is_refused_before_rows_are_packed(folder: Path, monkeypatch, capsys) -> None:
+    """Or its nearest that can would be refused, as the folder has rows of other settings."""
+    monkeypatch.chdir(folder)
+    options = "--data.path text --data.heldout held --mesh.pipe 2 --run-dir split"
+    assert main(["pretrain", *OPTIONS, *options.split()]) == 1
+    assert "pipe=2: the schedules of a pipeline are not there yet" in capsys.readouterr().err
+    assert not Path("split").exists()
+
+
 def test_a_tokenizer_without_fim_will_do_where_there_is_none(tmp_path: Path) -> None:
     tokenizer().save(tmp_path / "t")
     file = tmp_path / "t" / "tokenizer.json"

@@ -139,6 +139,7 @@ class Sampler:
             count = len(trained)
             parts = [lengths[start : start + count] for start in range(0, len(lengths), count)]
             beside["fullest"] = max(packed_rows(part, self.config.pack, self.minibatches) for part in parts)
+            beside["first"] = count * jax.process_index()
         batch = rollout_batch(trained, advantages, pad_id=pad_id, most=self.most, **packing, **beside)
         same = {"temperature": self.config.temperature, "max_tokens": self.config.max_tokens}
         rows = len(batch["tokens"])

@@ -136,7 +136,11 @@ def _run(arguments: list[str]) -> int:
             raise
         print(f"deepseek-jax {command}: {error}", file=sys.stderr)
         if several:
-            print("(if another process of this run ended first, what it said last tells why)", file=sys.stderr)
+            print(
+                "(if another process of this run ended first, what it or its scheduler said last tells why; the same "
+                "command, started again on all, goes on from the last checkpoint)",
+                file=sys.stderr,
+            )
         print("(DEEPSEEK_JAX_TRACEBACK=1 shows where)", file=sys.stderr)
         return 1
     return 0

@@ -48,7 +48,7 @@ class Topology:
     @classmethod
     def parse(cls, text: str) -> "Topology":
         """Raises ValueError for another chip, or another number of dimensions than its torus has."""
-        parts = re.fullmatch(r"(\w+):(\d+(?:x\d+)*?)(?:x(\d+)slices?)?", text)
+        parts = re.fullmatch(r"(\w+):(\d+(?:x\d+)*?)(?:x([1-9]\d*)slices?)?", text)
         if not parts or parts[1] not in CHIPS:
             raise ValueError(
                 f"topology={text!r}: expected CHIP:SHAPE with one of {', '.join(CHIPS)}, as v5p:8x8x16, "

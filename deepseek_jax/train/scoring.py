@@ -1,5 +1,6 @@
 """Log-probabilities of a batch's tokens under a network: the old policy's, a reference's, later a teacher's."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -88,12 +89,16 @@ class Scorer:
     ):
         self.old, self.reference = old, reference
 
-        @jax.jit
-        def score(params, router_bias, batch):
+        def score(compute, params, router_bias, batch):
             network = transformer.merge(config, params, router_bias, compute)
             return score_batch(network, batch, chunk=chunk, microbatches=microbatches)
 
-        self._score: Callable[..., jax.Array] = together(score)
+        def compiled(compute: ComputeConfig) -> Callable[..., jax.Array]:
+            return together(jax.jit(functools.partial(score, compute)))
+
+        # The old policy drops what the learner does; a reference is a measure.
+        self._score = compiled(compute)
+        self._measure = self._score if compute.exact == compute else compiled(compute.exact)
 
     def __call__(self, state: TrainState, batch: Batch) -> Batch:
         found = {}
@@ -101,5 +106,5 @@ class Scorer:
             found["old_logprobs"] = self._score(state.params, state.router_bias, batch)
         if self.reference is not None:
             own = {name: value for name, value in batch.items() if name != "experts"}
-            found["reference_logprobs"] = self._score(self.reference.params, self.reference.router_bias, own)
+            found["reference_logprobs"] = self._measure(self.reference.params, self.reference.router_bias, own)
         return batch | found

@@ -196,13 +196,18 @@ def train_stage(
 def check_start(config: StageConfig, start: Model) -> None:
     """ValueError for a layout that cannot be (``check_layout``): before rows are packed, and before the run's folder is
     there."""
+    _check_layout(config, start.config, start.compute, start.mesh, config.columns_of_step(start.config))
+
+
+def _check_layout(
+    config: StageConfig, model: ModelConfig, compute: ComputeConfig, mesh: Mesh, columns: int | None
+) -> None:
     rows, said = config.rows_of_step()
     parts = {"minibatches": getattr(config, "minibatches", 1), "step.microbatches": config.step.microbatches}
     said += "".join(f", {name}={count}" for name, count in parts.items() if count > 1)
     rows //= math.prod(parts.values())
-    columns = config.columns_of_step(start.config)
     layout = {"rows": rows or None, "columns": columns, "rows_said": f"the {rows} rows of {said}"}
-    check_layout(start.config, start.compute, start.mesh.shape, **layout)
+    check_layout(model, compute, mesh.shape, **layout)
 
 
 def _open_run(config: StageConfig, settings: dict[str, Any], start: Model) -> dict[str, Any] | None:
@@ -293,7 +298,7 @@ def abstract_step(config: StageConfig, model: ModelConfig, loss: Loss, mesh: Mes
     Raises ValueError where the mesh cannot split them, or the network (``check_layout``).
     """
     compute, rows = config.compute.on(mesh), config.rows_of_step()[0]
-    check_layout(model, compute, mesh.shape, rows=rows // config.step.microbatches, columns=columns)
+    _check_layout(config, model, compute, mesh, columns)
     optimizer = make_optimizer(config.optimizer, model, config.loop.steps)
     state = abstract_state(model, optimizer, mesh, compute=compute, ema=config.step.ema_decay > 0)
     shape = rows, columns

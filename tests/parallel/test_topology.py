@@ -32,6 +32,7 @@ def test_names():
         "v5p": "as v5p:8x8x16",
         "h100:12": "whole nodes of 8",
         "h100:16x2slices": "whole nodes",
+        "v6e:16x16x0slices": "expected CHIP:SHAPE",
     }.items():
         with pytest.raises(ValueError, match=why):
             Topology.parse(wrong)

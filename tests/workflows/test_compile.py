@@ -15,6 +15,7 @@ from deepseek_jax.parallel.compilers import CUDA, LIBTPU, found
 from deepseek_jax.parallel.legal import check_layout
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
 from deepseek_jax.parallel.sharding import ShardingRules
+from deepseek_jax.train.step import StepConfig
 from deepseek_jax.workflows.compile import _bytes, _refused, gradients
 from deepseek_jax.workflows.pretrain import PretrainConfig
 from deepseek_jax.workflows.recipe import load_recipe
@@ -81,6 +82,13 @@ def test_train_step_for_four_v5p(tmp_path):
     matrix = EXPERTS // PARTS * WIDTH * 128 * 4
     gathers = [one for one in estimate["traffic"] if one["kind"] == "all-gather" and "experts" in one["scope"]]
     assert all(one["sent"] / one["times"] < matrix for one in gathers), gathers
+
+
+def test_rows_that_the_machine_cannot_split_are_named():
+    recipe = PretrainConfig(batch_size=8, step=StepConfig(microbatches=2))
+    mesh = make_mesh(MeshConfig(data=8))
+    with pytest.raises(ValueError, match="data=8 does not divide the 4 rows of batch_size=8, step.micro.*=2; .* 8"):
+        abstract_step(recipe, recipe.model, recipe.loss, mesh, 64)
 
 
 def test_decoding_on_two_gpus(tmp_path):

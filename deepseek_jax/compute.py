@@ -87,6 +87,12 @@ class ComputeConfig:
         return self
 
     @property
+    def exact(self) -> "ComputeConfig":
+        """With tokens gathered by the devices of their experts, where nothing is learnt: what is measured depends on no
+        other's tokens, so none may be dropped, and with room for all a copy for each device is no less."""
+        return dataclasses.replace(self, dispatch="gather")
+
+    @property
     def kernels(self) -> Target:
         """What kernels are chosen for. While ``target`` is ``auto``: the device that Python finds itself before."""
         return Target.here() if self.target == "auto" else Target.parse(self.target)

@@ -55,6 +55,9 @@ def measure_training(recipe: PretrainConfig, *, segments: int = 0, repeats: int 
     }
     if "max_vio" in last:
         facts["routing"] = f"its own, MaxVio {float(np.asarray(last['max_vio'])):.2f}"
+    if "dropped_sum" in last:
+        choices = tokens * recipe.model.num_experts_per_tok * np.asarray(last["dropped"]).size
+        facts["routing"] += f", {float(np.asarray(last['dropped_sum'])) / choices:.2%} of the choices dropped"
     return Measured(facts, call)
 
 

@@ -29,13 +29,13 @@ def sentences(rng: np.random.Generator) -> Iterator[str]:
 
 
 def document(rng: np.random.Generator, size: int) -> str:
-    """A text of ``size`` / 2 to ``size`` sentences, in which two to five facts are stated again and again.
+    """A text of ``size`` / 2 to ``size`` sentences, in which one to four facts are stated again and again.
 
     How many sentences state them is drawn for each text, from a few to nearly all: many, and it is soon learnt that a
     key's value comes back; few, and it comes back from afar.
     """
-    count, keys = int(rng.integers(size // 2, size + 1)), int(rng.integers(2, 6))
-    share = np.exp(rng.uniform(np.log(min(20 / count, 0.95)), np.log(0.95)))
+    count, keys = int(rng.integers(size // 2, size + 1)), int(rng.integers(1, 5))
+    share = np.exp(rng.uniform(np.log(3 / count), np.log(0.95)))
     pairs = zip(*(rng.choice(words, keys, replace=False) for words in (KEYS, VALUES)), strict=True)
     facts = [FACT.format(key=key, value=value) for key, value in pairs]
     filler = sentences(rng)

@@ -45,7 +45,7 @@ def likelihoods(model: Model, pairs: Sequence[Pair], *, batch_size: int = 8) -> 
             given["tokens"][place, :end], given["targets"][place, :end] = ids[:-1], ids[1:]
             given["counted"][place, end - len(pairs[index][1]) : end] = 1
         batch = place_batch(given, model.mesh, model.compute.rules, whole=True)
-        score = _scores(model.config, model.compute)
+        score = _scores(model.config, model.compute.exact)
         with jax.set_mesh(model.mesh):
             sums_B, greedy_B = jax.device_get(score(model.params, model.router_bias, **batch))
         for place, index in enumerate(part):

@@ -19,6 +19,7 @@ from deepseek_jax.data.packing import Row, pack_stream
 from deepseek_jax.data.text import read_texts
 from deepseek_jax.data.tokenizer import whole_text
 from deepseek_jax.model import transformer
+from deepseek_jax.parallel.processes import together
 from deepseek_jax.parallel.sharding import place_batch
 from deepseek_jax.train.losses import LanguageModelLoss
 
@@ -34,7 +35,7 @@ def _negative_log_likelihood(config: ModelConfig, compute: ComputeConfig, isolat
         network = transformer.merge(config, params, router_bias, compute)
         return loss(network, batch, norm, jnp.int32(0))[1]["ce"] * norm["targets"], norm["targets"]
 
-    return sums
+    return together(sums)
 
 
 def row_loss(
@@ -45,8 +46,8 @@ def row_loss(
     isolate: bool = False,
     chunk: int = 128,
 ) -> tuple[float, int]:
-    """Cross-entropy in nats summed over all targets of ``rows``, and how many there are."""
-    sums = _negative_log_likelihood(model.config, model.compute, isolate, chunk)
+    """Cross-entropy in nats summed over all targets of ``rows``, and how many there are. No token is dropped."""
+    sums = _negative_log_likelihood(model.config, model.compute.exact, isolate, chunk)
     nats, targets, rows = 0.0, 0.0, iter(rows)
     while group := list(islice(rows, batch_size)):
         if not any(row["loss_mask"].any() for row in group):

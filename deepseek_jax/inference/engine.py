@@ -19,9 +19,10 @@ from deepseek_jax.inference.requests import Requests, Room, make_requests, sprea
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.weights import sampling_compute, sampling_config, sampling_weights
 from deepseek_jax.model import transformer
-from deepseek_jax.parallel.processes import gather, require_one_process, require_own_rows
+from deepseek_jax.parallel.processes import gather, require_one_process, require_own_rows, together
 from deepseek_jax.parallel.sharding import ShardingRules
 
+_generate = together(generate)
 STREAM_SECONDS = 0.05  # from one piece of a streamed answer to the next, where a token takes less
 
 
@@ -124,7 +125,7 @@ class Engine:
         """
         weights, requests = self._prepared(prompts, sampling, key)
         with jax.set_mesh(self.mesh):  # the caller's may be another
-            return generate(sampling_config(self.config), self.compute, *weights, requests, experts=experts)
+            return _generate(sampling_config(self.config), self.compute, *weights, requests, experts=experts)
 
     def stream(self, prompt: str | Sequence[int], sampling: SamplingParams | None = None) -> Iterator[Completion]:
         """One prompt's completion in pieces, while it is made: joined they are what ``generate`` answers.

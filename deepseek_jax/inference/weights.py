@@ -31,9 +31,8 @@ def sampling_rules(rules: ShardingRules) -> ShardingRules:
 
 
 def sampling_compute(compute: ComputeConfig) -> ComputeConfig:
-    """With ``sampling_rules``, and tokens gathered by the devices of their experts: an answer depends on no other's
-    tokens, so none may be dropped, and with room for all a copy for each device is no less."""
-    return dataclasses.replace(compute, rules=sampling_rules(compute.rules), dispatch="gather")
+    """With ``sampling_rules``, and ``exact``: an answer depends on no other's tokens."""
+    return dataclasses.replace(compute.exact, rules=sampling_rules(compute.rules))
 
 
 def sampling_config(config: ModelConfig) -> ModelConfig:

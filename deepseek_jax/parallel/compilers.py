@@ -22,7 +22,10 @@ def add_compilers() -> None:
     # libtpu asks no metadata server, leaves its lock to others, and keeps its warnings to itself.
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_STDERR_LOG_LEVEL": "3"}
     os.environ |= {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
-    os.environ.pop("XLA_FLAGS", None)  # libtpu ends the process at a flag that it does not know
+    if flags := os.environ.pop("XLA_FLAGS", ""):
+        print(
+            f"XLA_FLAGS={flags}: left out, as libtpu ends the process at a flag that it does not know", file=sys.stderr
+        )
     with silenced():
         importlib.import_module("jax")
 

@@ -5,7 +5,7 @@ import functools
 import logging
 import math
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,14 +54,14 @@ def exchange(
         wi_ED2F, wo_EFD = (w.astype(x_BSD.dtype) if isinstance(w, InStack) else w for w in (wi_ED2F, wo_EFD))
     ours = tuple(name for name in group if name in (*rules.batch, *rules.sequence))
     others = tuple(name for name in (*group, *width) if name not in ours and mesh.shape[name] > 1)
-    copied = dispatch.how == "all_to_all" and ways(group) > 1
+    own, copied = wo_EFD.shape[0] // ways(group), dispatch.how == "all_to_all" and ways(group) > 1
 
     def on_device(x_BSD, weights_BSK, experts_BSK, wi_ED2F, wo_EFD):
         for names, wi_axis, wo_axis in ((embed, 1, 2), (lie[len(group) :], 0, 0)):
             if ways(names) > 1:
                 wi_ED2F = _gathered(wi_ED2F, names, wi_axis, x_BSD.dtype)
                 wo_EFD = _gathered(wo_EFD, names, wo_axis, x_BSD.dtype)
-        mean, own = experts_BSK.size * ways(ours) // ways(group), cast(Any, wo_EFD).shape[0]
+        mean = experts_BSK.size * ways(ours) // ways(group)
         local = lambda x, weights, ours: in_rounds(experts, mean, x, weights, ours, wi_ED2F, wo_EFD)  # noqa: E731
         tokens = _flat(x_BSD), _flat(weights_BSK).astype(jnp.float32), _flat(experts_BSK)
         if copied:

@@ -324,23 +324,58 @@ def _attribute(one: Instruction, name: str) -> str:
     return found[1]
 
 
-@functools.lru_cache(maxsize=512)
-def _parsed(text: str) -> tuple[tuple[int, ...], ...]:
-    """``{{0,1},{2,3}}``, or ``[2,2]<=[4]`` and ``[2,2]<=[2,2]T(1,0)``: the second list's numbers, transposed, cut."""
-    if text.startswith("{"):
-        return tuple(tuple(map(int, group.split(","))) for group in re.findall(r"{([\d,]+)}", text))
-    shape, sizes, order = re.fullmatch(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()  # pyright: ignore
-    numbers = lambda part: [int(number) for number in part.split(",")]  # noqa: E731
-    places = np.arange(math.prod(numbers(sizes))).reshape(numbers(sizes))
-    cut = (places.transpose(numbers(order)) if order else places).reshape(numbers(shape))
-    return tuple(tuple(group) for group in cut.tolist())
+# {{0,1},{2,3}}; [2,2]<=[4], [2,2]<=[2,2]T(1,0): numbers, transposed, cut; mesh['a'=2,'b'=4] {'b'}: along axes.
+_GROUPS = re.compile(
+    r"(?:replica_groups|source_target_pairs)="
+    r"({(?:{[\d,]*},?)*}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?|mesh\[[^\]]*\][^{]*{[^}]*})"
+)
 
 
 def groups_of(one: Instruction, partitions: int) -> tuple[tuple[int, ...], ...]:
-    """The devices that take part together in a collective; of a collective-permute (source, target)."""
-    pattern = r"(?:replica_groups|source_target_pairs)=({(?:{[\d,]*},?)*}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)"
-    found = re.search(pattern, one.rest)
-    return (found and _parsed(found[1])) or (tuple(range(partitions)),)
+    """The devices that take part together in a collective; of a collective-permute (source, target).
+
+    Raises ValueError where they are written in a way that is not known.
+    """
+    found = _GROUPS.search(one.rest)
+    if not found and "replica_groups=" in one.rest:
+        raise ValueError(f"replica groups of {one.name} in an unknown form: {one.rest[:200]}")
+    return (_parsed(found[1]) if found else ()) or (tuple(range(partitions)),)
+
+
+@functools.lru_cache(maxsize=512)
+def _parsed(text: str) -> tuple[tuple[int, ...], ...]:
+    if text.startswith("{"):
+        return tuple(tuple(map(int, group.split(","))) for group in re.findall(r"{([\d,]+)}", text))
+    if text.startswith("mesh"):
+        return _along_axes(text)
+    parts = re.fullmatch(r"\[([\d,]+)\]<=(.*)", text)
+    assert parts, text
+    return tuple(tuple(group) for group in _numbered(parts[2]).reshape(_sizes(parts[1])).tolist())
+
+
+def _along_axes(text: str) -> tuple[tuple[int, ...], ...]:
+    parts = re.fullmatch(r"mesh\[([^\]]*)\](?:, device_ids=\(([^)]*(?:\([\d,]*\))?)\))? {((?:'[^']+',?)*)}", text)
+    if not parts:  # parts of axes, perhaps
+        raise ValueError(f"replica groups in an unknown form: {text}")
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", parts[1])}
+    along = re.findall(r"'([^']+)'", parts[3])
+    places = _numbered(parts[2] or f"[{math.prod(sizes.values())}]").reshape(list(sizes.values()))
+    order = [list(sizes).index(name) for name in (*(name for name in sizes if name not in along), *along)]
+    groups = places.transpose(order).reshape(-1, math.prod(sizes[name] for name in along))
+    return tuple(tuple(group) for group in groups.tolist())
+
+
+def _numbered(text: str) -> np.ndarray:
+    """``[4,2]T(1,0)``: numbers from 0 in an array of that shape, transposed."""
+    parts = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    if not parts:
+        raise ValueError(f"replica groups in an unknown form: {text}")
+    places = np.arange(math.prod(_sizes(parts[1]))).reshape(_sizes(parts[1]))
+    return places.transpose(_sizes(parts[2])) if parts[2] else places
+
+
+def _sizes(text: str) -> list[int]:
+    return [int(size) for size in text.split(",")]
 
 
 def totals(found: list[Collective]) -> Iterator[tuple[str, int, float]]:

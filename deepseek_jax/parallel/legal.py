@@ -37,11 +37,12 @@ def check_layout(
         raise ValueError(f"{why}; {_nearest(model, compute, sizes, axis)}")
     if model.num_moe_layers:
         check_exchange(compute.rules, sizes, compute.dispatch, compute.dispatch_nodes)
-    for what, axis, size in ((rows_said or f"rows={rows}", "batch", rows), (f"columns={columns}", "sequence", columns)):
+    of_batch = rows_said or f"rows={rows}", "batch", rows, "rows"
+    for what, axis, size, unit in (of_batch, (f"columns={columns}", "sequence", columns, "columns")):
         split = getattr(compute.rules, axis)
         if size is not None and (rest := size % (ways := _ways(sizes, split))):
             nearest = f"{size - rest} or {size - rest + ways}" if size > ways else f"{ways}"
-            raise ValueError(f"{_said(sizes, split)} does not divide {what}; the nearest is {nearest}")
+            raise ValueError(f"{_said(sizes, split)} does not divide {what}; the nearest is {nearest} {unit}")
 
 
 def _problems(model: ModelConfig, compute: Any, sizes: Mapping[str, int]) -> Iterator[_Problem]:

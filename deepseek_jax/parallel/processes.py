@@ -49,6 +49,25 @@ def meet() -> None:
     gather(None)
 
 
+def together(function: jax.stages.Wrapped) -> Callable[..., Any]:
+    """The jitted function, which no process runs before all have compiled it: those who were first would wait in its
+    collectives, see above."""
+    compiled = set[Any]()
+
+    @functools.wraps(function)
+    def call(*args: Any, **options: Any) -> Any:
+        if jax.process_count() > 1:
+            leaves = jax.tree.leaves((args, options))
+            shapes = tuple((x.shape, x.dtype) if hasattr(x, "shape") else x for x in leaves)
+            if shapes not in compiled:
+                function.lower(*args, **options).compile()
+                meet()
+                compiled.add(shapes)
+        return function(*args, **options)
+
+    return call
+
+
 def any_process(flag: bool) -> bool:
     """Whether one of them says so."""
     return any(gather(bool(flag)))

@@ -123,6 +123,12 @@ def placed(
     return jax.tree.map(place, tree, axes_tree)
 
 
+def placed_as_state(tree: Any, axes_tree: Any, rules: ShardingRules) -> Any:
+    """Gradients under jit where ``state_sharding`` has the moments. By way of the parameters' places: so the compiler
+    scatters twice, over fsdp and then over data, where it would add all up on all to cut along two axes at once."""
+    return placed(placed(tree, axes_tree, rules), axes_tree, rules, state_sharding)
+
+
 def weight_of_layer(w: Any, axes: Axes, rules: ShardingRules) -> Any:
     """A layer's weight as it is, whose gradient each layer brings to where ``state_sharding`` has it: stacked whole and
     split behind the loop over layers, it would be summed whole on every device."""
@@ -139,7 +145,7 @@ def _with_gradient_at(w, axes, rules):
 
 _with_gradient_at.defvjp(
     lambda w, axes, rules: (w, None),
-    lambda axes, rules, _, dw: (placed([dw], [axes], rules, state_sharding)[0],),
+    lambda axes, rules, _, dw: (placed_as_state([dw], [axes], rules)[0],),
 )
 
 

@@ -46,7 +46,8 @@ def converse(
       dispatched: called when the devices have been given a turn to sample.
     """
     each = [sampling] * len(questions) if isinstance(sampling, SamplingParams) else list(sampling)
-    assert tools is None or key is not None or sampling is not each[0], "further turns draw by key, or by seeds"
+    seeded = not isinstance(sampling, SamplingParams)
+    assert tools is None or key is not None or seeded, "further turns draw by key, or by seeds"
     drafts = [_Draft(question, most=params.max_tokens) for question, params in zip(questions, each, strict=True)]
     frame = None if tools is None else _Frame.of(engine.tokenizer, tools.config.result_tokens)
     going, turn = list(range(len(questions))), 0
@@ -78,10 +79,12 @@ def _sampled(
     experts: bool,
     filled: int = 0,
 ) -> Generated:
-    filling = max(filled - len(asked), 0) if jax.process_count() == 1 else 0  # others' prompts count from behind these
-    prompts = [question.prompt for question in asked] + [asked[0].prompt] * filling
-    if not isinstance(how, SamplingParams):
-        how = [*how, *[dataclasses.replace(how[0], max_tokens=1)] * filling]
+    prompts = [question.prompt for question in asked]
+    if jax.process_count() == 1:  # of several others' prompts count from behind these, and one may have none
+        filling = max(filled - len(asked), 0)
+        prompts += [asked[0].prompt] * filling
+        if not isinstance(how, SamplingParams):
+            how = [*how, *[dataclasses.replace(how[0], max_tokens=1)] * filling]
     return engine.generate_ids(prompts, how, key, experts=experts)
 
 

@@ -79,6 +79,10 @@ class RolloutConfig:
             )
         return limit
 
+    def columns(self, positions: int) -> int:
+        """Of a batch's rows, at most. ValueError as ``prompt_limit``'s."""
+        return self.pack or self.prompt_limit(positions) + self.max_tokens
+
 
 def open_questions(
     task: Task, model: Model, path: Sequence[str], config: RolloutConfig, **options: Unpack[LoaderOptions]

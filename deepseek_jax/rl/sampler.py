@@ -66,7 +66,7 @@ class Sampler:
         minibatches: int,
     ):
         self.task, self.grader, self.loader, self.config = task, grader, loader, config
-        self.most = config.prompt_limit(positions) + config.max_tokens
+        self.most = config.columns(positions)
         self.multiple, self.minibatches = multiple, minibatches
         self.key = jax.random.key(seed)
         self._numbers = {where(row): number for number, row in enumerate(loader.rows)}
@@ -139,6 +139,7 @@ class Sampler:
             count = len(trained)
             parts = [lengths[start : start + count] for start in range(0, len(lengths), count)]
             beside["fullest"] = max(packed_rows(part, self.config.pack, self.minibatches) for part in parts)
+            beside["first"] = count * jax.process_index()
         batch = rollout_batch(trained, advantages, pad_id=pad_id, most=self.most, **packing, **beside)
         same = {"temperature": self.config.temperature, "max_tokens": self.config.max_tokens}
         rows = len(batch["tokens"])

@@ -107,6 +107,7 @@ def rollout_batch(
     pack: int = 0,
     multiple: int = 1,
     minibatches: int = 1,
+    first: int = 0,
     longest: int = 0,
     fullest: int = 0,
     by_token: bool = False,
@@ -124,6 +125,7 @@ def rollout_batch(
       minibatches: parts of the batch with an update each, see ``split_rows``: packed, they have the samples that they
         have in rows of their own.
       multiple: what the number of a part's packed rows is a multiple of; rows behind the last are padding.
+      first: the number of the first sample among all processes'.
       longest, fullest, by_token: what other processes have in their parts of the batch, which are of one shape: tokens
         of a row, packed rows of a part (see ``packed_rows``), and advantages of tokens.
     """
@@ -133,7 +135,7 @@ def rollout_batch(
     assert longest <= width
     rows = [[index] for index in range(len(samples))]
     if pack:
-        rows = _packed(lengths, width, multiple, minibatches, fullest)
+        rows = _packed(lengths, width, multiple, minibatches, first, fullest)
     shape = len(rows), width
     tokens = pack or by_token or any(np.ndim(advantage) for advantage in advantages)
     batch = {
@@ -182,15 +184,19 @@ def packed_rows(lengths: Sequence[int], width: int, minibatches: int) -> int:
     return max(len(best_fit(lengths[part::minibatches], width)) for part in range(minibatches))
 
 
-def _packed(lengths: Sequence[int], width: int, multiple: int, minibatches: int, fullest: int) -> list[list[int]]:
+def _packed(
+    lengths: Sequence[int], width: int, multiple: int, minibatches: int, first: int, fullest: int
+) -> list[list[int]]:
     """The samples of each row. Row r is of minibatch r mod ``minibatches``, as ``split_rows`` has it, and so is sample
-    r: each part is packed apart, or one row could hold the samples of all, and updates would be of padding alone."""
-    parts = [best_fit(lengths[part::minibatches], width) for part in range(minibatches)]
+    r of all: each part is packed apart, or one row could hold the samples of all, and updates would be of padding
+    alone."""
+    begins = [(part - first) % minibatches for part in range(minibatches)]
+    parts = [best_fit(lengths[begin::minibatches], width) for begin in begins]
     count = _round_up(max(fullest, *map(len, parts)), multiple)
     rows: list[list[int]] = [[] for _ in range(count * minibatches)]
-    for part, own in enumerate(parts):
+    for part, (begin, own) in enumerate(zip(begins, parts, strict=True)):
         for row, indices in enumerate(own):
-            rows[row * minibatches + part] = [index * minibatches + part for index in indices]
+            rows[row * minibatches + part] = [index * minibatches + begin for index in indices]
     return rows
 
 

@@ -10,6 +10,7 @@ from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model import transformer
 from deepseek_jax.model.transformer import Transformer
+from deepseek_jax.parallel.processes import together
 from deepseek_jax.parallel.sharding import ShardingRules, split_rows
 from deepseek_jax.train.losses import TokenScores, routed, score_targets, shift
 from deepseek_jax.train.reference import Reference
@@ -92,7 +93,7 @@ class Scorer:
             network = transformer.merge(config, params, router_bias, compute)
             return score_batch(network, batch, chunk=chunk, microbatches=microbatches)
 
-        self._score: Callable[..., jax.Array] = score
+        self._score: Callable[..., jax.Array] = together(score)
 
     def __call__(self, state: TrainState, batch: Batch) -> Batch:
         found = {}

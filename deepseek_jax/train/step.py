@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model import transformer
-from deepseek_jax.parallel.sharding import placed, split_by, split_rows, state_sharding
+from deepseek_jax.parallel.sharding import placed, placed_as_state, split_by, split_rows
 from deepseek_jax.train.optimizer import guarded, keep_if
 from deepseek_jax.train.state import TrainState
 from deepseek_jax.typed import check_least, check_types
@@ -81,7 +81,7 @@ def make_step(
     build = functools.partial(transformer.merge, config, compute=compute)
     axes, rules = transformer.logical_axes(config), compute.rules
     as_parameters = functools.partial(placed, axes_tree=axes, rules=rules)
-    as_state = functools.partial(as_parameters, where=state_sharding)
+    as_state = functools.partial(placed_as_state, axes_tree=axes, rules=rules)
 
     def multiplied(params: Any) -> Any:
         """The parameters as the layers get them. A gradient is rounded to its parameter's dtype before the mesh adds it

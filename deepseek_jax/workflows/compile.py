@@ -11,11 +11,14 @@ from jax.sharding import Mesh
 
 from deepseek_jax.inference.abstract import serving
 from deepseek_jax.model.costs import attention_flops, forward_flops
+from deepseek_jax.model.transformer import logical_axes
 from deepseek_jax.parallel.hlo import Module, shape_bytes
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.roofline import Estimate, estimate, short
+from deepseek_jax.parallel.sharding import state_sharding
 from deepseek_jax.parallel.topology import OPTIONS, Links, Topology
 from deepseek_jax.saying import doing
+from deepseek_jax.train.state import TrainState
 from deepseek_jax.workflows.pretrain import PretrainConfig
 from deepseek_jax.workflows.stage import abstract_step
 
@@ -69,7 +72,7 @@ def compile_for(recipe: PretrainConfig, topology: Topology, work: Work = "train"
             lowered = built.step.lower(built.state, built.batch)
             memory = {"parameters": _bytes(built.state.params), "optimiser state": _bytes(built.state)}
             memory["optimiser state"] -= memory["parameters"]
-            memory |= {"batch": _bytes(built.batch), "gradients": memory["parameters"]}
+            memory |= {"batch": _bytes(built.batch), "gradients": _bytes(gradients(recipe, built.state, mesh))}
         else:
             compute, rows = recipe.compute, recipe.batch_size
             lowered, weights, cache = serving(recipe.model, compute, mesh, rows, columns, work)
@@ -99,6 +102,13 @@ def compile_for(recipe: PretrainConfig, topology: Topology, work: Work = "train"
     largest = () if work == "decode" else _largest(text)
     fits = total <= facts["available"]
     return Found(**facts, memory=memory, fits=fits, largest=largest, estimate=found, text=text)
+
+
+def gradients(recipe: PretrainConfig, state: TrainState, mesh: Mesh) -> Any:
+    """Of all parameters, as shapes: in float32, where the optimizer's state lies."""
+    where = lambda leaf, axes: state_sharding(mesh, axes, leaf.shape, recipe.compute.rules)  # noqa: E731
+    place = lambda leaf, axes: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where(leaf, axes))  # noqa: E731
+    return jax.tree.map(place, state.params, logical_axes(recipe.model))
 
 
 def _bytes(tree: Any) -> int:

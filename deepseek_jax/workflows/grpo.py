@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import tyro
 
+from deepseek_jax.config import ModelConfig
 from deepseek_jax.data.text import read_rows
 from deepseek_jax.data.turns import count_turns
 from deepseek_jax.parallel.mesh import make_mesh
@@ -86,15 +87,17 @@ class GRPOConfig(StageConfig):
         return None
 
     def rows_of_step(self) -> tuple[int, str]:
-        prompts, group = self.rollout.prompts, self.rollout.group
-        return prompts * group, f"rollout.prompts={prompts}, rollout.group={group}"
+        prompts, group, packed = self.rollout.prompts, self.rollout.group, self.rollout.pack > 0
+        return 0 if packed else prompts * group, f"rollout.prompts={prompts}, rollout.group={group}"
+
+    def columns_of_step(self, model: ModelConfig) -> int | None:
+        return self.rollout.columns(model.max_position_embeddings)
 
     def _check_parts(self) -> None:
-        rows, said = self.rows_of_step()
-        if not self.rollout.pack:
-            super()._check_parts()
-        elif self.minibatches > rows:  # packed rows are made as many as the parts need
-            raise ValueError(f"minibatches={self.minibatches}: more than the {rows} answers of {said}")
+        super()._check_parts()
+        if self.minibatches > (answers := self.rollout.prompts * self.rollout.group):
+            said = self.rows_of_step()[1]
+            raise ValueError(f"minibatches={self.minibatches}: more than the {answers} answers of {said}")
 
 
 @owns_run("init_from", "task.path")

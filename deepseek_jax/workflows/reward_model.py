@@ -115,7 +115,7 @@ def reward_model(config: RewardModelConfig) -> dict[str, Any]:
 
 def agreement(model: Model, rows: Sequence[Row], batch_size: int) -> dict[str, float]:
     """The share of items whose margin is over 0 (0 itself is half a one), its standard error, and their number."""
-    compute, found, rest = _margins(model.config, model.compute), list[np.ndarray](), iter(rows)
+    compute, found, rest = _margins(model.config, model.compute.exact), list[np.ndarray](), iter(rows)
     while group := list(islice(rest, batch_size)):
         group += [jax.tree.map(np.zeros_like, group[0])] * (batch_size - len(group))
         stacked = {name: np.stack([row[name] for row in group]) for name in group[0]}

@@ -22,7 +22,7 @@ from deepseek_jax.data.rows import RowLoader
 from deepseek_jax.model.costs import count_parameters
 from deepseek_jax.parallel.legal import check_layout
 from deepseek_jax.parallel.mesh import MeshConfig
-from deepseek_jax.parallel.processes import first_host_alone, gather, meet, row_groups
+from deepseek_jax.parallel.processes import first_host_alone, gather, row_groups, together
 from deepseek_jax.parallel.sharding import ShardingRules, constrain, named_sharding, place_batch
 from deepseek_jax.saying import doing, say
 from deepseek_jax.train.loop import Batches, LoopConfig, run_loop
@@ -84,9 +84,13 @@ class StageConfig:
             )
 
     def rows_of_step(self) -> tuple[int, str]:
-        """How many rows a step has, and what says so."""
+        """How many rows a step has, 0 where it is made as many as its parts and the mesh need, and what says so."""
         rows = getattr(self, "batch_size", 0)
         return rows, f"batch_size={rows}"
+
+    def columns_of_step(self, model: ModelConfig) -> int | None:
+        """The most tokens that a row has, where settings say so."""
+        return getattr(getattr(self, "data", None), "seq_len", None)
 
     def _check_parts(self) -> None:
         rows, said = self.rows_of_step()
@@ -139,7 +143,8 @@ def train_stage(
         parts = {"steps": schedule_steps, "epochs": epochs, "minibatches": minibatches}
         step, state = with_critic(step, state, model, critic, config.step, **parts, compute=compute, mesh=mesh)
     state_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    jitted = _measured(step, learning_rate(config.optimizer, schedule_steps * updates), updates, compute.rules)
+    measured = _measured(step, learning_rate(config.optimizer, schedule_steps * updates), updates, compute.rules)
+    jitted = together(measured)
     taken = 0
 
     def placed_step(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, dict[str, Any]]:
@@ -149,9 +154,6 @@ def train_stage(
             (run_dir / RESULT).unlink(missing_ok=True)  # of fewer steps
         placed = place_batch(dict(batch), mesh, compute.rules)
         placed = placed if prepare is None else prepare(state, placed)
-        if taken == 1 and jax.process_count() > 1:  # or the first to have compiled it waits in a collective
-            jitted.lower(state, placed).compile()
-            meet()
         state, metrics = jitted(state, placed)
         if reference is not None:
             reference.follow(state, metrics["finite"])
@@ -192,9 +194,8 @@ def train_stage(
 
 def check_start(config: StageConfig, start: Model) -> None:
     """ValueError for a layout that cannot be (``check_layout``): before rows are packed, and before the run's folder is
-    there. Of a row's columns, what says how many it has."""
-    columns = getattr(getattr(config, "data", None), "seq_len", None)
-    _check_layout(config, start.config, start.compute, start.mesh, columns)
+    there."""
+    _check_layout(config, start.config, start.compute, start.mesh, config.columns_of_step(start.config))
 
 
 def _check_layout(

@@ -89,11 +89,11 @@ def weight_gradient(
     return _weight_gradient(x, dy, precision, name)
 
 
-def _weight_gradient(x, dy, precision, name, dtype=jnp.float32):
+def _weight_gradient(x, dy, precision, name, dtype=jnp.float32, rows=None):
     if name == "c":
         x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
         return cpu.call("grouped_dw", [(1, x.shape[1], dy.shape[1])], x, dy, jnp.array([len(x)], jnp.int32))[0][0]
-    rows = tuple(range(x.ndim - 1))
+    rows = tuple(range(x.ndim - 1 if rows is None else rows))
     return jax.lax.dot_general(x, dy, ((rows, rows), ((), ())), precision=precision, preferred_element_type=dtype)
 
 
@@ -147,6 +147,7 @@ def _parse(equation: str, x_shape: tuple[int, ...], w_shape: tuple[int, ...]) ->
     return _Form(x, w, out, summed, "".join(letter for letter in w if letter not in x))
 
 
+# On a mesh axes stay apart: merged, an axis split by the mesh behind one that is not would be gathered.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5, 6))
 def _product(x, w, form, dtype, precision, name, cores):
     if name == "hopper":
@@ -156,7 +157,10 @@ def _product(x, w, form, dtype, precision, name, cores):
         return y.reshape(*rows, *w.shape[len(form.summed) :])
     wide = None if dtype is None else jnp.promote_types(x.dtype, dtype)
     values = w.astype(x.dtype)
-    if form.plain:
+    if form.plain and devices() > 1:
+        sides = tuple(range(len(form.rows), x.ndim)), tuple(range(len(form.summed)))
+        y = jax.lax.dot_general(x, values, (sides, ((), ())), precision=precision, preferred_element_type=wide)
+    elif form.plain:
         rows = x.shape[: len(form.rows)]
         x, matrix = x.reshape(*rows, -1), _matrix(values, len(form.summed))
         y = jax.lax.dot_general(
@@ -175,7 +179,10 @@ def _backward(form, dtype, precision, name, cores, residuals, dy):
     x, w = residuals
     dy, values = dy.astype(x.dtype), w.astype(x.dtype)
     rows = x.shape[: len(form.rows)]
-    if form.plain:
+    if form.plain and devices() > 1:
+        sides = tuple(range(len(form.rows), dy.ndim)), tuple(range(len(form.summed), values.ndim))
+        dx = jax.lax.dot_general(dy, values, (sides, ((), ())), precision=precision)
+    elif form.plain:
         flat, matrix = dy.reshape(*rows, -1), _matrix(values, len(form.summed))
         dx = jax.lax.dot_general(flat, matrix, (((flat.ndim - 1,), (1,)), ((), ())), precision=precision)
         dx = dx.reshape(x.shape)
@@ -188,9 +195,9 @@ def _backward(form, dtype, precision, name, cores, residuals, dy):
     def gradient():
         if not form.plain and not form.transposed:
             return jnp.einsum(f"{form.x},{form.out}->{form.w}", x, dy, precision=precision, preferred_element_type=kept)
-        x_rows, dy_rows = x.reshape(*rows, -1), dy.reshape(*rows, -1)
+        x_rows, dy_rows = (x, dy) if devices() > 1 else (x.reshape(*rows, -1), dy.reshape(*rows, -1))
         first, second = (x_rows, dy_rows) if form.plain else (dy_rows, x_rows)
-        return _weight_gradient(first, second, precision, name, kept).reshape(w.shape)
+        return _weight_gradient(first, second, precision, name, kept, len(rows)).reshape(w.shape)
 
     return dx, stored_gradient(w, gradient)
 

@@ -90,18 +90,20 @@ def test_kept_fp8_computes_the_same(fp8):
 
 def test_each_device_of_a_mesh_gets_its_part(fp8):
     folder, _ = fp8
-    mesh = make_mesh(MeshConfig(fsdp=2, expert=2, tensor=2))
     axes = transformer.logical_axes(cases.FP8)
-    for dtype in ("bfloat16", "float8_e4m3"):
+    for dtype, sizes in (("bfloat16", {"tensor": 2}), ("float8_e4m3", {"data": 2})):
+        mesh = make_mesh(MeshConfig(fsdp=2, expert=2, **sizes))
         spread = load_hf(folder, mesh=mesh, dtype=dtype)
         cases.assert_same(spread, load_hf(folder, dtype=dtype))
         assert spread.moe_layers is not None
         wi = spread.moe_layers.mlp.wi.get_value()
         values = wi if dtype == "bfloat16" else wi.values
         assert axes["moe_layers"]["mlp"]["wi"] == ("layers", "experts", "expert_embed", None, "expert_mlp")
-        assert values.addressable_shards[0].data.shape == (1, 4, 72, 2, 6)
+        assert values.addressable_shards[0].data.shape == (1, 4, 72, 2, 6 if dtype == "bfloat16" else 12)
         bias = transformer.split(spread)[1]
         assert bias is not None and bias.sharding.is_fully_replicated and len(bias.devices()) == 8
+    blocks = "tensor=2 leaves a device 6 of moe_intermediate_size=12 .* ends within an FP8 block of 128"
+    refused(folder, blocks, mesh=make_mesh(MeshConfig(tensor=2)), dtype="float8_e4m3")
 
 
 # What is wrong is named

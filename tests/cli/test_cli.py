@@ -14,6 +14,8 @@ from deepseek_jax.workflows import demo
 DATA = ["--data.path", "run/corpus/documents/train.jsonl", "--data.heldout", "run/corpus/documents/heldout.jsonl"]
 DATA += ["--data.tokenizer", "run/corpus/tokenizer.json"]
 PRETRAIN = ["pretrain", "recipes/pretrain.py", "--run-dir", "run/pretrain", *DATA]
+# A mesh of the eight devices here that splits a microbatch of two rows.
+ON_EIGHT = ["--mesh.data", "2", "--mesh.tensor", "2", "--mesh.context", "2"]
 
 
 @pytest.fixture
@@ -218,7 +220,7 @@ def test_a_broken_line_of_data_is_named(workplace, refused):
     lines[4] = '{"text": "cut'
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     shutil.rmtree(workplace / "run" / "pretrain")
-    assert "documents/train.jsonl:5: " in refused(*PRETRAIN)
+    assert "documents/train.jsonl:5: " in refused(*PRETRAIN, *ON_EIGHT)
     assert not (workplace / "run" / "pretrain" / "rows").exists()
 
 
@@ -236,12 +238,13 @@ def test_a_file_that_is_missing_is_named(workplace, refused):
 def test_a_mesh_that_does_not_fit_is_refused(workplace, refused):
     message = refused(*PRETRAIN, "--mesh.data", "3")
     assert "data 3" in message and "needs 3 devices, but there are 8" in message
-    # Eight devices split the batch eight ways: four rows do not do.
-    assert "batch of size 4 cannot be split 8 ways" in refused(*PRETRAIN, "--run-dir", "run/new")
+    # Eight devices split each microbatch eight ways: two rows do not do.
+    said = "data=8 does not divide the 2 rows of batch_size=4, step.microbatches=2; the nearest is 8 rows"
+    assert said in refused(*PRETRAIN, "--run-dir", "run/new")
 
 
 def test_the_checkpoint_of_another_model_is_refused(workplace, refused):
-    message = refused(*PRETRAIN, "--model.hidden-size", "32", "--loop.steps", "30")
+    message = refused(*PRETRAIN, *ON_EIGHT, "--model.hidden-size", "32", "--loop.steps", "30")
     assert "model.hidden_size is 16 there and 32 here" in message
     checkpoints = workplace / "run" / "pretrain" / "checkpoints"
     assert [path.name for path in checkpoints.iterdir() if path.name.isdecimal()] == ["24"]
@@ -262,10 +265,10 @@ def test_a_run_where_another_process_trains_is_left_alone(workplace, refused):
 def test_a_finished_run_is_not_measured_anew_nor_another_one_in_its_place(workplace, refused, capsys):
     result = workplace / "run" / "pretrain" / "result.json"
     before = json.loads(result.read_text())
-    message = refused(*PRETRAIN, "--optimizer.peak-lr", "1")
+    message = refused(*PRETRAIN, *ON_EIGHT, "--optimizer.peak-lr", "1")
     assert "run/pretrain holds a run with other settings: optimizer.peak_lr is 0.01 there and 1.0 here" in message
     assert json.loads(result.read_text()) == before
-    assert main([*PRETRAIN, "--loop.log-every", "5", "--mesh.data", "4", "--mesh.tensor", "2"]) == 0
+    assert main([*PRETRAIN, *ON_EIGHT, "--loop.log-every", "5"]) == 0
     assert "run/pretrain: step 24 was reached before; nothing was trained" in capsys.readouterr().err
     again = json.loads(result.read_text())
     assert again.pop("heldout").keys() == before.pop("heldout").keys()  # trees, whose sums are below
@@ -275,7 +278,7 @@ def test_a_finished_run_is_not_measured_anew_nor_another_one_in_its_place(workpl
 
 
 def test_rows_packed_otherwise_are_refused(workplace, refused):
-    message = refused(*PRETRAIN, "--data.seq-len", "64")
+    message = refused(*PRETRAIN, *ON_EIGHT, "--data.seq-len", "64")
     assert (
         "run/pretrain/rows was packed from other data or settings: data.seq_len is 32 there and 64 here" in message
         and "choose another run_dir" in message
@@ -283,9 +286,9 @@ def test_rows_packed_otherwise_are_refused(workplace, refused):
 
 
 def test_a_vocabulary_too_small_for_the_tokenizer_is_refused(workplace, refused):
-    message = refused(*PRETRAIN, "--model.vocab-size", "200")
+    message = refused(*PRETRAIN, *ON_EIGHT, "--model.vocab-size", "200")
     assert re.search(r"vocab_size is \d+ there and 200 here", message)
-    message = refused(*PRETRAIN, "--run-dir", "run/few", "--model.vocab-size", "200")
+    message = refused(*PRETRAIN, *ON_EIGHT, "--run-dir", "run/few", "--model.vocab-size", "200")
     assert re.search(r"token .* has the id 2\d\d, and the model's vocab_size=200", message)
 
 

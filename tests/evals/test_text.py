@@ -1,5 +1,6 @@
 """Bits per byte against a plain softmax over every row, and against a model that knows nothing."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -15,6 +16,8 @@ from deepseek_jax.data.packing import pack_stream
 from deepseek_jax.data.tokenizer import EOS, Tokenizer
 from deepseek_jax.evals.text import HeldOut, Score, row_loss, score_text
 from deepseek_jax.model import transformer
+from deepseek_jax.parallel import processes
+from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
 from deepseek_jax.workflows.stage import StageConfig, finish, write_json
 
 TEXTS = ["def add(a, b):\n    return a + b\n", "12+34=46\n", "größer als ünïcode ½\n" * 2]
@@ -110,9 +113,19 @@ def test_rows_without_targets_count_for_nothing():
     assert filled == plain
 
 
+def test_no_token_is_dropped_where_a_model_is_measured():
+    """Training may drop what finds no room on the way to its experts; what it is measured by depends on no mesh."""
+    mesh = make_mesh(MeshConfig(expert=4), devices=jax.devices()[:4])
+    crowded = dataclasses.replace(MODEL.compute, dispatch="all_to_all", dispatch_capacity=0.1)
+    nats, targets = row_loss(dataclasses.replace(MODEL, compute=crowded, mesh=mesh), rows_of(), batch_size=4)
+    expected = row_loss(MODEL, rows_of(), batch_size=4)
+    assert targets == expected[1] and nats == pytest.approx(expected[0], rel=1e-6)
+
+
 def test_every_process_measures_the_same_rows(monkeypatch):
     """All of several processes have all the rows: their batches are not to be put one behind the other."""
     rows = rows_of()
     alone = row_loss(MODEL, rows, batch_size=4)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(processes, "gather", lambda value: [value, value])
     assert row_loss(MODEL, rows, batch_size=4) == alone

@@ -128,7 +128,8 @@ def test_experts_in_fp8_stay_where_they_lie(axes, stored, caplog):
     """And give on a mesh what they do on one device. In the program nothing of all experts' size is of another dtype,
     and each device multiplies by its own matrices; a width of two blocks is not split four ways, which the log says."""
     x, gates, chosen, wi, wo = in_fp8()
-    expected = routed_experts(*(a.reshape(-1, a.shape[2]) for a in (x, gates, chosen)), wi, wo).reshape(x.shape)
+    flat = [a.reshape(-1, a.shape[2]) for a in (x, gates, chosen)]
+    expected = routed_experts(flat[0], flat[1], flat[2], wi, wo).reshape(x.shape)
     if stored == "terms last":
         wi, wo = wi.with_terms_last(), wo.with_terms_last()
     elif stored == "in a stack":

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from deepseek_jax.parallel.hlo import Collective, Module, collectives, shape_bytes
+from deepseek_jax.parallel.hlo import Collective, Instruction, Module, collectives, groups_of, shape_bytes
 from deepseek_kernels import compile_tpu
 
 LAYERS, WIDTH, ROWS = 5, 512, 64
@@ -148,6 +148,23 @@ def test_starts_ends_and_loops_as_a_gpu_writes_them():
     assert not collectives(GPU.replace("%y = f32[64,8]{1,0} negate(%x)", "%y = f32[64,8]{1,0} bitcast(%x)"))[
         0
     ].asynchronous
+
+
+def test_groups_in_each_of_xlas_forms():
+    """Along the second axis of a mesh 2 × 4 whose devices are counted along the first."""
+    expected = ((0, 2, 4, 6), (1, 3, 5, 7))
+    groups = {
+        "{{0,2,4,6},{1,3,5,7}}",
+        "[2,4]<=[4,2]T(1,0)",
+        "mesh['x'=4,'y'=2] {'x'}",
+        "mesh['x'=2,'y'=4], device_ids=([4,2]T(1,0)) {'y'}",
+    }
+    for text in groups:
+        one = Instruction("%x", "all-gather", "f32[8]", (), f", replica_groups={text}, dimensions={{0}}")
+        assert groups_of(one, 8) == expected, text
+    assert groups_of(Instruction("%x", "all-reduce", "f32[8]", (), ", replica_groups={}"), 2) == ((0, 1),)
+    with pytest.raises(ValueError, match="unknown form"):
+        groups_of(Instruction("%x", "all-reduce", "f32[8]", (), ", replica_groups=mesh['x'=4] {'x':(1)2}"), 4)
 
 
 def test_bytes_of_shapes_and_texts_that_are_none():

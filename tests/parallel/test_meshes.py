@@ -87,6 +87,8 @@ def three_steps(model: str, dispatch: str = "gather", mesh=ONE, rules: ShardingR
         batch = place_batch(BATCH, mesh, rules)
         for _ in range(STEPS):
             state, metrics = step(state, batch)
+            dropped = metrics.pop("dropped", np.zeros(1)), metrics.pop("dropped_sum", 0.0)
+            assert not np.any(dropped[0]) and not dropped[1]
             gradients = state.opt_state[0].trace
             found.append(jax.device_get((gradients, state.params, state.router_bias, metrics)))
     return found

@@ -16,6 +16,7 @@ from deepseek_jax.parallel import processes
 from deepseek_jax.parallel.mesh import MeshConfig
 from deepseek_jax.train.metrics import read_metrics
 
+pytestmark = pytest.mark.timeout(900)  # all of it is the first test's setup, about a minute of two idle cores
 STAGES = ("pretrain", "sft", "grpo")
 # All in one pair, the death at its end. What a process has to tell is in a file: gloo writes where print does.
 PROGRAM = """
@@ -68,7 +69,7 @@ def two(inputs, one, tmp_path_factory) -> tuple[Path, list[Ended], float]:
     folder = tmp_path_factory.mktemp("two")
     half(one / "pretrain", folder / "stopped")
     with start(PROGRAM, [inputs, folder], folder=folder) as group:
-        ended = group.wait(240)
+        ended = group.wait(600)
     return folder, ended, time.time()
 
 

@@ -75,12 +75,14 @@ def test_flops_of_products_in_xlas_own_count():
     }
     for opcode, function in products.items():
         lowered = jax.jit(function).lower(*arrays)
-        module = Module(lowered.compiler_ir("hlo").as_hlo_module().to_string())
+        program, cost = lowered.compiler_ir("hlo"), lowered.cost_analysis()
+        assert program and cost
+        module = Module(program.as_hlo_module().to_string())
         instructions = module.computations[module.entry]
         one = next(each for each in instructions.values() if each.opcode == opcode)
         count = dot_flops if opcode == "dot" else convolution_flops
         found = count(one, *(instructions[name].shape for name in one.operands))
-        assert found == lowered.cost_analysis()["flops"], opcode
+        assert found == cost["flops"], opcode
 
 
 def test_scopes_are_told_shortly():

@@ -379,20 +379,24 @@ def test_packed_rows_come_in_few_numbers():
 
 
 def test_packed_minibatches_have_the_answers_that_they_have_in_rows_of_their_own():
-    """Though one row would hold them all; none is an update of padding alone."""
+    """Though one row would hold them all; none is an update of padding alone. Two processes, whose rows follow one
+    another, deal them as one does."""
     samples = [
         Sample(Question({}, "", [3] * 2, ""), Answer("", True), np.full(1 + index % 4, 10 + index), np.zeros(1))
-        for index in range(11)
+        for index in range(10)
     ]
-    make = functools.partial(rollout_batch, samples, [0.0] * 11, pad_id=0, most=64)
-    plain, packed = make()["tokens"], make(pack=64, multiple=2, minibatches=3)["tokens"]
-    assert packed.shape == (6, 64)
+    make = functools.partial(rollout_batch, pad_id=0, most=64)
+    packing = {"pack": 64, "multiple": 2, "minibatches": 3}
+    plain, packed = make(samples, [0.0] * 10)["tokens"], make(samples, [0.0] * 10, **packing)["tokens"]
+    halves = [make(samples[i : i + 5], [0.0] * 5, first=i, **packing)["tokens"] for i in (0, 5)]
+    assert packed.shape == halves[0].shape == (6, 64)
 
     def answers(tokens, part):
         return np.sort(tokens[part::3][tokens[part::3] >= 10])
 
     for part in range(3):
-        assert len(answers(packed, part)) and np.array_equal(answers(packed, part), answers(plain, part))
+        for tokens in (packed, np.concatenate(halves)):
+            assert len(answers(tokens, part)) and np.array_equal(answers(tokens, part), answers(plain, part))
 
 
 # Routing replay

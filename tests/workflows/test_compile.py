@@ -14,8 +14,9 @@ import pytest
 from deepseek_jax.parallel.compilers import CUDA, LIBTPU, found
 from deepseek_jax.parallel.legal import check_layout
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
+from deepseek_jax.parallel.sharding import ShardingRules
 from deepseek_jax.train.step import StepConfig
-from deepseek_jax.workflows.compile import _refused
+from deepseek_jax.workflows.compile import _bytes, _refused, gradients
 from deepseek_jax.workflows.pretrain import PretrainConfig
 from deepseek_jax.workflows.recipe import load_recipe
 from deepseek_jax.workflows.stage import abstract_step
@@ -101,6 +102,18 @@ def test_decoding_on_two_gpus(tmp_path):
         assert line in done.stdout, (line, done.stdout)
 
 
+def test_gradients_lie_where_the_optimizers_state_does(tmp_path):
+    """With ZeRO-1 over four devices each has a quarter of them, and of the moments, beside all parameters."""
+    (tmp_path / "tiny.py").write_text(RECIPE, encoding="utf-8")
+    recipe, mesh = load_recipe(str(tmp_path / "tiny.py"), PretrainConfig), make_mesh(MeshConfig(data=4, fsdp=2))
+    for rules, share in ((ShardingRules(), 1), (ShardingRules(state=("data",)), 4)):
+        recipe = dataclasses.replace(recipe, compute=dataclasses.replace(recipe.compute, rules=rules))
+        state = abstract_step(recipe, recipe.model, recipe.loss, mesh, 128).state
+        whole, found = _bytes(state.params), _bytes(gradients(recipe, state, mesh))
+        assert found == pytest.approx(whole / share, rel=0.01)
+        assert _bytes(state) - whole == pytest.approx(2 * found, rel=0.01)
+
+
 MACHINES = {"v5p": 1024, "tpu7x": 256, "v6e": 256, "v6e_4_slices": 1024, "gpus_256": 256, "gpus_2048": 2048}
 
 
@@ -111,7 +124,8 @@ def test_recipes_are_legal_on_their_machines(machine):
         if name not in {field.name for field in dataclasses.fields(type(recipes()))}:
             continue
         recipe = load_recipe(f"pods/v3:{name}", PretrainConfig)
-        sizes = dataclasses.asdict(recipe.mesh) | {"data": 1}
+        sizes = dataclasses.asdict(recipe.mesh)
+        sizes["data"] = sizes["data"] or 1
         assert math.prod(sizes.values()) == MACHINES[machine], name
         rows, columns = recipe.batch_size // recipe.step.microbatches, recipe.data.seq_len
         check_layout(recipe.model, recipe.compute, sizes, rows=rows, columns=columns)

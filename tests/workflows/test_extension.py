@@ -134,3 +134,12 @@ def test_v3_is_extended_as_in_its_paper() -> None:
     assert second.init_from == first.run_dir and second.data.seq_len == 128 * 1024 < released.max_position_embeddings
     assert {phase.optimizer.peak_lr for phase in (first, second)} == {7.3e-6}
     assert {phase.loop.steps for phase in (first, second)} == {1000}
+
+
+def test_the_miniature_is_extended_as_v3_is_in_its_first_phase() -> None:
+    short, long = (load_recipe(f"extension/miniature:{name}", PretrainConfig) for name in ("short", "long"))
+    v3, after = load_recipe("extension/v3:to_32k", PretrainConfig), with_context(short.model, long.model)
+    own = dataclasses.replace(v3.model.rope_scaling, original_max_position_embeddings=short.data.seq_len)
+    assert after.rope_scaling == own and long.init_from == short.run_dir
+    assert long.data.seq_len / short.data.seq_len == v3.data.seq_len / 4096
+    assert after.max_position_embeddings == long.data.seq_len

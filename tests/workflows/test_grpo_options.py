@@ -1,5 +1,6 @@
 """GRPO's options together, as a user gives them: a run that stops and goes on is the run that does not."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -14,10 +15,12 @@ from deepseek_jax import save_hf
 from deepseek_jax.checkpoint.model import load
 from deepseek_jax.cli.main import main
 from deepseek_jax.files import read_json_lines
+from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
 from deepseek_jax.rl.rollout import RolloutConfig
 from deepseek_jax.train.metrics import read_metrics
 from deepseek_jax.workflows import grpo, own_run
 from deepseek_jax.workflows.grpo import GRPOConfig
+from deepseek_jax.workflows.stage import _check_layout
 
 STEPS = """
 def steps(completion, row):
@@ -112,6 +115,18 @@ def test_packed_rows_need_not_be_divided_by_their_parts():
         GRPOConfig(rollout=few, minibatches=3)
     with pytest.raises(ValueError, match=r"minibatches=5: more than the 4 answers of rollout\.prompts=2"):
         GRPOConfig(rollout=packed, minibatches=5)
+
+
+def test_a_mesh_must_divide_the_rows_and_columns_that_rollouts_have():
+    """Packed rows are made as many as it needs, and the widest rows are known before any is sampled."""
+    start = whole(SPEAKER, None, None, mesh=make_mesh(MeshConfig(data=4, context=2)))
+    few = RolloutConfig(prompts=3, group=2, max_prompt=10, max_tokens=6)
+    _check_layout(GRPOConfig(rollout=dataclasses.replace(few, pack=16)), start, 1)
+    with pytest.raises(ValueError, match=r"data=4 does not divide the 6 rows of rollout\.prompts=3, rollout\.group=2"):
+        _check_layout(GRPOConfig(rollout=few), start, 1)
+    _check_layout(GRPOConfig(rollout=dataclasses.replace(few, prompts=4)), start, 1)
+    with pytest.raises(ValueError, match="context=2 does not divide columns=17; the nearest is 16 or 18"):
+        _check_layout(GRPOConfig(rollout=dataclasses.replace(few, prompts=4, max_tokens=7)), start, 1)
 
 
 def test_returns_without_a_critic_are_refused():

@@ -79,7 +79,7 @@ class ModelReward:
         model = self._model
         assert model is not None
         order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))
-        found, compute = [0.0] * len(texts), _compiled(model.config, model.compute)
+        found, compute = [0.0] * len(texts), _compiled(model.config, model.compute.exact)
         rows = min(_ROWS, 1 << (len(texts) - 1).bit_length()) if texts else 1
         ways = int(np.prod([model.mesh.shape[axis] for axis in model.compute.rules.batch]))
         rows = -(-rows // ways) * ways

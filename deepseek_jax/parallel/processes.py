@@ -142,7 +142,7 @@ def own_rows(array: jax.Array, axis: int = 0) -> np.ndarray:
 
 
 class Agreement:
-    """A number that all processes know in the same step: the largest that one has given, a step late.
+    """A number that all processes know in the same step: the largest that one has given, at once or a step late.
 
     It is asked for on the devices, behind the step that is running, and read when the next one has been dispatched, so
     that nobody waits for it.
@@ -151,15 +151,16 @@ class Agreement:
     def __init__(self) -> None:
         self._asked: jax.Array | None = None
 
-    def largest(self, number: int, *, last: bool = False) -> int:
-        """What was the largest number at the call before, 0 at the first; of this call where it is the ``last``.
+    def largest(self, number: int, *, now: bool = False) -> int:
+        """What was the largest number at the call before, 0 at the first; of this call where devices are waited for
+        ``now``.
 
         Of one process, ``number``.
         """
         if jax.process_count() == 1:
             return number
         asked, self._asked = self._asked, _largest(number)
-        found = self._asked if last else asked
+        found = self._asked if now else asked
         return 0 if found is None else int(found)
 
 

@@ -61,6 +61,7 @@ def run_loop(
     batches: Batches[State],
     meta: dict[str, Any],
     reference: Reference | None = None,
+    waited: bool = False,
     evaluate: Callable[[State], Mapping[str, Any]] | None = None,
     stop_when: Callable[[Mapping[str, Any]], bool] | None = None,
     on_log: Callable[[int, dict[str, Any]], None] | None = None,
@@ -83,6 +84,7 @@ def run_loop(
         batches: see `Batches`; what has a `close` is closed at the end, however that comes.
         meta: saved with every checkpoint; its "model" must equal the checkpoint's. See also `resume.check_resume`.
         reference: one that moves is saved and restored with the state.
+        waited: step_fn returns when the devices are done. Elsewhere several processes agree on a signal a step late.
         evaluate: called every `eval_every` steps and at the end; its metrics join the line of that step.
         stop_when: looks at the line of a step that was evaluated; True ends the run there, saved, and a run that
             ended so is not gone on with.
@@ -138,7 +140,7 @@ def run_loop(
                 found = log.evaluate(evaluate, state)
             best = found is not None and config.best_metric is not None
             ended = found is not None and stop_when is not None and stop_when(found)
-            signalled = agreed.largest(stop.number)
+            signalled = agreed.largest(stop.number, now=waited or found is not None)
             if best or ended or signalled or config.due(config.checkpoint_every, step):
                 log.flush(check=True)
                 if signalled or step == config.steps or log.bad_steps == 0:  # or bad steps would push out good ones
@@ -148,7 +150,7 @@ def run_loop(
             if signalled:
                 store.wait()
                 break
-    if signalled := signalled or agreed.largest(stop.number, last=True):  # in the last moment too
+    if signalled := signalled or agreed.largest(stop.number, now=True):  # in the last moment too
         raise Preempted(signalled, step, store.directory)
     return state
 

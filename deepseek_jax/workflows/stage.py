@@ -175,6 +175,7 @@ def train_stage(
             batches=batches,
             meta=meta,
             reference=reference,
+            waited=on_done is not None,
             evaluate=None if evaluate is None else lambda state: evaluate(trained(state)),
             stop_when=stop_when,
             on_log=log,

@@ -31,7 +31,7 @@ said["gathered"] = processes.gather({"index": jax.process_index(), "large": larg
 said["any"] = processes.any_process(jax.process_index() == 1), processes.any_process(False)
 agreed = processes.Agreement()
 numbers = [agreed.largest(number * jax.process_index()) for number in (0, 15, 0, 0)]
-said["agreed"] = numbers, agreed.largest(jax.process_index(), last=True)
+said["agreed"] = numbers, agreed.largest(jax.process_index(), now=True)
 try:
     processes.first_host_alone(lambda: [][1])
 except (IndexError, ValueError) as error:

@@ -136,11 +136,8 @@ def _run(arguments: list[str]) -> int:
             raise
         print(f"deepseek-jax {command}: {error}", file=sys.stderr)
         if several:
-            print(
-                "(if another process of this run ended first, what it or its scheduler said last tells why; the same "
-                "command, started again on all, goes on from the last checkpoint)",
-                file=sys.stderr,
-            )
+            again = "" if isinstance(error, ValueError) else "; the same command on all goes on from where it was saved"
+            print(f"(if another process of this run ended first, what it said last tells why{again})", file=sys.stderr)
         print("(DEEPSEEK_JAX_TRACEBACK=1 shows where)", file=sys.stderr)
         return 1
     return 0

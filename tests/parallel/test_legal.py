@@ -1,6 +1,8 @@
 """What cannot be laid out on a mesh is refused, with the nearest that can; what can is not."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import jax
 import pytest
@@ -11,6 +13,7 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.parallel.legal import check_layout
 from deepseek_jax.parallel.mesh import AXES
 from deepseek_jax.parallel.sharding import ShardingRules
+from deepseek_jax.workflows.pretrain import PretrainConfig
 from deepseek_jax.workflows.recipe import load_recipe
 
 LITE = load_recipe("models/deepseek_v2_lite", ModelConfig)
@@ -92,3 +95,15 @@ def test_a_mesh_of_devices_is_as_good_as_its_sizes():
     mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     rules = ShardingRules(**{field.name: () for field in dataclasses.fields(ShardingRules)})
     check_layout(LITE, ComputeConfig(rules=rules), mesh.shape)
+
+
+def test_the_examples_of_launchers_and_their_docs_can_be_laid_out():
+    root, recipe, found = Path(__file__).parents[2], load_recipe("demo/pretrain", PretrainConfig), 0
+    for path in (root / "README.md", *(root / "docs").glob("*.md"), *(root / "scripts").iterdir()):
+        for line in re.findall(r"pretrain,? demo/pretrain(.*--mesh.*)", path.read_text(encoding="utf-8")):
+            given = {name: int(size) for name, size in re.findall(r'--([\w.-]+),? "?(\d+)', line)}
+            sizes = {name.removeprefix("mesh."): size for name, size in given.items() if name.startswith("mesh.")}
+            rows = given.get("batch-size", recipe.batch_size) // recipe.step.microbatches
+            check(recipe.model, recipe.compute, rows=rows, columns=recipe.data.seq_len, said=f"{path}: {rows}", **sizes)
+            found += 1
+    assert found > 6

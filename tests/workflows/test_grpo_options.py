@@ -19,8 +19,8 @@ from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
 from deepseek_jax.rl.rollout import RolloutConfig
 from deepseek_jax.train.metrics import read_metrics
 from deepseek_jax.workflows import grpo, own_run
-from deepseek_jax.workflows.grpo import GRPOConfig
-from deepseek_jax.workflows.stage import _check_layout
+from deepseek_jax.workflows.grpo import GRPOConfig, _check_processes
+from deepseek_jax.workflows.stage import check_start
 
 STEPS = """
 def steps(completion, row):
@@ -121,12 +121,12 @@ def test_a_mesh_must_divide_the_rows_and_columns_that_rollouts_have():
     """Packed rows are made as many as it needs, and the widest rows are known before any is sampled."""
     start = whole(SPEAKER, None, None, mesh=make_mesh(MeshConfig(data=4, context=2)))
     few = RolloutConfig(prompts=3, group=2, max_prompt=10, max_tokens=6)
-    _check_layout(GRPOConfig(rollout=dataclasses.replace(few, pack=16)), start, 1)
+    check_start(GRPOConfig(rollout=dataclasses.replace(few, pack=16)), start)
     with pytest.raises(ValueError, match=r"data=4 does not divide the 6 rows of rollout\.prompts=3, rollout\.group=2"):
-        _check_layout(GRPOConfig(rollout=few), start, 1)
-    _check_layout(GRPOConfig(rollout=dataclasses.replace(few, prompts=4)), start, 1)
+        check_start(GRPOConfig(rollout=few), start)
+    check_start(GRPOConfig(rollout=dataclasses.replace(few, prompts=4)), start)
     with pytest.raises(ValueError, match="context=2 does not divide columns=17; the nearest is 16 or 18"):
-        _check_layout(GRPOConfig(rollout=dataclasses.replace(few, prompts=4, max_tokens=7)), start, 1)
+        check_start(GRPOConfig(rollout=dataclasses.replace(few, prompts=4, max_tokens=7)), start)
 
 
 def test_returns_without_a_critic_are_refused():
@@ -145,3 +145,9 @@ def test_the_evaluation_has_the_tools_of_the_task_unless_it_names_others(folder:
         (("train.jsonl",), ("calculator",), 2),
         (("train.jsonl",), ("mine.py:steps",), 4),
     ]
+
+
+def test_prompts_that_processes_cannot_share_are_refused_with_the_nearest(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"rollout\.prompts=3 .* 2 processes; the nearest is 2 or 4"):
+        _check_processes(GRPOConfig(rollout=RolloutConfig(prompts=3)))

@@ -67,6 +67,8 @@ class ComputeConfig:
         check_least(self, 1, "scan_unroll", "dispatch_nodes")
         if not self.dispatch_capacity > 0:
             raise ValueError(f"dispatch_capacity={self.dispatch_capacity}: must be above 0")
+        if self.dispatch_nodes > 1 and self.dispatch != "all_to_all":
+            raise ValueError(f"dispatch_nodes={self.dispatch_nodes}: dispatch={self.dispatch!r} takes no hops; expected 1")
         if self.target != "auto":
             Target.parse(self.target)
         for field, operations in OPERATIONS.items():
@@ -90,7 +92,7 @@ class ComputeConfig:
     def exact(self) -> "ComputeConfig":
         """With tokens gathered by the devices of their experts, where nothing is learnt: what is measured depends on no
         other's tokens, so none may be dropped, and with room for all a copy for each device is no less."""
-        return dataclasses.replace(self, dispatch="gather")
+        return dataclasses.replace(self, dispatch="gather", dispatch_nodes=1)
 
     @property
     def kernels(self) -> Target:

@@ -36,6 +36,8 @@ def join_hosts() -> Peers | None:
     if peers.coordinator is not None:
         if peers.index == 0:
             _check_port(peers)
+            others = f"{(peers.processes or 1) - 1} others"
+            print(f"deepseek-jax: waiting for {others} at {peers.coordinator}, {seconds} s at most", file=sys.stderr)
         else:
             _await_coordinator(peers, seconds)
     jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM

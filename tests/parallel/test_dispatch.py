@@ -207,7 +207,7 @@ def test_layers_of_a_stack_and_a_mesh_of_the_batch_alone():
         (dict(dispatch="ring"), "dispatch"),
         (dict(dispatch_capacity=0.0), "dispatch_capacity=0.0: must be above 0"),
         (dict(dispatch_nodes=0), "dispatch_nodes=0"),
-        (dict(dispatch_nodes=2), "dispatch_nodes=2: dispatch='gather' takes no hops"),
+        (dict(dispatch_nodes=2), "dispatch_nodes=2: dispatch='gather' has no hops"),
     ],
 )
 def test_fields_that_make_no_sense_are_refused(values, named):

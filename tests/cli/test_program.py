@@ -66,13 +66,13 @@ import os, signal, sys, threading, time
 from deepseek_jax.cli.main import main
 from deepseek_jax.inference import engine
 
-generate = engine.generate
+generate = engine._generate
 def stopped(*arguments, **options):
     out = generate(*arguments, **options)
     threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
     return out
 
-engine.generate = stopped
+engine._generate = stopped
 sys.exit(main())
 """
     options = ["--prompt", "def", "--max-tokens", "1000000", "--temperature", "1"]

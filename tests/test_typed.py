@@ -90,6 +90,7 @@ def configurations() -> list[type]:
 
 SIGNED = {("RejectionConfig", "judge_least")}
 NEEDED = {"LoopConfig": {"steps": 1}, "ModelBench": {"recipe": PretrainConfig()}, "_Eval": {"run": "x"}}
+NEEDED["Compile"] = NEEDED["ModelBench"]
 
 
 def test_no_number_of_any_configuration_is_negative_infinite_or_huge() -> None:

@@ -167,7 +167,8 @@ def make_links(config: R1Config) -> list[Link]:
     links = []
     for name, run in STAGES.items():
         stage = getattr(config, name)
-        if name in skipped or not getattr(stage, "init_from", name):
+        begins = isinstance(stage, PretrainConfig) or getattr(stage, "init_from", name)  # or with fresh parameters
+        if name in skipped or not begins:
             continue
         stage = dataclasses.replace(stage, seed=stage.seed + config.seed, quiet=stage.quiet or config.quiet)
         stage = moved(stage, there, here)

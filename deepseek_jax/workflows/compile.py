@@ -100,7 +100,7 @@ def compile_for(recipe: PretrainConfig, topology: Topology, work: Work = "train"
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         seconds = time.perf_counter() - began
-        return Found(**facts, **_refused(str(error), memory), fits=False, compile_seconds=seconds)
+        return Found(**facts | _refused(str(error), memory), fits=False, compile_seconds=seconds)
     facts["compile_seconds"] = time.perf_counter() - began
     total, text = _peak(compiled), compiled.as_text()
     assert text
@@ -152,18 +152,20 @@ def _peak(compiled: Any) -> int:
 
 
 def _refused(message: str, memory: dict[str, int]) -> dict[str, Any]:
-    """What the compiler says it would need: in all, or of temporaries, gradients among them, beside the arguments."""
+    """What the compiler says it would need, in all, or of temporaries, gradients among them, beside the arguments; and
+    what of the memory is left to a program."""
     number = r"([\d.]+)([KMGT])"
     amount = lambda value, unit: int(float(value) * _UNITS[unit])  # noqa: E731
     total = known = sum(memory.values())
-    if used := re.search(rf"Used {number} of {number} hbm", message):
-        total = amount(used[1], used[2])
-    elif needed := re.search(rf"\({number}\) exceeds available HBM \({number}\)", message):
-        total = known - memory.get("gradients", 0) + amount(needed[1], needed[2])
+    if told := re.search(rf"Used {number} of {number} hbm", message):
+        total = amount(told[1], told[2])
+    elif told := re.search(rf"\({number}\) exceeds available HBM \({number}\)", message):
+        total = known - memory.get("gradients", 0) + amount(told[1], told[2])
+    room = {"available": amount(told[3], told[4])} if told else {}
     sizes = re.findall(rf"Size: {number}.*?(?:op_name=\"([^\"]*)\"|Shape: (\S+))", message, re.DOTALL)
     largest = tuple((amount(value, unit), short(scope) or shape) for value, unit, scope, shape in sizes[:8])
     memory = memory | {"activations, temporaries": max(0, total - known), "total": total}
-    return {"memory": memory, "refusal": message.splitlines()[0], "largest": largest}
+    return room | {"memory": memory, "refusal": message.splitlines()[0], "largest": largest}
 
 
 def _largest(text: str, count: int = 8) -> tuple[tuple[int, str], ...]:

@@ -164,6 +164,8 @@ def test_a_refusal_is_told_in_numbers():
     )
     assert short["memory"]["total"] == pytest.approx((12 + 132.05) * 2**30)
     assert short["memory"]["activations, temporaries"] == pytest.approx((132.05 - 4) * 2**30)
+    assert short["available"] == pytest.approx(95.74 * 2**30)
+    assert "available" not in _refused("RESOURCE_EXHAUSTED: vmem", state)
     long = _refused(
         "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 120.50G of "
         "95.74G hbm. Exceeded hbm capacity by 24.76G.\n\nLargest program allocations in hbm:\n\n  1. Size: 22.50G\n"
@@ -172,5 +174,6 @@ def test_a_refusal_is_told_in_numbers():
         state,
     )
     assert long["memory"]["total"] == pytest.approx(120.5 * 2**30)
+    assert long["available"] == short["available"]
     assert long["memory"]["activations, temporaries"] == pytest.approx((120.5 - 16) * 2**30)
     assert long["largest"] == ((int(22.5 * 2**30), "mlp/experts/all_gather"),)

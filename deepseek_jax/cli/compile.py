@@ -81,7 +81,9 @@ def verdict(found: Found) -> str:
         where = f"; the largest array {_gib(found.largest[0][0])}, {found.largest[0][1]}" if found.largest else ""
         if total <= room:  # the compiler gives no numbers, and these are the arrays that have shapes
             return f"does not fit: {found.refusal}"
-        return f"does not fit: {_gib(total)} of {_gib(room)}, {_gib(total - room)} too much; {most}{where}"
+        least = "" if found.compile_seconds else "at least "
+        told = f"does not fit: {least}{_gib(total)} of {_gib(room)}, {_gib(total - room)} too much; {most}{where}"
+        return told + _state(found)
     told = f"fits: {_gib(total)} of {_gib(room)}, {_gib(room - total)} to spare; {most}"
     if found.estimate is None or not found.estimate.traffic:
         return told
@@ -90,6 +92,15 @@ def verdict(found: Found) -> str:
         return f"{told}; no collective costs 3 % of the time"
     share = worst.exposed / found.estimate.seconds
     return f"{told}; look at the {worst.kind} over {_axes(worst)} of {worst.scope}: {share:.0%} of the time"
+
+
+def _state(found: Found) -> str:
+    """Of a step whose state would leave less than half of the memory on whatever mesh."""
+    evenly = found.parameters * found.state_bytes / found.devices
+    if evenly < found.available / 2:
+        return ""
+    each = f"{found.state_bytes:.3g} bytes of each of {found.parameters / 1e9:,.1f} B parameters"
+    return f"; parameters and moments are {each}, {_gib(evenly)} a device if split evenly, before any gradient"
 
 
 def show(console: Console, name: str, found: Found) -> None:
@@ -113,7 +124,7 @@ def show(console: Console, name: str, found: Found) -> None:
 
 
 def _facts(found: Found) -> Iterator[tuple[str, str]]:
-    yield "compiled in", f"{found.compile_seconds:.0f} s"
+    yield "compiled in", f"{found.compile_seconds:.0f} s" if found.compile_seconds else f"no: {found.refusal}"
     yield "FLOPs a device", f"{found.model_flops:.3g} of the model's own"
     estimate = found.estimate
     if estimate is None:

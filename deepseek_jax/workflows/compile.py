@@ -7,6 +7,7 @@ import time
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from deepseek_jax.inference.abstract import serving
@@ -43,6 +44,10 @@ class Found:
     refusal: str = ""
     largest: tuple[tuple[int, str], ...] = ()
     """The largest arrays among the temporaries, and where they come from."""
+    parameters: int = 0
+    """Of the model, on all devices, where it is trained."""
+    state_bytes: float = 0.0
+    """Of each of them, with its moments."""
     model_flops: float = 0.0
     """Of a device's tokens: three times the forward pass, or one; none done again. MTP is left out."""
     estimate: Estimate | None = None
@@ -66,17 +71,6 @@ def compile_for(recipe: PretrainConfig, topology: Topology, work: Work = "train"
     """
     columns = columns or recipe.data.seq_len
     mesh = make_mesh(recipe.mesh, topology.devices())
-    with doing(f"tracing for {topology}"), jax.set_mesh(mesh):
-        if work == "train":
-            built = abstract_step(recipe, recipe.model, recipe.loss, mesh, columns)
-            lowered = built.step.lower(built.state, built.batch)
-            memory = {"parameters": _bytes(built.state.params), "optimiser state": _bytes(built.state)}
-            memory["optimiser state"] -= memory["parameters"]
-            memory |= {"batch": _bytes(built.batch), "gradients": _bytes(gradients(recipe, built.state, mesh))}
-        else:
-            compute, rows = recipe.compute, recipe.batch_size
-            lowered, weights, cache = serving(recipe.model, compute, mesh, rows, columns, work)
-            memory = {"parameters": _bytes(weights), "cache": _bytes(cache)}
     tokens = recipe.batch_size * (1 if work == "decode" else columns)
     facts: dict[str, Any] = {"topology": str(topology), "devices": mesh.size, "mesh": dict(mesh.shape), "work": work}
     facts |= {
@@ -84,6 +78,20 @@ def compile_for(recipe: PretrainConfig, topology: Topology, work: Work = "train"
         "available": int(_room(topology)),
         "model_flops": _model_flops(recipe, work, columns, mesh),
     }
+    with doing(f"tracing for {topology}"), jax.set_mesh(mesh):
+        if work == "train":
+            built = abstract_step(recipe, recipe.model, recipe.loss, mesh, columns)
+            memory = {"parameters": _bytes(built.state.params), "optimiser state": _bytes(built.state)}
+            memory["optimiser state"] -= memory["parameters"]
+            memory |= {"batch": _bytes(built.batch), "gradients": _bytes(gradients(recipe, built.state, mesh))}
+            facts |= _state(built.state)
+            if least := _too_much(memory, recipe.compute.dtype, facts["available"]):
+                return Found(**facts, memory=least, fits=False, refusal="its shapes alone do not fit, so not compiled")
+            lowered = built.step.lower(built.state, built.batch)
+        else:
+            compute, rows = recipe.compute, recipe.batch_size
+            lowered, weights, cache = serving(recipe.model, compute, mesh, rows, columns, work)
+            memory = {"parameters": _bytes(weights), "cache": _bytes(cache)}
     began = time.perf_counter()
     try:
         with doing(f"compiling for {topology}"):
@@ -92,7 +100,7 @@ def compile_for(recipe: PretrainConfig, topology: Topology, work: Work = "train"
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         seconds = time.perf_counter() - began
-        return Found(**facts, **_refused(str(error), memory), fits=False, compile_seconds=seconds)
+        return Found(**facts | _refused(str(error), memory), fits=False, compile_seconds=seconds)
     facts["compile_seconds"] = time.perf_counter() - began
     total, text = _peak(compiled), compiled.as_text()
     assert text
@@ -109,6 +117,21 @@ def gradients(recipe: PretrainConfig, state: TrainState, mesh: Mesh) -> Any:
     where = lambda leaf, axes: state_sharding(mesh, axes, leaf.shape, recipe.compute.rules)  # noqa: E731
     place = lambda leaf, axes: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where(leaf, axes))  # noqa: E731
     return jax.tree.map(place, state.params, logical_axes(recipe.model))
+
+
+def _state(state: TrainState) -> dict[str, Any]:
+    """How many parameters there are, and what is kept of each, wherever it lies."""
+    leaves = jax.tree.leaves
+    count = sum(leaf.size for leaf in leaves(state.params))
+    return {"parameters": count, "state_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in leaves(state)) / count}
+
+
+def _too_much(memory: dict[str, int], dtype: str, room: int) -> dict[str, int]:
+    """What no compiler brings below ``room``, or nothing: the state, and gradients in ``dtype``, which are all there
+    before the first of them is used, since their norm is taken."""
+    least = memory | {"gradients": memory["gradients"] * jnp.dtype(dtype).itemsize // 4}
+    total = sum(least.values())
+    return least | {"total": total} if total > room else {}
 
 
 def _bytes(tree: Any) -> int:
@@ -129,18 +152,20 @@ def _peak(compiled: Any) -> int:
 
 
 def _refused(message: str, memory: dict[str, int]) -> dict[str, Any]:
-    """What the compiler says it would need: in all, or of temporaries, gradients among them, beside the arguments."""
+    """What the compiler says it would need, in all, or of temporaries, gradients among them, beside the arguments; and
+    what of the memory is left to a program."""
     number = r"([\d.]+)([KMGT])"
     amount = lambda value, unit: int(float(value) * _UNITS[unit])  # noqa: E731
     total = known = sum(memory.values())
-    if used := re.search(rf"Used {number} of {number} hbm", message):
-        total = amount(used[1], used[2])
-    elif needed := re.search(rf"\({number}\) exceeds available HBM \({number}\)", message):
-        total = known - memory.get("gradients", 0) + amount(needed[1], needed[2])
+    if told := re.search(rf"Used {number} of {number} hbm", message):
+        total = amount(told[1], told[2])
+    elif told := re.search(rf"\({number}\) exceeds available HBM \({number}\)", message):
+        total = known - memory.get("gradients", 0) + amount(told[1], told[2])
+    room = {"available": amount(told[3], told[4])} if told else {}
     sizes = re.findall(rf"Size: {number}.*?(?:op_name=\"([^\"]*)\"|Shape: (\S+))", message, re.DOTALL)
     largest = tuple((amount(value, unit), short(scope) or shape) for value, unit, scope, shape in sizes[:8])
     memory = memory | {"activations, temporaries": max(0, total - known), "total": total}
-    return {"memory": memory, "refusal": message.splitlines()[0], "largest": largest}
+    return room | {"memory": memory, "refusal": message.splitlines()[0], "largest": largest}
 
 
 def _largest(text: str, count: int = 8) -> tuple[tuple[int, str], ...]:

@@ -71,6 +71,7 @@ def test_the_heads_gradient_is_summed_once_whatever_the_chunks():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # the compiler takes minutes, beside other work many
 @needs_libtpu
 def test_gradients_on_a_tpu_are_scattered_and_in_bfloat16():
     """Of a step with fsdp and ZeRO-1: what chips add up is in bfloat16 but for the smallest, and goes for the most part

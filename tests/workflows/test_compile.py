@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.model.costs import count_parameters
 from deepseek_jax.parallel.compilers import CUDA, LIBTPU, found
 from deepseek_jax.parallel.legal import check_layout
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
 from deepseek_jax.parallel.sharding import ShardingRules
 from deepseek_jax.train.step import StepConfig
-from deepseek_jax.workflows.compile import _bytes, _refused, gradients
+from deepseek_jax.workflows.compile import _bytes, _refused, _too_much, gradients
 from deepseek_jax.workflows.pretrain import PretrainConfig
 from deepseek_jax.workflows.recipe import load_recipe
 from deepseek_jax.workflows.stage import abstract_step
@@ -49,10 +51,10 @@ def config():
 TOKENS, WIDTH, LAYERS, EXPERTS, TOP, PARTS = 8 * 128 // 4, 256, 2, 8, 2, 4
 
 
-def told(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    recipe = tmp_path / "tiny.py"
-    recipe.write_text(RECIPE, encoding="utf-8")
-    command = [sys.executable, "-m", "deepseek_jax.cli.main", "compile", str(recipe), *arguments]
+def told(tmp_path: Path, *arguments: str, recipe: str = "") -> subprocess.CompletedProcess[str]:
+    tiny = tmp_path / "tiny.py"
+    tiny.write_text(RECIPE, encoding="utf-8")
+    command = [sys.executable, "-m", "deepseek_jax.cli.main", "compile", recipe or str(tiny), *arguments]
     root = Path(__file__).parents[2]
     path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(command, capture_output=True, text=True, timeout=540, env=os.environ | {"PYTHONPATH": path})
@@ -91,6 +93,26 @@ def test_rows_that_the_machine_cannot_split_are_named():
         abstract_step(recipe, recipe.model, recipe.loss, mesh, 64)
 
 
+def test_v3_is_not_trained_on_256_v6e(tmp_path):
+    """Refused from shapes, before hours of compiling: 12 bytes a parameter leave no room for gradients."""
+    if not (LIBTPU.exists() or found("libtpu")):
+        pytest.skip("it needs libtpu: python -m deepseek_kernels.compile_tpu --install")
+    done = told(tmp_path, "--topology", "v6e:16x16", recipe="pods/v3:v6e")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "does not fit: at least" in done.stdout and "not compiled" in done.stdout
+    count = count_parameters(load_recipe("models/deepseek_v3", ModelConfig))["parameters_total"]
+    evenly = 12 * count / 256 / 2**30
+    assert f"12 bytes of each of {count / 1e9:.1f} B parameters, {evenly:.1f} GiB a device" in done.stdout, done.stdout
+
+
+def test_least_memory_of_a_step():
+    """The state, and gradients in what the layers get: half of float32's bytes in bfloat16."""
+    memory = {"parameters": 4, "optimiser state": 8, "batch": 1, "gradients": 4}
+    assert not _too_much(memory, "bfloat16", 15) and not _too_much(memory, "float32", 17)
+    assert _too_much(memory, "bfloat16", 14) == memory | {"gradients": 2, "total": 15}
+    assert _too_much(memory, "float32", 16) == memory | {"total": 17}
+
+
 def test_decoding_on_two_gpus(tmp_path):
     """The command's tables, where jax's CUDA plugin is there without a GPU."""
     if not (CUDA.exists() or found("jax_plugins.xla_cuda12")):
@@ -120,10 +142,10 @@ MACHINES = {"v5p": 1024, "tpu7x": 256, "v6e": 256, "v6e_4_slices": 1024, "gpus_2
 @pytest.mark.parametrize("machine", MACHINES)
 def test_recipes_are_legal_on_their_machines(machine):
     """Also their later stages, of longer rows."""
-    for name in (machine, f"{machine}_32k", f"{machine}_128k"):
-        if name not in {field.name for field in dataclasses.fields(type(recipes()))}:
-            continue
-        recipe = load_recipe(f"pods/v3:{name}", PretrainConfig)
+    names = [f"pods/v3:{field.name}" for field in dataclasses.fields(type(recipes()))]
+    names = [name for name in names if name.removesuffix("_32k").removesuffix("_128k").endswith(f":{machine}")]
+    for name in (*names, *(("extension/v3:to_32k", "extension/v3:to_128k") if machine == "v5p" else ())):
+        recipe = load_recipe(name, PretrainConfig)
         sizes = dataclasses.asdict(recipe.mesh)
         sizes["data"] = sizes["data"] or 1
         assert math.prod(sizes.values()) == MACHINES[machine], name
@@ -150,6 +172,8 @@ def test_a_refusal_is_told_in_numbers():
     )
     assert short["memory"]["total"] == pytest.approx((12 + 132.05) * 2**30)
     assert short["memory"]["activations, temporaries"] == pytest.approx((132.05 - 4) * 2**30)
+    assert short["available"] == pytest.approx(95.74 * 2**30)
+    assert "available" not in _refused("RESOURCE_EXHAUSTED: vmem", state)
     long = _refused(
         "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 120.50G of "
         "95.74G hbm. Exceeded hbm capacity by 24.76G.\n\nLargest program allocations in hbm:\n\n  1. Size: 22.50G\n"
@@ -158,5 +182,6 @@ def test_a_refusal_is_told_in_numbers():
         state,
     )
     assert long["memory"]["total"] == pytest.approx(120.5 * 2**30)
+    assert long["available"] == short["available"]
     assert long["memory"]["activations, temporaries"] == pytest.approx((120.5 - 16) * 2**30)
     assert long["largest"] == ((int(22.5 * 2**30), "mlp/experts/all_gather"),)

@@ -386,7 +386,7 @@ def test_packed_minibatches_have_the_answers_that_they_have_in_rows_of_their_own
         for index in range(10)
     ]
     make = functools.partial(rollout_batch, pad_id=0, most=64)
-    packing = {"pack": 64, "multiple": 2, "minibatches": 3}
+    packing: dict[str, Any] = {"pack": 64, "multiple": 2, "minibatches": 3}
     plain, packed = make(samples, [0.0] * 10)["tokens"], make(samples, [0.0] * 10, **packing)["tokens"]
     halves = [make(samples[i : i + 5], [0.0] * 5, first=i, **packing)["tokens"] for i in (0, 5)]
     assert packed.shape == halves[0].shape == (6, 64)

@@ -152,16 +152,15 @@ def _peak(compiled: Any) -> int:
 
 
 def _refused(message: str, memory: dict[str, int]) -> dict[str, Any]:
-    """What the compiler says it would need, in all, or of temporaries, gradients among them, beside the arguments; and
-    what of the memory is left to a program."""
+    """What the compiler says it would need in all, which it calls temporaries though arguments are among them, and what
+    of the memory is left to a program."""
     number = r"([\d.]+)([KMGT])"
     amount = lambda value, unit: int(float(value) * _UNITS[unit])  # noqa: E731
     total = known = sum(memory.values())
-    if told := re.search(rf"Used {number} of {number} hbm", message):
-        total = amount(told[1], told[2])
-    elif told := re.search(rf"\({number}\) exceeds available HBM \({number}\)", message):
-        total = known - memory.get("gradients", 0) + amount(told[1], told[2])
-    room = {"available": amount(told[3], told[4])} if told else {}
+    whole = rf"Used {number} of {number} hbm", rf"\({number}\) exceeds available HBM \({number}\)"
+    room = {}
+    if told := next(filter(None, (re.search(pattern, message) for pattern in whole)), None):
+        total, room = amount(told[1], told[2]), {"available": amount(told[3], told[4])}
     sizes = re.findall(rf"Size: {number}.*?(?:op_name=\"([^\"]*)\"|Shape: (\S+))", message, re.DOTALL)
     largest = tuple((amount(value, unit), short(scope) or shape) for value, unit, scope, shape in sizes[:8])
     memory = memory | {"activations, temporaries": max(0, total - known), "total": total}

@@ -170,8 +170,8 @@ def test_a_refusal_is_told_in_numbers():
         "available HBM (95.74G).",
         state,
     )
-    assert short["memory"]["total"] == pytest.approx((12 + 132.05) * 2**30)
-    assert short["memory"]["activations, temporaries"] == pytest.approx((132.05 - 4) * 2**30)
+    assert short["memory"]["total"] == pytest.approx(132.05 * 2**30)
+    assert short["memory"]["activations, temporaries"] == pytest.approx((132.05 - 16) * 2**30)
     assert short["available"] == pytest.approx(95.74 * 2**30)
     assert "available" not in _refused("RESOURCE_EXHAUSTED: vmem", state)
     long = _refused(

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -74,14 +75,17 @@ def run(name: str, folder: Path, run_dir: Path, **changed: Any) -> dict[str, Any
 
 
 @contextlib.contextmanager
-def signalled(number: signal.Signals, batch: int, *, here: bool) -> Iterator[None]:
-    """This process, if ``here``, sends itself a signal when its loader is asked for that batch."""
+def signalled(number: signal.Signals, batch: int, *, here: bool, after: Path = Path()) -> Iterator[None]:
+    """This process, if ``here``, sends itself a signal when its loader is asked for that batch and ``after`` is there:
+    a checkpoint, which threads of all processes write."""
     given, original = 0, LoaderBatches.next
 
     def counted(self: LoaderBatches, state: Any) -> Any:
         nonlocal given
         given += 1
         if here and given == batch:
+            while not after.exists():
+                time.sleep(0.05)
             os.kill(os.getpid(), number)
         return original(self, state)
 

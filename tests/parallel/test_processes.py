@@ -37,7 +37,7 @@ with signalled(signal.SIGTERM, 3, here=second):
         said = str(stop)
 told = {"rows": rows, "said": said, "time": time.time()}
 (two / f"told.{jax.process_index()}").write_text(json.dumps(told))
-with signalled(signal.SIGKILL, 8, here=second):
+with signalled(signal.SIGKILL, 8, here=second, after=two / "killed" / "checkpoints" / "5"):
     run("pretrain", inputs, two / "killed")
 """
 CLOCKS = ("time", "seconds", "tokens_per_second", "peak_bytes_process", "rollout_seconds", "reward_seconds")

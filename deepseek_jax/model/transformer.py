@@ -19,11 +19,18 @@ from deepseek_jax.model.layers import Linear, RMSNorm, RouterBias, param
 from deepseek_jax.model.mtp import MTP, mtp_segments
 from deepseek_jax.model.rope import rotary_tables
 from deepseek_jax.model.router import RouterStats
+from deepseek_jax.model.stack import (
+    count_layers,
+    in_stack,
+    layers_between,
+    rematerialised,
+    stacks_of,
+    weights_of_layer,
+)
 from deepseek_jax.parallel.context import RowOrder, numbered
-from deepseek_jax.parallel.sharding import constrain, weight_of_layer
+from deepseek_jax.parallel.sharding import constrain
 from deepseek_jax.parallel.table import rows_of_table
-from deepseek_kernels import BlockScaled, InStack, Visible, look_up, product
-from deepseek_kernels.kept import KEPT
+from deepseek_kernels import Visible, look_up, product
 
 
 @struct.dataclass
@@ -210,7 +217,7 @@ class Transformer(nnx.Module):
                 chosen = None if chosen_LBSK is None else chosen_LBSK[at : at + high - low]
             memory = None if memories is None else memories[len(kept)]
             if self.layers is None:
-                part = _slice(layers, low - start, high - start, size)
+                part = layers_between(layers, low - start, high - start, size)
                 x_BSD, router, memory = self._scanned(part, x_BSD, context, (bias, memory, chosen), absorbed)
             else:
                 bias_E, chosen_BSK = (None if x is None else x[0] for x in (bias, chosen))
@@ -244,7 +251,7 @@ class Transformer(nnx.Module):
             return module(hidden, following, context, bias_E, memory=memory, chosen_BSK=chosen_BSK, absorbed=absorbed)
 
         with jax.named_scope("mtp"):
-            run = _rematerialised(run, self.compute.remat, looped=False)
+            run = rematerialised(run, self.compute.remat, looped=False)
             return run(state, hidden_BSD, following_BSD, context, bias_E, memory, chosen_BSK)
 
     def head_weight(self) -> Float[Array, "D W"]:
@@ -282,27 +289,21 @@ class Transformer(nnx.Module):
         bias, memories, chosen = inputs
         weights, get = state, lambda part: part
         if memories is not None:  # decoding: a layer's weights and memory are read and written where they lie
-            weights, get = jnp.arange(_count(state)), functools.partial(_in_stack, state)
+            weights, get = jnp.arange(count_layers(state)), functools.partial(in_stack, state)
 
         def layer(carry, inputs):
             (x, memories), (part, bias_E, chosen_BSK) = carry, inputs
-            part = _weights_of_layer(part, self.compute.rules) if memories is None else part
-            memory = None if memories is None else _in_stack(memories, part)
+            part = weights_of_layer(part, self.compute.rules) if memories is None else part
+            memory = None if memories is None else in_stack(memories, part)
             options = {"memory": memory, "chosen_BSK": chosen_BSK, "absorbed": absorbed}
             x, router, memory = nnx.merge(graph, get(part))(x, context, bias_E, **options)
-            return (x, _stacks(memory)), router
+            return (x, stacks_of(memory)), router
 
         # Rows of a prompt keep the device busy: nothing is gained there by another copy of a layer's program.
         unroll = 1 if memories is not None and not absorbed else self.compute.scan_unroll
-        body = _rematerialised(layer, self.compute.remat, looped=_count(state) > unroll)
+        body = rematerialised(layer, self.compute.remat, looped=count_layers(state) > unroll)
         (x_BSD, memories), router = jax.lax.scan(body, (x_BSD, memories), (weights, bias, chosen), unroll=unroll)
         return x_BSD, router, memories
-
-
-def _weights_of_layer(state, rules):
-    is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
-    weight = lambda leaf: leaf.replace(weight_of_layer(leaf[...], leaf.get_metadata("axes"), rules))  # noqa: E731
-    return jax.tree.map(weight, state, is_leaf=is_variable)
 
 
 def _in(order: RowOrder, context: Context) -> Context:
@@ -318,47 +319,10 @@ def joined(stats: list[RouterStats | None]) -> RouterStats | None:
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *found) if found else None
 
 
-def _in_stack(stacks, layer):
-    """Each weight as (stack, layer), for the products to read."""
-    is_weight = lambda leaf: isinstance(leaf, BlockScaled)  # noqa: E731
-    return jax.tree.map(lambda stack: InStack(stack, layer), stacks, is_leaf=is_weight)
-
-
-def _stacks(tree):
-    """The stacks of a tree of ``InStack``."""
-    return jax.tree.map(lambda leaf: leaf.stack, tree, is_leaf=lambda leaf: isinstance(leaf, InStack))
-
-
-def _slice(layers, low, high, size):
-    """The layers low…high-1 of a stack of them."""
-    if (low, high) == (0, size):
-        return layers
-    graph, state = nnx.split(layers)
-    return nnx.merge(graph, jax.tree.map(lambda leaf: leaf[low:high], state))
-
-
 def _stack(config: ModelConfig, compute: ComputeConfig, count: int, *, moe: bool, rngs: Together) -> Block | None:
     if not count:
         return None
     return rngs.stacked(lambda: Block(config, compute, moe=moe, rngs=rngs), count)
-
-
-def _rematerialised(function, remat: str, *, looped: bool):
-    """``full`` keeps nothing of a layer for the backward pass, ``kernels`` what the kernels of attention and experts
-    gave, ``dots`` these and its matrix products, ``none`` everything.
-
-    looped: it is the body of a loop, whose backward pass is another one; elsewhere XLA would find that what is computed
-    again equals what it has, and keep that.
-    """
-    if remat == "none":
-        return function
-    policies = jax.checkpoint_policies
-    policy = {"full": None, "kernels": policies.save_only_these_names(KEPT)}.get(remat)
-    if remat == "dots":
-        policy = policies.save_from_both_policies(
-            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(KEPT)
-        )
-    return jax.checkpoint(function, policy=policy, prevent_cse=not looped)
 
 
 # The pure half: parameters as nested dicts of arrays, the form in which they are trained, placed and saved.
@@ -391,13 +355,9 @@ def merge(
 def unstack(params: dict[str, Any]) -> dict[str, Any]:
     """The same parameters with the layers taken out of their stacks: ``layers``, a tuple in the network's order."""
     stacks = [params[name] for name in ("dense_layers", "moe_layers") if name in params]
-    layers = [jax.tree.map(lambda leaf, i=i: leaf[i], stack) for stack in stacks for i in range(_count(stack))]
+    layers = [jax.tree.map(lambda leaf, i=i: leaf[i], stack) for stack in stacks for i in range(count_layers(stack))]
     rest = {name: tree for name, tree in params.items() if name not in ("dense_layers", "moe_layers")}
     return rest | {"layers": tuple(layers)}
-
-
-def _count(stack: Any) -> int:
-    return len(jax.tree.leaves(stack)[0])
 
 
 def scoring(config: ModelConfig, num_labels: int) -> ModelConfig:

@@ -90,17 +90,7 @@ def tiled(
                 run(acc)
                 values = acc[...].astype(out.dtype)
                 pl.when(steps > 0)(lambda: plgpu.barrier_arrive(multiplied))
-                width = sums[1] if turned else stored
-                for first in range(0, sums[1], width):
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    if turned:
-                        turned_room = room.at[warpgroup].transpose((1, 0))
-                        turned_room[...] = plgpu.layout_cast(values, plgpu.Layout.WGMMA_TRANSPOSED)
-                    else:
-                        room[warpgroup] = values[:, first : first + width]
-                    plgpu.commit_smem()
-                    target = out_part if turned else out_part.at[:, first : first + width]
-                    plgpu.copy_smem_to_gmem(room.at[warpgroup], target)
+                _hand_over(values, room.at[warpgroup], out_part, sums[1] if turned else stored, turned)
 
             pipeline(steps, multiply, compute)(lhs_part, rhs_part, allocations=allocations)
 
@@ -123,6 +113,19 @@ def step(block: tuple[int, int], terms_first: bool) -> plgpu.BlockSpec:
     """Block of one step of a bfloat16 operand whose terms lie along the first or the second axis."""
     where = (lambda k: (k, 0)) if terms_first else (lambda k: (0, k))
     return plgpu.BlockSpec(block, where, transforms=swizzled(64, jnp.bfloat16), delay_release=1)
+
+
+def _hand_over(values, room, out_part, width: int, turned: bool) -> None:
+    """A warp group's sums to memory, ``width`` columns at a time by way of its ``room``."""
+    for first in range(0, values.shape[1], width):
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        if turned:
+            turned_room = room.transpose((1, 0))
+            turned_room[...] = plgpu.layout_cast(values, plgpu.Layout.WGMMA_TRANSPOSED)
+        else:
+            room[...] = values[:, first : first + width]
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(room, out_part if turned else out_part.at[:, first : first + width])
 
 
 def swizzled(columns: int, dtype: Any) -> tuple[Any, Any]:

@@ -15,41 +15,45 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.workflows.r1 import R1Config
 from deepseek_jax.workflows.recipe import load_recipe
 
-COMPUTE = ComputeConfig(dtype="bfloat16", scan_decode=True)
+COMPUTE = ComputeConfig(dtype="bfloat16")
+# Few layers, as decoding takes a dozen kernels and more for each, and widths that Hopper's kernels have: V3's of heads,
+# a latent of 128, experts of 256.
 BASE = ModelConfig(
     vocab_size=2048,
-    hidden_size=256,
-    num_hidden_layers=8,
-    intermediate_size=1024,
+    hidden_size=512,
+    num_hidden_layers=4,
+    intermediate_size=2048,
     num_attention_heads=4,
     kv_lora_rank=128,
-    qk_nope_head_dim=64,
-    qk_rope_head_dim=32,
-    v_head_dim=64,
-    n_routed_experts=32,
-    num_experts_per_tok=4,
-    moe_intermediate_size=128,
+    qk_nope_head_dim=128,
+    qk_rope_head_dim=64,
+    v_head_dim=128,
+    n_routed_experts=12,
+    num_experts_per_tok=3,
+    moe_intermediate_size=256,
     max_position_embeddings=2048,
     initializer_range=0.02,
 )
 ROLLOUT = {"prompts": 32, "group": 16, "patience": 0}  # few groups are left with signal, where nearly all is right
-REINFORCED, FINE_TUNED = ("zero", "reasoning", "all_scenarios"), ("cold_start", "sft", "student")
+REINFORCED = {"zero": 100, "reasoning": 80, "all_scenarios": 80}  # steps
+FINE_TUNED = {"cold_start": 80, "sft": 200, "student": 300}
 JUDGING, SAMPLED = ("helpful", "harmless"), ("cold_start_samples", "samples")
 
 
 def config() -> R1Config:
     small = load_recipe("r1/miniature", R1Config)
-    stages = {name: larger(small, name, optimizer={"peak_lr": 1e-4}, microbatches=1) for name in REINFORCED}
-    stages = {name: with_parts(stage, rollout=ROLLOUT) for name, stage in stages.items()}
-    stages |= {name: larger(small, name, optimizer={"peak_lr": 5e-4}, batch_size=32) for name in FINE_TUNED}
+    reinforced = {"optimizer": {"peak_lr": 1e-4}, "rollout": ROLLOUT}
+    stages = {name: larger(small, name, loop={"steps": n}, **reinforced) for name, n in REINFORCED.items()}
+    tuned = {"optimizer": {"peak_lr": 5e-4}, "batch_size": 32}
+    stages |= {name: larger(small, name, loop={"steps": n}, **tuned) for name, n in FINE_TUNED.items()}
     stages |= {name: larger(small, name, optimizer={"peak_lr": 3e-4}, batch_size=32) for name in JUDGING}
     stages |= {name: dataclasses.replace(getattr(small, name), compute=COMPUTE, batch_size=512) for name in SAMPLED}
-    text = {"optimizer": {"peak_lr": 1e-3, "warmup_steps": 50}, "microbatches": 1, "batch_size": 64}
+    text = {"optimizer": {"peak_lr": 1e-3, "warmup_steps": 50}, "batch_size": 64}
     stages |= {name: larger(small, name, **text) for name in ("pretrain", "student_base")}
-    stages["pretrain"] = with_parts(stages["pretrain"], loop={"steps": 1500}, model=BASE)
+    stages["pretrain"] = with_parts(stages["pretrain"], loop={"steps": 600}, model=BASE)
     student = {"vocab_size": 1024, "hidden_size": 256, "num_hidden_layers": 6, "first_k_dense_replace": 6}
     student |= {"intermediate_size": 768, "head_dim": 64}
-    stages["student_base"] = with_parts(stages["student_base"], loop={"steps": 1000}, model=student)
+    stages["student_base"] = with_parts(stages["student_base"], loop={"steps": 500}, model=student)
     data = with_parts(small.data, corpus={"vocab_size": BASE.vocab_size, "max_code_bytes": 6_000_000})
     return dataclasses.replace(
         small,

@@ -6,6 +6,7 @@ All goes into a folder that gets its name, or its files their places, when it is
 import concurrent.futures
 import functools
 import json
+import logging
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from deepseek_jax.data.model_folder import TextFiles
 from deepseek_jax.model import transformer
 from deepseek_kernels.block_fp8 import FP8, BlockScaled, quantise
 
+logger = logging.getLogger(__name__)
 QUANTISED = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
 _AHEAD = 4  # tensors made ready before they are written
 _TILE = 128
@@ -94,8 +96,19 @@ def write_model(
         if text is not None:
             text.write(partial)
             released |= (text.with_padding() if model.config.num_labels else text).ids
+            _check_padding(released, model.config)
         (partial / "config.json").write_text(json.dumps(released, indent=2) + "\n", encoding="utf-8")
         publish(partial, path)
+
+
+def _check_padding(released: dict[str, Any], config: ModelConfig) -> None:
+    pad, eos = released.get("pad_token_id"), released.get("eos_token_id")
+    if config.num_labels and pad is not None and pad in (eos if isinstance(eos, list) else [eos]):
+        logger.warning(
+            "pad_token_id=%d ends a sentence too: transformers' classifier scores the token before an answer's end, "
+            "and not the end itself as here; name another token to pad with in the folder's config.json",
+            pad,
+        )
 
 
 def released_bytes(config: ModelConfig, dtype: Any) -> int:

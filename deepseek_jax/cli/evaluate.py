@@ -1,6 +1,7 @@
 """``eval``: how well a model predicts text of any kind, and how many questions it answers right."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +14,7 @@ from deepseek_jax.checkpoint.model import Model, load
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.data.chat_templates import check_template
 from deepseek_jax.evals.needle import Needle, find_needles, rows_of, write_found
+from deepseek_jax.evals.samples import margin
 from deepseek_jax.evals.text import HeldOut, Score
 from deepseek_jax.parallel.processes import require_one_process
 from deepseek_jax.rl.tasks import TaskConfig
@@ -127,11 +129,12 @@ def _find(options: _Eval, model: Model) -> None:
 
 def _shares(figures: dict[str, float]) -> str:
     told = [f"{name} {100 * share:.1f} %" for name, share in figures.items() if "@" in name]
-    if figures["stderr"] > 0:
-        told[0] += f" ± {100 * figures['stderr']:.1f}"
-    else:  # one question, or all alike, which a standard error makes too much of
-        told[0] += f" ({100 * figures['low']:.1f} to {100 * figures['high']:.1f})"
-    told += [f"{name} {figures[name]:.4g}" for name in ("instructions", "rating", "rating_stderr") if name in figures]
+    told[0] += f" {margin(figures['pass@1'], figures['stderr'], figures['questions'])}"
+    names = ["instructions", "rating", "rating_stderr"]
+    if math.isinf(figures.get("rating", 0)):
+        told.append(f"no rating, as {'all' if figures['rating'] > 0 else 'none'} of the rated problems were solved")
+        names = names[:1]
+    told += [f"{name} {figures[name]:.4g}" for name in names if name in figures]
     asked = f"{figures['questions']:,} questions × {figures['samples']}"
     if figures.get("skipped"):
         asked += f", {figures['skipped']:,} rows skipped"
@@ -140,7 +143,8 @@ def _shares(figures: dict[str, float]) -> str:
 
 def _curved(curve: dict[str, Any]) -> str:
     points = zip(curve["x"], curve["accuracy"], curve["stderr"], strict=True)
-    told = "   ".join(f"{x:,}: {100 * share:.1f} % ± {100 * error:.1f}" for x, share, error in points)
+    shares = ((x, 100 * share, margin(share, error, curve["questions"])) for x, share, error in points)
+    told = "   ".join(f"{x:,}: {share:.1f} % {more}" for x, share, more in shares)
     return f"{curve['task']}  {curve['kind']}{', ' if 'label' in curve else ''}{curve.get('label', '')}  {told}"
 
 

@@ -333,7 +333,7 @@ class Tokenizer:
         `skip_special_tokens` leaves out BOS, EOS, PAD and EOT. As in R1's tokenizer the others, `<think>`
         among them, are visible markup and stay.
         """
-        return self._special.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+        return self._special.decode([*map(int, ids)], skip_special_tokens=skip_special_tokens)
 
 
 def whole_text(text: str) -> str:

@@ -34,6 +34,15 @@ def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
     return max(low, 0.0), min(high, 1.0)
 
 
+def margin(share: float, error: float | None, count: int) -> str:
+    """What to write behind a share of `count` questions, in per cent: its standard error, or where that is 0 or there
+    is none, as all went alike or it is one question, Wilson's interval."""
+    if error is not None and error > 0:
+        return f"± {100 * error:.1f}"
+    low, high = wilson(share, count)
+    return f"({100 * low:.1f} to {100 * high:.1f})"
+
+
 def pass_at_k(correct: Sequence[Sequence[bool]], k: int) -> float:
     """The chance that one of k samples is right, without bias from n ≥ k samples of which c are: the mean over
     questions of ``1 - C(n - c, k) / C(n, k)`` (arXiv 2107.03374, equation 1). ValueError where n < k."""

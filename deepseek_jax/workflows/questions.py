@@ -61,6 +61,9 @@ class Asking:
             raise ValueError(f"samples={self.samples}, temperature=0: greedy answers are all the same, so ask once")
 
 
+_OF_QUESTIONS = ("samples", "count", "skip_unusable")  # what is asked; an answer depends on none of them
+
+
 class Answers:
     """The answers of one task in ``NAME.jsonl`` of a folder, a line each, as they come: a run that was cut off goes on.
 
@@ -201,15 +204,17 @@ def ask_questions(
 
 def asked_how(model: Model, asking: Asking) -> dict[str, Any]:
     """All that an answer is a function of, beside the question and its number."""
-    template = own_template(model.text)
+    template, how = own_template(model.text), dataclasses.asdict(asking)
     by = {} if template is None else {"chat_template": hashlib.sha256(template.source.encode()).hexdigest()[:12]}
-    return {"model": identity(model), **by, "compute": _arithmetic(model.compute), **dataclasses.asdict(asking)}
+    how = {name: value for name, value in how.items() if name not in _OF_QUESTIONS}
+    return {"model": identity(model), **by, "compute": _arithmetic(model.compute), **how}
 
 
 def claim(folder: Path, settings: dict[str, Any], option: str) -> None:
     """Make a folder for answers by these settings. ValueError, which names ``option``: it has such by others."""
     folder.mkdir(parents=True, exist_ok=True)
     earlier = read_json_object(folder / "settings.json")
+    earlier = {name: value for name, value in earlier.items() if name not in _OF_QUESTIONS}
     names = {**earlier, **settings} if earlier else ()
     if differs := {name: earlier.get(name) for name in names if earlier.get(name) != settings.get(name)}:
         raise ValueError(f"{folder} holds answers by other settings, {differs}: give another {option}")

@@ -33,6 +33,7 @@ from rich.table import Table
 from rich.text import Text
 
 from deepseek_jax.checkpoint.finding import CHECKPOINTS, checkpoint_steps
+from deepseek_jax.evals.samples import margin
 from deepseek_jax.files import write_json
 from deepseek_jax.parallel.processes import require_one_process
 from deepseek_jax.saying import terminal
@@ -154,10 +155,15 @@ def print_answers(run_dir: Path, console: Console) -> None:
     tasks = list(dict.fromkeys(task for figures in found.values() for task in figures))
     table = Table("", *tasks, "tokens of an answer", title="Right answers, %")
     for name, figures in found.items():
-        cells = [f"{100 * figures[task]['pass@1']:.1f} ± {100 * figures[task]['stderr']:.1f}" for task in tasks]
+        cells = [_share(figures[task]) for task in tasks]
         table.add_row(name, *cells, f"{figures[tasks[0]]['tokens']:.1f}")
     if found:
         console.print(table)
+
+
+def _share(figures: dict[str, Any]) -> str:
+    share = figures["pass@1"]
+    return f"{100 * share:.1f} {margin(share, figures['stderr'], figures['questions'])}"
 
 
 def make_links(config: R1Config) -> list[Link]:

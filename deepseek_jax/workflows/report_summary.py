@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from deepseek_jax.evals.samples import margin
 from deepseek_jax.workflows.report_data import Stage, start_of
 
 NOTHING = "\N{EN DASH}"
@@ -87,7 +88,8 @@ def came_to(result: dict[str, Any]) -> str:
     if "kept" in result:
         return f"kept {result['kept']:,} of {result.get('answers', 0):,}"
     if "agreement" in result:
-        return f"agreement {show_accuracy((result['agreement'], result.get('agreement_stderr') or 0.0))}"
+        share, count = result["agreement"], int(result["agreement_of"])
+        return f"agreement {100 * share:.1f} {margin(share, result.get('agreement_stderr'), count)}%"
     return NOTHING
 
 

@@ -147,12 +147,14 @@ def scale(
     model: Model, tasks: Sequence[Answers], scaling: Scaling, folder: Path, *, batch_size: int
 ) -> list[dict[str, Any]]:
     """The curves of tasks that have been asked, which `folder`'s ``scaling.json`` and ``scaling.png`` then hold, each
-    {"task", "kind": "budget" | "majority" | "best_of", "x", "accuracy", "stderr"}: tokens or samples, the mean over
-    questions and its standard error. One of budgets has "label" and "tokens" too, the mean tokens that were thought."""
+    {"task", "kind": "budget" | "majority" | "best_of", "questions", "x", "accuracy", "stderr"}: how many there were,
+    tokens or samples, the mean over questions and its standard error. One of budgets has "label" and "tokens" too, the
+    mean tokens that were thought."""
     engine, curves = Engine(model), []
     for answers in tasks:
         samples = answers.asking.samples
-        lines = sorted(read_json_lines(folder / answers.file), key=lambda line: (line["question"], line["sample"]))
+        known = [line for line in read_json_lines(folder / answers.file) if line["sample"] < samples]
+        lines = sorted(known, key=lambda line: (line["question"], line["sample"]))
         groups = [lines[start : start + samples] for start in range(0, len(lines), samples)]
         correct = [[line["correct"] for line in group] for group in groups]
         if scaling.majority and answers.task.said is None:
@@ -177,7 +179,7 @@ def scale(
 def _curve(task: str, kind: str, x: Sequence[int], shares: Sequence[Sequence[float]]) -> dict[str, Any]:
     points = [mean_and_error(each) for each in shares]
     found = {"accuracy": [mean for mean, _ in points], "stderr": [error for _, error in points]}
-    return {"task": task, "kind": kind, "x": [*x]} | found
+    return {"task": task, "kind": kind, "questions": len(shares[0]), "x": [*x]} | found
 
 
 def _scores(model: Model, answers: Answers, reward: str, lines: Sequence[dict[str, Any]]) -> list[float]:

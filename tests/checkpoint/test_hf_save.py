@@ -14,14 +14,18 @@ import numpy as np
 import pytest
 from checkpoint import hf_cases as cases
 from conftest import ENVIRONMENT
+from model.tiny import QWEN, config, weights, whole
+from small import tokenizer
 
 from deepseek_jax import load, load_hf, save_hf
 from deepseek_jax.checkpoint import hf_save
+from deepseek_jax.checkpoint.hf_save import write_model
 from deepseek_jax.checkpoint.publishing import filling, publish
 from deepseek_jax.checkpoint.safetensors import TensorFiles
 from deepseek_jax.data.model_folder import TextFiles
 from deepseek_jax.data.tokenizer import EOS
 
+SCORING = config(QWEN, num_labels=1, tie_word_embeddings=False)
 TINY = cases.FAMILIES["v3"]
 
 
@@ -119,6 +123,14 @@ def test_classifiers_say_what_pads(tmp_path):
     )
     for unchanged in (said, ends, none, TextFiles({}, {})):
         assert unchanged.with_padding() is unchanged
+
+
+@pytest.mark.parametrize("pad", [2, 5])
+def test_a_classifier_whose_padding_ends_sentences_is_warned_of(pad, tmp_path, caplog):
+    text = TextFiles.read(cases.with_tokenizer(tmp_path / "m", ""))
+    model = whole(SCORING, *weights(SCORING), tokenizer())
+    write_model(model, tmp_path / "x", "float32", text=TextFiles(text.files, {**text.ids, "pad_token_id": pad}))
+    assert ("pad_token_id=5 ends a sentence too" in caplog.text) == (pad == 5)
 
 
 def test_a_taken_name_is_refused_and_untouched(tmp_path):

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from deepseek_jax.evals.samples import best_shares, cons_at_k, pass_at_1, pass_at_k, wilson
+from deepseek_jax.evals.samples import best_shares, cons_at_k, margin, pass_at_1, pass_at_k, wilson
 
 
 def test_pass_at_k_is_the_mean_over_all_choices_of_k():
@@ -31,6 +31,11 @@ def test_the_interval_holds_every_share_that_the_normal_test_does_not_refuse():
         shares = np.linspace(0, 1, 100_001)
         kept = shares[abs(share - shares) <= 1.96 * np.sqrt(shares * (1 - shares) / count)]
         np.testing.assert_allclose([low, high], [kept[0], kept[-1]], atol=2e-5)
+
+
+def test_what_stands_behind_a_share():
+    assert margin(0.5, 0.0123, 30) == "± 1.2"
+    assert margin(0.0, 0.0, 30) == margin(0.0, None, 30) == margin(0.0, float("nan"), 30) == "(0.0 to 11.4)"
 
 
 def test_the_best_of_several():

@@ -131,11 +131,27 @@ def test_rows_without_a_right_answer_are_asked_too_and_the_others_keep_theirs(na
     assert asked.task.right(asked.rows[0]) == right
 
 
+def test_more_samples_go_on_from_those_that_are_there(task, tmp_path, monkeypatch):
+    few, asked = dataclasses.replace(ASKING, samples=1), []
+    original = Answers._ask
+    monkeypatch.setattr(Answers, "_ask", lambda self, *given: asked.extend(given[1]) or original(self, *given))
+    found = []
+    for asking in (few, ASKING, few):
+        answers = Answers(task, asking)
+        found.append(ask_questions(MODEL, [answers], asking, tmp_path / "out", batch_size=4)[0][answers.name])
+    every = [(row, sample) for row in range(len(answers.rows)) for sample in range(ASKING.samples)]
+    assert sorted(asked) == every and [figures["samples"] for figures in found] == [1, ASKING.samples, 1]
+    assert found[0] == found[2]
+    alone = ask_questions(MODEL, [Answers(task, ASKING)], ASKING, tmp_path / "alone", batch_size=4)[0][answers.name]
+    assert found[1] == alone
+
+
 def test_what_does_not_fit_is_refused(task, tmp_path):
     once = Asking(samples=1, count=1, max_tokens=4)
     ask_questions(MODEL, [Answers(task, once)], once, tmp_path / "out", batch_size=1)
-    with pytest.raises(ValueError, match="answers by other settings, {'samples': 1.*give another --out"):
-        ask_questions(MODEL, [Answers(task, ASKING)], ASKING, tmp_path / "out", batch_size=1)
+    longer = dataclasses.replace(once, max_tokens=5)
+    with pytest.raises(ValueError, match="answers by other settings, {'max_tokens': 4.*give another --out"):
+        ask_questions(MODEL, [Answers(task, longer)], longer, tmp_path / "out", batch_size=1)
     with pytest.raises(ValueError, match="ask once"):
         Asking(temperature=0.0)
     with pytest.raises(ValueError, match="top_p=2"):

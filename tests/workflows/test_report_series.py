@@ -43,7 +43,8 @@ def r1(tmp_path: Path) -> Path:
     write(folder / "samples", "rejection", began="reasoning", time=45, answers=400, questions=100, kept=100)
     counts = {"answers": 400, "questions": 100, "kept": 100, "dropped": {"wrong": 280, "cut_off": 20}}
     (folder / "samples" / "result.json").write_text(json.dumps(counts))
-    write(folder / "helpful", "reward_model", began=ODD, time=50, agreement=0.8125, agreement_stderr=0.02)
+    agreement = {"agreement": 0.8125, "agreement_stderr": 0.02, "agreement_of": 381}
+    write(folder / "helpful", "reward_model", began=ODD, time=50, **agreement)
     result: dict[str, Any] = {
         "zero": {"maths": figures(0.6)},
         ODD: {"maths": figures(0.3)},
@@ -131,7 +132,7 @@ def test_names_of_folders_are_text_and_no_id_comes_twice(r1):
 
 
 def test_a_reward_model_s_own_folder(tmp_path):
-    folder = write(tmp_path / "x", "reward_model", agreement=0.75, agreement_stderr=0.03)
+    folder = write(tmp_path / "x", "reward_model", agreement=0.75, agreement_stderr=0.03, agreement_of=200)
     line = {"step": 1, "loss": 0.7, "margin": 0.1, "eval/agreement": 0.75, "eval/agreement_stderr": 0.03}
     (folder / "metrics.jsonl").write_text(json.dumps(line | {"eval/agreement_of": 200.0}) + "\n")
     text = write_report(folder).read_text(encoding="utf-8")

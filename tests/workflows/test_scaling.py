@@ -49,7 +49,7 @@ def test_curves(answers, tmp_path):
     assert majority["accuracy"] == [cons_at_k(said, correct, k) for k in (1, 2, 4)]
     assert (cut["kind"], cut["x"], cut["label"]) == ("budget", [2, 8], "cut") and "Wait" in waited["label"]
     for curve in (cut, waited):
-        assert set(curve) == {"task", "kind", "x", "accuracy", "stderr", "label", "tokens"}
+        assert set(curve) == {"task", "kind", "questions", "x", "accuracy", "stderr", "label", "tokens"}
         assert curve["tokens"][0] <= 2 and curve["tokens"][1] <= 8
 
     # The same again from what is kept, and cut off in the middle.

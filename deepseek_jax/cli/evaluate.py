@@ -129,7 +129,7 @@ def _find(options: _Eval, model: Model) -> None:
 
 def _shares(figures: dict[str, float]) -> str:
     told = [f"{name} {100 * share:.1f} %" for name, share in figures.items() if "@" in name]
-    told[0] += f" {margin(figures['pass@1'], figures['stderr'], figures['questions'])}"
+    told[0] += f" {margin(figures['pass@1'], figures['stderr'], int(figures['questions']))}"
     names = ["instructions", "rating", "rating_stderr"]
     if math.isinf(figures.get("rating", 0)):
         told.append(f"no rating, as {'all' if figures['rating'] > 0 else 'none'} of the rated problems were solved")

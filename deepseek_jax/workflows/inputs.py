@@ -7,7 +7,7 @@ from deepseek_jax.checkpoint.finding import find_model
 from deepseek_jax.data.files import ROWS, TEXTS, find_files
 from deepseek_jax.data.model_folder import TOKENIZER
 
-_FILES, _MODELS = ("path", "heldout"), ("init_from", "base", "models")
+_FILES, _MODELS = ("path", "replay", "heldout"), ("init_from", "base", "models")
 
 
 def look_for(config: Any, *, under: str = "") -> None:

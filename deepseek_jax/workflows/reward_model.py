@@ -18,7 +18,7 @@ from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.data.files import ROWS
 from deepseek_jax.data.packing import Row
-from deepseek_jax.data.preferences import Judges, pack_items, read_items
+from deepseek_jax.data.preferences import Item, Judges, pack_items, read_items
 from deepseek_jax.data.rows import check_rows, sources_of, write_rows
 from deepseek_jax.model import transformer
 from deepseek_jax.parallel.processes import first_host_alone
@@ -40,6 +40,11 @@ class PreferenceData:
     """Files of judged answers, folders of them, quoted globs: .jsonl(.gz|.zst), .parquet; or hf:NAME[:CONFIG]:SPLIT. A
     row has `prompt` (text or messages) or `messages`, and `chosen` with `rejected`, or `response` with `label`: 1 or
     "safe", 0 or "unsafe"."""
+    replay: tuple[str, ...] = ()
+    """Such files that init_from, a reward model itself, was trained on before, of which a part comes in again: as it
+    goes on with the answers of a later policy (DeepSeekMath's iterative GRPO)."""
+    replay_share: float = 0.1
+    """Of all judged answers, those of replay; fewer where it has fewer."""
     heldout: tuple[str, ...] = ()
     """Such files, on which agreement is measured."""
     seq_len: int = 16384
@@ -52,6 +57,8 @@ class PreferenceData:
     def __post_init__(self) -> None:
         check_types(self)
         check_least(self, 4, "seq_len")
+        if not 0 < self.replay_share < 1:
+            raise ValueError(f"replay_share={self.replay_share}: must lie between 0 and 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,8 +145,20 @@ def _margins(config: ModelConfig, compute: ComputeConfig):
     return run
 
 
-def _packed(config: RewardModelConfig, path: tuple[str, ...], start: Model, about: Counter[str]) -> list[Row]:
+def _packed(
+    config: RewardModelConfig, path: tuple[str, ...], start: Model, about: Counter[str], replay: tuple[str, ...] = ()
+) -> list[Row]:
     """Rows of the judged answers; ``about`` gets the numbers of items and of what was left out."""
+    items, share = _items(config, path, start, about), config.data.replay_share
+    if replay:
+        old = _items(config, replay, start, Counter())
+        count = min(round(len(items) * share / (1 - share)), len(old))
+        items += [old[index] for index in np.random.default_rng(0).permutation(len(old))[:count]]
+        about += Counter(items=count)
+    return pack_items(items, config.data.seq_len, pad_id=start.text.pad_id)
+
+
+def _items(config: RewardModelConfig, path: tuple[str, ...], start: Model, about: Counter[str]) -> list[Item]:
     data, skipped = config.data, Counter[str]()
     items = read_items(
         path,
@@ -155,25 +174,26 @@ def _packed(config: RewardModelConfig, path: tuple[str, ...], start: Model, abou
         left_out = f", or none is left ({dict(skipped)})" if skipped else ""
         raise ValueError(f"{', '.join(path)}: there is no judged answer in it{left_out}")
     about += Counter(items=len(items)) + skipped
-    return pack_items(items, data.seq_len, pad_id=start.text.pad_id)
+    return items
 
 
 def _prepare(config: RewardModelConfig, start: Model) -> Path:
     """Pack the judged answers into rows on disk, once; rows of other data or settings are refused by name."""
     folder, data = Path(config.run_dir) / "rows", config.data
-    how = {name: value for name, value in dataclasses.asdict(data).items() if name != "heldout"}
+    without = ("heldout", *(() if data.replay else ("replay", "replay_share")))
+    how = {name: value for name, value in dataclasses.asdict(data).items() if name not in without}
     made_of = {
         "vocab_size": start.text.usable,
         "tokenizer_fingerprint": start.text.fingerprint,
         "data": how | {"path": list(data.path), "judges": config.judges},
-        **sources_of(data.path, ROWS),
+        **sources_of((*data.path, *data.replay), ROWS),
     }
     if folder.exists():
-        check_rows(folder, made_of, data.path)
+        check_rows(folder, made_of, (*data.path, *data.replay))
         return folder
     about = Counter[str]()
     with doing("packing judged answers"):
-        rows = _packed(config, data.path, start, about)
+        rows = _packed(config, data.path, start, about, data.replay)
     folder.parent.mkdir(parents=True, exist_ok=True)
     write_rows(folder, rows, meta=made_of | {"items": about.pop("items"), "skipped": dict(about)})
     return folder

@@ -1,6 +1,7 @@
 """A reward model from a language model's folder: what it learns, goes on with and says, and its scores as a reward."""
 
 import dataclasses
+import functools
 import json
 import logging
 import re
@@ -119,6 +120,21 @@ def test_single_labels_and_everything_judged(base):
         last = grader.grade(["5."], [row]).rewards["model.harmless"]
     wanted = [expected(run, "n?", text) for text in ("bad!\n<result>7\n5.", "<think>go")]
     assert found == pytest.approx(wanted, rel=1e-5) and last != pytest.approx(found[:1], rel=1e-3)
+
+
+def test_it_goes_on_with_new_judgements_and_a_tenth_of_the_old(trained, base):
+    """The head that it had stays, and of 18 new pairs and 50 old ones 20 are trained on."""
+    new, old = pairs(base.parent / "new.jsonl", 80, 98), trained[0].parent / "train.jsonl"
+    data = PreferenceData(path=(new,), replay=(str(old),), seq_len=64)
+    again = config(trained[0], base.parent / "again", data=data, epochs=0)
+    still = dataclasses.replace(again, optimizer=OptimizerConfig(peak_lr=1e-12, warmup_steps=0, weight_decay=0.0))
+    reward_model(dataclasses.replace(still, loop=dataclasses.replace(still.loop, steps=1)))
+    meta = json.loads((Path(again.run_dir) / "rows" / "meta.json").read_text())
+    assert meta["items"] == 20 and {Path(name).name for name in meta["sources"]} == {"new.jsonl", "train.jsonl"}
+    same = functools.partial(np.testing.assert_allclose, atol=1e-9)
+    jax.tree.map(same, load(again.run_dir).params, load(trained[0]).params)
+    with pytest.raises(ValueError, match="replay_share=1.0: must lie between 0 and 1"):
+        PreferenceData(replay_share=1.0)
 
 
 def test_a_stage_of_language_models_refuses_it(trained, base):

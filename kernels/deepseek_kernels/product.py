@@ -129,7 +129,7 @@ class _Form(NamedTuple):
 
     @property
     def by_head(self) -> bool:
-        """x's last letter but one stands in all three, in the middle of w: a matrix, or its transpose, for each head."""
+        """x's last letter but one stands in all three, in w's middle: a matrix, or its transpose, for each head."""
         x, w, out = self.x[-2:], self.w, self.out[-2:]
         same = len(w) == 3 and x[:1] == w[1] == out[:1] and self.x[:-2] == self.out[:-2] and len(self.new) == 1
         return same and x[1:] == self.summed and out[1:] == self.new

@@ -157,8 +157,9 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
 def choose(operation: str, target: Target, dtype: Any, *, implementation: str = "auto", **facts: Any) -> Choice:
     """The implementation of an operation for a target, a dtype and the facts that the operation's rules read.
 
-    facts: of product those of ``hopper_few.refuses_dense`` and ``hopper_by_head``'s, of grouped_matmul ``rows, groups, widths``, of both for FP8
-    ``weight``, of fp8_matmul those of ``fp8_on_hopper.refuses``; of mla_attention and gqa_attention those of
+    facts: of product those of ``hopper_few.refuses_dense`` and of ``hopper_by_head.refuses_by_head``, of grouped_matmul
+    ``rows, groups, widths``, of both for FP8 ``weight``, of fp8_matmul those of ``fp8_on_hopper.refuses``; of
+    mla_attention and gqa_attention those of
     ``attention_splash.refuses``, of mla_decode those of ``decode_hopper.refuses``; of the others none. A slow choice is
     logged once, with its reason.
 

@@ -19,7 +19,7 @@ from deepseek_kernels.hopper_sizes import CORES, HOPPER, Sizes
 from deepseek_kernels.hopper_tiles import step, tiled
 from deepseek_kernels.target import Target
 
-_COLUMNS = 128  # of a tile, 64 for each of two warp groups
+COLUMNS = 128  # of a tile, 64 for each of two warp groups
 _BYTES = 180 * 1024  # of shared memory for steps under way
 TILES = 16, 32  # rows of a group's tile; with 64 what is read of x slows it below the kernel for many
 ROWS = 64  # that one matrix takes at most
@@ -44,7 +44,8 @@ def grouped_product(
     """``y[t] = x[t] @ w[g]`` for ``g`` the group of t's tile, one of M - 1 of 16 or 32 rows; zero where that is E.
 
     blocks_M: each tile's group, then how many have one: they are the first. cores: of the target, 0 for an H100's."""
-    return _product(x_TD, w, blocks_M, parts=1, dtype=x_TD.dtype, cores=cores, sizes=sizes)[0]
+    tile_rows = len(x_TD) // (len(blocks_M) - 1)
+    return _product(x_TD, w, blocks_M, tile_rows, parts=1, dtype=x_TD.dtype, cores=cores, sizes=sizes)[0]
 
 
 @functools.partial(jax.jit, static_argnames="cores")
@@ -53,13 +54,21 @@ def dense_product(
 ) -> Float[Array, "T F"]:
     """``y = x @ w[layer]`` of at most ``ROWS`` rows. The sums' parts, float32, are added up by what reads them."""
     (rows, depth), width = x_TD.shape, w_LDF.shape[2]
-    tile_rows = next(size for size in (8, 16, 32, 64) if rows <= size)
-    x_RD = jnp.pad(x_TD, ((0, tile_rows - rows), (0, 0)))
     blocks_M = jnp.stack([jnp.asarray(layer, jnp.int32), jnp.int32(1)])
-    parts = _parts(pl.cdiv(width, _COLUMNS), depth // STEP, cores or CORES)
+    parts = _parts(pl.cdiv(width, COLUMNS), depth // STEP, cores or CORES)
     dtype = x_TD.dtype if parts == 1 else jnp.dtype(jnp.float32)
-    y_PRF = _product(x_RD, w_LDF, blocks_M, parts=parts, dtype=dtype, cores=cores)[:, :rows]
+    x_RD, tile_rows = whole_rows(x_TD)
+    y_PRF = _product(x_RD, w_LDF, blocks_M, tile_rows, parts=parts, dtype=dtype, cores=cores)[:, :rows]
     return functools.reduce(jnp.add, y_PRF).astype(x_TD.dtype)
+
+
+def whole_rows(x_TD: Float[Array, "T D"]) -> tuple[Float[Array, "R D"], int]:
+    """x as a kernel reads it, and the rows of its tile, of which what is not there is read as zeros and not written.
+    Copies take up to 8 rows, or whole groups of 8."""
+    rows = len(x_TD)
+    missing = 0 if rows <= 8 else -rows % 8
+    x_RD = jnp.pad(x_TD, ((0, missing), (0, 0))) if missing else x_TD
+    return x_RD, next(size for size in (8, 16, 32, ROWS) if rows <= size)
 
 
 def refuses_dense(
@@ -69,9 +78,9 @@ def refuses_dense(
     plain product of one dtype. Wide results need no splitting: XLA's products read them as fast."""
     if why := refuses(target, dtype, widths=()):
         return why
-    if not (0 < rows <= ROWS and widths[0] % STEP == 0 and widths[1] % 8 == 0 and _COLUMNS <= widths[1] <= _WIDEST):
+    if not (0 < rows <= ROWS and widths[0] % STEP == 0 and widths[1] % 8 == 0 and COLUMNS <= widths[1] <= _WIDEST):
         return (
-            f"it needs 1 to {ROWS} rows of a multiple of {STEP} numbers, and {_COLUMNS} to {_WIDEST} columns by 8: "
+            f"it needs 1 to {ROWS} rows of a multiple of {STEP} numbers, and {COLUMNS} to {_WIDEST} columns by 8: "
             f"not {rows} of {widths[0]}, {widths[1]} columns"
         )
     return "" if devices == 1 else f"it needs one device, not {devices}"
@@ -84,11 +93,15 @@ def _parts(across: int, steps: int, cores: int) -> int:
     return min(range(1, min(steps, _PARTS) + 1), key=cost)
 
 
-def _product(x_TD, w, blocks_M, *, parts: int, dtype: Any, cores: int, sizes: Sizes = HOPPER["few"]) -> jax.Array:
+def stages(steps: int, tile_rows: int, sizes: Sizes = HOPPER["few"]) -> int:
+    """How many steps of a tile are in shared memory at once."""
+    return min(max(steps, 2), sizes.stages or _BYTES // (2 * STEP * (COLUMNS + tile_rows)))
+
+
+def _product(x_TD, w, blocks_M, tile_rows: int, *, parts: int, dtype, cores: int, sizes=HOPPER["few"]) -> jax.Array:
     """(parts, T, F)"""
     (size, depth), groups, width, tiles = x_TD.shape, len(w), w.shape[2], len(blocks_M) - 1
-    tile_rows, across, all_steps = size // tiles, pl.cdiv(width, _COLUMNS), depth // STEP
-    fitting = sizes.stages or _BYTES // (2 * STEP * (_COLUMNS + tile_rows))
+    across, all_steps = pl.cdiv(width, COLUMNS), depth // STEP
 
     def tile(place, warpgroup, blocks, w, x, out):
         (place,), used = place, blocks[tiles]
@@ -104,27 +117,27 @@ def _product(x_TD, w, blocks_M, *, parts: int, dtype: Any, cores: int, sizes: Si
         i, rest = start + jax.lax.rem(place, count), place // count
         part, j = jax.lax.rem(rest, parts), rest // parts
         first, last = (part * all_steps) // parts, ((part + 1) * all_steps) // parts
-        rows, columns = pl.ds(i * tile_rows, tile_rows), pl.ds(j * _COLUMNS, _COLUMNS)
+        rows, columns = pl.ds(i * tile_rows, tile_rows), pl.ds(j * COLUMNS, COLUMNS)
         # What reaches past the end: no step goes there.
         terms = pl.ds(pl.multiple_of(first * STEP, STEP), depth) if parts > 1 else slice(None)
         matrix = w.at[jnp.minimum(blocks[i], groups - 1), terms, columns]
-        mine = out.at[part, rows, columns].at[:, _half(warpgroup)]
+        mine = out.at[part, rows, columns].at[:, half(warpgroup)]
         return matrix, x.at[rows, terms], mine, jnp.where(full, last - first, 0)
 
     kernel = tiled(
         tile,
-        lambda warpgroup, w, x: (w.at[:, _half(warpgroup)].transpose((1, 0)), x.transpose((1, 0))),
-        (step((STEP, _COLUMNS), True), step((tile_rows, STEP), False)),
-        (_COLUMNS // 2, tile_rows),
+        lambda warpgroup, w, x: (w.at[:, half(warpgroup)].transpose((1, 0)), x.transpose((1, 0))),
+        (step((STEP, COLUMNS), True), step((tile_rows, STEP), False)),
+        (COLUMNS // 2, tile_rows),
         jax.ShapeDtypeStruct((parts, size, width), dtype),
         grid=(tiles * across * parts,),
         cores=cores,
-        stages=min(max(pl.cdiv(all_steps, parts), 2), fitting),
+        stages=stages(pl.cdiv(all_steps, parts), tile_rows, sizes),
         turned=True,
     )
     return kernel(blocks_M, w, x_TD)
 
 
-def _half(warpgroup):
+def half(warpgroup):
     """A warp group's columns of a tile."""
-    return pl.ds(warpgroup * (_COLUMNS // 2), _COLUMNS // 2)
+    return pl.ds(warpgroup * (COLUMNS // 2), COLUMNS // 2)

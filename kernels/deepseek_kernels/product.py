@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from deepseek_kernels import cpu, hopper_few
+from deepseek_kernels import cpu, hopper_by_head, hopper_few
 from deepseek_kernels.fp8_matmul import fp8_matmul
 from deepseek_kernels.fp8_on_hopper import facts as fp8_facts
 from deepseek_kernels.registry import choose
 from deepseek_kernels.target import Target, devices
-from deepseek_kernels.weights import InStack, Weight, as_it_lies, block_scaled, stored_gradient
+from deepseek_kernels.weights import Columns, InStack, Weight, as_it_lies, block_scaled, stored_gradient
 
 
 def product(
@@ -40,7 +40,8 @@ def product(
     Args:
       w: an array of any dtype, a BlockScaled, an InStack or Columns. The first and stacks of the first have gradients.
       precision: of this product and of its gradients', as in ``jnp.einsum``.
-      implementation: ``hopper``, a kernel for few rows; ``dot``; ``c``, a dot with the weight's gradient by a kernel.
+      implementation: ``hopper``, a kernel for few rows; ``hopper_by_head``, one where each head has a matrix; ``dot``;
+        ``c``, a dot with the weight's gradient by a kernel.
       fp8: of a product with an FP8 weight's matrix, in x's dtype and without a precision, see ``fp8_matmul``.
 
     Raises:
@@ -53,6 +54,9 @@ def product(
     if form.plain and as_x and as_it_lies(w, x.dtype):
         sizes = [math.prod(part) for part in (x.shape[: len(form.rows)], w.shape[: len(form.summed)], w.shape)]
         facts |= {"rows": sizes[0], "widths": (sizes[1], sizes[2] // max(sizes[1], 1))}
+    elif form.by_head and as_x and as_it_lies(whole := _whole(w), x.dtype):
+        sizes = math.prod(x.shape[: len(form.rows) - 1]), x.shape[-1], w.shape[form.w.index(form.new)]
+        facts |= {"rows": sizes[0], "head_widths": sizes[1:], "columns": (_first(w), whole.shape[-1])}
     in_fp8 = scaled is not None and form.plain and as_x and len(form.summed) == scaled.groups[0][0]
     facts["weight"] = None if in_fp8 else w  # a copy of it is said, once
     name = choose("product", target, x.dtype, implementation=implementation, **facts).name
@@ -123,6 +127,13 @@ class _Form(NamedTuple):
     def transposed(self) -> bool:
         return self.one_matrix and self.w == self.new + self.summed
 
+    @property
+    def by_head(self) -> bool:
+        """x's last letter but one stands in all three, in w's middle: a matrix, or its transpose, for each head."""
+        x, w, out = self.x[-2:], self.w, self.out[-2:]
+        same = len(w) == 3 and x[:1] == w[1] == out[:1] and self.x[:-2] == self.out[:-2] and len(self.new) == 1
+        return same and x[1:] == self.summed and out[1:] == self.new
+
 
 def _parse(equation: str, x_shape: tuple[int, ...], w_shape: tuple[int, ...]) -> _Form:
     where = f"product {equation!r} of x {x_shape} and w {w_shape}"
@@ -150,8 +161,14 @@ def _parse(equation: str, x_shape: tuple[int, ...], w_shape: tuple[int, ...]) ->
 # On a mesh axes stay apart: merged, an axis split by the mesh behind one that is not would be gathered.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5, 6))
 def _product(x, w, form, dtype, precision, name, cores):
+    if name == "hopper_by_head":
+        stack, layer = _in_stack(_whole(w))
+        columns, transposed = (_first(w), _first(w) + w.shape[-1]), form.w[2] == form.summed
+        x_THD = x.reshape(-1, *x.shape[-2:])
+        y = hopper_by_head.product_by_head(x_THD, stack, layer, columns, transposed=transposed, cores=cores)
+        return y.reshape(*x.shape[:-1], -1)
     if name == "hopper":
-        rows, (stack, layer) = x.shape[: len(form.rows)], (w.stack, w.layer) if isinstance(w, InStack) else (w[None], 0)
+        rows, (stack, layer) = x.shape[: len(form.rows)], _in_stack(w)
         x = x.reshape(math.prod(rows), -1)
         y = hopper_few.dense_product(x, stack.reshape(len(stack), x.shape[1], -1), layer, cores=cores)
         return y.reshape(*rows, *w.shape[len(form.summed) :])
@@ -169,6 +186,18 @@ def _product(x, w, form, dtype, precision, name, cores):
     else:
         y = jnp.einsum(f"{form.x},{form.w}->{form.out}", x, values, precision=precision, preferred_element_type=wide)
     return y if dtype is None else y.astype(dtype)
+
+
+def _whole(w: Weight) -> Any:
+    return w.weight if isinstance(w, Columns) else w
+
+
+def _first(w: Weight) -> int:
+    return w.start if isinstance(w, Columns) else 0
+
+
+def _in_stack(w: Any) -> tuple[Any, Any]:
+    return (w.stack, w.layer) if isinstance(w, InStack) else (w[None], 0)
 
 
 def _forward(x, w, form, dtype, precision, name, cores):

@@ -22,6 +22,7 @@ from deepseek_kernels import (
     fp8_on_hopper,
     grouped_tpu,
     hopper,
+    hopper_by_head,
     hopper_few,
 )
 from deepseek_kernels.block_fp8 import FP8, BlockScaled
@@ -105,10 +106,11 @@ _REFERENCE = Implementation("reference", ())
 
 # The first that is chosen by itself on the platform and does not refuse is taken.
 TABLE: dict[str, tuple[Implementation, ...]] = {
-    # XLA's; with "c" the weight's gradient by the C kernel; "hopper" is of few rows, as decoding has them.
+    # XLA's; with "c" the weight's gradient by the C kernel; Hopper's are of few rows, as decoding has them.
     "product": (
         dataclasses.replace(_C, refuses=_needs_c_and_one_device, copies=_dequantises, special=True),
         Implementation("hopper", ("cuda",), hopper_few.refuses_dense, special=True),
+        Implementation("hopper_by_head", ("cuda",), hopper_by_head.refuses_by_head, special=True),
         Implementation("dot", copies=_dequantises),
     ),
     "grouped_matmul": (
@@ -155,8 +157,9 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
 def choose(operation: str, target: Target, dtype: Any, *, implementation: str = "auto", **facts: Any) -> Choice:
     """The implementation of an operation for a target, a dtype and the facts that the operation's rules read.
 
-    facts: of product those of ``hopper_few.refuses_dense``, of grouped_matmul ``rows, groups, widths``, of both for FP8
-    ``weight``, of fp8_matmul those of ``fp8_on_hopper.refuses``; of mla_attention and gqa_attention those of
+    facts: of product those of ``hopper_few.refuses_dense`` and of ``hopper_by_head.refuses_by_head``, of grouped_matmul
+    ``rows, groups, widths``, of both for FP8 ``weight``, of fp8_matmul those of ``fp8_on_hopper.refuses``; of
+    mla_attention and gqa_attention those of
     ``attention_splash.refuses``, of mla_decode those of ``decode_hopper.refuses``; of the others none. A slow choice is
     logged once, with its reason.
 

@@ -7,7 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_kernels import InStack, Target, grouped_matmul, hopper, hopper_few, hopper_gate, product, routed_experts
+from deepseek_kernels import (
+    Columns,
+    InStack,
+    Target,
+    grouped_matmul,
+    hopper,
+    hopper_by_head,
+    hopper_few,
+    hopper_gate,
+    product,
+    routed_experts,
+)
 
 TARGET = Target("cuda", "9.0", 0 if jax.default_backend() == "gpu" else 2)  # two blocks in the interpreter
 
@@ -109,6 +120,24 @@ def test_one_matrix_for_few_rows_is_split_over_its_sums(hopper_gpu, rows):
     np.testing.assert_array_equal(jax.jit(run)(x[None], w[1].reshape(320, 2, 224)), y)
 
 
+@pytest.mark.parametrize("rows", [1, 8, 20, 64])
+def test_each_head_has_a_matrix(hopper_gpu, rows):
+    """Absorbed MLA's two products with the halves of ``kv_b``, read where they lie in a stack of layers."""
+    rng, C, H, N, V = np.random.default_rng(0), 256, 3, 64, 128
+    w = jnp.asarray(rng.standard_normal((C, H, N + V)), jnp.bfloat16)
+    stack = InStack(jnp.stack([jnp.inf * w, w]), jnp.int32(1))
+    halves = ("bshn,chn->bshc", Columns(stack, 0, N), N), ("bshc,chv->bshv", Columns(stack, N, N + V), C)
+    for equation, half, width in halves:
+        x = jnp.asarray(rng.standard_normal((rows, 1, H, width)), jnp.bfloat16)
+        run = functools.partial(product, equation, target=TARGET, implementation="hopper_by_head")
+        y = jax.jit(run)(x, half)
+        whole = Columns(w, half.start, half.stop)
+        right = np.einsum(equation, *(np.asarray(a, np.float64) for a in (x, whole.astype(jnp.bfloat16))))
+        assert y.shape == right.shape and y.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.asarray(y, np.float64), right, rtol=1.01 * 2**-8, atol=1e-4)
+        np.testing.assert_array_equal(jax.jit(run)(x, whole), y)
+
+
 @pytest.mark.parametrize("tokens", [1, 7])
 def test_experts_of_few_rows_equal_the_definition(hopper_gpu, tokens):
     """And their gradients; a choice of no expert adds nothing."""
@@ -149,7 +178,17 @@ def test_no_rows_at_all():
 
 
 @pytest.mark.parametrize(
-    "kernel", ["product", "few", "dense", "transposed", "weight_gradient", "rounded_weight_gradient"]
+    "kernel",
+    [
+        "product",
+        "few",
+        "dense",
+        "by_head",
+        "by_head_transposed",
+        "transposed",
+        "weight_gradient",
+        "rounded_weight_gradient",
+    ],
 )
 def test_kernels_are_lowered_for_cuda_without_a_gpu(kernel):
     """Any jax that the package allows takes them through Mosaic GPU's passes."""
@@ -158,7 +197,13 @@ def test_kernels_are_lowered_for_cuda_without_a_gpu(kernel):
     many = functools.partial(hopper.grouped_product, cores=0)
     dense = functools.partial(hopper_few.dense_product, cores=0)
     gradient = functools.partial(hopper.grouped_weight_gradient, cores=0)
+    by_head = jax.jit(
+        functools.partial(hopper_by_head.product_by_head, columns=(0, 128), cores=0), static_argnames="transposed"
+    )
+    heads = jnp.zeros((1, 3, 128), jnp.bfloat16), jnp.zeros((2, 128, 3, 192), jnp.bfloat16), jnp.int32(1)
     traced = {
+        "by_head": by_head.trace(*heads, transposed=False),
+        "by_head_transposed": by_head.trace(*heads, transposed=True),
         "product": jax.jit(many).trace(x, w, groups),
         "dense": jax.jit(dense).trace(x[:20], w, jnp.int32(1)),
         "few": jax.jit(functools.partial(hopper_few.grouped_product, cores=0)).trace(x[:32], w, groups),

@@ -108,7 +108,7 @@ class Hop:
         return self.back(y_PD, copies), dropped + later
 
     def there(self, x_TD, weights_TK, experts_TK):
-        """((x, weights, experts) of the copies that come here, where those that leave lie, choices that are dropped)."""
+        """((x, weights, experts) of the copies that come here, where those that leave lie, dropped choices)."""
         copies, dropped = lay_out(experts_TK, self.parts, self.own, self.rows)
         token_P = copies.choice_P // copies.slot_TK.shape[1]
         # A row without a copy holds some token, and -1 for its experts.

@@ -25,6 +25,7 @@ from deepseek_jax.inference.weights import random_weights, sampling_compute, sam
 from deepseek_jax.model import transformer
 from deepseek_jax.model.costs import attention_flops, count_parameters, forward_flops
 from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.parallel.sharding import constrain
 from deepseek_jax.workflows.pretrain import PretrainConfig
 from deepseek_kernels import Visible
 
@@ -137,7 +138,8 @@ def _random_cache(config: ModelConfig, compute: ComputeConfig, batch: int, colum
 
     def draw(key, leaf):  # in parts: the bits of a large one would take more than it
         part = lambda key: jax.random.normal(key, leaf.shape[1:], leaf.dtype)  # noqa: E731
-        return jax.lax.map(part, jax.random.split(key, leaf.shape[0]))
+        drawn = jax.lax.map(part, jax.random.split(key, leaf.shape[0]))
+        return constrain(drawn, compute.rules, *[None] * (leaf.ndim - 3), "batch", None, None)
 
     return dataclasses.replace(cache, layers=tuple(map(draw, keys, cache.layers)))
 

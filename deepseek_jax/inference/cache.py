@@ -53,17 +53,15 @@ def write_rows(
     """Put S columns into each row from the row's own ``start`` on; what lies past the last column is dropped.
 
     layer: of a stack (L B T W), which of them is written."""
-    batch, size = entry_BSW.shape[:2]
-    if layer is not None:
-        rows_B1 = jnp.arange(batch, dtype=jnp.int32)[:, None]
-        columns_BS = start_B[:, None] + jnp.arange(size, dtype=jnp.int32)
-        return buffer_BTW.at[layer, rows_B1, columns_BS].set(entry_BSW, mode="drop", unique_indices=True)
+    where = () if layer is None else (layer,)
 
-    def write(buffer_TW, entry_SW, start):
+    def write(buffer_TW, entry_SW, start):  # a row by itself, for a mesh that splits them
         columns = start + jnp.arange(len(entry_SW), dtype=jnp.int32)
-        return buffer_TW.at[columns].set(entry_SW, mode="drop", unique_indices=True, indices_are_sorted=True)
+        options = {"mode": "drop", "unique_indices": True, "indices_are_sorted": layer is None}
+        return buffer_TW.at[(*where, columns)].set(entry_SW, **options)
 
-    return jax.vmap(write)(buffer_BTW, entry_BSW, start_B)
+    axis = len(where)
+    return jax.vmap(write, (axis, 0, 0), axis)(buffer_BTW, entry_BSW, start_B)
 
 
 @struct.dataclass

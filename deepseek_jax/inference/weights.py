@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from deepseek_kernels.fp8_on_hopper import laid_out
 
 READ_IN_FLOAT32 = ("router", "gain")  # bfloat16 router weights would choose other experts than the learner's
 _FP8_WIDTH = 64.0  # of random FP8 numbers: 7 of it are the largest
+_AT_ONCE = 2**28  # random numbers, whose bits are as large as float32
 READ_BY_HEAD = ("kv_b",)  # dequantised in each step, which would turn it back
 
 
@@ -129,16 +131,21 @@ def _shapes(config: ModelConfig, compute: ComputeConfig, mesh: Mesh) -> tuple[di
 
 @functools.partial(jax.jit, static_argnames=("shape", "dtype", "scale", "place"))
 def _drawn(key, *, shape, dtype, scale, place):
-    """Normal numbers, or ones; a large array in parts, since their bits are as large as float32."""
-    if scale is None:
-        drawn = jnp.ones(shape, dtype)
-    else:
-        draw = lambda key, shape: (scale * jax.random.normal(key, shape)).astype(dtype)  # noqa: E731
-        if len(shape) > 2:
-            drawn = jax.lax.map(lambda key: draw(key, shape[1:]), jax.random.split(key, shape[0]))
-        else:
-            drawn = draw(key, shape)
-    return jax.lax.with_sharding_constraint(drawn, place)
+    """Normal numbers, or ones: each device draws its own part, for the compiler would have all of them draw all."""
+    parts = [(part,) if isinstance(part, str) else part or () for part in place.spec]
+    names = tuple(name for part in parts for name in part if place.mesh.shape[name] > 1)
+
+    def draw(key, shape):
+        if math.prod(shape) > _AT_ONCE and len(shape) > 2:
+            return jax.lax.map(lambda key: draw(key, shape[1:]), jax.random.split(key, shape[0]))
+        return (scale * jax.random.normal(key, shape)).astype(dtype)
+
+    def own(key):
+        if scale is None:
+            return jnp.ones(place.shard_shape(shape), dtype)
+        return draw(jax.random.fold_in(key, jax.lax.axis_index(names)) if names else key, place.shard_shape(shape))
+
+    return jax.shard_map(own, mesh=place.mesh, in_specs=PartitionSpec(), out_specs=place.spec, check_vma=False)(key)
 
 
 def _named(path, names: tuple[str, ...]) -> bool:

@@ -79,41 +79,50 @@ def by_copies(
     def to_devices(x_TD, weights_TK, experts_TK):
         groups = [[node * inside + i for i in range(inside)] for node in range(dispatch.nodes)]
         rows = min(len(x_TD), dispatch.rows(count * dispatch.nodes, top, ways))
-        hop = _Hop(axes, groups, place % inside, inside, own, rows)
+        hop = Hop(axes, groups, place % inside, inside, own, rows)
         return hop(lambda *copies: (local(*copies), jnp.float32(0)), x_TD, weights_TK, experts_TK)
 
     if dispatch.nodes == 1:
         return to_devices(*tokens)
     groups = [[node * inside + i for node in range(dispatch.nodes)] for i in range(inside)]
     rows = dispatch.rows(count, top, dispatch.nodes)
-    return _Hop(axes, groups, place // inside, dispatch.nodes, inside * own, rows)(to_devices, *tokens)
+    return Hop(axes, groups, place // inside, dispatch.nodes, inside * own, rows)(to_devices, *tokens)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Hop:
+class Hop:
     """An exchange among the ``parts`` devices of each of ``groups`` along ``axes``, of which this one is number
     ``place``. Each has ``own`` experts, and takes ``rows`` copies from each."""
 
     axes: Axes
     groups: list[list[int]]
-    place: jax.Array
+    place: jax.Array | int
     parts: int
     own: int
     rows: int
 
     def __call__(self, inner, x_TD, weights_TK, experts_TK):
         """``inner(x, weights, experts) -> (y, dropped)`` of the copies that come here; the sums of each token's."""
+        here, copies, dropped = self.there(x_TD, weights_TK, experts_TK)
+        y_PD, later = inner(*here)
+        return self.back(y_PD, copies), dropped + later
+
+    def there(self, x_TD, weights_TK, experts_TK):
+        """((x, weights, experts) of the copies that come here, where those that leave lie, dropped choices)."""
         copies, dropped = lay_out(experts_TK, self.parts, self.own, self.rows)
         token_P = copies.choice_P // copies.slot_TK.shape[1]
         # A row without a copy holds some token, and -1 for its experts.
         experts_PK = experts_TK.at[token_P].get(mode="fill", fill_value=-1)
         facts_PN = jnp.concatenate([gather_rows(weights_TK, copies), experts_PK.astype(jnp.float32)], axis=1)
-        x_PD, facts_PN = self._swap(gather_rows(x_TD, copies)), self._swap(facts_PN)
+        x_PD, facts_PN = self.swap(gather_rows(x_TD, copies)), self.swap(facts_PN)
         weights_PK, experts_PK = jnp.split(facts_PN, 2, axis=1)
-        y_PD, later = inner(x_PD, weights_PK, experts_PK.astype(jnp.int32) - self.place * self.own)
-        return sum_rows(self._swap(y_PD), copies), dropped + later
+        return (x_PD, weights_PK, experts_PK.astype(jnp.int32) - self.place * self.own), copies, dropped
 
-    def _swap(self, x_PN: jax.Array) -> jax.Array:
+    def back(self, y_PD: jax.Array, copies: Layout) -> jax.Array:
+        """Of each token the sum of what its copies became."""
+        return sum_rows(self.swap(y_PD), copies)
+
+    def swap(self, x_PN: jax.Array) -> jax.Array:
         """Each device's rows for the others, to them. Its own inverse, and so its transpose."""
         groups = None if len(self.groups) == 1 else self.groups
         x_NRN = x_PN.reshape(self.parts, self.rows, -1)
@@ -126,26 +135,37 @@ def lay_out(experts_TK: jax.Array, parts: int, own: int, rows: int) -> tuple[Lay
 
     A copy's column is its part, or where there are more parts than choices the first choice that is the part's.
     """
+    (tokens, top), room = experts_TK.shape, parts * rows
     part_TK = jnp.where((experts_TK >= 0) & (experts_TK < parts * own), experts_TK // own, parts)
-    if parts <= experts_TK.shape[1]:
-        every = jnp.arange(parts, dtype=jnp.int32)
-        part_TW = jnp.where(jnp.any(part_TK[:, :, None] == every, axis=1), every, parts)
+    every_E = jnp.arange(parts, dtype=jnp.int32)
+    choices_ET = jnp.sum(part_TK[None] == every_E[:, None, None], axis=2, dtype=jnp.int32)
+    wanted_ET = choices_ET > 0
+    row_ET, sizes_E = counted(wanted_ET)
+    slot_ET = jnp.where(wanted_ET & (row_ET < rows), every_E[:, None] * rows + row_ET, room)
+    if parts <= top:
+        slot_TW = slot_ET.T
     else:
         earlier = jnp.tril(part_TK[:, :, None] == part_TK[:, None, :], -1)
-        part_TW = jnp.where(jnp.any(earlier, axis=2), parts, part_TK)
-    (tokens, width), copies, room = part_TW.shape, part_TW.size, parts * rows
-    assert (parts + 1) * copies < 2**31, "a sort key would overflow int32"
-    order_N = jnp.arange(copies, dtype=jnp.int32)
-    key_N = jnp.sort(part_TW.reshape(-1) * copies + order_N)
-    part_N, copy_N = key_N // copies, key_N % copies
-    sizes_E = jnp.sum(part_TW.reshape(-1)[:, None] == jnp.arange(parts), axis=0, dtype=jnp.int32)
-    start_E = jnp.cumsum(sizes_E) - sizes_E
-    row_N = order_N - start_E.at[part_N].get(mode="clip")
-    slot_N = jnp.where((part_N < parts) & (row_N < rows), part_N * rows + row_N, room)
-    slot_TW = jnp.zeros(copies, jnp.int32).at[copy_N].set(slot_N, unique_indices=True).reshape(tokens, width)
-    row_R = jnp.arange(rows, dtype=jnp.int32)
-    copy_ER = copy_N.at[start_E[:, None] + row_R].get(mode="clip")
-    copy_P = jnp.where(row_R < sizes_E[:, None], copy_ER, copies).reshape(-1)
-    lost_TW = jnp.where((part_TW < parts) & (slot_TW == room), part_TW, -1)
-    dropped = jnp.sum(lost_TW[:, :, None] == part_TK[:, None, :], dtype=jnp.float32)
+        slot_TW = slot_ET.at[part_TK, jnp.arange(tokens)[:, None]].get(mode="fill", fill_value=room)
+        slot_TW = jnp.where(jnp.any(earlier, axis=2), room, slot_TW)
+    copy_N = jnp.arange(slot_TW.size, dtype=jnp.int32)
+    place_N = jnp.where(slot_TW.reshape(-1) < room, slot_TW.reshape(-1), room + copy_N)  # past it, each elsewhere
+    copy_P = jnp.full(room, slot_TW.size, jnp.int32).at[place_N].set(copy_N, mode="drop", unique_indices=True)
+    dropped = jnp.sum(jnp.where(slot_ET == room, choices_ET, 0), dtype=jnp.float32)
     return Layout(slot_TW, copy_P, jnp.minimum(sizes_E, rows), 1), dropped
+
+
+def counted(some_ET: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """For each place of a row how many before it are true, and how many of the row are. By two small products with
+    triangles, exact in float32: XLA:GPU makes two kernels for each doubling of a cumulative sum's length."""
+    parts, size = some_ET.shape
+    assert size < 2**24, "a count would overflow float32"
+    block = 1 << (max(size - 1, 1).bit_length() + 1) // 2
+    some_EBT = jnp.pad(some_ET.astype(jnp.float32), ((0, 0), (0, -size % block))).reshape(parts, -1, block)
+
+    def before(x):
+        return jnp.matmul(x, jnp.triu(jnp.ones((x.shape[-1],) * 2), 1), precision="highest")
+
+    sums_EB = jnp.sum(some_EBT, axis=2)
+    counts_EBT = before(some_EBT) + before(sums_EB)[:, :, None]
+    return counts_EBT.reshape(parts, -1)[:, :size].astype(jnp.int32), jnp.sum(sums_EB, axis=1).astype(jnp.int32)

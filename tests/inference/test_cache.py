@@ -1,14 +1,19 @@
 """The cache: rows of their own lengths, written in pieces, and the MTP module's slot."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from model.tiny import QWEN, V3, config, weights
 
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.inference.cache import Cache, write_rows
 from deepseek_jax.model import transformer
+from deepseek_jax.parallel.hlo import collectives
+from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
 
 LENGTHS, COLUMNS = (5, 2, 7), 12
 MODELS = {"v3": config(V3), "qwen": config(QWEN)}
@@ -24,6 +29,18 @@ def test_columns_are_written_where_each_row_ends():
     stack = jnp.stack([jnp.asarray(buffer)] * 2)
     found = write_rows(stack, jnp.asarray(entry), jnp.array([1, 0, 4]), jnp.int32(1))
     np.testing.assert_array_equal(found, [buffer, expected])
+
+
+@pytest.mark.parametrize("layer", [None, 1])
+def test_a_device_writes_its_rows_by_itself(layer):
+    mesh = make_mesh(MeshConfig(expert=4), jax.devices()[:4])
+    buffer = jnp.zeros((*([] if layer is None else [2]), 8, 5, 2))
+    rows = [NamedSharding(mesh, PartitionSpec(*[None] * axis, "expert")) for axis in (buffer.ndim - 3, 0, 0)]
+    given = [jnp.ones((8, 1, 2)), jnp.arange(8) % 5]
+    write = jax.jit(functools.partial(write_rows, layer=layer), in_shardings=rows, out_shardings=rows[0])
+    compiled = write.lower(buffer, *given).compile()
+    assert not collectives(compiled.as_text())
+    np.testing.assert_array_equal(compiled(buffer, *given), write_rows(buffer, *given, layer))
 
 
 @pytest.mark.parametrize("scanned", [False, True])

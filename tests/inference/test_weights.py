@@ -2,15 +2,17 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from model.tiny import V2, V3, config, relative_error, weights
 
 from deepseek_jax.compute import ComputeConfig
-from deepseek_jax.inference.weights import sampling_config, sampling_rules, sampling_weights
+from deepseek_jax.inference.weights import _drawn, sampling_config, sampling_rules, sampling_weights
 from deepseek_jax.model import transformer
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
 from deepseek_jax.parallel.sharding import ShardingRules, tree_shardings
@@ -93,6 +95,20 @@ def test_on_a_mesh_fp8_experts_stay_split():
     made, _ = make(TINY, mesh, params, rules=rules)
     (wo,) = [layer["mlp"]["wo"] for layer in made["layers"] if isinstance(layer["mlp"]["wo"], BlockScaled)][:1]
     assert wo.values.sharding.shard_shape(wo.shape) == (1, 128, 128)
+
+
+def test_random_weights_are_drawn_where_they_lie():
+    """No device holds another's experts, not even on the way; what all have is the same, and no two experts are."""
+    mesh, shape = make_mesh(MeshConfig(expert=8)), (64, 128, 32)
+    place = NamedSharding(mesh, PartitionSpec("expert"))
+    given = jax.random.key(0, impl="rbg")
+    compiled = _drawn.lower(given, shape=shape, dtype=jnp.float32, scale=1.0, place=place).compile()
+    found = compiled.memory_analysis()
+    assert found.output_size_in_bytes + found.temp_size_in_bytes < 4 * math.prod(shape)
+    experts = np.asarray(compiled(given))
+    assert abs(experts.std() - 1) < 0.01 and len(np.unique(experts[:, 0, 0])) == 64
+    same = _drawn(given, shape=(8, 8), dtype=jnp.float32, scale=1.0, place=NamedSharding(mesh, PartitionSpec()))
+    assert all(np.array_equal(part.data, same) for part in same.addressable_shards)
 
 
 def test_a_train_step_may_give_away_what_they_were_made_from():

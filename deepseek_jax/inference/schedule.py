@@ -1,9 +1,9 @@
 """Who is answered when: requests, their pages, and what the device does next, as shapes from a small set. No jax here.
 
-As vLLM's scheduler does it, a step decodes for all who can and spends the rest of a budget of tokens on the oldest
-prompts, so that a long prompt delays nobody, and whoever came last gives way where pages run out. Two things are other:
-all tokens of a prompt but the last are read in, and that one is decoded, so that nothing but decoding draws tokens and a
-prompt that another has brought costs nothing; and shapes come from ``Buckets``, as in sglang-jax, since XLA compiles.
+As vLLM's scheduler does it, a step decodes for all who can and reads so many tokens of the oldest prompts in, so that a
+long prompt delays nobody, and whoever came last gives way where pages run out; shapes come from ``Buckets``, as in
+sglang-jax, since XLA compiles. Other than there, a prompt's last token is not read in but decoded: nothing but decoding
+draws tokens, and a prompt that another has brought costs nothing.
 """
 
 import bisect
@@ -183,7 +183,7 @@ class Schedule:
         self.pages.forget()
 
     def _with_room(self, turns: int) -> tuple[list[Request], int]:
-        """Those who can be decoded, with pages for ``turns`` tokens each, or for one; who came last gives way for it."""
+        """Those who can be decoded, with pages for ``turns`` tokens each, or for one; the last who came gives way."""
         while True:
             ready = [request for request in self.running if not request.unread]
             turns = min(turns, max((request.left for request in ready), default=1))

@@ -5,12 +5,14 @@ rollouts that are sampled ahead of training, the replay of routing and several p
 """
 
 import collections
+import concurrent.futures
 import dataclasses
 import itertools
 import math
+import os
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -44,6 +46,18 @@ class _Asked:
     lane: int
     numbers: np.ndarray
     shares: np.ndarray
+
+
+class _Job(NamedTuple):
+    """A program of ``paged`` and what it is given behind weights and cache."""
+
+    function: Any
+    arrays: tuple[Any, ...]
+    options: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return self.function, self.options, *(array.shape for array in jax.tree.leaves(self.arrays))
 
 
 class Continuous:
@@ -105,16 +119,15 @@ class Continuous:
         events = self._arrivals()
         plans = [lane.plan() for lane in self._lanes]
         with jax.set_mesh(self.mesh):
-            self._copy([plan.copies for plan in plans])
-            self._read(weights, [plan.pieces for plan in plans])
-            decoded = self._decode(weights, plans)
-        planned = time.perf_counter()
-        if decoded is not None:
-            found, shape = decoded
-            found = jax.device_get(found)
-            waited = time.perf_counter()
-            events += self._told(plans, found, shape)
-            self._counts["seconds_waited"] += waited - planned
+            if any(plan.copies for plan in plans):
+                self._run(weights, self._copies([plan.copies for plan in plans]))
+            if any(plan.pieces for plan in plans):
+                self._run(weights, self._reading([plan.pieces for plan in plans]))
+            if any(plan.decoded for plan in plans):
+                found, dispatched = self._run(weights, self._decoding(plans)), time.perf_counter()
+                found = jax.device_get(found)
+                self._counts["seconds_waited"] += time.perf_counter() - dispatched
+                events += self._told(plans, found)
         self._counts["seconds"] += time.perf_counter() - began
         self._counts["steps"] += 1
         return events
@@ -147,16 +160,21 @@ class Continuous:
             lane.check()
 
     def warm_up(self, weights: Weights) -> None:
-        """Compile and run, on nothing, every program that a request may need."""
-        lanes, buckets, nobody = len(self._lanes), self.buckets, [[] for _ in self._lanes]
+        """Compile, side by side, every program that a request may need, and run each on nothing."""
+        lanes, buckets = len(self._lanes), self.buckets
+        jobs = [self._copies([[] for _ in range(lanes)])]
+        for (rows, size), table, fresh in itertools.product(buckets.chunks, buckets.tables, (True, False)):
+            if not fresh or table == buckets.tables[-1]:
+                jobs.append(self._reads([[] for _ in range(lanes)], rows, size, table, fresh))
+        for rows, table in itertools.product(buckets.slots, buckets.tables):
+            jobs.append(self._decodes([[] for _ in range(lanes)], rows, table, 0, until_end=False))
         with jax.set_mesh(self.mesh):
-            self._copy([[(0, 0)], *nobody[1:]])
-            for (rows, size), table, fresh in itertools.product(buckets.chunks, buckets.tables, (True, False)):
-                if not fresh or table == buckets.tables[-1]:
-                    self._run_read(weights, self._pieces_in(nobody, rows, size, table), fresh)
-            for rows, table in itertools.product(buckets.slots, buckets.tables):
-                empty = [Plan([], [], [], 0, until_end=False)] * lanes
-                self._run_decode(weights, self._rows_in(empty, rows, table), 0, until_end=False)
+            missing = {job.key: self._lowered(weights, job) for job in jobs if job.key not in self._programs}
+            with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+                compiled = pool.map(lambda lowered: lowered.compile(), missing.values())
+                self._programs |= dict(zip(missing, compiled, strict=True))
+            for job in jobs:
+                self._run(weights, job)
             jax.block_until_ready(self._pages)
         self._warm = True
 
@@ -179,29 +197,25 @@ class Continuous:
                 events.append(Event(number, [], [], "cancelled"))
         return events
 
-    def _copy(self, copies: list[list[tuple[int, int]]]) -> None:
-        if not any(copies):
-            return
+    def _copies(self, copies: list[list[tuple[int, int]]]) -> _Job:
         slots = self.serving.slots
         source = np.zeros(len(copies) * slots, np.int32)
         target = np.full(len(copies) * slots, self.serving.pages, np.int32)
         for lane, pairs in enumerate(copies):
             for i, (page, to) in enumerate(pairs, lane * slots):
                 source[i], target[i] = page, to
-        self._pages = self._program(copy_pages, self.compute)(self._pages, source, target)
+        return _Job(copy_pages, (source, target))
 
-    def _read(self, weights: Weights, pieces: list[list[Piece]]) -> None:
-        if not any(pieces):
-            return
+    def _reading(self, pieces: list[list[Piece]]) -> _Job:
         together = [piece for some in pieces for piece in some]
         most, size = max(map(len, pieces)), max(piece.count for piece in together)
         rows, size = next(shape for shape in self.buckets.chunks if shape[0] >= most and shape[1] >= size)
         fresh = not any(piece.start for piece in together)
-        tables = [max(len(piece.request.pages), 1) for piece in together]
-        table = self.buckets.tables[-1] if fresh else fitting(self.buckets.tables, max(tables))
-        self._run_read(weights, self._pieces_in(pieces, rows, size, table), fresh)
+        pages = max(len(piece.request.pages) for piece in together)
+        table = self.buckets.tables[-1] if fresh else fitting(self.buckets.tables, pages)
+        return self._reads(pieces, rows, size, table, fresh)
 
-    def _pieces_in(self, pieces: list[list[Piece]], rows: int, size: int, table: int) -> tuple[np.ndarray, ...]:
+    def _reads(self, pieces: list[list[Piece]], rows: int, size: int, table: int, fresh: bool) -> _Job:
         tokens_BS = np.zeros((len(pieces) * rows, size), np.int32)
         start_B = np.zeros(len(pieces) * rows, np.int32)
         table_BJ = np.full((len(pieces) * rows, table), -1, np.int32)
@@ -210,41 +224,52 @@ class Continuous:
                 tokens_BS[i, : piece.count] = piece.request.ids[piece.start : piece.start + piece.count]
                 start_B[i] = piece.start
                 table_BJ[i, : len(piece.request.pages)] = piece.request.pages
-        return tokens_BS, start_B, table_BJ
+        return _Job(read, (tokens_BS, start_B, table_BJ), (("fresh", fresh),))
 
-    def _run_read(self, weights: Weights, arrays: tuple[np.ndarray, ...], fresh: bool) -> None:
-        self._pages = self._program(read, self.config, self.compute, fresh=fresh)(*weights, self._pages, *arrays)
-
-    def _decode(self, weights: Weights, plans: list[Plan]) -> tuple[Any, int] | None:
-        decoded = [request for plan in plans for request in plan.decoded]
-        if not decoded:
-            return None
-        rows = fitting(self.buckets.slots, max(len(plan.decoded) for plan in plans))
-        table = fitting(self.buckets.tables, max(len(request.pages) for request in decoded))
+    def _decoding(self, plans: list[Plan]) -> _Job:
+        decoded = [plan.decoded for plan in plans]
+        table = fitting(self.buckets.tables, max(len(request.pages) for some in decoded for request in some))
         turns = min(plan.turns for plan in plans if plan.decoded)
         until_end = any(plan.until_end for plan in plans)
-        return self._run_decode(weights, self._rows_in(plans, rows, table), turns, until_end=until_end), rows
+        return self._decodes(decoded, self._rows(plans), table, turns, until_end=until_end)
 
-    def _rows_in(self, plans: list[Plan], rows: int, table: int) -> Rows:
-        batch = len(plans) * rows
+    def _rows(self, plans: list[Plan]) -> int:
+        return fitting(self.buckets.slots, max(len(plan.decoded) for plan in plans))
+
+    def _decodes(self, decoded: list[list[Request]], rows: int, table: int, turns: int, *, until_end: bool) -> _Job:
+        batch = len(decoded) * rows
         numbers_BK = np.zeros((batch, len(Numbers._fields) + STOPS), np.int32)
         shares_BF = np.zeros((batch, 2), np.float32)
         table_BJ = np.full((batch, table), -1, np.int32)
-        for lane, plan in enumerate(plans):
-            for i, request in enumerate(plan.decoded, lane * rows):
+        for lane, some in enumerate(decoded):
+            for i, request in enumerate(some, lane * rows):
                 asked, ids = self._asked[request.number], request.ids
                 numbers_BK[i], shares_BF[i] = asked.numbers, asked.shares
                 numbers_BK[i, :3] = ids[-1], request.length, len(ids) - request.prompt
                 table_BJ[i, : len(request.pages)] = request.pages
-        return Rows(numbers_BK, shares_BF, table_BJ)
+        given = Rows(numbers_BK, shares_BF, table_BJ), np.int32(turns), np.bool_(until_end)
+        return _Job(decode, given, (("most", self.serving.turns),))
 
-    def _run_decode(self, weights: Weights, rows: Rows, turns: int, *, until_end: bool) -> Any:
-        run = self._program(decode, self.config, self.compute, most=self.serving.turns)
-        self._pages, found = run(*weights, self._pages, rows, np.int32(turns), np.bool_(until_end))
+    def _run(self, weights: Weights, job: _Job) -> Any:
+        """Hand it to the device -> what it will have decoded, if that is what it does."""
+        program = self._programs.get(job.key)
+        if program is None:
+            self._counts["compiles"] += self._warm
+            program = self._programs[job.key] = self._lowered(weights, job).compile()
+        given = () if job.function is copy_pages else weights
+        done = program(*given, self._pages, *job.arrays)
+        self._pages, found = done if job.function is decode else (done, None)
         return found
 
-    def _told(self, plans: list[Plan], found: Any, rows: int) -> list[Event]:
-        events = []
+    def _lowered(self, weights: Weights, job: _Job) -> Any:
+        compute = self.compute
+        if job.function is read:  # rows of a prompt keep the device busy: nothing is gained by many copies of a layer
+            compute = dataclasses.replace(compute, scan_unroll=1)
+        given = (compute,) if job.function is copy_pages else (self.config, compute, *weights)
+        return job.function.lower(*given, self._pages, *job.arrays, **dict(job.options))
+
+    def _told(self, plans: list[Plan], found: Any) -> list[Event]:
+        events, rows = [], self._rows(plans)
         tokens, logprobs, stopped = found.tokens_BN.tolist(), found.logprobs_BN.tolist(), found.stopped_B.tolist()
         counts = np.sum(found.tokens_BN >= 0, axis=1).tolist()
         for lane, plan in enumerate(plans):
@@ -260,20 +285,6 @@ class Continuous:
                 if ended:
                     del self._asked[request.number]
         return events
-
-    def _program(self, function: Any, *static: Any, **options: Any) -> Callable[..., Any]:
-        """The function, compiled once for each shape of what it is called with and never behind a caller's back."""
-
-        def call(*arrays: Any) -> Any:
-            shapes = tuple(array.shape for array in jax.tree.leaves(arrays[-3:]))
-            key = function, shapes, *options.items()
-            program = self._programs.get(key)
-            if program is None:
-                self._counts["compiles"] += self._warm
-                program = self._programs[key] = function.lower(*static, *arrays, **options).compile()
-            return program(*arrays)
-
-        return call
 
 
 def _gathers(config: ModelConfig, compute: ComputeConfig, serving: ServingConfig) -> bool:

@@ -14,9 +14,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from deepseek_jax.checkpoint.model import Model
 from deepseek_jax.data.streaming import TextStream
 from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.inference.continuous import Continuous, Event
 from deepseek_jax.inference.generate import Generated, begin, generate, go_on
 from deepseek_jax.inference.requests import Requests, Room, make_requests, spread
 from deepseek_jax.inference.sampling import SamplingParams
+from deepseek_jax.inference.schedule import ServingConfig
 from deepseek_jax.inference.weights import sampling_compute, sampling_config, sampling_weights
 from deepseek_jax.model import transformer
 from deepseek_jax.parallel.processes import gather, require_one_process, require_own_rows, together
@@ -37,7 +39,7 @@ class Completion:
 
 
 class Engine:
-    """Answers batches of prompts with a model, from any thread.
+    """Answers batches of prompts with a model, from any thread; or requests as they come, by ``submit`` and ``step``.
 
     >>> engine = Engine(model, tokenizer)  # doctest: +SKIP
     >>> engine.generate(["def add(a, b):"], SamplingParams(max_tokens=16))[0].text  # doctest: +SKIP
@@ -52,8 +54,10 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         *,
         rules: ShardingRules | None = None,
+        serving: ServingConfig = ServingConfig(),
     ):
-        """tokenizer: by default the model's own. rules: how the weights are split, by default ``sampling_rules``."""
+        """tokenizer: by default the model's own. rules: how the weights are split, by default ``sampling_rules``.
+        serving: how requests are answered as they come."""
         if isinstance(model, transformer.Transformer):
             model = Model.of(model, tokenizer)
         model.config.check_speaks()
@@ -65,15 +69,21 @@ class Engine:
         self._given: tuple[Any, jax.Array | None] | None = (model.params, model.router_bias)
         self._weights: tuple[Any, jax.Array | None] | None = None
         self._lock = threading.Lock()
+        self.serving = serving
+        self._requests: Continuous | None = None
+        self._stepping = threading.Lock()
 
     def update(self, params: dict[str, Any], router_bias: jax.Array | None) -> None:
         """Answer with these arrays from now on; a copy is made, so a train step may give them away.
 
-        The former weights are let go before the new ones are made.
+        The former weights are let go before the new ones are made. Running requests go on with the new ones behind what
+        the former have read in, of which others are lent nothing.
         """
-        with self._lock:
+        with self._stepping, self._lock:
             self._given, self._weights = (params, router_bias), None
             self._make()
+            if self._requests is not None:
+                self._requests.forget()
 
     def _make(self) -> tuple[Any, jax.Array | None]:
         weights = self._weights
@@ -152,6 +162,51 @@ class Engine:
             known, went_on = length, time.monotonic()
             with jax.set_mesh(self.mesh):
                 decoding = go_on(*given, decoding, known + chunk)
+
+    def submit(self, prompt: str | Sequence[int], sampling: SamplingParams | None = None, *, draw: int = 0) -> int:
+        """Queue a prompt for ``step``, from any thread -> the number that its events have.
+
+        draw: of several samples with one seed, which it is: the i-th gets what ``generate`` answers to the i-th of
+        equal prompts. Raises ValueError for what can never be answered: see ``ServingConfig``.
+        """
+        return self._serve().submit(self._ids(prompt), sampling or SamplingParams(), draw=draw)
+
+    def cancel(self, number: int) -> None:
+        """Give a request up, from any thread; the next step frees what it has."""
+        self._serve().cancel(number)
+
+    def step(self) -> list[Event]:
+        """Let the device do what is next for the requests, see ``schedule`` -> what it has brought to each."""
+        requests = self._serve()
+        with self._stepping:
+            with self._lock:
+                weights = self._make()
+            return requests.step(weights)
+
+    @property
+    def busy(self) -> bool:
+        """Whether ``step`` has anything to do."""
+        return self._requests is not None and self._requests.busy
+
+    def warm_up(self) -> None:
+        """Compile all that ``step`` may ever need: no request waits for a compiler behind it."""
+        requests = self._serve()
+        with self._stepping:
+            with self._lock:
+                weights = self._make()
+            requests.warm_up(weights)
+
+    def metrics(self) -> dict[str, float]:
+        """Of requests, see ``Continuous.metrics``."""
+        return self._serve().metrics()
+
+    def _serve(self) -> Continuous:
+        with self._lock:
+            if self._requests is None:
+                stop_ids = self.tokenizer.stop_ids
+                given = sampling_config(self.config), self.compute, self.mesh, self.serving, stop_ids
+                self._requests = Continuous(*given)
+            return self._requests
 
     def _ids(self, prompt: str | Sequence[int]) -> list[int]:
         if isinstance(prompt, str):

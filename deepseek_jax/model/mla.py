@@ -113,6 +113,9 @@ class MLA(nnx.Module):
         """Rows and heads stay where they are: a kernel is not split by the compiler."""
         heads = "batch", None, "heads", None
         rows = lambda x: ("batch" if len(x) > 1 else None, *[None] * (x.ndim - 1))  # noqa: E731
-        entry_axes = InStack((None, "batch", None, None), ()) if isinstance(entry_BTW, InStack) else rows(entry_BTW)
-        axes = heads, entry_axes, jax.tree.map(rows, visible)
+        if isinstance(entry_BTW, InStack):
+            of_entry = InStack(jax.tree.map(lambda _: (None, "batch", None, None), entry_BTW.stack), ())
+        else:
+            of_entry = jax.tree.map(rows, entry_BTW)
+        axes = heads, of_entry, jax.tree.map(rows, visible)
         return per_device(decode, self.compute.rules, (q_BSHW, entry_BTW, visible), axes, heads)

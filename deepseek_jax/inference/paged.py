@@ -1,0 +1,271 @@
+"""The device's side of answering requests as they come: a cache in pages, and the three programs that work on it.
+
+They are compiled for shapes alone and take the cache as theirs. On a mesh each device of the batch has pages of its
+own, which its rows' tables number from 0, as if it were alone.
+"""
+
+import dataclasses
+import functools
+from typing import Any, Literal, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from deepseek_jax.compute import ComputeConfig
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.inference.generate import OPTIONS
+from deepseek_jax.inference.sampling import SamplingParams, sample
+from deepseek_jax.model import transformer
+from deepseek_jax.model.stack import in_stack, stacks_of
+from deepseek_jax.parallel.sharding import ShardingRules, constrain, per_device
+from deepseek_kernels import InStack, Visible, quantise_entries, write_entries
+from deepseek_kernels.cached import Entries, side_by_side
+
+STOPS = 16  # ids that end an answer, at most
+
+
+@struct.dataclass
+class PagedMemory:
+    """One layer's pages (P N W), or of layers that are scanned all of theirs; see ``cache.Memory``.
+
+    start_B: the place of the row's next token. table_BJ: its pages, -1 where it has none: what would be written there
+    is dropped. hands: what attention is given. ``pages``, which it reads by ``Visible.pages_BJ``; ``rows``, a copy of
+    these side by side; ``new``, the new tokens, where there are no others.
+    """
+
+    pages_PNW: Any
+    start_B: Any
+    table_BJ: Any
+    rules: ShardingRules = struct.field(pytree_node=False)
+    hands: Literal["pages", "rows", "new"] = struct.field(pytree_node=False)
+
+    def write(self, entry_BSW: Float[Array, "B S W"]) -> tuple[Self, Any]:
+        """Put S new tokens behind each row's others -> (the memory with them, what attention is given)."""
+        pages, table_BJ = _in_one(self.pages_PNW), self.table_BJ.astype(jnp.int32)
+        rows = entry_BSW, self.start_B.astype(jnp.int32), table_BJ
+        pages = self._per_device(write_entries, pages, *rows)
+        kept = in_stack(pages.stack, pages.layer) if isinstance(pages, InStack) else pages
+        memory = dataclasses.replace(self, pages_PNW=kept)
+        if self.hands == "new":
+            return memory, entry_BSW
+        if self.hands == "pages":
+            return memory, pages
+        gather = functools.partial(side_by_side, dtype=entry_BSW.dtype)
+        axes = _axes_of(pages), ("batch", None)
+        return memory, per_device(gather, self.rules, (pages, table_BJ), axes, ("batch", None, None))
+
+    def _per_device(self, write, pages: Entries, *rows: jax.Array) -> Entries:
+        axes = _axes_of(pages), ("batch", None, None), ("batch",), ("batch", None)
+        if not isinstance(pages, InStack):
+            return per_device(write, self.rules, (pages, *rows), axes, ("batch", None, None))
+        local = lambda pages, *rows: write(pages, *rows).stack  # noqa: E731
+        stack = per_device(local, self.rules, (pages, *rows), axes, (None, "batch", None, None))
+        return InStack(stack, pages.layer)
+
+
+def _in_one(pages: Any) -> Entries:
+    """A layer of scanned ones as one ``InStack``, where its leaves are such."""
+    is_layer = lambda leaf: isinstance(leaf, InStack)  # noqa: E731
+    leaf = jax.tree.leaves(pages, is_leaf=is_layer)[0]
+    return InStack(stacks_of(pages), leaf.layer) if isinstance(leaf, InStack) else pages
+
+
+def _axes_of(pages: Entries) -> Any:
+    """Pages are split as rows of the batch are."""
+    if isinstance(pages, InStack):
+        return InStack(_axes_of(pages.stack), ())
+    return jax.tree.map(lambda leaf: (*[None] * (leaf.ndim - 3), "batch", None, None), pages)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "compute", "count", "size", "fp8"))
+def empty_pages(config: ModelConfig, compute: ComputeConfig, count: int, size: int, fp8: bool) -> tuple[Entries, ...]:
+    """Of each layer, or of each stack of layers with ``scan_decode``, so many pages (P N W) in ``compute.dtype`` or in
+    FP8. ValueError where FP8 takes no latents of that width."""
+    width = config.cache_numbers_per_token_layer
+    if fp8 and config.attention != "mla":
+        raise ValueError("cache='float8_e4m3': only MLA's latents are kept in FP8")
+
+    def buffer(*stack: int) -> Entries:
+        zeros = jnp.zeros((*stack, count, size, width), compute.dtype)
+        pages = quantise_entries(zeros, config.kv_lora_rank) if fp8 else zeros
+        split = lambda leaf: constrain(leaf, compute.rules, *[None] * len(stack), "batch", None, None)  # noqa: E731
+        return jax.tree.map(split, pages)
+
+    if compute.scan_decode:
+        return tuple(buffer(layers) for layers in (config.num_dense_layers, config.num_moe_layers) if layers)
+    return tuple(buffer() for _ in range(config.num_hidden_layers))
+
+
+@functools.partial(jax.jit, static_argnames="compute", donate_argnames="pages")
+def copy_pages(
+    compute: ComputeConfig, pages: tuple[Entries, ...], source_K: Int[Array, "K"], target_K: Int[Array, "K"]
+) -> tuple[Entries, ...]:
+    """The pages with copies of the ``source`` ones in the places of the ``target`` ones, all at once; beyond the last
+    page, none."""
+
+    def copy(leaf):
+        def local(leaf, source_K, target_K):
+            if leaf.ndim == 4:
+                return leaf.at[:, target_K].set(leaf[:, source_K], mode="drop")
+            return leaf.at[target_K].set(leaf[source_K], mode="drop")
+
+        axes = (*[None] * (leaf.ndim - 3), "batch", None, None)
+        return per_device(local, compute.rules, (leaf, source_K, target_K), (axes, ("batch",), ("batch",)), axes)
+
+    return jax.tree.map(copy, pages)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("config", "compute", "fresh"), donate_argnames="pages", compiler_options=OPTIONS
+)
+def read(
+    config: ModelConfig,
+    compute: ComputeConfig,
+    params: Any,
+    router_bias: jax.Array | None,
+    pages: tuple[Entries, ...],
+    tokens_BS: Int[Array, "B S"],
+    start_B: Int[Array, "B"],
+    table_BJ: Int[Array, "B J"],
+    *,
+    fresh: bool,
+) -> tuple[Entries, ...]:
+    """The pages with S tokens of each row behind its first ``start``; what fills a row up is written behind its tokens,
+    where others will stand before anybody looks.
+
+    fresh: nothing stands before them, so that the attention is the plain one over what is new; else it is the absorbed
+    one over pages.
+    """
+    network = transformer.merge(config, params, router_bias, compute)
+    tokens_BS, start_B, table_BJ = (_rows(x, compute) for x in (tokens_BS, start_B, table_BJ))
+    position_BS = start_B[:, None] + jnp.arange(tokens_BS.shape[1], dtype=jnp.int32)
+    hands, visible = "new", Visible()
+    if not fresh:
+        hands, visible = _reading(network, position_BS, table_BJ)
+    options: dict[str, Any] = {"positions_BS": position_BS, "visible": visible, "absorbed": not fresh, "head": False}
+    with jax.named_scope("prefill"):
+        out = network(tokens_BS, memories=_memories(compute, pages, start_B, table_BJ, hands), **options)
+    return tuple(memory.pages_PNW for memory in out.memories)
+
+
+class Numbers(NamedTuple):
+    """What a row of a decoding step is, in the order of ``Rows.numbers_BK``; stop ids, -1 behind them, follow."""
+
+    token: Any
+    length: Any
+    answered: Any
+    most: Any
+    seed: Any
+    draw: Any
+    top_k: Any
+
+
+@struct.dataclass
+class Rows:
+    """Rows that are decoded. numbers_BK: see ``Numbers``; a row that may answer no more only fills the batch.
+    shares_BF: temperature and top_p. table_BJ: see ``PagedMemory``. Few arrays, since each is a transfer of its own."""
+
+    numbers_BK: Any
+    shares_BF: Any
+    table_BJ: Any
+
+    @staticmethod
+    def described(params: SamplingParams, stop_ids: tuple[int, ...], draw: int) -> tuple[np.ndarray, np.ndarray]:
+        """(K numbers, F shares) of a request, of which ``token``, ``length`` and ``answered`` are filled in later."""
+        stops = [*stop_ids, *params.stop_token_ids]
+        assert len(stops) <= STOPS, stops
+        head = Numbers(0, 0, 0, params.max_tokens, params.seed, draw, params.top_k)
+        numbers = np.array([*head, *stops, *[-1] * (STOPS - len(stops))], np.int32)
+        return numbers, np.array([params.temperature, params.top_p], np.float32)
+
+
+@struct.dataclass
+class Decoded:
+    """tokens_BN, logprobs_BN: of each row those that it was given, -1 behind them; log-probabilities are those of the
+    network, before temperature and cuts. stopped_B: it ended with a stop id."""
+
+    tokens_BN: jax.Array
+    logprobs_BN: jax.Array
+    stopped_B: jax.Array
+
+
+@functools.partial(
+    jax.jit, static_argnames=("config", "compute", "most"), donate_argnames="pages", compiler_options=OPTIONS
+)
+def decode(
+    config: ModelConfig,
+    compute: ComputeConfig,
+    params: Any,
+    router_bias: jax.Array | None,
+    pages: tuple[Entries, ...],
+    rows: Rows,
+    turns: jax.typing.ArrayLike,
+    until_end: jax.typing.ArrayLike,
+    *,
+    most: int,
+) -> tuple[tuple[Entries, ...], Decoded]:
+    """Up to ``turns`` (``most`` at most) tokens of each row's answer. A row draws its token n with
+    ``fold_in(fold_in(key(seed), draw), n)``, whatever stands beside it. until_end: no more once a row has ended.
+    """
+    network = transformer.merge(config, params, router_bias, compute)
+    rows = jax.tree.map(lambda x: _rows(x, compute), rows)
+    at, stops_BX = Numbers(*rows.numbers_BK[:, : len(Numbers._fields)].T), rows.numbers_BK[:, len(Numbers._fields) :]
+    temperature_B, top_p_B = rows.shares_BF.T
+    keys_B = jax.vmap(lambda seed, draw: jax.random.fold_in(jax.random.key(seed), draw))(at.seed, at.draw)
+    filling_B = at.answered >= at.most
+
+    def goes_on(now):
+        n, done_B = now[0], now[4]
+        return (n < turns) & ~jnp.all(done_B) & ~(until_end & jnp.any(done_B & ~filling_B))
+
+    def step(now):
+        n, pages, token_B, length_B, done_B, found = now
+        table_BJ = jnp.where(done_B[:, None], -1, rows.table_BJ)
+        hands, visible = _reading(network, length_B[:, None], table_BJ)
+        options: dict[str, Any] = {"positions_BS": length_B[:, None], "visible": visible, "absorbed": True}
+        memories = _memories(compute, pages, length_B, table_BJ, hands)
+        out = network(token_B[:, None], memories=memories, head=False, **options)
+        logits_BW = network.logits(out.hidden[:, 0])
+        drawn_B = jax.vmap(jax.random.fold_in)(keys_B, at.answered + n)
+        drawn_B, _ = sample(logits_BW, drawn_B, temperature_B, top_p_B, at.top_k)
+        chosen_B = jnp.take_along_axis(logits_BW, drawn_B[:, None], axis=1)[:, 0]
+        logprob_B = chosen_B - jax.nn.logsumexp(logits_BW, axis=1)
+        stopped_B = ~done_B & jnp.any(drawn_B[:, None] == stops_BX, axis=1)
+        put = lambda x_BN, x_B: x_BN.at[:, n].set(jnp.where(done_B, x_BN[:, n], x_B))  # noqa: E731
+        found = Decoded(put(found.tokens_BN, drawn_B), put(found.logprobs_BN, logprob_B), found.stopped_B | stopped_B)
+        token_B = jnp.where(done_B, token_B, drawn_B)
+        length_B = length_B + ~done_B
+        done_B = done_B | stopped_B | (at.answered + n + 1 >= at.most)
+        return n + 1, tuple(memory.pages_PNW for memory in out.memories), token_B, length_B, done_B, found
+
+    batch = len(filling_B)
+    nothing = (jnp.full((batch, most), -1, jnp.int32), jnp.full((batch, most), -1.0), jnp.zeros(batch, bool))
+    found = Decoded(*(_rows(x, compute) for x in nothing))
+    now = jnp.int32(0), pages, at.token, at.length, filling_B, found
+    with jax.named_scope("decode"):
+        _, pages, _, _, _, found = jax.lax.while_loop(goes_on, step, now)
+    return pages, found
+
+
+def _reading(network: transformer.Transformer, position_BS, table_BJ) -> tuple[Any, Visible]:
+    """What a memory hands to attention, and what that sees of it: each token its row up to itself."""
+    visible = Visible(q_positions_BS=position_BS, lengths_B=position_BS[:, -1] + 1)
+    if network.config.attention == "mla":
+        return "pages", dataclasses.replace(visible, pages_BJ=table_BJ)
+    return "rows", visible  # no kernel reads grouped keys and values from pages
+
+
+def _memories(compute: ComputeConfig, pages, start_B, table_BJ, hands) -> tuple[PagedMemory, ...]:
+    def memory(entries: Entries) -> PagedMemory:
+        layers = (entries.shape[0],) if len(entries.shape) == 4 else ()  # scanned layers are handed theirs of a stack
+        start, table = (jnp.broadcast_to(x, (*layers, *x.shape)) for x in (start_B, table_BJ))
+        return PagedMemory(entries, start, table, rules=compute.rules, hands=hands)
+
+    return tuple(map(memory, pages))
+
+
+def _rows(x, compute: ComputeConfig):
+    return constrain(jnp.asarray(x), compute.rules, "batch", *[None] * (np.ndim(x) - 1))

@@ -1,0 +1,292 @@
+"""Who is answered when: requests, their pages, and what the device does next, as shapes from a small set. No jax here.
+
+As vLLM's scheduler does it, a step decodes for all who can and reads so many tokens of the oldest prompts in, so that a
+long prompt delays nobody, and whoever came last gives way where pages run out; shapes come from ``Buckets``, as in
+sglang-jax, since XLA compiles. Other than there, a prompt's last token is not read in but decoded: nothing but decoding
+draws tokens, and a prompt that another has brought costs nothing.
+"""
+
+import bisect
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from deepseek_jax.inference.pages import Pages
+from deepseek_jax.inference.sampling import SamplingParams
+from deepseek_jax.typed import check_least, check_types
+
+RATIO = 4  # from one size of a bucket to the next
+
+
+@dataclasses.dataclass(frozen=True)
+class ServingConfig:
+    """How requests are answered as they come (``Engine.submit``); sizes are those of one device of the batch's."""
+
+    slots: int = 64
+    """Requests that are answered at once."""
+    pages: int = 1024
+    """Pages of the cache."""
+    page: int = 64
+    """Tokens of a page; kernels take multiples of 64 on Hopper, of 128 on TPUs."""
+    context: int = 0
+    """Tokens of prompt and answer at most; 0: max_position_embeddings, or what all pages hold where that is less."""
+    chunk: int = 512
+    """Tokens of prompts that are read in between two tokens of the others' answers."""
+    turns: int = 8
+    """Tokens of each answer that are made without a look at who has come; one, while prompts are read in."""
+    cache: Literal["compute", "float8_e4m3"] = "compute"
+    """What the cache keeps numbers in; float8_e4m3: MLA's latents in groups of 128 with a scale."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_least(self, 1, "slots", "pages", "page", "chunk", "turns")
+
+    def tokens(self, most: int) -> int:
+        """``context`` for a network of ``most`` positions."""
+        room = min(most, self.pages * self.page)
+        if self.context > room:
+            raise ValueError(
+                f"context={self.context}: expected at most {room}, of max_position_embeddings={most} and of "
+                f"pages={self.pages} of {self.page} tokens"
+            )
+        return self.context or room
+
+
+@dataclasses.dataclass(frozen=True)
+class Buckets:
+    """The shapes that are compiled. slots: rows of a decoding step. chunks: (rows, tokens of each) that are read in.
+    tables: pages of a row."""
+
+    slots: tuple[int, ...]
+    chunks: tuple[tuple[int, int], ...]
+    tables: tuple[int, ...]
+
+    @classmethod
+    def of(cls, config: ServingConfig, context: int, *, gathers: bool) -> "Buckets":
+        """gathers: a row costs what its table has room for, since no kernel reads pages."""
+        most = -(-context // config.page)
+        chunks = {(rows, size) for size in _sizes(config.chunk, 16) for rows in (1, config.chunk // size)}
+        by_need = sorted(chunks, key=lambda shape: (shape[1], shape[0]))
+        return cls(_sizes(config.slots, 1), tuple(by_need), _sizes(most, 4) if gathers else (most,))
+
+
+def fitting(sizes: Sequence[int], need: int) -> int:
+    """The smallest of these ascending sizes that holds so many."""
+    return sizes[bisect.bisect_left(sizes, need)]
+
+
+def _sizes(most: int, least: int) -> tuple[int, ...]:
+    sizes = [most]
+    while sizes[-1] // RATIO >= least:
+        sizes.append(sizes[-1] // RATIO)
+    return tuple(sizes[::-1])
+
+
+@dataclasses.dataclass(eq=False)
+class Request:
+    """A prompt and its answer so far (``ids``), and where they are: the first ``length`` tokens lie in ``pages``.
+
+    number: the order of arrival. draw: of samples of one prompt and seed, which it is. slot: -1 while it waits. prefix:
+    of the first ``named`` pages, which others can find.
+    """
+
+    number: int
+    ids: list[int]
+    sampling: SamplingParams
+    draw: int = 0
+    prompt: int = 0
+    slot: int = -1
+    length: int = 0
+    pages: list[int] = dataclasses.field(default_factory=list)
+    prefix: int = 0
+    named: int = 0
+    root: int = -1
+
+    @property
+    def unread(self) -> int:
+        """Tokens to be read in before it can be decoded."""
+        return len(self.ids) - 1 - self.length
+
+    @property
+    def left(self) -> int:
+        """Tokens that its answer may still have."""
+        return self.sampling.max_tokens - (len(self.ids) - self.prompt)
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Tokens ``start`` … ``start + count - 1`` of a request, to be read in."""
+
+    request: Request
+    start: int
+    count: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What the device does next, in this order: copy pages, all at once; read pieces of prompts in; decode ``turns``
+    tokens for some. until_end: but come back when one of them has ended, since others wait for its place."""
+
+    copies: list[tuple[int, int]]
+    pieces: list[Piece]
+    decoded: list[Request]
+    turns: int
+    until_end: bool
+
+
+class Schedule:
+    """The requests of one pool of pages.
+
+    Each ``plan`` is carried out before the next is made, and what it decodes is told to ``answered``.
+    """
+
+    def __init__(self, config: ServingConfig, buckets: Buckets):
+        self.config, self.buckets = config, buckets
+        self.pages = Pages(config.pages, config.page)
+        self.waiting: list[Request] = []  # in order of arrival, those who had to give way among them
+        self.running: list[Request] = []  # likewise
+        self._slots = list(range(config.slots))[::-1]
+        self.preemptions = self.prompt_tokens = self.found_tokens = 0
+
+    def submit(self, request: Request) -> None:
+        """Queue it: a prompt that has room for its answer within ``context``."""
+        request.prompt = len(request.ids)
+        bisect.insort(self.waiting, request, key=lambda each: each.number)
+
+    def cancel(self, request: Request) -> None:
+        """Forget it, wherever it is."""
+        if request in self.waiting:
+            self.waiting.remove(request)
+        elif request in self.running:
+            self._leave(request)
+
+    def plan(self) -> Plan:
+        """The next step. Nothing to do where it has neither pieces nor rows."""
+        copies = self._admit()
+        pieces = self._pieces()
+        reading = any(request.unread for request in self.running)
+        decoded, turns = self._with_room(1 if reading else self.config.turns)
+        return Plan(copies, pieces, decoded, turns, bool(self.waiting))
+
+    def answered(self, request: Request, ids: Sequence[int], *, ended: bool) -> None:
+        """A request of the plan's has these tokens more."""
+        request.ids += ids
+        request.length += len(ids)
+        self._name(request)
+        if ended:
+            self._leave(request)
+
+    def forget(self) -> None:
+        """The weights are others: what was read in by the former ones is lent to nobody."""
+        self.pages.forget()
+
+    def _with_room(self, turns: int) -> tuple[list[Request], int]:
+        """Those who can be decoded, with pages for ``turns`` tokens each, or for one; the last who came gives way."""
+        while True:
+            ready = [request for request in self.running if not request.unread]
+            turns = min(turns, max((request.left for request in ready), default=1))
+            for count in dict.fromkeys((turns, 1)):
+                needs = [self._missing(request, count) for request in ready]
+                if sum(needs) <= self.pages.available:
+                    for request, need in zip(ready, needs, strict=True):
+                        if need:
+                            request.pages += self.pages.take(need)
+                    return ready, count
+            self._give_way(self.running[-1])
+
+    def _missing(self, request: Request, turns: int) -> int:
+        tokens = request.length + min(turns, request.left)
+        return max(-(-tokens // self.pages.size) - len(request.pages), 0)
+
+    def _give_way(self, request: Request) -> None:
+        """Wait again, with what was answered as part of the prompt."""
+        assert len(self.running) > 1, "one request alone has room for its context"
+        self._leave(request)
+        bisect.insort(self.waiting, request, key=lambda each: each.number)
+        self.preemptions += 1
+
+    def _leave(self, request: Request) -> None:
+        self.running.remove(request)
+        self._slots.append(request.slot)
+        self.pages.release(request.pages)
+        request.slot, request.length, request.pages = -1, 0, []
+
+    def _admit(self) -> list[tuple[int, int]]:
+        """Let in, in their order, as many as there are slots, pages and tokens of the budget for. Who asks what another
+        is about to read in waits for that, and lets those behind pass."""
+        copies, unread = [], sum(request.unread for request in self.running)
+        for request in self.waiting[: self.config.slots]:
+            if not self._slots or unread >= self.config.chunk:
+                break
+            ids_T = np.array(request.ids, np.int32)
+            found = self.pages.find(ids_T)
+            if found.soon:
+                continue
+            self.pages.hold(found.pages)
+            need = -(-len(request.ids) // self.pages.size) - len(found.pages)
+            if self.pages.available < need + len(self.running):  # with fewer somebody would soon give way
+                self.pages.release(found.pages)
+                break
+            own = self.pages.take(need)
+            if found.rest is not None:  # it may be among its own now: copies are made before anything is written
+                copies.append((found.rest, own[0]))
+            self._enter(request, ids_T, found.pages, found.prefix, own, rest=found.rest is not None)
+            unread += request.unread
+        return copies
+
+    def _enter(self, request, ids_T, shared: list[int], prefix: int, own: list[int], *, rest: bool) -> None:
+        size, known = self.pages.size, len(ids_T) - 1
+        self.waiting.remove(request)
+        bisect.insort(self.running, request, key=lambda each: each.number)
+        request.slot, request.pages = self._slots.pop(), [*shared, *own]
+        request.length = known if rest else len(shared) * size
+        request.prefix, request.named, request.root = prefix, len(shared), self.pages.root
+        self.prompt_tokens += known
+        self.found_tokens += request.length
+        for j in range(len(shared), known // size):
+            ids_N = ids_T[j * size : (j + 1) * size]
+            request.prefix = self.pages.name(request.pages[j], request.prefix, ids_N, promised=True)
+            request.named += 1
+        if known % size and not rest:
+            ids_N = ids_T[request.named * size : known]
+            self.pages.name(request.pages[request.named], request.prefix, ids_N, promised=True)
+
+    def _pieces(self) -> list[Piece]:
+        """Of the oldest prompts that are not read in, in one shape: the first's; of those that begin, or of all."""
+        unread = [request for request in self.running if request.unread]
+        if not unread:
+            return []
+        whole = lambda request: min(request.unread, self.config.chunk)  # noqa: E731
+        size = fitting([size for _, size in self.buckets.chunks], whole(unread[0]))
+        alike = [r for r in unread if whole(r) <= size and (r.length == 0 or unread[0].length > 0)]
+        pieces = [Piece(r, r.length, whole(r)) for r in alike[: self.config.chunk // size]]
+        for piece in pieces:
+            self._read(piece)
+        return pieces
+
+    def _read(self, piece: Piece) -> None:
+        request, size = piece.request, self.pages.size
+        before, request.length = request.length, piece.start + piece.count
+        last = len(request.pages) if not request.unread else request.length // size
+        for page in request.pages[before // size : last]:
+            self.pages.ready(page)
+
+    def _name(self, request: Request) -> None:
+        """Let others find the pages that it has filled."""
+        size = self.pages.size
+        while request.root == self.pages.root and (request.named + 1) * size <= request.length:
+            ids_N = np.array(request.ids[request.named * size : (request.named + 1) * size], np.int32)
+            request.prefix = self.pages.name(request.pages[request.named], request.prefix, ids_N)
+            request.named += 1
+
+    def check(self) -> None:
+        """AssertionError where pages or slots are lost, or two write to one page."""
+        size = self.pages.size
+        written = [page for request in self.running for page in request.pages[request.length // size :]]
+        self.pages.check([request.pages for request in self.running], written)
+        slots = sorted([*self._slots, *(request.slot for request in self.running)])
+        assert slots == list(range(self.config.slots)), "a slot is lost"
+        numbers = [request.number for request in self.waiting]
+        assert numbers == sorted(numbers) and not any(request.pages for request in self.waiting)

@@ -1,0 +1,264 @@
+"""Requests as they come, against the plain forward pass: whoever else comes, goes, or gives way."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from model.tiny import QWEN, V2_LITE, config, weights, whole
+from small import SPEAKER, tokenizer
+
+from deepseek_jax.inference.engine import Engine
+from deepseek_jax.inference.sampling import SamplingParams
+from deepseek_jax.inference.schedule import ServingConfig
+from deepseek_jax.model import transformer
+from deepseek_jax.model.transformer import logical_axes
+from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
+from deepseek_jax.parallel.sharding import tree_shardings
+
+SIZES = {"num_hidden_layers": 2, "vocab_size": 300, "max_position_embeddings": 64}
+MODELS = {"v3": SPEAKER, "v2-lite": config(V2_LITE, **SIZES), "qwen": config(QWEN, **SIZES)}
+SERVING = ServingConfig(slots=3, pages=16, page=4, context=48, chunk=12, turns=3)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
+MARGIN = 1e-4  # of float32, by which another batch may change which of two tokens is the best
+ROWS = 8
+
+
+@functools.cache
+def engine(name: str) -> Engine:
+    """With every program compiled."""
+    made = Engine(whole(MODELS[name], *weights(MODELS[name]), tokenizer()), serving=SERVING)
+    made.warm_up()
+    return made
+
+
+@functools.cache
+def forward(name: str):
+    def logits(params, bias, tokens_BS):
+        return transformer.merge(MODELS[name], params, bias)(tokens_BS).logits
+
+    return jax.jit(logits)
+
+
+@functools.cache
+def noise():
+    """Of token n of an answer, as ``decode`` says it is drawn."""
+    key = lambda seed, draw, n: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), draw), n)  # noqa: E731
+    gumbel = lambda *at: jax.random.gumbel(key(*at), (SIZES["vocab_size"],))  # noqa: E731
+    return jax.jit(jax.vmap(gumbel, in_axes=(None, None, 0)))
+
+
+@dataclasses.dataclass
+class Asked:
+    prompt: list[int]
+    sampling: SamplingParams
+    draw: int = 0
+    ids: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    reason: str = ""
+
+
+def step(engine: Engine, asked: dict[int, Asked]) -> None:
+    for event in engine.step():
+        answer = asked[event.number]
+        assert not answer.reason and len(event.token_ids) == len(event.logprobs)
+        answer.ids += event.token_ids
+        answer.logprobs += event.logprobs
+        answer.reason = event.finish_reason
+    assert engine._requests is not None
+    engine._requests.check()
+
+
+def finish(engine: Engine, asked: dict[int, Asked]) -> None:
+    for _ in range(2000):
+        if not engine.busy:
+            break
+        step(engine, asked)
+    assert not engine.busy and all(answer.reason for answer in asked.values())
+    assert engine.metrics()["pages_held"] == 0
+
+
+def submit(engine: Engine, asked: dict[int, Asked], *answers: Asked) -> list[int]:
+    numbers = [engine.submit(answer.prompt, answer.sampling, draw=answer.draw) for answer in answers]
+    asked |= dict(zip(numbers, answers, strict=True))
+    return numbers
+
+
+def assert_right(name: str, answers: list[Asked]) -> None:
+    """Each token is the best, or the drawn one, by the plain forward pass over its whole row; log-probabilities too."""
+    for first in range(0, len(answers), ROWS):
+        some = answers[first : first + ROWS]
+        tokens = np.zeros((ROWS, SERVING.context), np.int32)
+        for row, answer in enumerate(some):
+            tokens[row, : len(answer.prompt) + len(answer.ids)] = [*answer.prompt, *answer.ids]
+        logits = np.asarray(forward(name)(*weights(MODELS[name]), jnp.asarray(tokens)), np.float64)
+        logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        for row, answer in enumerate(some):
+            count, at = len(answer.ids), len(answer.prompt) - 1
+            scores, places = logprobs[row, at : at + count], np.arange(count)
+            np.testing.assert_allclose(answer.logprobs, scores[places, answer.ids], atol=1e-4)
+            sampling = answer.sampling
+            if sampling.temperature:
+                drawn = noise()(sampling.seed, answer.draw, np.arange(16))
+                scores = scores / sampling.temperature + np.asarray(drawn)[:count]
+            assert np.all(scores[places, answer.ids] >= scores.max(axis=1) - MARGIN), answer
+            whole_answer = answer.reason == "length" and count == sampling.max_tokens
+            assert whole_answer or (answer.reason == "stop" and answer.ids[-1] in ends(sampling)) or not answer.reason
+
+
+def ends(sampling: SamplingParams) -> tuple[int, ...]:
+    return (*tokenizer().stop_ids, *sampling.stop_token_ids)
+
+
+def mix(name: str, seed: int) -> None:
+    """Prompts that share beginnings, or all, come in bursts; some are given up; new weights, the same, come between."""
+    rng, asked = np.random.default_rng(seed), dict[int, Asked]()
+    serving = engine(name)
+    beginnings = [rng.integers(3, 300, rng.integers(4, 24)).tolist() for _ in range(3)]
+    for _ in range(rng.integers(5, 25)):
+        if rng.random() < 0.6:
+            beginning = beginnings[rng.integers(3)][: rng.integers(1, 24)]
+            prompt = [*beginning, *rng.integers(3, 300, rng.integers(2) * rng.integers(8)).tolist()]
+            sampling = SamplingParams(
+                temperature=rng.choice([0.0, 1.0, 0.6]).item(),
+                max_tokens=rng.integers(1, 17).item(),
+                seed=rng.integers(5).item(),
+                stop_token_ids=tuple(rng.integers(0, 300, 8 * rng.integers(2)).tolist()),
+            )
+            submit(serving, asked, *(Asked(prompt, sampling, draw) for draw in range(rng.integers(1, 5))))
+        if asked and rng.random() < 0.2:
+            serving.cancel(int(rng.choice(list(asked))))
+        if rng.random() < 0.03:
+            serving.update(*weights(MODELS[name]))
+        step(serving, asked)
+    finish(serving, asked)
+    assert_right(name, [answer for answer in asked.values() if answer.reason != "cancelled"])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_answers_are_the_plain_forwards_in_any_company(name):
+    for seed in range(4):
+        mix(name, seed)
+    metrics = engine(name).metrics()
+    assert metrics["preemptions"] and metrics["found_tokens"] and not metrics["compiles"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_answers_are_the_plain_forwards_in_two_hundred_mixes(name):
+    for seed in range(100, 167):
+        mix(name, seed)
+    assert not engine(name).metrics()["compiles"]
+
+
+def test_a_sample_is_the_one_that_generate_gives():
+    """The i-th of several is the i-th of equal prompts there."""
+    serving, asked = engine("v3"), dict[int, Asked]()
+    sampling = SamplingParams(max_tokens=12, seed=3, temperature=0.7, top_k=40)
+    submit(serving, asked, *(Asked([5, 9, 2, 7], sampling, draw) for draw in range(3)), Asked([8] * 20, GREEDY))
+    finish(serving, asked)
+    expected = [each.token_ids for each in serving.generate([[5, 9, 2, 7]] * 3, sampling)]
+    assert [answer.ids for answer in asked.values()][:3] == expected
+
+
+def test_samples_of_one_prompt_read_it_once():
+    serving, asked = engine("v3"), dict[int, Asked]()
+    serving.update(*weights(SPEAKER))  # nothing of other tests is found
+    before = serving.metrics()
+    submit(serving, asked, *(Asked([7] * 23, GREEDY, draw) for draw in range(3)))
+    finish(serving, asked)
+    read = {name: serving.metrics()[name] - before[name] for name in ("prompt_tokens", "found_tokens")}
+    assert read == {"prompt_tokens": 3 * 22, "found_tokens": 2 * 22}
+
+
+def test_new_weights_answer_what_is_running_and_their_prefixes_alone_are_found():
+    """A running answer goes on over what the former weights have read in; its twin that comes later finds nothing."""
+    params, bias = weights(SPEAKER)
+    serving, asked = engine("v3"), dict[int, Asked]()
+    submit(serving, asked, running := Asked([7] * 20, dataclasses.replace(GREEDY, max_tokens=20)))
+    while not running.ids:
+        step(serving, asked)
+    known = len(running.ids)
+    other = params | {"head": {"w": params["head"]["w"][:, ::-1]}}  # the same cache, other words
+    serving.update(other, bias)
+    found = serving.metrics()["found_tokens"]
+    submit(serving, asked, later := Asked([7] * 20, GREEDY))
+    finish(serving, asked)
+    assert serving.metrics()["found_tokens"] == found
+    serving.update(params, bias)
+    (first,) = serving.generate([[7] * 20], dataclasses.replace(GREEDY, max_tokens=1))
+    assert running.ids[0] == first.token_ids[0] and later.ids[0] == SIZES["vocab_size"] - 1 - first.token_ids[0]
+    assert known < 20 and len(running.ids) == 20
+
+
+def test_no_request_waits_for_a_compiler():
+    """Whatever its shape: counted by jax itself, not by the engine."""
+    serving = dataclasses.replace(SERVING, slots=4, chunk=64, pages=24)
+    made = Engine(whole(SPEAKER, *weights(SPEAKER), tokenizer()), serving=serving)
+    made.warm_up()
+    compiled = list[str]()
+    jax.monitoring.register_event_duration_secs_listener(lambda event, duration_secs, **_: compiled.append(event))
+    rng, asked = np.random.default_rng(0), dict[int, Asked]()
+    for length in (1, 2, 5, 17, 40, 3, 3, 3, 3, 9):
+        submit(made, asked, Asked(rng.integers(3, 300, length).tolist(), GREEDY))
+        step(made, asked)
+    finish(made, asked)
+    assert not [name for name in compiled if "compile" in name]
+    assert made.metrics()["compiles"] == 0
+    assert_right("v3", [*asked.values()])
+
+
+def spread(mesh_config: MeshConfig, **compute: Any) -> Engine:
+    mesh = make_mesh(mesh_config)
+    params, bias = weights(SPEAKER)
+    params = jax.device_put(params, tree_shardings(mesh, logical_axes(SPEAKER), params))
+    model = whole(SPEAKER, params, bias, tokenizer(), mesh)
+    return Engine(dataclasses.replace(model, compute=dataclasses.replace(model.compute, **compute)), serving=SERVING)
+
+
+@pytest.mark.parametrize("scan", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_on_a_mesh_each_device_of_the_batch_has_its_own_pages(scan):
+    """Experts split by two of the four that share the batch, heads by two more."""
+    serving, asked = spread(MeshConfig(data=2, expert=2, tensor=2), scan_decode=scan), dict[int, Asked]()
+    rng = np.random.default_rng(0)
+    for length in rng.integers(1, 30, 12).tolist():
+        submit(serving, asked, Asked(rng.integers(3, 300, length).tolist(), GREEDY))
+    submit(serving, asked, *(Asked([7] * 23, GREEDY) for _ in range(4)))
+    step(serving, asked)
+    assert serving.metrics()["running"] >= 4
+    finish(serving, asked)
+    assert_right("v3", [*asked.values()])
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_a_cache_in_fp8_answers_nearly_the_same(scan):
+    wide = dataclasses.replace(SPEAKER, kv_lora_rank=128)
+    model = whole(wide, *weights(wide), tokenizer())
+    model = dataclasses.replace(model, compute=dataclasses.replace(model.compute, scan_decode=scan))
+    serving, asked = Engine(model, serving=dataclasses.replace(SERVING, cache="float8_e4m3")), dict[int, Asked]()
+    prompts = [[5, 9, 2, 7], [8, 8, 1, 30, 22] * 5]
+    submit(serving, asked, *(Asked(prompt, GREEDY) for prompt in prompts))
+    finish(serving, asked)
+    for answer, expected in zip(asked.values(), serving.generate(prompts, GREEDY), strict=True):
+        assert answer.ids[0] == expected.token_ids[0]
+        assert 1e-5 < abs(answer.logprobs[0] - expected.logprobs[0]) < 0.3
+    with pytest.raises(ValueError, match="cache='float8_e4m3': only MLA's latents"):
+        Engine(whole(MODELS["qwen"], *weights(MODELS["qwen"]), tokenizer()), serving=serving.serving).submit([1])
+
+
+def test_what_can_never_be_answered_is_refused():
+    serving = engine("v3")
+    with pytest.raises(ValueError, match="the prompt has no tokens"):
+        serving.submit([])
+    with pytest.raises(ValueError, match="the prompt has the ids 3…300: expected ids from 0 to below vocab_size=300"):
+        serving.submit([3, 300])
+    with pytest.raises(ValueError, match="a prompt of 41 tokens and max_tokens=8 pass context=48"):
+        serving.submit([3] * 41, GREEDY)
+    with pytest.raises(ValueError, match="1[0-9] ids that end an answer.*: expected at most 16"):
+        serving.submit([3], SamplingParams(stop_token_ids=tuple(range(18))[:17]))
+    assert not serving.busy
+    serving.cancel(10**6)  # who is not there is not given up
+    assert serving.step() == []

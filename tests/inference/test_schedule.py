@@ -1,0 +1,201 @@
+"""Pages and requests without a network: a device that remembers, of each place in a page, what it was computed from."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deepseek_jax.inference.pages import Pages
+from deepseek_jax.inference.sampling import SamplingParams
+from deepseek_jax.inference.schedule import Buckets, Request, Schedule, ServingConfig, fitting
+
+CONFIG = ServingConfig(slots=3, pages=10, page=4, chunk=16, turns=3)
+BUCKETS = Buckets.of(CONFIG, 40, gathers=True)
+
+
+class Device:
+    """Each place holds the token and all before it that it was computed with; an answer's next token is a function of
+    what is read."""
+
+    def __init__(self, schedule: Schedule):
+        self.schedule, self.size = schedule, schedule.pages.size
+        self.places = [[(-1,)] * self.size for _ in range(schedule.pages.count)]
+        self.read = 0
+
+    def write(self, request, at: int, token: int) -> None:
+        past = () if at == 0 else self.places[request.pages[(at - 1) // self.size]][(at - 1) % self.size]
+        self.places[request.pages[at // self.size]][at % self.size] = (*past, token)
+
+    def run(self, plan) -> list[Request]:
+        """Carry a plan out; returns who has ended."""
+        copied = [list(self.places[source]) for source, _ in plan.copies]
+        for (_, target), content in zip(plan.copies, copied, strict=True):
+            self.places[target] = content
+        tables = {request.number: list(request.pages) for request in plan.decoded}
+        for piece in plan.pieces:
+            self.read += piece.count
+            if piece.request.pages:  # it has not given way since
+                for at in range(piece.start, piece.start + piece.count):
+                    self.write(piece.request, at, piece.request.ids[at])
+        ended = []
+        for _ in range(plan.turns):
+            for request in plan.decoded:
+                if request in ended:
+                    continue
+                assert request.pages == tables[request.number]
+                self.write(request, request.length, request.ids[-1])
+                past = self.places[request.pages[request.length // self.size]][request.length % self.size]
+                assert past == tuple(request.ids), "it reads another's past"
+                over = len(request.ids) - request.prompt + 1 == request.sampling.max_tokens
+                self.schedule.answered(request, [following(past)], ended=over)
+                ended += [request] * over
+            if ended and plan.until_end:
+                break
+        return ended
+
+
+def following(ids) -> int:
+    return (sum(ids) * 7 + len(ids)) % 5
+
+
+def expected(prompt, limit) -> list[int]:
+    ids = list(prompt)
+    for _ in range(limit):
+        ids.append(following(ids))
+    return ids
+
+
+def drive(schedule, device, ended):
+    plan = schedule.plan()
+    shape = len(plan.pieces), max((piece.count for piece in plan.pieces), default=0)
+    assert any(rows >= shape[0] and size >= shape[1] for rows, size in BUCKETS.chunks)
+    assert not plan.decoded or fitting(BUCKETS.slots, len(plan.decoded)) <= CONFIG.slots
+    assert sum(piece.count for piece in plan.pieces) <= CONFIG.chunk
+    assert all(piece.start == 0 for piece in plan.pieces) or not plan.pieces or plan.pieces[0].start > 0
+    ended += device.run(plan)
+    schedule.check()
+    return bool(plan.pieces or plan.decoded)
+
+
+PROMPTS = st.lists(st.integers(0, 2), min_size=1, max_size=24)
+EVENTS = st.lists(
+    st.one_of(
+        st.tuples(st.just("submit"), PROMPTS, st.integers(1, 16), st.integers(1, 4)),
+        st.tuples(st.just("step")),
+        st.tuples(st.just("cancel"), st.integers(0, 30)),
+        st.tuples(st.just("update")),
+    ),
+    max_size=30,
+)
+
+
+@given(EVENTS)
+def test_whoever_comes_and_goes_each_reads_its_own_past(events):
+    schedule, requests, ended, cancelled = Schedule(CONFIG, BUCKETS), [], [], set()
+    device = Device(schedule)
+    for event, *more in [*events, *[("step",)] * 3]:
+        if event == "submit":
+            prompt, limit, copies = more
+            for _ in range(copies):
+                requests.append(Request(len(requests), list(prompt), SamplingParams(max_tokens=limit)))
+                schedule.submit(requests[-1])
+        elif event == "cancel" and more[0] < len(requests) and requests[more[0]] not in ended:
+            schedule.cancel(requests[more[0]])
+            cancelled.add(more[0])
+        elif event == "update":
+            schedule.forget()
+        elif event == "step":
+            drive(schedule, device, ended)
+        schedule.check()
+    steps = 0
+    while schedule.waiting or schedule.running:
+        assert drive(schedule, device, ended), "nobody moves"
+        assert (steps := steps + 1) < 1000
+    assert {request.number for request in ended} == set(range(len(requests))) - cancelled
+    for request in ended:
+        assert request.ids == expected(request.ids[: request.prompt], request.sampling.max_tokens)
+    assert schedule.pages.available == CONFIG.pages
+
+
+def answers(schedule, device, *requests):
+    for request in requests:
+        schedule.submit(request)
+    ended = []
+    while len(ended) < len(requests):
+        drive(schedule, device, ended)
+
+
+def request(number, ids, limit=2):
+    return Request(number, list(ids), SamplingParams(max_tokens=limit))
+
+
+def test_samples_of_one_prompt_read_it_once():
+    """Whoever comes together waits for the first and copies its last page; whoever comes later finds it all."""
+    schedule = Schedule(CONFIG, BUCKETS)
+    device = Device(schedule)
+    prompt = [1, 2] * 7
+    answers(schedule, device, *[request(i, prompt) for i in range(3)])
+    assert device.read == schedule.prompt_tokens - schedule.found_tokens == 13
+    answers(schedule, device, request(3, prompt))
+    assert device.read == 13
+    answers(schedule, device, request(4, [*prompt[:9], 0, 0, 0]))  # two whole pages are the same
+    assert device.read == 13 + 11 - 8
+
+
+def test_an_answer_is_found_by_the_next_turn_and_other_weights_find_nothing():
+    schedule = Schedule(CONFIG, BUCKETS)
+    device = Device(schedule)
+    first = request(0, [1] * 5, limit=8)
+    answers(schedule, device, first)
+    read = device.read
+    answers(schedule, device, request(1, [*first.ids, 2, 2]))
+    assert device.read - read == 14 - 12  # of 13 tokens, three pages were full
+    schedule.forget()
+    answers(schedule, device, request(2, [*first.ids, 2, 2]))
+    assert device.read - read == 2 + 14
+
+
+def test_who_was_idle_longest_makes_room():
+    pages = Pages(3, 2)
+    ids = lambda *ids: np.array(ids, np.int32)  # noqa: E731
+    for token in (1, 2):
+        (page,) = pages.take(1)
+        pages.name(page, pages.root, ids(token, token))
+        pages.release([page])
+    found = pages.find(ids(1, 1, 9)).pages
+    pages.hold(found)
+    pages.release(found)  # now the other has been idle longer
+    pages.release(pages.take(2))
+    assert pages.find(ids(1, 1, 9)).pages == found and not pages.find(ids(2, 2, 9)).pages
+    pages.check()
+
+
+def test_the_youngest_gives_way_and_comes_back_in_its_turn():
+    schedule = Schedule(dataclasses.replace(CONFIG, pages=6), BUCKETS)
+    device = Device(schedule)
+    answers(schedule, device, *[request(i, [i] * 6, limit=12) for i in range(4)])
+    assert schedule.preemptions > 0 and schedule.pages.available == 6
+
+
+def test_a_long_prompt_delays_nobody():
+    config = ServingConfig(slots=2, pages=64, page=4, chunk=8, turns=3)
+    schedule = Schedule(config, Buckets.of(config, 80, gathers=True))
+    device = Device(schedule)
+    short, long = request(0, [1, 2], limit=40), request(1, [3] * 64)
+    schedule.submit(short)
+    device.run(schedule.plan())
+    schedule.submit(long)
+    for step in range(7):
+        plan = schedule.plan()
+        assert [piece.count for piece in plan.pieces] == [8] and plan.decoded == [short] and plan.turns == 1, step
+        device.run(plan)
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="slots=0: must be at least 1"):
+        ServingConfig(slots=0)
+    with pytest.raises(ValueError, match="context=99: expected at most 40, of max_position_embeddings=64 and"):
+        dataclasses.replace(CONFIG, context=99).tokens(64)
+    assert CONFIG.tokens(64) == 40 and CONFIG.tokens(32) == 32

@@ -133,9 +133,9 @@ class Engine:
         Between two pieces the device makes as many tokens as it can in ``STREAM_SECONDS``. ``finish_reason`` is "" but
         for the last; a character of several tokens is given with its last one. Errors as in ``generate``.
         """
+        require_one_process("a streamed answer")
         weights, requests = self._prepared([self._ids(prompt)], sampling or SamplingParams())
         given = (sampling_config(self.config), self.compute, *weights, requests)
-        require_one_process("a streamed answer")
         text, known, chunk, went_on = TextStream(self.tokenizer), 0, 1, time.monotonic()
         with jax.set_mesh(self.mesh):
             decoding = begin(*given)
@@ -164,32 +164,39 @@ class Engine:
         sampling: SamplingParams | Sequence[SamplingParams],
         key: jax.Array | None = None,
     ) -> tuple[tuple[Any, jax.Array | None], Requests]:
-        """The weights, and the prompts as arrays. ValueError where prompt and answer pass what the model takes."""
+        """The weights, and the prompts as arrays. ValueError where prompt and answer pass what the model takes, of
+        several processes on all."""
         each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
-        for row, (prompt, params) in enumerate(zip(prompts, each, strict=False)):
-            if max(prompt, default=0) >= self.config.vocab_size:
-                raise ValueError(
-                    f"prompt {row} has the id {max(prompt)}: expected below vocab_size={self.config.vocab_size}"
-                )
-            if len(prompt) + params.max_tokens > self.config.max_position_embeddings:
-                raise ValueError(
-                    f"a prompt of {len(prompt)} tokens and max_tokens={params.max_tokens} pass "
-                    f"max_position_embeddings={self.config.max_position_embeddings}"
-                )
+        axes, stop_ids = self.compute.rules.batch, self.tokenizer.stop_ids
+        require_own_rows(self.mesh, axes, "sampling")
+        told = gather([self._wrong(prompts, each), dataclasses.astuple(Room.of(prompts, each, stop_ids))])
+        if wrong := next(filter(None, (wrong for wrong, _ in told)), None):
+            raise ValueError(wrong)
         with self._lock:
             weights = self._make()
-        axes, stop_ids = self.compute.rules.batch, self.tokenizer.stop_ids
         ways = math.prod(self.mesh.shape[axis] for axis in axes)
         options: dict[str, Any] = {"stop_ids": stop_ids, "pad_id": self.tokenizer.pad_id}
         if (count := jax.process_count()) == 1:
             with jax.set_mesh(self.mesh):
                 return weights, make_requests(prompts, sampling, key, ways=ways, **options)
-        require_own_rows(self.mesh, axes, "sampling")
-        rooms = [Room(*sizes) for sizes in gather(dataclasses.astuple(Room.of(prompts, each, stop_ids)))]
+        rooms = [Room(*sizes) for _, sizes in told]
         room = Room(*map(max, *map(dataclasses.astuple, rooms)))
         first = sum(room.rows for room in rooms[: jax.process_index()])
         requests = make_requests(prompts, sampling, key, ways=ways // count, room=room, first=first, **options)
         return weights, spread(requests, NamedSharding(self.mesh, PartitionSpec(axes)))
+
+    def _wrong(self, prompts: Sequence[Sequence[int]], each: Sequence[SamplingParams]) -> str | None:
+        """What is, of the first prompt that cannot be answered."""
+        longest, size = self.config.max_position_embeddings, self.config.vocab_size
+        for row, (prompt, params) in enumerate(zip(prompts, each, strict=False)):
+            if not len(prompt):
+                return f"prompt {row} has 0 tokens: expected at least one"
+            if max(prompt) >= size:
+                return f"prompt {row} has the id {max(prompt)}: expected below vocab_size={size}"
+            if (length := len(prompt)) + params.max_tokens > longest:
+                most = f"max_tokens={params.max_tokens} pass max_position_embeddings={longest}"
+                return f"a prompt of {length} tokens and {most}"
+        return None
 
     def _completion(self, out: Generated, row: int) -> Completion:
         length, stopped = int(out.lengths_B[row]), bool(out.stopped_B[row])

@@ -17,6 +17,7 @@ from deepseek_jax.evals.samples import best_shares, cons_shares, mean_and_error
 from deepseek_jax.files import read_json_lines, write_json
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
+from deepseek_jax.parallel.processes import first_host_alone, meet
 from deepseek_jax.rl.asking import ask
 from deepseek_jax.rl.grader import Grader
 from deepseek_jax.rl.reward_spec import parse_reward
@@ -150,6 +151,7 @@ def scale(
     {"task", "kind": "budget" | "majority" | "best_of", "x", "accuracy", "stderr"}: tokens or samples, the mean over
     questions and its standard error. One of budgets has "label" and "tokens" too, the mean tokens that were thought."""
     engine, curves = Engine(model), []
+    meet()  # the first process has written them
     for answers in tasks:
         samples = answers.asking.samples
         lines = sorted(read_json_lines(folder / answers.file), key=lambda line: (line["question"], line["sample"]))
@@ -169,9 +171,13 @@ def scale(
         for waits in dict.fromkeys(scaling.waits) if scaling.budgets else ():
             thoughts = Thoughts(answers, scaling, waits)
             curves.append(thoughts.curve(thoughts.complete(engine, folder, batch_size)))
+    first_host_alone(lambda: _write(curves, folder))
+    return curves
+
+
+def _write(curves: Sequence[dict[str, Any]], folder: Path) -> None:
     write_json(folder / FILE, {"curves": curves})
     draw(curves, folder / "scaling.png")
-    return curves
 
 
 def _curve(task: str, kind: str, x: Sequence[int], shares: Sequence[Sequence[float]]) -> dict[str, Any]:

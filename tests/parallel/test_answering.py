@@ -18,14 +18,17 @@ from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
 from deepseek_jax.parallel.processes import own_part
 from deepseek_jax.rl.rewards.model import ModelReward
 from deepseek_jax.rl.tasks import TaskConfig, make_task
+from deepseek_jax.workflows import rejection
+from deepseek_jax.workflows.questions import Answers, Asking
+from deepseek_jax.workflows.rejection import RejectionConfig
 
 # What is said goes into files: gloo writes where print does.
 PROGRAM = """
 import contextlib, io, json
 from pathlib import Path
-from parallel.test_answering import COMMANDS, scores
+from parallel.test_answering import COMMANDS, judged, scores
 from deepseek_jax.cli.main import main
-said = {"scores": scores()}
+said = {"scores": scores(), "judged": judged()}
 for name, command in COMMANDS.items():
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         code = main([*command, "--mesh.data", "0", "--mesh.expert", "2"])
@@ -37,22 +40,10 @@ COMMANDS = {
     "generate": ["generate", "model", "--max-tokens", "6", "--temperature", "1"],
     "eval": ["eval", "model", "rows=rows.jsonl", *ASK, "--data", "text.md", "--out", "answers"],
     "needle": ["eval", "model", "--needle.lengths", "256", "--needle.depths", "0", "99", "--needle.samples", "2"],
-    "rejection": [
-        "rejection",
-        "--init-from",
-        "model",
-        "--task.path",
-        "open.jsonl",
-        "--unanswered",
-        "--batch-size",
-        "4",
-    ],
     # A process that fails is gone 10 s later, so these come last.
     "too_long": ["generate", "model", "--max-tokens", "60", "--prompt", "1", "--prompt", "12345678"],
     "budgets": ["eval", "model", "rows=rows.jsonl", "--scaling.budgets", "4"],
 }
-COMMANDS["rejection"] += ["--judge", "mine.py:long", "--judge-least", "1", "--asking.samples", "1", "--keep.no-thought"]
-COMMANDS["rejection"] += ["--asking.max-tokens", "6", "--keep.no-ended", "--run-dir", "kept"]
 COMMANDS["generate"] += [word for prompt in ("def", "12", "7*") for word in ("--prompt", prompt)]
 COMMANDS["needle"] += ["--needle.others", "0", "--out", "needle"]
 
@@ -70,6 +61,18 @@ def scores() -> list[float | None]:
     answers = own_part(["4", "46", "", "7*8=56", "def add"])
     rows = [{"prompt": "12+34="}] * len(answers)
     return [outcome.value for outcome in judge.score_all(answers, rows, make_task(TaskConfig()))]
+
+
+def judged() -> list[float | None]:
+    """By a file, in parts of which the last has fewer answers than there are processes."""
+    task = TaskConfig(path=("open.jsonl",))
+    config = RejectionConfig(task=task, unanswered=True, judge=("mine.py:long",), batch_size=2)
+    lines = [
+        {"question": number, "completion": "a" * number, "ended": True, "tokens": number, "correct": None}
+        for number in range(5)
+    ]
+    sampled = rejection._sampled(config, Answers(task, Asking(), unanswered=True), lines)
+    return [sample.score for sample in sampled]
 
 
 @pytest.fixture(scope="module")
@@ -102,10 +105,10 @@ def test_they_say_what_one_says(said, tmp_path, monkeypatch, capsys):
     folder, (first, second) = said
     _write_inputs(tmp_path)
     monkeypatch.chdir(tmp_path)
-    for name in ("generate", "eval", "needle", "rejection"):
+    for name in ("generate", "eval", "needle"):
         assert first[name][:2] == [0, _alone(name, capsys)], first[name][2]
         assert second[name][:2] == [0, ""]
-    files = sorted(path for place in ("answers", "needle", "kept") for path in Path(place).iterdir())
+    files = sorted(path for place in ("answers", "needle") for path in Path(place).iterdir())
     for file in files:
         reader = read_json_lines if file.suffix == ".jsonl" else read_json_object
         assert file.suffix == ".png" or reader(folder / file) == reader(tmp_path / file), file
@@ -123,3 +126,7 @@ def test_what_one_cannot_do_none_does(said):
 def test_a_reward_model_scores_all_answers_together(said):
     found = [score for process in said[1] for score in process["scores"]]
     assert found == pytest.approx(scores(), rel=1e-6) and len(set(found)) > 3
+
+
+def test_what_a_judge_says_of_parts_all_know(said):
+    assert [process["judged"] for process in said[1]] == [[0.0, 0.25, 0.5, 0.75, 1.0]] * 2

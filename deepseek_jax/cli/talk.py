@@ -18,6 +18,7 @@ from deepseek_jax.data.chat_templates import check_template
 from deepseek_jax.data.tokenizer import THINK, whole_text
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
+from deepseek_jax.parallel.copies import read_placement
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
 from deepseek_jax.parallel.processes import gather, own_part, require_own_rows
 from deepseek_jax.saying import say
@@ -58,6 +59,8 @@ class Answering:
     mesh: MeshConfig = MeshConfig(data=1)
     """Devices that answer together, by default one: expert and tensor split the weights, data, fsdp and expert the
     prompts. data=0: all devices, and so it is with several processes."""
+    placement: str = ""
+    """Where the experts stand, the busiest several times: a file that deepseek-jax place has written."""
     compute: ComputeConfig = dataclasses.field(default_factory=_computed)
 
     @property
@@ -84,7 +87,8 @@ class Answering:
         require_own_rows(mesh, self.compute.rules.batch, "answers")
         options: dict[str, Any] = {"compute": self.compute, "mesh": mesh, "step": self.step or None, "ema": self.ema}
         model = load(self.folder, **options, ignore_config=self.ignore_config)
-        return Engine(model.asked_by(self.chat_template))
+        placement = read_placement(self.placement, model.config.num_dense_layers) if self.placement else None
+        return Engine(model.asked_by(self.chat_template), placement=placement)
 
 
 def _mesh(config: MeshConfig) -> Mesh:

@@ -17,8 +17,9 @@ from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.inference.generate import Generated, begin, generate, go_on
 from deepseek_jax.inference.requests import Requests, Room, make_requests, spread
 from deepseek_jax.inference.sampling import SamplingParams
-from deepseek_jax.inference.weights import sampling_compute, sampling_config, sampling_weights
+from deepseek_jax.inference.weights import sampling_compute, sampling_config, sampling_weights, with_copies
 from deepseek_jax.model import transformer
+from deepseek_jax.parallel.copies import check_places
 from deepseek_jax.parallel.processes import gather, require_one_process, require_own_rows, together
 from deepseek_jax.parallel.sharding import ShardingRules
 
@@ -52,8 +53,14 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         *,
         rules: ShardingRules | None = None,
+        placement: Sequence[Sequence[int]] | None = None,
     ):
-        """tokenizer: by default the model's own. rules: how the weights are split, by default ``sampling_rules``."""
+        """tokenizer: by default the model's own. rules: how the weights are split, by default ``sampling_rules``.
+        placement: of each MoE layer the expert in each place, of which there may be more than experts
+        (``eplb.place``): copies share the work of a busy one, and answers are the same.
+
+        ValueError for a placement that is not the model's, or that the mesh cannot split.
+        """
         if isinstance(model, transformer.Transformer):
             model = Model.of(model, tokenizer)
         model.config.check_speaks()
@@ -62,6 +69,12 @@ class Engine:
         self.compute = sampling_compute(model.compute)
         if rules is not None:
             self.compute = dataclasses.replace(self.compute, rules=rules)
+        self._places = None if placement is None else np.array(placement, np.int32)
+        if self._places is not None:
+            if self.compute.scan_decode:
+                raise ValueError("placement: with compute.scan_decode layers stay in their stacks")
+            ways = math.prod(self.mesh.shape[axis] for axis in self.compute.rules.experts)
+            check_places(self._places, self.config.num_moe_layers, self.config.n_routed_experts, ways)
         self._given: tuple[Any, jax.Array | None] | None = (model.params, model.router_bias)
         self._weights: tuple[Any, jax.Array | None] | None = None
         self._lock = threading.Lock()
@@ -81,7 +94,10 @@ class Engine:
             assert self._given is not None
             options: dict[str, Any] = {"config": self.config, "compute": self.compute, "mesh": self.mesh}
             with jax.set_mesh(self.mesh):
-                weights = self._weights = sampling_weights(*self._given, **options)
+                params, bias = sampling_weights(*self._given, **options)
+                if self._places is not None:
+                    params = with_copies(params, self._places, config=self.config, rules=self.compute.rules)
+                weights = self._weights = params, bias
             self._given = None
         return weights
 

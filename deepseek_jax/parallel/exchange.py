@@ -74,7 +74,7 @@ def exchange(
     tokens = rules.spec(("batch", "sequence", None))
     y_BSD, dropped = jax.shard_map(
         on_device,
-        in_specs=(*[tokens] * 3, _spec(wi_ED2F, lie, embed, None, width), _spec(wo_EFD, lie, width, embed)),
+        in_specs=(*[tokens] * 3, weight_spec(wi_ED2F, lie, embed, None, width), weight_spec(wo_EFD, lie, width, embed)),
         out_specs=(tokens, PartitionSpec((*rules.batch, *rules.sequence))),
         check_vma=False,
     )(x_BSD, weights_BSK, experts_BSK, wi_ED2F, wo_EFD)
@@ -124,10 +124,10 @@ def _scattered(names, axis, dtype, like, dw):
 _gathered.defvjp(lambda w, names, axis, dtype: (_gathered(w, names, axis, dtype), w), _scattered)
 
 
-def _spec(w: Any, *axes: Any) -> Any:
+def weight_spec(w: Any, *axes: Any) -> Any:
     """How a weight whose axes are split by these comes to a device; one in FP8 has the same axes in its scales."""
     if isinstance(w, InStack):
-        stack = jax.tree.map(lambda spec: PartitionSpec(None, *spec), _spec(w.stack, *axes))
+        stack = jax.tree.map(lambda spec: PartitionSpec(None, *spec), weight_spec(w.stack, *axes))
         return InStack(stack, PartitionSpec())
     if not isinstance(w, BlockScaled):
         return PartitionSpec(*axes)

@@ -92,10 +92,13 @@ def test_how_it_is_computed_can_be_said(folder, monkeypatch, capsys):
 
 
 def test_on_a_mesh_the_answers_are_those_of_one_device(folder, monkeypatch, capsys):
-    """Experts apart, heads split, prompts data-parallel: whole and streamed."""
+    """Experts apart, some in several places, heads split, prompts data-parallel: whole and streamed."""
     generate = ["generate", str(folder), "--max-tokens", "6", "--prompt", "def", "--prompt", "12", "--prompt", "7*"]
+    rows = [[*range(8), *range(4)], [*range(8), 7, 7, 0, 1]]
+    (folder / "placement.json").write_text(json.dumps({"physical_to_logical_map": rows}))
     chat = ["chat", str(folder), "--max-tokens", "6"]
-    meshes = [], ["--mesh.data", "0", "--mesh.expert", "2", "--mesh.tensor", "2"]
+    placed = ["--placement", str(folder / "placement.json")]
+    meshes = [], ["--mesh.data", "0", "--mesh.expert", "2", "--mesh.tensor", "2", *placed]
     said, sizes, made = [], [], talk.make_mesh
     monkeypatch.setattr(talk, "make_mesh", lambda *given: sizes.append((mesh := made(*given)).size) or mesh)
     for mesh in meshes:
@@ -106,6 +109,8 @@ def test_on_a_mesh_the_answers_are_those_of_one_device(folder, monkeypatch, caps
             said.append(capsys.readouterr().out)
     assert sizes == [1, 1, 8, 8]
     assert said[:2] == said[2:]
+    assert main([*generate, "--placement", str(folder / "config.json")]) == 1
+    assert "has no physical_to_logical_map" in capsys.readouterr().err
 
 
 def test_a_mesh_that_cannot_be_is_refused(folder, capsys):

@@ -17,7 +17,7 @@ from deepseek_jax.data.chat_templates import check_template
 from deepseek_jax.evals.needle import Needle, find_needles, rows_of, write_found
 from deepseek_jax.evals.text import HeldOut, Score
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
-from deepseek_jax.parallel.processes import first_host_alone, require_one_process, require_own_rows
+from deepseek_jax.parallel.processes import first_host_alone, require_own_rows
 from deepseek_jax.rl.tasks import TaskConfig
 from deepseek_jax.saying import doing, quietly, terminal
 from deepseek_jax.typed import check_least, check_types
@@ -85,8 +85,6 @@ def _run(options: _Eval) -> None:
     path, mesh = find_model(options.run), make_mesh(options.mesh)
     if answers or options.needle.lengths:
         require_own_rows(mesh, options.compute.rules.batch, "answers")
-    if options.scaling.budgets:
-        require_one_process(f"scaling.budgets={options.scaling.budgets}")
     with doing(f"reading {described(path, options.step or None)}"):
         reading = {"compute": options.compute, "mesh": mesh, "step": options.step or None, "ema": options.ema}
         model = load(path, **reading, ignore_config=options.ignore_config).asked_by(options.chat_template)

@@ -17,7 +17,7 @@ from deepseek_jax.evals.samples import best_shares, cons_shares, mean_and_error
 from deepseek_jax.files import read_json_lines, write_json
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
-from deepseek_jax.parallel.processes import first_host_alone, meet
+from deepseek_jax.parallel.processes import first_host_alone, gather, meet
 from deepseek_jax.rl.asking import ask
 from deepseek_jax.rl.grader import Grader
 from deepseek_jax.rl.reward_spec import parse_reward
@@ -119,7 +119,7 @@ class Thoughts(Answers):
             for budget in self.budgets
         }
         keys, found = list(wanted), {}
-        for start in range(0, len(keys), batch_size):
+        for start in range(0, max(gather(len(keys))), batch_size):  # all processes ask as often
             some = keys[start : start + batch_size]
             sampling = [self._drawn(part[number], self.scaling.answer_tokens, 1 + length) for number, length in some]
             own, budgets = [thoughts[number] for number, _ in some], [wanted[key] for key in some]

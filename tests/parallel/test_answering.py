@@ -35,14 +35,15 @@ for name, command in COMMANDS.items():
     said[name] = code, out.getvalue(), err.getvalue()
 Path(f"said.{jax.process_index()}").write_text(json.dumps(said))
 """
-ASK = ("--samples", "2", "--max-tokens", "6", "--scaling.majority")
+ASK = ("--samples", "1", "--temperature", "1", "--max-tokens", "6", "--batch-size", "3", "--scaling.majority")
+BUDGETS = ("--scaling.budgets", "2", "5", "--scaling.waits", "1", "--scaling.answer-tokens", "3")
 COMMANDS = {
     "generate": ["generate", "model", "--max-tokens", "6", "--temperature", "1"],
-    "eval": ["eval", "model", "rows=rows.jsonl", *ASK, "--data", "text.md", "--out", "answers"],
+    "eval": ["eval", "model", "rows=rows.jsonl", *ASK, *BUDGETS, "--data", "text.md", "--out", "answers"],
     "needle": ["eval", "model", "--needle.lengths", "256", "--needle.depths", "0", "99", "--needle.samples", "2"],
     # A process that fails is gone 10 s later, so these come last.
+    "chat": ["chat", "model"],
     "too_long": ["generate", "model", "--max-tokens", "60", "--prompt", "1", "--prompt", "12345678"],
-    "budgets": ["eval", "model", "rows=rows.jsonl", "--scaling.budgets", "4"],
 }
 COMMANDS["generate"] += [word for prompt in ("def", "12", "7*") for word in ("--prompt", prompt)]
 COMMANDS["needle"] += ["--needle.others", "0", "--out", "needle"]
@@ -120,7 +121,8 @@ def test_what_one_cannot_do_none_does(said):
     for process in said[1]:
         code, out, error = process["too_long"]
         assert (code, out) == (1, "") and "and max_tokens=60 pass max_position_embeddings=64" in error
-        assert "scaling.budgets=(4,) is the work of one process, and here are 2" in process["budgets"][2]
+        code, out, error = process["chat"]
+        assert (code, out) == (1, "") and "(generate --chat answers prompts on many) is the work of one" in error
 
 
 def test_a_reward_model_scores_all_answers_together(said):

@@ -133,10 +133,8 @@ def per_row_and_head(
     arrays, axes_of = ({name: pair[i] for name, pair in weights.items()} for i in range(2))
     (q, *kept), size, balanced = operands, operands[0].shape[1], isinstance(visible, Balanced)
     seen = visible.visible if isinstance(visible, Balanced) else visible
-    ways, by_head = (
-        _ways(rules, "sequence"),
-        all(x.shape[2] % _ways(rules, "heads") == 0 for x in operands if x.ndim == 4),
-    )
+    ways, parts = _ways(rules, "sequence"), _ways(rules, "heads")
+    by_head = all(x.shape[2] % parts == 0 for x in operands if x.ndim == 4)
     sequence, heads = "sequence" if ways > 1 and size % ways == 0 else None, "heads" if by_head else None
     if not (by_head or sequence):
         assert not balanced

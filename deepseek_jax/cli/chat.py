@@ -17,6 +17,7 @@ from deepseek_jax.cli.talk import Answering, ask, turn
 from deepseek_jax.cli.thinking import Thinking
 from deepseek_jax.data.turns import SINGLE, known_turns
 from deepseek_jax.inference.engine import Engine
+from deepseek_jax.parallel.processes import require_one_process
 from deepseek_jax.saying import terminal
 
 HELP = """/new            start anew
@@ -41,6 +42,7 @@ class _Chat(Answering):
 
 def run_chat(arguments: Sequence[str]) -> None:
     options = tyro.cli(_Chat, args=list(arguments), prog="deepseek-jax chat")
+    require_one_process("a talk (generate --chat answers prompts on many)")
     console, lines, folder = terminal(), Lines("> "), options.folder
     talk = _Talk(options, options.engine(), console)
     console.print(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax
 import tyro
 
 from deepseek_jax.checkpoint import CheckpointStore
@@ -16,9 +17,10 @@ from deepseek_jax.data.chat_templates import check_template
 from deepseek_jax.evals.needle import Needle, find_needles, rows_of, write_found
 from deepseek_jax.evals.samples import margin
 from deepseek_jax.evals.text import HeldOut, Score
-from deepseek_jax.parallel.processes import require_one_process
+from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
+from deepseek_jax.parallel.processes import first_host_alone, require_own_rows
 from deepseek_jax.rl.tasks import TaskConfig
-from deepseek_jax.saying import doing, terminal
+from deepseek_jax.saying import doing, quietly, terminal
 from deepseek_jax.typed import check_least, check_types
 from deepseek_jax.workflows.questions import Answers, Asking, ask_questions, identity
 from deepseek_jax.workflows.scaling import Scaling, scale
@@ -51,7 +53,7 @@ class _Eval:
     """Tokens of a row, into which documents are packed; 0 for those of the run's own rows, else 1024 or the most that
     the model takes."""
     batch_size: int = 8
-    """Rows or answers at a time."""
+    """Rows or answers at a time, or as many more as the mesh needs to split them."""
     step: int = 0
     """Of a run, a checkpoint other than the newest (0)."""
     ema: bool = False
@@ -60,6 +62,7 @@ class _Eval:
     """A field of a released model's config.json to take as absent; give it several times for more."""
     chat_template: str = ""
     """Another chat template than the model's own: r1_zero, which a base model is asked by, or a file of jinja2 text."""
+    mesh: MeshConfig = MeshConfig()
     compute: ComputeConfig = ComputeConfig()
 
     def __post_init__(self) -> None:
@@ -70,15 +73,21 @@ class _Eval:
 
 def run_eval(arguments: Sequence[str]) -> None:
     options = tyro.cli(_Eval, args=list(arguments), prog="deepseek-jax eval")
-    require_one_process("eval")
+    with quietly(jax.process_index() > 0):
+        _run(options)
+
+
+def _run(options: _Eval) -> None:
     if not options.data and not options.tasks and not options.needle.lengths:
         raise ValueError("give TASK=FILES to ask, --data FILES to measure, --needle.lengths to find facts, or several")
     # What is wrong with them is known before the model.
     heldout = HeldOut(options.data, text_field=options.text_field) if options.data else None
     answers = [Answers(_task(options.task, text), options.ask) for text in options.tasks]
-    path = find_model(options.run)
+    path, mesh = find_model(options.run), make_mesh(options.mesh)
+    if answers or options.needle.lengths:
+        require_own_rows(mesh, options.compute.rules.batch, "answers")
     with doing(f"reading {described(path, options.step or None)}"):
-        reading = {"compute": options.compute, "step": options.step or None, "ema": options.ema}
+        reading = {"compute": options.compute, "mesh": mesh, "step": options.step or None, "ema": options.ema}
         model = load(path, **reading, ignore_config=options.ignore_config).asked_by(options.chat_template)
     if heldout is not None:
         _predict(options, path, model, heldout)
@@ -97,34 +106,42 @@ def _task(config: TaskConfig, text: str) -> TaskConfig:
     return dataclasses.replace(config, name=name, path=(files,))
 
 
+def _say(text: str) -> None:
+    """A line of what was found, which the first of several processes prints."""
+    if jax.process_index() == 0:
+        terminal().print(text, soft_wrap=True)
+
+
 def _predict(options: _Eval, path: Path, model: Model, heldout: HeldOut) -> None:
     seq_len = _seq_len(path, model, options.seq_len)
+    ways = math.prod(model.mesh.shape[axis] for axis in model.compute.rules.batch)
+    rows = -(-options.batch_size // ways) * ways
     with doing("measuring"):
-        scores = heldout.scores(model, seq_len=seq_len, batch_size=options.batch_size)
+        scores = heldout.scores(model, seq_len=seq_len, batch_size=rows)
     lines = {**scores.files, **{f"kind {kind}": score for kind, score in scores.kinds.items()}}
     width = max(map(len, [*lines, "all"]))
     for name, score in [*lines.items(), ("all", scores.total)]:
-        terminal().print(f"{name:{width}}  {_told(score)}", soft_wrap=True)
+        _say(f"{name:{width}}  {_told(score)}")
 
 
 def _ask(options: _Eval, model: Model, answers: list[Answers]) -> None:
     found, folder = ask_questions(model, answers, options.ask, options.out, batch_size=options.batch_size)
     for name, figures in found.items():
-        terminal().print(f"{name}  {_shares(figures)}", soft_wrap=True)
+        _say(f"{name}  {_shares(figures)}")
     if options.scaling.wanted:
         for curve in scale(model, answers, options.scaling, folder, batch_size=options.batch_size):
-            terminal().print(_curved(curve), soft_wrap=True)
-    terminal().print(f"answers: {folder}", soft_wrap=True)
+            _say(_curved(curve))
+    _say(f"answers: {folder}")
 
 
 def _find(options: _Eval, model: Model) -> None:
     with doing("looking for planted facts"):
         found = find_needles(model, options.needle, batch_size=options.batch_size)
     folder = Path(options.out or f"runs/eval/needle-{identity(model)}")
-    write_found(found, folder)
+    first_host_alone(lambda: write_found(found, folder))
     for row in rows_of(found):
-        terminal().print(row, soft_wrap=True, highlight=False)
-    terminal().print(f"needle.json, needle.png: {folder}", soft_wrap=True)
+        _say(row)
+    _say(f"needle.json, needle.png: {folder}")
 
 
 def _shares(figures: dict[str, float]) -> str:

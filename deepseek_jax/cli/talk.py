@@ -1,12 +1,14 @@
 """What answering in the terminal takes, and ``generate``: completions of a trained stage or a released model."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import jax
 import tyro
+from jax.sharding import Mesh
 
 from deepseek_jax.checkpoint.finding import described, expanded, find_model
 from deepseek_jax.checkpoint.model import load
@@ -16,7 +18,9 @@ from deepseek_jax.data.chat_templates import check_template
 from deepseek_jax.data.tokenizer import THINK, whole_text
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
-from deepseek_jax.parallel.processes import require_one_process
+from deepseek_jax.parallel.copies import read_placement
+from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
+from deepseek_jax.parallel.processes import gather, own_part, require_own_rows
 from deepseek_jax.saying import say
 from deepseek_kernels.target import Target
 
@@ -52,6 +56,11 @@ class Answering:
     """A field of a released model's config.json to take as absent; give it several times for more."""
     chat_template: str = ""
     """Another chat template than the model's own: r1_zero, which a base model is asked by, or a file of jinja2 text."""
+    mesh: MeshConfig = MeshConfig(data=1)
+    """Devices that answer together, by default one: expert and tensor split the weights, data, fsdp and expert the
+    prompts. data=0: all devices, and so it is with several processes."""
+    placement: str = ""
+    """Where the experts stand, the busiest several times: a file that deepseek-jax place has written."""
     compute: ComputeConfig = dataclasses.field(default_factory=_computed)
 
     @property
@@ -74,10 +83,18 @@ class Answering:
 
     def engine(self) -> Engine:
         self.check()
-        require_one_process("an engine that answers one user")
-        options: dict[str, Any] = {"compute": self.compute, "step": self.step or None, "ema": self.ema}
+        mesh = _mesh(self.mesh)
+        require_own_rows(mesh, self.compute.rules.batch, "answers")
+        options: dict[str, Any] = {"compute": self.compute, "mesh": mesh, "step": self.step or None, "ema": self.ema}
         model = load(self.folder, **options, ignore_config=self.ignore_config)
-        return Engine(model.asked_by(self.chat_template))
+        placement = read_placement(self.placement, model.config.num_dense_layers) if self.placement else None
+        return Engine(model.asked_by(self.chat_template), placement=placement)
+
+
+def _mesh(config: MeshConfig) -> Mesh:
+    """Over as many devices as its axes take, the first ones; over all where ``data`` takes what the others leave."""
+    count = math.prod(dataclasses.astuple(config))
+    return make_mesh(config, jax.devices()[:count] if count and jax.process_count() == 1 else None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +118,10 @@ def run_generate(arguments: Sequence[str]) -> None:
     prompts = starts = [whole_text(text) for text in options.prompt]  # starts: what is printed in front of each answer
     if options.chat:
         prompts, starts = zip(*(ask(engine, [turn("user", text)]) for text in prompts), strict=True)
-    for start, completion in zip(starts, engine.generate(prompts, options.params()), strict=True):
-        print(start + completion.text)
+    completed = [completion.text for completion in engine.generate(own_part(prompts), options.params())]
+    texts = [text for part in gather(completed) for text in part]
+    for start, text in zip(starts, texts, strict=True) if jax.process_index() == 0 else ():
+        print(start + text)
 
 
 def turn(role: str, content: str) -> dict[str, str]:

@@ -4,13 +4,13 @@
 import dataclasses
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 
 from deepseek_jax.data.template import opens_thinking
 from deepseek_jax.data.tokenizer import THINK
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
+from deepseek_jax.parallel.processes import any_process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +63,8 @@ def think(
     Where one ends sooner, by `</think>` or with the turn, `words.wait` is put in the end's place, `waits` times at
     most. What is thought within a smaller budget is the beginning of it, so one thought serves all budgets.
     ValueError for a tokenizer in which `</think>` is no token.
+
+    Of several processes each has prompts of its own, or none, at the same time; and so it is with `conclude`.
     """
     stop, wait = engine.tokenizer.end_think_id, engine.tokenizer.encode(words.wait, allow_special=True)
     opened = [_opened(engine, prompt, words) for prompt in prompts]
@@ -78,12 +80,12 @@ def think(
             )
             for row in left
         ]
-        out = jax.device_get(engine.generate_ids([[*opened[row], *ids[row]] for row in left], each))
+        out = engine.generate_ids([[*opened[row], *ids[row]] for row in left], each).here()
         for place, row in enumerate(left):
             ended[row] = bool(out.stopped_B[place])
             ids[row] += np.asarray(out.tokens_BN[place, : int(out.lengths_B[place]) - ended[row]]).tolist()
         left = [row for row in left if ended[row] and len(ids[row]) + len(wait) < sampling[row].max_tokens]
-        if turn == waits or not left:
+        if turn == waits or not any_process(bool(left)):
             break
         for row in left:
             ids[row] += wait
@@ -109,7 +111,7 @@ def conclude(
         prompts.append([*thought.prompt, *ids, *closing])
         behind = closing.index(stop) + 1
         parts.append(([*ids, *closing[:behind]], closing[behind:]))
-    out = jax.device_get(engine.generate_ids(prompts, sampling))
+    out = engine.generate_ids(prompts, sampling).here()
     replies = []
     for row, (thinking, first) in enumerate(parts):
         length, ended = int(out.lengths_B[row]), bool(out.stopped_B[row])

@@ -18,6 +18,7 @@ from deepseek_jax.evals.haystack import FACT, KEYS, VALUES, sentences
 from deepseek_jax.files import write_json
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
+from deepseek_jax.parallel.processes import gather, own_part
 from deepseek_jax.saying import say
 from deepseek_jax.typed import check_least, check_types
 
@@ -122,10 +123,11 @@ def find_needles(model: Model, needle: Needle, *, batch_size: int) -> dict[str, 
         asked = [plant(model.text, needle, length, depth, rng) for depth in cells]
         right: list[bool] = []
         for start in range(0, len(asked), batch_size):
-            part = asked[start : start + batch_size]
+            part = own_part(asked[start : start + batch_size])
             sampling = [SamplingParams(temperature=0.0, max_tokens=len(each.value_ids)) for each in part]
             said = engine.generate([each.prompt for each in part], sampling)
-            right += [answer.text.strip() == each.value for answer, each in zip(said, part, strict=True)]
+            named = [answer.text.strip() == each.value for answer, each in zip(said, part, strict=True)]
+            right += [each for process in gather(named) for each in process]
         found.append(np.reshape(right, (len(needle.depths), needle.samples)).mean(axis=1).tolist())
     return {"lengths": [*needle.lengths], "depths": [*needle.depths], "samples": needle.samples, "found": found}
 

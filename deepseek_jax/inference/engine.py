@@ -19,8 +19,9 @@ from deepseek_jax.inference.generate import Generated, begin, generate, go_on
 from deepseek_jax.inference.requests import Requests, Room, make_requests, spread
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.schedule import ServingConfig
-from deepseek_jax.inference.weights import sampling_compute, sampling_config, sampling_weights
+from deepseek_jax.inference.weights import sampling_compute, sampling_config, sampling_weights, with_copies
 from deepseek_jax.model import transformer
+from deepseek_jax.parallel.copies import check_places
 from deepseek_jax.parallel.processes import gather, require_one_process, require_own_rows, together
 from deepseek_jax.parallel.sharding import ShardingRules
 
@@ -55,9 +56,14 @@ class Engine:
         *,
         rules: ShardingRules | None = None,
         serving: ServingConfig = ServingConfig(),
+        placement: Sequence[Sequence[int]] | None = None,
     ):
         """tokenizer: by default the model's own. rules: how the weights are split, by default ``sampling_rules``.
-        serving: how requests are answered as they come."""
+        serving: how requests are answered as they come. placement: of each MoE layer the expert in each place, of which
+        there may be more than experts (``eplb.place``): copies share the work of a busy one, and answers are the same.
+
+        ValueError for a placement that is not the model's, or that the mesh cannot split.
+        """
         if isinstance(model, transformer.Transformer):
             model = Model.of(model, tokenizer)
         model.config.check_speaks()
@@ -66,6 +72,12 @@ class Engine:
         self.compute = sampling_compute(model.compute)
         if rules is not None:
             self.compute = dataclasses.replace(self.compute, rules=rules)
+        self._places = None if placement is None else np.array(placement, np.int32)
+        if self._places is not None:
+            if self.compute.scan_decode:
+                raise ValueError("placement: with compute.scan_decode layers stay in their stacks")
+            ways = math.prod(self.mesh.shape[axis] for axis in self.compute.rules.experts)
+            check_places(self._places, self.config.num_moe_layers, self.config.n_routed_experts, ways)
         self._given: tuple[Any, jax.Array | None] | None = (model.params, model.router_bias)
         self._weights: tuple[Any, jax.Array | None] | None = None
         self._lock = threading.Lock()
@@ -91,7 +103,10 @@ class Engine:
             assert self._given is not None
             options: dict[str, Any] = {"config": self.config, "compute": self.compute, "mesh": self.mesh}
             with jax.set_mesh(self.mesh):
-                weights = self._weights = sampling_weights(*self._given, **options)
+                params, bias = sampling_weights(*self._given, **options)
+                if self._places is not None:
+                    params = with_copies(params, self._places, config=self.config, rules=self.compute.rules)
+                weights = self._weights = params, bias
             self._given = None
         return weights
 
@@ -143,9 +158,9 @@ class Engine:
         Between two pieces the device makes as many tokens as it can in ``STREAM_SECONDS``. ``finish_reason`` is "" but
         for the last; a character of several tokens is given with its last one. Errors as in ``generate``.
         """
+        require_one_process("a streamed answer")
         weights, requests = self._prepared([self._ids(prompt)], sampling or SamplingParams())
         given = (sampling_config(self.config), self.compute, *weights, requests)
-        require_one_process("a streamed answer")
         text, known, chunk, went_on = TextStream(self.tokenizer), 0, 1, time.monotonic()
         with jax.set_mesh(self.mesh):
             decoding = begin(*given)
@@ -219,32 +234,39 @@ class Engine:
         sampling: SamplingParams | Sequence[SamplingParams],
         key: jax.Array | None = None,
     ) -> tuple[tuple[Any, jax.Array | None], Requests]:
-        """The weights, and the prompts as arrays. ValueError where prompt and answer pass what the model takes."""
+        """The weights, and the prompts as arrays. ValueError where prompt and answer pass what the model takes, of
+        several processes on all."""
         each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
-        for row, (prompt, params) in enumerate(zip(prompts, each, strict=False)):
-            if max(prompt, default=0) >= self.config.vocab_size:
-                raise ValueError(
-                    f"prompt {row} has the id {max(prompt)}: expected below vocab_size={self.config.vocab_size}"
-                )
-            if len(prompt) + params.max_tokens > self.config.max_position_embeddings:
-                raise ValueError(
-                    f"a prompt of {len(prompt)} tokens and max_tokens={params.max_tokens} pass "
-                    f"max_position_embeddings={self.config.max_position_embeddings}"
-                )
+        axes, stop_ids = self.compute.rules.batch, self.tokenizer.stop_ids
+        require_own_rows(self.mesh, axes, "sampling")
+        told = gather([self._wrong(prompts, each), dataclasses.astuple(Room.of(prompts, each, stop_ids))])
+        if wrong := next(filter(None, (wrong for wrong, _ in told)), None):
+            raise ValueError(wrong)
         with self._lock:
             weights = self._make()
-        axes, stop_ids = self.compute.rules.batch, self.tokenizer.stop_ids
         ways = math.prod(self.mesh.shape[axis] for axis in axes)
         options: dict[str, Any] = {"stop_ids": stop_ids, "pad_id": self.tokenizer.pad_id}
         if (count := jax.process_count()) == 1:
             with jax.set_mesh(self.mesh):
                 return weights, make_requests(prompts, sampling, key, ways=ways, **options)
-        require_own_rows(self.mesh, axes, "sampling")
-        rooms = [Room(*sizes) for sizes in gather(dataclasses.astuple(Room.of(prompts, each, stop_ids)))]
+        rooms = [Room(*sizes) for _, sizes in told]
         room = Room(*map(max, *map(dataclasses.astuple, rooms)))
         first = sum(room.rows for room in rooms[: jax.process_index()])
         requests = make_requests(prompts, sampling, key, ways=ways // count, room=room, first=first, **options)
         return weights, spread(requests, NamedSharding(self.mesh, PartitionSpec(axes)))
+
+    def _wrong(self, prompts: Sequence[Sequence[int]], each: Sequence[SamplingParams]) -> str | None:
+        """What is, of the first prompt that cannot be answered."""
+        longest, size = self.config.max_position_embeddings, self.config.vocab_size
+        for row, (prompt, params) in enumerate(zip(prompts, each, strict=False)):
+            if not len(prompt):
+                return f"prompt {row} has 0 tokens: expected at least one"
+            if max(prompt) >= size:
+                return f"prompt {row} has the id {max(prompt)}: expected below vocab_size={size}"
+            if (length := len(prompt)) + params.max_tokens > longest:
+                most = f"max_tokens={params.max_tokens} pass max_position_embeddings={longest}"
+                return f"a prompt of {length} tokens and {most}"
+        return None
 
     def _completion(self, out: Generated, row: int) -> Completion:
         length, stopped = int(out.lengths_B[row]), bool(out.stopped_B[row])

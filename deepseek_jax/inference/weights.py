@@ -7,12 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax.checkpoint.hf_names import hf_tensors
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model import transformer
+from deepseek_jax.parallel.copies import place_experts
 from deepseek_jax.parallel.sharding import ShardingRules, named_sharding
 from deepseek_kernels.block_fp8 import FP8, BlockScaled, scales_shape
 from deepseek_kernels.fp8_on_hopper import laid_out
@@ -76,6 +78,20 @@ def sampling_weights(
     is_leaf = lambda leaf: isinstance(leaf, BlockScaled)  # noqa: E731
     axes = _axes(config, compute)
     return jax.tree_util.tree_map_with_path(make, params, axes, is_leaf=is_leaf), router_bias
+
+
+def with_copies(
+    params: dict[str, Any], expert_LP: np.ndarray, *, config: ModelConfig, rules: ShardingRules
+) -> dict[str, Any]:
+    """``sampling_weights``' parameters with the experts of MoE layer l in the places of ``expert_LP[l]``. They are used
+    up, layer by layer."""
+    layers = list(params["layers"])
+    for layer, expert_P in enumerate(expert_LP, start=config.num_dense_layers):
+        mlp = layers[layer]["mlp"]
+        wi, wo = place_experts(mlp["wi"], mlp["wo"], expert_P, config.n_routed_experts, rules)
+        jax.tree.map(lambda leaf: leaf.delete(), (mlp["wi"], mlp["wo"]))
+        layers[layer] = layers[layer] | {"mlp": mlp | {"wi": wi, "wo": wo}}
+    return params | {"layers": tuple(layers)}
 
 
 def random_weights(

@@ -14,6 +14,7 @@ from deepseek_jax.model.dropping import Balancing, drop
 from deepseek_jax.model.fresh import Source
 from deepseek_jax.model.layers import SwiGLU, param
 from deepseek_jax.model.router import RouterStats, route, router_stats
+from deepseek_jax.parallel.copies import Placed
 from deepseek_jax.parallel.dispatch import Dispatch
 from deepseek_jax.parallel.exchange import exchange
 from deepseek_jax.parallel.sharding import per_device
@@ -63,7 +64,10 @@ class DeepSeekMoE(nnx.Module):
             return routed_experts(*operands[:-1], **kernel, most=operands[-1])
 
         with jax.named_scope("experts"):
-            operands = x_BSD, weights_BSK, experts_BSK, self.wi[...], self.wo[...]
+            wi, wo = self.wi[...], self.wo[...]
+            if isinstance(wi, Placed):
+                wi, experts_BSK = wi.weight, wi.choose(experts_BSK)
+            operands = x_BSD, weights_BSK, experts_BSK, wi, wo
             groups = (1, 1) if config.topk_method == "greedy" else (config.n_group, config.topk_group)
             dispatch = Dispatch(compute.dispatch, compute.dispatch_capacity, compute.dispatch_nodes, *groups)
             y, dropped = exchange(experts, *operands, compute.rules, dispatch)

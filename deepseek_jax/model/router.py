@@ -175,12 +175,13 @@ def router_stats(
 
 def device_size(config: ModelConfig, devices: int) -> int:
     """Experts of each of so many devices, neighbours together. ValueError where they cannot have as many each."""
-    if config.n_routed_experts % devices:
+    if (count := config.n_routed_experts) % devices:
+        nearest = min((some for some in range(2, count + 1) if count % some == 0), key=lambda some: abs(some - devices))
         raise ValueError(
-            f"balance_devices={devices} does not divide n_routed_experts={config.n_routed_experts}: "
-            "each device has as many experts"
+            f"balance_devices={devices} does not divide n_routed_experts={count}: each device has as many experts; the "
+            f"nearest is {nearest}"
         )
-    return config.n_routed_experts // devices
+    return count // devices
 
 
 def most_devices(config: ModelConfig, devices: int) -> int:

@@ -44,9 +44,11 @@ class RowOrder:
     @classmethod
     def of(cls, rules: ShardingRules, visible: Visible | Balanced, shape: tuple[int, ...]) -> "RowOrder":
         """Of rows (B S): balanced where the mesh splits them and their tokens see what stands before them, and no more
-        than that and segments are described."""
+        than that and segments are described. ValueError for a number of rows that the mesh does not divide."""
         ways, (rows, size) = _ways(rules, "sequence"), shape
-        if ways == 1 or isinstance(visible, Balanced) or rows % _ways(rules, "batch"):
+        if rows % (split := _ways(rules, "batch")):
+            raise ValueError(f"{rows} rows, which the mesh splits {split} ways: expected a multiple of {split}")
+        if ways == 1 or isinstance(visible, Balanced):
             return cls(rules)
         if not (visible.in_row_order or visible.in_segments):
             return cls(rules)
@@ -125,16 +127,16 @@ def per_row_and_head(
 
     Where the mesh splits rows a device has a part of the queries and is told their places; what is kept is gathered as
     it is and expanded behind that, so that the gradient of what was gathered, not of what it was expanded to, is added
-    up over the devices and scattered; devices that share heads unevenly each attend with all. Elsewhere, where rows of
-    the batch or heads are split unevenly, it is a plain call, which the compiler splits if it can.
+    up over the devices and scattered; devices that share heads unevenly each attend with all. Elsewhere, where heads
+    are split unevenly, it is a plain call, which the compiler splits if it can.
     """
     arrays, axes_of = ({name: pair[i] for name, pair in weights.items()} for i in range(2))
     (q, *kept), size, balanced = operands, operands[0].shape[1], isinstance(visible, Balanced)
     seen = visible.visible if isinstance(visible, Balanced) else visible
-    ways, rows = _ways(rules, "sequence"), all(len(x) % _ways(rules, "batch") == 0 for x in operands)
-    by_head = all(x.shape[2] % _ways(rules, "heads") == 0 for x in operands if x.ndim == 4)
+    ways, parts = _ways(rules, "sequence"), _ways(rules, "heads")
+    by_head = all(x.shape[2] % parts == 0 for x in operands if x.ndim == 4)
     sequence, heads = "sequence" if ways > 1 and size % ways == 0 else None, "heads" if by_head else None
-    if not rows or not (by_head or sequence):
+    if not (by_head or sequence):
         assert not balanced
         return attend(q, *expand(*kept, **arrays), seen)
     if not sequence or not all(isinstance(w, jax.Array) for w in arrays.values()):  # FP8 needs no gradient
@@ -199,7 +201,7 @@ def over_runs(
     means nothing. Devices exchange the sums of the first and the last run of each piece: no other goes on elsewhere.
     """
     ways = _ways(rules, "sequence")
-    if ways == 1 or len(ids_BS) % _ways(rules, "batch") or ids_BS.shape[1] % ways:
+    if ways == 1 or ids_BS.shape[1] % ways:
         return sums(x_BSE, ids_BS)
     axes: Axes = ("batch", "sequence", None)
     local = functools.partial(_over_devices, sums, rules.sequence)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import logging
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -17,8 +16,6 @@ from deepseek_jax.parallel.rounds import Experts, in_rounds
 from deepseek_jax.parallel.sharding import ShardingRules
 from deepseek_kernels.block_fp8 import BLOCK, BlockScaled
 from deepseek_kernels.weights import InStack, block_scaled
-
-logger = logging.getLogger(__name__)
 
 
 def exchange(
@@ -49,7 +46,8 @@ def exchange(
     group = check_exchange(rules, mesh.shape, dispatch.how, dispatch.nodes)
     lie, embed, width = rules.experts, rules.expert_embed, rules.expert_mlp
     if block_scaled(wi_ED2F) is not None or block_scaled(wo_EFD) is not None:
-        lie, embed, width = group, (), _width_in_blocks(width, ways(width), wo_EFD.shape[1])
+        lie, embed = group, ()
+        assert ways(width) == 1 or wo_EFD.shape[1] % (ways(width) * BLOCK) == 0, "check_layout refuses a block in parts"
     elif ways(embed) * ways(rules.experts_gathered) > 1:  # no longer layers of a stack
         wi_ED2F, wo_EFD = (w.astype(x_BSD.dtype) if isinstance(w, InStack) else w for w in (wi_ED2F, wo_EFD))
     ours = tuple(name for name in group if name in (*rules.batch, *rules.sequence))
@@ -76,7 +74,7 @@ def exchange(
     tokens = rules.spec(("batch", "sequence", None))
     y_BSD, dropped = jax.shard_map(
         on_device,
-        in_specs=(*[tokens] * 3, _spec(wi_ED2F, lie, embed, None, width), _spec(wo_EFD, lie, width, embed)),
+        in_specs=(*[tokens] * 3, weight_spec(wi_ED2F, lie, embed, None, width), weight_spec(wo_EFD, lie, width, embed)),
         out_specs=(tokens, PartitionSpec((*rules.batch, *rules.sequence))),
         check_vma=False,
     )(x_BSD, weights_BSK, experts_BSK, wi_ED2F, wo_EFD)
@@ -126,27 +124,13 @@ def _scattered(names, axis, dtype, like, dw):
 _gathered.defvjp(lambda w, names, axis, dtype: (_gathered(w, names, axis, dtype), w), _scattered)
 
 
-def _width_in_blocks(names: tuple[str, ...], ways: int, width: int) -> tuple[str, ...]:
-    """The axes that split the width of experts in FP8: none where a block would be cut."""
-    if ways == 1 or width % (ways * BLOCK) == 0:
-        return names
-    why = f"experts' width {width} in FP8 blocks of {BLOCK} is not split {ways} ways"
-    _say(f"{why}: each device of {', '.join(names)} multiplies by all of it")
-    return ()
-
-
-def _spec(w: Any, *axes: Any) -> Any:
+def weight_spec(w: Any, *axes: Any) -> Any:
     """How a weight whose axes are split by these comes to a device; one in FP8 has the same axes in its scales."""
     if isinstance(w, InStack):
-        stack = jax.tree.map(lambda spec: PartitionSpec(None, *spec), _spec(w.stack, *axes))
+        stack = jax.tree.map(lambda spec: PartitionSpec(None, *spec), weight_spec(w.stack, *axes))
         return InStack(stack, PartitionSpec())
     if not isinstance(w, BlockScaled):
         return PartitionSpec(*axes)
     assert all(merged == 1 for merged, _ in w.groups), w.groups
     spec = PartitionSpec(axes[0], *axes[2:], axes[1]) if w.terms_last else PartitionSpec(*axes)
     return dataclasses.replace(w, values=spec, scales=spec)
-
-
-@functools.cache
-def _say(what: str) -> None:
-    logger.warning("%s", what)

@@ -9,8 +9,9 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from deepseek_jax.compute import ComputeConfig
+from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.dropping import Balancing, spared_tokens
-from deepseek_jax.model.router import RouterStats, count_sequences
+from deepseek_jax.model.router import RouterStats, count_sequences, device_size
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.sharding import per_batch_shard, split_by
 from deepseek_jax.typed import check_least, check_types
@@ -211,6 +212,11 @@ class LanguageModelLoss:
         check_least(self, 2, "balance_devices")
         if self.drop_spared > 1:
             raise ValueError(f"drop_spared={self.drop_spared}: must lie in [0, 1]")
+
+    def check(self, model: ModelConfig) -> None:
+        """ValueError where this network's experts are not to be dealt to ``balance_devices``."""
+        if self._of_devices() or self.drop_capacity:
+            device_size(model, self.balance_devices)
 
     def normalisers(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """What the sums of a whole batch are divided by, so that any split into microbatches gives the same loss."""

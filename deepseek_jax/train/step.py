@@ -72,8 +72,8 @@ def make_step(
     """The pure function ``(state, batch) -> (state, metrics)``; jit it with the state donated.
 
     A batch is split into ``minibatches``, and gone through ``epochs`` times: as many updates of the parameters, in one
-    step; metrics are their mean, ``finite`` their least. An update whose loss or gradient is not finite leaves
-    parameters, moments, bias and running mean as they were and reports ``finite`` 0.
+    step; metrics are their mean, ``finite`` their least, what was ``dropped`` their sum. An update whose loss or
+    gradient is not finite leaves parameters, moments, bias and running mean as they were and reports ``finite`` 0.
     """
     if epochs < 1 or minibatches < 1:
         raise ValueError(f"epochs={epochs}, minibatches={minibatches}: must be at least 1")
@@ -103,8 +103,8 @@ def make_step(
             parts = split_rows(batch, minibatches, compute.rules, "minibatches")
             epoch = lambda state, _: jax.lax.scan(update, state, parts)  # noqa: E731
             state, every = jax.lax.scan(epoch, state, length=epochs)
-            metrics = {name: jnp.mean(value, axis=(0, 1)) for name, value in every.items()}
-            metrics["finite"] = jnp.min(every["finite"])
+            over = {"finite": jnp.min, "dropped": jnp.sum, "dropped_sum": jnp.sum}
+            metrics = {name: over.get(name, jnp.mean)(value, axis=(0, 1)) for name, value in every.items()}
         return dataclasses.replace(state, step=state.step + 1), metrics
 
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:

@@ -2,11 +2,12 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from deepseek_jax.files import read_json_object
+from deepseek_jax.parallel.processes import first_host_alone, gather
 from deepseek_jax.train.preemption import stop_signals
 from deepseek_jax.train.resume import check_resume, differences, saved_meta
 from deepseek_jax.train.run_lock import run_lock
@@ -26,8 +27,11 @@ class Link(NamedTuple):
 
 @contextmanager
 def held(run_dir: str | Path) -> Iterator[None]:
-    """Hold the chain's folder, and listen for signals. ValueError where another process works in it."""
-    with run_lock(run_dir), stop_signals("; the same command goes on from what was saved"):
+    """Hold the chain's folder, of several processes the first, and listen for signals. ValueError where another run
+    works in it."""
+    with ExitStack() as stack:
+        stack.enter_context(stop_signals("; the same command goes on from what was saved"))
+        first_host_alone(lambda: stack.enter_context(run_lock(run_dir)))
         yield
 
 
@@ -39,7 +43,7 @@ def run_chain(
     ValueError where a stage has a result of other settings.
     """
     for name, run, config in links:
-        if is_done(config):
+        if gather(is_done(config))[0]:  # of several processes the first may see its end sooner
             say(name, " is done already")
         else:
             say(name, f" → {config.run_dir}")

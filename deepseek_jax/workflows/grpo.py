@@ -119,15 +119,13 @@ def grpo(config: GRPOConfig) -> dict[str, Any]:
 
 
 def _check_processes(config: GRPOConfig) -> None:
-    """ValueError naming what several processes cannot do, or cannot share out."""
+    """ValueError naming what several processes cannot share out."""
     count, prompts = jax.process_count(), config.rollout.prompts
     if rest := prompts % count:
         nearest = " or ".join(str(some) for some in (prompts - rest, prompts - rest + count) if some)
         raise ValueError(
             f"rollout.prompts={prompts} are not to be shared out to {count} processes; the nearest is {nearest}"
         )
-    if count > 1 and any(reward.startswith("model:") for reward in config.reward):
-        raise ValueError(f"reward={config.reward!r}: reward models judge in one process so far, not in {count}")
 
 
 def _with_tools(config: GRPOConfig) -> TaskEval:

@@ -198,7 +198,8 @@ def ask_questions(
         found[answers.name] |= answers.further_figures(lines)
         if asking.skip_unusable:
             found[answers.name]["skipped"] = answers.skipped
-        write_json(folder / "result.json", read_json_object(folder / "result.json") | found)
+        if jax.process_index() == 0:
+            write_json(folder / "result.json", read_json_object(folder / "result.json") | found)
     return found, folder
 
 

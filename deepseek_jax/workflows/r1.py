@@ -28,14 +28,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from deepseek_jax.checkpoint.finding import CHECKPOINTS, checkpoint_steps
 from deepseek_jax.evals.samples import margin
-from deepseek_jax.files import write_json
-from deepseek_jax.parallel.processes import require_one_process
+from deepseek_jax.parallel.processes import first_host_alone
 from deepseek_jax.saying import terminal
 from deepseek_jax.typed import check_types
 from deepseek_jax.workflows.chain import Link, held, run_chain
@@ -50,7 +50,7 @@ from deepseek_jax.workflows.report import write_report
 from deepseek_jax.workflows.report_data import SERIES
 from deepseek_jax.workflows.reward_model import RewardModelConfig, reward_model
 from deepseek_jax.workflows.sft import SFTConfig, sft
-from deepseek_jax.workflows.stage import read_result
+from deepseek_jax.workflows.stage import read_result, write_json
 
 # In their order: what runs each.
 STAGES = {
@@ -124,8 +124,8 @@ def r1(config: R1Config, console: Console | None = None) -> None:
     ValueError where a stage was run with other settings, another process works in ``run_dir``, no sample was kept, or a
     stage reads what neither is there nor comes of an earlier one.
     """
-    require_one_process("r1")  # each stage of a recipe, as r1/v3:zero, is a command too, and for many
-    console = console or terminal()
+    first = jax.process_index() == 0
+    console = (console or terminal()) if first else Console(quiet=True)
     began, run_dir = time.monotonic(), Path(config.run_dir)
     links = make_links(config)
     check_inputs(links)
@@ -144,9 +144,9 @@ def r1(config: R1Config, console: Console | None = None) -> None:
                 say(name, f" is skipped half done: what starts from it takes its checkpoint of step {step}")
         write_json(run_dir / SERIES, {"stages": [link.name for link in links]})
         run_chain(links, say, after=check_done)
-        report = write_report(run_dir)
+        first_host_alone(lambda: write_report(run_dir))
     print_answers(run_dir, console)
-    console.print(f"report: {report}   ({time.monotonic() - began:.0f} s for what was run now)")
+    console.print(f"report: {run_dir / 'report.html'}   ({time.monotonic() - began:.0f} s for what was run now)")
 
 
 def print_answers(run_dir: Path, console: Console) -> None:

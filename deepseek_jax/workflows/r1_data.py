@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from deepseek_jax.data.tokenizer import END_THINK, THINK
-from deepseek_jax.files import write_json, write_whole
+from deepseek_jax.files import read_json_object, write_json, write_whole
+from deepseek_jax.parallel.processes import first_host_alone
 from deepseek_jax.rl import arithmetic
 from deepseek_jax.rl.words import wait_words
 from deepseek_jax.saying import doing, quietly
@@ -71,7 +72,12 @@ class R1Data:
 
 
 def make_data(config: R1Data) -> dict[str, Any]:
-    """Write all files, ``result.json`` with their counts last."""
+    """Write all files, ``result.json`` with their counts last; of several processes the first does."""
+    first_host_alone(lambda: _write(config))
+    return read_json_object(Path(config.run_dir) / RESULT)
+
+
+def _write(config: R1Data) -> None:
     folder, seed = Path(config.run_dir), config.corpus.seed + config.seed
     rngs = [np.random.default_rng([seed, 10 + part]) for part in range(5)]
     pages = [*_problem_pages(rngs[0], config), *_request_pages(rngs[1], config)]
@@ -99,9 +105,7 @@ def make_data(config: R1Data) -> dict[str, Any]:
     }
     counts = {name: _write_lines(folder / f"{name}.jsonl", rows) for name, rows in written.items()}
     write_json(folder / "config.json", {"stage": "data", "recipe": dataclasses.asdict(config)})
-    result = {"train": meta["train"], "heldout": meta["heldout"], "rows": counts}
-    write_json(folder / RESULT, result)
-    return result
+    write_json(folder / RESULT, {"train": meta["train"], "heldout": meta["heldout"], "rows": counts})
 
 
 def worked(problem: arithmetic.Problem, languages: Iterable[str]) -> str:

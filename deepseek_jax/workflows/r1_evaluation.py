@@ -5,15 +5,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from deepseek_jax.checkpoint.model import load
 from deepseek_jax.compute import ComputeConfig
-from deepseek_jax.files import write_json
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
 from deepseek_jax.rl.tasks import TaskConfig
 from deepseek_jax.saying import quietly
 from deepseek_jax.typed import check_least, check_types
 from deepseek_jax.workflows.questions import Answers, Asking, ask_questions
-from deepseek_jax.workflows.stage import RESULT
+from deepseek_jax.workflows.stage import RESULT, write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,7 @@ def evaluate(config: R1Evaluation) -> dict[str, Any]:
     asking = dataclasses.replace(config.asking, seed=config.asking.seed + config.seed)
     tasks = {name: Answers(task, asking) for name, task in _tasks(config).items()}
     found: dict[str, Any] = {}
-    with quietly(config.quiet):
+    with quietly(config.quiet or jax.process_index() > 0):
         for name, path, template in config.asked():
             model = load(path, compute=config.compute, mesh=make_mesh(config.mesh)).asked_by(template)
             figures, _ = ask_questions(model, list(tasks.values()), asking, folder / name, batch_size=config.batch_size)

@@ -20,7 +20,7 @@ from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.files import read_json_object, write_whole
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
-from deepseek_jax.parallel.processes import first_host_alone, require_one_process
+from deepseek_jax.parallel.processes import first_host_alone, gather, own_part
 from deepseek_jax.rl.grader import Grader
 from deepseek_jax.rl.rejection import Readable, Sampled, choose, counts
 from deepseek_jax.rl.reward_spec import parse_reward
@@ -89,8 +89,6 @@ def rejection(config: RejectionConfig) -> dict[str, Any]:
     run_dir = Path(config.run_dir)
     for reward in config.judge:  # known before a model is read
         parse_reward(reward)
-        if reward.startswith("model:"):
-            require_one_process(f"judge={reward!r}")
     asking = dataclasses.replace(config.asking, seed=config.asking.seed + config.seed)
     answers = Answers(config.task, asking, unanswered=config.unanswered)
     _check_languages(answers, config.keep)
@@ -101,18 +99,22 @@ def rejection(config: RejectionConfig) -> dict[str, Any]:
         say(f"{run_dir / RESULT} stands; remove it to choose again")
         return stands
     lines = _asked(config, answers, asking)
-    first_host_alone(lambda: _choose(config, settings, answers, lines))
+    first_host_alone(lambda: _begin(run_dir, settings))
+    sampled = _sampled(config, answers, lines)
+    first_host_alone(lambda: _choose(config, answers, lines, sampled))
     return read_result(run_dir) or {}
 
 
+def _begin(run_dir: Path, settings: dict[str, Any]) -> None:
+    (run_dir / RESULT).unlink(missing_ok=True)
+    write_json(run_dir / "config.json", settings)
+
+
 def _choose(
-    config: RejectionConfig, settings: dict[str, Any], answers: Answers, lines: Sequence[dict[str, Any]]
+    config: RejectionConfig, answers: Answers, lines: Sequence[dict[str, Any]], sampled: Sequence[Sampled]
 ) -> None:
     """Write what is kept of the answers, and the result."""
     run_dir = Path(config.run_dir)
-    (run_dir / RESULT).unlink(missing_ok=True)
-    write_json(run_dir / "config.json", settings)
-    sampled = _sampled(config, answers, lines)
     chosen = choose(sampled, config.keep, least=config.judge_least if config.judge else None)
     kept = [(line, reply) for line, (reply, _) in zip(lines, chosen, strict=True) if reply is not None]
     write_whole(run_dir / KEPT, "".join(_chat(answers, line, reply) for line, reply in kept))
@@ -161,14 +163,18 @@ def _sampled(config: RejectionConfig, answers: Answers, lines: Sequence[dict[str
         judge = Grader(config.judge, task=answers.task, **devices)
         with doing(f"judging {len(open_ones):,} answers"), judge as grader:
             for start in range(0, len(open_ones), config.batch_size):
-                part = open_ones[start : start + config.batch_size]
+                everyones = open_ones[start : start + config.batch_size]
+                own = own_part(everyones)
+                part = own or everyones[:1]  # where there are fewer than processes, which a reward model's scores take
                 texts, ended = ([lines[index][name] for index in part] for name in ("completion", "ended"))
                 whole = [all_turns(lines[index]) for index in part]
                 grades = grader.grade(texts, [rows[index] for index in part], ended=ended, whole=whole)
                 silent_N = np.all([np.isnan(scores_N) for scores_N in grades.rewards.values()], axis=0)
                 silent_N |= grades.failed_N
-                found = zip(part, grades.total_N, silent_N, strict=True)
-                scores |= {index: None if silent else float(total) for index, total, silent in found}
+                totals = zip(grades.total_N.tolist(), silent_N, strict=True)
+                found = [None if silent else total for total, silent in totals][: len(own)]
+                told = [score for process in gather(found) for score in process]
+                scores |= dict(zip(everyones, told, strict=True))
     return [
         Sampled(
             prompts[line["question"]],

@@ -21,8 +21,8 @@ from deepseek_jax.data.packing import Row
 from deepseek_jax.data.preferences import Item, Judges, pack_items, read_items
 from deepseek_jax.data.rows import check_rows, sources_of, write_rows
 from deepseek_jax.model import transformer
-from deepseek_jax.parallel.processes import first_host_alone
-from deepseek_jax.parallel.sharding import place_batch
+from deepseek_jax.parallel.processes import first_host_alone, together
+from deepseek_jax.parallel.sharding import constrain, place_batch
 from deepseek_jax.saying import doing, say
 from deepseek_jax.train.loop_config import LoopConfig
 from deepseek_jax.train.optimizer import OptimizerConfig
@@ -140,9 +140,10 @@ def agreement(model: Model, rows: Sequence[Row], batch_size: int) -> dict[str, f
 def _margins(config: ModelConfig, compute: ComputeConfig):
     @jax.jit
     def run(params, router_bias, batch):
-        return margins(transformer.merge(config, params, router_bias, compute), batch)[:2]
+        found = margins(transformer.merge(config, params, router_bias, compute), batch)[:2]
+        return jax.tree.map(lambda x: constrain(x, compute.rules, *[None] * x.ndim), found)  # every process reads it
 
-    return run
+    return together(run)
 
 
 def _packed(

@@ -17,6 +17,7 @@ from deepseek_jax.evals.samples import best_shares, cons_shares, mean_and_error
 from deepseek_jax.files import read_json_lines, write_json
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
+from deepseek_jax.parallel.processes import first_host_alone, gather, meet
 from deepseek_jax.rl.asking import ask
 from deepseek_jax.rl.grader import Grader
 from deepseek_jax.rl.reward_spec import parse_reward
@@ -118,7 +119,7 @@ class Thoughts(Answers):
             for budget in self.budgets
         }
         keys, found = list(wanted), {}
-        for start in range(0, len(keys), batch_size):
+        for start in range(0, max(gather(len(keys))), batch_size):  # all processes ask as often
             some = keys[start : start + batch_size]
             sampling = [self._drawn(part[number], self.scaling.answer_tokens, 1 + length) for number, length in some]
             own, budgets = [thoughts[number] for number, _ in some], [wanted[key] for key in some]
@@ -151,6 +152,7 @@ def scale(
     tokens or samples, the mean over questions and its standard error. One of budgets has "label" and "tokens" too, the
     mean tokens that were thought."""
     engine, curves = Engine(model), []
+    meet()  # the first process has written them
     for answers in tasks:
         samples = answers.asking.samples
         known = [line for line in read_json_lines(folder / answers.file) if line["sample"] < samples]
@@ -171,9 +173,13 @@ def scale(
         for waits in dict.fromkeys(scaling.waits) if scaling.budgets else ():
             thoughts = Thoughts(answers, scaling, waits)
             curves.append(thoughts.curve(thoughts.complete(engine, folder, batch_size)))
+    first_host_alone(lambda: _write(curves, folder))
+    return curves
+
+
+def _write(curves: Sequence[dict[str, Any]], folder: Path) -> None:
     write_json(folder / FILE, {"curves": curves})
     draw(curves, folder / "scaling.png")
-    return curves
 
 
 def _curve(task: str, kind: str, x: Sequence[int], shares: Sequence[Sequence[float]]) -> dict[str, Any]:

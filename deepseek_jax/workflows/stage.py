@@ -26,6 +26,7 @@ from deepseek_jax.parallel.processes import first_host_alone, gather, row_groups
 from deepseek_jax.parallel.sharding import ShardingRules, constrain, named_sharding, place_batch
 from deepseek_jax.saying import doing, say
 from deepseek_jax.train.loop import Batches, LoopConfig, run_loop
+from deepseek_jax.train.losses import LanguageModelLoss
 from deepseek_jax.train.metrics import read_metrics
 from deepseek_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer, warmup_updates
 from deepseek_jax.train.ppo import CriticConfig, with_critic
@@ -202,6 +203,8 @@ def check_start(config: StageConfig, start: Model) -> None:
 def _check_layout(
     config: StageConfig, model: ModelConfig, compute: ComputeConfig, mesh: Mesh, columns: int | None
 ) -> None:
+    if isinstance(loss := getattr(config, "loss", None), LanguageModelLoss):
+        loss.check(model)
     rows, said = config.rows_of_step()
     parts = {"minibatches": getattr(config, "minibatches", 1), "step.microbatches": config.step.microbatches}
     said += "".join(f", {name}={count}" for name, count in parts.items() if count > 1)

@@ -1,5 +1,6 @@
 """``generate`` and ``chat`` on a released model's folder."""
 
+import builtins
 import json
 
 import pytest
@@ -88,3 +89,33 @@ def test_how_it_is_computed_can_be_said(folder, monkeypatch, capsys):
     for more in ([], given):
         assert main(["generate", str(folder), "--max-tokens", "2", "--prompt", "def", *more]) == 0
     assert seen == [ComputeConfig(), ComputeConfig(dtype="bfloat16", param_dtype="bfloat16")]
+
+
+def test_on_a_mesh_the_answers_are_those_of_one_device(folder, monkeypatch, capsys):
+    """Experts apart, some in several places, heads split, prompts data-parallel: whole and streamed."""
+    generate = ["generate", str(folder), "--max-tokens", "6", "--prompt", "def", "--prompt", "12", "--prompt", "7*"]
+    rows = [[*range(8), *range(4)], [*range(8), 7, 7, 0, 1]]
+    (folder / "placement.json").write_text(json.dumps({"physical_to_logical_map": rows}))
+    chat = ["chat", str(folder), "--max-tokens", "6"]
+    placed = ["--placement", str(folder / "placement.json")]
+    meshes = [], ["--mesh.data", "0", "--mesh.expert", "2", "--mesh.tensor", "2", *placed]
+    said, sizes, made = [], [], talk.make_mesh
+    monkeypatch.setattr(talk, "make_mesh", lambda *given: sizes.append((mesh := made(*given)).size) or mesh)
+    for mesh in meshes:
+        for command in (generate, chat):
+            typed = iter(["12", ""])
+            monkeypatch.setattr(builtins, "input", lambda *_, typed=typed: next(typed))
+            assert main([*command, *mesh]) == 0
+            said.append(capsys.readouterr().out)
+    assert sizes == [1, 1, 8, 8]
+    assert said[:2] == said[2:]
+    assert main([*generate, "--placement", str(folder / "config.json")]) == 1
+    assert "has no physical_to_logical_map" in capsys.readouterr().err
+
+
+def test_a_mesh_that_cannot_be_is_refused(folder, capsys):
+    given = {"--mesh.expert=3": "expert=3 does not divide n_routed_experts=8", "--mesh.tensor=16": "but there are 8"}
+    for option, said in given.items():
+        for command in (["generate", str(folder), "--prompt", "a"], ["chat", str(folder)]):
+            assert main([*command, option]) == 1
+            assert said in capsys.readouterr().err

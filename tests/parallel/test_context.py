@@ -117,6 +117,8 @@ def test_rows_that_are_not_cut_evenly_keep_their_order(caplog):
         assert "rows of 12 tokens are not cut into 8 pieces" in caplog.text
         assert RowOrder.of(RULES, Visible(causal=False), (2, 16)).ways == 1
         assert RowOrder.of(RULES, Visible(), (2, 16)).ways == 4
+        with pytest.raises(ValueError, match="3 rows, which the mesh splits 2 ways"):
+            RowOrder.of(RULES, Visible(), (3, 16))
     assert RowOrder.of(RULES, Visible(), (2, 16)).ways == 1
 
 

@@ -365,6 +365,20 @@ def test_the_rate_counts_updates():
     assert state.step == 1 and {int(count) for count in counts} == {4}
 
 
+def test_what_is_dropped_in_a_step_is_of_all_its_updates():
+    class Drops:
+        def normalisers(self, batch):
+            return {}
+
+        def __call__(self, model, batch, norm, step):
+            return jnp.sum(model.embed[...] ** 2), {"dropped": jnp.sum(batch["rows"]) * jnp.array([1.0, 2.0])}
+
+    optimizer, params = optax.sgd(0.1), weights(TINY)[0]
+    step = make_step(TINY, Drops(), optimizer, StepConfig(), epochs=2, minibatches=2)
+    _, metrics = jax.jit(step)(state_of(params, optimizer.init(params)), {"rows": jnp.arange(4.0)})
+    assert metrics["dropped"].tolist() == [12.0, 24.0] and metrics["dropped_sum"] == 36.0
+
+
 # The reference
 
 

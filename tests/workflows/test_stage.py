@@ -22,7 +22,8 @@ from deepseek_jax.train.losses import LanguageModelLoss
 from deepseek_jax.train.metrics import read_metrics
 from deepseek_jax.train.optimizer import OptimizerConfig
 from deepseek_jax.train.reference import Reference
-from deepseek_jax.workflows.stage import RESULT, LoaderBatches, StageConfig, train_stage
+from deepseek_jax.workflows.sft import SFTConfig
+from deepseek_jax.workflows.stage import RESULT, LoaderBatches, StageConfig, check_start, train_stage
 
 
 class Rows:
@@ -63,6 +64,13 @@ def run(config: StageConfig, reference: Reference | None = None):
 def held(shift: float = 0.0, path: str = "runs/before") -> Reference:
     params, bias = weights(SPEAKER)
     return Reference(params | {"embed": params["embed"] + shift}, bias, path=path)
+
+
+def test_devices_to_which_experts_cannot_be_dealt_are_known_before_rows_are_packed():
+    start = whole(SPEAKER, None, None)
+    check_start(SFTConfig(loss=LanguageModelLoss(balance_devices=3)), start)  # nothing asks for them
+    with pytest.raises(ValueError, match="balance_devices=3 does not divide n_routed_experts=8"):
+        check_start(SFTConfig(loss=LanguageModelLoss(balance_devices=3, drop_capacity=1.0)), start)
 
 
 def changed(config: StageConfig, **fields: Any) -> StageConfig:

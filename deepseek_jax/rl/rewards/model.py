@@ -16,7 +16,8 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.data.preferences import encode_judged, shown
 from deepseek_jax.files import read_json_object
 from deepseek_jax.model import transformer
-from deepseek_jax.parallel.sharding import place_batch
+from deepseek_jax.parallel.processes import gather, together
+from deepseek_jax.parallel.sharding import constrain, place_batch
 from deepseek_jax.rl.tasks import Row, Task
 from deepseek_jax.rl.workers import Outcome
 from deepseek_kernels import Visible
@@ -31,6 +32,8 @@ class ModelReward:
     or the summary of what has ended, which is the last turn's. None for rows that the task's own accuracy grades,
     unless ``always``. An answer without a summary, as one that was cut off, gets the least score of those that are
     graded with it. One that its positions do not hold has none, which is a failure: good or bad, it cannot be told.
+
+    Of several processes each has answers of its own, or none to be judged; all are scored together.
     """
 
     def __init__(self, path: str, always: str = ""):
@@ -60,8 +63,11 @@ class ModelReward:
         ids = {index: self._ids(completions[index], rows[index], task) for index in judged}
         longest = self._model.config.max_position_embeddings
         fitting = {index: found for index, found in ids.items() if 0 < len(found) <= longest}
-        scores = dict(zip(fitting, self._scores(list(fitting.values())), strict=True))
-        least = min(scores.values(), default=None)
+        everyones = gather(list(fitting.values()))
+        all_scores = self._scores([text for texts in everyones for text in texts])
+        begin = sum(map(len, everyones[: jax.process_index()]))
+        scores = dict(zip(fitting, all_scores[begin:], strict=False))
+        least = min(all_scores, default=None)
         found = [Outcome(scores.get(index, least) if index in ids else None) for index in range(len(rows))]
         for index in judged:
             if (length := len(ids[index])) > longest:
@@ -110,6 +116,7 @@ def _compiled(config: ModelConfig, compute: ComputeConfig):
         segments_BS = (jnp.arange(tokens_BS.shape[1]) <= last_B1).astype(jnp.int32)
         out = network(tokens_BS, segment_ids_BS=segments_BS, visible=Visible.rows())
         assert out.scores is not None
-        return jnp.take_along_axis(out.scores[..., 0], last_B1, axis=1)[:, 0]
+        scores_B = jnp.take_along_axis(out.scores[..., 0], last_B1, axis=1)[:, 0]
+        return constrain(scores_B, compute.rules, None)  # every process reads them all
 
-    return run
+    return together(run)

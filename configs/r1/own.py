@@ -16,8 +16,8 @@ from deepseek_jax.workflows.r1 import R1Config
 from deepseek_jax.workflows.recipe import load_recipe
 
 COMPUTE = ComputeConfig(dtype="bfloat16")
-# Few layers, as decoding takes some 40 kernels for each; no groups of experts, which would be eight more; and widths that
-# Hopper's kernels have: V3's of heads, a latent of 128, experts of 256.
+# Few layers, as decoding takes some 40 kernels for each; no groups of experts, which would be five more; and widths
+# that Hopper's kernels have: V3's of heads, a latent of 128, experts of 256.
 BASE = ModelConfig(
     vocab_size=2048,
     hidden_size=512,

@@ -16,8 +16,8 @@ from deepseek_jax.workflows.r1 import R1Config
 from deepseek_jax.workflows.recipe import load_recipe
 
 COMPUTE = ComputeConfig(dtype="bfloat16")
-# Few layers, as decoding takes a dozen kernels and more for each, and widths that Hopper's kernels have: V3's of heads,
-# a latent of 128, experts of 256.
+# Few layers, as decoding takes some 40 kernels for each; no groups of experts, which would be five more; and widths
+# that Hopper's kernels have: V3's of heads, a latent of 128, experts of 256.
 BASE = ModelConfig(
     vocab_size=2048,
     hidden_size=512,
@@ -30,6 +30,8 @@ BASE = ModelConfig(
     v_head_dim=128,
     n_routed_experts=12,
     num_experts_per_tok=3,
+    n_group=1,
+    topk_group=1,
     moe_intermediate_size=256,
     max_position_embeddings=2048,
     initializer_range=0.02,

@@ -24,6 +24,7 @@ from deepseek_kernels import (
     hopper,
     hopper_by_head,
     hopper_few,
+    router_hopper,
 )
 from deepseek_kernels.block_fp8 import FP8, BlockScaled
 from deepseek_kernels.target import Platform, Target
@@ -129,6 +130,8 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         Implementation("dequantised", slow="a copy of the weight in the dtype of the product"),
         _REFERENCE,
     ),
+    # Of few tokens; elsewhere XLA's.
+    "router": (Implementation("hopper", ("cuda",), router_hopper.refuses, special=True), Implementation("plain")),
     "routed_experts": (
         Implementation("fused", ("cpu",), _needs_c),
         Implementation("sorted"),
@@ -160,7 +163,8 @@ def choose(operation: str, target: Target, dtype: Any, *, implementation: str = 
     facts: of product those of ``hopper_few.refuses_dense`` and of ``hopper_by_head.refuses_by_head``, of grouped_matmul
     ``rows, groups, widths``, of both for FP8 ``weight``, of fp8_matmul those of ``fp8_on_hopper.refuses``; of
     mla_attention and gqa_attention those of
-    ``attention_splash.refuses``, of mla_decode those of ``decode_hopper.refuses``; of the others none. A slow choice is
+    ``attention_splash.refuses``, of mla_decode those of ``decode_hopper.refuses``, of router those of
+    ``router_hopper.refuses``; of the others none. A slow choice is
     logged once, with its reason.
 
     Raises:

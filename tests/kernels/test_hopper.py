@@ -19,6 +19,7 @@ from deepseek_kernels import (
     product,
     routed_experts,
 )
+from deepseek_kernels.router_hopper import scores_and_best
 
 TARGET = Target("cuda", "9.0", 0 if jax.default_backend() == "gpu" else 2)  # two blocks in the interpreter
 
@@ -136,6 +137,38 @@ def test_each_head_has_a_matrix(hopper_gpu, rows):
         assert y.shape == right.shape and y.dtype == jnp.bfloat16
         np.testing.assert_allclose(np.asarray(y, np.float64), right, rtol=1.01 * 2**-8, atol=1e-4)
         np.testing.assert_array_equal(jax.jit(run)(x, whole), y)
+
+
+@pytest.mark.parametrize(("tokens", "scoring", "dtype"), [(1, "softmax", "bfloat16"), (3, "sigmoid", "float32")])
+def test_a_router_scores_and_sorts_its_experts(hopper_gpu, tokens, scoring, dtype):
+    """And its gradients; equal experts stay in order, the bias decides alone who is before whom."""
+    rng, E, D = np.random.default_rng(0), 64, 256
+    x = jnp.asarray(rng.standard_normal((tokens, D)), jnp.bfloat16)
+    w = jnp.asarray(rng.standard_normal((D, E)) / 16, dtype).at[:, 40].set(0).at[:, 20].set(0)
+    bias = jnp.asarray(rng.standard_normal(E), jnp.float32).at[40].set(0.5).at[20].set(0.5)
+    weight, probe = (
+        InStack(jnp.stack([jnp.nan * w, w]), jnp.int32(1)),
+        jnp.asarray(rng.random((tokens, E)), jnp.float32),
+    )
+
+    def run(x, w, bias):
+        scores, best = scores_and_best(x, w, bias, scoring)
+        return jnp.sum(scores * probe), (scores, best)
+
+    def plain(x, w):
+        logits = jnp.dot(x.astype(jnp.float32), w.astype(jnp.float32), precision="highest")
+        scores = jax.nn.sigmoid(logits) if scoring == "sigmoid" else jax.nn.softmax(logits)
+        return jnp.sum(scores * probe), scores
+
+    (_, (scores, best)), (dx, dw) = jax.jit(jax.value_and_grad(run, (0, 1), has_aux=True, allow_int=True))(
+        x, weight, bias
+    )
+    (_, right), expected = jax.jit(both(plain))(x, w)
+    np.testing.assert_allclose(scores, right, rtol=1e-5)
+    np.testing.assert_array_equal(best, np.argsort(-(np.asarray(scores) + bias), axis=1, kind="stable"))
+    for found, gradient in zip((dx, dw.stack[1]), expected, strict=True):
+        np.testing.assert_allclose(*(np.asarray(a, np.float32) for a in (found, gradient)), rtol=2**-7, atol=1e-5)
+    np.testing.assert_array_equal(jax.jit(run)(x, w, None)[1][0], scores)
 
 
 @pytest.mark.parametrize("tokens", [1, 7])

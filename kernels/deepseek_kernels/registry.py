@@ -130,8 +130,6 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         Implementation("dequantised", slow="a copy of the weight in the dtype of the product"),
         _REFERENCE,
     ),
-    # Of few tokens; elsewhere XLA's.
-    "router": (Implementation("hopper", ("cuda",), router_hopper.refuses, special=True), Implementation("plain")),
     "routed_experts": (
         Implementation("fused", ("cpu",), _needs_c),
         Implementation("sorted"),
@@ -154,6 +152,8 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         dataclasses.replace(_BLOCKWISE, copies=_copies_the_cache),
         _REFERENCE,
     ),
+    # Scores and choice; Hopper's kernels are of few tokens.
+    "router": (Implementation("hopper", ("cuda",), router_hopper.refuses, special=True), Implementation("plain")),
 }
 
 

@@ -28,7 +28,7 @@ from deepseek_kernels.weights import Columns
 CPU, H100, A100 = Target("cpu"), Target("cuda", "9.0", 132), Target("cuda", "8.0")
 TPU, V4 = Target("tpu", "TPU v5p"), Target("tpu", "TPU v4")
 OPERATIONS = ["product", "grouped_matmul", "fp8_matmul", "routed_experts", "look_up"]
-OPERATIONS += ["mla_attention", "gqa_attention", "mla_decode", "router"]
+OPERATIONS += ["mla_attention", "gqa_attention", "mla_decode", "router", "rms_norm"]
 
 EXPECTED = {  # in the order of OPERATIONS
     (CPU, "float32"): ["c", "c", "dequantised", "fused", "scatter", "c", "c", "blockwise"],
@@ -41,7 +41,7 @@ EXPECTED = {  # in the order of OPERATIONS
     (TPU, "float32"): ["dot", "ragged_dot", "dequantised", "sorted", "scatter", "blockwise", "blockwise", "blockwise"],
 }
 for case, implementations in EXPECTED.items():
-    implementations.append("hopper" if case == (H100, "bfloat16") else "plain")
+    implementations += 2 * ["hopper" if case == (H100, "bfloat16") else "plain"]
 
 
 def names(target, dtype):

@@ -9,6 +9,7 @@ from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.fresh import Source, Together
 from deepseek_kernels import product
+from deepseek_kernels.norm import rms_norm
 from deepseek_kernels.weights import Weight
 
 
@@ -72,13 +73,11 @@ class RMSNorm(nnx.Module):
         *,
         eps: float | None = None,
     ):
-        self.eps = config.rms_norm_eps if eps is None else eps
+        self.eps, self.target = config.rms_norm_eps if eps is None else eps, compute.kernels
         self.gain = nnx.Param(jnp.ones(width, compute.param_dtype), axes=(axis,))
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        x32 = x.astype(jnp.float32)
-        scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        return (x32 * scale * self.gain[...].astype(jnp.float32)).astype(x.dtype)
+        return rms_norm(x, self.gain[...], self.eps, target=self.target)
 
 
 class SwiGLU(nnx.Module):

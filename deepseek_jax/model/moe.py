@@ -4,7 +4,6 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -18,7 +17,7 @@ from deepseek_jax.parallel.copies import Placed
 from deepseek_jax.parallel.dispatch import Dispatch
 from deepseek_jax.parallel.exchange import exchange
 from deepseek_jax.parallel.sharding import per_device
-from deepseek_kernels import routed_experts
+from deepseek_kernels import InStack, routed_experts
 
 
 class DeepSeekMoE(nnx.Module):
@@ -47,10 +46,13 @@ class DeepSeekMoE(nnx.Module):
         config, compute = self.config, self.compute
         with jax.named_scope("router"):
             # XLA gathers what it takes the highest numbers of.
-            tokens, w_DE = ("batch", "sequence", None), self.router[...].astype(jnp.float32)
-            operands, axes = (x_BSD, w_DE, bias_E, chosen_BSK), (tokens, (None, None), (None,), tokens)
+            tokens, w_DE = ("batch", "sequence", None), self.router[...]
+            w_axes = InStack((None, None, None), ()) if isinstance(w_DE, InStack) else (None, None)
+            operands, axes = (x_BSD, w_DE, bias_E, chosen_BSK), (tokens, w_axes, (None,), tokens)
             axes = tuple(None if x is None else axis for x, axis in zip(operands, axes, strict=True))
-            routed = per_device(functools.partial(_routed, config), compute.rules, operands, axes, tokens)
+            routed = per_device(
+                functools.partial(_routed, config, compute.kernels), compute.rules, operands, axes, tokens
+            )
             experts_BSK, weights_BSK, scores_BSE = routed
             devices = 1 if balancing is None else balancing.devices
             stats = router_stats(config, experts_BSK, scores_BSE, segment_ids_BS, compute.rules, devices=devices)
@@ -77,9 +79,9 @@ class DeepSeekMoE(nnx.Module):
         return y, dataclasses.replace(stats, dropped=stats.dropped + dropped)
 
 
-def _routed(config, x_BSD, w_DE, bias_E, chosen_BSK):
+def _routed(config, target, x_BSD, w_DE, bias_E, chosen_BSK):
     """Experts, weights and scores of each token."""
     chosen_TK = None if chosen_BSK is None else chosen_BSK.reshape(-1, chosen_BSK.shape[2])
-    routing = route(config, x_BSD.reshape(-1, x_BSD.shape[2]), w_DE, bias_E, chosen_TK)
+    routing = route(config, x_BSD.reshape(-1, x_BSD.shape[2]), w_DE, bias_E, chosen_TK, target)
     found = routing.experts_TK, routing.weights_TK, routing.scores_TE
     return tuple(x.reshape(*x_BSD.shape[:2], -1) for x in found)

@@ -14,7 +14,10 @@ from jaxtyping import Array, Float, Int
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.parallel.context import over_runs
 from deepseek_jax.parallel.sharding import ShardingRules, per_device
+from deepseek_kernels import Target, router_hopper
 from deepseek_kernels.kept import kept
+from deepseek_kernels.registry import choose
+from deepseek_kernels.weights import Weight
 
 _FEW = 64  # tokens: a step of decoding's
 
@@ -48,9 +51,10 @@ class RouterStats:
 def route(
     config: ModelConfig,
     x_TD: Float[Array, "T D"],
-    w_DE: Float[Array, "D E"],
+    w_DE: Weight,
     bias_E: Float[Array, "E"] | None,
     chosen_TK: Int[Array, "T K"] | None = None,
+    target: Target | None = None,
 ) -> Routing:
     """Affinities ``s``, the top K experts, and their gate values.
 
@@ -62,16 +66,17 @@ def route(
 
     chosen_TK: experts to take instead, those that a sampler took for instance; -1 leaves the choice to the router.
     """
-    logits = _logits(x_TD.astype(jnp.float32), w_DE.astype(jnp.float32))
-    scores = jax.nn.sigmoid(logits) if config.scoring == "sigmoid" else jax.nn.softmax(logits, axis=-1)
-    # One comparison decides, but no gradient flows through it.
-    choice = jax.lax.stop_gradient(scores)
     if config.topk_method == "noaux_tc":
         assert bias_E is not None
-        choice = limit_to_groups(config, choice + bias_E, best=2)
-    elif config.topk_method == "group_limited_greedy":
-        choice = limit_to_groups(config, choice, best=1)
-    experts_TK = best_experts(choice, config.num_experts_per_tok)
+    else:
+        bias_E = None
+    limited = config.topk_method != "greedy" and config.n_group != config.topk_group
+    facts = {"tokens": len(x_TD), "weight": w_DE, "limited": limited}
+    if choose("router", target or Target.here(), x_TD.dtype, **facts).name == "hopper":
+        scores, best_TE = router_hopper.scores_and_best(x_TD, w_DE, bias_E, config.scoring)
+        experts_TK = best_TE[:, : config.num_experts_per_tok]
+    else:
+        scores, experts_TK = _scores_and_best(config, x_TD, w_DE, bias_E)
     if chosen_TK is not None:
         experts_TK = jnp.where(chosen_TK >= 0, chosen_TK, experts_TK)
     # Kept with the rows that it sorted: chosen again from logits of another rounding, one choice would move all rows.
@@ -80,6 +85,18 @@ def route(
     if config.norm_topk_prob:
         weights_TK = weights_TK / (jnp.sum(weights_TK, axis=1, keepdims=True) + 1e-20)
     return Routing(experts_TK, weights_TK * config.routed_scaling_factor, scores)
+
+
+def _scores_and_best(config, x_TD, w_DE, bias_E):
+    logits = _logits(x_TD.astype(jnp.float32), w_DE.astype(jnp.float32))
+    scores = jax.nn.sigmoid(logits) if config.scoring == "sigmoid" else jax.nn.softmax(logits, axis=-1)
+    # One comparison decides, but no gradient flows through it.
+    choice = jax.lax.stop_gradient(scores)
+    if config.topk_method == "noaux_tc":
+        choice = limit_to_groups(config, choice + bias_E, best=2)
+    elif config.topk_method == "group_limited_greedy":
+        choice = limit_to_groups(config, choice, best=1)
+    return scores, best_experts(choice, config.num_experts_per_tok)
 
 
 def _logits(x_TD, w_DE):

@@ -24,6 +24,8 @@ from deepseek_kernels import (
     hopper,
     hopper_by_head,
     hopper_few,
+    norm_hopper,
+    router_hopper,
 )
 from deepseek_kernels.block_fp8 import FP8, BlockScaled
 from deepseek_kernels.target import Platform, Target
@@ -151,6 +153,10 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         dataclasses.replace(_BLOCKWISE, copies=_copies_the_cache),
         _REFERENCE,
     ),
+    # Scores and choice; Hopper's kernels are of few tokens.
+    "router": (Implementation("hopper", ("cuda",), router_hopper.refuses, special=True), Implementation("plain")),
+    # XLA's; "hopper" is of few rows.
+    "rms_norm": (Implementation("hopper", ("cuda",), norm_hopper.refuses, special=True), Implementation("plain")),
 }
 
 
@@ -160,7 +166,8 @@ def choose(operation: str, target: Target, dtype: Any, *, implementation: str = 
     facts: of product those of ``hopper_few.refuses_dense`` and of ``hopper_by_head.refuses_by_head``, of grouped_matmul
     ``rows, groups, widths``, of both for FP8 ``weight``, of fp8_matmul those of ``fp8_on_hopper.refuses``; of
     mla_attention and gqa_attention those of
-    ``attention_splash.refuses``, of mla_decode those of ``decode_hopper.refuses``; of the others none. A slow choice is
+    ``attention_splash.refuses``, of mla_decode those of ``decode_hopper.refuses``, of router and
+    rms_norm those of ``router_hopper`` and ``norm_hopper``; of the others none. A slow choice is
     logged once, with its reason.
 
     Raises:

@@ -19,6 +19,8 @@ from deepseek_kernels import (
     product,
     routed_experts,
 )
+from deepseek_kernels.norm import rms_norm
+from deepseek_kernels.router_hopper import scores_and_best
 
 TARGET = Target("cuda", "9.0", 0 if jax.default_backend() == "gpu" else 2)  # two blocks in the interpreter
 
@@ -136,6 +138,53 @@ def test_each_head_has_a_matrix(hopper_gpu, rows):
         assert y.shape == right.shape and y.dtype == jnp.bfloat16
         np.testing.assert_allclose(np.asarray(y, np.float64), right, rtol=1.01 * 2**-8, atol=1e-4)
         np.testing.assert_array_equal(jax.jit(run)(x, whole), y)
+
+
+@pytest.mark.parametrize(("tokens", "scoring", "dtype"), [(1, "softmax", "bfloat16"), (3, "sigmoid", "float32")])
+def test_a_router_scores_and_sorts_its_experts(hopper_gpu, tokens, scoring, dtype):
+    """And its gradients; equal experts stay in order, the bias decides alone who is before whom."""
+    rng, E, D = np.random.default_rng(0), 64, 256
+    x = jnp.asarray(rng.standard_normal((tokens, D)), jnp.bfloat16)
+    w = jnp.asarray(rng.standard_normal((D, E)) / 16, dtype).at[:, 40].set(0).at[:, 20].set(0)
+    bias = jnp.asarray(rng.standard_normal(E), jnp.float32).at[40].set(0.5).at[20].set(0.5)
+    weight = InStack(jnp.stack([jnp.nan * w, w]), jnp.int32(1))
+    probe = jnp.asarray(rng.random((tokens, E)), jnp.float32)
+
+    def run(x, w, bias):
+        scores, best = scores_and_best(x, w, bias, scoring)
+        return jnp.sum(scores * probe), (scores, best)
+
+    def plain(x, w):
+        logits = jnp.dot(x.astype(jnp.float32), w.astype(jnp.float32), precision="highest")
+        scores = jax.nn.sigmoid(logits) if scoring == "sigmoid" else jax.nn.softmax(logits)
+        return jnp.sum(scores * probe), scores
+
+    both = functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True, allow_int=True)
+    (_, (scores, best)), (dx, dw) = jax.jit(both(run))(x, weight, bias)
+    (_, right), expected = jax.jit(both(plain))(x, w)
+    np.testing.assert_allclose(scores, right, rtol=1e-5)
+    np.testing.assert_array_equal(best, np.argsort(-(np.asarray(scores) + bias), axis=1, kind="stable"))
+    for found, gradient in zip((dx, dw.stack[1]), expected, strict=True):
+        np.testing.assert_allclose(*(np.asarray(a, np.float32) for a in (found, gradient)), rtol=2**-7, atol=1e-5)
+    np.testing.assert_array_equal(jax.jit(run)(x, w, None)[1][0], scores)
+
+
+@pytest.mark.parametrize(("rows", "width", "dtype"), [(1, 128, "bfloat16"), (3, 2048, "float32")])
+def test_a_norm_of_few_rows(hopper_gpu, rows, width, dtype):
+    """And its gradients, with a gain of its own dtype out of a stack."""
+    rng = np.random.default_rng(0)
+    x, dy = (jnp.asarray(rng.standard_normal((rows, 1, width)), jnp.bfloat16) for _ in range(2))
+    gain = jnp.asarray(rng.standard_normal(width), dtype)
+
+    def both(x, gain, implementation):
+        norm = functools.partial(rms_norm, eps=1e-3, target=TARGET, implementation=implementation)
+        y, pullback = jax.vjp(norm, x, gain)
+        return y, *pullback(dy)
+
+    both = jax.jit(both, static_argnums=2)
+    y, dx, dgain = both(x, InStack(jnp.stack([jnp.nan * gain, gain]), jnp.int32(1)), "hopper")
+    for found, right in zip((y, dx, dgain.stack[1]), both(x, gain, "plain"), strict=True):
+        np.testing.assert_allclose(*(np.asarray(a, np.float32) for a in (found, right)), rtol=2**-7, atol=1e-6)
 
 
 @pytest.mark.parametrize("tokens", [1, 7])

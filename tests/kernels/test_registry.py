@@ -28,7 +28,7 @@ from deepseek_kernels.weights import Columns
 CPU, H100, A100 = Target("cpu"), Target("cuda", "9.0", 132), Target("cuda", "8.0")
 TPU, V4 = Target("tpu", "TPU v5p"), Target("tpu", "TPU v4")
 OPERATIONS = ["product", "grouped_matmul", "fp8_matmul", "routed_experts", "look_up"]
-OPERATIONS += ["mla_attention", "gqa_attention", "mla_decode"]
+OPERATIONS += ["mla_attention", "gqa_attention", "mla_decode", "router", "rms_norm"]
 
 EXPECTED = {  # in the order of OPERATIONS
     (CPU, "float32"): ["c", "c", "dequantised", "fused", "scatter", "c", "c", "blockwise"],
@@ -40,6 +40,8 @@ EXPECTED = {  # in the order of OPERATIONS
     (V4, "bfloat16"): ["dot", "ragged_dot", "dequantised", "sorted", "scatter", "blockwise", "blockwise", "blockwise"],
     (TPU, "float32"): ["dot", "ragged_dot", "dequantised", "sorted", "scatter", "blockwise", "blockwise", "blockwise"],
 }
+for case, implementations in EXPECTED.items():
+    implementations += 2 * ["hopper" if case == (H100, "bfloat16") else "plain"]
 
 
 def names(target, dtype):
@@ -126,7 +128,8 @@ def test_cudnn_takes_causal_rows_and_their_segments():
 
 
 def test_what_does_not_exist_or_cannot_run_is_named():
-    with pytest.raises(ValueError, match="implementation='pallas' of product: expected one of auto, c, hopper, dot"):
+    names = "auto, c, hopper, hopper_by_head, dot"
+    with pytest.raises(ValueError, match=f"implementation='pallas' of product: expected one of {names}"):
         choose("product", CPU, jnp.float32, implementation="pallas")
     with pytest.raises(ValueError, match="operation='addition': expected one of product, "):
         choose("addition", CPU, jnp.float32)

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 import time
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -13,6 +14,7 @@ from jax.sharding import Mesh
 from deepseek_jax.inference.abstract import serving
 from deepseek_jax.model.costs import attention_flops, forward_flops
 from deepseek_jax.model.transformer import logical_axes
+from deepseek_jax.parallel.exchange import check_exchange
 from deepseek_jax.parallel.hlo import Module, shape_bytes
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.roofline import Estimate, estimate, short
@@ -22,6 +24,7 @@ from deepseek_jax.saying import doing
 from deepseek_jax.train.state import TrainState
 from deepseek_jax.workflows.pretrain import PretrainConfig
 from deepseek_jax.workflows.stage import abstract_step
+from deepseek_kernels import tpu
 
 Work = Literal["train", "prefill", "decode"]
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -106,7 +109,8 @@ def compile_for(recipe: PretrainConfig, topology: Topology, work: Work = "train"
     assert text
     memory["activations, temporaries"] = max(0, total - sum(memory.values()))
     memory["total"] = total
-    found = estimate(text, Links(topology, mesh), _kernel_flops(recipe, work, columns, mesh), _turns)
+    of_kernels = _kernel_flops(recipe, work, columns, mesh), _turns, _grouped_rows(recipe, work, columns, mesh)
+    found = estimate(text, Links(topology, mesh), *of_kernels)
     largest = () if work == "decode" else _largest(text)
     fits = total <= facts["available"]
     return Found(**facts, memory=memory, fits=fits, largest=largest, estimate=found, text=text)
@@ -215,6 +219,20 @@ def _kernel_flops(recipe: PretrainConfig, work: Work, columns: int, mesh: Mesh):
         )
 
     return flops
+
+
+def _grouped_rows(recipe: PretrainConfig, work: Work, columns: int, mesh: Mesh) -> Callable[[int, int], float]:
+    """With even loads: a device's choices, and a tile more for each two groups that meet in one. The kernels have room
+    for more choices (``rounds.ROOM``), whose tiles they pass over."""
+    rules, model = recipe.compute.rules, recipe.model
+    group = check_exchange(rules, mesh.shape, recipe.compute.dispatch, recipe.compute.dispatch_nodes)
+    tokens = recipe.batch_size * (1 if work == "decode" else columns)
+    tokens /= recipe.step.microbatches if work == "train" else 1
+    ways = math.prod(mesh.shape[name] for name in {*rules.batch, *rules.sequence, *group})
+    choices = tokens * model.num_experts_per_tok / ways
+    chip = tpu.CHIPS.get(recipe.compute.on(mesh).kernels.chip)
+    largest = chip.rows if chip else 1
+    return lambda rows, groups: choices + (groups - 1) * tpu.row_tile(rows, groups, largest)
 
 
 def _attention_of_layer(recipe: PretrainConfig, work: Work, columns: int) -> float:

@@ -103,19 +103,9 @@ class _Walk:
         left: dict[str, float] = {}  # seconds of collectives within fusions, by their channels
         for one in instructions.values():
             started = self._started(one, computation)
-            if started is not None and (part := fused_part(one)):
-                collective, inside = started
-                seconds, channel = self._seconds(*started), channel_of(collective)
-                if part == "start":
-                    left[channel] = seconds
-                elif part == "middle":
-                    worked = self._work(one, instructions, times)
-                    left[channel] = max(0.0, left.get(channel, seconds) - worked)
-                    now += worked
-                else:
-                    waited = left.pop(channel, seconds)
-                    self._count(collective, inside, times, seconds, waited, True)
-                    now += waited
+            if started is not None and started[0] is not None and (part := fused_part(one)):
+                worked = 0.0 if part != "middle" else self._work(one, instructions, times)
+                now += worked + self._in_fusions(part, started[0], started[1], left, worked, times)
             elif started is not None:
                 collective, inside = started
                 if collective is None:  # a copy, or a call apart
@@ -161,6 +151,18 @@ class _Walk:
             if one.opcode != "fusion":
                 return None, next(iter(one.called), "")
         return None
+
+    def _in_fusions(
+        self, part: str, one: Instruction, computation: str, left: dict[str, float], worked: float, times: int
+    ) -> float:
+        """Seconds of waiting for a collective that goes on while fusions work."""
+        seconds, channel = self._seconds(one, computation), channel_of(one)
+        if part == "done":
+            waited = left.pop(channel, seconds)
+            self._count(one, computation, times, seconds, waited, True)
+            return waited
+        left[channel] = max(0.0, left.get(channel, seconds) - worked)
+        return 0.0
 
     def _apart(self, one: Instruction, times: int) -> float:
         return sum(self.run(name, times) for name in one.called)

@@ -48,7 +48,7 @@ class FakeTPU(Fake):
     platform: str = "tpu"
     device_kind: str = "TPU v5"
     slice_index: int = 0
-    coords: tuple[int, int, int] = (0, 0, 0)
+    coords: tuple[int, ...] = (0, 0, 0)
     core_on_chip: int = 0
 
 

@@ -153,9 +153,8 @@ def _room(topology: Topology) -> float:
 
 
 def _peak(compiled: Any, platform: str) -> int:
-    """Of a GPU's program all that is allocated. Of a TPU's what lives at once: its temporaries are counted with what
-    fragmentation might cost, up to a sixth too much, while what the compiler itself says when it refuses was at most
-    a tenth above this. It refuses whatever does not fit."""
+    """Of a GPU's program all that is allocated. Of a TPU's what lives at once: its temporaries are said to be more than
+    the compiler asks for when it refuses (docs/compile.md), and it refuses whatever does not fit."""
     sizes = compiled.memory_analysis()
     code, aliased = sizes.generated_code_size_in_bytes, sizes.alias_size_in_bytes
     if platform == "tpu":  # arguments, results, and temporaries at their peak

@@ -7,17 +7,16 @@ from jax.sharding import Mesh
 OPTIONS: dict[str, bool | int | str] = {"xla_gpu_enable_latency_hiding_scheduler": True}
 
 # On v5p no collective overlaps by itself: all-gathers run within fusions that they do not feed, exchanges beside
-# whatever the schedule has (docs/results/topologies.md). Later chips' compilers do so unasked.
+# whatever the schedule has (docs/results/topologies.md). Later chips' compilers do so unasked. Not fuse_reduce_scatter,
+# which for V3's widths makes fusions that do not fit the vector memory.
 _FUSED = "xla_tpu_enable_async_collective_fusion"
 TPU_OPTIONS: dict[str, dict[str, bool | int | str]] = {
     "TPU v5": {
         _FUSED: True,
         f"{_FUSED}_fuse_all_gather": True,
-        f"{_FUSED}_fuse_reduce_scatter": True,
         f"{_FUSED}_multiple_steps": True,
         "xla_tpu_overlap_compute_collective_tc": True,
         "xla_enable_async_all_gather": True,
-        "xla_enable_async_reduce_scatter_fusion": True,
         "xla_tpu_enable_async_all_to_all": True,
     }
 }

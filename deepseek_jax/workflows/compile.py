@@ -176,7 +176,7 @@ def _refused(message: str, memory: dict[str, int]) -> dict[str, Any]:
     sizes = re.findall(rf"Size: {number}.*?(?:op_name=\"([^\"]*)\"|Shape: (\S+))", message, re.DOTALL)
     largest = tuple((amount(value, unit), short(scope) or shape) for value, unit, scope, shape in sizes[:8])
     memory = memory | {"activations, temporaries": max(0, total - known), "total": total}
-    return room | {"memory": memory, "refusal": message.splitlines()[0], "largest": largest}
+    return room | {"memory": memory, "refusal": " ".join(message.split())[:240], "largest": largest}
 
 
 def _largest(text: str, count: int = 8) -> tuple[tuple[int, str], ...]:

@@ -44,7 +44,7 @@ class Pods:
 
 def config() -> Pods:
     blocks = {"expert": 8, "blocks": ("expert",)}
-    v5p = on(MeshConfig(fsdp=128, **blocks), rows=15_360, microbatches=5, dispatch_capacity=1.25)
+    v5p = on(MeshConfig(fsdp=128, **blocks), rows=15_360, microbatches=3, dispatch_capacity=1.25)
     tpu7x = on(MeshConfig(fsdp=32, expert=8), rows=1_024, microbatches=1)
     # Dense parameters are split over the experts' devices too: a node's gather each part between nodes but once.
     nodes = {"dispatch_nodes": 8, "rules": ShardingRules(embed=("fsdp", "expert"), latent=("expert",))}

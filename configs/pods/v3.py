@@ -43,14 +43,15 @@ class Pods:
 
 
 def config() -> Pods:
-    v5p = on(MeshConfig(fsdp=128, expert=8), rows=15_360, microbatches=5)
+    blocks = {"expert": 8, "blocks": ("expert",)}
+    v5p = on(MeshConfig(fsdp=128, **blocks), rows=15_360, microbatches=3, dispatch_capacity=1.25)
     tpu7x = on(MeshConfig(fsdp=32, expert=8), rows=1_024, microbatches=1)
     # Dense parameters are split over the experts' devices too: a node's gather each part between nodes but once.
     nodes = {"dispatch_nodes": 8, "rules": ShardingRules(embed=("fsdp", "expert"), latent=("expert",))}
     return Pods(
         v5p=v5p,
-        v5p_32k=longer(v5p, MeshConfig(fsdp=16, expert=8, context=8), 32_768, rows=1_920, microbatches=5),
-        v5p_128k=longer(v5p, MeshConfig(fsdp=4, expert=8, context=32), 131_072, rows=480, microbatches=5),
+        v5p_32k=longer(v5p, MeshConfig(fsdp=16, context=8, **blocks), 32_768, rows=1_920, microbatches=5),
+        v5p_128k=longer(v5p, MeshConfig(fsdp=4, context=32, **blocks), 131_072, rows=480, microbatches=5),
         tpu7x=tpu7x,
         tpu7x_32k=longer(tpu7x, MeshConfig(fsdp=8, expert=8, context=4), 32_768, rows=128, microbatches=2),
         tpu7x_128k=longer(tpu7x, MeshConfig(fsdp=2, expert=8, context=16), 131_072, rows=32, microbatches=2),

@@ -15,6 +15,7 @@ from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.parallel.sharding import constrain
 from deepseek_kernels import InStack, Visible
+from deepseek_kernels.tpu import LANES
 
 
 @struct.dataclass
@@ -30,21 +31,28 @@ class Memory:
     start_B: Any
 
     def write(self, entry_BSW: Float[Array, "B S W"]) -> tuple[Self, Float[Array, "B T W"] | InStack]:
-        """Put S new tokens behind each row's others -> (the memory with them, all entries of each row)."""
+        """Put S new tokens behind each row's others -> (the memory with them, all entries of each row, with whatever
+        zeros the cache keeps behind each)."""
         kept, start = self.buffer_BTW, self.start_B
         entry_BSW = entry_BSW.astype(kept.dtype)
+        wide_BSW = _as_wide(entry_BSW, kept.shape[-1])
         if isinstance(kept, InStack):
             if start is None:
                 at = (kept.layer, 0, 0, 0)
-                kept = InStack(jax.lax.dynamic_update_slice(kept.stack, entry_BSW[None], at), kept.layer)
+                kept = InStack(jax.lax.dynamic_update_slice(kept.stack, wide_BSW[None], at), kept.layer)
                 return dataclasses.replace(self, buffer_BTW=kept), entry_BSW
-            kept = InStack(write_rows(kept.stack, entry_BSW, start.astype(jnp.int32), kept.layer), kept.layer)
+            kept = InStack(write_rows(kept.stack, wide_BSW, start.astype(jnp.int32), kept.layer), kept.layer)
         elif start is None:
-            kept = jax.lax.dynamic_update_slice(kept, entry_BSW, (0, 0, 0))
+            kept = jax.lax.dynamic_update_slice(kept, wide_BSW, (0, 0, 0))
             return dataclasses.replace(self, buffer_BTW=kept), entry_BSW
         else:
-            kept = write_rows(kept, entry_BSW, start)
+            kept = write_rows(kept, wide_BSW, start)
         return dataclasses.replace(self, buffer_BTW=kept), kept
+
+
+def _as_wide(entry_BSW: jax.Array, width: int) -> jax.Array:
+    more = width - entry_BSW.shape[-1]
+    return jnp.pad(entry_BSW, ((0, 0), (0, 0), (0, more))) if more else entry_BSW
 
 
 def write_rows(
@@ -78,8 +86,14 @@ class Cache:
 
     @classmethod
     def empty(cls, config: ModelConfig, compute: ComputeConfig, batch: int, columns: int, *, mtp: bool = False) -> Self:
-        """No token yet, in ``compute.dtype``; rows are split over the mesh as a batch is."""
-        shape = (batch, columns, config.cache_numbers_per_token_layer)
+        """No token yet, in ``compute.dtype``; rows are split over the mesh as a batch is.
+
+        On a TPU MLA's entries are as wide as whole vector registers. Between programs XLA lays out what is not with
+        tokens along the lanes, to save room; kernels want the entry there, so each call would copy the cache twice."""
+        width = config.cache_numbers_per_token_layer
+        if config.attention == "mla" and compute.kernels.platform == "tpu":
+            width = -(-width // LANES) * LANES
+        shape = (batch, columns, width)
 
         def buffer(*stack: int) -> jax.Array:
             zeros = jnp.zeros((*stack, *shape), compute.dtype)

@@ -93,7 +93,8 @@ class MLA(nnx.Module):
             latent_BTC, pe_BTR = jnp.split(entry_BTW, [self.config.kv_lora_rank], axis=-1)
             return product("btc,chw->bthw", latent_BTC, kv_b, **self._products), pe_BTR
 
-        q, entry_BTW = jnp.concatenate([q_BSHN, q_BSHR], axis=-1), entry_BTW.astype(q_BSHN.dtype)
+        q, width = jnp.concatenate([q_BSHN, q_BSHR], axis=-1), self.config.cache_numbers_per_token_layer
+        entry_BTW = entry_BTW.astype(q.dtype)[..., :width]
         kernel = {"target": self.compute.kernels, "implementation": self.compute.attention}
         attend = functools.partial(mla_attention, scale=softmax_scale(self.config), **kernel)
         more = {"expand": expand, "weights": {"kv_b": (self.kv_b[...], ("latent", "heads", None))}}
@@ -104,6 +105,8 @@ class MLA(nnx.Module):
         target, kv_b = self.compute.kernels, self.kv_b[...]
         q_BSHC = product("bshn,chn->bshc", q_BSHN, Columns(kv_b, 0, N), target=target)
         q_BSHW = jnp.concatenate([q_BSHC, q_BSHR], axis=-1)
+        if wider := entry_BTW.shape[-1] - q_BSHW.shape[-1]:  # zeros behind each entry
+            q_BSHW = jnp.pad(q_BSHW, ((0, 0), (0, 0), (0, 0), (0, wider)))
         kernel = {"target": target, "implementation": self.compute.decode_attention}
         decode = functools.partial(mla_decode, scale=softmax_scale(self.config), values=C, **kernel)
         context_BSHC = self._per_device(decode, q_BSHW, entry_BTW, visible)

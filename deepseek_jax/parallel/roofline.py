@@ -8,7 +8,17 @@ from collections.abc import Callable
 
 import numpy as np
 
-from deepseek_jax.parallel.hlo import Instruction, Module, arrays, groups_of, kind_of, operand_bytes, shape_bytes
+from deepseek_jax.parallel.hlo import (
+    Instruction,
+    Module,
+    arrays,
+    channel_of,
+    fused_part,
+    groups_of,
+    kind_of,
+    operand_bytes,
+    shape_bytes,
+)
 from deepseek_jax.parallel.topology import Links
 
 # Of no time of their own: names for what is there, or (waits) seen to where they start and end.
@@ -17,6 +27,8 @@ _FREE |= {"replica-id", "opt-barrier", "reshape", "async-update", "domain", "add
 _SLICES = "dynamic-slice", "slice", "gather"
 # (scope) -> FLOPs of a kernel that the text says nothing of, None where it is unknown.
 KernelFlops = Callable[[str], float | None]
+# (rows, groups) of a grouped product -> of how many rows tiles are multiplied.
+GroupedRows = Callable[[int, int], float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,23 +73,25 @@ def estimate(
     links: Links,
     kernel_flops: KernelFlops = lambda scope: None,
     turns: Callable[[str], int] = lambda scope: 1,
+    grouped_rows: GroupedRows = lambda rows, groups: rows,
 ) -> Estimate:
     """The time of an optimised module (``compiled.as_text()``) on ``links``' chips.
 
     Instructions follow one another as the schedule has them, each at the larger of FLOPs / peak and bytes / bandwidth
     (``Chip.attained``, where that was measured). A collective waits for its links, and all else for it; one that the
     schedule makes asynchronous delays what comes after its end alone. Loops count as often as they turn,
-    those of which the text does not tell as ``turns`` says of their scopes.
+    those of which the text does not tell as ``turns`` says of their scopes. Grouped products on TPUs, which pass over
+    tiles of no group, are counted for ``grouped_rows``.
     """
-    walk = _Walk(Module(text, turns), links, kernel_flops)
+    walk = _Walk(Module(text, turns), links, kernel_flops, grouped_rows)
     walk.total.seconds = walk.run(walk.module.entry, 1)
     walk.total.traffic = sorted(walk.traffic.values(), key=lambda one: -one.exposed)
     return walk.total
 
 
 class _Walk:
-    def __init__(self, module: Module, links: Links, kernel_flops: KernelFlops):
-        self.module, self.links, self.kernel_flops = module, links, kernel_flops
+    def __init__(self, module: Module, links: Links, kernel_flops: KernelFlops, grouped_rows: GroupedRows):
+        self.module, self.links, self.kernel_flops, self.grouped_rows = module, links, kernel_flops, grouped_rows
         self.chip = links.topology.chip
         self.total, self.traffic = Estimate(), {}
 
@@ -86,9 +100,13 @@ class _Walk:
         instructions = self.module.computations[computation]
         now, network = 0.0, 0.0  # network: when its links are free
         ends: dict[str, tuple[float, Instruction, str]] = {}  # by starts and their updates
+        left: dict[str, float] = {}  # seconds of collectives within fusions, by their channels
         for one in instructions.values():
             started = self._started(one, computation)
-            if started is not None:
+            if started is not None and started[0] is not None and (part := fused_part(one)):
+                worked = 0.0 if part != "middle" else self._work(one, instructions, times)
+                now += worked + self._in_fusions(part, started[0], started[1], left, worked, times)
+            elif started is not None:
                 collective, inside = started
                 if collective is None:  # a copy, or a call apart
                     ends[one.name] = (now + (self._apart(one, times) if inside else 0.0), one, "")
@@ -133,6 +151,18 @@ class _Walk:
             if one.opcode != "fusion":
                 return None, next(iter(one.called), "")
         return None
+
+    def _in_fusions(
+        self, part: str, one: Instruction, computation: str, left: dict[str, float], worked: float, times: int
+    ) -> float:
+        """Seconds of waiting for a collective that goes on while fusions work."""
+        seconds, channel = self._seconds(one, computation), channel_of(one)
+        if part == "done":
+            waited = left.pop(channel, seconds)
+            self._count(one, computation, times, seconds, waited, True)
+            return waited
+        left[channel] = max(0.0, left.get(channel, seconds) - worked)
+        return 0.0
 
     def _apart(self, one: Instruction, times: int) -> float:
         return sum(self.run(name, times) for name in one.called)
@@ -200,7 +230,11 @@ class _Walk:
         if target not in ("tpu_custom_call", "mosaic_gpu_v2") and "cudnn" not in target:
             return 0.0  # a name for memory, or a sort
         if found := re.search(r'"cost_estimate":{"flops":"(\d+)"', one.rest):
-            return float(found[1])
+            grouped = _grouped(one, instructions) if "gmm" in one.scope else None
+            if grouped is None:
+                return float(found[1])
+            (rows, *_), (groups, *_) = grouped
+            return float(found[1]) * min(1.0, self.grouped_rows(rows, groups) / rows)
         known = self.kernel_flops(one.scope)
         known = grouped_flops(one, instructions) if known is None else known
         if known is None:
@@ -222,16 +256,38 @@ class _Walk:
     def _reads(self, computation: str) -> dict[int, int | None]:
         """Of a fusion's parameters the bytes that are read, None: all."""
         inner = self.module.computations[computation]
-        found: dict[int, int | None] = {}
-        for one in inner.values():
-            if one.opcode != "parameter":
-                continue
-            users = [other for other in inner.values() if one.name in other.operands]
-            sliced = [user for user in users if user.opcode in _SLICES and user.operands[0] == one.name]
-            placed = [user for user in users if user.opcode == "dynamic-update-slice" and user.operands[0] == one.name]
-            whole = len(sliced) + len(placed) < len(users)
-            found[int(one.rest.split(")")[0])] = None if whole else sum(shape_bytes(user.shape) for user in sliced)
-        return found
+        given = [one for one in inner.values() if one.opcode == "parameter"]
+        return {int(one.rest.split(")")[0]): self._read(computation, one.name) for one in given}
+
+    def _read(self, computation: str, name: str) -> int | None:
+        """The same of any value in it, through what XLA lays out anew inside fusions, of which only the part that is
+        used is ever made."""
+        inner, total = self.module.computations[computation], 0
+        if name == self.module.roots[computation]:
+            return None
+        for user in inner.values():
+            for place in (place for place, operand in enumerate(user.operands) if operand == name):
+                if user.opcode in _SLICES and place == 0:
+                    part = shape_bytes(user.shape)
+                elif kind_of(user) or (user.opcode == "tuple" and computation.startswith("%async_collective_fusion")):
+                    part = 0  # the links', or handed on
+                elif user.opcode == "dynamic-update-slice" and place == 0:
+                    part = 0
+                elif self._same(user):
+                    part = self._read(computation, user.name)
+                else:
+                    part = self._reads(user.called[0]).get(place) if user.opcode == "fusion" else None
+                if part is None:
+                    return None
+                total += part
+        return total
+
+    def _same(self, one: Instruction) -> bool:
+        """Whether it holds the numbers of its operand, in whatever layout."""
+        if one.opcode != "fusion":
+            return one.opcode in ("bitcast", "convert", "copy")
+        inner = self.module.computations[one.called[0]]
+        return len(one.operands) == 1 and all(each.opcode == "parameter" or self._same(each) for each in inner.values())
 
     def _fused(self, computation: str, shapes: list[str]) -> float:
         reads = self._reads(computation)
@@ -247,8 +303,10 @@ class _Walk:
         parts = [inner[name] for name in root.operands] if root.opcode == "tuple" else [root]
         total, outputs = 0.0, arrays(one.shape)
         for part, output in zip(parts, outputs, strict=False):
-            while part.opcode in ("bitcast", "convert", "copy") and part.operands[0] in inner:
+            while self._same(part) and part.operands[0] in inner:
                 part = inner[part.operands[0]]
+            if kind_of(part) or (part.opcode == "parameter" and fused_part(one)):
+                continue
             if part.opcode == "dynamic-update-slice":
                 total += min(memory_bytes(output), shape_bytes(inner[part.operands[1]].shape))
             else:
@@ -292,12 +350,16 @@ def convolution_flops(one: Instruction, lhs: str, rhs: str) -> float:
 
 def grouped_flops(one: Instruction, instructions: dict[str, Instruction]) -> float | None:
     """Of rows (R A) by matrices (E A B), and of its gradients: 2 R A B. None for other operands."""
+    found = _grouped(one, instructions)
+    return None if found is None else 2.0 * found[0][0] * found[1][1] * found[1][2]
+
+
+def _grouped(one: Instruction, instructions: dict[str, Instruction]) -> tuple[list[int], list[int]] | None:
+    """The sizes of its rows and its matrices."""
     shapes = [instructions[name].shape for name in one.operands] + [one.shape]
     found = [_sizes(part) for shape in shapes for part in arrays(shape) if not part.startswith(("s32", "s8", "u8"))]
     matrices, rows = [x for x in found if len(x) == 3], [x for x in found if len(x) == 2]
-    if not matrices or not rows:
-        return None
-    return 2.0 * rows[0][0] * matrices[-1][1] * matrices[-1][2]
+    return (rows[0], matrices[-1]) if matrices and rows else None
 
 
 def short(scope: str) -> str:

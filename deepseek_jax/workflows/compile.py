@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 import time
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -13,6 +14,7 @@ from jax.sharding import Mesh
 from deepseek_jax.inference.abstract import serving
 from deepseek_jax.model.costs import attention_flops, forward_flops
 from deepseek_jax.model.transformer import logical_axes
+from deepseek_jax.parallel.exchange import check_exchange
 from deepseek_jax.parallel.hlo import Module, shape_bytes
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.roofline import Estimate, estimate, short
@@ -22,6 +24,7 @@ from deepseek_jax.saying import doing
 from deepseek_jax.train.state import TrainState
 from deepseek_jax.workflows.pretrain import PretrainConfig
 from deepseek_jax.workflows.stage import abstract_step
+from deepseek_kernels import tpu
 
 Work = Literal["train", "prefill", "decode"]
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -102,11 +105,15 @@ def compile_for(recipe: PretrainConfig, topology: Topology, work: Work = "train"
         seconds = time.perf_counter() - began
         return Found(**facts | _refused(str(error), memory), fits=False, compile_seconds=seconds)
     facts["compile_seconds"] = time.perf_counter() - began
-    total, text = _peak(compiled), compiled.as_text()
+    total, text = _peak(compiled, topology.platform), compiled.as_text()
     assert text
+    rest = total - sum(memory.values())
+    if "gradients" in memory:  # as many as there is room for, where they are never there all at once
+        memory["gradients"] = max(0, memory["gradients"] + min(0, rest))
     memory["activations, temporaries"] = max(0, total - sum(memory.values()))
     memory["total"] = total
-    found = estimate(text, Links(topology, mesh), _kernel_flops(recipe, work, columns, mesh), _turns)
+    of_kernels = _kernel_flops(recipe, work, columns, mesh), _turns, _grouped_rows(recipe, work, columns, mesh)
+    found = estimate(text, Links(topology, mesh), *of_kernels)
     largest = () if work == "decode" else _largest(text)
     fits = total <= facts["available"]
     return Found(**facts, memory=memory, fits=fits, largest=largest, estimate=found, text=text)
@@ -145,10 +152,15 @@ def _room(topology: Topology) -> float:
     return topology.chip.hbm * (0.95 if topology.platform == "cuda" else 1.0)
 
 
-def _peak(compiled: Any) -> int:
+def _peak(compiled: Any, platform: str) -> int:
+    """Of a GPU's program all that is allocated. Of a TPU's what lives at once: its temporaries are said to be more than
+    the compiler asks for when it refuses (docs/compile.md), and it refuses whatever does not fit."""
     sizes = compiled.memory_analysis()
-    arguments = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-    return int(arguments + sizes.temp_size_in_bytes + sizes.generated_code_size_in_bytes)
+    code, aliased = sizes.generated_code_size_in_bytes, sizes.alias_size_in_bytes
+    if platform == "tpu":  # arguments, results, and temporaries at their peak
+        return int(sizes.peak_memory_in_bytes - aliased + code)
+    arguments = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - aliased
+    return int(arguments + sizes.temp_size_in_bytes + code)
 
 
 def _refused(message: str, memory: dict[str, int]) -> dict[str, Any]:
@@ -164,7 +176,7 @@ def _refused(message: str, memory: dict[str, int]) -> dict[str, Any]:
     sizes = re.findall(rf"Size: {number}.*?(?:op_name=\"([^\"]*)\"|Shape: (\S+))", message, re.DOTALL)
     largest = tuple((amount(value, unit), short(scope) or shape) for value, unit, scope, shape in sizes[:8])
     memory = memory | {"activations, temporaries": max(0, total - known), "total": total}
-    return room | {"memory": memory, "refusal": message.splitlines()[0], "largest": largest}
+    return room | {"memory": memory, "refusal": " ".join(message.split())[:240], "largest": largest}
 
 
 def _largest(text: str, count: int = 8) -> tuple[tuple[int, str], ...]:
@@ -215,6 +227,20 @@ def _kernel_flops(recipe: PretrainConfig, work: Work, columns: int, mesh: Mesh):
         )
 
     return flops
+
+
+def _grouped_rows(recipe: PretrainConfig, work: Work, columns: int, mesh: Mesh) -> Callable[[int, int], float]:
+    """With even loads: a device's choices, and a tile more for each two groups that meet in one. The kernels have room
+    for more choices (``rounds.ROOM``), whose tiles they pass over."""
+    rules, model = recipe.compute.rules, recipe.model
+    group = check_exchange(rules, mesh.shape, recipe.compute.dispatch, recipe.compute.dispatch_nodes)
+    tokens = recipe.batch_size * (1 if work == "decode" else columns)
+    tokens /= recipe.step.microbatches if work == "train" else 1
+    ways = math.prod(mesh.shape[name] for name in {*rules.batch, *rules.sequence, *group})
+    choices = tokens * model.num_experts_per_tok / ways
+    chip = tpu.CHIPS.get(recipe.compute.on(mesh).kernels.chip)
+    largest = chip.rows if chip else 1
+    return lambda rows, groups: choices + (groups - 1) * tpu.row_tile(rows, groups, largest)
 
 
 def _attention_of_layer(recipe: PretrainConfig, work: Work, columns: int) -> float:

@@ -1,6 +1,7 @@
 """The one place where meshes are made: shapes that fit the devices, Auto axes, neighbours, and the current mesh."""
 
 import dataclasses
+import math
 
 import jax
 import numpy as np
@@ -47,7 +48,7 @@ class FakeTPU(Fake):
     platform: str = "tpu"
     device_kind: str = "TPU v5"
     slice_index: int = 0
-    coords: tuple[int, int, int] = (0, 0, 0)
+    coords: tuple[int, ...] = (0, 0, 0)
     core_on_chip: int = 0
 
 
@@ -88,6 +89,46 @@ def test_devices_come_in_any_order():
     np.testing.assert_array_equal(
         placed(shuffled, "process_index", data=2, expert=8), np.arange(2)[:, None].repeat(8, 1)
     )
+
+
+def torus(*shape: int, cores: int = 1, slices: int = 1) -> list[FakeTPU]:
+    places = [
+        (n, *np.unravel_index(i, shape), core)
+        for n in range(slices)
+        for i in range(math.prod(shape))
+        for core in range(cores)
+    ]
+    return [
+        FakeTPU(i, 0, slice_index=n, coords=tuple(map(int, chip)), core_on_chip=core)
+        for i, (n, *chip, core) in enumerate(places)
+    ]
+
+
+def spans(devices, axis: str, **sizes: int) -> tuple[set[int], ...]:
+    """How far the devices along an axis reach along each dimension of the torus, in each of their groups."""
+    array = make_mesh(MeshConfig(**sizes, blocks=(axis,)), devices).devices  # pyright: ignore
+    assert len({device.id for device in array.ravel()}) == len(devices)
+    groups = np.moveaxis(array, AXES.index(axis), -1).reshape(-1, sizes[axis])
+    coords = np.array([[device.coords for device in group] for group in groups])
+    return tuple(set((column.max(axis=1) - column.min(axis=1) + 1).tolist()) for column in np.moveaxis(coords, -1, 0))
+
+
+def test_an_axis_lies_in_blocks_of_the_torus():
+    """As near to cubes as there are, within a slice, a chip's two devices side by side; every device once."""
+    assert spans(torus(4, 4, 8), "expert", fsdp=16, expert=8) == ({2}, {2}, {2})
+    assert spans(torus(4, 4, 8), "expert", fsdp=2, expert=8, context=8) == ({2}, {2}, {2})
+    assert spans(torus(2, 2, 8), "expert", fsdp=2, expert=16) == ({2}, {2}, {4})
+    assert spans(torus(2, 2, 4, cores=2), "expert", fsdp=4, expert=8) == ({1}, {2}, {2})
+    assert spans(torus(2, 2, 2, slices=2), "expert", fsdp=4, expert=4) == ({1}, {2}, {2})
+
+
+def test_blocks_that_there_are_not():
+    with pytest.raises(ValueError, match="only TPUs lie in a torus, not NVIDIA H100"):
+        make_mesh(MeshConfig(expert=8, blocks=("expert",)), nodes(2))  # pyright: ignore
+    with pytest.raises(ValueError, match="6 devices do not fill 2 × 2 × 2 chips"):
+        make_mesh(MeshConfig(expert=6, blocks=("expert",)), torus(2, 2, 2)[1:7])  # pyright: ignore
+    with pytest.raises(ValueError, match=r"blocks=\('experts',\): expected axes, each once, of pipe, data"):
+        MeshConfig(blocks=("experts",))
 
 
 def test_nodes_of_different_sizes_are_refused():

@@ -30,17 +30,26 @@ TRACED = 3  # steps
 PATIENCE = 170  # seconds without a word
 
 # Of 80 GB: eight layers, with Adam's moments in bfloat16, as V3 has them; float32 ones need 88 GiB.
+SMALL = dict(num_hidden_layers=2, n_routed_experts=16, hidden_size=32, moe_intermediate_size=16, vocab_size=256)
+SMALL |= dict(intermediate_size=32, num_attention_heads=2, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=16)
 STEP = "--optimizer.moments-dtype", "bfloat16"
-SMALL = """--model.num-hidden-layers 2 --model.n-routed-experts 16 --model.hidden-size 32 --model.moe-intermediate-size 16
---model.vocab-size 256 --model.intermediate-size 32 --model.num-attention-heads 2 --model.kv-lora-rank 16
---model.qk-nope-head-dim 16 --model.qk-rope-head-dim 16 --model.v-head-dim 16 --data.seq-len 32 --loss.chunk 32
---compute.scan-unroll 1 --compute.dtype float32""".split()
-# Whole experts over fsdp, which join without a copy.
+# Whole experts over fsdp, which join without a copy; or tokens go to a group of expert × fsdp devices, and no expert is
+# gathered.
 WHOLE = (
-    """--compute.rules.experts expert fsdp --compute.rules.experts-gathered fsdp --compute.rules.expert-embed""".split()
+    "--compute.rules.experts",
+    "expert",
+    "fsdp",
+    "--compute.rules.experts-gathered",
+    "fsdp",
+    "--compute.rules.expert-embed",
 )
-# The group of devices to which tokens go is expert x fsdp: no expert is ever gathered.
-SPREAD = """--compute.rules.experts expert fsdp --compute.rules.experts-gathered --compute.rules.expert-embed""".split()
+SPREAD = (
+    "--compute.rules.experts",
+    "expert",
+    "fsdp",
+    "--compute.rules.experts-gathered",
+    "--compute.rules.expert-embed",
+)
 CAPACITY = "--compute.dispatch", "all_to_all", "--compute.dispatch-capacity", "1.25"
 LHS, OVERLAP = "xla_gpu_enable_latency_hiding_scheduler", "xla_gpu_experimental_parallel_collective_overlap_limit"
 
@@ -84,7 +93,7 @@ def rows_of(part: str, cards: int) -> Iterator[Row]:
         kinds = ("bfloat16", "4", "1024"), ("float32", "2", "256")
         for dtype, layers, columns in kinds:
             of = "--model.num-hidden-layers", layers, "--data.seq-len", columns, "--compute.dtype", dtype
-            same = {"exact": dtype == "float32", "traced": False}
+            same: dict[str, Any] = {"exact": dtype == "float32", "traced": False}
             yield Row(part, f"{dtype}: one device", 1, of, cards, **same)
             yield Row(part, f"{dtype}: one device, 2 microbatches", 1, (*of, "--step.microbatches", "2"), cards, **same)
             for name, more in axes(cards):  # room for every copy: nothing is dropped
@@ -124,10 +133,25 @@ def work(rows: list[Row], small: bool) -> None:
     from deepseek_jax.workflows.pretrain import PretrainConfig
     from deepseek_jax.workflows.recipe import load_recipe
 
+    tiny = (
+        "--compute.scan-unroll",
+        "1",
+        "--compute.dtype",
+        "float32",
+        "--data.seq-len",
+        "32",
+        "--model.v-head-dim",
+        "16",
+    )
+    smaller = [
+        *tiny,
+        *(word for name, size in SMALL.items() for word in (f"--model.{name.replace('_', '-')}", str(size))),
+    ]
+
     def lowered(row: Row) -> tuple[Any, Any, Any]:
         default = load_recipe(RECIPE, PretrainConfig)
         batch = ("--batch-size", str(row.rows * row.devices))
-        args = [*row.overrides, *batch, *(SMALL if small else ())]
+        args = [*row.overrides, *batch, *(smaller if small else ())]
         recipe = tyro.cli(PretrainConfig, default=default, args=args)
         mesh = make_mesh(recipe.mesh, jax.devices()[: row.devices])
         precision = jax.default_matmul_precision("highest" if row.exact else None)
@@ -156,7 +180,9 @@ def work(rows: list[Row], small: bool) -> None:
             row, its = programs.pop(0)
             if its:
                 say(begun=row.name)
-                attempt(row, lambda row=row, its=its: say(done=row.name, found=run(row, *its[:2], its[2].result())))
+                attempt(
+                    row, lambda row=row, its=its: say(done=row.name, found=run(row, its[0], its[1], its[2].result()))
+                )
             del its
             gc.collect()
 

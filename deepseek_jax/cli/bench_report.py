@@ -56,8 +56,8 @@ def peak_memory(compiled: Any) -> str:
 
 
 def print_profile(console: Console, call: Callable[[], Any], folder: str) -> None:
-    """The twenty longest kernels of one more call, how long the devices had none to run, and of several devices how long
-    they waited for collectives."""
+    """The twenty longest kernels of one more call, and how long the devices had none to run; of several devices also
+    how long they waited for collectives."""
     devices = traced(call, folder)
     kernels, span = kernels_of(devices)
     total, calls = sum(kernel.seconds for kernel in kernels), sum(kernel.calls for kernel in kernels)

@@ -283,7 +283,7 @@ def _measured(
         metrics = {**metrics, "lr": jnp.asarray(rate(state.step * updates)), "tokens": tokens}
         return new, jax.tree.map(lambda x: constrain(x, rules, *[None] * x.ndim), metrics)
 
-    return jax.jit(measured, donate_argnums=0, compiler_options=overlapping(mesh))
+    return jax.jit(measured, donate_argnums=0, compiler_options=overlapping(mesh.devices.flat[0].platform, mesh.size))
 
 
 class AbstractStep(NamedTuple):

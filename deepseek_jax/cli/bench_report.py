@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from deepseek_jax.cli.longest_kernels import longest_kernels
+from deepseek_jax.cli.device_trace import communication, traced
+from deepseek_jax.cli.longest_kernels import kernels_of
 from deepseek_kernels.bench import ceiling, median_seconds
 
 PEAKS = {"NVIDIA H100": 989e12, "NVIDIA H200": 989e12}  # dense bfloat16 FLOP/s by the data sheet
@@ -55,8 +56,10 @@ def peak_memory(compiled: Any) -> str:
 
 
 def print_profile(console: Console, call: Callable[[], Any], folder: str) -> None:
-    """The twenty longest kernels of one more call, and how long the devices had none to run."""
-    kernels, span = longest_kernels(call, folder)
+    """The twenty longest kernels of one more call, and how long the devices had none to run; of several devices also
+    how long they waited for collectives."""
+    devices = traced(call, folder)
+    kernels, span = kernels_of(devices)
     total, calls = sum(kernel.seconds for kernel in kernels), sum(kernel.calls for kernel in kernels)
     if not kernels:
         console.print(f"{folder}: the trace has no kernels of an accelerator")
@@ -65,6 +68,11 @@ def print_profile(console: Console, call: Callable[[], Any], folder: str) -> Non
         f"{1e3 * total:.1f} ms of {calls} calls of {len(kernels)} kernels, in {1e3 * span:.1f} ms from the first to "
         f"the last (the trace: {folder})"
     )
+    if len(devices) > 1 and (found := communication(devices)):
+        console.print(
+            f"{1e3 * found.collectives:.1f} ms a device with a collective under way, {1e3 * found.exposed:.1f} ms of "
+            f"them exposed: no other kernel ran; {1e3 * found.idle:.1f} ms with neither"
+        )
     for kernel in kernels[:20]:
         share = kernel.seconds / total
         console.print(f"{1e3 * kernel.seconds:9.2f} ms {share:6.1%} ×{kernel.calls:<5} {kernel.name[:90]}")

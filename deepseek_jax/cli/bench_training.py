@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,8 +15,24 @@ from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.sharding import place_batch
 from deepseek_jax.train.optimizer import make_optimizer
 from deepseek_jax.train.state import create_state
-from deepseek_jax.train.step import make_step
 from deepseek_jax.workflows.pretrain import PretrainConfig
+from deepseek_jax.workflows.stage import abstract_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """What some train steps one after another gave."""
+
+    seconds: float
+    """Of one of those that were timed."""
+    every: list[dict[str, np.ndarray]]
+    """The metrics of each, two that were not timed first."""
+    call: Callable[[], Any]
+    """One more."""
+
+    @property
+    def losses(self) -> list[float]:
+        return [float(metrics["loss"]) for metrics in self.every]
 
 
 def measure_training(recipe: PretrainConfig, *, segments: int = 0, repeats: int = 10) -> Measured:
@@ -25,51 +42,64 @@ def measure_training(recipe: PretrainConfig, *, segments: int = 0, repeats: int 
     segments: see ``random_batch``.
     """
     mesh = make_mesh(recipe.mesh)
+    began = time.perf_counter()
+    compiled = lowered_step(recipe, mesh, segments).compile()
+    compiling = time.perf_counter() - began
+    found = run_steps(recipe, mesh, compiled, segments=segments, repeats=repeats)
+    tokens, last = recipe.batch_size * recipe.data.seq_len, found.every[-1]
+    flops = tokens * training_flops(recipe, segments) / found.seconds / mesh.size
+    facts = {
+        "work": _work(recipe, segments),
+        **rates(tokens, found.seconds, flops, recipe.compute.dtype),
+        "peak memory": peak_memory(compiled),
+        "until compiled": f"{compiling:.1f} s; less from the compile cache",
+        "loss": f"{found.losses[1]:.6f} in step 2, {found.losses[-1]:.6f} in the last",
+    }
+    if "max_vio" in last:
+        facts["routing"] = f"its own, MaxVio {last['max_vio']:.2f}"
+    if "dropped_sum" in last:
+        facts["routing"] += f", {dropped_share(recipe, last):.2%} of the choices dropped"
+    return Measured(facts, found.call)
+
+
+def lowered_step(recipe: PretrainConfig, mesh: Mesh, segments: int = 0) -> jax.stages.Lowered:
+    """The step that a run of the recipe takes; no array is made."""
+    loss = dataclasses.replace(recipe.loss, isolate=recipe.loss.isolate or segments > 0)
     with jax.set_mesh(mesh):
-        began = time.perf_counter()
-        compiled, state, batch = _compile(recipe, segments, mesh)
-        compiling = time.perf_counter() - began
-    last: dict[str, jax.Array] = {}
+        built = abstract_step(recipe, recipe.model, loss, mesh, recipe.data.seq_len)
+        return built.step.lower(built.state, built.batch)
+
+
+def run_steps(recipe: PretrainConfig, mesh: Mesh, compiled: Any, *, segments: int = 0, repeats: int = 10) -> Steps:
+    """Fresh parameters, and steps of a compiled ``lowered_step`` on one batch of random tokens."""
+    compute = recipe.compute.on(mesh)
+    with jax.set_mesh(mesh):
+        optimizer = make_optimizer(recipe.optimizer, recipe.model, recipe.loop.steps)
+        ema = recipe.step.ema_decay > 0
+        state = create_state(recipe.model, optimizer, mesh, compute=compute, seed=recipe.seed, ema=ema)
+        batch = place_batch(random_batch(recipe, segments), mesh, compute.rules)
+    every: list[dict[str, jax.Array]] = []
 
     def call() -> Any:
-        nonlocal state, last
-        state, last = compiled(state, batch)
-        return last
+        nonlocal state
+        state, metrics = compiled(state, batch)
+        every.append(metrics)
+        return metrics
 
     for _ in range(2):
-        first = jax.block_until_ready(call())
+        jax.block_until_ready(call())
     began = time.perf_counter()
     for _ in range(repeats):
         call()
-    jax.block_until_ready((state, last))
+    jax.block_until_ready((state, every))
     seconds = (time.perf_counter() - began) / repeats
+    return Steps(seconds, [jax.device_get(metrics) for metrics in every], call)
+
+
+def dropped_share(recipe: PretrainConfig, metrics: dict[str, np.ndarray]) -> float:
+    """Of a step's choices (token, expert), those that were dropped."""
     tokens = recipe.batch_size * recipe.data.seq_len
-    flops = tokens * training_flops(recipe, segments) / seconds / mesh.size
-    losses = [float(np.asarray(metrics["loss"])) for metrics in (first, last)]
-    facts = {
-        "work": _work(recipe, segments),
-        **rates(tokens, seconds, flops, recipe.compute.dtype),
-        "peak memory": peak_memory(compiled),
-        "until compiled": f"{compiling:.1f} s, with drawing the weights; less from the compile cache",
-        "loss": f"{losses[0]:.6f} in step 2, {losses[1]:.6f} in the last",
-    }
-    if "max_vio" in last:
-        facts["routing"] = f"its own, MaxVio {float(np.asarray(last['max_vio'])):.2f}"
-    if "dropped_sum" in last:
-        choices = tokens * recipe.model.num_experts_per_tok * np.asarray(last["dropped"]).size
-        facts["routing"] += f", {float(np.asarray(last['dropped_sum'])) / choices:.2%} of the choices dropped"
-    return Measured(facts, call)
-
-
-def _compile(recipe: PretrainConfig, segments: int, mesh: Mesh) -> tuple[Any, Any, Any]:
-    """The compiled step, its first state and a batch."""
-    compute = recipe.compute.on(mesh)
-    loss = dataclasses.replace(recipe.loss, isolate=recipe.loss.isolate or segments > 0)
-    optimizer = make_optimizer(recipe.optimizer, recipe.model, recipe.loop.steps)
-    state = create_state(recipe.model, optimizer, mesh, compute=compute, seed=recipe.seed)
-    batch = place_batch(random_batch(recipe, segments), mesh, compute.rules)
-    step = make_step(recipe.model, loss, optimizer, recipe.step, compute=compute)
-    return jax.jit(step, donate_argnums=0).lower(state, batch).compile(), state, batch
+    return float(metrics["dropped_sum"]) / (tokens * recipe.model.num_experts_per_tok * metrics["dropped"].size)
 
 
 def _work(recipe: PretrainConfig, segments: int) -> str:

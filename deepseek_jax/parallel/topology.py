@@ -31,8 +31,8 @@ gpu_device_info {{
 platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 8 }} runtime_version {{ major: 12 minor: 9 }}
 device_description_str: "NVIDIA {name}"
 """
-# Without a GPU nothing can be timed.
-OPTIONS = {"cuda": {"xla_gpu_autotune_level": 0}, "tpu": {}}
+# Without a GPU nothing can be timed, and from jax 0.11 on XLA has no tiles for its products in Triton that were not.
+OPTIONS = {"cuda": {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}, "tpu": {}}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,8 @@ import pytest
 
 from deepseek_jax.cli.bench_model import ModelBench, ask, measure
 from deepseek_jax.cli.bench_training import random_batch, training_flops
-from deepseek_jax.cli.longest_kernels import longest_kernels
+from deepseek_jax.cli.device_trace import Event, communication
+from deepseek_jax.cli.longest_kernels import kernels_of, longest_kernels
 from deepseek_jax.cli.main import main
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.inference.weights import sampling_config
@@ -85,3 +86,23 @@ def test_prefill_and_decoding_of_a_tiny_recipe(scanned, fp8):
 def test_a_cpus_trace_has_no_kernels(tmp_path):
     assert longest_kernels(lambda: jnp.ones(2) + 1, str(tmp_path)) == ([], 0)
     assert list(tmp_path.glob("**/*.xplane.pb"))
+    assert communication([]) is None
+
+
+def test_communication_is_exposed_where_nothing_else_runs():
+    """Two devices by hand: of the first a collective of 40 with a product under half of it, 10 of nothing, and one that
+    two products hide whole; the second computes alone. Seconds, of each of two calls."""
+    nccl = "ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)"
+    first = [
+        Event("gemm", 0, 20),
+        Event(nccl, 0, 40),
+        Event("loop_reduce_fusion", 50, 70),
+        Event("gemm", 65, 90),
+        Event("all-gather.3", 55, 85),
+    ]
+    found = communication([first, [Event("gemm", 0, 50)]], calls=2)
+    assert found is not None
+    np.testing.assert_allclose([second * 4e9 for second in found], [70, 20, 10])
+    kernels, span = kernels_of([first, [Event("gemm", 0, 50)]])
+    assert (kernels[0].name, kernels[0].calls) == ("gemm", 3) and span == 90e-9
+    np.testing.assert_allclose(kernels[0].seconds, 95e-9)

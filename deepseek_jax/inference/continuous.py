@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.inference.paged import STOPS, Numbers, Rows, copy_pages, decode, empty_pages, read
+from deepseek_jax.inference.paged import STOPS, Decoded, Rows, copy_pages, decode, empty_pages, read
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.schedule import Buckets, Piece, Plan, Request, Schedule, ServingConfig, fitting
 from deepseek_jax.parallel.processes import require_one_process
@@ -32,12 +32,14 @@ Weights = tuple[Any, jax.Array | None]
 @dataclasses.dataclass(frozen=True)
 class Event:
     """What a step has brought to a request. finish_reason: "" while it goes on, ``stop``, ``length``, ``cancelled``.
-    logprobs: of each token by the network alone, before temperature and cuts."""
+    logprobs: of each token by the network alone, before temperature, penalties and cuts. alternatives: of each token,
+    as many as were asked for, (token, log-probability) from the most likely on."""
 
     number: int
     token_ids: list[int]
     logprobs: list[float]
     finish_reason: str
+    alternatives: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(eq=False)
@@ -100,6 +102,8 @@ class Continuous:
             )
         if (stops := len(self._stop_ids) + len(sampling.stop_token_ids)) > STOPS:
             raise ValueError(f"{stops} ids that end an answer, the tokenizer's among them: expected at most {STOPS}")
+        if (biased := max((token for token, _ in sampling.logit_bias), default=0)) >= self.config.vocab_size:
+            raise ValueError(f"logit_bias has the id {biased}: expected below vocab_size={self.config.vocab_size}")
         request = Request(next(self._numbers), list(ids), sampling, draw)
         self._new.append(_Asked(request, 0, *Rows.described(sampling, self._stop_ids, draw)))
         return request.number
@@ -125,7 +129,7 @@ class Continuous:
                 self._run(weights, self._reading([plan.pieces for plan in plans]))
             if any(plan.decoded for plan in plans):
                 found, dispatched = self._run(weights, self._decoding(plans)), time.perf_counter()
-                found = jax.device_get(found)
+                found = self._fetched(found, plans)
                 self._counts["seconds_waited"] += time.perf_counter() - dispatched
                 events += self._told(plans, found)
         self._counts["seconds"] += time.perf_counter() - began
@@ -237,17 +241,14 @@ class Continuous:
         return fitting(self.buckets.slots, max(len(plan.decoded) for plan in plans))
 
     def _decodes(self, decoded: list[list[Request]], rows: int, table: int, turns: int, *, until_end: bool) -> _Job:
-        batch = len(decoded) * rows
-        numbers_BK = np.zeros((batch, len(Numbers._fields) + STOPS), np.int32)
-        shares_BF = np.zeros((batch, 2), np.float32)
-        table_BJ = np.full((batch, table), -1, np.int32)
+        filled = Rows.filling(len(decoded) * rows, table)
         for lane, some in enumerate(decoded):
             for i, request in enumerate(some, lane * rows):
                 asked, ids = self._asked[request.number], request.ids
-                numbers_BK[i], shares_BF[i] = asked.numbers, asked.shares
-                numbers_BK[i, :3] = ids[-1], request.length, len(ids) - request.prompt
-                table_BJ[i, : len(request.pages)] = request.pages
-        given = Rows(numbers_BK, shares_BF, table_BJ), np.int32(turns), np.bool_(until_end)
+                filled.numbers_BK[i], filled.shares_BF[i] = asked.numbers, asked.shares
+                filled.numbers_BK[i, :3] = ids[-1], request.length, len(ids) - request.prompt
+                filled.table_BJ[i, : len(request.pages)] = request.pages
+        given = filled, np.int32(turns), np.bool_(until_end)
         return _Job(decode, given, (("most", self.serving.turns),))
 
     def _run(self, weights: Weights, job: _Job) -> Any:
@@ -268,23 +269,35 @@ class Continuous:
         given = (compute,) if job.function is copy_pages else (self.config, compute, *weights)
         return job.function.lower(*given, self._pages, *job.arrays, **dict(job.options))
 
-    def _told(self, plans: list[Plan], found: Any) -> list[Event]:
+    def _fetched(self, found: Decoded, plans: list[Plan]) -> Decoded:
+        """On the host; alternatives only where anybody asks for them."""
+        if not any(request.sampling.alternatives for plan in plans for request in plan.decoded):
+            found = dataclasses.replace(found, likely_BNA=None, likely_logprobs_BNA=None)
+        return jax.device_get(found)
+
+    def _told(self, plans: list[Plan], found: Decoded) -> list[Event]:
         events, rows = [], self._rows(plans)
-        tokens, logprobs, stopped = found.tokens_BN.tolist(), found.logprobs_BN.tolist(), found.stopped_B.tolist()
-        counts = np.sum(found.tokens_BN >= 0, axis=1).tolist()
+        tokens, logprobs, stopped = (x.tolist() for x in (found.tokens_BN, found.logprobs_BN, found.stopped_B))
+        counts = np.sum(np.asarray(found.tokens_BN) >= 0, axis=1).tolist()
         for lane, plan in enumerate(plans):
             for i, request in enumerate(plan.decoded, lane * rows):
-                count = counts[i]
-                if not count:
+                if not (count := counts[i]):
                     continue
                 ended = stopped[i] or count >= request.left
                 self._lanes[lane].answered(request, tokens[i][:count], ended=ended)
                 reason = ("stop" if stopped[i] else "length") if ended else ""
-                events.append(Event(request.number, tokens[i][:count], logprobs[i][:count], reason))
+                likely = self._likely(found, i, count, request.sampling.alternatives)
+                events.append(Event(request.number, tokens[i][:count], logprobs[i][:count], reason, likely))
                 self._counts["tokens"] += count
                 if ended:
                     del self._asked[request.number]
         return events
+
+    def _likely(self, found: Decoded, row: int, count: int, most: int) -> list[list[tuple[int, float]]]:
+        if not most:
+            return []
+        ids, logprobs = (x[row, :count, :most].tolist() for x in (found.likely_BNA, found.likely_logprobs_BNA))
+        return [list(zip(*pair, strict=True)) for pair in zip(ids, logprobs, strict=True)]
 
 
 def _gathers(config: ModelConfig, compute: ComputeConfig, serving: ServingConfig) -> bool:

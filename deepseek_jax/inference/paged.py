@@ -6,25 +6,25 @@ own, which its rows' tables number from 0, as if it were alone.
 
 import dataclasses
 import functools
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int, Num
 
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.inference.generate import OPTIONS
-from deepseek_jax.inference.sampling import SamplingParams, sample
+from deepseek_jax.inference.penalties import Wishes, adjusted
+from deepseek_jax.inference.rows import Numbers, Rows, Shares
+from deepseek_jax.inference.sampling import ALTERNATIVES, BIASES, sample
 from deepseek_jax.model import transformer
 from deepseek_jax.model.stack import in_stack, stacks_of
 from deepseek_jax.parallel.sharding import ShardingRules, constrain, per_device
 from deepseek_kernels import InStack, Visible, quantise_entries, write_entries
 from deepseek_kernels.cached import Entries, side_by_side
-
-STOPS = 16  # ids that end an answer, at most
 
 
 @struct.dataclass
@@ -42,7 +42,7 @@ class PagedMemory:
     rules: ShardingRules = struct.field(pytree_node=False)
     hands: Literal["pages", "rows", "new"] = struct.field(pytree_node=False)
 
-    def write(self, entry_BSW: Float[Array, "B S W"]) -> tuple[Self, Any]:
+    def write(self, entry_BSW: Num[Array, "B S W"]) -> tuple[Self, Any]:
         """Put S new tokens behind each row's others -> (the memory with them, what attention is given)."""
         pages, table_BJ = _in_one(self.pages_PNW), self.table_BJ.astype(jnp.int32)
         rows = entry_BSW, self.start_B.astype(jnp.int32), table_BJ
@@ -80,10 +80,18 @@ def _axes_of(pages: Entries) -> Any:
     return jax.tree.map(lambda leaf: (*[None] * (leaf.ndim - 3), "batch", None, None), pages)
 
 
+@struct.dataclass
+class Store:
+    """What P pages of N tokens hold: of each layer, or of each stack of layers with ``scan_decode``, their entries
+    (P N W), and the tokens themselves (P N 1)."""
+
+    layers: tuple[Entries, ...]
+    tokens_PN1: jax.Array
+
+
 @functools.partial(jax.jit, static_argnames=("config", "compute", "count", "size", "fp8"))
-def empty_pages(config: ModelConfig, compute: ComputeConfig, count: int, size: int, fp8: bool) -> tuple[Entries, ...]:
-    """Of each layer, or of each stack of layers with ``scan_decode``, so many pages (P N W) in ``compute.dtype`` or in
-    FP8. ValueError where FP8 takes no latents of that width."""
+def empty_pages(config: ModelConfig, compute: ComputeConfig, count: int, size: int, fp8: bool) -> Store:
+    """Pages of zeros, entries in ``compute.dtype`` or in FP8. ValueError where FP8 takes no latents of that width."""
     width = config.cache_numbers_per_token_layer
     if fp8 and config.attention != "mla":
         raise ValueError("cache='float8_e4m3': only MLA's latents are kept in FP8")
@@ -94,15 +102,15 @@ def empty_pages(config: ModelConfig, compute: ComputeConfig, count: int, size: i
         split = lambda leaf: constrain(leaf, compute.rules, *[None] * len(stack), "batch", None, None)  # noqa: E731
         return jax.tree.map(split, pages)
 
+    tokens_PN1 = constrain(jnp.zeros((count, size, 1), jnp.int32), compute.rules, "batch", None, None)
     if compute.scan_decode:
-        return tuple(buffer(layers) for layers in (config.num_dense_layers, config.num_moe_layers) if layers)
-    return tuple(buffer() for _ in range(config.num_hidden_layers))
+        stacks = config.num_dense_layers, config.num_moe_layers
+        return Store(tuple(buffer(layers) for layers in stacks if layers), tokens_PN1)
+    return Store(tuple(buffer() for _ in range(config.num_hidden_layers)), tokens_PN1)
 
 
 @functools.partial(jax.jit, static_argnames="compute", donate_argnames="pages")
-def copy_pages(
-    compute: ComputeConfig, pages: tuple[Entries, ...], source_K: Int[Array, "K"], target_K: Int[Array, "K"]
-) -> tuple[Entries, ...]:
+def copy_pages(compute: ComputeConfig, pages: Store, source_K: Int[Array, "K"], target_K: Int[Array, "K"]) -> Store:
     """The pages with copies of the ``source`` ones in the places of the ``target`` ones, all at once; beyond the last
     page, none."""
 
@@ -126,13 +134,13 @@ def read(
     compute: ComputeConfig,
     params: Any,
     router_bias: jax.Array | None,
-    pages: tuple[Entries, ...],
+    pages: Store,
     tokens_BS: Int[Array, "B S"],
     start_B: Int[Array, "B"],
     table_BJ: Int[Array, "B J"],
     *,
     fresh: bool,
-) -> tuple[Entries, ...]:
+) -> Store:
     """The pages with S tokens of each row behind its first ``start``; what fills a row up is written behind its tokens,
     where others will stand before anybody looks.
 
@@ -147,49 +155,23 @@ def read(
         hands, visible = _reading(network, position_BS, table_BJ)
     options: dict[str, Any] = {"positions_BS": position_BS, "visible": visible, "absorbed": not fresh, "head": False}
     with jax.named_scope("prefill"):
-        out = network(tokens_BS, memories=_memories(compute, pages, start_B, table_BJ, hands), **options)
-    return tuple(memory.pages_PNW for memory in out.memories)
-
-
-class Numbers(NamedTuple):
-    """What a row of a decoding step is, in the order of ``Rows.numbers_BK``; stop ids, -1 behind them, follow."""
-
-    token: Any
-    length: Any
-    answered: Any
-    most: Any
-    seed: Any
-    draw: Any
-    top_k: Any
-
-
-@struct.dataclass
-class Rows:
-    """Rows that are decoded. numbers_BK: see ``Numbers``; a row that may answer no more only fills the batch.
-    shares_BF: temperature and top_p. table_BJ: see ``PagedMemory``. Few arrays, since each is a transfer of its own."""
-
-    numbers_BK: Any
-    shares_BF: Any
-    table_BJ: Any
-
-    @staticmethod
-    def described(params: SamplingParams, stop_ids: tuple[int, ...], draw: int) -> tuple[np.ndarray, np.ndarray]:
-        """(K numbers, F shares) of a request, of which ``token``, ``length`` and ``answered`` are filled in later."""
-        stops = [*stop_ids, *params.stop_token_ids]
-        assert len(stops) <= STOPS, stops
-        head = Numbers(0, 0, 0, params.max_tokens, params.seed, draw, params.top_k)
-        numbers = np.array([*head, *stops, *[-1] * (STOPS - len(stops))], np.int32)
-        return numbers, np.array([params.temperature, params.top_p], np.float32)
+        memories = [_memory(compute, layer, start_B, table_BJ, hands) for layer in pages.layers]
+        out = network(tokens_BS, memories=tuple(memories), **options)
+        tokens, _ = _memory(compute, pages.tokens_PN1, start_B, table_BJ, "new").write(tokens_BS[..., None])
+    return Store(tuple(memory.pages_PNW for memory in out.memories), tokens.pages_PNW)
 
 
 @struct.dataclass
 class Decoded:
     """tokens_BN, logprobs_BN: of each row those that it was given, -1 behind them; log-probabilities are those of the
-    network, before temperature and cuts. stopped_B: it ended with a stop id."""
+    network, before temperature, penalties and cuts. stopped_B: it ended with a stop id. likely_BNA,
+    likely_logprobs_BNA: beside each token the most likely ones, where any row asks for alternatives."""
 
     tokens_BN: jax.Array
     logprobs_BN: jax.Array
     stopped_B: jax.Array
+    likely_BNA: jax.Array
+    likely_logprobs_BNA: jax.Array
 
 
 @functools.partial(
@@ -200,21 +182,20 @@ def decode(
     compute: ComputeConfig,
     params: Any,
     router_bias: jax.Array | None,
-    pages: tuple[Entries, ...],
+    pages: Store,
     rows: Rows,
     turns: jax.typing.ArrayLike,
     until_end: jax.typing.ArrayLike,
     *,
     most: int,
-) -> tuple[tuple[Entries, ...], Decoded]:
+) -> tuple[Store, Decoded]:
     """Up to ``turns`` (``most`` at most) tokens of each row's answer. A row draws its token n with
     ``fold_in(fold_in(key(seed), draw), n)``, whatever stands beside it. until_end: no more once a row has ended.
     """
     network = transformer.merge(config, params, router_bias, compute)
     rows = jax.tree.map(lambda x: _rows(x, compute), rows)
-    at, stops_BX = Numbers(*rows.numbers_BK[:, : len(Numbers._fields)].T), rows.numbers_BK[:, len(Numbers._fields) :]
-    temperature_B, top_p_B = rows.shares_BF.T
-    keys_B = jax.vmap(lambda seed, draw: jax.random.fold_in(jax.random.key(seed), draw))(at.seed, at.draw)
+    at = Numbers(*rows.numbers_BK[:, : len(Numbers._fields)].T)
+    stops_BX = rows.numbers_BK[:, len(Numbers._fields) : -BIASES]
     filling_B = at.answered >= at.most
 
     def goes_on(now):
@@ -226,28 +207,55 @@ def decode(
         table_BJ = jnp.where(done_B[:, None], -1, rows.table_BJ)
         hands, visible = _reading(network, length_B[:, None], table_BJ)
         options: dict[str, Any] = {"positions_BS": length_B[:, None], "visible": visible, "absorbed": True}
-        memories = _memories(compute, pages, length_B, table_BJ, hands)
-        out = network(token_B[:, None], memories=memories, head=False, **options)
-        logits_BW = network.logits(out.hidden[:, 0])
-        drawn_B = jax.vmap(jax.random.fold_in)(keys_B, at.answered + n)
-        drawn_B, _ = sample(logits_BW, drawn_B, temperature_B, top_p_B, at.top_k)
-        chosen_B = jnp.take_along_axis(logits_BW, drawn_B[:, None], axis=1)[:, 0]
-        logprob_B = chosen_B - jax.nn.logsumexp(logits_BW, axis=1)
+        memories = [_memory(compute, layer, length_B, table_BJ, hands) for layer in pages.layers]
+        out = network(token_B[:, None], memories=tuple(memories), head=False, **options)
+        tokens = _memory(compute, pages.tokens_PN1, length_B, table_BJ, "rows")
+        tokens, said_BT1 = tokens.write(token_B[:, None, None])
+        drawn_B, found = _draw(network, rows, at, n, out.hidden[:, 0], said_BT1[:, :, 0], length_B, done_B, found)
         stopped_B = ~done_B & jnp.any(drawn_B[:, None] == stops_BX, axis=1)
-        put = lambda x_BN, x_B: x_BN.at[:, n].set(jnp.where(done_B, x_BN[:, n], x_B))  # noqa: E731
-        found = Decoded(put(found.tokens_BN, drawn_B), put(found.logprobs_BN, logprob_B), found.stopped_B | stopped_B)
+        found = dataclasses.replace(found, stopped_B=found.stopped_B | stopped_B)
         token_B = jnp.where(done_B, token_B, drawn_B)
-        length_B = length_B + ~done_B
-        done_B = done_B | stopped_B | (at.answered + n + 1 >= at.most)
-        return n + 1, tuple(memory.pages_PNW for memory in out.memories), token_B, length_B, done_B, found
+        pages = Store(tuple(memory.pages_PNW for memory in out.memories), tokens.pages_PNW)
+        over_B = stopped_B | (at.answered + n + 1 >= at.most)
+        return n + 1, pages, token_B, length_B + ~done_B, done_B | over_B, found
 
-    batch = len(filling_B)
-    nothing = (jnp.full((batch, most), -1, jnp.int32), jnp.full((batch, most), -1.0), jnp.zeros(batch, bool))
-    found = Decoded(*(_rows(x, compute) for x in nothing))
+    found = jax.tree.map(lambda x: _rows(x, compute), _nothing(len(filling_B), most, config.vocab_size))
     now = jnp.int32(0), pages, at.token, at.length, filling_B, found
     with jax.named_scope("decode"):
         _, pages, _, _, _, found = jax.lax.while_loop(goes_on, step, now)
     return pages, found
+
+
+def _nothing(batch: int, most: int, width: int) -> Decoded:
+    alternatives = (batch, most, min(ALTERNATIVES, width))
+    tokens_BN, logprobs_BN = jnp.full((batch, most), -1, jnp.int32), jnp.full((batch, most), -1.0)
+    return Decoded(
+        tokens_BN, logprobs_BN, jnp.zeros(batch, bool), jnp.zeros(alternatives, jnp.int32), jnp.zeros(alternatives)
+    )
+
+
+def _draw(network, rows: Rows, at: Numbers, n, hidden_BD, said_BT, length_B, done_B, found: Decoded):
+    """Draw the n-th token of this call for each row that is not done -> (tokens, what was found with them)."""
+    how, biases_BX = Shares(*rows.shares_BF[:, : len(Shares._fields)].T), rows.shares_BF[:, len(Shares._fields) :]
+    wishes = Wishes(how.repetition, how.presence, how.frequency, rows.numbers_BK[:, -BIASES:], biases_BX)
+    logits_BW = network.logits(hidden_BD)
+    wanted_BW = adjusted(logits_BW, wishes, said_BT, at.length + 1 - at.answered, length_B + 1)
+    key = lambda seed, draw, n: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), draw), n)  # noqa: E731
+    keys_B = jax.vmap(key)(at.seed, at.draw, at.answered + n)
+    drawn_B, _ = sample(wanted_BW, keys_B, how.temperature, how.top_p, at.top_k, how.min_p)
+    total_B = jax.nn.logsumexp(logits_BW, axis=1)
+    logprob_B = jnp.take_along_axis(logits_BW, drawn_B[:, None], axis=1)[:, 0] - total_B
+
+    def likely(logits_BW):
+        best_BA, ids_BA = jax.lax.top_k(logits_BW, found.likely_BNA.shape[2])
+        return found.likely_BNA.at[:, n].set(ids_BA), found.likely_logprobs_BNA.at[:, n].set(best_BA - total_B[:, None])
+
+    asked = jnp.any(at.alternatives > 0)
+    same = lambda _: (found.likely_BNA, found.likely_logprobs_BNA)  # noqa: E731
+    likely_BNA, likely_logprobs_BNA = jax.lax.cond(asked, likely, same, logits_BW)
+    put = lambda x_BN, x_B: x_BN.at[:, n].set(jnp.where(done_B, x_BN[:, n], x_B))  # noqa: E731
+    tokens_BN, logprobs_BN = put(found.tokens_BN, drawn_B), put(found.logprobs_BN, logprob_B)
+    return drawn_B, Decoded(tokens_BN, logprobs_BN, found.stopped_B, likely_BNA, likely_logprobs_BNA)
 
 
 def _reading(network: transformer.Transformer, position_BS, table_BJ) -> tuple[Any, Visible]:
@@ -258,13 +266,10 @@ def _reading(network: transformer.Transformer, position_BS, table_BJ) -> tuple[A
     return "rows", visible  # no kernel reads grouped keys and values from pages
 
 
-def _memories(compute: ComputeConfig, pages, start_B, table_BJ, hands) -> tuple[PagedMemory, ...]:
-    def memory(entries: Entries) -> PagedMemory:
-        layers = (entries.shape[0],) if len(entries.shape) == 4 else ()  # scanned layers are handed theirs of a stack
-        start, table = (jnp.broadcast_to(x, (*layers, *x.shape)) for x in (start_B, table_BJ))
-        return PagedMemory(entries, start, table, rules=compute.rules, hands=hands)
-
-    return tuple(map(memory, pages))
+def _memory(compute: ComputeConfig, entries: Entries, start_B, table_BJ, hands) -> PagedMemory:
+    layers = (entries.shape[0],) if len(entries.shape) == 4 else ()  # scanned layers are handed theirs of a stack
+    start, table = (jnp.broadcast_to(x, (*layers, *x.shape)) for x in (start_B, table_BJ))
+    return PagedMemory(entries, start, table, rules=compute.rules, hands=hands)
 
 
 def _rows(x, compute: ComputeConfig):

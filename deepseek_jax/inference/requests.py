@@ -80,10 +80,12 @@ def make_requests(
       room: by default what these prompts need; other processes' may need more.
       first: the number of the first prompt, where it is not the first of all processes'.
 
-    Raises ValueError for a prompt without tokens or wider than ``width``.
+    Raises ValueError for a prompt without tokens or wider than ``width``, and for what requests alone can ask for.
     """
     shared = isinstance(sampling, SamplingParams)
     each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
+    for params in dict.fromkeys(each):
+        params.check_drawn_in_batches()
     if len(each) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts, but {len(each)} sampling parameters: expected one, or one for each")
     room = room or Room.of(prompts, each, stop_ids)

@@ -1,12 +1,23 @@
 """How the next token is drawn."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from deepseek_jax.typed import check_least, check_types
+
+BIASES = 300  # tokens of a logit_bias
+ALTERNATIVES = 20
+_LIMITS = (
+    ("min_p", 0, 1),
+    ("repetition_penalty", 0.01, 100),
+    ("presence_penalty", -2, 2),
+    ("frequency_penalty", -2, 2),
+    ("alternatives", 0, ALTERNATIVES),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,6 +26,11 @@ class SamplingParams:
 
     max_tokens: per answer. stop_token_ids: end an answer, beside the tokenizer's end of sentence. seed: the same seed,
     prompts and parameters give the same tokens.
+
+    The others are for requests (``Engine.submit``) alone, and ``penalties.adjusted`` says what they do. min_p: keeps
+    tokens with at least this share of the most likely one's probability. repetition_penalty 1, presence_penalty 0,
+    frequency_penalty 0: none. logit_bias: (token, what its logit gets). alternatives: of each token of the answer, so
+    many of the most likely ones with their log-probabilities.
     """
 
     temperature: float = 1.0
@@ -23,12 +39,36 @@ class SamplingParams:
     max_tokens: int = 64
     stop_token_ids: tuple[int, ...] = ()
     seed: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    alternatives: int = 0
 
     def __post_init__(self) -> None:
-        check_types(self)
+        check_types(self, signed=("presence_penalty", "frequency_penalty"))
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p}: must lie in (0, 1]")
         check_least(self, 1, "max_tokens")
+        for name, least, most in _LIMITS:
+            if not least <= (value := getattr(self, name)) <= most:
+                raise ValueError(f"{name}={value}: must lie in [{least}, {most}]")
+        if len(self.logit_bias) > BIASES:
+            raise ValueError(f"logit_bias has {len(self.logit_bias)} tokens: expected at most {BIASES}")
+        for token, bias in self.logit_bias:
+            if not (0 <= token < 2**31 and math.isfinite(bias)):
+                raise ValueError(f"logit_bias=(({token}, {bias}), …): expected tokens and finite numbers")
+
+    def check_drawn_in_batches(self) -> None:
+        """ValueError where something is asked for that requests alone can have."""
+        for name, value in _FOR_REQUESTS.items():
+            if getattr(self, name) != value:
+                raise ValueError(f"{name}={getattr(self, name)}: for requests by Engine.submit alone")
+
+
+_FOR_REQUESTS = {"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+_FOR_REQUESTS |= {"logit_bias": (), "alternatives": 0}
 
 
 def truncate_logits(
@@ -54,6 +94,7 @@ def sample(
     temperature_B: Float[Array, "B"],
     top_p_B: Float[Array, "B"],
     top_k_B: Int[Array, "B"],
+    min_p_B: Float[Array, "B"] | None = None,
 ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
     """Draw a token per row with the row's own key, each row in its own way, as ``SamplingParams`` describes them.
 
@@ -70,6 +111,9 @@ def sample(
         kept_BW = jax.lax.cond(
             jnp.any(cut_B), lambda x_BW: truncate_logits(x_BW, top_k_B, top_p_B), lambda x_BW: x_BW, scaled_BW
         )
+        if min_p_B is not None:
+            least_B1 = jnp.max(scaled_BW, axis=1, keepdims=True) + jnp.log(min_p_B)[:, None]
+            kept_BW = jnp.where(scaled_BW >= least_B1, kept_BW, -jnp.inf)
         noise_BW = jax.vmap(lambda key: jax.random.gumbel(key, (width,), scaled_BW.dtype))(keys_B)
         return jnp.where(greedy_B[:, None], scaled_BW, kept_BW + noise_BW)
 

@@ -9,7 +9,7 @@ draws tokens, and a prompt that another has brought costs nothing.
 import bisect
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -88,14 +88,14 @@ def _sizes(most: int, least: int) -> tuple[int, ...]:
 class Request:
     """A prompt and its answer so far (``ids``), and where they are: the first ``length`` tokens lie in ``pages``.
 
-    number: the order of arrival. draw: of samples of one prompt and seed, which it is. slot: -1 while it waits. prefix:
-    of the first ``named`` pages, which others can find.
+    number: the order of arrival. row: what decoding it takes, see ``Rows``. slot: -1 while it waits. prefix: of the
+    first ``named`` pages, which others can find, by the weights of ``root``.
     """
 
     number: int
     ids: list[int]
     sampling: SamplingParams
-    draw: int = 0
+    row: Any = None
     prompt: int = 0
     slot: int = -1
     length: int = 0

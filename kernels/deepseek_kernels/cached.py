@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from deepseek_kernels.block_fp8 import BLOCK, E4M3_MAX, FP8
 from deepseek_kernels.weights import InStack
@@ -77,7 +77,7 @@ def quantise_entries(entry_BTW: Float[Array, "*B T W"], values: int) -> FP8Entri
 
 def write_entries(
     cache: Entries,
-    entry_BSW: Float[Array, "B S W"],
+    entry_BSW: Num[Array, "B S W"],
     start_B: Int[Array, "B"],
     pages_BJ: Int[Array, "B J"] | None = None,
 ) -> Entries:

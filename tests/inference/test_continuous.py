@@ -164,6 +164,27 @@ def test_a_sample_is_the_one_that_generate_gives():
     assert [answer.ids for answer in asked.values()][:3] == expected
 
 
+def test_each_request_has_its_own_wishes():
+    """A ban, a push and alternatives, beside one who asks for nothing and is answered as ever."""
+    serving, asked = engine("v3"), dict[int, Asked]()
+    prompt, more = [5, 9, 2, 7], dataclasses.replace
+    (plain,) = serving.generate([prompt], GREEDY)
+    ban = tuple((token, -100.0) for token in dict.fromkeys(plain.token_ids))
+    once = more(GREEDY, frequency_penalty=2.0, presence_penalty=2.0, repetition_penalty=100.0)
+    ways = [GREEDY, more(GREEDY, logit_bias=ban), more(GREEDY, logit_bias=((11, 100.0),)), once]
+    submit(serving, asked, *(Asked(prompt, way) for way in ways))
+    finish(serving, asked)
+    same, banned, pushed, varied = (answer.ids for answer in asked.values())
+    assert same == plain.token_ids and not set(banned) & set(same) and pushed == [11] * 8
+    assert len(set(varied)) == 8 and not set(varied) & set(prompt)
+    number = serving.submit(prompt, more(GREEDY, alternatives=3))
+    found = [event for _ in range(8) for event in serving.step() if event.number == number]
+    likely = [each for event in found for each in event.alternatives]
+    assert [each[0][0] for each in likely] == same and all(len(each) == 3 for each in likely)
+    np.testing.assert_allclose([each[0][1] for each in likely], plain.logprobs, atol=1e-4)
+    assert all(each[0][1] >= each[1][1] >= each[2][1] for each in likely)
+
+
 def test_samples_of_one_prompt_read_it_once():
     serving, asked = engine("v3"), dict[int, Asked]()
     serving.update(*weights(SPEAKER))  # nothing of other tests is found
@@ -258,7 +279,7 @@ def test_what_can_never_be_answered_is_refused():
     with pytest.raises(ValueError, match="a prompt of 41 tokens and max_tokens=8 pass context=48"):
         serving.submit([3] * 41, GREEDY)
     with pytest.raises(ValueError, match="1[0-9] ids that end an answer.*: expected at most 16"):
-        serving.submit([3], SamplingParams(stop_token_ids=tuple(range(18))[:17]))
+        serving.submit([3], dataclasses.replace(GREEDY, stop_token_ids=tuple(range(17))))
     assert not serving.busy
     serving.cancel(10**6)  # who is not there is not given up
     assert serving.step() == []

@@ -14,8 +14,12 @@ from deepseek_jax.cli.bench_training import training_flops
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.inference.generate import generate
+from deepseek_jax.inference.paged import decode, empty_pages, read
+from deepseek_jax.inference.programs import gathers
 from deepseek_jax.inference.requests import make_requests
+from deepseek_jax.inference.rows import Rows
 from deepseek_jax.inference.sampling import SamplingParams
+from deepseek_jax.inference.schedule import ServingConfig
 from deepseek_jax.inference.weights import sampling_config
 from deepseek_jax.model import transformer
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
@@ -193,3 +197,27 @@ def test_scanned_layers_read_experts_and_cache_where_they_lie():
     assert not [
         shape for shape in cut if len(shape) > 3 and 256 in shape[:2] or shape[-3:] == (64, requests.columns, 576)
     ]
+
+
+@pytest.mark.parametrize(
+    ("target", "platform", "page", "cache"),
+    [(*TARGETS[0], 64, "compute"), (*TARGETS[0], 64, "float8_e4m3"), (*TARGETS[1], 128, "compute")],
+)
+def test_requests_read_pages_where_they_lie(target, platform, page, cache):
+    """In decoding, and when more of a prompt is read in: kernels take the pages, no copy of them."""
+    config = dataclasses.replace(sampling_config(v3()), num_hidden_layers=3)
+    compute = ComputeConfig(dtype="bfloat16", target=target, scan_decode=True)
+    assert not gathers(config, compute, ServingConfig(page=page, cache=cache))
+    params, bias = transformer.abstract_arrays(config, ComputeConfig(param_dtype="bfloat16"))
+    pages = jax.eval_shape(lambda: empty_pages(config, compute, 96, page, cache == "float8_e4m3"))
+    numbers = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
+    given = config, compute, params, bias, pages
+    for traced in (
+        decode.trace(*given, Rows.filling(64, 8), numbers(), jax.ShapeDtypeStruct((), bool), most=8),
+        read.trace(*given, numbers(2, 256), numbers(2), numbers(2, 8), fresh=False),
+    ):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert "mosaic_gpu" in text if platform == "cuda" else 'kernel_name = "mla_decode"' in text
+        table = 8, page  # of a row
+        cut = [shape for shape in shapes_cut_out(traced.jaxpr.jaxpr) if shape[-1] in (576, 512)]
+        assert not [shape for shape in cut if 96 in shape or shape[-3:-1] == table]

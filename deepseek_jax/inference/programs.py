@@ -1,0 +1,165 @@
+"""A cache in pages on a mesh, and what plans have the device do with it: compiled once for each shape, beforehand."""
+
+import concurrent.futures
+import dataclasses
+import itertools
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from deepseek_jax.compute import ComputeConfig
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.inference.paged import Decoded, copy_pages, decode, empty_pages, read
+from deepseek_jax.inference.rows import Rows
+from deepseek_jax.inference.schedule import Buckets, Piece, Plan, Request, ServingConfig, fitting
+from deepseek_kernels import choose
+
+Weights = tuple[Any, jax.Array | None]
+
+
+class _Job(NamedTuple):
+    """A program of ``paged`` and what it is given behind weights and cache."""
+
+    function: Any
+    arrays: tuple[Any, ...]
+    options: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return self.function, self.options, *(array.shape for array in jax.tree.leaves(self.arrays))
+
+
+class Programs:
+    """The device's side of ``lanes`` schedules.
+
+    late: programs that were compiled behind ``warm_up``, while a request waited for it.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        compute: ComputeConfig,
+        mesh: Mesh,
+        serving: ServingConfig,
+        buckets: Buckets,
+        lanes: int,
+    ):
+        self.config, self.compute, self.mesh, self.serving = config, compute, mesh, serving
+        self.buckets, self.lanes, self.late = buckets, lanes, 0
+        self._programs: dict[tuple[Any, ...], Any] = {}
+        self._warm = False
+        with jax.set_mesh(mesh):
+            fp8 = serving.cache == "float8_e4m3"
+            self._pages = empty_pages(config, compute, lanes * serving.pages, serving.page, fp8)
+
+    def run(self, weights: Weights, plans: Sequence[Plan]) -> Decoded | None:
+        """Hand the lanes' plans to the device -> what it will have decoded, row by row as ``rows`` has them."""
+        with jax.set_mesh(self.mesh):
+            if any(plan.copies for plan in plans):
+                self._run(weights, self._copies([plan.copies for plan in plans]))
+            if any(plan.pieces for plan in plans):
+                self._run(weights, self._reading([plan.pieces for plan in plans]))
+            return self._run(weights, self._decoding(plans)) if any(plan.decoded for plan in plans) else None
+
+    def rows(self, plans: Sequence[Plan]) -> int:
+        """Of each lane in decoding: request i of lane l is row ``l · rows + i``."""
+        return fitting(self.buckets.slots, max(len(plan.decoded) for plan in plans))
+
+    def warm_up(self, weights: Weights) -> None:
+        """Compile, side by side, every program that a plan may need, and run each on nothing."""
+        buckets, nobody = self.buckets, [[] for _ in range(self.lanes)]
+        jobs = [self._copies(nobody)]
+        for (rows, size), table, fresh in itertools.product(buckets.chunks, buckets.tables, (True, False)):
+            if not fresh or table == buckets.tables[-1]:
+                jobs.append(self._reads(nobody, rows, size, table, fresh))
+        for rows, table in itertools.product(buckets.slots, buckets.tables):
+            jobs.append(self._decodes(nobody, rows, table, 0, until_end=False))
+        with jax.set_mesh(self.mesh):
+            missing = {job.key: self._lowered(weights, job) for job in jobs if job.key not in self._programs}
+            with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+                compiled = pool.map(lambda lowered: lowered.compile(), missing.values())
+                self._programs |= dict(zip(missing, compiled, strict=True))
+            for job in jobs:
+                self._run(weights, job)
+            jax.block_until_ready(self._pages)
+        self._warm = True
+
+    def _copies(self, copies: Sequence[Sequence[tuple[int, int]]]) -> _Job:
+        slots = self.serving.slots
+        source = np.zeros(len(copies) * slots, np.int32)
+        target = np.full(len(copies) * slots, self.serving.pages, np.int32)
+        for lane, pairs in enumerate(copies):
+            for i, (page, to) in enumerate(pairs, lane * slots):
+                source[i], target[i] = page, to
+        return _Job(copy_pages, (source, target))
+
+    def _reading(self, pieces: Sequence[Sequence[Piece]]) -> _Job:
+        together = [piece for some in pieces for piece in some]
+        most, size = max(map(len, pieces)), max(piece.count for piece in together)
+        rows, size = next(shape for shape in self.buckets.chunks if shape[0] >= most and shape[1] >= size)
+        fresh = not any(piece.start for piece in together)
+        pages = max(len(piece.request.pages) for piece in together)
+        table = self.buckets.tables[-1] if fresh else fitting(self.buckets.tables, pages)
+        return self._reads(pieces, rows, size, table, fresh)
+
+    def _reads(self, pieces: Sequence[Sequence[Piece]], rows: int, size: int, table: int, fresh: bool) -> _Job:
+        tokens_BS = np.zeros((len(pieces) * rows, size), np.int32)
+        start_B = np.zeros(len(pieces) * rows, np.int32)
+        table_BJ = np.full((len(pieces) * rows, table), -1, np.int32)
+        for lane, some in enumerate(pieces):
+            for i, piece in enumerate(some, lane * rows):
+                tokens_BS[i, : piece.count] = piece.request.ids[piece.start : piece.start + piece.count]
+                start_B[i] = piece.start
+                table_BJ[i, : len(piece.request.pages)] = piece.request.pages
+        return _Job(read, (tokens_BS, start_B, table_BJ), (("fresh", fresh),))
+
+    def _decoding(self, plans: Sequence[Plan]) -> _Job:
+        decoded = [plan.decoded for plan in plans]
+        table = fitting(self.buckets.tables, max(len(request.pages) for some in decoded for request in some))
+        turns = min(plan.turns for plan in plans if plan.decoded)
+        until_end = any(plan.until_end for plan in plans)
+        return self._decodes(decoded, self.rows(plans), table, turns, until_end=until_end)
+
+    def _decodes(
+        self, decoded: Sequence[Sequence[Request]], rows: int, table: int, turns: int, *, until_end: bool
+    ) -> _Job:
+        filled = Rows.filling(len(decoded) * rows, table)
+        for lane, some in enumerate(decoded):
+            for i, request in enumerate(some, lane * rows):
+                filled.numbers_BK[i], filled.shares_BF[i] = request.row
+                filled.numbers_BK[i, :3] = request.ids[-1], request.length, len(request.ids) - request.prompt
+                filled.table_BJ[i, : len(request.pages)] = request.pages
+        given = filled, np.int32(turns), np.bool_(until_end)
+        return _Job(decode, given, (("most", self.serving.turns),))
+
+    def _run(self, weights: Weights, job: _Job) -> Decoded | None:
+        program = self._programs.get(job.key)
+        if program is None:
+            self.late += self._warm
+            program = self._programs[job.key] = self._lowered(weights, job).compile()
+        given = () if job.function is copy_pages else weights
+        done = program(*given, self._pages, *job.arrays)
+        self._pages, found = done if job.function is decode else (done, None)
+        return found
+
+    def _lowered(self, weights: Weights, job: _Job) -> Any:
+        compute = self.compute
+        if job.function is read:  # rows of a prompt keep the device busy: nothing is gained by many copies of a layer
+            compute = dataclasses.replace(compute, scan_unroll=1)
+        given = (compute,) if job.function is copy_pages else (self.config, compute, *weights)
+        return job.function.lower(*given, self._pages, *job.arrays, **dict(job.options))
+
+
+def gathers(config: ModelConfig, compute: ComputeConfig, serving: ServingConfig) -> bool:
+    """Whether attention over pages is over a copy of them."""
+    if config.attention != "mla":
+        return True
+    width, fp8 = config.cache_numbers_per_token_layer, serving.cache == "float8_e4m3"
+    facts = {"by_column": True, "queries": 1, "keys": serving.page, "page": serving.page, "fp8": fp8}
+    facts |= {"key_width": width, "value_width": config.kv_lora_rank}
+    chosen = choose("mla_decode", compute.kernels, compute.dtype, implementation=compute.decode_attention, **facts)
+    return chosen.name not in ("hopper", "tpu")

@@ -1,0 +1,65 @@
+"""Requests as rows of a decoding step: all that may differ between them, in few arrays."""
+
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+from flax import struct
+
+from deepseek_jax.inference.sampling import BIASES, SamplingParams
+
+STOPS = 16  # ids that end an answer, at most
+
+
+class Numbers(NamedTuple):
+    """What a row of a decoding step is, in the order of ``Rows.numbers_BK``; behind these follow its stop ids and the
+    tokens of its biases, -1 where there are no more."""
+
+    token: Any
+    length: Any
+    answered: Any
+    most: Any
+    seed: Any
+    draw: Any
+    top_k: Any
+    alternatives: Any
+
+
+class Shares(NamedTuple):
+    """The same for ``Rows.shares_BF``; behind these follow its biases."""
+
+    temperature: Any
+    top_p: Any
+    min_p: Any
+    repetition: Any
+    presence: Any
+    frequency: Any
+
+
+@struct.dataclass
+class Rows:
+    """Rows that are decoded. numbers_BK: see ``Numbers``; a row that may answer no more only fills the batch.
+    shares_BF: see ``Shares``. table_BJ: see ``PagedMemory``. Few arrays, since each is a transfer of its own."""
+
+    numbers_BK: Any
+    shares_BF: Any
+    table_BJ: Any
+
+    @classmethod
+    def filling(cls, batch: int, pages: int) -> Self:
+        """None, on the host."""
+        numbers_BK = np.zeros((batch, len(Numbers._fields) + STOPS + BIASES), np.int32)
+        shares_BF = np.zeros((batch, len(Shares._fields) + BIASES), np.float32)
+        numbers_BK[:, -BIASES:], shares_BF[:, Shares._fields.index("repetition")] = -1, 1
+        return cls(numbers_BK, shares_BF, np.full((batch, pages), -1, np.int32))
+
+    @staticmethod
+    def described(params: SamplingParams, stop_ids: tuple[int, ...], draw: int) -> tuple[np.ndarray, np.ndarray]:
+        """(K numbers, F shares) of a request, of which ``token``, ``length`` and ``answered`` are filled in later."""
+        stops, biased = [*stop_ids, *params.stop_token_ids], [token for token, _ in params.logit_bias]
+        assert len(stops) <= STOPS, stops
+        head = Numbers(0, 0, 0, params.max_tokens, params.seed, draw, params.top_k, params.alternatives)
+        filled = [*stops, *[-1] * (STOPS - len(stops)), *biased, *[-1] * (BIASES - len(biased))]
+        cuts = params.temperature, params.top_p, params.min_p
+        shares = Shares(*cuts, params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
+        biases = [*(bias for _, bias in params.logit_bias), *[0.0] * (BIASES - len(biased))]
+        return np.array([*head, *filled], np.int32), np.array([*shares, *biases], np.float32)

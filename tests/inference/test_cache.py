@@ -41,6 +41,8 @@ def test_a_device_writes_its_rows_by_itself(layer):
     compiled = write.lower(buffer, *given).compile()
     assert not collectives(compiled.as_text())
     np.testing.assert_array_equal(compiled(buffer, *given), write_rows(buffer, *given, layer))
+
+
 def wider(cache: Cache, numbers: int) -> Cache:
     """With room behind each entry, as on a TPU."""
     return jax.tree.map(lambda x: x if x.ndim < 3 else jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, numbers)]), cache)

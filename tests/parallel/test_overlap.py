@@ -1,9 +1,24 @@
-"""What XLA is asked for, of whom."""
+from types import SimpleNamespace
+from typing import Any
 
-from deepseek_jax.parallel.overlap import OPTIONS, overlapping
+import numpy as np
+import pytest
+
+from deepseek_jax.parallel.overlap import OPTIONS, TPU_OPTIONS, overlapping
 
 
-def test_options_are_for_several_gpus_alone():
-    assert overlapping("gpu", 2) == OPTIONS and all(name.startswith("xla_gpu_") for name in OPTIONS)
-    for platform, count in (("gpu", 1), ("cpu", 8), ("tpu", 8)):
-        assert overlapping(platform, count) == {}
+def mesh(platform: str, kind: str, count: int) -> Any:
+    return SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform, device_kind=kind)] * count), size=count)
+
+
+def test_several_gpus_and_v5p_are_asked_for_overlap_and_no_others():
+    assert overlapping(mesh("gpu", "NVIDIA H100 80GB HBM3", 2)) == OPTIONS
+    assert overlapping(mesh("tpu", "TPU v5", 2)) == TPU_OPTIONS["TPU v5"]
+    assert all(name.startswith("xla_gpu_") for name in OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("platform", "kind", "count"), [("gpu", "H100", 1), ("cpu", "cpu", 8), ("tpu", "TPU v6 lite", 8)]
+)
+def test_others_are_compiled_as_they_were(platform, kind, count):
+    assert overlapping(mesh(platform, kind, count)) == {}

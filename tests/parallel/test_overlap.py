@@ -1,14 +1,16 @@
 from types import SimpleNamespace
-from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from deepseek_jax.parallel.overlap import OPTIONS, TPU_OPTIONS, overlapping
 
 
-def mesh(platform: str, kind: str, count: int) -> Any:
-    return SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform, device_kind=kind)] * count), size=count)
+def mesh(platform: str, kind: str, count: int) -> Mesh:
+    devices = np.array([SimpleNamespace(platform=platform, device_kind=kind)] * count)
+    return Mock(spec=Mesh, devices=devices, size=count)
 
 
 def test_several_gpus_and_v5p_are_asked_for_overlap_and_no_others():

@@ -248,9 +248,10 @@ def decoded(name: str, recipe: PretrainConfig, small: bool, longest: int) -> Non
     tried(name, work)
 
 
-def v3(small: bool, **model: Any) -> PretrainConfig:
+def v3(small: bool, layers: int) -> PretrainConfig:
     recipe = load_recipe("bench/v3", PretrainConfig)
-    model |= dict(TINY, n_routed_experts=32, kv_lora_rank=32) if small else {}
+    model: dict[str, Any] = dict(TINY, n_routed_experts=32, kv_lora_rank=32) if small else {}
+    model["num_hidden_layers"] = layers
     return dataclasses.replace(
         recipe,
         mesh=MeshConfig(fsdp=jax.device_count()),
@@ -261,16 +262,18 @@ def v3(small: bool, **model: Any) -> PretrainConfig:
 
 
 def v3_decode(small: bool) -> None:
-    for layers in (3,) if small else (17, 9):
-        recipe = dataclasses.replace(v3(small, num_hidden_layers=layers), batch_size=16 if small else 256)
-        decoded(f"V3, {layers} layers, {recipe.batch_size} rows", recipe, small, 16)
+    layers = 3 if small else 1 + 2 * jax.device_count()  # 55 GB a device
+    recipe = dataclasses.replace(v3(small, layers), batch_size=16 if small else 256)
+    decoded(f"V3, {layers} layers, {recipe.batch_size} rows", recipe, small, 16)
 
 
 def v3_train(small: bool) -> None:
+    layers = 1 + max(1, jax.device_count() // 4)
+
     def work() -> None:
-        measured = measure_training(v3(small), repeats=2 if small else 5)
+        measured = measure_training(v3(small, layers), repeats=2 if small else 5)
         wanted = "tokens a second", "time", "model's arithmetic", "peak memory", "until compiled", "loss", "routing"
-        report(f"V3, 3 layers, train, {jax.device_count()} devices", measured, wanted, 1, 20)
+        report(f"V3, {layers} layers, train, {jax.device_count()} devices", measured, wanted, 1, 20)
 
     tried("V3, train", work)
 

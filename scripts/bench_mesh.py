@@ -104,7 +104,7 @@ def rows_of(part: str, cards: int) -> Iterator[Row]:
         deep = "--model.num-hidden-layers", "27", "--compute.remat", "kernels", "--compute.scan-unroll", "1"
         mesh = "--loss.chunk", "1024", "--mesh.fsdp", "2", "--mesh.expert", half
         # Of four, state and gradients alone take 60 of 80 GB with float32 moments.
-        few: dict[str, int] = {"rows": 2} if cards < 8 else {}
+        few: dict[str, Any] = {"rows": 2} if cards < 8 else {}
         deep = (*deep, *STEP) if cards < 8 else deep
         name = f"whole, fsdp 2 × expert {half}"
         yield Row(part, f"{name}, gather", cards, (*deep, *mesh), **few)

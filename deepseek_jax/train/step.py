@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model import transformer
-from deepseek_jax.parallel.sharding import placed, placed_as_state, split_by, split_rows
+from deepseek_jax.parallel.sharding import Rounded, placed, placed_as_state, split_by, split_rows
 from deepseek_jax.train.optimizer import guarded, keep_if
 from deepseek_jax.train.state import TrainState
 from deepseek_jax.typed import check_least, check_types
@@ -90,8 +90,15 @@ def make_step(
         if not several or "float32" in (options.gradient_sums, compute.dtype):
             return params
         matrix = lambda path: path[-1].key not in _IN_FLOAT32 and not path[-1].key.endswith("bias")  # noqa: E731
-        rounded = lambda path, leaf: leaf.astype(compute.dtype) if matrix(path) else leaf  # noqa: E731
-        return as_parameters(jax.tree_util.tree_map_with_path(rounded, params))
+
+        def rounded(path, leaf, axes):
+            if not matrix(path):
+                return leaf
+            if axes[0] == "layers":
+                return Rounded(leaf, jnp.zeros(leaf.shape, compute.dtype))
+            return placed([leaf.astype(compute.dtype)], [axes], rules)[0]
+
+        return jax.tree_util.tree_map_with_path(rounded, params, axes)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         if epochs * minibatches == 1:
@@ -148,10 +155,15 @@ def _gradient(build, loss, state, norm, params, as_state, batch):
     """Of the loss of these rows: float32 or as it came from the mesh, where the optimizer's state lies; with the loss
     and its parts."""
 
-    def value_and_parts(params, rows):
-        return loss(build(params, state.router_bias), rows, norm, state.step)
+    is_rounded = lambda leaf: isinstance(leaf, Rounded)  # noqa: E731
+    trained = jax.tree.map(lambda leaf: leaf.gradient if is_rounded(leaf) else leaf, params, is_leaf=is_rounded)
 
-    (value, parts), gradients = jax.value_and_grad(value_and_parts, has_aux=True)(params, batch)
+    def value_and_parts(trained, rows):
+        with_masters = lambda leaf, new: dataclasses.replace(leaf, gradient=new) if is_rounded(leaf) else new  # noqa: E731
+        whole = jax.tree.map(with_masters, params, trained, is_leaf=is_rounded)
+        return loss(build(whole, state.router_bias), rows, norm, state.step)
+
+    (value, parts), gradients = jax.value_and_grad(value_and_parts, has_aux=True)(trained, batch)
     wide = lambda gradient, master: gradient.astype(master.dtype)  # noqa: E731
     return jax.tree.map(wide, as_state(gradients), state.params), value, parts
 

@@ -9,8 +9,10 @@ if TYPE_CHECKING:
     from deepseek_jax.compute import ComputeConfig
     from deepseek_jax.config import ModelConfig, RopeScaling
     from deepseek_jax.inference.cache import Cache
+    from deepseek_jax.inference.continuous import Event
     from deepseek_jax.inference.engine import Completion, Engine
     from deepseek_jax.inference.sampling import SamplingParams
+    from deepseek_jax.inference.schedule import ServingConfig
     from deepseek_jax.model.transformer import ModelOutput, Transformer
 
 __all__ = [
@@ -18,11 +20,13 @@ __all__ = [
     "Completion",
     "ComputeConfig",
     "Engine",
+    "Event",
     "Model",
     "ModelConfig",
     "ModelOutput",
     "RopeScaling",
     "SamplingParams",
+    "ServingConfig",
     "Transformer",
     "load",
     "load_hf",
@@ -36,8 +40,10 @@ _MODULES = {
     "compute": ("ComputeConfig",),
     "config": ("ModelConfig", "RopeScaling"),
     "inference.cache": ("Cache",),
+    "inference.continuous": ("Event",),
     "inference.engine": ("Completion", "Engine"),
     "inference.sampling": ("SamplingParams",),
+    "inference.schedule": ("ServingConfig",),
     "model.transformer": ("ModelOutput", "Transformer"),
 }
 _WHERE = {name: module for module, names in _MODULES.items() for name in names}

@@ -95,9 +95,12 @@ class Continuous:
         events = self._arrivals()
         plans = [lane.plan() for lane in self._lanes]
         found, dispatched = self.programs.run(weights, plans), time.perf_counter()
-        if found is not None:
+        if found is None:
+            self.programs.wait()
+        else:
             found = self._fetched(found, plans)
-            self._counts["seconds_waited"] += time.perf_counter() - dispatched
+        self._counts["seconds_waited"] += time.perf_counter() - dispatched
+        if found is not None:
             events += self._told(plans, found)
         self._counts["seconds"] += time.perf_counter() - began
         self._counts["steps"] += 1

@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import itertools
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,6 +18,8 @@ from deepseek_jax.inference.paged import Decoded, copy_pages, decode, empty_page
 from deepseek_jax.inference.rows import Rows
 from deepseek_jax.inference.schedule import Buckets, Piece, Plan, Request, ServingConfig, fitting
 from deepseek_kernels import choose
+
+logger = logging.getLogger(__name__)
 
 Weights = tuple[Any, jax.Array | None]
 
@@ -65,6 +68,10 @@ class Programs:
                 self._run(weights, self._reading([plan.pieces for plan in plans]))
             return self._run(weights, self._decoding(plans)) if any(plan.decoded for plan in plans) else None
 
+    def wait(self) -> None:
+        """Return when the device has done it all: whoever comes next shall not stand behind a queue of chunks."""
+        jax.block_until_ready(self._pages)
+
     def rows(self, plans: Sequence[Plan]) -> int:
         """Of each lane in decoding: request i of lane l is row ``l · rows + i``."""
         return fitting(self.buckets.slots, max(len(plan.decoded) for plan in plans))
@@ -85,7 +92,7 @@ class Programs:
                 self._programs |= dict(zip(missing, compiled, strict=True))
             for job in jobs:
                 self._run(weights, job)
-            jax.block_until_ready(self._pages)
+        self.wait()
         self._warm = True
 
     def _copies(self, copies: Sequence[Sequence[tuple[int, int]]]) -> _Job:
@@ -155,8 +162,11 @@ class Programs:
 
 
 def gathers(config: ModelConfig, compute: ComputeConfig, serving: ServingConfig) -> bool:
-    """Whether attention over pages is over a copy of them."""
+    """Whether attention over pages is over a copy of them: of grouped keys and values always, which no kernel reads from
+    pages."""
     if config.attention != "mla":
+        level = logging.INFO if compute.kernels.platform == "cpu" else logging.WARNING
+        logger.log(level, "attention=%r: each token's attention reads a copy of its row's pages", config.attention)
         return True
     width, fp8 = config.cache_numbers_per_token_layer, serving.cache == "float8_e4m3"
     facts = {"by_column": True, "queries": 1, "keys": serving.page, "page": serving.page, "fp8": fp8}

@@ -35,7 +35,8 @@ class ServingConfig:
     chunk: int = 512
     """Tokens of prompts that are read in between two tokens of the others' answers."""
     turns: int = 8
-    """Tokens of each answer that are made without a look at who has come; one, while prompts are read in."""
+    """Tokens of each answer that are made without a look at who has come; one, while prompts are read in or an answer
+    has none yet."""
     cache: Literal["compute", "float8_e4m3"] = "compute"
     """What the cache keeps numbers in; float8_e4m3: MLA's latents in groups of 128 with a scale."""
 
@@ -166,8 +167,12 @@ class Schedule:
         """The next step. Nothing to do where it has neither pieces nor rows."""
         copies = self._admit()
         pieces = self._pieces()
+        silent = any(len(request.ids) == request.prompt for request in self.running)
         reading = any(request.unread for request in self.running)
-        decoded, turns = self._with_room(1 if reading else self.config.turns)
+        decoded, turns = self._with_room(1 if silent or reading else self.config.turns)
+        pieces = [piece for piece in pieces if piece.request.slot >= 0]  # but of who has just given way
+        for piece in pieces:
+            self._ready(piece)
         return Plan(copies, pieces, decoded, turns, bool(self.waiting))
 
     def answered(self, request: Request, ids: Sequence[int], *, ended: bool) -> None:
@@ -263,14 +268,14 @@ class Schedule:
         alike = [r for r in unread if whole(r) <= size and (r.length == 0 or unread[0].length > 0)]
         pieces = [Piece(r, r.length, whole(r)) for r in alike[: self.config.chunk // size]]
         for piece in pieces:
-            self._read(piece)
+            piece.request.length += piece.count
         return pieces
 
-    def _read(self, piece: Piece) -> None:
+    def _ready(self, piece: Piece) -> None:
+        """Let others find the pages that it fills, and the last one of a prompt."""
         request, size = piece.request, self.pages.size
-        before, request.length = request.length, piece.start + piece.count
-        last = len(request.pages) if not request.unread else request.length // size
-        for page in request.pages[before // size : last]:
+        last = request.length // size if request.unread else len(request.pages)
+        for page in request.pages[piece.start // size : last]:
             self.pages.ready(page)
 
     def _name(self, request: Request) -> None:

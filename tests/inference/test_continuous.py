@@ -1,5 +1,6 @@
 """Requests as they come, against the plain forward pass: whoever else comes, goes, or gives way."""
 
+import concurrent.futures
 import dataclasses
 import functools
 from typing import Any
@@ -230,6 +231,17 @@ def test_no_request_waits_for_a_compiler():
     assert not [name for name in compiled if "compile" in name]
     assert made.metrics()["compiles"] == 0
     assert_right("v3", [*asked.values()])
+
+
+def test_any_thread_may_ask():
+    """At once: each gets a number and an answer of its own."""
+    serving, prompts = engine("v3"), [[5, 9, 2, 7], [3], [8, 8, 1], [11, 6]] * 4
+    expected, asked = serving.generate(prompts, GREEDY), dict[int, Asked]()
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        numbers = list(pool.map(lambda prompt: serving.submit(prompt, GREEDY), prompts))
+    asked |= {number: Asked(prompt, GREEDY) for number, prompt in zip(numbers, prompts, strict=True)}
+    finish(serving, asked)
+    assert [asked[number].ids for number in numbers] == [each.token_ids for each in expected]
 
 
 def spread(mesh_config: MeshConfig, **compute: Any) -> Engine:

@@ -36,9 +36,8 @@ class Device:
         tables = {request.number: list(request.pages) for request in plan.decoded}
         for piece in plan.pieces:
             self.read += piece.count
-            if piece.request.pages:  # it has not given way since
-                for at in range(piece.start, piece.start + piece.count):
-                    self.write(piece.request, at, piece.request.ids[at])
+            for at in range(piece.start, piece.start + piece.count):
+                self.write(piece.request, at, piece.request.ids[at])
         ended = []
         for _ in range(plan.turns):
             for request in plan.decoded:
@@ -70,9 +69,9 @@ def expected(prompt, limit) -> list[int]:
 def drive(schedule, device, ended):
     plan = schedule.plan()
     shape = len(plan.pieces), max((piece.count for piece in plan.pieces), default=0)
-    assert any(rows >= shape[0] and size >= shape[1] for rows, size in BUCKETS.chunks)
-    assert not plan.decoded or fitting(BUCKETS.slots, len(plan.decoded)) <= CONFIG.slots
-    assert sum(piece.count for piece in plan.pieces) <= CONFIG.chunk
+    assert any(rows >= shape[0] and size >= shape[1] for rows, size in schedule.buckets.chunks)
+    assert not plan.decoded or fitting(schedule.buckets.slots, len(plan.decoded)) <= schedule.config.slots
+    assert sum(piece.count for piece in plan.pieces) <= schedule.config.chunk
     assert all(piece.start == 0 for piece in plan.pieces) or not plan.pieces or plan.pieces[0].start > 0
     ended += device.run(plan)
     schedule.check()
@@ -170,6 +169,23 @@ def test_who_was_idle_longest_makes_room():
     pages.release(pages.take(2))
     assert pages.find(ids(1, 1, 9)).pages == found and not pages.find(ids(2, 2, 9)).pages
     pages.check()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_with_hardly_any_pages_all_are_answered_still(seed):
+    """Most give way again and again, some while they are read in."""
+    rng = np.random.default_rng(seed)
+    config = ServingConfig(slots=4, pages=int(rng.integers(6, 9)), page=4, chunk=4, turns=int(rng.integers(1, 6)))
+    schedule = Schedule(config, Buckets.of(config, 24, gathers=True))
+    device, beginning, ended = Device(schedule), rng.integers(0, 2, 12).tolist(), []
+    for number in range(20):
+        schedule.submit(request(number, beginning[: rng.integers(1, 13)], limit=int(rng.integers(1, 13))))
+        drive(schedule, device, ended)
+    for _ in range(1000):
+        if len(ended) < 20:
+            drive(schedule, device, ended)
+    assert len(ended) == 20 and schedule.pages.available == config.pages
+    assert all(each.ids == expected(each.ids[: each.prompt], each.sampling.max_tokens) for each in ended)
 
 
 def test_the_youngest_gives_way_and_comes_back_in_its_turn():

@@ -162,8 +162,8 @@ class Programs:
 
 
 def gathers(config: ModelConfig, compute: ComputeConfig, serving: ServingConfig) -> bool:
-    """Whether attention over pages is over a copy of them: of grouped keys and values always, which no kernel reads from
-    pages."""
+    """Whether attention over pages is over a copy of them: of grouped keys and values always, which no kernel reads
+    from pages."""
     if config.attention != "mla":
         level = logging.INFO if compute.kernels.platform == "cpu" else logging.WARNING
         logger.log(level, "attention=%r: each token's attention reads a copy of its row's pages", config.attention)

@@ -65,11 +65,9 @@ def route(
     Ties go to the lower index.
 
     chosen_TK: experts to take instead, those that a sampler took for instance; -1 leaves the choice to the router.
+    target: what kernels are chosen for.
     """
-    if config.topk_method == "noaux_tc":
-        assert bias_E is not None
-    else:
-        bias_E = None
+    bias_E = bias_E if config.topk_method == "noaux_tc" else None
     limited = config.topk_method != "greedy" and config.n_group != config.topk_group
     facts = {"tokens": len(x_TD), "weight": w_DE, "limited": limited}
     if choose("router", target or Target.here(), x_TD.dtype, **facts).name == "hopper":
@@ -93,6 +91,7 @@ def _scores_and_best(config, x_TD, w_DE, bias_E):
     # One comparison decides, but no gradient flows through it.
     choice = jax.lax.stop_gradient(scores)
     if config.topk_method == "noaux_tc":
+        assert bias_E is not None
         choice = limit_to_groups(config, choice + bias_E, best=2)
     elif config.topk_method == "group_limited_greedy":
         choice = limit_to_groups(config, choice, best=1)

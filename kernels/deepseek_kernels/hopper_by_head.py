@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from deepseek_kernels.hopper import STEP, refuses
-from deepseek_kernels.hopper_few import COLUMNS, ROWS, half, stages, whole_rows
+from deepseek_kernels.hopper_few import COLUMNS, ROWS, half, of_tile, stages, whole_rows
 from deepseek_kernels.hopper_tiles import step, tiled
 from deepseek_kernels.target import Target
 
@@ -30,7 +30,7 @@ def product_by_head(
     A head's sums are not split: of V2-Lite's 16 heads 16 tiles at least, whose 128 KiB are on their way at once."""
     (rows, heads, depth), (layers, C, _, W) = x_THD.shape, w_LCHW.shape
     first, width = columns[0], C if transposed else columns[1] - columns[0]
-    x_RD, tile_rows = whole_rows(x_THD.reshape(rows, heads * depth))
+    x_RD, tile_rows = whole_rows(x_THD.reshape(rows, heads * depth)), of_tile(rows)
     across = width // COLUMNS
 
     def tile(place, warpgroup, layer, w, x, out):

@@ -44,8 +44,16 @@ def grouped_product(
     """``y[t] = x[t] @ w[g]`` for ``g`` the group of t's tile, one of M - 1 of 16 or 32 rows; zero where that is E.
 
     blocks_M: each tile's group, then how many have one: they are the first. cores: of the target, 0 for an H100's."""
-    tile_rows = len(x_TD) // (len(blocks_M) - 1)
-    return _product(x_TD, w, blocks_M, tile_rows, parts=1, dtype=x_TD.dtype, cores=cores, sizes=sizes)[0]
+    x_MRD = x_TD.reshape(len(blocks_M) - 1, -1, x_TD.shape[1])
+    return _product(x_MRD, w, blocks_M, parts=1, dtype=x_TD.dtype, cores=cores, sizes=sizes).reshape(len(x_TD), -1)
+
+
+@functools.partial(jax.jit, static_argnames="cores")
+def product_of_each(
+    x_KD: Float[Array, "_ D"], w: Float[Array, "E D F"], blocks_M: Int[Array, "M"], *, cores: int
+) -> Float[Array, "K F"]:
+    """``y[k] = x[k] @ w[g]``, or of the one row of x, for ``g`` one of M - 1 = K groups, each with a single row."""
+    return _product(x_KD[:, None], w, blocks_M, parts=1, dtype=x_KD.dtype, cores=cores)[:, 0]
 
 
 @functools.partial(jax.jit, static_argnames="cores")
@@ -57,18 +65,19 @@ def dense_product(
     blocks_M = jnp.stack([jnp.asarray(layer, jnp.int32), jnp.int32(1)])
     parts = _parts(pl.cdiv(width, COLUMNS), depth // STEP, cores or CORES)
     dtype = x_TD.dtype if parts == 1 else jnp.dtype(jnp.float32)
-    x_RD, tile_rows = whole_rows(x_TD)
-    y_PRF = _product(x_RD, w_LDF, blocks_M, tile_rows, parts=parts, dtype=dtype, cores=cores)[:, :rows]
+    y_PRF = _product(whole_rows(x_TD)[None], w_LDF, blocks_M, parts=parts, dtype=dtype, cores=cores)[:, :rows]
     return functools.reduce(jnp.add, y_PRF).astype(x_TD.dtype)
 
 
-def whole_rows(x_TD: Float[Array, "T D"]) -> tuple[Float[Array, "R D"], int]:
-    """x as a kernel reads it, and the rows of its tile, of which what is not there is read as zeros and not written.
-    Copies take up to 8 rows, or whole groups of 8."""
-    rows = len(x_TD)
-    missing = 0 if rows <= 8 else -rows % 8
-    x_RD = jnp.pad(x_TD, ((0, missing), (0, 0))) if missing else x_TD
-    return x_RD, next(size for size in (8, 16, 32, ROWS) if rows <= size)
+def whole_rows(x_TD: Float[Array, "T D"]) -> Float[Array, "R D"]:
+    """Up to 8 rows, or whole groups of 8: what copies take."""
+    missing = 0 if len(x_TD) <= 8 else -len(x_TD) % 8
+    return jnp.pad(x_TD, ((0, missing), (0, 0))) if missing else x_TD
+
+
+def of_tile(rows: int) -> int:
+    """The rows of a tile for so many, of which what is not there is read as zeros and not written."""
+    return next(size for size in (8, 16, 32, ROWS) if rows <= size)
 
 
 def refuses_dense(
@@ -98,9 +107,10 @@ def stages(steps: int, tile_rows: int, sizes: Sizes = HOPPER["few"]) -> int:
     return min(max(steps, 2), sizes.stages or _BYTES // (2 * STEP * (COLUMNS + tile_rows)))
 
 
-def _product(x_TD, w, blocks_M, tile_rows: int, *, parts: int, dtype, cores: int, sizes=HOPPER["few"]) -> jax.Array:
-    """(parts, T, F)"""
-    (size, depth), groups, width, tiles = x_TD.shape, len(w), w.shape[2], len(blocks_M) - 1
+def _product(x_NRD, w, blocks_M, *, parts: int, dtype: Any, cores: int, sizes: Sizes = HOPPER["few"]) -> jax.Array:
+    """(tiles · parts, R, F). x: the rows of each tile, or of all."""
+    (each, size, depth), groups, width, tiles = x_NRD.shape, len(w), w.shape[2], len(blocks_M) - 1
+    tile_rows = of_tile(size)
     across, all_steps = pl.cdiv(width, COLUMNS), depth // STEP
 
     def tile(place, warpgroup, blocks, w, x, out):
@@ -117,25 +127,25 @@ def _product(x_TD, w, blocks_M, tile_rows: int, *, parts: int, dtype, cores: int
         i, rest = start + jax.lax.rem(place, count), place // count
         part, j = jax.lax.rem(rest, parts), rest // parts
         first, last = (part * all_steps) // parts, ((part + 1) * all_steps) // parts
-        rows, columns = pl.ds(i * tile_rows, tile_rows), pl.ds(j * COLUMNS, COLUMNS)
+        rows, columns = pl.ds(0 * i, tile_rows), pl.ds(j * COLUMNS, COLUMNS)
         # What reaches past the end: no step goes there.
         terms = pl.ds(pl.multiple_of(first * STEP, STEP), depth) if parts > 1 else slice(None)
         matrix = w.at[jnp.minimum(blocks[i], groups - 1), terms, columns]
-        mine = out.at[part, rows, columns].at[:, half(warpgroup)]
-        return matrix, x.at[rows, terms], mine, jnp.where(full, last - first, 0)
+        mine = out.at[i * parts + part, rows, columns].at[:, half(warpgroup)]
+        return matrix, x.at[jnp.minimum(i, each - 1), rows, terms], mine, jnp.where(full, last - first, 0)
 
     kernel = tiled(
         tile,
         lambda warpgroup, w, x: (w.at[:, half(warpgroup)].transpose((1, 0)), x.transpose((1, 0))),
         (step((STEP, COLUMNS), True), step((tile_rows, STEP), False)),
         (COLUMNS // 2, tile_rows),
-        jax.ShapeDtypeStruct((parts, size, width), dtype),
+        jax.ShapeDtypeStruct((tiles * parts, size, width), dtype),
         grid=(tiles * across * parts,),
         cores=cores,
         stages=stages(pl.cdiv(all_steps, parts), tile_rows, sizes),
         turned=True,
     )
-    return kernel(blocks_M, w, x_TD)
+    return kernel(blocks_M, w, x_NRD)
 
 
 def half(warpgroup):

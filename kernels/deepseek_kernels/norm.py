@@ -27,7 +27,8 @@ def rms_norm(
     choice = choose("rms_norm", target or Target.here(), x.dtype, implementation=implementation, **facts)
     if choice.name == "plain":
         return _plain(x, gain, eps)
-    return _by_kernel(x.reshape(rows, width), gain, eps).reshape(x.shape)
+    y: Any = _by_kernel(x.reshape(rows, width), gain, eps)
+    return y.reshape(x.shape)
 
 
 def _plain(x, gain, eps):

@@ -37,12 +37,17 @@ def refuses(target: Target, dtype: Any, *, tokens: int = 1, weight: Weight = Non
     return "" if stored else "it needs a weight in float32 or bfloat16"
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def scores_and_best(
     x_TD: Float[Array, "T D"], w: Weight, bias_E: Float[Array, "E"] | None, scoring: str
 ) -> tuple[Float[Array, "T E"], Int[Array, "T E"]]:
     """``s = softmax(x w)``, or its sigmoid, all in float32, and the experts by ``s + bias``, best first, ties to the
     lower index. w: (D, E), float32 or bfloat16, or a layer of a stack of such."""
+    found: Any = _by_kernels(x_TD, w, bias_E, scoring)
+    return found
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _by_kernels(x_TD, w, bias_E, scoring):
     stack, layer = (w.stack, w.layer) if isinstance(w, InStack) else (w[None], 0)
     bias_E = jnp.zeros(w.shape[1]) if bias_E is None else bias_E
     parts_PTE = _products(x_TD, stack, jnp.asarray(layer, jnp.int32).reshape(1))
@@ -50,7 +55,7 @@ def scores_and_best(
 
 
 def _forward(x_TD, w, bias_E, scoring):
-    return scores_and_best(x_TD, w, bias_E, scoring), (x_TD, w, bias_E)
+    return _by_kernels(x_TD, w, bias_E, scoring), (x_TD, w, bias_E)
 
 
 def _backward(scoring, residuals, gradients):
@@ -65,7 +70,7 @@ def _backward(scoring, residuals, gradients):
     return dx.astype(x_TD.dtype), stored_gradient(w, lambda: dw), jax.tree.map(jnp.zeros_like, bias_E)
 
 
-scores_and_best.defvjp(_forward, _backward)
+_by_kernels.defvjp(_forward, _backward)
 
 
 @jax.jit  # lowered once for all layers

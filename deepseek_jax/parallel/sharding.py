@@ -169,7 +169,10 @@ _with_gradient_at.defvjp(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _rounded(master, gradient, axes, rules):
-    return placed([master.astype(gradient.dtype)], [axes], rules)[0]
+    # Times a 1 that XLA does not know: it would round the stack before it takes a layer out, and for want of memory
+    # again for each layer.
+    one = jax.lax.optimization_barrier(jnp.ones((), master.dtype))
+    return placed([(master * one).astype(gradient.dtype)], [axes], rules)[0]
 
 
 _rounded.defvjp(

@@ -64,6 +64,11 @@ class Buckets:
     chunks: tuple[tuple[int, int], ...]
     tables: tuple[int, ...]
 
+    @property
+    def long(self) -> tuple[int, ...]:
+        """The tables for which more of a prompt is read in: it is seldom short, and each is a program a chunk."""
+        return self.tables[-2:]
+
     @classmethod
     def of(cls, config: ServingConfig, context: int, *, gathers: bool) -> "Buckets":
         """gathers: a row costs what its table has room for, since no kernel reads pages."""

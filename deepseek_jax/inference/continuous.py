@@ -142,7 +142,7 @@ class Continuous:
         """Hand new requests to the lane that has most of their prompt, or fewest requests; take back those given up."""
         while self._new:
             request = self._new.popleft()
-            lane = self._lane(np.array(request.ids, np.int32))
+            lane = self._lane(request.known)
             self._asked[request.number] = request, lane
             lane.submit(request)
         events = []

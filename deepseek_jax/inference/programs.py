@@ -80,9 +80,9 @@ class Programs:
         """Compile, side by side, every program that a plan may need, and run each on nothing."""
         buckets, nobody = self.buckets, [[] for _ in range(self.lanes)]
         jobs = [self._copies(nobody)]
-        for (rows, size), table, fresh in itertools.product(buckets.chunks, buckets.tables, (True, False)):
-            if not fresh or table == buckets.tables[-1]:
-                jobs.append(self._reads(nobody, rows, size, table, fresh))
+        for rows, size in buckets.chunks:
+            jobs.append(self._reads(nobody, rows, size, buckets.tables[-1], fresh=True))
+            jobs += [self._reads(nobody, rows, size, table, fresh=False) for table in buckets.long]
         for rows, table in itertools.product(buckets.slots, buckets.tables):
             jobs.append(self._decodes(nobody, rows, table, 0, until_end=False))
         with jax.set_mesh(self.mesh):
@@ -110,10 +110,10 @@ class Programs:
         rows, size = next(shape for shape in self.buckets.chunks if shape[0] >= most and shape[1] >= size)
         fresh = not any(piece.start for piece in together)
         pages = max(len(piece.request.pages) for piece in together)
-        table = self.buckets.tables[-1] if fresh else fitting(self.buckets.tables, pages)
-        return self._reads(pieces, rows, size, table, fresh)
+        table = self.buckets.tables[-1] if fresh else fitting(self.buckets.long, pages)
+        return self._reads(pieces, rows, size, table, fresh=fresh)
 
-    def _reads(self, pieces: Sequence[Sequence[Piece]], rows: int, size: int, table: int, fresh: bool) -> _Job:
+    def _reads(self, pieces: Sequence[Sequence[Piece]], rows: int, size: int, table: int, *, fresh: bool) -> _Job:
         tokens_BS = np.zeros((len(pieces) * rows, size), np.int32)
         start_B = np.zeros(len(pieces) * rows, np.int32)
         table_BJ = np.full((len(pieces) * rows, table), -1, np.int32)

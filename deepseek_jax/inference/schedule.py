@@ -64,6 +64,11 @@ class Buckets:
     chunks: tuple[tuple[int, int], ...]
     tables: tuple[int, ...]
 
+    @property
+    def long(self) -> tuple[int, ...]:
+        """The tables for which more of a prompt is read in: it is seldom short, and each is a program a chunk."""
+        return self.tables[-2:]
+
     @classmethod
     def of(cls, config: ServingConfig, context: int, *, gathers: bool) -> "Buckets":
         """gathers: a row costs what its table has room for, since no kernel reads pages."""
@@ -104,6 +109,14 @@ class Request:
     prefix: int = 0
     named: int = 0
     root: int = -1
+    _known: np.ndarray | None = None
+
+    @property
+    def known(self) -> np.ndarray:
+        """``ids``, made an array once while nothing is added to them: who waits is looked at in each step."""
+        if self._known is None or len(self._known) != len(self.ids):
+            self._known = np.array(self.ids, np.int32)
+        return self._known
 
     @property
     def unread(self) -> int:
@@ -225,8 +238,7 @@ class Schedule:
         for request in self.waiting[: self.config.slots]:
             if not self._slots or unread >= self.config.chunk:
                 break
-            ids_T = np.array(request.ids, np.int32)
-            found = self.pages.find(ids_T)
+            found = self.pages.find(request.known)
             if found.soon:
                 continue
             self.pages.hold(found.pages)
@@ -237,12 +249,12 @@ class Schedule:
             own = self.pages.take(need)
             if found.rest is not None:  # it may be among its own now: copies are made before anything is written
                 copies.append((found.rest, own[0]))
-            self._enter(request, ids_T, found.pages, found.prefix, own, rest=found.rest is not None)
+            self._enter(request, found.pages, found.prefix, own, rest=found.rest is not None)
             unread += request.unread
         return copies
 
-    def _enter(self, request, ids_T, shared: list[int], prefix: int, own: list[int], *, rest: bool) -> None:
-        size, known = self.pages.size, len(ids_T) - 1
+    def _enter(self, request: Request, shared: list[int], prefix: int, own: list[int], *, rest: bool) -> None:
+        size, ids_T, known = self.pages.size, request.known, len(request.ids) - 1
         self.waiting.remove(request)
         bisect.insort(self.running, request, key=lambda each: each.number)
         request.slot, request.pages = self._slots.pop(), [*shared, *own]

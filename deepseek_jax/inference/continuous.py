@@ -116,9 +116,10 @@ class Continuous:
             lane.forget()
 
     def metrics(self) -> dict[str, float]:
-        """Of now: requests that wait and run, pages that are held. Since the start: tokens of prompts, those that were
-        found in the cache, tokens answered, requests that had to give way, programs compiled behind ``warm_up``, steps,
-        and the seconds that they took in all and that were spent waiting for the device."""
+        """Of now: requests that wait and run, pages that are held. Since the start: tokens of prompts, and of who had
+        to give way once more, and those of them that were found in the cache; tokens answered, requests that had to
+        give way, programs compiled behind ``warm_up``, steps, and the seconds that they took in all and that were spent
+        waiting for the device."""
         total = lambda of: float(sum(of(lane) for lane in self._lanes))  # noqa: E731
         names = ("tokens", "steps", "seconds", "seconds_waited")
         return {

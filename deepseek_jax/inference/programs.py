@@ -65,7 +65,8 @@ class Programs:
             if any(plan.copies for plan in plans):
                 self._run(weights, self._copies([plan.copies for plan in plans]))
             if any(plan.pieces for plan in plans):
-                self._run(weights, self._reading([plan.pieces for plan in plans]))
+                for shape, pieces in self.buckets.reads([plan.pieces for plan in plans]):
+                    self._run(weights, self._reading(pieces, *shape))
             return self._run(weights, self._decoding(plans)) if any(plan.decoded for plan in plans) else None
 
     def wait(self) -> None:
@@ -104,10 +105,8 @@ class Programs:
                 source[i], target[i] = page, to
         return _Job(copy_pages, (source, target))
 
-    def _reading(self, pieces: Sequence[Sequence[Piece]]) -> _Job:
+    def _reading(self, pieces: Sequence[Sequence[Piece]], rows: int, size: int) -> _Job:
         together = [piece for some in pieces for piece in some]
-        most, size = max(map(len, pieces)), max(piece.count for piece in together)
-        rows, size = next(shape for shape in self.buckets.chunks if shape[0] >= most and shape[1] >= size)
         fresh = not any(piece.start for piece in together)
         pages = max(len(piece.request.pages) for piece in together)
         table = self.buckets.tables[-1] if fresh else fitting(self.buckets.long, pages)

@@ -77,6 +77,17 @@ class Buckets:
         by_need = sorted(chunks, key=lambda shape: (shape[1], shape[0]))
         return cls(_sizes(config.slots, 1), tuple(by_need), _sizes(most, 4) if gathers else (most,))
 
+    def reads(self, pieces: Sequence[Sequence["Piece"]]) -> list[tuple[tuple[int, int], list[Sequence["Piece"]]]]:
+        """Lanes' pieces of prompts, and the shape that each lane has to hold them: one for all, or where one has many
+        that are short and another a long one, the short ones by themselves first."""
+        rows, sizes = max(map(len, pieces)), [max((piece.count for piece in some), default=0) for some in pieces]
+        if shape := next((shape for shape in self.chunks if shape[0] >= rows and shape[1] >= max(sizes)), None):
+            return [(shape, [*pieces])]
+        size = fitting([size for _, size in self.chunks], min(filter(None, sizes)))
+        short = [some if most <= size else [] for some, most in zip(pieces, sizes, strict=True)]
+        long = [[] if most <= size else some for some, most in zip(pieces, sizes, strict=True)]
+        return [*self.reads(short), *self.reads(long)]
+
 
 def fitting(sizes: Sequence[int], need: int) -> int:
     """The smallest of these ascending sizes that holds so many."""

@@ -55,9 +55,14 @@ class Programs:
         self.buckets, self.lanes, self.late = buckets, lanes, 0
         self._programs: dict[tuple[Any, ...], Any] = {}
         self._warm = False
-        with jax.set_mesh(mesh):
-            fp8 = serving.cache == "float8_e4m3"
-            self._pages = empty_pages(config, compute, lanes * serving.pages, serving.page, fp8)
+        self.empty()
+
+    def empty(self) -> None:
+        """Pages of zeros in the place of those there are."""
+        serving, self._pages = self.serving, None
+        with jax.set_mesh(self.mesh):
+            sizes = self.lanes * serving.pages, serving.page
+            self._pages = empty_pages(self.config, self.compute, *sizes, serving.cache == "float8_e4m3")
 
     def run(self, weights: Weights, plans: Sequence[Plan]) -> Decoded | None:
         """Hand the lanes' plans to the device -> what it will have decoded, row by row as ``rows`` has them."""

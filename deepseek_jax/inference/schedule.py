@@ -211,6 +211,12 @@ class Schedule:
         """The weights are others: what was read in by the former ones is lent to nobody."""
         self.pages.forget()
 
+    def start_over(self) -> None:
+        """A plan was not carried out, and what pages hold is lost: all wait again, with what they were answered."""
+        for request in [*self.running]:
+            self._wait_again(request)
+        self.pages.forget()
+
     def _with_room(self, turns: int) -> tuple[list[Request], int]:
         """Those who can be decoded, with pages for ``turns`` tokens each, or for one; the last who came gives way."""
         while True:
@@ -232,9 +238,12 @@ class Schedule:
     def _give_way(self, request: Request) -> None:
         """Wait again, with what was answered as part of the prompt."""
         assert len(self.running) > 1, "one request alone has room for its context"
+        self._wait_again(request)
+        self.preemptions += 1
+
+    def _wait_again(self, request: Request) -> None:
         self._leave(request)
         bisect.insort(self.waiting, request, key=lambda each: each.number)
-        self.preemptions += 1
 
     def _leave(self, request: Request) -> None:
         self.running.remove(request)

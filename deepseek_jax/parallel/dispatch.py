@@ -43,10 +43,15 @@ class Dispatch:
         rows = min(tokens, math.ceil(round(self.capacity * mean, 6)))
         return rows if self.how != "puts" else -(-rows // puts_hopper.ROWS) * puts_hopper.ROWS
 
-    def check_puts(self, x_TD: jax.Array) -> None:
-        """ValueError where rows of x cannot be put."""
-        if why := puts_hopper.refuses(self.target or Target.here(), x_TD.shape[1] * x_TD.dtype.itemsize):
+    def axis_of_puts(self, x_TD: jax.Array, axes: Axes) -> str:
+        """The only one of ``axes`` with several devices. ValueError where rows of x cannot be put along it."""
+        several = [name for name in axes if jax.lax.axis_size(name) > 1]
+        why = puts_hopper.refuses(self.target or Target.here(), x_TD.shape[1] * x_TD.dtype.itemsize)
+        if len(several) > 1:
+            why = f"it needs experts that one mesh axis splits, not {', '.join(several)}"
+        if why:
             raise ValueError(f"dispatch='puts': {why}; all_to_all sends the same")
+        return several[0]
 
 
 def reached(top: int, parts: int, groups: int = 1, chosen: int = 1) -> float:
@@ -91,11 +96,10 @@ def by_copies(
         groups = [[node * inside + i for i in range(inside)] for node in range(dispatch.nodes)]
         rows = dispatch.rows(count * dispatch.nodes, top, ways)
         rows = rows if dispatch.nodes == 1 else min(len(x_TD), rows)
-        hop = Hop(axes, groups, place % inside, inside, own, rows, dispatch.how == "puts")
+        hop = Hop(axes, groups, place % inside, inside, own, rows, puts)
         return hop(lambda *copies: (local(*copies), jnp.float32(0)), x_TD, weights_TK, experts_TK)
 
-    if dispatch.how == "puts":
-        dispatch.check_puts(tokens[0])
+    puts = dispatch.axis_of_puts(tokens[0], axes) if dispatch.how == "puts" else ""
     if dispatch.nodes == 1:
         return to_devices(*tokens)
     groups = [[node * inside + i for node in range(dispatch.nodes)] for i in range(inside)]
@@ -106,8 +110,8 @@ def by_copies(
 @dataclasses.dataclass(frozen=True)
 class Hop:
     """An exchange among the ``parts`` devices of each of ``groups`` along ``axes``, of which this one is number
-    ``place``. Each has ``own`` experts, and takes ``rows`` copies from each. puts: of tokens and sums; their weights
-    and experts are few bytes, and go by an all-to-all."""
+    ``place``. Each has ``own`` experts, and takes ``rows`` copies from each. puts: the axis along which tokens and
+    sums are put; what is small goes by an all-to-all."""
 
     axes: Axes
     groups: list[list[int]]
@@ -115,7 +119,7 @@ class Hop:
     parts: int
     own: int
     rows: int
-    puts: bool = False
+    puts: str = ""
 
     def __call__(self, inner, x_TD, weights_TK, experts_TK):
         """``inner(x, weights, experts) -> (y, dropped)`` of the copies that come here; the sums of each token's."""
@@ -132,7 +136,8 @@ class Hop:
         facts_PN = jnp.concatenate([gather_rows(weights_TK, copies), experts_PK.astype(jnp.float32)], axis=1)
         met: jax.Array | int = 0
         if self.puts:
-            x_PD, met = _put_there(x_TD, copies, self.axes)
+            put: tuple[jax.Array, jax.Array] = _put_there(x_TD, copies, self.puts)
+            x_PD, met = put
         else:
             x_PD = self.swap(gather_rows(x_TD, copies))
         weights_PK, experts_PK = jnp.split(self.swap(facts_PN), 2, axis=1)
@@ -141,7 +146,7 @@ class Hop:
 
     def back(self, y_PD: jax.Array, copies: Layout) -> jax.Array:
         """Of each token the sum of what its copies became."""
-        return _put_back(y_PD, copies, self.axes) if self.puts else sum_rows(self.swap(y_PD), copies)
+        return _put_back(y_PD, copies, self.puts) if self.puts else sum_rows(self.swap(y_PD), copies)
 
     def swap(self, x_PN: jax.Array) -> jax.Array:
         """Each device's rows for the others, to them. Its own inverse, and so its transpose."""
@@ -151,32 +156,33 @@ class Hop:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _put_there(x_TD: jax.Array, copies: Layout, axes: Axes) -> tuple[jax.Array, jax.Array]:
+def _put_there(x_TD: jax.Array, copies: Layout, axis: str) -> tuple[jax.Array, jax.Array]:
     """``swap(gather_rows(x))`` by puts, and 0 when all have put theirs."""
     token_P = jnp.minimum(copies.choice_P // copies.slot_TK.shape[1], len(x_TD) - 1)
-    y_NRD, met = puts_hopper.put_rows(x_TD, token_P.reshape(jax.lax.axis_size(axes), -1), axes=axes)
+    y_NRD, met = puts_hopper.put_rows(x_TD, token_P.reshape(jax.lax.axis_size(axis), -1), axis=axis)
     return y_NRD.reshape(-1, x_TD.shape[1]), met
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _put_back(y_PD: jax.Array, copies: Layout, axes: Axes) -> jax.Array:
+def _put_back(y_PD: jax.Array, copies: Layout, axis: str) -> jax.Array:
     """``sum_rows(swap(y))`` by puts."""
-    row_NR = jnp.arange(len(y_PD), dtype=jnp.int32).reshape(jax.lax.axis_size(axes), -1)
-    came_NRD, met = puts_hopper.put_rows(y_PD, row_NR, axes=axes)
+    row_NR = jnp.arange(len(y_PD), dtype=jnp.int32).reshape(jax.lax.axis_size(axis), -1)
+    came_NRD, met = puts_hopper.put_rows(y_PD, row_NR, axis=axis)
     return sum_rows(came_NRD.reshape(y_PD.shape), dataclasses.replace(copies, slot_TK=copies.slot_TK + met))
 
 
-def _put_gradient(axes: Axes, copies: Layout, dy_TD: jax.Array) -> tuple[jax.Array, None]:
-    dy_PD, met = _put_there(dy_TD, copies, axes)
+def _put_gradient(axis: str, copies: Layout, dy_TD: jax.Array) -> tuple[jax.Array, None]:
+    put: tuple[jax.Array, jax.Array] = _put_there(dy_TD, copies, axis)
+    dy_PD, met = put
     return dy_PD * (1 + met).astype(dy_PD.dtype), None  # one, and XLA waits for it
 
 
 # Each is the other's transpose.
 _put_there.defvjp(
-    lambda x, copies, axes: (_put_there(x, copies, axes), copies),
-    lambda axes, copies, gradients: (_put_back(gradients[0], copies, axes), None),
+    lambda x, copies, axis: (_put_there(x, copies, axis), copies),
+    lambda axis, copies, gradients: (_put_back(gradients[0], copies, axis), None),
 )
-_put_back.defvjp(lambda y, copies, axes: (_put_back(y, copies, axes), copies), _put_gradient)
+_put_back.defvjp(lambda y, copies, axis: (_put_back(y, copies, axis), copies), _put_gradient)
 
 
 def lay_out(experts_TK: jax.Array, parts: int, own: int, rows: int) -> tuple[Layout, jax.Array]:

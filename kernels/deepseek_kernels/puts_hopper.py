@@ -35,20 +35,20 @@ def refuses(target: Target, row_bytes: int) -> str:
 
 
 def put_rows(
-    x_TD: Float[Array, "T D"], token_NR: Int[Array, "N R"], *, axes: tuple[str, ...]
+    x_TD: Float[Array, "T D"], token_NR: Int[Array, "N R"], *, axis: str
 ) -> tuple[Float[Array, "N R D"], Int[Array, ""]]:
-    """``y[n, r]`` is row ``token[m, r]`` of device n, for m this device's place among the N along ``axes``; inside a
+    """``y[n, r]`` is row ``token[m, r]`` of device n, for m this device's place among the N along the mesh's ``axis``; inside a
     ``shard_map``. Bytes are copied: rows may be of any dtype.
 
     Beside it 0, which is there when all devices have ended: add it to what is needed for reading y."""
     (ways, rows), (tokens, width) = token_NR.shape, x_TD.shape
     wide, columns = width * x_TD.dtype.itemsize // (2 * _COLUMNS), 2 * _COLUMNS // x_TD.dtype.itemsize
     x, buffer = x_TD.reshape(tokens, wide, columns), jax.lax.empty((ways, rows, wide, columns), x_TD.dtype)
-    token_NR += _met(x[0, 0, 0], buffer[0, 0, 0, 0], axes)
+    token_NR += _met(x[0, 0, 0], buffer[0, 0, 0, 0], axis)
     y = jax.new_ref(buffer)
     stages = min(_STAGES, _SHARED // (ROWS * wide * 2 * _COLUMNS))
     plgpu.kernel(
-        functools.partial(_put, axes=axes, shape=token_NR.shape, stages=stages),
+        functools.partial(_put, axis=axis, shape=token_NR.shape, stages=stages),
         grid=(_BLOCKS,),
         grid_names=("block",),
         scratch_types=[
@@ -57,18 +57,18 @@ def put_rows(
         ],
     )(x, token_NR.reshape(-1), y)
     found = jax.freeze(y)
-    return found.reshape(ways, rows, width), _met(found[0, 0, 0, 0], found[-1, -1, -1, -1], axes)
+    return found.reshape(ways, rows, width), _met(found[0, 0, 0, 0], found[-1, -1, -1, -1], axis)
 
 
-def _met(one: jax.Array, other: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+def _met(one: jax.Array, other: jax.Array, axis: str) -> jax.Array:
     """0, which no device has before all have both numbers; what it is XLA does not know."""
     nothing = 0 * one.astype(jnp.float32) + 0 * other.astype(jnp.float32)
-    return (jax.lax.psum(nothing, axes) < 0).astype(jnp.int32)
+    return (jax.lax.psum(nothing, axis) < 0).astype(jnp.int32)
 
 
-def _put(x, token, y, tile, ready, *, axes, shape, stages):
+def _put(x, token, y, tile, ready, *, axis, shape, stages):
     (ways, rows), block = shape, jax.lax.axis_index("block")
-    me, count = jax.lax.axis_index(axes), (rows // ROWS - block + _BLOCKS - 1) // _BLOCKS
+    me, count = jax.lax.axis_index(axis), (rows // ROWS - block + _BLOCKS - 1) // _BLOCKS
 
     def fetch(part, i, stage):
         first = part * rows + (block + i * _BLOCKS) * ROWS
@@ -92,5 +92,5 @@ def _put(x, token, y, tile, ready, *, axes, shape, stages):
 
     for step in range(1, ways):  # at any time each device has another target
         other = jax.lax.rem(me + step, ways)
-        send(other, plgpu.remote_ref(y, {axes[0]: other}))
+        send(other, plgpu.remote_ref(y, {axis: other}))  # pyright: ignore  # by the mesh's axis
     send(me, y)

@@ -37,8 +37,8 @@ def refuses(target: Target, row_bytes: int) -> str:
 def put_rows(
     x_TD: Float[Array, "T D"], token_NR: Int[Array, "N R"], *, axis: str
 ) -> tuple[Float[Array, "N R D"], Int[Array, ""]]:
-    """``y[n, r]`` is row ``token[m, r]`` of device n, for m this device's place among the N along the mesh's ``axis``; inside a
-    ``shard_map``. Bytes are copied: rows may be of any dtype.
+    """``y[n, r]`` is row ``token[m, r]`` of device n, for m this device's place among the N along the mesh's ``axis``;
+    inside a ``shard_map``. Bytes are copied: rows may be of any dtype.
 
     Beside it 0, which is there when all devices have ended: add it to what is needed for reading y."""
     (ways, rows), (tokens, width) = token_NR.shape, x_TD.shape

@@ -1,4 +1,4 @@
-"""Rows put into other GPUs' memory: lowered without one; run on a host of several Hopper GPUs, with ``TEST_ON=cuda``."""
+"""Rows put into other GPUs' memory: lowered without one; run where a host has several, with ``TEST_ON=cuda``."""
 
 import functools
 

@@ -71,7 +71,8 @@ class DeepSeekMoE(nnx.Module):
                 wi, experts_BSK = wi.weight, wi.choose(experts_BSK)
             operands = x_BSD, weights_BSK, experts_BSK, wi, wo
             groups = (1, 1) if config.topk_method == "greedy" else (config.n_group, config.topk_group)
-            dispatch = Dispatch(compute.dispatch, compute.dispatch_capacity, compute.dispatch_nodes, *groups)
+            sizes = compute.dispatch_capacity, compute.dispatch_nodes, *groups
+            dispatch = Dispatch(compute.dispatch, *sizes, target=compute.kernels)
             y, dropped = exchange(experts, *operands, compute.rules, dispatch)
         if self.shared is not None:
             with jax.named_scope("shared_experts"):

@@ -19,7 +19,7 @@ from deepseek_jax.data.tokenizer import THINK, whole_text
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.parallel.copies import read_placement
-from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
+from deepseek_jax.parallel.mesh import AXES, MeshConfig, make_mesh
 from deepseek_jax.parallel.processes import gather, own_part, require_own_rows
 from deepseek_jax.saying import say
 from deepseek_kernels.target import Target
@@ -93,7 +93,7 @@ class Answering:
 
 def _mesh(config: MeshConfig) -> Mesh:
     """Over as many devices as its axes take, the first ones; over all where ``data`` takes what the others leave."""
-    count = math.prod(dataclasses.astuple(config))
+    count = math.prod(getattr(config, axis) for axis in AXES)
     return make_mesh(config, jax.devices()[:count] if count and jax.process_count() == 1 else None)
 
 

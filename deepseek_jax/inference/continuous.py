@@ -75,6 +75,8 @@ class Continuous:
             raise ValueError(f"{stops} ids that end an answer, the tokenizer's among them: expected at most {STOPS}")
         if (biased := max((token for token, _ in sampling.logit_bias), default=0)) >= self._width:
             raise ValueError(f"logit_bias has the id {biased}: expected below vocab_size={self._width}")
+        if not 0 <= draw < 2**31:
+            raise ValueError(f"draw={draw}: expected from 0 to below 2**31")
         row = Rows.described(sampling, self._stop_ids, draw)
         request = Request(next(self._numbers), list(ids), sampling, row=row)
         self._new.append(request)

@@ -39,8 +39,8 @@ def test_a_device_writes_its_rows_by_itself(layer):
     given = [jnp.ones((8, 1, 2)), jnp.arange(8) % 5]
     write = jax.jit(functools.partial(write_rows, layer=layer), in_shardings=rows, out_shardings=rows[0])
     compiled = write.lower(buffer, *given).compile()
-    assert not collectives(compiled.as_text())
-    np.testing.assert_array_equal(compiled(buffer, *given), write_rows(buffer, *given, layer))
+    assert not collectives(compiled.as_text() or "")
+    np.testing.assert_array_equal(compiled(buffer, *given), write_rows(buffer, given[0], given[1], layer))
 
 
 def wider(cache: Cache, numbers: int) -> Cache:

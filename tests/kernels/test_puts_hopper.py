@@ -1,6 +1,7 @@
 """Rows put into other GPUs' memory: lowered without one; run where a host has several, with ``TEST_ON=cuda``."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ needs_jax_11 = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="jax 0.
 def on_devices(ways):
     mesh = Mesh(np.array(jax.devices()[:ways]), "x")
     run = functools.partial(put_rows, axis="x")
-    specs = {"in_specs": (SPLIT, SPLIT), "out_specs": (SPLIT, PartitionSpec())}
+    specs: dict[str, Any] = {"in_specs": (SPLIT, SPLIT), "out_specs": (SPLIT, PartitionSpec())}
     return jax.jit(jax.shard_map(run, mesh=mesh, **specs, check_vma=False)), NamedSharding(mesh, SPLIT)
 
 

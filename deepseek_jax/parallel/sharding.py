@@ -215,8 +215,8 @@ def constrain(x: jax.Array, rules: ShardingRules, *axes: str | None) -> jax.Arra
 def by_rows(x: jax.Array, rules: ShardingRules, platform: str) -> jax.Array:
     """An activation, and its gradient, with its last axis together in memory.
 
-    Where the model's width is split, XLA for GPUs gathers weights along their last axis to where it comes first, and has
-    cuBLAS write rows of tokens as columns: what adds them to others then reads memory in single numbers."""
+    Where the model's width is split, XLA for GPUs brings weights that it gathers along their last axis to where that
+    comes first, and has cuBLAS write rows of tokens as columns: what adds these to others reads single numbers."""
     if platform != "cuda" or not split_by(rules.embed):
         return x
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))

@@ -22,7 +22,6 @@ from deepseek_jax.data.rows import RowLoader
 from deepseek_jax.model.costs import count_parameters
 from deepseek_jax.parallel.legal import check_layout
 from deepseek_jax.parallel.mesh import MeshConfig
-from deepseek_jax.parallel.overlap import overlapping
 from deepseek_jax.parallel.processes import first_host_alone, gather, row_groups, together
 from deepseek_jax.parallel.sharding import ShardingRules, constrain, named_sharding, place_batch
 from deepseek_jax.saying import doing, say
@@ -144,8 +143,7 @@ def train_stage(
         parts = {"steps": schedule_steps, "epochs": epochs, "minibatches": minibatches}
         step, state = with_critic(step, state, model, critic, config.step, **parts, compute=compute, mesh=mesh)
     state_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    rate = learning_rate(config.optimizer, schedule_steps * updates)
-    measured = _measured(step, rate, updates, compute.rules, mesh)
+    measured = _measured(step, learning_rate(config.optimizer, schedule_steps * updates), updates, compute.rules)
     jitted = together(measured)
     taken = 0
 
@@ -272,7 +270,7 @@ def _tell_warmup(config: OptimizerConfig, updates: int) -> None:
 
 
 def _measured(
-    step: Step, rate: Callable[[jax.Array], jax.typing.ArrayLike], updates: int, rules: ShardingRules, mesh: Mesh
+    step: Step, rate: Callable[[jax.Array], jax.typing.ArrayLike], updates: int, rules: ShardingRules
 ) -> jax.stages.Wrapped:
     """The step, jitted with its state donated, its metrics with the rate and the number of tokens, whole on every
     device: each process reads them."""
@@ -283,7 +281,7 @@ def _measured(
         metrics = {**metrics, "lr": jnp.asarray(rate(state.step * updates)), "tokens": tokens}
         return new, jax.tree.map(lambda x: constrain(x, rules, *[None] * x.ndim), metrics)
 
-    return jax.jit(measured, donate_argnums=0, compiler_options=overlapping(mesh.devices.flat[0].platform, mesh.size))
+    return jax.jit(measured, donate_argnums=0)
 
 
 class AbstractStep(NamedTuple):
@@ -308,7 +306,7 @@ def abstract_step(config: StageConfig, model: ModelConfig, loss: Loss, mesh: Mes
     array = lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=place)  # noqa: E731
     batch = {name: array(jnp.int32) for name in ("tokens", "segment_ids", "positions")}
     step = make_step(model, loss, optimizer, config.step, compute=compute)
-    jitted = _measured(step, learning_rate(config.optimizer, config.loop.steps), 1, compute.rules, mesh)
+    jitted = _measured(step, learning_rate(config.optimizer, config.loop.steps), 1, compute.rules)
     return AbstractStep(jitted, state, batch | {"loss_mask": array(jnp.float32)})
 
 

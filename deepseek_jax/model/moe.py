@@ -17,7 +17,7 @@ from deepseek_jax.model.router import RouterStats, route, router_stats
 from deepseek_jax.parallel.copies import Placed
 from deepseek_jax.parallel.dispatch import Dispatch
 from deepseek_jax.parallel.exchange import exchange
-from deepseek_jax.parallel.sharding import per_device
+from deepseek_jax.parallel.sharding import by_rows, per_device
 from deepseek_kernels import InStack, routed_experts
 
 
@@ -78,7 +78,8 @@ class DeepSeekMoE(nnx.Module):
             y, dropped = exchange(experts, *operands, compute.rules, dispatch)
         if self.shared is not None:
             with jax.named_scope("shared_experts"):
-                y = y + self.shared(x_BSD)
+                rows = functools.partial(by_rows, rules=compute.rules, platform=compute.kernels.platform)
+                y = y + rows(self.shared(rows(x_BSD)))
         return y, dataclasses.replace(stats, dropped=stats.dropped + dropped)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax.parallel.mesh import current_mesh
@@ -209,6 +210,16 @@ def constrain(x: jax.Array, rules: ShardingRules, *axes: str | None) -> jax.Arra
     for axis in axes:
         check_axes(mesh.shape, axis, () if axis is None else getattr(rules, axis))
     return jax.lax.with_sharding_constraint(x, rules.spec(axes))
+
+
+def by_rows(x: jax.Array, rules: ShardingRules, platform: str) -> jax.Array:
+    """An activation, and its gradient, with its last axis together in memory.
+
+    Where the model's width is split, XLA for GPUs brings weights that it gathers along their last axis to where that
+    comes first, and has cuBLAS write rows of tokens as columns: what adds these to others reads single numbers."""
+    if platform != "cuda" or not split_by(rules.embed):
+        return x
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 def check_axes(sizes: Mapping[str, int], axis: str | None, split: Sequence[str]) -> None:

@@ -2,9 +2,8 @@
 
     deepseek-jax compile pods/v3:v5p --topology v5p:8x8x16
 
-On 1,024 v5p a step takes 71 s by the roofline, a bound: MFU 47 %, worked out from a program of another layout that was
-compiled to its end (96 s). A field for each machine; what compilers say of them, and which were not compiled yet,
-stands in docs/results/topologies.md.
+On 1,024 v5p it fits, 90.6 of 95.7 GiB; by the roofline, a bound, a step takes 77 s, MFU 46.3 %. A field for each
+machine; what compilers say of them, and which were not compiled yet, stands in docs/results/topologies.md.
 
 15,360 rows of 4,096 tokens a step as in the paper (section 4.2), or near it; after it 1,000 steps each at 32K (1,920
 rows) and 128K (480 rows; section 4.3), which go on from a checkpoint: such rows are split over ``context``.
@@ -28,15 +27,17 @@ class Pods:
     v5p: PretrainConfig
     """1,024 chips: --topology v5p:8x8x16. Experts in groups of 32, V3's own, in blocks of 2 × 2 × 2."""
     v5p_32k: PretrainConfig
+    """62.7 of 95.7 GiB, 157 s a step, MFU 39.8 %."""
     v5p_128k: PretrainConfig
+    """63.0 of 95.7 GiB, 453 s a step, MFU 35.5 %. (In microbatches of three rows of a device 133.5 GiB.)"""
     tpu7x: PretrainConfig
     """128 chips, two devices each: --topology tpu7x:4x4x8. Refused, 99.8 GiB of 94.8; with --step.microbatches 4 it
     fits, 22.7 s a step, MFU 15.7 %."""
     tpu7x_32k: PretrainConfig
     tpu7x_128k: PretrainConfig
     v6e: PretrainConfig
-    """Serving on 256 chips: --topology v6e:16x16 --work decode, or prefill. Decoding does not fit, 32.7 GiB of 31.25,
-    for copies of the cache. Training is refused: 12 bytes a parameter are 29.8 GiB of 32 a device, gradients aside."""
+    """Serving on 256 chips: --topology v6e:16x16 --work decode, or prefill. Training is refused: 12 bytes a parameter
+    are 29.8 GiB of 32 a device, gradients aside."""
     v6e_4_slices: PretrainConfig
     """Training on 1,024 chips: --topology v6e:16x16x4slices."""
     gpus_256: PretrainConfig
@@ -48,14 +49,14 @@ class Pods:
 
 def config() -> Pods:
     blocks: dict[str, Any] = {"expert": 8, "blocks": ("expert",)}
-    v5p = on(MeshConfig(fsdp=128, **blocks), rows=15_360, microbatches=3, dispatch_capacity=1.25)
+    v5p = on(MeshConfig(fsdp=128, **blocks), rows=16_384, microbatches=2, dispatch_capacity=1.25)
     tpu7x = on(MeshConfig(fsdp=32, expert=8), rows=1_024, microbatches=1)
     # Dense parameters are split over the experts' devices too: a node's gather each part between nodes but once.
     nodes = {"dispatch_nodes": 8, "rules": ShardingRules(embed=("fsdp", "expert"), latent=("expert",))}
     return Pods(
         v5p=v5p,
         v5p_32k=longer(v5p, MeshConfig(fsdp=16, context=8, **blocks), 32_768, rows=1_920, microbatches=5),
-        v5p_128k=longer(v5p, MeshConfig(fsdp=4, context=32, **blocks), 131_072, rows=480, microbatches=5),
+        v5p_128k=longer(v5p, MeshConfig(fsdp=4, context=32, **blocks), 131_072, rows=480, microbatches=15),
         tpu7x=tpu7x,
         tpu7x_32k=longer(tpu7x, MeshConfig(fsdp=8, expert=8, context=4), 32_768, rows=128, microbatches=2),
         tpu7x_128k=longer(tpu7x, MeshConfig(fsdp=2, expert=8, context=16), 131_072, rows=32, microbatches=2),

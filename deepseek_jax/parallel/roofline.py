@@ -203,12 +203,12 @@ class _Walk:
             return dot_flops(one, *(instructions[name].shape for name in one.operands[:2]))
         if target not in ("tpu_custom_call", "mosaic_gpu_v2") and "cudnn" not in target:
             return 0.0  # a name for memory, or a sort
+        grouped = _grouped(one, instructions)
+        if "gmm" in one.scope and grouped is not None:
+            (rows, *_), (_, terms, columns) = grouped
+            return 2.0 * min(rows, self.grouped_rows(rows, grouped[1][0])) * terms * columns
         if found := re.search(r'"cost_estimate":{"flops":"(\d+)"', one.rest):
-            grouped = _grouped(one, instructions) if "gmm" in one.scope else None
-            if grouped is None:
-                return float(found[1])
-            (rows, *_), (groups, *_) = grouped
-            return float(found[1]) * min(1.0, self.grouped_rows(rows, groups) / rows)
+            return float(found[1])
         known = self.kernel_flops(one.scope)
         known = grouped_flops(one, instructions) if known is None else known
         if known is None:

@@ -63,7 +63,7 @@ def told(tmp_path: Path, *arguments: str, recipe: str = "", limit: float = 540) 
 
 @needs_libtpu
 def test_what_is_given_away_is_counted_once():
-    """Two arguments and a result of 64 MB, and between them half of one in bfloat16; the result in an argument's place."""
+    """Arguments and results are of 64 MB each, and half of it lies between them; a result has an argument's place."""
     program = """
         import jax, jax.numpy as jnp
         from jax.experimental import topologies

@@ -75,6 +75,8 @@ class Continuous:
             raise ValueError(f"{stops} ids that end an answer, the tokenizer's among them: expected at most {STOPS}")
         if (biased := max((token for token, _ in sampling.logit_bias), default=0)) >= self._width:
             raise ValueError(f"logit_bias has the id {biased}: expected below vocab_size={self._width}")
+        if not 0 <= draw < 2**31:
+            raise ValueError(f"draw={draw}: expected from 0 to below 2**31")
         row = Rows.described(sampling, self._stop_ids, draw)
         request = Request(next(self._numbers), list(ids), sampling, row=row)
         self._new.append(request)
@@ -124,9 +126,10 @@ class Continuous:
             lane.forget()
 
     def metrics(self) -> dict[str, float]:
-        """Of now: requests that wait and run, pages that are held. Since the start: tokens of prompts, those that were
-        found in the cache, tokens answered, requests that had to give way, programs compiled behind ``warm_up``, steps,
-        and the seconds that they took in all and that were spent waiting for the device."""
+        """Of now: requests that wait and run, pages that are held. Since the start: tokens of prompts, and of who had
+        to give way once more, and those of them that were found in the cache; tokens answered, requests that had to
+        give way, programs compiled behind ``warm_up``, steps, and the seconds that they took in all and that were spent
+        waiting for the device."""
         total = lambda of: float(sum(of(lane) for lane in self._lanes))  # noqa: E731
         names = ("tokens", "steps", "seconds", "seconds_waited")
         return {

@@ -261,8 +261,8 @@ class Engine:
         for row, (prompt, params) in enumerate(zip(prompts, each, strict=False)):
             if not len(prompt):
                 return f"prompt {row} has 0 tokens: expected at least one"
-            if max(prompt) >= size:
-                return f"prompt {row} has the id {max(prompt)}: expected below vocab_size={size}"
+            if wrong := [i for i in (min(prompt), max(prompt)) if not 0 <= i < size]:
+                return f"prompt {row} has the id {wrong[0]}: expected from 0 to below vocab_size={size}"
             if (length := len(prompt)) + params.max_tokens > longest:
                 most = f"max_tokens={params.max_tokens} pass max_position_embeddings={longest}"
                 return f"a prompt of {length} tokens and {most}"

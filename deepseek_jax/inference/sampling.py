@@ -1,7 +1,6 @@
 """How the next token is drawn."""
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +9,7 @@ from jaxtyping import Array, Float, Int
 from deepseek_jax.typed import check_least, check_types
 
 BIASES = 300  # tokens of a logit_bias
+MOST_BIAS = 1e6  # which outweighs any logit; what passes float32 would make no number of them
 ALTERNATIVES = 20
 _LIMITS = (
     ("min_p", 0, 1),
@@ -57,8 +57,10 @@ class SamplingParams:
         if len(self.logit_bias) > BIASES:
             raise ValueError(f"logit_bias has {len(self.logit_bias)} tokens: expected at most {BIASES}")
         for token, bias in self.logit_bias:
-            if not (0 <= token < 2**31 and math.isfinite(bias)):
-                raise ValueError(f"logit_bias=(({token}, {bias}), …): expected tokens and finite numbers")
+            if not (0 <= token < 2**31 and abs(bias) <= MOST_BIAS):
+                raise ValueError(
+                    f"logit_bias=(({token}, {bias}), …): expected tokens and finite numbers up to {MOST_BIAS:g}"
+                )
 
     def check_drawn_in_batches(self) -> None:
         """ValueError where something is asked for that requests alone can have."""

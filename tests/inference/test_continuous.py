@@ -335,6 +335,9 @@ def test_what_can_never_be_answered_is_refused():
         serving.submit([3] * 41, GREEDY)
     with pytest.raises(ValueError, match="1[0-9] ids that end an answer.*: expected at most 16"):
         serving.submit([3], dataclasses.replace(GREEDY, stop_token_ids=tuple(range(17))))
+    for draw in (-1, 2**31):
+        with pytest.raises(ValueError, match=f"draw={draw}: expected from 0"):
+            serving.submit([3], GREEDY, draw=draw)
     assert not serving.busy
     serving.cancel(10**6)  # who is not there is not given up
     assert serving.step() == []

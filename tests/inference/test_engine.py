@@ -158,5 +158,6 @@ def test_what_cannot_be_answered_is_refused(engine):
     few = Engine(whole(dataclasses.replace(SPEAKER, vocab_size=40), *weights(SPEAKER), tokenizer()))
     with pytest.raises(ValueError, match="token 'a' has the id 67, and the model's vocab_size=40: .* has 294 ids"):
         few.generate(["a"], GREEDY)
-    with pytest.raises(ValueError, match="prompt 1 has the id 300: .* vocab_size=300"):
-        engine.generate([[1], [300]], GREEDY)
+    for wrong in (300, -1):
+        with pytest.raises(ValueError, match=f"prompt 1 has the id {wrong}: .* vocab_size=300"):
+            engine.generate([[1], [wrong]], GREEDY)

@@ -77,6 +77,7 @@ def test_min_p_keeps_what_is_likely_enough():
         ({"alternatives": 21}, r"alternatives=21: must lie in \[0, 20\]"),
         ({"logit_bias": ((1, float("nan")),)}, "expected tokens and finite numbers"),
         ({"logit_bias": ((-1, 1.0),)}, "expected tokens and finite numbers"),
+        ({"logit_bias": ((1, 1e300),)}, r"finite numbers up to 1e\+06"),
         ({"logit_bias": ((1, 1.0),) * 301}, "logit_bias has 301 tokens: expected at most 300"),
     ],
 )

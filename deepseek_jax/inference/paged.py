@@ -92,8 +92,7 @@ class Store:
 
 @functools.partial(jax.jit, static_argnames=("config", "compute", "count", "size", "fp8"))
 def empty_pages(config: ModelConfig, compute: ComputeConfig, count: int, size: int, fp8: bool) -> Store:
-    """Pages of zeros, entries in ``compute.dtype``, see ``entry_width``, or in FP8. ValueError where FP8 takes no latents
-    of that width."""
+    """Pages of zeros: entries of ``entry_width`` in ``compute.dtype``, or in FP8. ValueError where that takes none."""
     if fp8 and config.attention != "mla":
         raise ValueError("cache='float8_e4m3': only MLA's latents are kept in FP8")
 

@@ -35,7 +35,7 @@ class Memory:
         zeros the cache keeps behind each)."""
         kept, start = self.buffer_BTW, self.start_B
         entry_BSW = entry_BSW.astype(kept.dtype)
-        wide_BSW = _as_wide(entry_BSW, kept.shape[-1])
+        wide_BSW = as_wide(entry_BSW, kept.shape[-1])
         if isinstance(kept, InStack):
             if start is None:
                 at = (kept.layer, 0, 0, 0)
@@ -50,7 +50,19 @@ class Memory:
         return dataclasses.replace(self, buffer_BTW=kept), kept
 
 
-def _as_wide(entry_BSW: jax.Array, width: int) -> jax.Array:
+def entry_width(config: ModelConfig, compute: ComputeConfig) -> int:
+    """Numbers that are kept of a token in a layer.
+
+    On a TPU MLA's entries are as wide as whole vector registers. Between programs XLA lays out what is not with tokens
+    along the lanes, to save room; kernels want the entry there, so each call would copy the cache twice."""
+    width = config.cache_numbers_per_token_layer
+    if config.attention == "mla" and compute.kernels.platform == "tpu":
+        return -(-width // LANES) * LANES
+    return width
+
+
+def as_wide(entry_BSW: jax.Array, width: int) -> jax.Array:
+    """With zeros behind each entry."""
     more = width - entry_BSW.shape[-1]
     return jnp.pad(entry_BSW, ((0, 0), (0, 0), (0, more))) if more else entry_BSW
 
@@ -86,14 +98,8 @@ class Cache:
 
     @classmethod
     def empty(cls, config: ModelConfig, compute: ComputeConfig, batch: int, columns: int, *, mtp: bool = False) -> Self:
-        """No token yet, in ``compute.dtype``; rows are split over the mesh as a batch is.
-
-        On a TPU MLA's entries are as wide as whole vector registers. Between programs XLA lays out what is not with
-        tokens along the lanes, to save room; kernels want the entry there, so each call would copy the cache twice."""
-        width = config.cache_numbers_per_token_layer
-        if config.attention == "mla" and compute.kernels.platform == "tpu":
-            width = -(-width // LANES) * LANES
-        shape = (batch, columns, width)
+        """No token yet, in ``compute.dtype``; rows are split over the mesh as a batch is."""
+        shape = (batch, columns, entry_width(config, compute))
 
         def buffer(*stack: int) -> jax.Array:
             zeros = jnp.zeros((*stack, *shape), compute.dtype)

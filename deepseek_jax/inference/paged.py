@@ -16,6 +16,7 @@ from jaxtyping import Array, Int, Num
 
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.inference.cache import as_wide, entry_width
 from deepseek_jax.inference.generate import OPTIONS
 from deepseek_jax.inference.penalties import Wishes, adjusted
 from deepseek_jax.inference.rows import Numbers, Rows, Shares
@@ -45,7 +46,7 @@ class PagedMemory:
     def write(self, entry_BSW: Num[Array, "B S W"]) -> tuple[Self, Any]:
         """Put S new tokens behind each row's others -> (the memory with them, what attention is given)."""
         pages, table_BJ = _in_one(self.pages_PNW), self.table_BJ.astype(jnp.int32)
-        rows = entry_BSW, self.start_B.astype(jnp.int32), table_BJ
+        rows = as_wide(entry_BSW, pages.shape[-1]), self.start_B.astype(jnp.int32), table_BJ
         pages = self._per_device(write_entries, pages, *rows)
         kept = in_stack(pages.stack, pages.layer) if isinstance(pages, InStack) else pages
         memory = dataclasses.replace(self, pages_PNW=kept)
@@ -91,10 +92,11 @@ class Store:
 
 @functools.partial(jax.jit, static_argnames=("config", "compute", "count", "size", "fp8"))
 def empty_pages(config: ModelConfig, compute: ComputeConfig, count: int, size: int, fp8: bool) -> Store:
-    """Pages of zeros, entries in ``compute.dtype`` or in FP8. ValueError where FP8 takes no latents of that width."""
-    width = config.cache_numbers_per_token_layer
+    """Pages of zeros: entries of ``entry_width`` in ``compute.dtype``, or in FP8. ValueError where that takes none."""
     if fp8 and config.attention != "mla":
         raise ValueError("cache='float8_e4m3': only MLA's latents are kept in FP8")
+
+    width = config.cache_numbers_per_token_layer if fp8 else entry_width(config, compute)
 
     def buffer(*stack: int) -> Entries:
         zeros = jnp.zeros((*stack, count, size, width), compute.dtype)

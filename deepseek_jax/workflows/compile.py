@@ -156,10 +156,10 @@ def _peak(compiled: Any, platform: str) -> int:
     """Of a GPU's program all that is allocated. Of a TPU's what lives at once: its temporaries are said to be more than
     the compiler asks for when it refuses (docs/compile.md), and it refuses whatever does not fit."""
     sizes = compiled.memory_analysis()
-    code, aliased = sizes.generated_code_size_in_bytes, sizes.alias_size_in_bytes
-    if platform == "tpu":  # arguments, results, and temporaries at their peak
-        return int(sizes.peak_memory_in_bytes - aliased + code)
-    arguments = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - aliased
+    code = sizes.generated_code_size_in_bytes
+    if platform == "tpu":  # arguments, results in other places, and temporaries at their peak
+        return int(sizes.peak_memory_in_bytes + code)
+    arguments = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     return int(arguments + sizes.temp_size_in_bytes + code)
 
 

@@ -17,7 +17,7 @@ from deepseek_jax.evals.samples import best_shares, cons_shares, mean_and_error
 from deepseek_jax.files import read_json_lines, write_json
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
-from deepseek_jax.parallel.processes import first_host_alone, gather, meet
+from deepseek_jax.parallel.processes import first_host_alone, gather, meet, own_part
 from deepseek_jax.rl.asking import ask
 from deepseek_jax.rl.grader import Grader
 from deepseek_jax.rl.reward_spec import parse_reward
@@ -189,16 +189,19 @@ def _curve(task: str, kind: str, x: Sequence[int], shares: Sequence[Sequence[flo
 
 
 def _scores(model: Model, answers: Answers, reward: str, lines: Sequence[dict[str, Any]]) -> list[float]:
-    """A reward model's on the devices of the model, and computed as it is."""
-    rows = [answers.rows[line["question"]] for line in lines]
+    """A reward model's on the devices of the model, and computed as it is. Several processes grade a part each."""
+    own = own_part(lines)
+    part = own or lines[:1]  # where there are fewer than processes, as in rejection
     with Grader((reward,), task=answers.task, compute=model.compute, mesh=model.mesh) as grader:
-        texts, ended = ([line[name] for line in lines] for name in ("completion", "ended"))
-        grades = grader.grade(texts, rows, ended=ended, whole=[all_turns(line) for line in lines])
-    ((name, scores),) = grades.rewards.items()
+        texts, ended = ([line[name] for line in part] for name in ("completion", "ended"))
+        rows, whole = [answers.rows[line["question"]] for line in part], [all_turns(line) for line in part]
+        grades = grader.grade(texts, rows, ended=ended, whole=whole)
+    ((name, own_scores),) = grades.rewards.items()
+    scores = [score for process in gather(own_scores.tolist()[: len(own)]) for score in process]
     if np.isnan(scores).all():
         hint = f"; {reward}:always judges rows with a right answer too" if reward.startswith("model:") else ""
         raise ValueError(f"scaling.best_of={reward!r}: {name} has no score for any answer of {answers.name}{hint}")
-    return [float(score) for score in scores]
+    return scores
 
 
 _AXES = {

@@ -13,6 +13,7 @@ import pytest
 from model.tiny import QWEN, V2_LITE, config, weights, whole
 from small import SPEAKER, tokenizer
 
+from deepseek_jax.inference import paged
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.schedule import ServingConfig
@@ -323,6 +324,16 @@ def test_a_cache_in_fp8_answers_nearly_the_same(scan):
         assert 1e-5 < abs(answer.logprobs[0] - expected.logprobs[0]) < 0.3
     with pytest.raises(ValueError, match="cache='float8_e4m3': only MLA's latents"):
         Engine(whole(MODELS["qwen"], *weights(MODELS["qwen"]), tokenizer()), serving=serving.serving).submit([1])
+
+
+def test_zeros_behind_each_entry_change_nothing(monkeypatch):
+    """As on TPUs, where entries are as wide as registers."""
+    monkeypatch.setattr(paged, "entry_width", lambda config, compute: 128)
+    serving = Engine(whole(SPEAKER, *weights(SPEAKER), tokenizer()), serving=dataclasses.replace(SERVING, pages=15))
+    asked = dict[int, Asked]()
+    submit(serving, asked, Asked([5, 9, 2, 7, 30, 22, 8] * 3, GREEDY), Asked([8, 8, 1], GREEDY))
+    finish(serving, asked)
+    assert_right("v3", [*asked.values()])
 
 
 def test_what_can_never_be_answered_is_refused():

@@ -36,6 +36,7 @@ for name, command in COMMANDS.items():
 Path(f"said.{jax.process_index()}").write_text(json.dumps(said))
 """
 ASK = ("--samples", "1", "--temperature", "1", "--max-tokens", "6", "--batch-size", "3", "--scaling.majority")
+ASK += ("--scaling.best-of", "accuracy")
 BUDGETS = ("--scaling.budgets", "2", "5", "--scaling.waits", "1", "--scaling.answer-tokens", "3")
 COMMANDS = {
     "generate": ["generate", "model", "--max-tokens", "6", "--temperature", "1"],

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from parallel.topology import needs_libtpu, run_apart
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.costs import count_parameters
@@ -58,6 +59,27 @@ def told(tmp_path: Path, *arguments: str, recipe: str = "", limit: float = 540) 
     root = Path(__file__).parents[2]
     path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(command, capture_output=True, text=True, timeout=limit, env=os.environ | {"PYTHONPATH": path})
+
+
+@needs_libtpu
+def test_what_is_given_away_is_counted_once():
+    """Arguments and results are of 64 MB each, and half of it lies between them; a result has an argument's place."""
+    program = """
+        import jax, jax.numpy as jnp
+        from jax.experimental import topologies
+        from deepseek_jax.workflows.compile import _peak
+        device = topologies.get_topology_desc("v5p:2x2x1", "tpu").devices[0]
+        x = jax.ShapeDtypeStruct((4096, 4096), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(device))
+
+        def step(state, x):
+            h = jnp.tanh(state @ x)
+            return state + h @ x.T, jnp.sum(h)
+
+        for given in (), (0,):
+            print(_peak(jax.jit(step, donate_argnums=given).lower(x, x).compile(), "tpu") / 2**26)
+    """
+    kept, given = map(float, run_apart(program).split())
+    assert kept == pytest.approx(3.5, abs=0.1) and given == pytest.approx(2.5, abs=0.1)
 
 
 def test_train_step_for_four_v5p(tmp_path):

@@ -51,12 +51,13 @@ class ComputeConfig:
     """Of the products of tokens sorted by expert; hopper_fp8 rounds the tokens to FP8 as well, for FP8 weights."""
     fp8_matmul: str = "auto"
     """Of the other products with FP8 weights; hopper_fp8 as above."""
-    dispatch: Literal["gather", "all_to_all"] = "gather"
+    dispatch: Literal["gather", "all_to_all", "puts"] = "gather"
     """How tokens come to experts on other devices: every token to all devices of the group (gather), or a copy to each
-    device with any of its experts, in a buffer of fixed size (all_to_all)."""
+    device with any of its experts, in a buffer of fixed size (all_to_all); puts: the same by a kernel that gathers rows
+    and stores them in the other's memory, for Hopper GPUs of one process."""
     dispatch_capacity: float = 1.5
-    """all_to_all: room for so many times the copies that a device gets from another on average; what finds none is
-    dropped, and counted in the metrics ``dropped`` and ``dropped_sum``."""
+    """all_to_all, puts: room for so many times the copies that a device gets from another on average; what finds none
+    is dropped, and counted in the metrics ``dropped`` and ``dropped_sum``."""
     dispatch_nodes: int = 1
     """all_to_all: nodes that the group spans; above 1 a token goes to each node at most once, and on from there."""
     rules: ShardingRules = ShardingRules()

@@ -1,7 +1,7 @@
 """The speed of DeepSeek-V3's widths on eight GPUs of 80 GB: one dense layer and two of 256 experts, 25.4 B parameters.
 
     deepseek-jax bench bench/v3 --work train
-    deepseek-jax bench bench/v3 --work decode --batch-size 256 --columns 512 --model.num-hidden-layers 17
+    deepseek-jax bench bench/v3 --work decode --batch-size 256 --columns 512 --model.num-hidden-layers 16
 
 A device has an eighth of the experts, to which tokens come, and of all that a train step keeps: float32 masters and
 bfloat16 moments, 38 GB. Decoding keeps attention and the dense layer whole on each, in bfloat16. Jax must be given

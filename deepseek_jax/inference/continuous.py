@@ -92,15 +92,23 @@ class Continuous:
         return bool(self._asked or self._new)
 
     def step(self, weights: Weights) -> list[Event]:
-        """Do what is next -> what it has brought. Without requests nothing."""
+        """Do what is next -> what it has brought. Without requests nothing.
+
+        Where it fails, or is interrupted, the next one begins anew with what every request had before."""
         began = time.perf_counter()
         events = self._arrivals()
         plans = [lane.plan() for lane in self._lanes]
-        found, dispatched = self.programs.run(weights, plans), time.perf_counter()
-        if found is None:
-            self.programs.wait()
-        else:
-            found = self._fetched(found, plans)
+        try:
+            found, dispatched = self.programs.run(weights, plans), time.perf_counter()
+            if found is None:
+                self.programs.wait()
+            else:
+                found = self._fetched(found, plans)
+        except BaseException:  # pages may be half written, or given away
+            for lane in self._lanes:
+                lane.start_over()
+            self.programs.empty()
+            raise
         self._counts["seconds_waited"] += time.perf_counter() - dispatched
         if found is not None:
             events += self._told(plans, found)
@@ -118,9 +126,10 @@ class Continuous:
             lane.forget()
 
     def metrics(self) -> dict[str, float]:
-        """Of now: requests that wait and run, pages that are held. Since the start: tokens of prompts, those that were
-        found in the cache, tokens answered, requests that had to give way, programs compiled behind ``warm_up``, steps,
-        and the seconds that they took in all and that were spent waiting for the device."""
+        """Of now: requests that wait and run, pages that are held. Since the start: tokens of prompts, and of who had
+        to give way once more, and those of them that were found in the cache; tokens answered, requests that had to
+        give way, programs compiled behind ``warm_up``, steps, and the seconds that they took in all and that were spent
+        waiting for the device."""
         total = lambda of: float(sum(of(lane) for lane in self._lanes))  # noqa: E731
         names = ("tokens", "steps", "seconds", "seconds_waited")
         return {
@@ -142,14 +151,14 @@ class Continuous:
 
     def _arrivals(self) -> list[Event]:
         """Hand new requests to the lane that has most of their prompt, or fewest requests; take back those given up."""
+        gone = [self._gone.popleft() for _ in range(len(self._gone))]  # whose requests have come, then, all the same
         while self._new:
             request = self._new.popleft()
             lane = self._lane(request.known)
             self._asked[request.number] = request, lane
             lane.submit(request)
         events = []
-        while self._gone:
-            number = self._gone.popleft()
+        for number in gone:
             if number in self._asked:
                 request, lane = self._asked.pop(number)
                 lane.cancel(request)

@@ -55,9 +55,14 @@ class Programs:
         self.buckets, self.lanes, self.late = buckets, lanes, 0
         self._programs: dict[tuple[Any, ...], Any] = {}
         self._warm = False
-        with jax.set_mesh(mesh):
-            fp8 = serving.cache == "float8_e4m3"
-            self._pages = empty_pages(config, compute, lanes * serving.pages, serving.page, fp8)
+        self.empty()
+
+    def empty(self) -> None:
+        """Pages of zeros in the place of those there are."""
+        serving, self._pages = self.serving, None
+        with jax.set_mesh(self.mesh):
+            sizes = self.lanes * serving.pages, serving.page
+            self._pages = empty_pages(self.config, self.compute, *sizes, serving.cache == "float8_e4m3")
 
     def run(self, weights: Weights, plans: Sequence[Plan]) -> Decoded | None:
         """Hand the lanes' plans to the device -> what it will have decoded, row by row as ``rows`` has them."""
@@ -65,7 +70,8 @@ class Programs:
             if any(plan.copies for plan in plans):
                 self._run(weights, self._copies([plan.copies for plan in plans]))
             if any(plan.pieces for plan in plans):
-                self._run(weights, self._reading([plan.pieces for plan in plans]))
+                for shape, pieces in self.buckets.reads([plan.pieces for plan in plans]):
+                    self._run(weights, self._reading(pieces, *shape))
             return self._run(weights, self._decoding(plans)) if any(plan.decoded for plan in plans) else None
 
     def wait(self) -> None:
@@ -104,10 +110,8 @@ class Programs:
                 source[i], target[i] = page, to
         return _Job(copy_pages, (source, target))
 
-    def _reading(self, pieces: Sequence[Sequence[Piece]]) -> _Job:
+    def _reading(self, pieces: Sequence[Sequence[Piece]], rows: int, size: int) -> _Job:
         together = [piece for some in pieces for piece in some]
-        most, size = max(map(len, pieces)), max(piece.count for piece in together)
-        rows, size = next(shape for shape in self.buckets.chunks if shape[0] >= most and shape[1] >= size)
         fresh = not any(piece.start for piece in together)
         pages = max(len(piece.request.pages) for piece in together)
         table = self.buckets.tables[-1] if fresh else fitting(self.buckets.long, pages)

@@ -77,6 +77,17 @@ class Buckets:
         by_need = sorted(chunks, key=lambda shape: (shape[1], shape[0]))
         return cls(_sizes(config.slots, 1), tuple(by_need), _sizes(most, 4) if gathers else (most,))
 
+    def reads(self, pieces: Sequence[Sequence["Piece"]]) -> list[tuple[tuple[int, int], list[Sequence["Piece"]]]]:
+        """Lanes' pieces of prompts, and the shape that each lane has to hold them: one for all, or where one has many
+        that are short and another a long one, the short ones by themselves first."""
+        rows, sizes = max(map(len, pieces)), [max((piece.count for piece in some), default=0) for some in pieces]
+        if shape := next((shape for shape in self.chunks if shape[0] >= rows and shape[1] >= max(sizes)), None):
+            return [(shape, [*pieces])]
+        size = fitting([size for _, size in self.chunks], min(filter(None, sizes)))
+        short = [some if most <= size else [] for some, most in zip(pieces, sizes, strict=True)]
+        long = [[] if most <= size else some for some, most in zip(pieces, sizes, strict=True)]
+        return [*self.reads(short), *self.reads(long)]
+
 
 def fitting(sizes: Sequence[int], need: int) -> int:
     """The smallest of these ascending sizes that holds so many."""
@@ -200,6 +211,12 @@ class Schedule:
         """The weights are others: what was read in by the former ones is lent to nobody."""
         self.pages.forget()
 
+    def start_over(self) -> None:
+        """A plan was not carried out, and what pages hold is lost: all wait again, with what they were answered."""
+        for request in [*self.running]:
+            self._wait_again(request)
+        self.pages.forget()
+
     def _with_room(self, turns: int) -> tuple[list[Request], int]:
         """Those who can be decoded, with pages for ``turns`` tokens each, or for one; the last who came gives way."""
         while True:
@@ -221,9 +238,12 @@ class Schedule:
     def _give_way(self, request: Request) -> None:
         """Wait again, with what was answered as part of the prompt."""
         assert len(self.running) > 1, "one request alone has room for its context"
+        self._wait_again(request)
+        self.preemptions += 1
+
+    def _wait_again(self, request: Request) -> None:
         self._leave(request)
         bisect.insort(self.waiting, request, key=lambda each: each.number)
-        self.preemptions += 1
 
     def _leave(self, request: Request) -> None:
         self.running.remove(request)

@@ -1,5 +1,7 @@
 """The smallest modules: parameters with named axes, a linear map, a norm, a gated feed-forward."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -8,7 +10,8 @@ from jaxtyping import Array, Float
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.fresh import Source, Together
-from deepseek_kernels import product
+from deepseek_jax.parallel.sharding import per_rows
+from deepseek_kernels import InStack, product
 from deepseek_kernels.norm import rms_norm
 from deepseek_kernels.weights import Weight
 
@@ -38,6 +41,14 @@ def biased(y: Float[Array, "*B O"], b: Weight) -> Float[Array, "*B O"]:
     return (y.astype(jnp.float32) + b.astype(jnp.float32)).astype(y.dtype)
 
 
+def multiply(equation: str, x: Float[Array, "B *S"], w: Weight, compute: ComputeConfig) -> Float[Array, "B *O"]:
+    """``product`` with a weight of the network. Where decoding has stacks and a mesh splits the rows alone, a device
+    multiplies its own: the kernels that read a layer where it lies are for one device."""
+    run = functools.partial(product, equation, target=compute.kernels, fp8=compute.fp8_matmul)
+    y: jax.Array = per_rows(run, compute.rules, x, w) if isinstance(w, InStack) else run(x, w)
+    return y
+
+
 class Linear(nnx.Module):
     """``y = x W (+ b)`` in the compute dtype."""
 
@@ -56,8 +67,7 @@ class Linear(nnx.Module):
         self.b = zeros(compute, shape[1:], axes[1:]) if bias else None
 
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
-        x, compute = x.astype(self.compute.dtype), self.compute
-        y = product("...i,io->...o", x, self.w[...], target=compute.kernels, fp8=compute.fp8_matmul)
+        y = multiply("...i,io->...o", x.astype(self.compute.dtype), self.w[...], self.compute)
         return y if self.b is None else biased(y, self.b[...])
 
 
@@ -89,7 +99,6 @@ class SwiGLU(nnx.Module):
         self.wo = param(config, compute, rngs, (width, config.hidden_size), ("mlp", "embed"))
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        how = {"target": self.compute.kernels, "fp8": self.compute.fp8_matmul}
-        gate_up = product("...d,dgf->...gf", x, self.wi[...], **how)
+        gate_up = multiply("...d,dgf->...gf", x, self.wi[...], self.compute)
         h = jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
-        return product("...f,fd->...d", h, self.wo[...], **how)
+        return multiply("...f,fd->...d", h, self.wo[...], self.compute)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.fresh import Source
-from deepseek_jax.model.layers import Linear, RMSNorm, biased, param, zeros
+from deepseek_jax.model.layers import Linear, RMSNorm, biased, multiply, param, zeros
 from deepseek_jax.model.rope import rotate, softmax_scale
 from deepseek_jax.parallel.context import Balanced, per_row_and_head
 from deepseek_jax.parallel.sharding import per_device
@@ -63,20 +63,16 @@ class MLA(nnx.Module):
         attend = self._absorbed if absorbed else self._plain
         with jax.named_scope("attend"):
             out_BSHV: jax.Array = attend(q_BSHN, q_BSHR, entry, visible)
-        y = product("bshv,hvd->bsd", out_BSHV, self.o[...], **self._products)
+        y = multiply("bshv,hvd->bsd", out_BSHV, self.o[...], self.compute)
         if self.o_bias is not None:
             y = biased(y, self.o_bias[...])
         return y, memory
-
-    @property
-    def _products(self):
-        return {"target": self.compute.kernels, "fp8": self.compute.fp8_matmul}
 
     def _queries(self, x_BSD, rope):
         config = self.config
         with jax.named_scope("queries"):
             c = x_BSD if self.q_a is None or self.q_norm is None else self.q_norm(self.q_a(x_BSD))
-            q = product("bsq,qhn->bshn", c, self.q_b[...], **self._products)
+            q = multiply("bsq,qhn->bshn", c, self.q_b[...], self.compute)
             nope, pe = jnp.split(q, [config.qk_nope_head_dim], axis=-1)
             return nope, rotate(pe, rope, interleave=config.rope_interleave)
 
@@ -89,9 +85,11 @@ class MLA(nnx.Module):
             return jnp.concatenate([self.kv_norm(latent), pe], axis=-1)
 
     def _plain(self, q_BSHN, q_BSHR, entry_BTW, visible):
+        products = {"target": self.compute.kernels, "fp8": self.compute.fp8_matmul}
+
         def expand(entry_BTW, kv_b):
             latent_BTC, pe_BTR = jnp.split(entry_BTW, [self.config.kv_lora_rank], axis=-1)
-            return product("btc,chw->bthw", latent_BTC, kv_b, **self._products), pe_BTR
+            return product("btc,chw->bthw", latent_BTC, kv_b, **products), pe_BTR
 
         q, width = jnp.concatenate([q_BSHN, q_BSHR], axis=-1), self.config.cache_numbers_per_token_layer
         entry_BTW = entry_BTW.astype(q.dtype)[..., :width]

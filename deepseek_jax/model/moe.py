@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -46,14 +47,15 @@ class DeepSeekMoE(nnx.Module):
         config, compute = self.config, self.compute
         with jax.named_scope("router"):
             # XLA gathers what it takes the highest numbers of.
-            tokens, w_DE = ("batch", "sequence", None), self.router[...]
-            w_axes = InStack((None, None, None), ()) if isinstance(w_DE, InStack) else (None, None)
+            tokens, w_DE, w_axes = ("batch", "sequence", None), self.router[...], (None, None)
+            if isinstance(w_DE, InStack):
+                w_axes = InStack((None, None, None), ())
+            else:  # its gradient is added up over devices in float32
+                w_DE = w_DE.astype(jnp.float32)
             operands, axes = (x_BSD, w_DE, bias_E, chosen_BSK), (tokens, w_axes, (None,), tokens)
             axes = tuple(None if x is None else axis for x, axis in zip(operands, axes, strict=True))
-            routed = per_device(
-                functools.partial(_routed, config, compute.kernels), compute.rules, operands, axes, tokens
-            )
-            experts_BSK, weights_BSK, scores_BSE = routed
+            route_each = functools.partial(_routed, config, compute.kernels)
+            experts_BSK, weights_BSK, scores_BSE = per_device(route_each, compute.rules, operands, axes, tokens)
             devices = 1 if balancing is None else balancing.devices
             stats = router_stats(config, experts_BSK, scores_BSE, segment_ids_BS, compute.rules, devices=devices)
             if balancing is not None and balancing.capacity:
@@ -71,7 +73,8 @@ class DeepSeekMoE(nnx.Module):
                 wi, experts_BSK = wi.weight, wi.choose(experts_BSK)
             operands = x_BSD, weights_BSK, experts_BSK, wi, wo
             groups = (1, 1) if config.topk_method == "greedy" else (config.n_group, config.topk_group)
-            dispatch = Dispatch(compute.dispatch, compute.dispatch_capacity, compute.dispatch_nodes, *groups)
+            sizes = compute.dispatch_capacity, compute.dispatch_nodes, *groups
+            dispatch = Dispatch(compute.dispatch, *sizes, target=compute.kernels)
             y, dropped = exchange(experts, *operands, compute.rules, dispatch)
         if self.shared is not None:
             with jax.named_scope("shared_experts"):

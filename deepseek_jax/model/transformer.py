@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx, struct
 from jaxtyping import Array, Float, Int
 
@@ -289,7 +290,7 @@ class Transformer(nnx.Module):
         bias, memories, chosen = inputs
         weights, get = state, lambda part: part
         if memories is not None:  # decoding: a layer's weights and memory are read and written where they lie
-            weights, get = jnp.arange(count_layers(state)), functools.partial(in_stack, state)
+            weights, get = np.arange(count_layers(state), dtype=np.int32), functools.partial(in_stack, state)
 
         def layer(carry, inputs):
             (x, memories), (part, bias_E, chosen_BSK) = carry, inputs

@@ -1,10 +1,12 @@
 """Tokens to the devices that hold their experts, and the sums back, inside a ``shard_map``.
 
 ``by_gathering``: every token to every device of the group. ``by_copies``: one copy of a token to each device that holds
-any of its experts, in a buffer of fixed size; forward and backward are all-to-alls and gathers (experts_sorted.py).
+any of its experts, in a buffer of fixed size; forward and backward are gathers (experts_sorted.py) and all-to-alls, or
+puts, which are both in one (puts_hopper.py).
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Literal
@@ -12,7 +14,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from deepseek_kernels import puts_hopper
 from deepseek_kernels.experts_sorted import Layout, gather_rows, sum_rows
+from deepseek_kernels.target import Target
 
 Axes = tuple[str, ...]
 # (x_TD, weights_TK, experts_TK) -> y_TD, experts numbered from the first of a device's own.
@@ -26,16 +30,28 @@ class Dispatch:
     A token's experts all lie in ``chosen_groups`` of ``groups`` groups, of experts that follow one another.
     """
 
-    how: Literal["gather", "all_to_all"] = "gather"
+    how: Literal["gather", "all_to_all", "puts"] = "gather"
     capacity: float = 1.5
     nodes: int = 1
     groups: int = 1
     chosen_groups: int = 1
+    target: Target | None = None
 
     def rows(self, tokens: int, top: int, parts: int) -> int:
         """Room for copies of ``tokens`` tokens to one of ``parts`` parts of the experts: the mean times capacity."""
         mean = tokens * reached(top, parts, self.groups, self.chosen_groups)
-        return min(tokens, math.ceil(round(self.capacity * mean, 6)))
+        rows = min(tokens, math.ceil(round(self.capacity * mean, 6)))
+        return rows if self.how != "puts" else -(-rows // puts_hopper.ROWS) * puts_hopper.ROWS
+
+    def axis_of_puts(self, x_TD: jax.Array, axes: Axes) -> str:
+        """The only one of ``axes`` with several devices. ValueError where rows of x cannot be put along it."""
+        several = [name for name in axes if jax.lax.axis_size(name) > 1]
+        why = puts_hopper.refuses(self.target or Target.here(), x_TD.shape[1] * x_TD.dtype.itemsize)
+        if len(several) > 1:
+            why = f"it needs experts that one mesh axis splits, not {', '.join(several)}"
+        if why:
+            raise ValueError(f"dispatch='puts': {why}; all_to_all sends the same")
+        return several[0]
 
 
 def reached(top: int, parts: int, groups: int = 1, chosen: int = 1) -> float:
@@ -78,10 +94,12 @@ def by_copies(
 
     def to_devices(x_TD, weights_TK, experts_TK):
         groups = [[node * inside + i for i in range(inside)] for node in range(dispatch.nodes)]
-        rows = min(len(x_TD), dispatch.rows(count * dispatch.nodes, top, ways))
-        hop = Hop(axes, groups, place % inside, inside, own, rows)
+        rows = dispatch.rows(count * dispatch.nodes, top, ways)
+        rows = rows if dispatch.nodes == 1 else min(len(x_TD), rows)
+        hop = Hop(axes, groups, place % inside, inside, own, rows, puts)
         return hop(lambda *copies: (local(*copies), jnp.float32(0)), x_TD, weights_TK, experts_TK)
 
+    puts = dispatch.axis_of_puts(tokens[0], axes) if dispatch.how == "puts" else ""
     if dispatch.nodes == 1:
         return to_devices(*tokens)
     groups = [[node * inside + i for node in range(dispatch.nodes)] for i in range(inside)]
@@ -92,7 +110,8 @@ def by_copies(
 @dataclasses.dataclass(frozen=True)
 class Hop:
     """An exchange among the ``parts`` devices of each of ``groups`` along ``axes``, of which this one is number
-    ``place``. Each has ``own`` experts, and takes ``rows`` copies from each."""
+    ``place``. Each has ``own`` experts, and takes ``rows`` copies from each. puts: the axis along which tokens and
+    sums are put; what is small goes by an all-to-all."""
 
     axes: Axes
     groups: list[list[int]]
@@ -100,6 +119,7 @@ class Hop:
     parts: int
     own: int
     rows: int
+    puts: str = ""
 
     def __call__(self, inner, x_TD, weights_TK, experts_TK):
         """``inner(x, weights, experts) -> (y, dropped)`` of the copies that come here; the sums of each token's."""
@@ -114,19 +134,55 @@ class Hop:
         # A row without a copy holds some token, and -1 for its experts.
         experts_PK = experts_TK.at[token_P].get(mode="fill", fill_value=-1)
         facts_PN = jnp.concatenate([gather_rows(weights_TK, copies), experts_PK.astype(jnp.float32)], axis=1)
-        x_PD, facts_PN = self.swap(gather_rows(x_TD, copies)), self.swap(facts_PN)
-        weights_PK, experts_PK = jnp.split(facts_PN, 2, axis=1)
-        return (x_PD, weights_PK, experts_PK.astype(jnp.int32) - self.place * self.own), copies, dropped
+        met: jax.Array | int = 0
+        if self.puts:
+            put: tuple[jax.Array, jax.Array] = _put_there(x_TD, copies, self.puts)
+            x_PD, met = put
+        else:
+            x_PD = self.swap(gather_rows(x_TD, copies))
+        weights_PK, experts_PK = jnp.split(self.swap(facts_PN), 2, axis=1)
+        # Nothing reads a copy before it knows the copy's experts.
+        return (x_PD, weights_PK, experts_PK.astype(jnp.int32) - self.place * self.own + met), copies, dropped
 
     def back(self, y_PD: jax.Array, copies: Layout) -> jax.Array:
         """Of each token the sum of what its copies became."""
-        return sum_rows(self.swap(y_PD), copies)
+        return _put_back(y_PD, copies, self.puts) if self.puts else sum_rows(self.swap(y_PD), copies)
 
     def swap(self, x_PN: jax.Array) -> jax.Array:
         """Each device's rows for the others, to them. Its own inverse, and so its transpose."""
         groups = None if len(self.groups) == 1 else self.groups
         x_NRN = x_PN.reshape(self.parts, self.rows, -1)
         return jax.lax.all_to_all(x_NRN, self.axes, 0, 0, axis_index_groups=groups).reshape(x_PN.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _put_there(x_TD: jax.Array, copies: Layout, axis: str) -> tuple[jax.Array, jax.Array]:
+    """``swap(gather_rows(x))`` by puts, and 0 when all have put theirs."""
+    token_P = jnp.minimum(copies.choice_P // copies.slot_TK.shape[1], len(x_TD) - 1)
+    y_NRD, met = puts_hopper.put_rows(x_TD, token_P.reshape(jax.lax.axis_size(axis), -1), axis=axis)
+    return y_NRD.reshape(-1, x_TD.shape[1]), met
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _put_back(y_PD: jax.Array, copies: Layout, axis: str) -> jax.Array:
+    """``sum_rows(swap(y))`` by puts."""
+    row_NR = jnp.arange(len(y_PD), dtype=jnp.int32).reshape(jax.lax.axis_size(axis), -1)
+    came_NRD, met = puts_hopper.put_rows(y_PD, row_NR, axis=axis)
+    return sum_rows(came_NRD.reshape(y_PD.shape), dataclasses.replace(copies, slot_TK=copies.slot_TK + met))
+
+
+def _put_gradient(axis: str, copies: Layout, dy_TD: jax.Array) -> tuple[jax.Array, None]:
+    put: tuple[jax.Array, jax.Array] = _put_there(dy_TD, copies, axis)
+    dy_PD, met = put
+    return dy_PD * (1 + met).astype(dy_PD.dtype), None  # one, and XLA waits for it
+
+
+# Each is the other's transpose.
+_put_there.defvjp(
+    lambda x, copies, axis: (_put_there(x, copies, axis), copies),
+    lambda axis, copies, gradients: (_put_back(gradients[0], copies, axis), None),
+)
+_put_back.defvjp(lambda y, copies, axis: (_put_back(y, copies, axis), copies), _put_gradient)
 
 
 def lay_out(experts_TK: jax.Array, parts: int, own: int, rows: int) -> tuple[Layout, jax.Array]:

@@ -52,7 +52,7 @@ def exchange(
         wi_ED2F, wo_EFD = (w.astype(x_BSD.dtype) if isinstance(w, InStack) else w for w in (wi_ED2F, wo_EFD))
     ours = tuple(name for name in group if name in (*rules.batch, *rules.sequence))
     others = tuple(name for name in (*group, *width) if name not in ours and mesh.shape[name] > 1)
-    own, copied = wo_EFD.shape[0] // ways(group), dispatch.how == "all_to_all" and ways(group) > 1
+    own, copied = wo_EFD.shape[0] // ways(group), dispatch.how != "gather" and ways(group) > 1
 
     def on_device(x_BSD, weights_BSK, experts_BSK, wi_ED2F, wo_EFD):
         for names, wi_axis, wo_axis in ((embed, 1, 2), (lie[len(group) :], 0, 0)):
@@ -87,11 +87,11 @@ def check_exchange(rules: ShardingRules, sizes: Mapping[str, int], how: str, nod
     if group + rules.experts_gathered != rules.experts:
         raise ValueError(f"experts_gathered={rules.experts_gathered}: must be the last of experts={rules.experts}")
     ways = math.prod(sizes[name] for name in group)
-    if how != "all_to_all" or ways == 1:
+    if how == "gather" or ways == 1:
         return group
     ours = tuple(name for name in group if name in (*rules.batch, *rules.sequence))
     if ours != group:
-        raise ValueError(f"dispatch='all_to_all': experts are split over {group}, tokens over {ours} of these alone")
+        raise ValueError(f"dispatch={how!r}: experts are split over {group}, tokens over {ours} of these alone")
     if ways % nodes:
         legal = [str(count) for count in range(1, ways + 1) if ways % count == 0]
         raise ValueError(

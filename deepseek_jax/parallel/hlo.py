@@ -227,15 +227,14 @@ def collectives(text: str) -> list[Collective]:
     module = Module(text)
     times, apart = module.times(), _asynchronous(module)
     found, outer = [], {name: one.scope for _, one in module.instructions() for name in one.called}
-    fused = {name: part for _, one in module.instructions() if (part := fused_part(one)) for name in one.called}
     for computation, instructions in module.computations.items():
-        if not times[computation] or fused.get(computation) in ("middle", "done"):
+        if not times[computation]:
             continue
         for one in instructions.values():
             if (kind := kind_of(one, computation)) is None:
                 continue
             groups = groups_of(one, module.partitions)
-            asynchronous = computation in fused or apart.get(computation, apart.get(one.name, False))
+            asynchronous = apart.get(computation, apart.get(one.name, False))
             size = operand_bytes(one, instructions) * (len(groups[0]) if kind == "all-gather" else 1)
             scope = one.scope or outer.get(computation, "")
             found.append(Collective(kind, size, len(groups[0]), groups, times[computation], asynchronous, scope))
@@ -248,23 +247,6 @@ def kind_of(one: Instruction, computation: str = "") -> str | None:
     if opcode == "all-reduce" and computation.startswith("%all-reduce-scatter"):
         return "reduce-scatter"
     return opcode if opcode in KINDS else None
-
-
-def fused_part(one: Instruction) -> str:
-    """``start``, ``middle`` or ``done`` of a collective that a TPU carries out within other fusions, "" of all else. It
-    stands in each of them; those in the middle are work of their own, meanwhile."""
-    if one.opcode != "fusion":
-        return ""
-    if any(name.startswith("%async_collective_fusion") for name in one.called):
-        return "middle"
-    found = re.match(r"%async-collective-(start|done)", one.name)
-    return found[1] if found else ""
-
-
-def channel_of(one: Instruction) -> str:
-    """The number of a collective, which is the same in all parts of one."""
-    found = re.search(r"channel_id=(\d+)", one.rest)
-    return found[1] if found else one.name
 
 
 def operand_bytes(one: Instruction, instructions: dict[str, Instruction]) -> int:

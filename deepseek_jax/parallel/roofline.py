@@ -8,17 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from deepseek_jax.parallel.hlo import (
-    Instruction,
-    Module,
-    arrays,
-    channel_of,
-    fused_part,
-    groups_of,
-    kind_of,
-    operand_bytes,
-    shape_bytes,
-)
+from deepseek_jax.parallel.hlo import Instruction, Module, arrays, groups_of, kind_of, operand_bytes, shape_bytes
 from deepseek_jax.parallel.topology import Links
 
 # Of no time of their own: names for what is there, or (waits) seen to where they start and end.
@@ -100,13 +90,9 @@ class _Walk:
         instructions = self.module.computations[computation]
         now, network = 0.0, 0.0  # network: when its links are free
         ends: dict[str, tuple[float, Instruction, str]] = {}  # by starts and their updates
-        left: dict[str, float] = {}  # seconds of collectives within fusions, by their channels
         for one in instructions.values():
             started = self._started(one, computation)
-            if started is not None and started[0] is not None and (part := fused_part(one)):
-                worked = 0.0 if part != "middle" else self._work(one, instructions, times)
-                now += worked + self._in_fusions(part, started[0], started[1], left, worked, times)
-            elif started is not None:
+            if started is not None:
                 collective, inside = started
                 if collective is None:  # a copy, or a call apart
                     ends[one.name] = (now + (self._apart(one, times) if inside else 0.0), one, "")
@@ -151,18 +137,6 @@ class _Walk:
             if one.opcode != "fusion":
                 return None, next(iter(one.called), "")
         return None
-
-    def _in_fusions(
-        self, part: str, one: Instruction, computation: str, left: dict[str, float], worked: float, times: int
-    ) -> float:
-        """Seconds of waiting for a collective that goes on while fusions work."""
-        seconds, channel = self._seconds(one, computation), channel_of(one)
-        if part == "done":
-            waited = left.pop(channel, seconds)
-            self._count(one, computation, times, seconds, waited, True)
-            return waited
-        left[channel] = max(0.0, left.get(channel, seconds) - worked)
-        return 0.0
 
     def _apart(self, one: Instruction, times: int) -> float:
         return sum(self.run(name, times) for name in one.called)
@@ -269,8 +243,6 @@ class _Walk:
             for place in (place for place, operand in enumerate(user.operands) if operand == name):
                 if user.opcode in _SLICES and place == 0:
                     part = shape_bytes(user.shape)
-                elif kind_of(user) or (user.opcode == "tuple" and computation.startswith("%async_collective_fusion")):
-                    part = 0  # the links', or handed on
                 elif user.opcode == "dynamic-update-slice" and place == 0:
                     part = 0
                 elif self._same(user):
@@ -305,8 +277,6 @@ class _Walk:
         for part, output in zip(parts, outputs, strict=False):
             while self._same(part) and part.operands[0] in inner:
                 part = inner[part.operands[0]]
-            if kind_of(part) or (part.opcode == "parameter" and fused_part(one)):
-                continue
             if part.opcode == "dynamic-update-slice":
                 total += min(memory_bytes(output), shape_bytes(inner[part.operands[1]].shape))
             else:

@@ -269,6 +269,16 @@ def per_device(function: Callable[..., Any], rules: ShardingRules, operands: Any
     return jax.shard_map(function, in_specs=specs, out_specs=rules.spec(out_axes), check_vma=False)(*operands)
 
 
+def per_rows(function: Callable[[jax.Array, Any], jax.Array], rules: ShardingRules, x: jax.Array, w: Any) -> jax.Array:
+    """``function(x, w)`` on each device's own rows of x (B …), with the whole of a dense layer's weight. A plain call
+    where the mesh splits such weights, or rows unevenly."""
+    mesh = current_mesh()
+    split = split_by((*rules.heads, *rules.mlp, *rules.embed, *rules.latent, *rules.sequence))
+    if mesh is None or split or len(x) % math.prod(mesh.shape[name] for name in rules.batch):
+        return function(x, w)
+    return per_device(function, rules, (x, w), (("batch",), jax.tree.map(lambda _: (), w)), ("batch",))
+
+
 def split_rows(arrays: Any, parts: int, rules: ShardingRules, name: str) -> Any:
     """Each array (B …) as (parts B/parts …): row r goes to part r mod parts, so that every device has some of each.
 

@@ -300,7 +300,7 @@ def routed(model: Transformer, stats: RouterStats | None) -> dict[str, jax.Array
     """The routers' ``load`` (L E), where there are experts, and what was ``dropped`` (L) where they may drop."""
     if stats is None:
         return {}
-    dropped = {"dropped": stats.dropped} if model.compute.dispatch == "all_to_all" else {}
+    dropped = {"dropped": stats.dropped} if model.compute.dispatch != "gather" else {}
     return {"load": stats.load_E, **dropped}
 
 

@@ -23,7 +23,8 @@ COLUMNS = 128  # of a tile, 64 for each of two warp groups
 _BYTES = 180 * 1024  # of shared memory for steps under way
 TILES = 16, 32  # rows of a group's tile; with 64 what is read of x slows it below the kernel for many
 ROWS = 64  # that one matrix takes at most
-_PARTS = 16  # of a sum, at most
+_PARTS = 4  # of a sum, at most: what adds them up takes longer for more
+_LEFT = 4  # cores for small kernels that run beside it, which would wait for its end
 _WIDEST = 32768  # columns of one matrix's product
 
 
@@ -96,9 +97,9 @@ def refuses_dense(
 
 
 def _parts(across: int, steps: int, cores: int) -> int:
-    """Into how many parts a sum is split, so that all cores have some, and few have more than others: a core's tiles
+    """Into how many parts a sum is split, so that many cores have some, and few have more than others: a core's tiles
     one after another times what each takes, two steps more than its share."""
-    cost = lambda parts: -(-across * parts // cores) * (-(-steps // parts) + 2)  # noqa: E731
+    cost = lambda parts: -(-across * parts // max(cores - _LEFT, 1)) * (-(-steps // parts) + 2)  # noqa: E731
     return min(range(1, min(steps, _PARTS) + 1), key=cost)
 
 

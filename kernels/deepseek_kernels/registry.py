@@ -165,10 +165,9 @@ def choose(operation: str, target: Target, dtype: Any, *, implementation: str = 
 
     facts: of product those of ``hopper_few.refuses_dense`` and of ``hopper_by_head.refuses_by_head``, of grouped_matmul
     ``rows, groups, widths``, of both for FP8 ``weight``, of fp8_matmul those of ``fp8_on_hopper.refuses``; of
-    mla_attention and gqa_attention those of
-    ``attention_splash.refuses``, of mla_decode those of ``decode_hopper.refuses``, of router and
-    rms_norm those of ``router_hopper`` and ``norm_hopper``; of the others none. A slow choice is
-    logged once, with its reason.
+    mla_attention and gqa_attention those of ``attention_splash.refuses``, of mla_decode, router and rms_norm those of
+    ``refuses`` in ``decode_hopper``, ``router_hopper`` and ``norm_hopper``; of the others none. A slow choice is logged
+    once, with its reason.
 
     Raises:
       ValueError: an operation or implementation that does not exist, or one that cannot run there.

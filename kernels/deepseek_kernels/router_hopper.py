@@ -10,6 +10,7 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from deepseek_kernels import hopper_sizes
@@ -49,7 +50,7 @@ def scores_and_best(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _by_kernels(x_TD, w, bias_E, scoring):
     stack, layer = (w.stack, w.layer) if isinstance(w, InStack) else (w[None], 0)
-    bias_E = jnp.zeros(w.shape[1]) if bias_E is None else bias_E
+    bias_E = np.zeros(w.shape[1]) if bias_E is None else bias_E
     parts_PTE = _products(x_TD, stack, jnp.asarray(layer, jnp.int32).reshape(1))
     return _choose(parts_PTE, bias_E.astype(jnp.float32), scoring)
 

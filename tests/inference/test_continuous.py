@@ -1,5 +1,6 @@
 """Requests as they come, against the plain forward pass: whoever else comes, goes, or gives way."""
 
+import collections
 import concurrent.futures
 import dataclasses
 import functools
@@ -231,6 +232,48 @@ def test_no_request_waits_for_a_compiler():
     assert not [name for name in compiled if "compile" in name]
     assert made.metrics()["compiles"] == 0
     assert_right("v3", [*asked.values()])
+
+
+@pytest.mark.parametrize("carried_out", [False, True])
+def test_a_step_that_is_interrupted_is_done_again(carried_out, monkeypatch):
+    """While it is read in and while it is answered, before or behind what the device does."""
+    serving, asked = engine("v3"), dict[int, Asked]()
+    submit(serving, asked, Asked([5, 9, 2, 7, 30, 22, 8] * 3, GREEDY), Asked([8, 8, 1], GREEDY))
+    assert serving._requests is not None
+    programs, run = serving._requests.programs, serving._requests.programs.run
+
+    def interrupted(*given):
+        if carried_out:
+            run(*given)
+        raise KeyboardInterrupt
+
+    for _ in range(4):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(programs, "run", interrupted)
+            serving.step()
+        serving._requests.check()
+        step(serving, asked)
+    finish(serving, asked)
+    assert_right("v3", [*asked.values()])
+
+
+def test_who_comes_and_goes_while_the_engine_looks_is_given_up(monkeypatch):
+    """By another thread, between a look at who has come and one at who has gone."""
+    serving, late = engine("v3"), list[int]()
+
+    class Gone(collections.deque[int]):
+        def popleft(self) -> int:
+            if not late:
+                late.append(serving.submit([7, 8], GREEDY))
+                serving.cancel(late[0])
+            return super().popleft()
+
+    monkeypatch.setattr(serving._requests, "_gone", Gone([10**6]))
+    serving.step()
+    (number,), found = late, dict[int, str]()
+    while serving.busy:
+        found |= {event.number: event.finish_reason for event in serving.step()}
+    assert found == {number: "cancelled"}
 
 
 def test_any_thread_may_ask():

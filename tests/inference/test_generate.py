@@ -198,12 +198,17 @@ def test_experts_of_a_network_without_any_are_refused():
         run(tiny=dense, experts=True)
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(data=2, fsdp=2, expert=2), MeshConfig(fsdp=4, tensor=2)], ids=str)
-def test_each_device_answers_its_rows(mesh):
+SPREAD = MeshConfig(data=2, fsdp=2, expert=2)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "scan"), [(SPREAD, False), (SPREAD, True), (MeshConfig(fsdp=4, tensor=2), False)], ids=str
+)
+def test_each_device_answers_its_rows(mesh, scan):
     """On eight devices each decodes B / ways rows, in the compiled loop too, and the answers are one device's."""
     mesh = make_mesh(mesh)
     ways, prompts = mesh.size // mesh.shape["tensor"], PROMPTS * 3 + PROMPTS[:1]
-    compute = ComputeConfig(rules=sampling_rules(ShardingRules())).on(mesh)
+    compute = ComputeConfig(rules=sampling_rules(ShardingRules()), scan_decode=scan).on(mesh)
     requests = make_requests(prompts, SAMPLED, jax.random.key(3), pad_id=PAD, width=WIDTH, ways=ways)
     batch, width = 16, TINY.cache_numbers_per_token_layer
     assert requests.tokens_BP.shape[0] == batch
@@ -213,7 +218,7 @@ def test_each_device_answers_its_rows(mesh):
         out = generate(sampling_config(TINY), compute, *made, requests, experts=True)
     assert out.tokens_BN.addressable_shards[0].data.shape == (batch // ways, requests.answers)
     text = program.as_text() or ""
-    buffer = f"f32[{{}},{requests.columns},{width}]"
+    buffer = f"{',' if scan else '['}{{}},{requests.columns},{width}]"
     assert buffer.format(batch // ways) in text and buffer.format(batch) not in text
     if ways == mesh.size:  # no weight is gathered for a token; what top_k gathers is the router's scores
         loop = [line for line in text.splitlines() if "decode/while/body" in line]

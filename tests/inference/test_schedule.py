@@ -209,6 +209,25 @@ def test_a_long_prompt_delays_nobody():
         device.run(plan)
 
 
+@given(st.lists(st.lists(st.integers(1, 70), max_size=8), min_size=2, max_size=4).filter(any))
+def test_lanes_that_have_no_shape_in_common_are_read_one_after_the_other(lengths):
+    """Many short prompts beside a long one."""
+    config = ServingConfig(slots=8, pages=150, page=4, chunk=64)
+    buckets, plans = Buckets.of(config, 80, gathers=True), []
+    for some in lengths:
+        schedule = Schedule(config, buckets)
+        for number, length in enumerate(some):
+            schedule.submit(request(number, [number, *range(length)]))
+        plans.append(schedule.plan().pieces)
+    read = [[] for _ in plans]
+    for (rows, size), pieces in buckets.reads(plans):
+        assert (rows, size) in buckets.chunks and len(pieces) == len(plans)
+        for lane, some in enumerate(pieces):
+            assert len(some) <= rows and all(piece.count <= size for piece in some)
+            read[lane] += some
+    assert read == plans
+
+
 def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match="slots=0: must be at least 1"):
         ServingConfig(slots=0)

@@ -215,6 +215,11 @@ def test_fields_that_make_no_sense_are_refused(values, named):
         ComputeConfig(**values)
 
 
+def test_puts_are_refused_where_no_gpu_can_do_them():
+    with on(expert=2), pytest.raises(ValueError, match="dispatch='puts': it needs Hopper GPUs, not cpu.*all_to_all"):
+        run(Dispatch("puts"))
+
+
 def test_layouts_that_cannot_be_are_refused():
     with on(expert=4), pytest.raises(ValueError, match="dispatch_nodes=3 .* 4 devices.* 1, 2 or 4"):
         run(Dispatch("all_to_all", nodes=3))

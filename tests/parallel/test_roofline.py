@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.parallel.hlo import Module, collectives
+from deepseek_jax.parallel.hlo import Module
 from deepseek_jax.parallel.roofline import convolution_flops, dot_flops, estimate, short
 from deepseek_jax.parallel.topology import Links, Topology
 
@@ -110,56 +110,6 @@ def test_of_a_stack_laid_out_anew_within_a_fusion_one_layer_counts(links):
     layer = 2 * MEBI
     read, numbers = layer + 2 * layer, 2 * 4  # as float32; which layer it is, twice
     assert estimate(FUSED, links).memory_bytes == read + 2 * layer + numbers
-
-
-APART = """HloModule jit_f, is_scheduled=true, num_partitions=2
-
-%begin (a: bf16[1024,1024]) -> (bf16[1024,1024], bf16[2048,1024]) {
-  %a = bf16[1024,1024]{1,0} parameter(0)
-  %gather = bf16[2048,1024]{1,0} all-gather(%a), channel_id=7, replica_groups={{0,1}}, dimensions={0}
-  ROOT %both = (bf16[1024,1024]{1,0}, bf16[2048,1024]{1,0}) tuple(%a, %gather)
-}
-
-%async_collective_fusion.1 (b: bf16[1024,1024], c: bf16[2048,1024], x: bf16[512,1024]) -> \
-(bf16[512,1024], bf16[1024,1024], bf16[2048,1024]) {
-  %b = bf16[1024,1024]{1,0} parameter(0)
-  %c = bf16[2048,1024]{1,0} parameter(1)
-  %x = bf16[512,1024]{1,0} parameter(2)
-  %y = bf16[512,1024]{1,0} convolution(%x, %b), dim_labels=bf_io->bf
-  %gather.1 = bf16[2048,1024]{1,0} all-gather(%b), channel_id=7, replica_groups={{0,1}}, dimensions={0}
-  ROOT %all = (bf16[512,1024]{1,0}, bf16[1024,1024]{1,0}, bf16[2048,1024]{1,0}) tuple(%y, %b, %gather.1)
-}
-
-%end (d: bf16[1024,1024], e: bf16[2048,1024]) -> bf16[2048,1024] {
-  %d = bf16[1024,1024]{1,0} parameter(0)
-  %e = bf16[2048,1024]{1,0} parameter(1)
-  ROOT %gather.2 = bf16[2048,1024]{1,0} all-gather(%d), channel_id=7, replica_groups={{0,1}}, dimensions={0}
-}
-
-ENTRY %main (w: bf16[1024,1024], x: bf16[512,1024]) -> bf16[2048,1024] {
-  %w = bf16[1024,1024]{1,0} parameter(0)
-  %x.1 = bf16[512,1024]{1,0} parameter(1)
-  %async-collective-start = (bf16[1024,1024]{1,0}, bf16[2048,1024]{1,0}) fusion(%w), kind=kCustom, calls=%begin
-  %part = bf16[1024,1024]{1,0} get-tuple-element(%async-collective-start), index=0
-  %whole = bf16[2048,1024]{1,0} get-tuple-element(%async-collective-start), index=1
-  %work = (bf16[512,1024]{1,0}, bf16[1024,1024]{1,0}, bf16[2048,1024]{1,0}) fusion(%part, %whole, %x.1), kind=kOutput, \
-calls=%async_collective_fusion.1
-  %whole.1 = bf16[2048,1024]{1,0} get-tuple-element(%work), index=2
-  ROOT %async-collective-done = bf16[2048,1024]{1,0} fusion(%w, %whole.1), kind=kCustom, calls=%end, \
-metadata={op_name="jit(f)/all_gather"}
-}
-"""
-
-
-def test_a_collective_within_fusions_is_one_beside_their_work(links):
-    """It stands in the fusion that begins it, in those that work meanwhile, and in the one that ends it."""
-    chip, found = links.topology.chip, estimate(APART, links)
-    gather = 2 * MEBI / chip.link
-    work = max(2**30 / chip.flops, (2 + 1 + 1) * MEBI / chip.bandwidth)  # weights, rows and results, not the gathered
-    np.testing.assert_allclose((found.compute, found.exposed), (work, gather - work), rtol=1e-4)
-    (moved,) = found.traffic
-    assert (moved.times, moved.sent, moved.asynchronous) == (1, 2 * MEBI, True)
-    assert [(one.kind, one.times, one.asynchronous) for one in collectives(APART)] == [("all-gather", 1, True)]
 
 
 GROUPED = """HloModule jit_f, is_scheduled=true

@@ -148,7 +148,7 @@ def _join() -> None:
     from deepseek_jax.saying import say
 
     if (found := join_hosts()) is not None and not found.index:
-        say(f"joined the other processes, as {found.by} says" + (f": {found.processes}" if found.processes else ""))
+        say(f"joined the other processes, by {found.by}" + (f": {found.processes}" if found.processes else ""))
 
 
 def _version() -> str:

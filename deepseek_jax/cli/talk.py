@@ -92,9 +92,12 @@ class Answering:
 
 
 def _mesh(config: MeshConfig) -> Mesh:
-    """Over as many devices as its axes take, the first ones; over all where ``data`` takes what the others leave."""
+    """Over as many devices as its axes take, the first ones; over all where ``data`` takes what the others leave, as it
+    does with several processes where it is not given."""
+    if jax.process_count() > 1:
+        return make_mesh(dataclasses.replace(config, data=0) if config.data == 1 else config)
     count = math.prod(getattr(config, axis) for axis in AXES)
-    return make_mesh(config, jax.devices()[:count] if count and jax.process_count() == 1 else None)
+    return make_mesh(config, jax.devices()[:count] if count else None)
 
 
 @dataclasses.dataclass(frozen=True)

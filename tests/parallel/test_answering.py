@@ -31,7 +31,7 @@ from deepseek_jax.cli.main import main
 said = {"scores": scores(), "judged": judged()}
 for name, command in COMMANDS.items():
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-        code = main([*command, "--mesh.data", "0", "--mesh.expert", "2"])
+        code = main([*command, "--mesh.expert", "2"])
     said[name] = code, out.getvalue(), err.getvalue()
 Path(f"said.{jax.process_index()}").write_text(json.dumps(said))
 """

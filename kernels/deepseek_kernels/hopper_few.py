@@ -23,8 +23,8 @@ COLUMNS = 128  # of a tile, 64 for each of two warp groups
 _BYTES = 180 * 1024  # of shared memory for steps under way
 TILES = 16, 32  # rows of a group's tile; with 64 what is read of x slows it below the kernel for many
 ROWS = 64  # that one matrix takes at most
-_PARTS = 4  # of a sum, at most: what adds them up takes longer for more
-_LEFT = 4  # cores for small kernels that run beside it, which would wait for its end
+_PARTS = 16  # of a sum, at most; of up to 8 rows 4: for them what adds the parts up counts
+_LEFT = 4  # cores that such leave to small kernels beside them, which would wait for their end
 _WIDEST = 32768  # columns of one matrix's product
 
 
@@ -64,7 +64,8 @@ def dense_product(
     """``y = x @ w[layer]`` of at most ``ROWS`` rows. The sums' parts, float32, are added up by what reads them."""
     (rows, depth), width = x_TD.shape, w_LDF.shape[2]
     blocks_M = jnp.stack([jnp.asarray(layer, jnp.int32), jnp.int32(1)])
-    parts = _parts(pl.cdiv(width, COLUMNS), depth // STEP, cores or CORES)
+    most, left = (4, _LEFT) if rows <= 8 else (_PARTS, 0)
+    parts = _parts(pl.cdiv(width, COLUMNS), depth // STEP, max((cores or CORES) - left, 1), most)
     dtype = x_TD.dtype if parts == 1 else jnp.dtype(jnp.float32)
     y_PRF = _product(whole_rows(x_TD)[None], w_LDF, blocks_M, parts=parts, dtype=dtype, cores=cores)[:, :rows]
     return functools.reduce(jnp.add, y_PRF).astype(x_TD.dtype)
@@ -96,11 +97,11 @@ def refuses_dense(
     return "" if devices == 1 else f"it needs one device, not {devices}"
 
 
-def _parts(across: int, steps: int, cores: int) -> int:
+def _parts(across: int, steps: int, cores: int, most: int) -> int:
     """Into how many parts a sum is split, so that many cores have some, and few have more than others: a core's tiles
     one after another times what each takes, two steps more than its share."""
-    cost = lambda parts: -(-across * parts // max(cores - _LEFT, 1)) * (-(-steps // parts) + 2)  # noqa: E731
-    return min(range(1, min(steps, _PARTS) + 1), key=cost)
+    cost = lambda parts: -(-across * parts // cores) * (-(-steps // parts) + 2)  # noqa: E731
+    return min(range(1, min(steps, most) + 1), key=cost)
 
 
 def stages(steps: int, tile_rows: int, sizes: Sizes = HOPPER["few"]) -> int:

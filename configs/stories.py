@@ -6,8 +6,8 @@
     tail -n 60 one.jsonl >test.jsonl; tail -n 60 two.jsonl >>test.jsonl
     deepseek-jax grpo stories --init-from DIR --task.path train.jsonl --evaluation.task.path test.jsonl
 
-No numbers of the test are in the training rows. SmolLM2-135M-Instruct on an H100, three seeds at once, 60 steps at 3e-5
-in bfloat16: 198 s, greedy 22.5 → 54–75 %, sampled 3.3 → 53–72 % (docs/results/r1-smollm2.md).
+No numbers of the test are in the training rows. SmolLM2-135M-Instruct on an H200, 60 steps at 3e-5 in bfloat16: 80 s,
+greedy 23 → 35–47 %, sampled 2.6 → 37–43 % on three seeds (docs/results/r1-smollm2.md).
 """
 
 from deepseek_jax.rl.rollout import RolloutConfig

@@ -12,6 +12,7 @@ shows, with this repository and its kernels/ on PYTHONPATH.
 
 import argparse
 import dataclasses
+import functools
 import math
 import os
 import tempfile
@@ -94,8 +95,16 @@ class Exchange:
     def mesh(self):
         return make_mesh(MeshConfig(expert=self.ways))
 
-    def hop(self) -> Hop:
-        return Hop(("expert",), [[*range(self.ways)]], jax.lax.axis_index("expert"), self.ways, self.own, self.rows)
+    def hop(self, how: str = "all_to_all") -> Hop:
+        here = jax.lax.axis_index("expert")
+        axis = "expert" if how == "puts" else ""
+        return Hop(("expert",), [[*range(self.ways)]], here, self.ways, self.own, self.rows, axis)
+
+    def around(self, how: Any, x: jax.Array, weights: jax.Array, experts: jax.Array) -> jax.Array:
+        """There and back, nothing between but what keeps a compiler from leaving either out."""
+        local = lambda x, w, e: x * (1 + jnp.max(e, axis=1, keepdims=True) // self.experts).astype(x.dtype)  # noqa: E731
+        options: dict[str, Any] = {"dispatch": Dispatch(how, 1.0)}
+        return by_copies(local, (x, weights, experts), ("expert",), self.ways, self.own, **options)[0]
 
     def on_devices(self, function: Callable[..., Any], operands: int, out: Any = EXPERT) -> Any:
         specs = {"in_specs": (EXPERT,) * operands, "out_specs": out}
@@ -160,18 +169,20 @@ def dispatch(small: bool) -> None:
     keys = experts[:, : min(it.ways, it.top)].reshape(-1)
     clock("  a sort of as many keys", it.on_devices(jnp.sort, 1), keys)
     there = it.on_devices(lambda x, w, e: it.hop().there(x, w, e)[0], 3)
-    options: dict[str, Any] = {"sent": copies_sent, "predicted": 0.08 + 2 * row + swap_ms}
-    here = clock("DISPATCH, all_to_all", there, x, weights, experts, **options)
+    here = tried("dispatching", lambda: there(x, weights, experts))
     if laid and here:
         say(f"  choices dropped: {float(np.sum(laid[1])) / experts.size:.2%}")
         clock("  gathering rows", it.on_devices(gather_rows, 2), x, laid[0], predicted=2 * row)
         clock("  summing rows", it.on_devices(sum_rows, 2), here[0], laid[0], predicted=1.5 * row)
-        back = it.on_devices(lambda y, copies: it.hop().back(y, copies), 2)
-        clock("COMBINE, all_to_all", back, here[0], laid[0], sent=copies_sent, predicted=1.5 * row + swap_ms)
-    options = dict(axes=("expert",), ways=it.ways, own=it.own, dispatch=Dispatch("all_to_all", 1.0))
-    around = lambda *given: by_copies(lambda x, w, e: x + 1, given, **options)[0]  # noqa: E731
-    clock("both, all_to_all", it.on_devices(around, 3), x, weights, experts, sent=2 * copies_sent)
-    clock("both, all_to_all, forward and backward", it.on_devices(squared(around), 3), x, weights, experts)
+        for how in ("all_to_all", "puts"):
+            sends: dict[str, Any] = {"sent": copies_sent, "predicted": 0.08 + 2 * row + swap_ms}
+            run = it.on_devices(lambda x, w, e, how=how: it.hop(how).there(x, w, e)[0], 3)
+            clock(f"DISPATCH, {how}", run, x, weights, experts, **sends)
+            run = it.on_devices(lambda y, copies, how=how: it.hop(how).back(y, copies), 2)
+            clock(f"COMBINE, {how}", run, here[0], laid[0], sent=copies_sent, predicted=1.5 * row + swap_ms)
+            around = functools.partial(it.around, how)
+            clock(f"both, {how}", it.on_devices(around, 3), x, weights, experts, sent=2 * copies_sent)
+            clock(f"both, {how}, forward and backward", it.on_devices(squared(around), 3), x, weights, experts)
     gather = it.on_devices(lambda *given: [jax.lax.all_gather(a, "expert", tiled=True) for a in given], 3)
     every = clock("DISPATCH, gather", gather, x, weights, experts, sent=all_sent, predicted=gather_ms)
     scatter = it.on_devices(lambda y: jax.lax.psum_scatter(y, "expert", tiled=True), 1)

@@ -7,9 +7,7 @@ rest is given to a new one, which finds the programs in the compilation cache.
 
 import argparse
 import concurrent.futures
-import contextlib
 import dataclasses
-import fcntl
 import functools
 import gc
 import itertools
@@ -182,26 +180,15 @@ def work(rows: list[Row], small: bool) -> None:
         programs = [(row, attempt(row, functools.partial(program, row))) for row in some]
         concurrent.futures.wait([its[2] for _, its in programs if its])
         say(doing=f"compiled {len(programs)} programs, {time.monotonic() - began:.0f} s")
-        with alone():
-            while programs:
-                row, its = programs.pop(0)
-                if its:
-                    say(begun=row.name)
-                    attempt(
-                        row,
-                        lambda row=row, its=its: say(done=row.name, found=run(row, its[0], its[1], its[2].result())),
-                    )
-                del its
-                gc.collect()
-
-
-@contextlib.contextmanager
-def alone() -> Iterator[None]:
-    """Hold the devices, where ``BENCH_MESH_LOCK`` names a file: several of these processes can compile side by side."""
-    with open(os.environ.get("BENCH_MESH_LOCK", os.devnull), "w") as lock:
-        if "BENCH_MESH_LOCK" in os.environ:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        while programs:
+            row, its = programs.pop(0)
+            if its:
+                say(begun=row.name)
+                attempt(
+                    row, lambda row=row, its=its: say(done=row.name, found=run(row, its[0], its[1], its[2].result()))
+                )
+            del its
+            gc.collect()
 
 
 def turn(row: Row, cards: int) -> int:

@@ -107,6 +107,8 @@ def compile_for(recipe: PretrainConfig, topology: Topology, work: Work = "train"
     facts["compile_seconds"] = time.perf_counter() - began
     total, text = _peak(compiled, topology.platform), compiled.as_text()
     assert text
+    if topology.platform == "tpu":  # it was taken, so it fits; what is said to live at once is a little above that
+        total = min(total, facts["available"])
     rest = total - sum(memory.values())
     if "gradients" in memory:  # as many as there is room for, where they are never there all at once
         memory["gradients"] = max(0, memory["gradients"] + min(0, rest))

@@ -83,11 +83,11 @@ class RMSNorm(nnx.Module):
         *,
         eps: float | None = None,
     ):
-        self.eps, self.target = config.rms_norm_eps if eps is None else eps, compute.kernels
+        self.eps, self.compute = config.rms_norm_eps if eps is None else eps, compute
         self.gain = nnx.Param(jnp.ones(width, compute.param_dtype), axes=(axis,))
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        return rms_norm(x, self.gain[...], self.eps, target=self.target)
+        return rms_norm(x, self.gain[...], self.eps, target=self.compute.kernels)
 
 
 class SwiGLU(nnx.Module):

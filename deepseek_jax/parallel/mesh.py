@@ -131,7 +131,7 @@ def _in_blocks(sizes: list[int], blocks: tuple[int, ...], devices: Sequence[Any]
 
 def _torus(devices: Sequence[Any]) -> np.ndarray:
     """The devices by their places: chips along each dimension, and the devices of a chip."""
-    if any(getattr(device, "coords", None) is None for device in devices):
+    if any(device.platform != "tpu" for device in devices):
         raise ValueError(f"blocks: only TPUs lie in a torus, not {devices[0].device_kind}")
     places = np.array([(*device.coords, device.core_on_chip) for device in devices])
     places -= places.min(axis=0)

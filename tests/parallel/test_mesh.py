@@ -40,6 +40,7 @@ class Fake:
     id: int
     process_index: int
     platform: str = "gpu"
+    coords: tuple[int, ...] = (0, 0, 0)  # a GPU of a topology has them too
     device_kind: str = "NVIDIA H100"
 
 

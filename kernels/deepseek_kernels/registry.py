@@ -220,6 +220,8 @@ _TYPICAL: dict[str, dict[str, Any]] = {
     "mla_attention": _ROWS | {"key_width": 192, "value_width": 128},
     "gqa_attention": _ROWS | {"key_width": 128, "value_width": 128},
     "mla_decode": {"by_column": True, "queries": 1, "keys": 4096, "key_width": 576, "value_width": 512},
+    "router": {"tokens": 4096, "weight": jax.ShapeDtypeStruct((2048, 64), jnp.float32), "limited": False},
+    "rms_norm": {"rows": 4096, "width": 2048, "devices": 1},
 }
 
 

@@ -5,7 +5,8 @@
 
 A device has an eighth of the experts, to which tokens come, and of all that a train step keeps: float32 masters and
 bfloat16 moments, 38 GB. Decoding keeps attention and the dense layer whole on each, in bfloat16. Jax must be given
-nearly all memory: XLA_PYTHON_CLIENT_MEM_FRACTION=0.95. It has no data: it is there to be timed.
+nearly all memory: XLA_PYTHON_CLIENT_MEM_FRACTION=0.93. Not run on GPUs yet; predictions stand in docs/results/gpus.md.
+It has no data: it is there to be timed.
 """
 
 import dataclasses

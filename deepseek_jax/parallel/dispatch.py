@@ -25,7 +25,8 @@ Local = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Dispatch:
-    """How tokens come to their experts: three of ComputeConfig's fields, and the groups that the router chooses from.
+    """How tokens come to their experts: three of ComputeConfig's fields, the groups that the router chooses from, and
+    what puts are for.
 
     A token's experts all lie in ``chosen_groups`` of ``groups`` groups, of experts that follow one another.
     """
@@ -95,7 +96,7 @@ def by_copies(
     def to_devices(x_TD, weights_TK, experts_TK):
         groups = [[node * inside + i for i in range(inside)] for node in range(dispatch.nodes)]
         rows = dispatch.rows(count * dispatch.nodes, top, ways)
-        rows = rows if dispatch.nodes == 1 else min(len(x_TD), rows)
+        rows = rows if puts else min(len(x_TD), rows)
         hop = Hop(axes, groups, place % inside, inside, own, rows, puts)
         return hop(lambda *copies: (local(*copies), jnp.float32(0)), x_TD, weights_TK, experts_TK)
 

@@ -20,7 +20,7 @@ from deepseek_jax.inference.requests import make_requests
 from deepseek_jax.inference.rows import Rows
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.schedule import ServingConfig
-from deepseek_jax.inference.weights import sampling_config
+from deepseek_jax.inference.weights import sampling_compute, sampling_config
 from deepseek_jax.model import transformer
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
 from deepseek_jax.train.losses import LanguageModelLoss
@@ -104,6 +104,23 @@ def test_kernels_on_a_mesh(axes, target, platform):
         assert of_tpu(text) == (6, 1, 2)
     else:
         assert of_hopper(text) == (2, 2)
+
+
+def test_a_device_of_a_mesh_decodes_with_one_devices_kernels():
+    """Of 64 rows eight; dense products too read a layer's weights where they lie."""
+
+    def calls() -> int:
+        config = sampling_config(load_recipe("models/deepseek_v2_lite", ModelConfig))
+        config = dataclasses.replace(config, num_hidden_layers=3)
+        compute = ComputeConfig(dtype="bfloat16", target="cuda:9.0:132", scan_decode=True)
+        params, bias = transformer.abstract_arrays(config, ComputeConfig(param_dtype="bfloat16"))
+        requests = make_requests([[1, 2, 3]] * 64, SamplingParams(max_tokens=64), pad_id=2)
+        traced = generate.trace(config, sampling_compute(compute), params, bias, requests)
+        return traced.lower(lowering_platforms=("cuda",)).as_text().count("custom_call @mosaic_gpu")
+
+    alone = calls()
+    with jax.set_mesh(make_mesh(MeshConfig(data=8))):
+        assert calls() == alone > 0
 
 
 @pytest.mark.parametrize(("target", "platform"), TARGETS)

@@ -21,7 +21,7 @@ from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.schedule import ServingConfig
 from deepseek_jax.inference.weights import sampling_compute, sampling_config, sampling_weights, with_copies
 from deepseek_jax.model import transformer
-from deepseek_jax.parallel.copies import check_places
+from deepseek_jax.parallel.copies import as_places, check_places
 from deepseek_jax.parallel.processes import gather, require_one_process, require_own_rows, together
 from deepseek_jax.parallel.sharding import ShardingRules
 
@@ -72,7 +72,7 @@ class Engine:
         self.compute = sampling_compute(model.compute)
         if rules is not None:
             self.compute = dataclasses.replace(self.compute, rules=rules)
-        self._places = None if placement is None else np.array(placement, np.int32)
+        self._places = None if placement is None else as_places(placement)
         if self._places is not None:
             if self.compute.scan_decode:
                 raise ValueError("placement: with compute.scan_decode layers stay in their stacks")

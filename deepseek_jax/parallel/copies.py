@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,14 @@ def read_placement(path: str | Path, dense_layers: int) -> list[list[int]]:
     if not isinstance(rows, list):
         raise ValueError(f"{path} has no physical_to_logical_map: expected a file that deepseek-jax place has written")
     return rows[dense_layers:]
+
+
+def as_places(placement: Sequence[Sequence[int]]) -> Int[np.ndarray, "L P"]:
+    """As an array. ValueError where layers have unequal numbers of places."""
+    sizes = sorted({np.size(row) for row in placement})
+    if len(sizes) > 1:
+        raise ValueError(f"a placement with layers of {sizes} places: expected as many in each")
+    return np.array(placement, np.int32).reshape(len(placement), -1)
 
 
 def check_places(expert_LP: Int[np.ndarray, "L P"], layers: int, experts: int, ways: int) -> None:

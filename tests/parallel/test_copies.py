@@ -67,9 +67,10 @@ def test_matrices_in_fp8_go_with_their_scales():
 def test_placements_of_other_models_and_meshes_are_refused():
     mesh = make_mesh(MeshConfig(expert=8))
     for placement, message in (
-        (PLACES.repeat(2, 0), "a placement of 2 layers, and the model has 1 with experts"),
-        (np.where(PLACES == 3, 2, PLACES), r"MoE layer 0: expected each of 0…7 in a place or more"),
-        (PLACES, "12 places are not split over 8 devices; the nearest is 16"),
+        (PLACES.repeat(2, 0).tolist(), "a placement of 2 layers, and the model has 1 with experts"),
+        (np.where(PLACES == 3, 2, PLACES).tolist(), r"MoE layer 0: expected each of 0…7 in a place or more"),
+        (PLACES.tolist(), "12 places are not split over 8 devices; the nearest is 16"),
+        ([[0, 1], [0]], r"a placement with layers of \[1, 2\] places"),
     ):
         with pytest.raises(ValueError, match=message):
-            Engine(whole(TINY, *weights(TINY), tokenizer(), mesh), placement=placement.tolist())
+            Engine(whole(TINY, *weights(TINY), tokenizer(), mesh), placement=placement)

@@ -128,7 +128,7 @@ class _Walk:
         """(A collective and where its operands are, which begins here); (None, …) of what else runs apart."""
         if kind_of(one):
             return one, computation
-        if one.opcode in ("async-start", "call-start", "copy-start", "fusion"):
+        if one.opcode in ("async-start", "call-start", "copy-start", "fusion", "fusion-start"):
             for name in one.called:
                 for inner in self.module.computations[name].values():
                     if kind_of(inner, name):

@@ -132,6 +132,30 @@ def test_tiles_of_no_group_take_no_time(links):
     assert estimate(GROUPED, links, grouped_rows=lambda rows, groups: 2 * rows).flops == whole
 
 
+def test_a_fusion_that_runs_apart_moves_what_it_writes(links):
+    """As XLA for GPUs puts a layer into its stack."""
+    put = """HloModule jit_g, is_scheduled=true
+
+%put (stack: f32[64,1024,1024], layer: f32[1,1024,1024], place: s32[]) -> f32[64,1024,1024] {
+  %stack = f32[64,1024,1024]{2,1,0} parameter(0)
+  %layer = f32[1,1024,1024]{2,1,0} parameter(1)
+  %place = s32[] parameter(2)
+  ROOT %out = f32[64,1024,1024]{2,1,0} dynamic-update-slice(%stack, %layer, %place, %place, %place)
+}
+
+ENTRY %main (s: f32[64,1024,1024], x: f32[1,1024,1024], i: s32[]) -> f32[64,1024,1024] {
+  %s = f32[64,1024,1024]{2,1,0} parameter(0)
+  %x = f32[1,1024,1024]{2,1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %start = ((f32[64,1024,1024]{2,1,0}, f32[1,1024,1024]{2,1,0}, s32[]), f32[64,1024,1024]{2,1,0}) \
+fusion-start(%s, %x, %i), kind=kLoop, calls=%put
+  ROOT %done = f32[64,1024,1024]{2,1,0} fusion-done(%start)
+}
+"""
+    found = estimate(put, links)
+    np.testing.assert_allclose(found.seconds, 2 * 4 * MEBI / links.topology.chip.bandwidth, rtol=1e-6)
+
+
 def test_flops_of_products_in_xlas_own_count():
     """XLA's count of the same programs: dots of any axes, and convolutions with windows, strides and dilations."""
     arrays = [jnp.zeros(shape, jnp.float32) for shape in ((4, 8, 16), (4, 16, 32), (2, 9, 9, 3), (3, 3, 3, 5))]

@@ -26,9 +26,10 @@ def longest_kernels(call: Callable[[], Any], folder: str) -> tuple[list[Kernel],
 
 def kernels_of(devices: list[list[Event]]) -> tuple[list[Kernel], float]:
     """The same of the events of each device."""
-    seconds, calls = collections.Counter[str](), collections.Counter[str]()
+    seconds, calls = collections.defaultdict[str, float](float), collections.Counter[str]()
     for event in (event for events in devices for event in events):
         seconds[event.name] += (event.end - event.begin) / 1e9
         calls[event.name] += 1
     longest = max((span(events) / 1e9 for events in devices), default=0.0)
-    return [Kernel(name, spent, calls[name]) for name, spent in seconds.most_common()], longest
+    longest_first = sorted(seconds.items(), key=lambda item: -item[1])
+    return [Kernel(name, spent, calls[name]) for name, spent in longest_first], longest

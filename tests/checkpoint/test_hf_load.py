@@ -91,8 +91,11 @@ def test_kept_fp8_computes_the_same(fp8):
 def test_each_device_of_a_mesh_gets_its_part(fp8):
     folder, _ = fp8
     axes = transformer.logical_axes(cases.FP8)
-    for dtype, sizes in (("bfloat16", {"tensor": 2}), ("float8_e4m3", {"data": 2})):
-        mesh = make_mesh(MeshConfig(fsdp=2, expert=2, **sizes))
+    for dtype, more in (
+        ("bfloat16", MeshConfig(fsdp=2, expert=2, tensor=2)),
+        ("float8_e4m3", MeshConfig(data=2, fsdp=2, expert=2)),
+    ):
+        mesh = make_mesh(more)
         spread = load_hf(folder, mesh=mesh, dtype=dtype)
         cases.assert_same(spread, load_hf(folder, dtype=dtype))
         assert spread.moe_layers is not None

@@ -37,7 +37,7 @@ MODEL = config(
 ROWS, COLUMNS, CHUNK = 8, 512, 128
 
 
-def step_text(sizes: dict[str, int], rules: dict[str, Any], topology: str = "v5p:2x2x2", **step: Any) -> str:
+def step_text(sizes: dict[str, Any], rules: dict[str, Any], topology: str = "v5p:2x2x2", **step: Any) -> str:
     mesh = make_mesh(MeshConfig(**sizes), topologies.get_topology_desc(topology, "tpu").devices)
     rules_of = ShardingRules(**rules)
     compute = ComputeConfig(dtype="bfloat16", remat="full", rules=rules_of).on(mesh)

@@ -58,7 +58,7 @@ def run(dispatch: Dispatch = Dispatch(), chosen=None, rules: ShardingRules = RUL
     return jax.jit(jax.grad(loss, (0, 1, 2, 3), has_aux=True))(x, weights, wi, wo)[::-1]
 
 
-def on(**axes: int) -> Any:
+def on(**axes: Any) -> Any:
     return jax.set_mesh(make_mesh(MeshConfig(**axes), devices=jax.devices()[: math.prod(axes.values())]))
 
 
@@ -240,7 +240,7 @@ def test_layouts_that_cannot_be_are_refused():
 ROWS, WIDE, HIDDEN, MANY, TOP = 128, 1024, 256, 8, 6
 
 
-def program(devices, axes: dict[str, int], dispatch: Dispatch, dtype: str) -> str:
+def program(devices, axes: dict[str, Any], dispatch: Dispatch, dtype: str) -> str:
     """The HLO of value and gradients of a layer's experts."""
     mesh = make_mesh(MeshConfig(**axes), devices)
     rows = (ROWS * 4, 1)

@@ -26,8 +26,8 @@ ROWS, COLUMNS = 24, 20  # no width of the model, nor their product
 
 
 @functools.cache
-def program(chunk: int = 5, **sizes: int) -> str:
-    mesh = make_mesh(MeshConfig(**{"data": 1} | sizes))
+def program(chunk: int = 5, data: int = 1, **sizes: Any) -> str:
+    mesh = make_mesh(MeshConfig(data=data, **sizes))
     optimizer, compute = make_optimizer(OptimizerConfig(), MODEL, 10), ComputeConfig()
     state = abstract_state(MODEL, optimizer, mesh, compute=compute)
     place = named_sharding(mesh, ("batch", "sequence"), (ROWS, COLUMNS))

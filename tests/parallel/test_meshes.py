@@ -49,7 +49,7 @@ AXES = ("data", "fsdp", "expert", "context", "tensor")
 SINGLE = [{axis: 8} for axis in AXES]
 PAIRS = [{a: 2, b: 4} if (a, b) != ("data", "tensor") else {a: 4, b: 2} for a, b in itertools.combinations(AXES, 2)]
 TRIPLES = [dict.fromkeys(axes, 2) for axes in itertools.combinations(AXES[1:], 3)]
-MESHES = {named(**sizes): sizes for sizes in (*SINGLE, *PAIRS, *TRIPLES)}
+MESHES: dict[str, dict[str, Any]] = {named(**sizes): {"data": 1} | sizes for sizes in (*SINGLE, *PAIRS, *TRIPLES)}
 ALL = dict.fromkeys(AXES[1:], 2)
 
 # What takes part in every run: eight meshes for a V3, the two others as far as they may differ there.
@@ -107,7 +107,7 @@ def assert_same(found: Any, expected: Any) -> None:
 
 @pytest.mark.parametrize("name, model, dispatch", cases(MESHES, MODELS, DISPATCH, always=IN_CI))
 def test_three_steps_are_those_of_one_device(name, model, dispatch):
-    found = three_steps(model, dispatch, make_mesh(MeshConfig(**{"data": 1} | MESHES[name])))
+    found = three_steps(model, dispatch, make_mesh(MeshConfig(**MESHES[name])))
     expected = three_steps(model)
     assert all(step[3]["finite"] == 1 for step in expected)
     assert model == "v2" or not np.array_equal(expected[0][2], expected[-1][2])  # the bias moves
@@ -135,7 +135,7 @@ def answers(model: str, mesh=ONE) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("name, model", cases(MESHES, SPEAKERS, always=SAMPLING_IN_CI))
 def test_answers_are_those_of_one_device(name, model):
-    found, expected = answers(model, make_mesh(MeshConfig(**{"data": 1} | MESHES[name]))), answers(model)
+    found, expected = answers(model, make_mesh(MeshConfig(**MESHES[name]))), answers(model)
     np.testing.assert_array_equal(found[0], expected[0])
     np.testing.assert_allclose(found[1], expected[1], atol=1e-5)
 

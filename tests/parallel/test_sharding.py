@@ -1,5 +1,7 @@
 """Logical axes to mesh axes: where arrays go, and the splits that are refused."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -113,7 +115,7 @@ def test_rows_are_kept_on_gpus_that_split_the_width():
     """Of the gradient too; elsewhere nothing is asked of the compiler."""
     x, rules = jnp.ones((4, 6)), ShardingRules()
 
-    def asked(platform: str, **mesh: int) -> int:
+    def asked(platform: str, **mesh: Any) -> int:
         with jax.set_mesh(make_mesh(MeshConfig(**mesh))):
             gradient = jax.grad(lambda x: jnp.sum(by_rows(jnp.sin(x), rules, platform) ** 2))
             return str(jax.make_jaxpr(gradient)(x)).count("layout_constraint")

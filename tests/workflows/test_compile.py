@@ -115,6 +115,8 @@ def test_v3_at_full_depth_fits_1024_v5p(tmp_path):
     over fsdp, gathered twice, and gate and up's gradients scattered; all to the byte."""
     if not (LIBTPU.exists() or found("libtpu")):
         pytest.skip("it needs libtpu: python -m deepseek_kernels.compile_tpu --install")
+    if os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 22e9:
+        pytest.skip("the compiler needs 20 GB of free memory")
     done = told(tmp_path, "--topology", "v5p:8x8x16", "--json", recipe="pods/v3:v5p", limit=8900)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout)

@@ -89,6 +89,7 @@ def configurations() -> list[type]:
 
 
 SIGNED = {("RejectionConfig", "judge_least")}
+SIGNED |= {("SamplingParams", "presence_penalty"), ("SamplingParams", "frequency_penalty")}
 NEEDED = {"LoopConfig": {"steps": 1}, "ModelBench": {"recipe": PretrainConfig()}, "_Eval": {"run": "x"}}
 NEEDED["Compile"] = NEEDED["ModelBench"]
 

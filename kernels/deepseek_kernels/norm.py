@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from deepseek_kernels import norm_hopper
 from deepseek_kernels.registry import choose
 from deepseek_kernels.target import Target, devices
-from deepseek_kernels.weights import InStack, Weight, stored_gradient
+from deepseek_kernels.weights import Weight, stack_and_layer, stored_gradient
 
 
 def rms_norm(
@@ -39,8 +39,7 @@ def _plain(x, gain, eps):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _by_kernel(x_TD, gain, eps):
-    stack, layer = (gain.stack, gain.layer) if isinstance(gain, InStack) else (gain[None], 0)
-    return norm_hopper.normalise(x_TD, stack, layer, eps)
+    return norm_hopper.normalise(x_TD, *stack_and_layer(gain), eps)
 
 
 def _forward(x_TD, gain, eps):

@@ -18,7 +18,14 @@ from deepseek_kernels.fp8_matmul import fp8_matmul
 from deepseek_kernels.fp8_on_hopper import facts as fp8_facts
 from deepseek_kernels.registry import choose
 from deepseek_kernels.target import Target, devices
-from deepseek_kernels.weights import Columns, InStack, Weight, as_it_lies, block_scaled, stored_gradient
+from deepseek_kernels.weights import (
+    Columns,
+    Weight,
+    as_it_lies,
+    block_scaled,
+    stack_and_layer,
+    stored_gradient,
+)
 
 
 def product(
@@ -162,13 +169,13 @@ def _parse(equation: str, x_shape: tuple[int, ...], w_shape: tuple[int, ...]) ->
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5, 6))
 def _product(x, w, form, dtype, precision, name, cores):
     if name == "hopper_by_head":
-        stack, layer = _in_stack(_whole(w))
+        stack, layer = stack_and_layer(_whole(w))
         columns, transposed = (_first(w), _first(w) + w.shape[-1]), form.w[2] == form.summed
         x_THD = x.reshape(-1, *x.shape[-2:])
         y = hopper_by_head.product_by_head(x_THD, stack, layer, columns, transposed=transposed, cores=cores)
         return y.reshape(*x.shape[:-1], -1)
     if name == "hopper":
-        rows, (stack, layer) = x.shape[: len(form.rows)], _in_stack(w)
+        rows, (stack, layer) = x.shape[: len(form.rows)], stack_and_layer(w)
         x = x.reshape(math.prod(rows), -1)
         y = hopper_few.dense_product(x, stack.reshape(len(stack), x.shape[1], -1), layer, cores=cores)
         return y.reshape(*rows, *w.shape[len(form.summed) :])
@@ -194,10 +201,6 @@ def _whole(w: Weight) -> Any:
 
 def _first(w: Weight) -> int:
     return w.start if isinstance(w, Columns) else 0
-
-
-def _in_stack(w: Any) -> tuple[Any, Any]:
-    return (w.stack, w.layer) if isinstance(w, InStack) else (w[None], 0)
 
 
 def _forward(x, w, form, dtype, precision, name, cores):

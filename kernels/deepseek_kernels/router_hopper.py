@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from deepseek_kernels import hopper_sizes
 from deepseek_kernels.hopper_tiles import swizzled
 from deepseek_kernels.target import Target
-from deepseek_kernels.weights import InStack, Weight, as_it_lies, stored_gradient
+from deepseek_kernels.weights import Weight, as_it_lies, stack_and_layer, stored_gradient
 
 TOKENS = 64  # at most
 _EXPERTS = 64, 128
@@ -49,7 +49,7 @@ def scores_and_best(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _by_kernels(x_TD, w, bias_E, scoring):
-    stack, layer = (w.stack, w.layer) if isinstance(w, InStack) else (w[None], 0)
+    stack, layer = stack_and_layer(w)
     bias_E = np.zeros(w.shape[1]) if bias_E is None else bias_E
     parts_PTE = _products(x_TD, stack, jnp.asarray(layer, jnp.int32).reshape(1))
     return _choose(parts_PTE, bias_E.astype(jnp.float32), scoring)

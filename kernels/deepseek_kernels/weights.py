@@ -81,6 +81,11 @@ def as_it_lies(w: Weight, dtype: Any) -> bool:
     return in_stack(w, dtype) or (isinstance(w, jax.Array) and w.dtype == dtype)
 
 
+def stack_and_layer(w: Any) -> tuple[Any, Any]:
+    """What a kernel reads a layer of: w's stack and its number there, or w as the only one of a stack."""
+    return (w.stack, w.layer) if isinstance(w, InStack) else (w[None], 0)
+
+
 def stored_gradient(w: Weight, gradient: Callable[[], jax.Array]) -> Any:
     """The gradient, float32 and of ``w.shape``, as the cotangent of w: in the stored dtype. What is stored in blocks or
     as integers has none, and it is not computed."""

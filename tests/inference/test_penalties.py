@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import jaxprs_in_params
+from inference.jaxprs import always_run
 
 from deepseek_jax.inference.penalties import Wishes, adjusted
 from deepseek_jax.inference.requests import make_requests
@@ -46,14 +46,7 @@ def test_penalties_and_biases_are_those_of_the_definition():
 def test_nothing_is_counted_where_no_row_asks():
     given = jnp.zeros((B, W)), wishes(), jnp.zeros((B, T), jnp.int32), jnp.ones(B, jnp.int32), jnp.ones(B, jnp.int32)
 
-    def operations(jaxpr):
-        for eqn in jaxpr.eqns:
-            yield eqn.primitive.name
-            if eqn.primitive.name != "cond":
-                for inner in jaxprs_in_params(eqn.params):
-                    yield from operations(inner)
-
-    always = set(operations(jax.make_jaxpr(adjusted)(*given).jaxpr))
+    always = set(always_run(jax.make_jaxpr(adjusted)(*given).jaxpr))
     assert "cond" in always and not any("scatter" in name for name in always)
     np.testing.assert_array_equal(adjusted(*given), given[0])
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from jax.extend.core import jaxprs_in_params
+from inference.jaxprs import always_run
 
 from deepseek_jax.inference.sampling import SamplingParams, sample, truncate_logits
 
@@ -133,15 +133,7 @@ def test_nothing_is_sorted_and_no_noise_is_drawn_where_no_row_asks():
     """Both stand in a branch of a conditional that the others do not enter."""
     args = (jnp.zeros((2, 8)), keys(2), jnp.ones(2), jnp.ones(2), jnp.zeros(2, jnp.int32))
 
-    def operations(jaxpr):
-        """Names of what always runs."""
-        for eqn in jaxpr.eqns:
-            yield eqn.primitive.name
-            if eqn.primitive.name != "cond":
-                for inner in jaxprs_in_params(eqn.params):
-                    yield from operations(inner)
-
-    always = set(operations(jax.make_jaxpr(sample)(*args).jaxpr))
+    always = set(always_run(jax.make_jaxpr(sample)(*args).jaxpr))
     assert "cond" in always and not always & {"sort", "cumsum", "random_bits", "top_k"}
 
 

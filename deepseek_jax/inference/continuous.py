@@ -74,6 +74,7 @@ class Continuous:
             raise ValueError(
                 f"a prompt of {len(ids)} tokens and max_tokens={sampling.max_tokens} pass context={self.context}"
             )
+        sampling.check_no_text()
         if (stops := len(self._stop_ids) + len(sampling.stop_token_ids)) > STOPS:
             raise ValueError(f"{stops} ids that end an answer, the tokenizer's among them: expected at most {STOPS}")
         if (biased := max((token for token, _ in sampling.logit_bias), default=0)) >= self._width:

@@ -97,20 +97,9 @@ def test_calls_that_end_otherwise():
     assert parsed(f"{CALLS_BEGIN}{V31} and {V31}", tools=True)[2:] == [("content", 0, f"and {V31}")]
 
 
-MARKS = (
-    THINK,
-    END_THINK,
-    CALLS_BEGIN,
-    CALLS_END,
-    CALL_BEGIN,
-    CALL_END,
-    SEPARATOR,
-    "function",
-    "weather",
-    "```",
-    "json",
-)
-TEXTS = st.lists(st.one_of(st.sampled_from([*MARKS, V3, V31, ARGUMENTS, "\n", " ", "{", "`", "<"]), st.text()))
+MARKS = (THINK, END_THINK, CALLS_BEGIN, CALLS_END, CALL_BEGIN, CALL_END, SEPARATOR)
+WORDS = ("function", "weather", "```", "json", V3, V31, ARGUMENTS, "\n", " ", "{", "`", "<")
+TEXTS = st.lists(st.one_of(st.sampled_from([*MARKS, *WORDS]), st.text()))
 
 
 @given(TEXTS.map("".join), st.data(), st.booleans(), st.booleans())

@@ -8,6 +8,8 @@ import json
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
+from deepseek_jax.serve.config import ServeConfig
+
 OPEN = ("/", "/health")  # what no key is asked for: the page itself asks for it
 BODY_SECONDS = 60.0
 _LOCAL = ("localhost",)
@@ -82,7 +84,7 @@ class Guard:
             raise _RefusedError(400, f"{len(hosts)} Host headers: expected one")
         name = _host_name(hosts[0].decode("latin-1"))
         if "*" not in self._hosts and name not in self._hosts and not _is_address(name):
-            raise _RefusedError(403, f"this server is not called {name[:100]!r}: --serve.allowed-hosts names more")
+            raise _RefusedError(403, f"this server is not called {name[:100]!r}: --allowed-hosts names more")
 
     def _check_origin(self, scope: Scope) -> dict[str, str]:
         """CORS headers of the answer, where its origin is one that was named."""
@@ -90,7 +92,7 @@ class Guard:
         if origin and origin in self._origins:
             return {"access-control-allow-origin": origin, "vary": "origin"}
         if origin and origin.partition("://")[2] != _header(scope, b"host").lower():
-            raise _RefusedError(403, f"pages of {origin[:100]} may not use this server: --serve.origins names others")
+            raise _RefusedError(403, f"pages of {origin[:100]} may not use this server: --origins names others")
         return {}
 
     def _check_key(self, scope: Scope) -> None:
@@ -129,6 +131,11 @@ class Guard:
 
     def _too_large(self) -> _RefusedError:
         return _RefusedError(413, f"the body has more than {self._body} bytes", connection="close")
+
+
+def guarded(app: App, config: ServeConfig) -> Guard:
+    limit = config.limits.body
+    return Guard(app, keys=config.keys(), hosts=config.allowed_hosts, origins=config.origins, body=limit)
 
 
 def _digest(key: bytes) -> bytes:

@@ -4,17 +4,15 @@ import asyncio
 import json
 import logging
 import socket
-import threading
 import time
 from typing import Any
 
 import pytest
-import uvicorn
+from serve.live import live
 
 from deepseek_jax.serve import guard as module
 from deepseek_jax.serve import protocol
 from deepseek_jax.serve.guard import Guard
-from deepseek_jax.serve.protocol import BoundedProtocol
 
 KEY = "sk-0123456789"
 
@@ -137,19 +135,8 @@ def test_what_is_no_http():
 def port(monkeypatch):
     """Of a server whose clients are given a fifth of a second for a head."""
     monkeypatch.setattr(protocol, "HEAD_SECONDS", 0.2)
-    config = uvicorn.Config(
-        Guard(echo, keys=(KEY,)), port=0, http=BoundedProtocol, lifespan="off", log_config=None, ws="none"
-    )
-    server = uvicorn.Server(config)
-    listener = config.bind_socket()
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield listener.getsockname()[1]
-    server.should_exit = True
-    thread.join()
-    listener.close()
+    with live(Guard(echo, keys=(KEY,))) as found:
+        yield found
 
 
 def sent(port: int, *parts: bytes, pause: float = 0.0) -> bytes:

@@ -225,7 +225,14 @@ def decode(
     now = jnp.int32(0), pages, at.token, at.length, filling_B, found
     with jax.named_scope("decode"):
         _, pages, _, _, _, found = jax.lax.while_loop(goes_on, step, now)
-    return pages, found
+    return pages, _told(found, compute)
+
+
+def _told(found: Decoded, compute: ComputeConfig) -> Decoded:
+    """Where hosts read it: of several processes each reads it all."""
+    if jax.process_count() == 1:
+        return found
+    return jax.tree.map(lambda x: constrain(x, compute.rules, *[None] * x.ndim), found)
 
 
 def _nothing(batch: int, most: int, width: int) -> Decoded:

@@ -66,9 +66,17 @@ class Continuous:
         self.over = False
         self._counts: dict[str, float] = collections.defaultdict(float)
 
-    def submit(self, ids: Sequence[int], sampling: SamplingParams, *, draw: int = 0) -> int:
-        """Queue a prompt -> its number. draw: which sample of this prompt and seed it is. ValueError for what can never
-        be answered."""
+    def submit(
+        self,
+        ids: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        draw: int = 0,
+        key: Sequence[int] | None = None,
+        tempered: bool = False,
+    ) -> int:
+        """Queue a prompt -> its number. draw: which sample of this prompt and seed it is. key, tempered: see
+        ``Rows.described``. ValueError for what can never be answered."""
         if not ids or not 0 <= min(ids) <= max(ids) < self._width:
             wrong = f"has the ids {min(ids)}…{max(ids)}" if ids else "has no tokens"
             raise ValueError(f"the prompt {wrong}: expected ids from 0 to below vocab_size={self._width}")
@@ -82,7 +90,7 @@ class Continuous:
             raise ValueError(f"logit_bias has the id {biased}: expected below vocab_size={self._width}")
         if not 0 <= draw < 2**31:
             raise ValueError(f"draw={draw}: expected from 0 to below 2**31")
-        row = Rows.described(sampling, self._stop_ids, draw)
+        row = Rows.described(sampling, self._stop_ids, draw, key, tempered=tempered)
         request = Request(next(self._numbers), list(ids), sampling, row=row)
         self._new.append(request)
         return request.number

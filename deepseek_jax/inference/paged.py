@@ -166,8 +166,8 @@ def read(
 @struct.dataclass
 class Decoded:
     """tokens_BN, logprobs_BN: of each row those that it was given, -1 behind them; log-probabilities are those of the
-    network, before penalties and cuts, by the temperature ``Shares.scored``. stopped_B: it ended with a stop id. likely_BNA,
-    likely_logprobs_BNA: beside each token the most likely ones, where any row asks for alternatives."""
+    network, before penalties and cuts, by the temperature ``Shares.scored``. stopped_B: it ended with a stop id.
+    likely_BNA, likely_logprobs_BNA: beside each token the most likely ones, where any row asks for alternatives."""
 
     tokens_BN: jax.Array
     logprobs_BN: jax.Array

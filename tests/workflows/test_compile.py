@@ -18,8 +18,10 @@ from deepseek_jax.parallel.compilers import CUDA, LIBTPU, found
 from deepseek_jax.parallel.legal import check_layout
 from deepseek_jax.parallel.mesh import AXES, MeshConfig, make_mesh
 from deepseek_jax.parallel.sharding import ShardingRules
+from deepseek_jax.parallel.topology import Topology
 from deepseek_jax.train.step import StepConfig
-from deepseek_jax.workflows.compile import _bytes, _refused, _too_much, gradients
+from deepseek_jax.workflows.abstract import device_bytes, gradients
+from deepseek_jax.workflows.compile import _refused, _too_much, compile_for
 from deepseek_jax.workflows.pretrain import PretrainConfig
 from deepseek_jax.workflows.recipe import load_recipe
 from deepseek_jax.workflows.stage import abstract_step
@@ -106,18 +108,30 @@ def test_train_step_for_four_v5p(tmp_path):
     matrix = EXPERTS // PARTS * WIDTH * 128 * 4
     gathers = [one for one in estimate["traffic"] if one["kind"] == "all-gather" and "experts" in one["scope"]]
     assert all(one["sent"] / one["times"] < matrix for one in gathers), gathers
+    # Stopped at its schedule the program is the same, but for what is copied as machine code is made.
+    stopped = json.loads(told(tmp_path, "--topology", "v5p:2x2x1", "--json", "--until", "scheduled").stdout)
+    assert stopped["fits"] and stopped["estimate"]["traffic"] == estimate["traffic"]
+    assert stopped["estimate"]["seconds"] == pytest.approx(estimate["seconds"], rel=0.01)
+    assert stopped["memory"]["total"] == pytest.approx(memory["total"], rel=0.25)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(9000)  # the compiler takes a quarter of an hour of a core, beside other work many
-def test_v3_at_full_depth_fits_1024_v5p(tmp_path):
-    """At true widths, experts exchanged by all_to_all: what moves is copies of tokens, and each device's own 32 experts
-    over fsdp, gathered twice, and gate and up's gradients scattered; all to the byte."""
+def test_a_refusal_before_machine_code(tmp_path):
     if not (LIBTPU.exists() or found("libtpu")):
         pytest.skip("it needs libtpu: python -m deepseek_kernels.compile_tpu --install")
-    if os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 22e9:
-        pytest.skip("the compiler needs 20 GB of free memory")
-    done = told(tmp_path, "--topology", "v5p:8x8x16", "--json", recipe="pods/v3:v5p", limit=8900)
+    done = told(tmp_path, "--topology", "v5p:2x2x1", "--json", "--until", "scheduled", "--batch-size", "400000")
+    result = json.loads(done.stdout)
+    assert result["verdict"].startswith("does not fit: ") and result["memory"]["total"] > 3 * result["available"]
+
+
+@pytest.mark.timeout(1200)
+def test_v3_at_full_depth_fits_1024_v5p(tmp_path):
+    """At true widths, experts exchanged by all_to_all: what moves is copies of tokens, and each device's own 32 experts
+    over fsdp, gathered twice, and gate and up's gradients scattered; all to the byte. Up to the schedule, which takes
+    half a minute of a core and 2 GB; its machine code would take a quarter of an hour and 20 GB."""
+    if not (LIBTPU.exists() or found("libtpu")):
+        pytest.skip("it needs libtpu: python -m deepseek_kernels.compile_tpu --install")
+    options = ("--topology", "v5p:8x8x16", "--json", "--until", "scheduled")
+    done = told(tmp_path, *options, recipe="pods/v3:v5p", limit=1100)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout)
     assert result["fits"], result["verdict"]
@@ -187,9 +201,9 @@ def test_gradients_lie_where_the_optimizers_state_does(tmp_path):
     for rules, share in ((ShardingRules(), 1), (ShardingRules(state=("data",)), 4)):
         recipe = dataclasses.replace(recipe, compute=dataclasses.replace(recipe.compute, rules=rules))
         state = abstract_step(recipe, recipe.model, recipe.loss, mesh, 128).state
-        whole, found = _bytes(state.params), _bytes(gradients(recipe, state, mesh))
+        whole, found = device_bytes(state.params), device_bytes(gradients(recipe, state, mesh))
         assert found == pytest.approx(whole / share, rel=0.01)
-        assert _bytes(state) - whole == pytest.approx(2 * found, rel=0.01)
+        assert device_bytes(state) - whole == pytest.approx(2 * found, rel=0.01)
 
 
 MACHINES = {"v5p": 1024, "tpu7x": 256, "v6e": 256, "v6e_4_slices": 1024, "gpus_256": 256, "gpus_2048": 2048}
@@ -216,6 +230,8 @@ def recipes() -> Any:
 def test_what_a_user_gets_wrong(tmp_path):
     done = told(tmp_path, "--topology", "v5p:2x2")
     assert done.returncode == 1 and "v5p has 3 dimensions" in done.stderr
+    with pytest.raises(ValueError, match="until=scheduled with topology=h100:8: a TPU's"):
+        compile_for(PretrainConfig(), Topology.parse("h100:8"), until="scheduled")
 
 
 def test_a_refusal_is_told_in_numbers():

@@ -31,6 +31,8 @@ from deepseek_jax.workflows.pretrain import PretrainConfig
 
 _PROGRAM, _MEMORY = "*.after_optimizations.txt", "*.after_optimizations-memory-usage-report.txt"
 _LAST = "*.after_optimizations_after_buffer_assignment.txt"  # written behind both, where the program fits
+_ELEMENT = re.compile(r"(%[\w.\-]+)#(\d+)")
+_TUPLE = re.compile(r"\s+(?:ROOT )?(%[\w.\-]+) = (\(.*\)) [\w\-]+\(")
 _TOLD = (ValueError, jax.errors.JaxRuntimeError)  # raised here as they are there
 
 
@@ -59,7 +61,41 @@ def scheduled(recipe: PretrainConfig, topology: Topology, work: Work, columns: i
         program, memory = (next(folder.glob(pattern)).read_text(encoding="utf-8") for pattern in (_PROGRAM, _MEMORY))
     total = re.search(r"Memory Space: default .*\nTotal bytes: (\d+)", memory)
     assert total is not None, memory[:200]
-    return program, int(total[1])
+    return plain(program), int(total[1])
+
+
+def plain(text: str) -> str:
+    """A dumped program as a compiled one's ``as_text()`` is: libtpu of jax 0.11 dumps ``%loop#3`` for what is an
+    instruction there, ``get-tuple-element(%loop), index=3``."""
+    lines, tuples = [], {}
+    for line in text.splitlines():
+        if line.startswith(("%", "ENTRY ")):
+            tuples, named = {}, set()
+        for name, index in dict.fromkeys(_ELEMENT.findall(line)):
+            if name not in tuples:
+                continue
+            element = f"{name}.element.{index}"
+            line = re.sub(rf"{re.escape(name)}#{index}\b", element, line)
+            if element not in named:
+                named.add(element)
+                shape = _elements(tuples[name])[int(index)]
+                lines.append(f"  {element} = {shape} get-tuple-element({name}), index={index}")
+        lines.append(line)
+        if found := _TUPLE.match(line):
+            tuples[found[1]] = found[2]
+    return "\n".join(lines)
+
+
+def _elements(shape: str) -> list[str]:
+    """Of a tuple's shape, ``(f32[2]{0}, (s32[], pred[]))``: those between its own commas."""
+    found, depth = [""], 0
+    for part in re.findall(r"[(\[{]|[)\]}]|,|[^(\[{)\]},]+", re.sub(r"/\*.*?\*/", "", shape)[1:-1]):
+        depth += (part in "([{") - (part in ")]}")
+        if part == "," and not depth:
+            found.append("")
+        else:
+            found[-1] += part
+    return [one.strip() for one in found]
 
 
 def _compile(place: str, name: str, work: Any, columns: str) -> None:

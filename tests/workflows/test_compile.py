@@ -15,6 +15,7 @@ from parallel.topology import needs_libtpu, run_apart
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.costs import count_parameters
 from deepseek_jax.parallel.compilers import CUDA, LIBTPU, found
+from deepseek_jax.parallel.hlo import Module, shape_bytes
 from deepseek_jax.parallel.legal import check_layout
 from deepseek_jax.parallel.mesh import AXES, MeshConfig, make_mesh
 from deepseek_jax.parallel.sharding import ShardingRules
@@ -24,6 +25,7 @@ from deepseek_jax.workflows.abstract import device_bytes, gradients
 from deepseek_jax.workflows.compile import _refused, _too_much, compile_for
 from deepseek_jax.workflows.pretrain import PretrainConfig
 from deepseek_jax.workflows.recipe import load_recipe
+from deepseek_jax.workflows.scheduled import plain
 from deepseek_jax.workflows.stage import abstract_step
 
 # float32 needs no kernels, which take the compiler's time; one layer of each kind, no MTP.
@@ -114,6 +116,41 @@ def test_train_step_for_four_v5p(tmp_path):
     assert stopped["fits"] and sent(stopped["estimate"]) == sent(estimate)
     assert stopped["estimate"]["seconds"] == pytest.approx(estimate["seconds"], rel=0.01)
     assert stopped["memory"]["total"] == pytest.approx(memory["total"], rel=0.25)
+
+
+def test_elements_of_tuples_are_written_out():
+    """As libtpu of jax 0.11 dumps them; a loop of 3 turns by which a product is counted."""
+    dumped = """HloModule jit_f, is_scheduled=true
+
+%body (p: (s32[], (f32[2], f32[3]), f32[8,8])) -> (s32[], (f32[2], f32[3]), f32[8,8]) {
+  %p = (s32[]{:T(128)}, (f32[2]{0}, f32[3]{0}), /*index=2*/f32[8,8]{1,0:T(8,128)}) parameter(0)
+  %one = s32[]{:T(128)} constant(1)
+  %next = s32[]{:T(128)} add(%p#0, %one)
+  %y = f32[8,8]{1,0:T(8,128)} dot(%p#2, %p#2), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %t = (s32[]{:T(128)}, (f32[2]{0}, f32[3]{0}), f32[8,8]{1,0:T(8,128)}) tuple(%next, %p#1, %y)
+}
+
+%test (p.1: (s32[], (f32[2], f32[3]), f32[8,8])) -> pred[] {
+  %p.1 = (s32[]{:T(128)}, (f32[2]{0}, f32[3]{0}), f32[8,8]{1,0:T(8,128)}) parameter(0)
+  %three = s32[]{:T(128)} constant(3)
+  ROOT %less = pred[]{:T(512)} compare(%p.1#0, %three), direction=LT
+}
+
+ENTRY %main (x: f32[8,8], z: (f32[2], f32[3])) -> f32[8,8] {
+  %x = f32[8,8]{1,0:T(8,128)} parameter(0)
+  %z = (f32[2]{0}, f32[3]{0}) parameter(1)
+  %zero = s32[]{:T(128)} constant(0)
+  %all = (s32[]{:T(128)}, (f32[2]{0}, f32[3]{0}), f32[8,8]{1,0:T(8,128)}) tuple(%zero, %z, %x)
+  %loop = (s32[]{:T(128)}, (f32[2]{0}, f32[3]{0}), f32[8,8]{1,0:T(8,128)}) while(%all), condition=%test, body=%body
+  ROOT %out = f32[8,8]{1,0:T(8,128)} copy(%loop#2), metadata={op_name="not %elsewhere#2"}
+}
+"""
+    module = Module(plain(dumped))
+    assert module.times() == {"%body": 3, "%test": 3, "%main": 1}
+    body = module.computations["%body"]
+    assert body["%y"].operands == ("%p.element.2",) * 2 and body["%p.element.2"].opcode == "get-tuple-element"
+    assert shape_bytes(body["%p.element.1"].shape) == 4 * 5 and shape_bytes(body["%p.element.2"].shape) == 4 * 64
+    assert "not %elsewhere#2" in plain(dumped) and plain(plain(dumped)) == plain(dumped)
 
 
 def test_a_refusal_before_machine_code(tmp_path):

@@ -176,7 +176,7 @@ TEX = [
     ),
     ("\\left(a\\right.", "<mrow><mo>(</mo><mi>a</mi><mo></mo></mrow>"),
     ("\\mathbb{R}\\mathcal{L}\\mathbf{v}", "<mi>ℝ</mi><mi>ℒ</mi><mi>𝐯</mi>"),
-    ("\\text{if } a_1", "<mtext>if\u00a0</mtext><msub><mi>a</mi><mn>1</mn></msub>"),
+    ("\\text{if } a_1", "<mtext>if&nbsp;</mtext><msub><mi>a</mi><mn>1</mn></msub>"),
     ("\\begin{cases}1&a\\\\2&b\\end{cases}", "<mrow><mo>{</mo><mtable>1,a;2,b</mtable></mrow>"),
     ("\\pmod{7}", "<mrow><mspace></mspace><mo>(</mo><mo>mod</mo><mn>7</mn><mo>)</mo></mrow>"),
     ("\\unheard{x}", "<mtext>\\unheard</mtext><mi>x</mi>"),

@@ -69,7 +69,8 @@ def generate(
 ) -> Generated:
     """Answer each request until one of its stop ids or its limit.
 
-    Prefill runs the plain attention over all prompts at once, over those that several rows ask once; each further token the absorbed one, over the cache.
+    Prefill runs the plain attention over all prompts at once, which several rows may share; each further token the
+    absorbed one, over the cache.
     On a mesh each device answers its rows of the batch. Compiled for the shapes alone: see ``Requests``.
 
     Args:

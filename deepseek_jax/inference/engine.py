@@ -19,6 +19,7 @@ from deepseek_jax.inference.generate import Generated, begin, generate, go_on
 from deepseek_jax.inference.requests import Requests, Room, make_requests, spread
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.schedule import ServingConfig
+from deepseek_jax.inference.speculation import check_drafts
 from deepseek_jax.inference.weights import sampling_compute, sampling_config, sampling_weights, with_copies
 from deepseek_jax.model import transformer
 from deepseek_jax.parallel.copies import as_places, check_places
@@ -62,11 +63,14 @@ class Engine:
         serving: how requests are answered as they come. placement: of each MoE layer the expert in each place, of which
         there may be more than experts (``eplb.place``): copies share the work of a busy one, and answers are the same.
 
-        ValueError for a placement that is not the model's, or that the mesh cannot split.
+        ValueError for a placement that is not the model's, or that the mesh cannot split, and for drafts by a model
+        without an MTP module.
         """
         if isinstance(model, transformer.Transformer):
             model = Model.of(model, tokenizer)
         model.config.check_speaks()
+        check_drafts(model.config, serving.drafts)
+        self._network = model.config if serving.drafts else sampling_config(model.config)
         self.config, self.mesh = model.config, model.mesh
         self.tokenizer = model.text if tokenizer is None else tokenizer.over(model.config.vocab_size)
         self.compute = sampling_compute(model.compute)
@@ -102,6 +106,7 @@ class Engine:
         if weights is None:
             assert self._given is not None
             options: dict[str, Any] = {"config": self.config, "compute": self.compute, "mesh": self.mesh}
+            options["mtp"] = bool(self.serving.drafts)
             with jax.set_mesh(self.mesh):
                 params, bias = sampling_weights(*self._given, **options)
                 if self._places is not None:
@@ -150,7 +155,7 @@ class Engine:
         """
         weights, requests = self._prepared(prompts, sampling, key)
         with jax.set_mesh(self.mesh):  # the caller's may be another
-            return _generate(sampling_config(self.config), self.compute, *weights, requests, experts=experts)
+            return _generate(self._network, self.compute, *weights, requests, experts=experts)
 
     def stream(self, prompt: str | Sequence[int], sampling: SamplingParams | None = None) -> Iterator[Completion]:
         """One prompt's completion in pieces, while it is made: joined they are what ``generate`` answers.
@@ -160,7 +165,7 @@ class Engine:
         """
         require_one_process("a streamed answer")
         weights, requests = self._prepared([self._ids(prompt)], sampling or SamplingParams())
-        given = (sampling_config(self.config), self.compute, *weights, requests)
+        given = (self._network, self.compute, *weights, requests)
         text, known, chunk, went_on = TextStream(self.tokenizer), 0, 1, time.monotonic()
         with jax.set_mesh(self.mesh):
             decoding = begin(*given)
@@ -219,8 +224,7 @@ class Engine:
         with self._lock:
             if self._requests is None:
                 stop_ids = self.tokenizer.stop_ids
-                given = sampling_config(self.config), self.compute, self.mesh, self.serving, stop_ids
-                self._requests = Continuous(*given)
+                self._requests = Continuous(self._network, self.compute, self.mesh, self.serving, stop_ids)
             return self._requests
 
     def _ids(self, prompt: str | Sequence[int]) -> list[int]:

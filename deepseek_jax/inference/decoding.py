@@ -16,7 +16,7 @@ from deepseek_jax.inference.generate import OPTIONS
 from deepseek_jax.inference.paged import Store, memory_of, over_batch, reading
 from deepseek_jax.inference.penalties import Wishes, adjusted, beside
 from deepseek_jax.inference.rows import Numbers, Rows, Shares
-from deepseek_jax.inference.sampling import ALTERNATIVES, BIASES, sample
+from deepseek_jax.inference.sampling import ALTERNATIVES, BIASES, first_maximum, sample
 from deepseek_jax.model import transformer
 
 
@@ -172,9 +172,15 @@ class _Drawing:
     def draw(self, logits_RW, said_BT, place_BS, known_BS) -> Int[Array, "B S"]:
         """A token for each place; known: tokens before it."""
         at, known_R = self.at, known_BS.reshape(-1)
-        wanted_RW = adjusted(logits_RW, self.wishes, said_BT, at.length + 1 - at.answered, known_R)
-        cuts = self.how.temperature, self.how.top_p, at.top_k, self.how.min_p
-        return sample(wanted_RW, self.keys(place_BS).reshape(-1), *cuts)[0].reshape(place_BS.shape)
+
+        def wanted(logits_RW):
+            wanted_RW = adjusted(logits_RW, self.wishes, said_BT, at.length + 1 - at.answered, known_R)
+            cuts = self.how.temperature, self.how.top_p, at.top_k, self.how.min_p
+            return sample(wanted_RW, self.keys(place_BS).reshape(-1), *cuts)[0]
+
+        # One question of a GPU, which answers each to the host, where nobody asks for more.
+        plain = jnp.all(self.how.temperature == 0) & ~self.wishes.any()
+        return jax.lax.cond(plain, first_maximum, wanted, logits_RW).reshape(place_BS.shape)
 
 
 def _put_down(found: Decoded, drawn_BS, logits_RW, count_B, kept_BS, asked) -> Decoded:

@@ -16,6 +16,10 @@ class Wishes:
     ids_BX: jax.Array
     biases_BX: jax.Array
 
+    def any(self) -> jax.Array:
+        """Whether a row asks for anything."""
+        return jnp.any(self.ids_BX >= 0) | self.any_penalty()
+
     def any_penalty(self) -> jax.Array:
         """Whether a row asks for one."""
         return jnp.any((self.repetition_B != 1) | (self.presence_B != 0) | (self.frequency_B != 0))

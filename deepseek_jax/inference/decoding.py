@@ -18,14 +18,16 @@ from deepseek_jax.inference.penalties import Wishes, adjusted, beside
 from deepseek_jax.inference.rows import Numbers, Rows, Shares
 from deepseek_jax.inference.sampling import ALTERNATIVES, BIASES, first_maximum, sample
 from deepseek_jax.model import transformer
+from deepseek_jax.parallel.sharding import constrain
 
 
 @struct.dataclass
 class Decoded:
     """tokens_BN, logprobs_BN: of each row those that it was given, -1 behind them; log-probabilities are those of the
-    network, before temperature, penalties and cuts. stopped_B: it ended with a stop id. drafts_BK: guesses of what is
-    drawn next. counts_BK2: of drafts in each place how many there were and how many were kept. likely_BNA,
-    likely_logprobs_BNA: beside each token the most likely ones, where any row asks for alternatives."""
+    network, before penalties and cuts, by the temperature ``Shares.scored``. stopped_B: it ended with a stop id.
+    drafts_BK: guesses of what is drawn next. counts_BK2: of drafts in each place how many there were and how many were
+    kept. likely_BNA, likely_logprobs_BNA: beside each token the most likely ones, where any row asks for alternatives.
+    """
 
     tokens_BN: jax.Array
     logprobs_BN: jax.Array
@@ -70,8 +72,8 @@ def decode(
     forced: float = 0.0,
 ) -> tuple[Store, Decoded]:
     """Up to ``turns`` (``most`` at most) times a token of each row's answer, or up to ``1 + drafts``. A row draws its
-    token n with ``fold_in(fold_in(key(seed), draw), n)``, whatever stands beside it. until_end: no more once a row has
-    ended. drafts, forced: see ``speculation``.
+    token n with ``fold_in(fold_in(key(seed), draw), n)``, or with another key than the seed's, whatever stands beside
+    it. until_end: no more once a row has ended. drafts, forced: see ``speculation``.
     """
     network = transformer.merge(config, params, router_bias, compute)
     rows = jax.tree.map(lambda x: over_batch(x, compute), rows)
@@ -103,13 +105,13 @@ def decode(
         logits_RW = network.logits(out.hidden.reshape(-1, out.hidden.shape[2]))
         drawn_BS = each.draw(logits_RW, said_BT1[:, :, 0], place_BS, position_BS + 1)
         if forced:
-            coins = jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, 1)))(alone.keys(place_BS[:, 1:]))
-            drawn_BS = speculation.forced(found.drafts_BK, drawn_BS, coins, forced, config.vocab_size)
+            drawn_BS = speculation.forced(found.drafts_BK, drawn_BS, each.keys(place_BS), forced, config.vocab_size)
         ends_BS = jnp.any(drawn_BS[:, :, None] == rows.stops[:, None], axis=2)
         left_B = at.most - at.answered - now.count_B
         kept_BS = speculation.kept(found.drafts_BK, drawn_BS, ends_BS, jnp.minimum(left_B, room_B - length_B))
         kept_BS &= ~done_B[:, None]
-        found = _put_down(found, drawn_BS, logits_RW, now.count_B, kept_BS, jnp.any(at.alternatives > 0))
+        scored_RW = logits_RW / each.how.scored[:, None]
+        found = _put_down(found, drawn_BS, scored_RW, now.count_B, kept_BS, jnp.any(at.alternatives > 0))
         found = dataclasses.replace(found, stopped_B=found.stopped_B | jnp.any(kept_BS & ends_BS, axis=1))
         new_B = jnp.sum(kept_BS, axis=1, dtype=jnp.int32)
         last_B1 = jnp.maximum(new_B - 1, 0)[:, None]
@@ -134,7 +136,14 @@ def decode(
     now = _Now(jnp.int32(0), pages, at.token, at.length, jnp.zeros_like(at.length), filling_B, found)
     with jax.named_scope("decode"):
         now = jax.lax.while_loop(goes_on, step, now)
-    return now.pages, now.found
+    return now.pages, _told(now.found, compute)
+
+
+def _told(found: Decoded, compute: ComputeConfig) -> Decoded:
+    """Where hosts read it: of several processes each reads it all."""
+    if jax.process_count() == 1:
+        return found
+    return jax.tree.map(lambda x: constrain(x, compute.rules, *[None] * x.ndim), found)
 
 
 def _nothing(drafts_BK: jax.Array, most: int, width: int) -> Decoded:
@@ -164,10 +173,10 @@ class _Drawing:
 
     def keys(self, place_BS: Int[Array, "B S"]) -> jax.Array:
         """Of tokens n = place of the answers."""
-        key = lambda seed, draw, n: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), draw), n)  # noqa: E731
-        size = place_BS.size // len(self.at.seed)
-        keys_R = jax.vmap(key)(beside(self.at.seed, size), beside(self.at.draw, size), place_BS.reshape(-1))
-        return keys_R.reshape(place_BS.shape)
+        words_R2 = jax.lax.bitcast_convert_type(jnp.stack([self.at.high, self.at.seed], axis=1), jnp.uint32)
+        keys_R = jax.random.wrap_key_data(words_R2, impl="threefry2x32")
+        key = lambda key, *at: functools.reduce(jax.random.fold_in, at, key)  # noqa: E731
+        return jax.vmap(key)(keys_R, self.at.draw, place_BS.reshape(-1)).reshape(place_BS.shape)
 
     def draw(self, logits_RW, said_BT, place_BS, known_BS) -> Int[Array, "B S"]:
         """A token for each place; known: tokens before it."""

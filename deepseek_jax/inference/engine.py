@@ -281,6 +281,17 @@ class Engine:
                 requests.cancel(event.number)
         return others
 
+    def follow(self) -> None:
+        """Of several processes those that only help: ``step`` with the others until one of them calls ``end``."""
+        requests = self._serve()
+        while not requests.over:
+            self.step()
+
+    def end(self) -> None:
+        """Let the others' ``follow`` return, which take this for the next step. Requests that still run are lost."""
+        with self._stepping:
+            self._serve().end()
+
     @property
     def busy(self) -> bool:
         """Whether ``step`` has anything to do."""

@@ -86,11 +86,11 @@ def draft(
 
 
 def forced(
-    drafts_BK: Int[Array, "B K"], drawn_BS: Int[Array, "B S"], keys_BK: jax.Array, share: float, width: int
+    drafts_BK: Int[Array, "B K"], drawn_BS: Int[Array, "B S"], keys_BS: jax.Array, share: float, width: int
 ) -> Int[Array, "B S"]:
     """For measurements with a module that has learnt nothing: a draft is taken as what was drawn with probability
     ``share``, and is not else, whatever the network says. What is answered then means nothing."""
-    taken_BK = jax.vmap(jax.vmap(jax.random.uniform))(keys_BK) < share
+    taken_BK = jax.vmap(jax.vmap(jax.random.uniform))(keys_BS[:, :-1]) < share
     first_BK = drawn_BS[:, :-1]
     other_BK = jnp.where(first_BK == drafts_BK, (first_BK + 1) % width, first_BK)
     first_BK = jnp.where(drafts_BK < 0, first_BK, jnp.where(taken_BK, drafts_BK, other_BK))

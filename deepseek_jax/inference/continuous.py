@@ -29,13 +29,15 @@ from deepseek_jax.parallel.processes import require_one_process
 class Event:
     """What a step has brought to a request. finish_reason: "" while it goes on, ``stop``, ``length``, ``cancelled``.
     logprobs: of each token by the network alone, before temperature, penalties and cuts. alternatives: of each token,
-    as many as were asked for, (token, log-probability) from the most likely on."""
+    as many as were asked for, (token, log-probability) from the most likely on. cached: tokens of its prompt that were
+    found in the cache."""
 
     number: int
     token_ids: list[int]
     logprobs: list[float]
     finish_reason: str
     alternatives: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
+    cached: int = 0
 
 
 class Continuous:
@@ -54,6 +56,7 @@ class Continuous:
         buckets = Buckets.of(serving, self.context, gathers=gathers(config, compute, serving))
         lanes = math.prod(mesh.shape[axis] for axis in compute.rules.batch)
         self.programs = Programs(config, compute, mesh, serving, buckets, lanes)
+        self.slots = lanes * serving.slots
         self._lanes = [Schedule(serving, buckets) for _ in range(lanes)]
         self._asked: dict[int, tuple[Request, Schedule]] = {}
         self._new: collections.deque[Request] = collections.deque()
@@ -191,7 +194,8 @@ class Continuous:
                 schedule.answered(request, tokens[i][:count], ended=ended)
                 reason = ("stop" if stopped[i] else "length") if ended else ""
                 likely = self._likely(found, i, count, request.sampling.alternatives)
-                events.append(Event(request.number, tokens[i][:count], logprobs[i][:count], reason, likely))
+                told = tokens[i][:count], logprobs[i][:count], reason, likely, request.cached
+                events.append(Event(request.number, *told))
                 self._counts["tokens"] += count
                 if ended:
                     del self._asked[request.number]

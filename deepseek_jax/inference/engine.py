@@ -9,9 +9,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax.checkpoint.model import Model
+from deepseek_jax.compute import ComputeConfig
+from deepseek_jax.config import ModelConfig
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.inference.answers import Answer, Completion
 from deepseek_jax.inference.continuous import Continuous, Event
@@ -19,7 +21,13 @@ from deepseek_jax.inference.generate import Generated, begin, generate, go_on
 from deepseek_jax.inference.requests import Requests, Room, make_requests, spread
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.schedule import ServingConfig
-from deepseek_jax.inference.weights import sampling_compute, sampling_config, sampling_weights, with_copies
+from deepseek_jax.inference.weights import (
+    random_weights,
+    sampling_compute,
+    sampling_config,
+    sampling_weights,
+    with_copies,
+)
 from deepseek_jax.model import transformer
 from deepseek_jax.parallel.copies import as_places, check_places
 from deepseek_jax.parallel.processes import gather, require_one_process, require_own_rows, together
@@ -77,6 +85,22 @@ class Engine:
         self._answers: dict[int, Answer] = {}  # that ``answer`` waits for
         self._events: list[Event] = []  # of others, that came while it did
         self._stepping = threading.Lock()
+
+    @classmethod
+    def random(
+        cls,
+        config: ModelConfig,
+        compute: ComputeConfig,
+        mesh: Mesh,
+        tokenizer: Tokenizer,
+        *,
+        serving: ServingConfig = ServingConfig(),
+    ) -> "Engine":
+        """With ``random_weights``, drawn as decoding reads them: for measurements of networks without weights."""
+        made = cls(Model(config, compute.on(mesh), None, None, tokenizer, mesh), serving=serving)
+        with jax.set_mesh(mesh):
+            made._given, made._weights = None, random_weights(sampling_config(config), made.compute, mesh)
+        return made
 
     def update(self, params: dict[str, Any], router_bias: jax.Array | None) -> None:
         """Answer with these arrays from now on; a copy is made, so a train step may give them away.
@@ -264,6 +288,16 @@ class Engine:
             with self._lock:
                 weights = self._make()
             requests.warm_up(weights)
+
+    @property
+    def context(self) -> int:
+        """Tokens of a request's prompt and answer at most."""
+        return self._serve().context
+
+    @property
+    def slots(self) -> int:
+        """Requests that ``step`` answers at once."""
+        return self._serve().slots
 
     def metrics(self) -> dict[str, float]:
         """Of requests, see ``Continuous.metrics``."""

@@ -239,7 +239,8 @@ def _nothing(batch: int, most: int, width: int) -> Decoded:
 def _draw(network, rows: Rows, at: Numbers, n, hidden_BD, said_BT, length_B, done_B, found: Decoded):
     """Draw the n-th token of this call for each row that is not done -> (tokens, what was found with them)."""
     how, biases_BX = Shares(*rows.shares_BF[:, : len(Shares._fields)].T), rows.shares_BF[:, len(Shares._fields) :]
-    wishes = Wishes(how.repetition, how.presence, how.frequency, rows.numbers_BK[:, -BIASES:], biases_BX)
+    penalties, biases = (how.repetition, how.presence, how.frequency), (rows.numbers_BK[:, -BIASES:], biases_BX)
+    wishes = Wishes(*penalties, *biases, at.constrained, rows.allowed_BV)
     logits_BW = network.logits(hidden_BD)
     wanted_BW = adjusted(logits_BW, wishes, said_BT, at.length + 1 - at.answered, length_B + 1)
     key = lambda seed, draw, n: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), draw), n)  # noqa: E731

@@ -8,13 +8,16 @@ from jaxtyping import Array, Float, Int
 
 @struct.dataclass
 class Wishes:
-    """Of rows: penalties as in ``SamplingParams``, and biases_BX for the tokens ids_BX, -1 where there are none."""
+    """Of rows: penalties as in ``SamplingParams``, biases_BX for the tokens ids_BX, -1 where there are none, and of
+    constrained rows the tokens that they may draw, see ``Rows``."""
 
     repetition_B: jax.Array
     presence_B: jax.Array
     frequency_B: jax.Array
     ids_BX: jax.Array
     biases_BX: jax.Array
+    constrained_B: jax.Array
+    allowed_BV: jax.Array
 
     def any_penalty(self) -> jax.Array:
         """Whether a row asks for one."""
@@ -24,9 +27,9 @@ class Wishes:
 def adjusted(
     logits_BW: Float[Array, "B W"], wishes: Wishes, said_BT: Int[Array, "B T"], prompt_B: Int[Array, "B"], known_B
 ) -> Float[Array, "B W"]:
-    """``l + bias``; then of tokens that stand in prompt or answer ``l / repetition`` where it is positive, else ``l ·
-    repetition`` (CTRL, section 4.1); then ``l - frequency · n - presence · [n > 0]`` with n times that the token stands
-    in the answer.
+    """``l + bias``, or -inf for what a constrained row may not draw; then of tokens that stand in prompt or answer
+    ``l / repetition`` where it is positive, else ``l · repetition`` (CTRL, section 4.1); then ``l - frequency · n -
+    presence · [n > 0]`` with n times that the token stands in the answer.
 
     said_BT: the row's first ``known_B`` tokens, of which the first ``prompt_B`` are the prompt's. Nothing is computed
     where no row asks.
@@ -35,6 +38,8 @@ def adjusted(
 
     def biased(logits_BW):
         ids_BX = jnp.where(wishes.ids_BX < 0, width, wishes.ids_BX)
+        bits_BW = (wishes.allowed_BV[:, :, None] >> jnp.arange(32)).reshape(len(logits_BW), -1)[:, :width] & 1
+        logits_BW = jnp.where(bits_BW, logits_BW, -jnp.inf)
         return logits_BW.at[rows_B1, ids_BX].add(wishes.biases_BX, mode="drop")
 
     def penalised(logits_BW):
@@ -49,5 +54,6 @@ def adjusted(
         return logits_BW - wishes.frequency_B[:, None] * answer_BW - wishes.presence_B[:, None] * (answer_BW > 0)
 
     same = lambda logits_BW: logits_BW  # noqa: E731
-    logits_BW = jax.lax.cond(jnp.any(wishes.ids_BX >= 0), biased, same, logits_BW)
+    wished = jnp.any(wishes.ids_BX >= 0) | jnp.any(wishes.constrained_B > 0)
+    logits_BW = jax.lax.cond(wished, biased, same, logits_BW)
     return jax.lax.cond(wishes.any_penalty(), penalised, same, logits_BW)

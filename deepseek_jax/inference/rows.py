@@ -22,6 +22,7 @@ class Numbers(NamedTuple):
     draw: Any
     top_k: Any
     alternatives: Any
+    constrained: Any
 
 
 class Shares(NamedTuple):
@@ -38,11 +39,14 @@ class Shares(NamedTuple):
 @struct.dataclass
 class Rows:
     """Rows that are decoded. numbers_BK: see ``Numbers``; a row that may answer no more only fills the batch.
-    shares_BF: see ``Shares``. table_BJ: see ``PagedMemory``. Few arrays, since each is a transfer of its own."""
+    shares_BF: see ``Shares``. table_BJ: see ``PagedMemory``. Few arrays, since each is a transfer of its own.
+    allowed_BV: of the next token, a bit for each that a constrained row may draw; such a row may have no other behind
+    it in this step. The array of all that others may draw stays on the device."""
 
     numbers_BK: Any
     shares_BF: Any
     table_BJ: Any
+    allowed_BV: Any = None
 
     @classmethod
     def filling(cls, batch: int, pages: int) -> Self:
@@ -57,7 +61,9 @@ class Rows:
         """(K numbers, F shares) of a request, of which ``token``, ``length`` and ``answered`` are filled in later."""
         stops, biased = [*stop_ids, *params.stop_token_ids], [token for token, _ in params.logit_bias]
         assert len(stops) <= STOPS, stops
-        head = Numbers(0, 0, 0, params.max_tokens, params.seed, draw, params.top_k, params.alternatives)
+        head = Numbers(
+            0, 0, 0, params.max_tokens, params.seed, draw, params.top_k, params.alternatives, params.constrained
+        )
         filled = [*stops, *[-1] * (STOPS - len(stops)), *biased, *[-1] * (BIASES - len(biased))]
         cuts = params.temperature, params.top_p, params.min_p
         shares = Shares(*cuts, params.repetition_penalty, params.presence_penalty, params.frequency_penalty)

@@ -7,7 +7,7 @@ import itertools
 import json
 import re
 import sys
-import time
+import threading
 from typing import Any
 
 import hypothesis
@@ -165,7 +165,7 @@ def test_samples_of_one_grammar_differ_and_are_those_of_whoever_is_alone():
 
 def test_who_gives_way_goes_on_where_the_answer_was(monkeypatch):
     """Pages for two of four; and a step that was interrupted is done again."""
-    params = [more(LONG, regex="([ab]c[0-9]){20}", seed=seed) for seed in range(4)]
+    params = [more(LONG, regex="([ab]c[0-9]){25}", seed=seed) for seed in range(4)]
     expected = [answer.text for answer in ask(engine(), *params)]
     scarce, steps = made(more(SERVING, pages=33)), itertools.count()
     run = scarce._serve().programs.run
@@ -185,27 +185,28 @@ def test_who_gives_way_goes_on_where_the_answer_was(monkeypatch):
         except KeyboardInterrupt:
             pass
     assert scarce.metrics()["preemptions"] and [*found.values()] == expected
-    assert all(re.fullmatch("([ab]c[0-9]){20}", text) for text in expected)
+    assert all(re.fullmatch("([ab]c[0-9]){25}", text) for text in expected)
 
 
 def test_a_slow_grammar_delays_nobody_else(monkeypatch):
-    find, serving = Constraint.find, engine()
+    """Another's whole answer comes while it looks for its second token."""
+    find, serving, enough = Constraint.find, engine(), threading.Event()
 
     def slowly(self: Constraint, ids: list[int]) -> None:
-        if ids:
-            time.sleep(0.3)
+        assert not ids or enough.wait(60)
         find(self, ids)
 
     monkeypatch.setattr(Constraint, "find", slowly)
     slow = serving.submit("def", more(LONG, regex="a{2}"))
     other = serving.submit("def", more(LONG, max_tokens=40, logit_bias=((EOS, -1e3),)))
-    tokens = collections.Counter[int]()
+    tokens, behind = collections.Counter[int](), 0
     while serving.busy:
         for event in serving.step():
             tokens[event.number] += len(event.token_ids)
             if event.number == other and event.finish_reason:
                 behind = tokens[slow]
-    assert tokens == {slow: 3, other: 40} and behind < 3
+                enough.set()
+    assert tokens == {slow: 3, other: 40} and behind == 1
 
 
 def test_a_grammar_that_becomes_too_much_ends_its_answer_alone():
@@ -237,7 +238,8 @@ def test_a_grammar_that_becomes_too_much_ends_its_answer_alone():
         ('{"x": ' * 500 + "1" + "}" * 500, "recursion"),
         ('{"type": "integer", "multipleOf": 1000003}', "multipleOf of 1000003 take more than 20000 states"),
         ('{"allOf": [{"multipleOf": 331}, {"\\u006dultipleOf": 0.07}]}', "multipleOf of 331, 0.07 take more"),
-        ('{"type": "integer", "multipleOf": 1e400000000}', "multipleOf of 1E\\+400000000 take more"),
+        ('{"type": "integer", "multipleOf": 1e400000000}', "Overflow"),
+        ('{"type": "integer", "multipleOf": 1e40}', "multipleOf of 1E\\+40 take more"),
         ('{"type": "integer", "multipleOf": 3, "multipleOf": 1e-30}', "multipleOf of 3, 1E-30 take more"),
     ],
 )

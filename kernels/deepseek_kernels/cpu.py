@@ -32,6 +32,9 @@ TARGETS = (
     "experts_backward",
     "attention_forward",
     "attention_backward",
+    "few_along",
+    "few_across",
+    "paged",
 )
 
 

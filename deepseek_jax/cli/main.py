@@ -33,6 +33,7 @@ from raw text to answers
 using a model
   generate PATH --prompt complete a prompt
   chat PATH              talk to it in the terminal
+  serve PATH             answer over HTTP as OpenAI does, until Ctrl-C
   eval PATH --data FILES bits per byte and perplexity of text
   convert PATH DST       write it as released ones are: safetensors, tokenizer, chat template
   inspect PATH|RECIPE    parameters, cache and arithmetic per token
@@ -71,6 +72,7 @@ COMMANDS = {
     "curate": "curate",
     "generate": "talk",
     "chat": "chat",
+    "serve": "serve",
     "eval": "evaluate",
     "convert": "convert",
     "inspect": "inspect",

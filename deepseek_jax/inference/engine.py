@@ -9,17 +9,25 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax.checkpoint.model import Model
-from deepseek_jax.data.streaming import TextStream
+from deepseek_jax.compute import ComputeConfig
+from deepseek_jax.config import ModelConfig
 from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.inference.answers import Answer, Completion
 from deepseek_jax.inference.continuous import Continuous, Event
 from deepseek_jax.inference.generate import Generated, begin, generate, go_on
 from deepseek_jax.inference.requests import Requests, Room, make_requests, spread
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.schedule import ServingConfig
-from deepseek_jax.inference.weights import sampling_compute, sampling_config, sampling_weights, with_copies
+from deepseek_jax.inference.weights import (
+    random_weights,
+    sampling_compute,
+    sampling_config,
+    sampling_weights,
+    with_copies,
+)
 from deepseek_jax.model import transformer
 from deepseek_jax.parallel.copies import as_places, check_places
 from deepseek_jax.parallel.processes import gather, require_one_process, require_own_rows, together
@@ -29,18 +37,9 @@ _generate = together(generate)
 STREAM_SECONDS = 0.05  # from one piece of a streamed answer to the next, where a token takes less
 
 
-@dataclasses.dataclass(frozen=True)
-class Completion:
-    """text: decoded with the thinking marks, without the end of sentence. finish_reason: ``stop`` or ``length``."""
-
-    text: str
-    token_ids: list[int]
-    logprobs: list[float]
-    finish_reason: str
-
-
 class Engine:
-    """Answers batches of prompts with a model, from any thread; or requests as they come, by ``submit`` and ``step``.
+    """Answers batches of prompts with a model, from any thread: ``generate`` such as begin together, in one program,
+    ``answer`` any number, as slots come free; or requests as they come, by ``submit`` and ``step``.
 
     >>> engine = Engine(model, tokenizer)  # doctest: +SKIP
     >>> engine.generate(["def add(a, b):"], SamplingParams(max_tokens=16))[0].text  # doctest: +SKIP
@@ -83,7 +82,25 @@ class Engine:
         self._lock = threading.Lock()
         self.serving = serving
         self._requests: Continuous | None = None
+        self._answers: dict[int, Answer] = {}  # that ``answer`` waits for
+        self._events: list[Event] = []  # of others, that came while it did
         self._stepping = threading.Lock()
+
+    @classmethod
+    def random(
+        cls,
+        config: ModelConfig,
+        compute: ComputeConfig,
+        mesh: Mesh,
+        tokenizer: Tokenizer,
+        *,
+        serving: ServingConfig = ServingConfig(),
+    ) -> "Engine":
+        """With ``random_weights``, drawn as decoding reads them: for measurements of networks without weights."""
+        made = cls(Model(config, compute.on(mesh), None, None, tokenizer, mesh), serving=serving)
+        with jax.set_mesh(mesh):
+            made._given, made._weights = None, random_weights(sampling_config(config), made.compute, mesh)
+        return made
 
     def update(self, params: dict[str, Any], router_bias: jax.Array | None) -> None:
         """Answer with these arrays from now on; a copy is made, so a train step may give them away.
@@ -130,8 +147,13 @@ class Engine:
         ids = [self._ids(prompt) for prompt in prompts]
         if not ids and jax.process_count() == 1:
             return []
-        out = self.generate_ids(ids, sampling or SamplingParams()).here()
-        return [self._completion(out, row) for row in range(len(ids))]
+        sampling = sampling or SamplingParams()
+        if isinstance(sampling, SamplingParams):
+            stops, of_ids = [sampling.stop] * len(ids), sampling.of_ids()
+        else:
+            stops, of_ids = [params.stop for params in sampling], [params.of_ids() for params in sampling]
+        out = self.generate_ids(ids, of_ids).here()
+        return [self._completion(out, row, stop) for row, stop in enumerate(stops)]
 
     def generate_ids(
         self,
@@ -159,9 +181,10 @@ class Engine:
         for the last; a character of several tokens is given with its last one. Errors as in ``generate``.
         """
         require_one_process("a streamed answer")
-        weights, requests = self._prepared([self._ids(prompt)], sampling or SamplingParams())
+        sampling = sampling or SamplingParams()
+        weights, requests = self._prepared([self._ids(prompt)], sampling.of_ids())
         given = (sampling_config(self.config), self.compute, *weights, requests)
-        text, known, chunk, went_on = TextStream(self.tokenizer), 0, 1, time.monotonic()
+        answer, known, chunk, went_on = Answer(self.tokenizer, sampling.stop, streamed=True), 0, 1, time.monotonic()
         with jax.set_mesh(self.mesh):
             decoding = begin(*given)
         while True:
@@ -170,13 +193,53 @@ class Engine:
             seconds = (time.monotonic() - went_on) / (length - known)
             chunk = min(max(int(STREAM_SECONDS / seconds), 1), 64)
             ids, logprobs = answered.tokens_BN[0, known:length].tolist(), answered.logprobs_BN[0, known:length].tolist()
-            said = "".join(text.push(i) for i in (ids[:-1] if stopped else ids)) + (text.finish() if ended else "")
-            yield Completion(said, ids, logprobs, ("stop" if stopped else "length") if ended else "")
-            if ended:
+            yield answer.add(Event(0, ids, logprobs, ("stop" if stopped else "length") if ended else ""))
+            if answer.finish_reason:
                 return
             known, went_on = length, time.monotonic()
             with jax.set_mesh(self.mesh):
                 decoding = go_on(*given, decoding, known + chunk)
+
+    def answer(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        n: int = 1,
+    ) -> list[list[Completion]]:
+        """``n`` completions of each prompt, of any number of prompts: the next begins where another has ended, what
+        several begin with is read in once, and strings end answers while they are made.
+
+        sampling: for all, or one for each prompt, as in ``generate``, of which each answer is the one: ``n`` of a
+        prompt are those of as many equal prompts. But log-probabilities are the network's own, see ``Event``. May be
+        called while others call it or submit; what comes for those is kept. ValueError as in ``submit``.
+        """
+        if isinstance(prompts, str):
+            raise ValueError(f"prompts={prompts!r:.60} is one text: give a list of them")
+        if type(n) is not int or n < 1:
+            raise ValueError(f"n={n!r}: expected an int of at least 1")
+        sampling, shared = sampling or SamplingParams(), not isinstance(sampling, Sequence)
+        each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
+        if len(each) != len(prompts):
+            raise ValueError(
+                f"{len(prompts)} prompts, but {len(each)} sampling parameters: expected one, or one for each"
+            )
+        asked = dict[int, Answer]()
+        try:
+            with self._stepping:
+                for row, (prompt, params) in enumerate(zip(prompts, each, strict=True)):
+                    ids, of_ids = self._ids(prompt), params.of_ids()
+                    for draw in range(row * n * shared, row * n * shared + n):
+                        number = self.submit(ids, of_ids, draw=draw)
+                        asked[number] = self._answers[number] = Answer(self.tokenizer, params.stop)
+            while asked.keys() & self._answers.keys():
+                with self._stepping:
+                    self._events += self._advance()
+        finally:
+            for number in asked.keys() & self._answers.keys():  # an error has come between
+                self.cancel(number)
+        completions = [answer.completion() for answer in asked.values()]
+        return [completions[at : at + n] for at in range(0, len(completions), n)]
 
     def submit(self, prompt: str | Sequence[int], sampling: SamplingParams | None = None, *, draw: int = 0) -> int:
         """Queue a prompt for ``step``, from any thread -> the number that its events have.
@@ -192,16 +255,42 @@ class Engine:
 
     def step(self) -> list[Event]:
         """Let the device do what is next for the requests, see ``schedule`` -> what it has brought to each."""
-        requests = self._serve()
         with self._stepping:
-            with self._lock:
-                weights = self._make()
-            return requests.step(weights)
+            events, self._events = [*self._events, *self._advance()], []
+        return events
+
+    def _advance(self) -> list[Event]:
+        """One step -> events of nobody that ``answer`` waits for."""
+        requests, others = self._serve(), []
+        with self._lock:
+            weights = self._make()
+        for event in requests.step(weights):
+            answer = self._answers.get(event.number)
+            if answer is None:
+                others.append(event)
+                continue
+            answer.add(event)
+            if event.finish_reason:
+                del self._answers[event.number]
+            elif answer.finish_reason:
+                requests.cancel(event.number)
+        return others
+
+    def follow(self) -> None:
+        """Of several processes those that only help: ``step`` with the others until one of them calls ``end``."""
+        requests = self._serve()
+        while not requests.over:
+            self.step()
+
+    def end(self) -> None:
+        """Let the others' ``follow`` return, which take this for the next step. Requests that still run are lost."""
+        with self._stepping:
+            self._serve().end()
 
     @property
     def busy(self) -> bool:
         """Whether ``step`` has anything to do."""
-        return self._requests is not None and self._requests.busy
+        return bool(self._events) or (self._requests is not None and self._requests.busy)
 
     def warm_up(self) -> None:
         """Compile all that ``step`` may ever need: no request waits for a compiler behind it."""
@@ -210,6 +299,16 @@ class Engine:
             with self._lock:
                 weights = self._make()
             requests.warm_up(weights)
+
+    @property
+    def context(self) -> int:
+        """Tokens of a request's prompt and answer at most."""
+        return self._serve().context
+
+    @property
+    def slots(self) -> int:
+        """Requests that ``step`` answers at once."""
+        return self._serve().slots
 
     def metrics(self) -> dict[str, float]:
         """Of requests, see ``Continuous.metrics``."""
@@ -268,13 +367,11 @@ class Engine:
                 return f"a prompt of {length} tokens and {most}"
         return None
 
-    def _completion(self, out: Generated, row: int) -> Completion:
-        length, stopped = int(out.lengths_B[row]), bool(out.stopped_B[row])
-        ids = np.asarray(out.tokens_BN[row, :length]).tolist()
-        text = self.decode(ids[:-1] if stopped else ids)
-        return Completion(
-            text, ids, np.asarray(out.logprobs_BN[row, :length]).tolist(), "stop" if stopped else "length"
-        )
+    def _completion(self, out: Generated, row: int, stop: tuple[str, ...]) -> Completion:
+        length, stopped, answer = int(out.lengths_B[row]), bool(out.stopped_B[row]), Answer(self.tokenizer, stop)
+        ids, logprobs = (np.asarray(x[row, :length]).tolist() for x in (out.tokens_BN, out.logprobs_BN))
+        answer.add(Event(0, ids, logprobs, "stop" if stopped else "length"))
+        return answer.completion()
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text with ``<think>`` and other special tokens spelled out."""

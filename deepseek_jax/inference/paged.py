@@ -167,8 +167,8 @@ def read(
 @struct.dataclass
 class Decoded:
     """tokens_BN, logprobs_BN: of each row those that it was given, -1 behind them; log-probabilities are those of the
-    network, before temperature, penalties and cuts. stopped_B: it ended with a stop id. likely_BNA,
-    likely_logprobs_BNA: beside each token the most likely ones, where any row asks for alternatives."""
+    network, before penalties and cuts, by the temperature ``Shares.scored``. stopped_B: it ended with a stop id.
+    likely_BNA, likely_logprobs_BNA: beside each token the most likely ones, where any row asks for alternatives."""
 
     tokens_BN: jax.Array
     logprobs_BN: jax.Array
@@ -193,7 +193,8 @@ def decode(
     most: int,
 ) -> tuple[Store, Decoded]:
     """Up to ``turns`` (``most`` at most) tokens of each row's answer. A row draws its token n with
-    ``fold_in(fold_in(key(seed), draw), n)``, whatever stands beside it. until_end: no more once a row has ended.
+    ``fold_in(fold_in(key(seed), draw), n)``, or with another key than the seed's, whatever stands beside it. until_end:
+    no more once a row has ended.
     """
     network = transformer.merge(config, params, router_bias, compute)
     rows = jax.tree.map(lambda x: _rows(x, compute), rows)
@@ -226,7 +227,14 @@ def decode(
     now = jnp.int32(0), pages, at.token, at.length, filling_B, found
     with jax.named_scope("decode"):
         _, pages, _, _, _, found = jax.lax.while_loop(goes_on, step, now)
-    return pages, found
+    return pages, _told(found, compute)
+
+
+def _told(found: Decoded, compute: ComputeConfig) -> Decoded:
+    """Where hosts read it: of several processes each reads it all."""
+    if jax.process_count() == 1:
+        return found
+    return jax.tree.map(lambda x: constrain(x, compute.rules, *[None] * x.ndim), found)
 
 
 def _nothing(batch: int, most: int, width: int) -> Decoded:
@@ -243,9 +251,11 @@ def _draw(network, rows: Rows, at: Numbers, n, hidden_BD, said_BT, length_B, don
     wishes = Wishes(how.repetition, how.presence, how.frequency, rows.numbers_BK[:, -BIASES:], biases_BX)
     logits_BW = network.logits(hidden_BD)
     wanted_BW = adjusted(logits_BW, wishes, said_BT, at.length + 1 - at.answered, length_B + 1)
-    key = lambda seed, draw, n: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), draw), n)  # noqa: E731
-    keys_B = jax.vmap(key)(at.seed, at.draw, at.answered + n)
+    words_B2 = jax.lax.bitcast_convert_type(jnp.stack([at.high, at.seed], axis=1), jnp.uint32)
+    keys_B = jax.random.wrap_key_data(words_B2, impl="threefry2x32")
+    keys_B = jax.vmap(lambda key, *at: functools.reduce(jax.random.fold_in, at, key))(keys_B, at.draw, at.answered + n)
     drawn_B, _ = sample(wanted_BW, keys_B, how.temperature, how.top_p, at.top_k, how.min_p)
+    logits_BW = logits_BW / how.scored[:, None]
     total_B = jax.nn.logsumexp(logits_BW, axis=1)
     logprob_B = jnp.take_along_axis(logits_BW, drawn_B[:, None], axis=1)[:, 0] - total_B
 

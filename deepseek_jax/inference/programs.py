@@ -17,6 +17,7 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.inference.paged import Decoded, copy_pages, decode, empty_pages, read, reads_pages
 from deepseek_jax.inference.rows import Rows
 from deepseek_jax.inference.schedule import Buckets, Piece, Plan, Request, ServingConfig, fitting
+from deepseek_jax.parallel.processes import meet
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +96,7 @@ class Programs:
             with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
                 compiled = pool.map(lambda lowered: lowered.compile(), missing.values())
                 self._programs |= dict(zip(missing, compiled, strict=True))
+            meet()  # a process that is still compiling would have the others wait in collectives
             for job in jobs:
                 self._run(weights, job)
         self.wait()
@@ -151,6 +153,7 @@ class Programs:
         if program is None:
             self.late += self._warm
             program = self._programs[job.key] = self._lowered(weights, job).compile()
+            meet()
         given = () if job.function is copy_pages else weights
         done = program(*given, self._pages, *job.arrays)
         self._pages, found = done if job.function is decode else (done, None)

@@ -106,7 +106,8 @@ class Request:
     """A prompt and its answer so far (``ids``), and where they are: the first ``length`` tokens lie in ``pages``.
 
     number: the order of arrival. row: what decoding it takes, see ``Rows``. slot: -1 while it waits. prefix: of the
-    first ``named`` pages, which others can find, by the weights of ``root``.
+    first ``named`` pages, which others can find, by the weights of ``root``. cached: tokens of the prompt that were
+    there when it was first let in.
     """
 
     number: int
@@ -120,6 +121,7 @@ class Request:
     prefix: int = 0
     named: int = 0
     root: int = -1
+    cached: int = -1
     _known: np.ndarray | None = None
 
     @property
@@ -282,6 +284,7 @@ class Schedule:
         request.prefix, request.named, request.root = prefix, len(shared), self.pages.root
         self.prompt_tokens += known
         self.found_tokens += request.length
+        request.cached = request.length if request.cached < 0 else request.cached
         for j in range(len(shared), known // size):
             ids_N = ids_T[j * size : (j + 1) * size]
             request.prefix = self.pages.name(request.pages[j], request.prefix, ids_N, promised=True)

@@ -143,7 +143,14 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         _BLOCKWISE,
         _REFERENCE,
     ),
-    "gqa_attention": (_C, _CUDNN, _SPLASH, _BLOCKWISE, _REFERENCE),
+    "gqa_attention": (
+        _C,
+        _CUDNN,
+        Implementation("hopper", ("cuda",), attention_hopper.refuses_grouped),
+        _SPLASH,
+        _BLOCKWISE,
+        _REFERENCE,
+    ),
     "mla_decode": (
         Implementation("hopper", ("cuda",), decode_hopper.refuses),
         Implementation("tpu", ("tpu",), decode_tpu.refuses),

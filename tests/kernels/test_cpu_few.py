@@ -52,7 +52,8 @@ def test_when_it_is_chosen():
         return choose("product", CPU, jnp.float32, lying=(rows, widths, jnp.dtype(stored)), **facts).name
 
     assert of(16, "float32") == of(400, "bfloat16") == "c_few"
-    assert of(400, "float32") == of(16, "float32", (64, 20)) == of(16, "float32", devices=2) == "c"
+    assert of(400, "float32") == of(16, "float32", (64, 20)) == "c"
+    assert of(16, "float32", devices=2) == "dot"
 
 
 def paged_case(seed, heads, groups, width, entry, queries=1):

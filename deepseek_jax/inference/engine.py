@@ -18,9 +18,10 @@ from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.inference.answers import Answer, Completion
 from deepseek_jax.inference.continuous import Continuous, Event
 from deepseek_jax.inference.generate import Generated, begin, generate, go_on
-from deepseek_jax.inference.requests import Requests, Room, make_requests, spread
+from deepseek_jax.inference.requests import Requests, Room, make_requests, shared, spread
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.schedule import ServingConfig
+from deepseek_jax.inference.speculation import check_drafts
 from deepseek_jax.inference.weights import (
     random_weights,
     sampling_compute,
@@ -61,11 +62,14 @@ class Engine:
         serving: how requests are answered as they come. placement: of each MoE layer the expert in each place, of which
         there may be more than experts (``eplb.place``): copies share the work of a busy one, and answers are the same.
 
-        ValueError for a placement that is not the model's, or that the mesh cannot split.
+        ValueError for a placement that is not the model's, or that the mesh cannot split, and for drafts by a model
+        without an MTP module.
         """
         if isinstance(model, transformer.Transformer):
             model = Model.of(model, tokenizer)
         model.config.check_speaks()
+        check_drafts(model.config, serving.drafts)
+        self._network = model.config if serving.drafts else sampling_config(model.config)
         self.config, self.mesh = model.config, model.mesh
         self.tokenizer = model.text if tokenizer is None else tokenizer.over(model.config.vocab_size)
         self.compute = sampling_compute(model.compute)
@@ -99,7 +103,7 @@ class Engine:
         """With ``random_weights``, drawn as decoding reads them: for measurements of networks without weights."""
         made = cls(Model(config, compute.on(mesh), None, None, tokenizer, mesh), serving=serving)
         with jax.set_mesh(mesh):
-            made._given, made._weights = None, random_weights(sampling_config(config), made.compute, mesh)
+            made._given, made._weights = None, random_weights(config, made.compute, mesh, mtp=bool(serving.drafts))
         return made
 
     def update(self, params: dict[str, Any], router_bias: jax.Array | None) -> None:
@@ -119,6 +123,7 @@ class Engine:
         if weights is None:
             assert self._given is not None
             options: dict[str, Any] = {"config": self.config, "compute": self.compute, "mesh": self.mesh}
+            options["mtp"] = bool(self.serving.drafts)
             with jax.set_mesh(self.mesh):
                 params, bias = sampling_weights(*self._given, **options)
                 if self._places is not None:
@@ -162,17 +167,21 @@ class Engine:
         key: jax.Array | None = None,
         *,
         experts: bool = False,
+        filled: int = 0,
     ) -> Generated:
         """The arrays behind ``generate``; rows past ``len(prompts)`` are filling.
 
-        key: prompt i draws with ``fold_in(key, i)`` instead of the seeds. experts: return those chosen, too.
+        key: prompt i draws with ``fold_in(key, i)`` instead of the seeds. experts: return those chosen, too. filled:
+        rows at least, so that a last part of many prompts compiles nothing; of one process.
+
+        Equal prompts on one device are read in once, where that halves the prompts.
 
         Of several processes each gives prompts of its own, or none, at the same time; they count from those of the
         first process on, so that answers are those that one process would give to all. ``Generated.here`` has its own.
         """
-        weights, requests = self._prepared(prompts, sampling, key)
+        weights, requests = self._prepared(prompts, sampling, key, filled)
         with jax.set_mesh(self.mesh):  # the caller's may be another
-            return _generate(sampling_config(self.config), self.compute, *weights, requests, experts=experts)
+            return _generate(self._network, self.compute, *weights, requests, experts=experts)
 
     def stream(self, prompt: str | Sequence[int], sampling: SamplingParams | None = None) -> Iterator[Completion]:
         """One prompt's completion in pieces, while it is made: joined they are what ``generate`` answers.
@@ -183,7 +192,7 @@ class Engine:
         require_one_process("a streamed answer")
         sampling = sampling or SamplingParams()
         weights, requests = self._prepared([self._ids(prompt)], sampling.of_ids())
-        given = (sampling_config(self.config), self.compute, *weights, requests)
+        given = (self._network, self.compute, *weights, requests)
         answer, known, chunk, went_on = Answer(self.tokenizer, sampling.stop, streamed=True), 0, 1, time.monotonic()
         with jax.set_mesh(self.mesh):
             decoding = begin(*given)
@@ -318,8 +327,7 @@ class Engine:
         with self._lock:
             if self._requests is None:
                 stop_ids = self.tokenizer.stop_ids
-                given = sampling_config(self.config), self.compute, self.mesh, self.serving, stop_ids
-                self._requests = Continuous(*given)
+                self._requests = Continuous(self._network, self.compute, self.mesh, self.serving, stop_ids)
             return self._requests
 
     def _ids(self, prompt: str | Sequence[int]) -> list[int]:
@@ -332,13 +340,15 @@ class Engine:
         prompts: Sequence[Sequence[int]],
         sampling: SamplingParams | Sequence[SamplingParams],
         key: jax.Array | None = None,
+        filled: int = 0,
     ) -> tuple[tuple[Any, jax.Array | None], Requests]:
         """The weights, and the prompts as arrays. ValueError where prompt and answer pass what the model takes, of
         several processes on all."""
         each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
         axes, stop_ids = self.compute.rules.batch, self.tokenizer.stop_ids
         require_own_rows(self.mesh, axes, "sampling")
-        told = gather([self._wrong(prompts, each), dataclasses.astuple(Room.of(prompts, each, stop_ids))])
+        own = Room.of(prompts, each, stop_ids)
+        told = gather([self._wrong(prompts, each), dataclasses.astuple(own)])
         if wrong := next(filter(None, (wrong for wrong, _ in told)), None):
             raise ValueError(wrong)
         with self._lock:
@@ -346,12 +356,14 @@ class Engine:
         ways = math.prod(self.mesh.shape[axis] for axis in axes)
         options: dict[str, Any] = {"stop_ids": stop_ids, "pad_id": self.tokenizer.pad_id}
         if (count := jax.process_count()) == 1:
+            room = dataclasses.replace(own, rows=max(own.rows, filled))
             with jax.set_mesh(self.mesh):
-                return weights, make_requests(prompts, sampling, key, ways=ways, **options)
+                return weights, shared(make_requests(prompts, sampling, key, ways=ways, room=room, **options), ways)
         rooms = [Room(*sizes) for _, sizes in told]
         room = Room(*map(max, *map(dataclasses.astuple, rooms)))
         first = sum(room.rows for room in rooms[: jax.process_index()])
         requests = make_requests(prompts, sampling, key, ways=ways // count, room=room, first=first, **options)
+        requests = shared(requests, ways // count, lambda rows: max(gather(rows)))
         return weights, spread(requests, NamedSharding(self.mesh, PartitionSpec(axes)))
 
     def _wrong(self, prompts: Sequence[Sequence[int]], each: Sequence[SamplingParams]) -> str | None:

@@ -103,7 +103,7 @@ def test_the_command(tmp_path, capsys):
         json.dumps(
             {
                 "model_type": "llama",
-                    "max_position_embeddings": 64,
+                "max_position_embeddings": 64,
                 "vocab_size": 64,
                 "hidden_size": 8,
                 "num_hidden_layers": 1,

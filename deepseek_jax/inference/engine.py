@@ -14,13 +14,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from deepseek_jax.checkpoint.model import Model
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.data.streaming import TextStream
 from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.inference.answers import Answer, Completion
 from deepseek_jax.inference.continuous import Continuous, Event
 from deepseek_jax.inference.generate import Generated, begin, generate, go_on
-from deepseek_jax.inference.requests import Requests, Room, make_requests, spread
+from deepseek_jax.inference.requests import Requests, Room, make_requests, shared, spread
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.schedule import ServingConfig
+from deepseek_jax.inference.speculation import check_drafts
 from deepseek_jax.inference.weights import (
     random_weights,
     sampling_compute,
@@ -37,18 +38,9 @@ _generate = together(generate)
 STREAM_SECONDS = 0.05  # from one piece of a streamed answer to the next, where a token takes less
 
 
-@dataclasses.dataclass(frozen=True)
-class Completion:
-    """text: decoded with the thinking marks, without the end of sentence. finish_reason: ``stop`` or ``length``."""
-
-    text: str
-    token_ids: list[int]
-    logprobs: list[float]
-    finish_reason: str
-
-
 class Engine:
-    """Answers batches of prompts with a model, from any thread; or requests as they come, by ``submit`` and ``step``.
+    """Answers batches of prompts with a model, from any thread: ``generate`` such as begin together, in one program,
+    ``answer`` any number, as slots come free; or requests as they come, by ``submit`` and ``step``.
 
     >>> engine = Engine(model, tokenizer)  # doctest: +SKIP
     >>> engine.generate(["def add(a, b):"], SamplingParams(max_tokens=16))[0].text  # doctest: +SKIP
@@ -70,11 +62,14 @@ class Engine:
         serving: how requests are answered as they come. placement: of each MoE layer the expert in each place, of which
         there may be more than experts (``eplb.place``): copies share the work of a busy one, and answers are the same.
 
-        ValueError for a placement that is not the model's, or that the mesh cannot split.
+        ValueError for a placement that is not the model's, or that the mesh cannot split, and for drafts by a model
+        without an MTP module.
         """
         if isinstance(model, transformer.Transformer):
             model = Model.of(model, tokenizer)
         model.config.check_speaks()
+        check_drafts(model.config, serving.drafts)
+        self._network = model.config if serving.drafts else sampling_config(model.config)
         self.config, self.mesh = model.config, model.mesh
         self.tokenizer = model.text if tokenizer is None else tokenizer.over(model.config.vocab_size)
         self.compute = sampling_compute(model.compute)
@@ -91,6 +86,8 @@ class Engine:
         self._lock = threading.Lock()
         self.serving = serving
         self._requests: Continuous | None = None
+        self._answers: dict[int, Answer] = {}  # that ``answer`` waits for
+        self._events: list[Event] = []  # of others, that came while it did
         self._stepping = threading.Lock()
 
     @classmethod
@@ -106,7 +103,7 @@ class Engine:
         """With ``random_weights``, drawn as decoding reads them: for measurements of networks without weights."""
         made = cls(Model(config, compute.on(mesh), None, None, tokenizer, mesh), serving=serving)
         with jax.set_mesh(mesh):
-            made._given, made._weights = None, random_weights(sampling_config(config), made.compute, mesh)
+            made._given, made._weights = None, random_weights(config, made.compute, mesh, mtp=bool(serving.drafts))
         return made
 
     def update(self, params: dict[str, Any], router_bias: jax.Array | None) -> None:
@@ -126,6 +123,7 @@ class Engine:
         if weights is None:
             assert self._given is not None
             options: dict[str, Any] = {"config": self.config, "compute": self.compute, "mesh": self.mesh}
+            options["mtp"] = bool(self.serving.drafts)
             with jax.set_mesh(self.mesh):
                 params, bias = sampling_weights(*self._given, **options)
                 if self._places is not None:
@@ -154,8 +152,13 @@ class Engine:
         ids = [self._ids(prompt) for prompt in prompts]
         if not ids and jax.process_count() == 1:
             return []
-        out = self.generate_ids(ids, sampling or SamplingParams()).here()
-        return [self._completion(out, row) for row in range(len(ids))]
+        sampling = sampling or SamplingParams()
+        if isinstance(sampling, SamplingParams):
+            stops, of_ids = [sampling.stop] * len(ids), sampling.of_ids()
+        else:
+            stops, of_ids = [params.stop for params in sampling], [params.of_ids() for params in sampling]
+        out = self.generate_ids(ids, of_ids).here()
+        return [self._completion(out, row, stop) for row, stop in enumerate(stops)]
 
     def generate_ids(
         self,
@@ -164,17 +167,21 @@ class Engine:
         key: jax.Array | None = None,
         *,
         experts: bool = False,
+        filled: int = 0,
     ) -> Generated:
         """The arrays behind ``generate``; rows past ``len(prompts)`` are filling.
 
-        key: prompt i draws with ``fold_in(key, i)`` instead of the seeds. experts: return those chosen, too.
+        key: prompt i draws with ``fold_in(key, i)`` instead of the seeds. experts: return those chosen, too. filled:
+        rows at least, so that a last part of many prompts compiles nothing; of one process.
+
+        Equal prompts on one device are read in once, where that halves the prompts.
 
         Of several processes each gives prompts of its own, or none, at the same time; they count from those of the
         first process on, so that answers are those that one process would give to all. ``Generated.here`` has its own.
         """
-        weights, requests = self._prepared(prompts, sampling, key)
+        weights, requests = self._prepared(prompts, sampling, key, filled)
         with jax.set_mesh(self.mesh):  # the caller's may be another
-            return _generate(sampling_config(self.config), self.compute, *weights, requests, experts=experts)
+            return _generate(self._network, self.compute, *weights, requests, experts=experts)
 
     def stream(self, prompt: str | Sequence[int], sampling: SamplingParams | None = None) -> Iterator[Completion]:
         """One prompt's completion in pieces, while it is made: joined they are what ``generate`` answers.
@@ -183,9 +190,10 @@ class Engine:
         for the last; a character of several tokens is given with its last one. Errors as in ``generate``.
         """
         require_one_process("a streamed answer")
-        weights, requests = self._prepared([self._ids(prompt)], sampling or SamplingParams())
-        given = (sampling_config(self.config), self.compute, *weights, requests)
-        text, known, chunk, went_on = TextStream(self.tokenizer), 0, 1, time.monotonic()
+        sampling = sampling or SamplingParams()
+        weights, requests = self._prepared([self._ids(prompt)], sampling.of_ids())
+        given = (self._network, self.compute, *weights, requests)
+        answer, known, chunk, went_on = Answer(self.tokenizer, sampling.stop, streamed=True), 0, 1, time.monotonic()
         with jax.set_mesh(self.mesh):
             decoding = begin(*given)
         while True:
@@ -194,13 +202,53 @@ class Engine:
             seconds = (time.monotonic() - went_on) / (length - known)
             chunk = min(max(int(STREAM_SECONDS / seconds), 1), 64)
             ids, logprobs = answered.tokens_BN[0, known:length].tolist(), answered.logprobs_BN[0, known:length].tolist()
-            said = "".join(text.push(i) for i in (ids[:-1] if stopped else ids)) + (text.finish() if ended else "")
-            yield Completion(said, ids, logprobs, ("stop" if stopped else "length") if ended else "")
-            if ended:
+            yield answer.add(Event(0, ids, logprobs, ("stop" if stopped else "length") if ended else ""))
+            if answer.finish_reason:
                 return
             known, went_on = length, time.monotonic()
             with jax.set_mesh(self.mesh):
                 decoding = go_on(*given, decoding, known + chunk)
+
+    def answer(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        n: int = 1,
+    ) -> list[list[Completion]]:
+        """``n`` completions of each prompt, of any number of prompts: the next begins where another has ended, what
+        several begin with is read in once, and strings end answers while they are made.
+
+        sampling: for all, or one for each prompt, as in ``generate``, of which each answer is the one: ``n`` of a
+        prompt are those of as many equal prompts. But log-probabilities are the network's own, see ``Event``. May be
+        called while others call it or submit; what comes for those is kept. ValueError as in ``submit``.
+        """
+        if isinstance(prompts, str):
+            raise ValueError(f"prompts={prompts!r:.60} is one text: give a list of them")
+        if type(n) is not int or n < 1:
+            raise ValueError(f"n={n!r}: expected an int of at least 1")
+        sampling, shared = sampling or SamplingParams(), not isinstance(sampling, Sequence)
+        each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
+        if len(each) != len(prompts):
+            raise ValueError(
+                f"{len(prompts)} prompts, but {len(each)} sampling parameters: expected one, or one for each"
+            )
+        asked = dict[int, Answer]()
+        try:
+            with self._stepping:
+                for row, (prompt, params) in enumerate(zip(prompts, each, strict=True)):
+                    ids, of_ids = self._ids(prompt), params.of_ids()
+                    for draw in range(row * n * shared, row * n * shared + n):
+                        number = self.submit(ids, of_ids, draw=draw)
+                        asked[number] = self._answers[number] = Answer(self.tokenizer, params.stop)
+            while asked.keys() & self._answers.keys():
+                with self._stepping:
+                    self._events += self._advance()
+        finally:
+            for number in asked.keys() & self._answers.keys():  # an error has come between
+                self.cancel(number)
+        completions = [answer.completion() for answer in asked.values()]
+        return [completions[at : at + n] for at in range(0, len(completions), n)]
 
     def submit(self, prompt: str | Sequence[int], sampling: SamplingParams | None = None, *, draw: int = 0) -> int:
         """Queue a prompt for ``step``, from any thread -> the number that its events have.
@@ -216,16 +264,42 @@ class Engine:
 
     def step(self) -> list[Event]:
         """Let the device do what is next for the requests, see ``schedule`` -> what it has brought to each."""
-        requests = self._serve()
         with self._stepping:
-            with self._lock:
-                weights = self._make()
-            return requests.step(weights)
+            events, self._events = [*self._events, *self._advance()], []
+        return events
+
+    def _advance(self) -> list[Event]:
+        """One step -> events of nobody that ``answer`` waits for."""
+        requests, others = self._serve(), []
+        with self._lock:
+            weights = self._make()
+        for event in requests.step(weights):
+            answer = self._answers.get(event.number)
+            if answer is None:
+                others.append(event)
+                continue
+            answer.add(event)
+            if event.finish_reason:
+                del self._answers[event.number]
+            elif answer.finish_reason:
+                requests.cancel(event.number)
+        return others
+
+    def follow(self) -> None:
+        """Of several processes those that only help: ``step`` with the others until one of them calls ``end``."""
+        requests = self._serve()
+        while not requests.over:
+            self.step()
+
+    def end(self) -> None:
+        """Let the others' ``follow`` return, which take this for the next step. Requests that still run are lost."""
+        with self._stepping:
+            self._serve().end()
 
     @property
     def busy(self) -> bool:
         """Whether ``step`` has anything to do."""
-        return self._requests is not None and self._requests.busy
+        return bool(self._events) or (self._requests is not None and self._requests.busy)
 
     def warm_up(self) -> None:
         """Compile all that ``step`` may ever need: no request waits for a compiler behind it."""
@@ -253,8 +327,7 @@ class Engine:
         with self._lock:
             if self._requests is None:
                 stop_ids = self.tokenizer.stop_ids
-                given = sampling_config(self.config), self.compute, self.mesh, self.serving, stop_ids
-                self._requests = Continuous(*given)
+                self._requests = Continuous(self._network, self.compute, self.mesh, self.serving, stop_ids)
             return self._requests
 
     def _ids(self, prompt: str | Sequence[int]) -> list[int]:
@@ -267,13 +340,15 @@ class Engine:
         prompts: Sequence[Sequence[int]],
         sampling: SamplingParams | Sequence[SamplingParams],
         key: jax.Array | None = None,
+        filled: int = 0,
     ) -> tuple[tuple[Any, jax.Array | None], Requests]:
         """The weights, and the prompts as arrays. ValueError where prompt and answer pass what the model takes, of
         several processes on all."""
         each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
         axes, stop_ids = self.compute.rules.batch, self.tokenizer.stop_ids
         require_own_rows(self.mesh, axes, "sampling")
-        told = gather([self._wrong(prompts, each), dataclasses.astuple(Room.of(prompts, each, stop_ids))])
+        own = Room.of(prompts, each, stop_ids)
+        told = gather([self._wrong(prompts, each), dataclasses.astuple(own)])
         if wrong := next(filter(None, (wrong for wrong, _ in told)), None):
             raise ValueError(wrong)
         with self._lock:
@@ -281,12 +356,14 @@ class Engine:
         ways = math.prod(self.mesh.shape[axis] for axis in axes)
         options: dict[str, Any] = {"stop_ids": stop_ids, "pad_id": self.tokenizer.pad_id}
         if (count := jax.process_count()) == 1:
+            room = dataclasses.replace(own, rows=max(own.rows, filled))
             with jax.set_mesh(self.mesh):
-                return weights, make_requests(prompts, sampling, key, ways=ways, **options)
+                return weights, shared(make_requests(prompts, sampling, key, ways=ways, room=room, **options), ways)
         rooms = [Room(*sizes) for _, sizes in told]
         room = Room(*map(max, *map(dataclasses.astuple, rooms)))
         first = sum(room.rows for room in rooms[: jax.process_index()])
         requests = make_requests(prompts, sampling, key, ways=ways // count, room=room, first=first, **options)
+        requests = shared(requests, ways // count, lambda rows: max(gather(rows)))
         return weights, spread(requests, NamedSharding(self.mesh, PartitionSpec(axes)))
 
     def _wrong(self, prompts: Sequence[Sequence[int]], each: Sequence[SamplingParams]) -> str | None:
@@ -302,13 +379,11 @@ class Engine:
                 return f"a prompt of {length} tokens and {most}"
         return None
 
-    def _completion(self, out: Generated, row: int) -> Completion:
-        length, stopped = int(out.lengths_B[row]), bool(out.stopped_B[row])
-        ids = np.asarray(out.tokens_BN[row, :length]).tolist()
-        text = self.decode(ids[:-1] if stopped else ids)
-        return Completion(
-            text, ids, np.asarray(out.logprobs_BN[row, :length]).tolist(), "stop" if stopped else "length"
-        )
+    def _completion(self, out: Generated, row: int, stop: tuple[str, ...]) -> Completion:
+        length, stopped, answer = int(out.lengths_B[row]), bool(out.stopped_B[row]), Answer(self.tokenizer, stop)
+        ids, logprobs = (np.asarray(x[row, :length]).tolist() for x in (out.tokens_BN, out.logprobs_BN))
+        answer.add(Event(0, ids, logprobs, "stop" if stopped else "length"))
+        return answer.completion()
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text with ``<think>`` and other special tokens spelled out."""

@@ -5,14 +5,16 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 
-from deepseek_jax.data.chat import encode_prompt
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.serve.asked import as_messages, asked_by_chat, asked_by_completion, check_model, encoded
 from deepseek_jax.serve.asking import Asker
 from deepseek_jax.serve.config import ServeConfig
 from deepseek_jax.serve.errors import ApiError, ErrorBody, add_handlers
 from deepseek_jax.serve.meters import Meters
+from deepseek_jax.serve.page import page
+from deepseek_jax.serve.prompts import write_prompt
 from deepseek_jax.serve.responding import Desk
+from deepseek_jax.serve.responses import add_responses
 from deepseek_jax.serve.schema import Chat, Completion, Detokenize, Tokenize
 from deepseek_jax.serve.sending import Sending
 from deepseek_jax.serve.written import ChatForm, CompletionForm
@@ -37,8 +39,10 @@ def make_app(asker: Asker, tokenizer: Tokenizer, config: ServeConfig) -> FastAPI
     add_handlers(app)
     app.state.desk = desk = Desk(asker, tokenizer, config, Meters())
     add_generation(app, desk)
+    add_responses(app, desk, _REFUSED)
     add_models(app, desk)
     add_tokens(app, desk)
+    app.add_route("/", page, include_in_schema=False)
     app.add_middleware(Sending, meters=desk.meters, stall=config.stall_seconds)
     return app
 
@@ -111,7 +115,7 @@ def add_tokens(app: FastAPI, desk: Desk) -> None:
 
         def encode() -> list[int]:
             if body.messages is not None:
-                return encode_prompt(tokenizer, as_messages(body.messages, limits))
+                return write_prompt(tokenizer, as_messages(body.messages, limits)).ids
             return [*(tokenizer.bos_ids if body.add_special_tokens else ()), *tokenizer.encode(body.prompt or "")]
 
         ids = await encoded(encode)

@@ -1,17 +1,21 @@
 """From a body to what the engine is asked: ids, sampling, and what is too much."""
 
 import asyncio
+import json
 import secrets
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
-from deepseek_jax.data.chat import encode_prompt
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.serve.answering import Asked
 from deepseek_jax.serve.asking import Served
 from deepseek_jax.serve.config import Limits
 from deepseek_jax.serve.errors import ApiError, whole
-from deepseek_jax.serve.schema import Chat, Completion, Message, Sampled
+from deepseek_jax.serve.parsing import CALL_END
+from deepseek_jax.serve.prompts import Prompt, write_prompt
+from deepseek_jax.serve.schema import Chat, Completion, Message, NamedTool, Sampled
+from deepseek_jax.serve.thinking import budget_of
 
 _SAME = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 _COMPLETION_TOKENS = 16  # OpenAI's
@@ -37,9 +41,27 @@ async def asked_by_chat(body: Chat, tokenizer: Tokenizer, served: Served, limits
     check_model(body.model, served)
     if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs=true", param="top_logprobs")
-    ids = await encoded(lambda: encode_prompt(tokenizer, as_messages(body.messages, limits)))
+    prompt, budget = await prompt_of(body, tokenizer, limits)
     most = body.max_completion_tokens or body.max_tokens
-    return _asked(body, [ids], most, (body.top_logprobs or 0) if body.logprobs else None, served, limits)
+    asked = _asked(body, [prompt.ids], most, (body.top_logprobs or 0) if body.logprobs else None, served, limits)
+    if body.parallel_tool_calls is False and prompt.tools:
+        asked = replace(asked, stops=(*asked.stops, CALL_END))
+    return replace(asked, prompt=prompt, thinking_budget=budget or None)
+
+
+async def prompt_of(body: Chat, tokenizer: Tokenizer, limits: Limits) -> tuple[Prompt, int | None]:
+    """What is answered, and for how many tokens it may be thought."""
+    tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
+    check_most("tools", len(tools), limits.tools, "tools")
+    for tool in tools:
+        size = len(json.dumps(tool["function"].get("parameters", {})))
+        check_most("tools", size, limits.schema_bytes, f"bytes of {tool['function']['name']}'s parameters")
+    choice = body.tool_choice.model_dump() if isinstance(body.tool_choice, NamedTool) else body.tool_choice
+    budget = budget_of(body.thinking_budget, body.reasoning_effort)
+    think = None if budget is None and body.reasoning_effort is None else budget != 0
+    messages = as_messages(body.messages, limits)
+    options = {"tools": tools, "choice": choice, "think": think, "variables": body.chat_template_kwargs}
+    return await encoded(lambda: write_prompt(tokenizer, messages, **options)), budget
 
 
 def as_messages(messages: Sequence[Message], limits: Limits) -> list[dict[str, Any]]:

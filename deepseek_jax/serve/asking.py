@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import AsyncGenerator
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 State = Literal["loading", "ready", "draining"]
 
@@ -39,6 +39,7 @@ class LostError(Exception):
     """The engine cannot answer any more."""
 
 
+@runtime_checkable
 class Asker(Protocol):
     """Answers ids with ids.
 

@@ -49,6 +49,8 @@ class ServeConfig:
     """A file with a key a line, one of which every request must bring; also taken from $DEEPSEEK_JAX_API_KEYS."""
     allowed_hosts: tuple[str, ...] = ()
     """Names that a request's Host may have, beside localhost and addresses; "*": any."""
+    origins: tuple[str, ...] = ()
+    """Of other pages that may use this server, as https://chat.example (CORS); its own page always may."""
     queue: int = 256
     """Answers that may wait for the engine beyond those that it makes at once; who comes then is told to come again
     (429)."""

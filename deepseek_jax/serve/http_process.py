@@ -17,7 +17,9 @@ from deepseek_jax.data.chat_templates import with_template
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.serve.app import make_app
 from deepseek_jax.serve.config import ServeConfig
+from deepseek_jax.serve.guard import guarded
 from deepseek_jax.serve.link import Frame
+from deepseek_jax.serve.protocol import BoundedProtocol
 from deepseek_jax.serve.remote import RemoteAsker
 from deepseek_jax.typed import from_dict
 
@@ -48,8 +50,8 @@ async def _serve(listening: socket.socket, pair: socket.socket) -> int:
     app = make_app(asker, tokenizer, config)
     server = _Server(
         uvicorn.Config(
-            app,
-            http="httptools",
+            guarded(app, config),
+            http=BoundedProtocol,
             ws="none",
             lifespan="off",
             access_log=False,

@@ -77,6 +77,50 @@ class Part(BaseModel):
     text: str
 
 
+class Function(BaseModel):
+    """parameters: a JSON schema. strict is taken, and changes nothing."""
+
+    model_config = ConfigDict(strict=True)
+    name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(BaseModel):
+    model_config = STRICT
+    type: Literal["function"] = "function"
+    function: Function
+
+
+class FunctionName(BaseModel):
+    model_config = STRICT
+    name: str = Field(max_length=64)
+
+
+class NamedTool(BaseModel):
+    """The function that must be called."""
+
+    model_config = STRICT
+    type: Literal["function"] = "function"
+    function: FunctionName
+
+
+class Called(BaseModel):
+    """arguments: JSON, as a text."""
+
+    model_config = ConfigDict(strict=True)
+    name: str
+    arguments: str = "{}"
+
+
+class ToolCall(BaseModel):
+    model_config = ConfigDict(strict=True)
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: Called
+
+
 class Message(BaseModel):
     """A turn; what else a client has stored of one is passed over."""
 
@@ -85,15 +129,28 @@ class Message(BaseModel):
     content: str | list[Part] | None = None
     name: str | None = None
     reasoning_content: str | None = None
+    tool_calls: list[ToolCall] | None = Field(None, max_length=128)
+    tool_call_id: str | None = None
 
 
 class Chat(Sampled):
-    """``/v1/chat/completions``. max_completion_tokens: OpenAI's newer name of max_tokens."""
+    """``/v1/chat/completions``. max_completion_tokens: OpenAI's newer name of max_tokens.
+
+    tool_choice: "required" is for one tool alone. thinking_budget: tokens of thinking at most, 0 for none of it;
+    reasoning_effort stands for one (none and minimal: 0, low: 1,024, medium: 8,192, high and xhigh: as many as it
+    likes). chat_template_kwargs: vLLM's, variables for the template.
+    """
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    thinking_budget: int | None = Field(None, ge=0, lt=2**31)
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    chat_template_kwargs: dict[str, Any] | None = Field(None, max_length=16)
 
 
 class Tokenize(BaseModel):

@@ -7,17 +7,20 @@ from typing import Any
 
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.serve.answering import Asked, Piece, Token
+from deepseek_jax.serve.parsing import Parser, delta, message
+from deepseek_jax.serve.prompts import Prompt
 
 
 class Tally:
     """Tokens of a request so far."""
 
     def __init__(self, asked: Asked):
-        self.prompt, self.completion = sum(map(len, asked.prompts)), 0
+        self.prompt, self.completion, self.thought = sum(map(len, asked.prompts)), 0, 0
         self._cached, self._n = [0] * len(asked.prompts), asked.n
 
     def add(self, piece: Piece) -> None:
         self.completion += piece.count
+        self.thought += piece.thought
         at = piece.index // self._n
         self._cached[at] = max(self._cached[at], piece.cached)
 
@@ -27,6 +30,7 @@ class Tally:
             "completion_tokens": self.completion,
             "total_tokens": self.prompt + self.completion,
             "prompt_tokens_details": {"cached_tokens": sum(self._cached)},
+            "completion_tokens_details": {"reasoning_tokens": self.thought},
         }
 
 
@@ -103,36 +107,43 @@ class ChatForm(Form):
 
     def __init__(self, model: str, tokenizer: Tokenizer, asked: Asked):
         super().__init__(model, tokenizer, asked)
-        self._said: list[list[str]] = [[] for _ in range(asked.count)]
+        prompt = asked.prompt or Prompt([])
+        self._parsers = [Parser(opened=prompt.opened, tools=prompt.tools) for _ in range(asked.count)]
+        self._parts = [parser.push(prompt.begun) for parser in self._parsers]
+        self._begun = [False] * asked.count
         self._logprobs: list[list[dict[str, Any]]] = [[] for _ in range(asked.count)]
         self._reasons = [""] * asked.count
 
     def add(self, piece: Piece) -> list[dict[str, Any]]:
         self.tally.add(piece)
-        index = piece.index
-        delta = {"content": piece.text} if piece.text else {}
-        if not self._said[index]:
-            delta = {"role": "assistant", "content": ""} | delta
-        self._said[index].append(piece.text)
-        self._reasons[index] = piece.finish_reason
+        index, parser = piece.index, self._parsers[piece.index]
+        parts = [*parser.push(piece.text), *(parser.finish() if piece.finish_reason else ())]
+        deltas = [delta(part) for part in parts]
+        if not self._begun[index]:
+            deltas = [{"role": "assistant", "content": ""}, *map(delta, self._parts[index]), *deltas]
+            self._begun[index] = True
+        self._parts[index] += parts
+        self._reasons[index] = "tool_calls" if piece.finish_reason == "stop" and parser.calls else piece.finish_reason
         logprobs = None
         if self.asked.alternatives is not None:
             logprobs = {"content": [chat_logprob(self.tokenizer, token) for token in piece.tokens]}
             self._logprobs[index] += logprobs["content"]
-        if not (delta or piece.tokens or piece.finish_reason):
-            return []
-        told = {"delta": delta, "logprobs": logprobs, "finish_reason": piece.finish_reason or None}
-        return [{"index": index, **told}]
+        if piece.finish_reason or (piece.tokens and not deltas):
+            deltas.append({})
+        told = [{"index": index, "delta": one, "logprobs": None, "finish_reason": None} for one in deltas]
+        if told:
+            told[0]["logprobs"], told[-1]["finish_reason"] = logprobs, self._reasons[index] or None
+        return told
 
     def choices(self) -> list[dict[str, Any]]:
         return [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": "".join(said), "refusal": None},
+                "message": {**message(parts), "refusal": None},
                 "logprobs": None if self.asked.alternatives is None else {"content": self._logprobs[index]},
                 "finish_reason": self._reasons[index] or None,
             }
-            for index, said in enumerate(self._said)
+            for index, parts in enumerate(self._parts)
         ]
 
 

@@ -93,6 +93,8 @@ def gqa_attention(
     visible.check(B, S, T)
     target = target or Target.here()
     name = _choose("gqa_attention", (q_BSHN, k_BTGN, v_BTGV), N, V, visible, target, implementation, H // G)
+    if name == "hopper":
+        return attention_hopper.grouped(q_BSHN, k_BTGN, v_BTGV, visible, scale)
     return _attend(name, q_BSHN, k_BTGN, v_BTGV, visible, scale, target)
 
 

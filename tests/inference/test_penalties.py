@@ -80,5 +80,5 @@ def test_what_makes_no_sense_is_refused(fields, message):
 
 
 def test_batches_refuse_what_requests_alone_can_have():
-    with pytest.raises(ValueError, match="min_p=0.1: for requests by Engine.submit alone"):
+    with pytest.raises(ValueError, match="min_p=0.1: for requests by Engine.answer and submit alone"):
         make_requests([[1]], SamplingParams(min_p=0.1))

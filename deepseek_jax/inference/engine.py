@@ -18,7 +18,7 @@ from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.inference.answers import Answer, Completion
 from deepseek_jax.inference.continuous import Continuous, Event
 from deepseek_jax.inference.generate import Generated, begin, generate, go_on
-from deepseek_jax.inference.requests import Requests, Room, make_requests, spread
+from deepseek_jax.inference.requests import Requests, Room, make_requests, shared, spread
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.schedule import ServingConfig
 from deepseek_jax.inference.speculation import check_drafts
@@ -167,15 +167,19 @@ class Engine:
         key: jax.Array | None = None,
         *,
         experts: bool = False,
+        filled: int = 0,
     ) -> Generated:
         """The arrays behind ``generate``; rows past ``len(prompts)`` are filling.
 
-        key: prompt i draws with ``fold_in(key, i)`` instead of the seeds. experts: return those chosen, too.
+        key: prompt i draws with ``fold_in(key, i)`` instead of the seeds. experts: return those chosen, too. filled:
+        rows at least, so that a last part of many prompts compiles nothing; of one process.
+
+        Equal prompts on one device are read in once, where that halves the prompts.
 
         Of several processes each gives prompts of its own, or none, at the same time; they count from those of the
         first process on, so that answers are those that one process would give to all. ``Generated.here`` has its own.
         """
-        weights, requests = self._prepared(prompts, sampling, key)
+        weights, requests = self._prepared(prompts, sampling, key, filled)
         with jax.set_mesh(self.mesh):  # the caller's may be another
             return _generate(self._network, self.compute, *weights, requests, experts=experts)
 
@@ -336,13 +340,15 @@ class Engine:
         prompts: Sequence[Sequence[int]],
         sampling: SamplingParams | Sequence[SamplingParams],
         key: jax.Array | None = None,
+        filled: int = 0,
     ) -> tuple[tuple[Any, jax.Array | None], Requests]:
         """The weights, and the prompts as arrays. ValueError where prompt and answer pass what the model takes, of
         several processes on all."""
         each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
         axes, stop_ids = self.compute.rules.batch, self.tokenizer.stop_ids
         require_own_rows(self.mesh, axes, "sampling")
-        told = gather([self._wrong(prompts, each), dataclasses.astuple(Room.of(prompts, each, stop_ids))])
+        own = Room.of(prompts, each, stop_ids)
+        told = gather([self._wrong(prompts, each), dataclasses.astuple(own)])
         if wrong := next(filter(None, (wrong for wrong, _ in told)), None):
             raise ValueError(wrong)
         with self._lock:
@@ -350,12 +356,14 @@ class Engine:
         ways = math.prod(self.mesh.shape[axis] for axis in axes)
         options: dict[str, Any] = {"stop_ids": stop_ids, "pad_id": self.tokenizer.pad_id}
         if (count := jax.process_count()) == 1:
+            room = dataclasses.replace(own, rows=max(own.rows, filled))
             with jax.set_mesh(self.mesh):
-                return weights, make_requests(prompts, sampling, key, ways=ways, **options)
+                return weights, shared(make_requests(prompts, sampling, key, ways=ways, room=room, **options), ways)
         rooms = [Room(*sizes) for _, sizes in told]
         room = Room(*map(max, *map(dataclasses.astuple, rooms)))
         first = sum(room.rows for room in rooms[: jax.process_index()])
         requests = make_requests(prompts, sampling, key, ways=ways // count, room=room, first=first, **options)
+        requests = shared(requests, ways // count, lambda rows: max(gather(rows)))
         return weights, spread(requests, NamedSharding(self.mesh, PartitionSpec(axes)))
 
     def _wrong(self, prompts: Sequence[Sequence[int]], each: Sequence[SamplingParams]) -> str | None:

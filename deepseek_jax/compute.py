@@ -27,9 +27,10 @@ class ComputeConfig:
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of activations and products; sums, norms' statistics, softmax, router and losses are float32 always."""
-    param_dtype: Literal["float32", "bfloat16", "float8_e4m3"] = "float32"
+    param_dtype: Literal["float32", "bfloat16", "float8_e4m3", "int8", "int4"] = "float32"
     """Of parameters at rest, for inference; training keeps float32 masters. float8_e4m3 keeps the FP8 matrices of a
-    checkpoint that has them as they are."""
+    checkpoint that has them as they are; int8 and int4 quantise matrices as they are read, in groups of 128, the rest
+    is bfloat16. A folder whose matrices are integers keeps them with any but float8_e4m3."""
     remat: Literal["none", "dots", "kernels", "full"] = "none"
     """What a layer keeps for its backward pass: all (none), what the kernels of attention and experts gave (kernels),
     that and its products (dots), or nothing (full)."""

@@ -21,6 +21,7 @@ from deepseek_jax.hf_families import (
     GROUPS,
     MLA,
     NULL_MEANS_ZERO,
+    PACKED,
     QUANTISATION,
     ROTARY,
     SCALING,
@@ -48,7 +49,7 @@ def fields_of(source: Source, *, ignore_config: Iterable[str] = ()) -> dict[str,
     model_type = _model_type(found)
     family = FAMILIES[model_type]
     refused, told = _not_computed(family, found)
-    refused += _not_fp8_blocks(found.get("quantization_config"))
+    refused += _not_read(found.get("quantization_config"))
     if refused:
         raise ValueError(
             f"config.json ({model_type}) asks for what is not computed here: {'; '.join(refused)}. Fields named in "
@@ -216,12 +217,14 @@ def _not_computed(family: Family, found: Mapping[str, Any]) -> tuple[list[str], 
     return refused, told
 
 
-def _not_fp8_blocks(quantisation: Any) -> list[str]:
-    """What to refuse of ``quantization_config``: all but e4m3 in 128×128 blocks."""
+def _not_read(quantisation: Any) -> list[str]:
+    """What to refuse of ``quantization_config``: all but e4m3 in 128×128 blocks, and int8 or int4 in groups."""
     if quantisation is None or quantisation == {}:
         return []
     if not isinstance(quantisation, Mapping):
         return [f"quantization_config={quantisation!r} (not an object)"]
+    if quantisation.get("quant_method") == PACKED:
+        return _not_integers(quantisation)
     given = {name: value for name, value in quantisation.items() if value is not None}
     refused = [
         f"quantization_config.{name} is missing" for name in ("quant_method", "weight_block_size") if name not in given
@@ -232,6 +235,33 @@ def _not_fp8_blocks(quantisation: Any) -> list[str]:
             wanted = f"only {' or '.join(map(repr, allowed))}" if allowed else "unknown"
             refused.append(f"quantization_config.{name}={value!r} ({wanted})")
     return refused
+
+
+def _not_integers(quantisation: Mapping[str, Any]) -> list[str]:
+    """The same of compressed-tensors: weights alone, packed, symmetric, in groups whose terms lie side by side."""
+    where = "quantization_config"
+    refused = [
+        f"{where}.{name}={quantisation.get(name)!r} (only {wanted!r})"
+        for name, wanted in {"format": "pack-quantized", "quantization_status": "compressed"}.items()
+        if quantisation.get(name, wanted) != wanted
+    ]
+    refused += [f"{where}.{name}={quantisation[name]!r}" for name in ("kv_cache_scheme",) if quantisation.get(name)]
+    groups = quantisation.get("config_groups")
+    if not isinstance(groups, Mapping) or len(groups) != 1:
+        return [*refused, f"{where}.config_groups={groups!r} (only one group of layers)"]
+    [(name, group)] = groups.items()
+    weights = group.get("weights") if isinstance(group, Mapping) else None
+    if not isinstance(weights, Mapping):
+        return [*refused, f"{where}.config_groups.{name}={group!r} (only quantised weights)"]
+    only = {"num_bits": (4, 8), "type": ("int",), "strategy": ("group",), "symmetric": (True,), "actorder": (None,)}
+    for field, allowed in only.items():
+        if (value := weights.get(field, allowed[0] if field != "num_bits" else None)) not in allowed:
+            refused.append(f"{where}.config_groups.{name}.weights.{field}={value!r} (only {' or '.join(map(repr, allowed))})")
+    size = weights.get("group_size")
+    if type(size) is not int or size < 2 or size % 2:
+        refused.append(f"{where}.config_groups.{name}.weights.group_size={size!r} (only an even number of terms)")
+    of_rows = [field for field in ("input_activations", "output_activations") if group.get(field)]
+    return refused + [f"{where}.config_groups.{name}.{field}={group[field]!r} (only null)" for field in of_rows]
 
 
 def _head_widths(model_type: str, values: dict[str, Any]) -> dict[str, Any]:

@@ -110,6 +110,8 @@ FAMILIES = {
     ),
 }
 
+PACKED = "compressed-tensors"  # the quant_method of integers, see ``hf_config``
+
 # Of quantization_config: the values that loading understands; None: whatever, the tensors' own types decide.
 QUANTISATION: dict[str, tuple[Any, ...] | None] = {
     "quant_method": ("fp8",),

@@ -107,11 +107,10 @@ def rows_of(part: str, cards: int) -> Iterator[Row]:
         deep = "--model.num-hidden-layers", "27", "--compute.remat", "kernels", "--compute.scan-unroll", "1"
         mesh = "--loss.chunk", "1024", "--mesh.fsdp", "2", "--mesh.expert", half
         # Of four, state and gradients alone take 60 of 80 GB with float32 moments.
-        few: dict[str, Any] = {"rows": 2} if cards < 8 else {}
         deep = (*deep, *STEP) if cards < 8 else deep
         name = f"whole, fsdp 2 × expert {half}"
-        yield Row(part, f"{name}, gather", cards, (*deep, *mesh), **few)
-        yield Row(part, f"{name}, all_to_all, experts in {n}", cards, (*deep, *mesh, *SPREAD, *CAPACITY), **few)
+        yield Row(part, f"{name}, gather", cards, (*deep, *mesh))
+        yield Row(part, f"{name}, all_to_all, experts in {n}", cards, (*deep, *mesh, *SPREAD, *CAPACITY))
     elif part == "flags":
         meshes = ("data", ("--mesh.data", n)), ("fsdp", ("--mesh.fsdp", n)), ("expert", ("--mesh.expert", n))
         for name, more in meshes:

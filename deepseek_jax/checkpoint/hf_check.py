@@ -7,7 +7,8 @@ import warnings
 
 import numpy as np
 
-from deepseek_jax.checkpoint.hf_names import HFTensor, hf_tensors, mtp_copies, mtp_prefix
+from deepseek_jax.checkpoint.hf_names import HFTensor, LeafPath, hf_tensors, mtp_copies, mtp_prefix
+from deepseek_jax.checkpoint.integers import Integers
 from deepseek_jax.checkpoint.safetensors import TensorFiles
 from deepseek_jax.config import ModelConfig
 from deepseek_kernels.block_fp8 import FP8
@@ -33,7 +34,9 @@ def find_mtp(config: ModelConfig, files: TensorFiles) -> ModelConfig:
     return dataclasses.replace(config, num_nextn_predict_layers=0)
 
 
-def check_tensors(config: ModelConfig, files: TensorFiles, *, keep_fp8: bool) -> list[HFTensor]:
+def check_tensors(
+    config: ModelConfig, files: TensorFiles, *, keep_fp8: bool, integers: Integers | None = None
+) -> list[HFTensor]:
     """The tensors to load. Those left out are named: in the log where nothing is lost, else in a warning.
 
     Raises ValueError naming each (of the first few) that is missing, unknown, or of another shape or dtype, that is
@@ -42,7 +45,15 @@ def check_tensors(config: ModelConfig, files: TensorFiles, *, keep_fp8: bool) ->
     tensors = hf_tensors(config)
     problems: list[str] = []
     expected: set[str] = set()
+    packed: dict[LeafPath, bool] = {}
     for tensor in tensors:
+        in_integers = integers is not None and bool(tensor.inputs) and integers.names(tensor)[0] in files.tensors
+        if packed.setdefault(tensor.path, in_integers) != in_integers:
+            problems.append(f"{tensor.name} and what lies beside it are not all in integers")
+        if integers is not None and in_integers:
+            expected.update(integers.names(tensor))
+            problems += integers.problems(tensor, files)
+            continue
         expected.add(tensor.name)
         info = files.tensors.get(tensor.name)
         if info is None:

@@ -6,8 +6,9 @@ casts or dequantises it into its place of the (donated) stacked parameter. Every
 
 import collections
 import concurrent.futures
+import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from deepseek_jax.checkpoint.hf_check import check_tensors, find_mtp
 from deepseek_jax.checkpoint.hf_names import HFTensor, LeafPath, flatten, leaf_shapes
+from deepseek_jax.checkpoint.integers import KEPT_INTEGERS, Integers, packed_names
 from deepseek_jax.checkpoint.reading import nest
 from deepseek_jax.checkpoint.safetensors import TensorFiles, TensorInfo
 from deepseek_jax.compute import ComputeConfig
@@ -25,10 +27,11 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.model import transformer
 from deepseek_jax.parallel.legal import check_layout
 from deepseek_jax.parallel.sharding import named_sharding
-from deepseek_kernels.block_fp8 import BLOCK, FP8, BlockScaled, scales_shape, split_shape
+from deepseek_kernels.block_fp8 import BLOCK, FP8, BlockScaled, Groups, scales_shape, split_shape
 
 KEPT_FP8 = "float8_e4m3"
-DTYPES = ("bfloat16", "float32", KEPT_FP8)
+KEPT = (KEPT_FP8, *KEPT_INTEGERS)
+DTYPES = ("bfloat16", "float32", *KEPT)
 _WORKERS = 2
 _IN_FLIGHT = 2**28  # bytes sent to the devices before they are waited for
 _Sent = tuple[LeafPath, Any, Any, np.ndarray]  # leaf, device, piece, where the piece starts in the device's buffer
@@ -46,7 +49,7 @@ def read_released(
     """Configuration, parameters in ``compute.param_dtype`` on ``mesh``, and routing bias of a released folder.
 
     FP8 checkpoints are dequantised; with ``param_dtype="float8_e4m3"`` their matrices stay as they are
-    (``BlockScaled``). ValueError, naming tensor or field, for whatever is missing, unknown, misshapen or damaged. An
+    (``BlockScaled``). Matrices in integers stay so, and with ``"int8"`` and ``"int4"`` become so. ValueError, naming tensor or field, for whatever is missing, unknown, misshapen or damaged. An
     MTP module that config.json announces and the files lack altogether is left out with a warning.
     """
     keep_fp8 = compute.param_dtype == KEPT_FP8
@@ -55,13 +58,47 @@ def read_released(
     with TensorFiles(path) as files:
         config = find_mtp(config, files)
         check_layout(config, compute, mesh.shape)
-        tensors = check_tensors(config, files, keep_fp8=keep_fp8)
-        dtype = np.dtype(jnp.bfloat16 if keep_fp8 else compute.param_dtype)  # of what is not kept in FP8
-        leaves = _Leaves(config, tensors, dtype, keep_fp8, place)
+        integers = _integers(path, compute.param_dtype)
+        tensors = check_tensors(config, files, keep_fp8=keep_fp8, integers=integers)
+        of_rest = jnp.bfloat16 if compute.param_dtype in KEPT else compute.param_dtype
+        kept = _kept(tensors, files, keep_fp8, integers, compute.param_dtype)
+        leaves = _Leaves(config, tensors, np.dtype(of_rest), kept, integers, place)
         _stream(files, tensors, leaves)
         arrays = leaves.finish()
     router_bias = arrays.pop(("router_bias",), None)
     return config, nest(arrays), router_bias
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kept:
+    """How a leaf is kept as a BlockScaled."""
+
+    dtype: np.dtype
+    scales: np.dtype
+    groups: Groups
+
+
+def _integers(path: str | Path, param_dtype: str) -> Integers | None:
+    """What the folder's matrices are in, or are to become."""
+    wanted, found = Integers.named(param_dtype), Integers.of_folder(path)
+    if found and (param_dtype == KEPT_FP8 or (wanted and wanted.bits != found.bits)):
+        raise ValueError(f"param_dtype={param_dtype!r}: the matrices of {path} are in int{found.bits}")
+    return found or wanted
+
+
+def _kept(
+    tensors: Sequence[HFTensor], files: TensorFiles, keep_fp8: bool, integers: Integers | None, param_dtype: str
+) -> dict[LeafPath, _Kept]:
+    kept: dict[LeafPath, _Kept] = {}
+    for tensor in tensors:
+        if keep_fp8 and tensor.quantised:
+            kept[tensor.path] = _Kept(np.dtype(FP8), np.dtype(np.float32), tensor.groups)
+        elif integers is not None and (
+            integers.names(tensor)[0] in files.tensors
+            or (param_dtype in KEPT_INTEGERS and integers.takes(tensor))
+        ):
+            kept[tensor.path] = _Kept(integers.dtype, np.dtype(jnp.bfloat16), integers.groups(tensor))
+    return kept
 
 
 def dtype_name(dtype: Any) -> str:
@@ -75,7 +112,7 @@ def dtype_name(dtype: Any) -> str:
 class _Leaves:
     """The parameters while they fill: of each leaf a buffer on every device that this process feeds.
 
-    A leaf kept in FP8 is two: its values, and its scales under the path + ("scales",). Vectors are gathered in host
+    A leaf kept in FP8 or integers is two: its values, and its scales under the path + ("scales",). Vectors are gathered in host
     memory: they are small, and each would need a program of its own.
     """
 
@@ -84,11 +121,12 @@ class _Leaves:
         config: ModelConfig,
         tensors: Sequence[HFTensor],
         dtype: np.dtype,
-        keep_fp8: bool,
+        kept: Mapping[LeafPath, _Kept],
+        integers: Integers | None,
         place: Callable[[tuple[str | None, ...], tuple[int, ...]], Any],
     ):
         axes = dict(flatten(transformer.logical_axes(config))) | {("router_bias",): (None, None)}
-        self.groups = {tensor.path: tensor.groups for tensor in tensors if keep_fp8 and tensor.quantised}
+        self.kept, self.integers = kept, integers
         self.shapes: dict[LeafPath, tuple[int, ...]] = {}
         self.shardings: dict[LeafPath, Any] = {}
         dtypes: dict[LeafPath, Any] = {}
@@ -98,16 +136,16 @@ class _Leaves:
             self.shardings[path] = place(axes, shape)
 
         for path, shape in leaf_shapes(config).items():
-            groups = self.groups.get(path)
+            how = kept.get(path)
             wide = np.float32 if path == ("router_bias",) else dtype
-            add(path, shape, FP8 if groups else wide, axes[path])
-            if groups:
-                lead, _ = split_shape(shape, groups)
+            add(path, shape, how.dtype if how else wide, axes[path])
+            if how:
+                lead, _ = split_shape(shape, how.groups)
                 add(
                     (*path, "scales"),
-                    scales_shape(shape, groups),
-                    jnp.float32,
-                    (*axes[path][: len(lead)], *(None,) * len(groups)),
+                    scales_shape(shape, how.groups),
+                    how.scales,
+                    (*axes[path][: len(lead)], *(None,) * len(how.groups)),
                 )
         vectors = {tensor.path for tensor in tensors if len(tensor.shape) == 1}
         self.vectors = {path: np.zeros(self.shapes[path], dtypes[path]) for path in vectors}
@@ -144,8 +182,8 @@ class _Leaves:
             else:
                 buffers = [*self.buffers[path].values()]
                 arrays[path] = jax.make_array_from_single_device_arrays(shape, self.shardings[path], buffers)
-        for path, groups in self.groups.items():
-            arrays[path] = BlockScaled(arrays[path], arrays.pop((*path, "scales")), groups)
+        for path, how in self.kept.items():
+            arrays[path] = BlockScaled(arrays[path], arrays.pop((*path, "scales")), how.groups)
         return arrays
 
 
@@ -166,12 +204,16 @@ def _fill(buffer: Any, piece: Any, starts: Any) -> Any:
 
 
 def to_bits(x: jax.Array) -> jax.Array:
-    """The same memory as unsigned integers; within a jitted program it costs nothing."""
+    """The same memory as unsigned integers, or as it is where it is integers; within a jitted program it costs nothing."""
+    if jnp.issubdtype(x.dtype, jnp.integer):
+        return x
     return jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize])
 
 
 def from_bits(x: jax.Array, dtype: Any) -> jax.Array:
     """The inverse of ``to_bits``."""
+    if x.dtype == dtype:
+        return x
     return jax.lax.bitcast_convert_type(x, dtype)
 
 
@@ -196,8 +238,9 @@ def _stream(files: TensorFiles, tensors: Sequence[HFTensor], leaves: _Leaves) ->
 
     with concurrent.futures.ThreadPoolExecutor(_WORKERS) as pool:
         try:
-            for tensor in sorted(tensors, key=lambda tensor: place(files.tensors[tensor.name])):
-                info = files.tensors[tensor.name]
+            main = {tensor.name: files.tensors[stored_name(tensor, files)] for tensor in tensors}
+            for tensor in sorted(tensors, key=lambda tensor: place(main[tensor.name])):
+                info = main[tensor.name]
                 queue.append((tensor, info.end - info.start, pool.submit(_send, files, tensor, leaves)))
                 while len(queue) > 2 * _WORKERS:
                     take_one()
@@ -213,25 +256,30 @@ def _send(files: TensorFiles, tensor: HFTensor, leaves: _Leaves) -> list[_Sent]:
         vectors = leaves.vectors[tensor.path]
         vectors[tensor.index] = files.array(tensor.name).reshape(tensor.kept).astype(vectors.dtype)
         return []
-    scaled = files.tensors[tensor.name].dtype == FP8
+    name = stored_name(tensor, files)
+    scaled = files.tensors[name].dtype == FP8
     sent = [
         (path, device, jax.device_put(piece, device), starts)
         for path, device, piece, starts in _parts(files, tensor, leaves, scaled)
     ]
     jax.block_until_ready([piece for _, _, piece, _ in sent])
-    for name in (tensor.name, tensor.scale_name) if scaled else (tensor.name,):
+    for name in (name, tensor.scale_name) if scaled else (name,):
         files.forget(name)
     return sent
 
 
 def _parts(files: TensorFiles, tensor: HFTensor, leaves: _Leaves, scaled: bool) -> Iterator[_Sent]:
-    """The parts of a tensor as views of its file."""
-    values = _our_layout(files.array(tensor.name), tensor)
+    """The parts of a tensor as views of its file, or of what was made of it."""
+    kept = tensor.path in leaves.kept
+    if kept and leaves.integers is not None:
+        array, scales = leaves.integers.read(tensor, files)
+        scales = scales.T
+    else:
+        array, scales = files.array(tensor.name), files.array(tensor.scale_name).T if scaled else None
+    values = _our_layout(array, tensor)
     place = [
         (i, i + 1) if isinstance(i, int) else (0, size) for i, size in zip(tensor.index, values.shape, strict=True)
     ]
-    scales = files.array(tensor.scale_name).T if scaled else None
-    kept = tensor.path in leaves.groups
     for device, cut, starts in leaves.pieces(tensor.path, place):
         piece = values[cut] if kept or scales is None else _scaled(values[cut], cut, scales, tensor)
         yield tensor.path, device, piece, starts
@@ -243,6 +291,12 @@ def _parts(files: TensorFiles, tensor: HFTensor, leaves: _Leaves, scaled: bool) 
         scales = scales.reshape([high - low for low, high in place])
         for device, cut, starts in leaves.pieces(path, place):
             yield path, device, scales[cut], starts
+
+
+def stored_name(tensor: HFTensor, files: TensorFiles) -> str:
+    """Of the tensor that holds its numbers."""
+    packed = packed_names(tensor.name)[0]
+    return packed if packed in files.tensors else tensor.name
 
 
 def _our_layout(array: np.ndarray, tensor: HFTensor) -> np.ndarray:

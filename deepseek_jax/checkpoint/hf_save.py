@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.checkpoint.hf_load import KEPT_FP8, dtype_name, from_bits, to_bits
+from deepseek_jax.checkpoint.hf_load import KEPT, KEPT_FP8, dtype_name, from_bits, to_bits
 from deepseek_jax.checkpoint.hf_names import HFTensor, flatten, hf_tensors, mtp_copies
+from deepseek_jax.checkpoint.integers import Integers
 from deepseek_jax.checkpoint.model import Model
 from deepseek_jax.checkpoint.publishing import filling, publish
 from deepseek_jax.checkpoint.safetensors_writing import Planned, planned_bytes, write_folder
@@ -25,6 +26,7 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.data.model_folder import TextFiles
 from deepseek_jax.model import transformer
 from deepseek_kernels.block_fp8 import FP8, BlockScaled, quantise
+from deepseek_kernels.integers import GROUP, bits_of, pack, quantise_groups
 
 logger = logging.getLogger(__name__)
 QUANTISED = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
@@ -37,6 +39,7 @@ def save_hf(
     path: str | Path,
     *,
     dtype: Any = "bfloat16",
+    group: int = GROUP,
     max_shard_bytes: int = 5 * 10**9,
     tokenizer_from: str | Path | None = None,
 ) -> None:
@@ -44,7 +47,10 @@ def save_hf(
 
     Args:
       dtype: "bfloat16", "float32" or "float8_e4m3": matrices in FP8 with scales for blocks of 128 × 128 and the rest in
-        bfloat16, as V3 is released. What was loaded in FP8 is written byte for byte. The routing bias is float32.
+        bfloat16, as V3 is released; "int8" or "int4", with a scale for each ``group`` terms of an output, as
+        compressed-tensors has them (integers.py). What was loaded in one of these is written number for number. The
+        routing bias is float32.
+      group: even; of a width that is no multiple the last group is shorter, which is read here, not by others.
       max_shard_bytes: of one file; a larger tensor has one to itself.
       tokenizer_from: a folder whose files about text are written in place of the model's own. A ``Transformer``'s own
         are those of the folder that it was loaded from, if any.
@@ -55,7 +61,7 @@ def save_hf(
     if isinstance(model, transformer.Transformer):
         tokenizer_from, model = tokenizer_from or model.source, Model.of(model)
     text = None if tokenizer_from is None else TextFiles.read(Path(tokenizer_from))
-    write_model(model, Path(path), dtype, text=text, max_shard_bytes=max_shard_bytes)
+    write_model(model, Path(path), dtype, group=group, text=text, max_shard_bytes=max_shard_bytes)
 
 
 def write_model(
@@ -63,6 +69,7 @@ def write_model(
     path: Path,
     dtype: Any,
     *,
+    group: int = GROUP,
     text: TextFiles | None = None,
     max_shard_bytes: int = 5 * 10**9,
     resume_as: str | None = None,
@@ -76,12 +83,14 @@ def write_model(
     """
     text = model.tokenizer.files if text is None and model.tokenizer is not None else text
     name = dtype_name(dtype)
-    released = model.config.to_hf() | {"torch_dtype": "bfloat16" if name == KEPT_FP8 else name}
-    if name == KEPT_FP8:
-        released["quantization_config"] = QUANTISED
-    writer = _Writer(_Layout(model.config, name), model.params, model.router_bias)
+    released = model.config.to_hf() | {"torch_dtype": "bfloat16" if name in KEPT else name}
+    layout = _Layout(model.config, name, group)
+    if name in KEPT:
+        released["quantization_config"] = QUANTISED if layout.integers is None else layout.integers.content()
+    writer = _Writer(layout, model.params, model.router_bias)
     total = sum(map(planned_bytes, writer.layout.plan))
-    task = f"{resume_as} {name} {max_shard_bytes}" if resume_as else None
+    stored = name if layout.integers is None else f"{name} {group}"
+    task = f"{resume_as} {stored} {max_shard_bytes}" if resume_as else None
     with filling(path, total, task) as partial:
         on_start(total)
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
@@ -111,16 +120,16 @@ def _check_padding(released: dict[str, Any], config: ModelConfig) -> None:
         )
 
 
-def released_bytes(config: ModelConfig, dtype: Any) -> int:
+def released_bytes(config: ModelConfig, dtype: Any, group: int = GROUP) -> int:
     """What the weights of a released folder take."""
-    return sum(map(planned_bytes, _Layout(config, dtype_name(dtype)).plan))
+    return sum(map(planned_bytes, _Layout(config, dtype_name(dtype), group).plan))
 
 
 class _Layout:
-    """The tensors of a released folder, those that repeat others and the scales of FP8 ones."""
+    """The tensors of a released folder, those that repeat others and the scales of FP8 ones and integers."""
 
-    def __init__(self, config: ModelConfig, dtype: str):
-        self.dtype = dtype
+    def __init__(self, config: ModelConfig, dtype: str, group: int = GROUP):
+        self.dtype, self.integers = dtype, Integers.named(dtype, group)
         self.tensors = hf_tensors(config)
         self.copies: dict[str, list[str]] = {}
         for copy, original in mtp_copies(config).items() if config.num_nextn_predict_layers else ():
@@ -133,10 +142,17 @@ class _Layout:
             return np.dtype(np.float32), None
         if self.dtype == KEPT_FP8 and tensor.quantised:
             return np.dtype(FP8), np.dtype(np.float32)
+        if self.integers is not None and self.integers.takes(tensor):
+            return self.integers.dtype, np.dtype(jnp.bfloat16)
         return np.dtype(jnp.bfloat16), None
 
     def planned(self, tensor: HFTensor) -> Iterator[Planned]:
         dtype, scales = self.dtypes(tensor)
+        if self.integers is not None and scales is not None:
+            kinds = np.dtype(np.int32), scales, np.dtype(np.int64)
+            for name, kind, shape in zip(self.integers.names(tensor), kinds, self.integers.shapes(tensor), strict=True):
+                yield Planned(name, kind, shape)
+            return
         for name in (tensor.name, *self.copies.get(tensor.name, ())):
             yield Planned(name, dtype, tensor.shape)
         if scales is not None:
@@ -178,20 +194,31 @@ class _Writer:
         """A tensor, and its scales if it has any, as they stand in the file."""
         starts = np.array([i if isinstance(i, int) else 0 for i in tensor.index], np.int32)
         dtype, scales = self.layout.dtypes(tensor)
+        integers = self.layout.integers
         pieces = _take(
             self.leaves[tensor.path],
             starts,
             index=tuple(isinstance(i, int) for i in tensor.index),
             inputs=tensor.inputs,
             dtype=dtype,
+            group=0 if integers is None else integers.group,
         )
+        if integers is not None and scales is not None:
+            numbers, scale = (
+                _released(np.asarray(piece), shape, tensor.inputs)
+                for piece, shape in zip(pieces, (tensor.shape, integers.shapes(tensor)[1]), strict=True)
+            )
+            return [pack(numbers, integers.bits), scale, np.array(tensor.shape, np.int64)]
         shapes = [tensor.shape] if scales is None else [tensor.shape, tensor.scale_shape]
         return [_released(np.asarray(piece), shape, tensor.inputs) for piece, shape in zip(pieces, shapes, strict=True)]
 
 
-@functools.partial(jax.jit, static_argnames=("index", "inputs", "dtype"))
-def _take(leaf: Any, starts: Any, *, index: tuple[bool, ...], inputs: int, dtype: np.dtype) -> list[jax.Array]:
-    """One tensor out of its leaf, in our layout and of ``dtype``; with dtype FP8 its scales too."""
+@functools.partial(jax.jit, static_argnames=("index", "inputs", "dtype", "group"))
+def _take(
+    leaf: Any, starts: Any, *, index: tuple[bool, ...], inputs: int, dtype: np.dtype, group: int
+) -> list[jax.Array]:
+    """One tensor out of its leaf, in our layout and of ``dtype``; with FP8 and integers its scales too."""
+    bits = bits_of(dtype)
 
     def cut(array: jax.Array) -> jax.Array:
         sizes = [1 if picked else size for picked, size in zip(index, array.shape, strict=True)]
@@ -200,7 +227,7 @@ def _take(leaf: Any, starts: Any, *, index: tuple[bool, ...], inputs: int, dtype
     def cut_scales(scaled: BlockScaled) -> jax.Array:
         at = scaled.values.ndim - sum(axes for axes, _ in scaled.groups)
         firsts = list(starts[:at])
-        for axes, _ in scaled.groups:
+        for axes, _ in scaled.groups:  # a picked axis lies alone between the others
             firsts.append(starts[at])
             at += axes
         lead = scaled.scales.ndim - len(scaled.groups)
@@ -211,12 +238,16 @@ def _take(leaf: Any, starts: Any, *, index: tuple[bool, ...], inputs: int, dtype
     if isinstance(leaf, BlockScaled):
         leaf = leaf.with_terms_last(False)
         piece = BlockScaled(cut(leaf.values), cut_scales(leaf), leaf.groups)
-        return [piece.values, piece.scales] if dtype == FP8 else [piece.astype(dtype)]
-    piece = cut(leaf)
-    if dtype != FP8:
+        if piece.dtype == dtype and (not bits or leaf.groups[0][1] == group):
+            return [piece.values, piece.scales]
+        piece = piece.astype(jnp.float32 if bits or dtype == FP8 else dtype)
+    else:
+        piece = cut(leaf)
+    if dtype != FP8 and not bits:
         return [piece.astype(dtype)]
     sizes = [size for picked, size in zip(index, piece.shape, strict=True) if not picked]
-    return list(quantise(piece.reshape(math.prod(sizes[:inputs]), -1)))
+    matrix = piece.reshape(math.prod(sizes[:inputs]), -1)
+    return list(quantise_groups(matrix, bits, group) if bits else quantise(matrix))
 
 
 def _released(piece: np.ndarray, shape: tuple[int, ...], inputs: int) -> np.ndarray:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax.checkpoint.finding import CHECKPOINTS, find_model, is_released
 from deepseek_jax.checkpoint.hf_load import KEPT_FP8, dtype_name, read_released, released_config
+from deepseek_jax.checkpoint.integers import Integers, quantise_params
 from deepseek_jax.checkpoint.reading import restore_params
 from deepseek_jax.checkpoint.store import CheckpointStore
 from deepseek_jax.compute import ComputeConfig
@@ -119,7 +120,8 @@ def load_hf(
 
     Args:
       dtype: bfloat16 or float32, of parameters and arithmetic; FP8 checkpoints are dequantised to it. "float8_e4m3"
-        keeps their FP8 matrices and scales as they are (``BlockScaled``), for inference in bfloat16.
+        keeps their FP8 matrices and scales as they are (``BlockScaled``), "int8" and "int4" quantise matrices, for
+        inference in bfloat16.
     """
     name = dtype_name(dtype)
     compute = ComputeConfig(dtype="float32" if name == "float32" else "bfloat16", param_dtype=cast(Any, name))
@@ -137,6 +139,11 @@ def _load_run(path: Path, compute: ComputeConfig, mesh: Mesh, step: int | None, 
     tokenizer = Tokenizer.from_folder(path)
     if compute.param_dtype == KEPT_FP8:
         raise ValueError(f"param_dtype={compute.param_dtype!r}: {path} holds float32 parameters")
+    if integers := Integers.named(compute.param_dtype):
+        model = _load_run(path, dataclasses.replace(compute, param_dtype="bfloat16"), mesh, step, ema)
+        return dataclasses.replace(
+            model, compute=compute, params=quantise_params(model.params, model.config, integers)
+        )
     with CheckpointStore(folder, keep=1) as store:
         meta = store.read_meta(step)
     config = ModelConfig.from_dict(meta["model"])

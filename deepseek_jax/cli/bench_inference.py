@@ -28,7 +28,10 @@ from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.sharding import constrain
 from deepseek_jax.workflows.pretrain import PretrainConfig
 from deepseek_kernels import Visible
+from deepseek_kernels.integers import GROUP
 
+# Bytes of a number, with the scales of integers.
+_STORED = {"float8_e4m3": 1, "int8": 1 + 2 / GROUP, "int4": 0.5 + 2 / GROUP}
 TRACED = 8  # steps of decoding in a profile
 
 
@@ -166,11 +169,12 @@ def _loads(its: Setting, tokens_BS: Any, cache: Cache | None) -> np.ndarray | No
 def _touched(its: Setting, load_LE: np.ndarray | None, context: int) -> float:
     """Bytes that a step reads on a device: weights, of experts those that any row has chosen, and its rows' cache."""
     config, rules, itemsize = its.config, its.compute.rules, jnp.dtype(its.compute.dtype).itemsize
-    here = lambda leaf: leaf.addressable_shards[0].data.nbytes  # noqa: E731
+    # XLA keeps two int4 to a byte, numpy one.
+    here = lambda leaf: leaf.addressable_shards[0].data.nbytes // (2 if leaf.dtype == jnp.int4 else 1)  # noqa: E731
     params = its.weights[0]
     read = sum(map(here, jax.tree.leaves(params))) - (0 if config.tie_word_embeddings else here(params["embed"]))
     if load_LE is not None:
-        stored = 1 if its.compute.param_dtype == "float8_e4m3" else itemsize
+        stored = _STORED.get(its.compute.param_dtype, itemsize)
         ways = _ways(its.mesh, (*rules.experts, *rules.expert_mlp))
         one = 3 * config.hidden_size * config.moe_intermediate_size * stored / ways
         read -= one * np.sum(load_LE == 0)
@@ -189,7 +193,8 @@ def _seconds(call: Callable[[], Any]) -> float:
 
 
 def _network(its: Setting) -> str:
-    stored = ", matrices in FP8" if its.compute.param_dtype == "float8_e4m3" else ""
+    name = its.compute.param_dtype
+    stored = f", matrices in {'FP8' if name == 'float8_e4m3' else name}" if name in _STORED else ""
     return f"{count_parameters(its.config)['parameters_total']:,} parameters, {its.compute.dtype}{stored}"
 
 

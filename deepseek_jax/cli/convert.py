@@ -14,7 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from deepseek_jax.checkpoint import CheckpointStore
 from deepseek_jax.checkpoint.finding import CHECKPOINTS, find_model, is_released
-from deepseek_jax.checkpoint.hf_load import KEPT_FP8
+from deepseek_jax.checkpoint.hf_load import KEPT, KEPT_FP8
 from deepseek_jax.checkpoint.hf_save import released_bytes, write_model
 from deepseek_jax.checkpoint.model import load, read_config
 from deepseek_jax.checkpoint.places import sizes
@@ -23,6 +23,7 @@ from deepseek_jax.checkpoint.safetensors import TensorFiles
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.saying import terminal
 from deepseek_kernels.block_fp8 import FP8
+from deepseek_kernels.integers import GROUP
 
 GIGABYTE = 10**9
 
@@ -39,6 +40,11 @@ class _Convert:
     """The folder to write; it must not exist, or be empty."""
     dtype: Literal["bfloat16", "float32", "float8_e4m3"] = "bfloat16"
     """Of the weights written; float8_e4m3: matrices in blocks with scales, as V3 is released."""
+    quantize: Literal["none", "fp8", "int8", "int4"] = "none"
+    """fp8: as --dtype float8_e4m3; int8, int4: matrices as whole numbers with a scale for each --group terms of an output,
+    as compressed-tensors has them. Router, norms, embedding, head and MLA's kv_b stay bfloat16."""
+    group: int = GROUP
+    """Of int8 and int4: even, 128 or 32 for instance."""
     shard_gigabytes: float = 5.0
     """How large one safetensors file may become."""
     step: int = 0
@@ -55,8 +61,10 @@ def run_convert(arguments: Sequence[str]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # load says them again
         config = read_config(source, step=options.step or None, ignore_config=options.ignore_config)
-    check_place(Path(options.dst), released_bytes(config, options.dtype))  # better known before a large model is read
-    compute = ComputeConfig(param_dtype=_read_as(source, options.dtype))
+    dtype = _written_as(options)
+    size = released_bytes(config, dtype, options.group)
+    check_place(Path(options.dst), size)  # better known before a large model is read
+    compute = ComputeConfig(param_dtype=_read_as(source, dtype))
     model = load(
         source, compute=compute, step=options.step or None, ema=options.ema, ignore_config=options.ignore_config
     )
@@ -64,7 +72,8 @@ def run_convert(arguments: Sequence[str]) -> None:
         write_model(
             model,
             Path(options.dst),
-            options.dtype,
+            dtype,
+            group=options.group,
             max_shard_bytes=int(options.shard_gigabytes * GIGABYTE),
             resume_as=f"{_name_of(source, options.step)} {options.ema} {[*options.ignore_config]}",
             on_start=start,
@@ -73,9 +82,19 @@ def run_convert(arguments: Sequence[str]) -> None:
     terminal().print(f"→ {options.dst}", soft_wrap=True)
 
 
+def _written_as(options: _Convert) -> str:
+    """The name of what --dtype and --quantize say together."""
+    if options.quantize == "none":
+        return options.dtype
+    name = KEPT_FP8 if options.quantize == "fp8" else options.quantize
+    if options.dtype not in ("bfloat16", name):
+        raise ValueError(f"--dtype {options.dtype} --quantize {options.quantize}: what is not quantised is bfloat16")
+    return name
+
+
 def _read_as(source: Path, dtype: str) -> Literal["bfloat16", "float32", "float8_e4m3"]:
     """The dtype in which nothing is lost that ``dtype`` would keep."""
-    if dtype != KEPT_FP8:
+    if dtype not in KEPT:
         return "bfloat16" if dtype == "bfloat16" else "float32"
     if is_released(source):
         with TensorFiles(source) as files:

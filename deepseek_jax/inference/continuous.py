@@ -21,11 +21,12 @@ from jax.sharding import Mesh
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.inference.arrivals import exchange
-from deepseek_jax.inference.paged import Decoded
+from deepseek_jax.inference.decoding import Decoded
 from deepseek_jax.inference.programs import Programs, Weights, gathers
 from deepseek_jax.inference.rows import STOPS, Rows
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.schedule import Buckets, Plan, Request, Schedule, ServingConfig
+from deepseek_jax.inference.speculation import check_drafts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,13 +53,23 @@ class Continuous:
     """
 
     def __init__(
-        self, config: ModelConfig, compute: ComputeConfig, mesh: Mesh, serving: ServingConfig, stop_ids: Sequence[int]
+        self,
+        config: ModelConfig,
+        compute: ComputeConfig,
+        mesh: Mesh,
+        serving: ServingConfig,
+        stop_ids: Sequence[int],
+        *,
+        forced: float = 0.0,
     ):
+        """config: with the MTP module where ``serving.drafts`` are asked for, and without it else. forced: for
+        measurements alone, see ``speculation.forced``: answers mean nothing; 0: the network has its say."""
+        check_drafts(config, serving.drafts)
         self.context = serving.tokens(config.max_position_embeddings)
         self._width, self._stop_ids = config.vocab_size, tuple(stop_ids)
         buckets = Buckets.of(serving, self.context, gathers=gathers(config, compute, serving))
         lanes = math.prod(mesh.shape[axis] for axis in compute.rules.batch)
-        self.programs = Programs(config, compute, mesh, serving, buckets, lanes)
+        self.programs = Programs(config, compute, mesh, serving, buckets, lanes, forced)
         self.slots = lanes * serving.slots
         self._lanes = [Schedule(serving, buckets) for _ in range(lanes)]
         self._asked: dict[int, tuple[Request, Schedule]] = {}
@@ -152,9 +163,12 @@ class Continuous:
         """Of now: requests that wait and run, pages that are held. Since the start: tokens of prompts, and of who had
         to give way once more, and those of them that were found in the cache; tokens answered, requests that had to
         give way, programs compiled behind ``warm_up``, steps, and the seconds that they took in all and that were spent
-        waiting for the device."""
+        waiting for the device; with drafts, how many there were in the first place behind a token, the second, …, and
+        of these how many were kept, which all before them must be."""
         total = lambda of: float(sum(of(lane) for lane in self._lanes))  # noqa: E731
-        names = ("tokens", "steps", "seconds", "seconds_waited")
+        places = range(1, 1 + self.programs.serving.drafts)
+        names = [f"drafts_{place}{which}" for place in places for which in ("", "_kept")]
+        names += ["tokens", "steps", "seconds", "seconds_waited"]
         return {
             "waiting": total(lambda lane: len(lane.waiting)) + len(self._new),
             "running": total(lambda lane: len(lane.running)),
@@ -208,6 +222,10 @@ class Continuous:
     def _told(self, plans: list[Plan], found: Decoded) -> list[Event]:
         events, rows = [], self.programs.rows(plans)
         tokens, logprobs, stopped = (x.tolist() for x in (found.tokens_BN, found.logprobs_BN, found.stopped_B))
+        drafts = found.drafts_BK.tolist()
+        for k, (made, right) in enumerate(np.sum(found.counts_BK2, axis=0).tolist(), 1):
+            self._counts[f"drafts_{k}"] += made
+            self._counts[f"drafts_{k}_kept"] += right
         counts = np.sum(np.asarray(found.tokens_BN) >= 0, axis=1).tolist()
         for lane, (schedule, plan) in enumerate(zip(self._lanes, plans, strict=True)):
             for i, request in enumerate(plan.decoded, lane * rows):
@@ -215,6 +233,7 @@ class Continuous:
                     continue
                 ended = stopped[i] or count >= request.left
                 schedule.answered(request, tokens[i][:count], ended=ended)
+                request.drafts = drafts[i]
                 reason = ("stop" if stopped[i] else "length") if ended else ""
                 if self._own(request.number):
                     likely = self._likely(found, i, count, request.sampling.alternatives)

@@ -22,6 +22,7 @@ from deepseek_jax.inference.in_turn import InTurn
 from deepseek_jax.inference.requests import Requests, Room, make_requests, shared, spread
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.schedule import ServingConfig
+from deepseek_jax.inference.speculation import check_drafts
 from deepseek_jax.inference.weights import (
     random_weights,
     sampling_compute,
@@ -65,11 +66,14 @@ class Engine:
         at_once: rows that ``generate`` and ``generate_ids`` answer at a time, the next where another has ended, so that
         none waits for the longest; 0: all together, in one program. Answers are the same but for the last digits.
 
-        ValueError for a placement that is not the model's, or that the mesh cannot split.
+        ValueError for a placement that is not the model's, or that the mesh cannot split, and for drafts by a model
+        without an MTP module.
         """
         if isinstance(model, transformer.Transformer):
             model = Model.of(model, tokenizer)
         model.config.check_speaks()
+        check_drafts(model.config, serving.drafts)
+        self._network = model.config if serving.drafts else sampling_config(model.config)
         self.config, self.mesh = model.config, model.mesh
         self.tokenizer = model.text if tokenizer is None else tokenizer.over(model.config.vocab_size)
         self.compute = sampling_compute(model.compute)
@@ -107,7 +111,7 @@ class Engine:
         """With ``random_weights``, drawn as decoding reads them: for measurements of networks without weights."""
         made = cls(Model(config, compute.on(mesh), None, None, tokenizer, mesh), serving=serving)
         with jax.set_mesh(mesh):
-            made._given, made._weights = None, random_weights(sampling_config(config), made.compute, mesh)
+            made._given, made._weights = None, random_weights(config, made.compute, mesh, mtp=bool(serving.drafts))
         return made
 
     def update(self, params: dict[str, Any], router_bias: jax.Array | None) -> None:
@@ -127,6 +131,7 @@ class Engine:
         if weights is None:
             assert self._given is not None
             options: dict[str, Any] = {"config": self.config, "compute": self.compute, "mesh": self.mesh}
+            options["mtp"] = bool(self.serving.drafts)
             with jax.set_mesh(self.mesh):
                 params, bias = sampling_weights(*self._given, **options)
                 if self._places is not None:
@@ -190,7 +195,7 @@ class Engine:
             return self._answered_in_turn(self._in_turn, prompts, sampling, key)
         weights, requests = self._prepared(prompts, sampling, key, filled)
         with jax.set_mesh(self.mesh):  # the caller's may be another
-            return _generate(sampling_config(self.config), self.compute, *weights, requests, experts=experts)
+            return _generate(self._network, self.compute, *weights, requests, experts=experts)
 
     def _answered_in_turn(
         self,
@@ -218,7 +223,7 @@ class Engine:
         require_one_process("a streamed answer")
         sampling = sampling or SamplingParams()
         weights, requests = self._prepared([self._ids(prompt)], sampling.of_ids())
-        given = (sampling_config(self.config), self.compute, *weights, requests)
+        given = (self._network, self.compute, *weights, requests)
         answer, known, chunk, went_on = Answer(self.tokenizer, sampling.stop, streamed=True), 0, 1, time.monotonic()
         with jax.set_mesh(self.mesh):
             decoding = begin(*given)
@@ -353,8 +358,7 @@ class Engine:
         with self._lock:
             if self._requests is None:
                 stop_ids = self.tokenizer.stop_ids
-                given = sampling_config(self.config), self.compute, self.mesh, self.serving, stop_ids
-                self._requests = Continuous(*given)
+                self._requests = Continuous(self._network, self.compute, self.mesh, self.serving, stop_ids)
             return self._requests
 
     def _ids(self, prompt: str | Sequence[int]) -> list[int]:

@@ -16,20 +16,29 @@ class Wishes:
     ids_BX: jax.Array
     biases_BX: jax.Array
 
+    def any(self) -> jax.Array:
+        """Whether a row asks for anything."""
+        return jnp.any(self.ids_BX >= 0) | self.any_penalty()
+
     def any_penalty(self) -> jax.Array:
         """Whether a row asks for one."""
         return jnp.any((self.repetition_B != 1) | (self.presence_B != 0) | (self.frequency_B != 0))
 
 
+def beside(x: Array, count: int) -> Array:
+    """Each row ``count`` times, beside each other."""
+    return x if count == 1 else jnp.repeat(x, count, axis=0, total_repeat_length=count * len(x))
+
+
 def adjusted(
-    logits_BW: Float[Array, "B W"], wishes: Wishes, said_BT: Int[Array, "B T"], prompt_B: Int[Array, "B"], known_B
+    logits_BW: Float[Array, "B W"], wishes: Wishes, said_BT: Int[Array, "_ T"], prompt_B: Int[Array, "B"], known_B
 ) -> Float[Array, "B W"]:
     """``l + bias``; then of tokens that stand in prompt or answer ``l / repetition`` where it is positive, else ``l ·
     repetition`` (CTRL, section 4.1); then ``l - frequency · n - presence · [n > 0]`` with n times that the token stands
     in the answer.
 
-    said_BT: the row's first ``known_B`` tokens, of which the first ``prompt_B`` are the prompt's. Nothing is computed
-    where no row asks.
+    said_BT: the row's first ``known_B`` tokens, of which the first ``prompt_B`` are the prompt's; where there are fewer
+    rows of them, each is that of several beside each other. Nothing is computed where no row asks.
     """
     rows_B1, width = jnp.arange(len(logits_BW))[:, None], logits_BW.shape[1]
 
@@ -38,7 +47,8 @@ def adjusted(
         return logits_BW.at[rows_B1, ids_BX].add(wishes.biases_BX, mode="drop")
 
     def penalised(logits_BW):
-        place_T, ids_BT = jnp.arange(said_BT.shape[1]), said_BT
+        place_T = jnp.arange(said_BT.shape[1])
+        ids_BT = beside(said_BT, len(logits_BW) // len(said_BT))
         times = lambda counted_BT: jnp.zeros_like(logits_BW).at[rows_B1, ids_BT].add(counted_BT)  # noqa: E731
         known_BT = place_T < known_B[:, None]
         all_BW = times(known_BT.astype(jnp.float32))

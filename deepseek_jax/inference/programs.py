@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.inference.paged import Decoded, copy_pages, decode, empty_pages, read
+from deepseek_jax.inference.decoding import Decoded, decode
+from deepseek_jax.inference.paged import copy_pages, empty_pages, read
 from deepseek_jax.inference.rows import Rows
 from deepseek_jax.inference.schedule import Buckets, Piece, Plan, Request, ServingConfig, fitting
 from deepseek_jax.parallel.processes import meet
@@ -26,7 +27,7 @@ Weights = tuple[Any, jax.Array | None]
 
 
 class _Job(NamedTuple):
-    """A program of ``paged`` and what it is given behind weights and cache."""
+    """A program of ``paged`` or ``decoding`` and what it is given behind weights and cache."""
 
     function: Any
     arrays: tuple[Any, ...]
@@ -40,7 +41,7 @@ class _Job(NamedTuple):
 class Programs:
     """The device's side of ``lanes`` schedules.
 
-    late: programs that were compiled behind ``warm_up``, while a request waited for it.
+    late: programs that were compiled behind ``warm_up``, while a request waited for it. forced: see ``Continuous``.
     """
 
     def __init__(
@@ -51,7 +52,9 @@ class Programs:
         serving: ServingConfig,
         buckets: Buckets,
         lanes: int,
+        forced: float = 0.0,
     ):
+        self.forced = forced
         self.config, self.compute, self.mesh, self.serving = config, compute, mesh, serving
         self.buckets, self.lanes, self.late = buckets, lanes, 0
         self._programs: dict[tuple[Any, ...], Any] = {}
@@ -120,12 +123,14 @@ class Programs:
         return self._reads(pieces, rows, size, table, fresh=fresh)
 
     def _reads(self, pieces: Sequence[Sequence[Piece]], rows: int, size: int, table: int, *, fresh: bool) -> _Job:
-        tokens_BS = np.zeros((len(pieces) * rows, size), np.int32)
+        more = bool(self.serving.drafts)  # the module takes each token with the next
+        tokens_BS = np.zeros((len(pieces) * rows, size + more), np.int32)
         start_B = np.zeros(len(pieces) * rows, np.int32)
         table_BJ = np.full((len(pieces) * rows, table), -1, np.int32)
         for lane, some in enumerate(pieces):
             for i, piece in enumerate(some, lane * rows):
-                tokens_BS[i, : piece.count] = piece.request.ids[piece.start : piece.start + piece.count]
+                ids = piece.request.ids[piece.start : piece.start + piece.count + more]
+                tokens_BS[i, : len(ids)] = ids
                 start_B[i] = piece.start
                 table_BJ[i, : len(piece.request.pages)] = piece.request.pages
         return _Job(read, (tokens_BS, start_B, table_BJ), (("fresh", fresh),))
@@ -146,8 +151,10 @@ class Programs:
                 filled.numbers_BK[i], filled.shares_BF[i] = request.row
                 filled.numbers_BK[i, :3] = request.ids[-1], request.length, len(request.ids) - request.prompt
                 filled.table_BJ[i, : len(request.pages)] = request.pages
+                filled.drafts[i, : len(request.drafts)] = request.drafts
         given = filled, np.int32(turns), np.bool_(until_end)
-        return _Job(decode, given, (("most", self.serving.turns),))
+        options = ("most", self.serving.turns), ("drafts", self.serving.drafts), ("forced", self.forced)
+        return _Job(decode, given, options)
 
     def _run(self, weights: Weights, job: _Job) -> Decoded | None:
         program = self._programs.get(job.key)
@@ -176,7 +183,7 @@ def gathers(config: ModelConfig, compute: ComputeConfig, serving: ServingConfig)
         logger.log(level, "attention=%r: each token's attention reads a copy of its row's pages", config.attention)
         return True
     width, fp8 = config.cache_numbers_per_token_layer, serving.cache == "float8_e4m3"
-    facts = {"by_column": True, "queries": 1, "keys": serving.page, "page": serving.page, "fp8": fp8}
+    facts = {"by_column": True, "queries": 1 + serving.drafts, "keys": serving.page, "page": serving.page, "fp8": fp8}
     facts |= {"key_width": width, "value_width": config.kv_lora_rank}
     chosen = choose("mla_decode", compute.kernels, compute.dtype, implementation=compute.decode_attention, **facts)
     return chosen.name not in ("hopper", "tpu")

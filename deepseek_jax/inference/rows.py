@@ -7,13 +7,14 @@ import numpy as np
 from flax import struct
 
 from deepseek_jax.inference.sampling import BIASES, SamplingParams
+from deepseek_jax.inference.schedule import MOST_DRAFTS
 
 STOPS = 16  # ids that end an answer, at most
 
 
 class Numbers(NamedTuple):
-    """What a row of a decoding step is, in the order of ``Rows.numbers_BK``; behind these follow its stop ids and the
-    tokens of its biases, -1 where there are no more."""
+    """What a row of a decoding step is, in the order of ``Rows.numbers_BK``; behind these follow its drafts, its stop
+    ids and the tokens of its biases, -1 where there are no more."""
 
     token: Any
     length: Any
@@ -47,10 +48,20 @@ class Rows:
     shares_BF: Any
     table_BJ: Any
 
+    @property
+    def drafts(self) -> Any:
+        """(B, MOST_DRAFTS)."""
+        return self.numbers_BK[:, len(Numbers._fields) :][:, :MOST_DRAFTS]
+
+    @property
+    def stops(self) -> Any:
+        """(B, STOPS)."""
+        return self.numbers_BK[:, len(Numbers._fields) + MOST_DRAFTS : -BIASES]
+
     @classmethod
     def filling(cls, batch: int, pages: int) -> Self:
         """None, on the host."""
-        numbers_BK = np.zeros((batch, len(Numbers._fields) + STOPS + BIASES), np.int32)
+        numbers_BK = np.zeros((batch, len(Numbers._fields) + MOST_DRAFTS + STOPS + BIASES), np.int32)
         shares_BF = np.zeros((batch, len(Shares._fields) + BIASES), np.float32)
         numbers_BK[:, -BIASES:] = -1
         shares_BF[:, [Shares._fields.index(name) for name in ("repetition", "scored")]] = 1
@@ -65,14 +76,14 @@ class Rows:
         *,
         tempered: bool = False,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(K numbers, F shares) of a request, of which ``token``, ``length`` and ``answered`` are filled in later. key:
-        the two words of one in the place of the seed's. tempered: log-probabilities by its temperature, as ``sample``
-        reports them."""
+        """(K numbers, F shares) of a request, of which ``token``, ``length``, ``answered`` and drafts are filled in
+        later. key: the two words of one in the place of the seed's. tempered: log-probabilities by its temperature, as
+        ``sample`` reports them."""
         stops, biased = [*stop_ids, *params.stop_token_ids], [token for token, _ in params.logit_bias]
         assert len(stops) <= STOPS, stops
         high, seed = np.array((0, params.seed) if key is None else key, np.uint32).view(np.int32)
         head = Numbers(0, 0, 0, params.max_tokens, seed, draw, params.top_k, params.alternatives, high)
-        filled = [*stops, *[-1] * (STOPS - len(stops)), *biased, *[-1] * (BIASES - len(biased))]
+        filled = [*[-1] * MOST_DRAFTS, *stops, *[-1] * (STOPS - len(stops)), *biased, *[-1] * (BIASES - len(biased))]
         cuts = params.temperature, params.top_p, params.min_p
         penalties = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
         shares = Shares(*cuts, *penalties, (tempered and params.temperature) or 1.0)

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax.checkpoint.hf_names import hf_tensors
+from deepseek_jax.checkpoint.integers import Integers
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model import transformer
@@ -18,9 +19,11 @@ from deepseek_jax.parallel.copies import place_experts
 from deepseek_jax.parallel.sharding import ShardingRules, named_sharding
 from deepseek_kernels.block_fp8 import FP8, BlockScaled, scales_shape
 from deepseek_kernels.fp8_on_hopper import laid_out
+from deepseek_kernels.integers import bits_of
 
 READ_IN_FLOAT32 = ("router", "gain")  # bfloat16 router weights would choose other experts than the learner's
-_FP8_WIDTH = 64.0  # of random FP8 numbers: 7 of it are the largest
+# Of random numbers: 7 of it are the largest of FP8, and of integers what lies further out is cut off.
+_WIDTHS = {str(jnp.dtype(FP8)): 64.0, "int8": 32.0, "int4": 2.5}
 _AT_ONCE = 2**28  # random numbers, whose bits are as large as float32
 READ_BY_HEAD = ("kv_b",)  # dequantised in each step, which would turn it back
 
@@ -44,7 +47,7 @@ def sampling_config(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, num_nextn_predict_layers=0)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "compute", "mesh"))
+@functools.partial(jax.jit, static_argnames=("config", "compute", "mesh", "mtp"))
 def sampling_weights(
     params: dict[str, Any],
     router_bias: jax.Array | None,
@@ -52,16 +55,19 @@ def sampling_weights(
     config: ModelConfig,
     compute: ComputeConfig,
     mesh: Mesh,
+    mtp: bool = False,
 ) -> tuple[dict[str, Any], jax.Array | None]:
-    """Parameters and bias of ``sampling_config(config)``: in ``compute.dtype`` what the network would bring to it in
-    each product, placed by ``compute.rules``, and layer by layer, unless ``compute.scan_decode`` wants stacks.
+    """Parameters and bias of ``sampling_config(config)``, with ``mtp`` of all of ``config``: in ``compute.dtype`` what
+    the network would bring to it in each product, placed by ``compute.rules``, and layer by layer, unless
+    ``compute.scan_decode`` wants stacks.
 
     Nothing of the result shares memory with ``params``, which a train step may then give away.
     """
-    params = {name: tree for name, tree in params.items() if name != "mtp"}
+    config = config if mtp else sampling_config(config)
+    params = {name: tree for name, tree in params.items() if mtp or name != "mtp"}
     if router_bias is not None:
         whole = NamedSharding(mesh, PartitionSpec())
-        router_bias = jax.lax.with_sharding_constraint(jnp.copy(router_bias[: config.num_moe_layers]), whole)
+        router_bias = jax.lax.with_sharding_constraint(jnp.copy(router_bias[: config.num_routers]), whole)
     params = params if compute.scan_decode else transformer.unstack(params)
 
     def make(path, leaf, axes):
@@ -95,19 +101,21 @@ def with_copies(
 
 
 def random_weights(
-    config: ModelConfig, compute: ComputeConfig, mesh: Mesh, seed: int = 0
+    config: ModelConfig, compute: ComputeConfig, mesh: Mesh, seed: int = 0, *, mtp: bool = False
 ) -> tuple[dict[str, Any], jax.Array | None]:
     """What ``sampling_weights`` makes, drawn where it lies instead of made from a model, for measurements: no second
     copy, nothing in float32 but what is read so. The same widths as fresh weights, other numbers. With ``param_dtype``
-    float8_e4m3 the matrices that V3's checkpoints have in FP8 are."""
+    float8_e4m3 the matrices that V3's checkpoints have in FP8 are, with int8 and int4 those that become so."""
+    config = config if mtp else sampling_config(config)
     shapes, bias = _shapes(config, compute, mesh)
     keys = iter(jax.random.split(jax.random.key(seed, impl="rbg"), len(jax.tree.leaves(shapes))))
 
     def make(path, leaf, axes):
         if isinstance(leaf, BlockScaled):
             draw = functools.partial(_drawn, next(keys), place=NamedSharding(mesh, PartitionSpec()))
-            values = draw(shape=leaf.values.shape, dtype=FP8, scale=_FP8_WIDTH)
-            scales = jnp.full(leaf.scales.shape, config.initializer_range / _FP8_WIDTH)
+            width = _WIDTHS[str(leaf.dtype)]
+            values = draw(shape=leaf.values.shape, dtype=leaf.dtype, scale=width)
+            scales = jnp.full(leaf.scales.shape, config.initializer_range / width, leaf.scales.dtype)
             return dataclasses.replace(leaf, values=values, scales=scales)
         place = named_sharding(mesh, axes, leaf.shape, compute.rules)
         scale = None if _named(path, ("gain",)) else config.initializer_range
@@ -120,7 +128,8 @@ def random_weights(
 
 def abstract_weights(config: ModelConfig, compute: ComputeConfig, mesh: Mesh) -> tuple[dict[str, Any], Any]:
     """What ``sampling_weights`` makes of weights in bfloat16 or float32, as shapes, dtypes and shardings."""
-    assert compute.param_dtype != "float8_e4m3", "where the parts of FP8 matrices lie depends on their kernels"
+    assert compute.param_dtype in ("float32", "bfloat16"), "where the parts of others lie depends on their kernels"
+    config = sampling_config(config)
     shapes, bias = _shapes(config, compute, mesh)
     place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)  # noqa: E731
     axes = lambda leaf, axes: place(leaf, named_sharding(mesh, axes, leaf.shape, compute.rules))  # noqa: E731
@@ -129,19 +138,23 @@ def abstract_weights(config: ModelConfig, compute: ComputeConfig, mesh: Mesh) ->
 
 
 def _shapes(config: ModelConfig, compute: ComputeConfig, mesh: Mesh) -> tuple[dict[str, Any], Any]:
-    """Shapes and dtypes of what ``sampling_weights`` makes; FP8 where ``param_dtype`` says so."""
-    fp8 = {}
+    """Shapes and dtypes of what ``sampling_weights`` makes of all of ``config``; FP8 or integers where ``param_dtype``
+    says so."""
+    scaled, integers, dtypes = {}, Integers.named(compute.param_dtype), (FP8, jnp.float32)
     if compute.param_dtype == "float8_e4m3":
-        fp8 = {tensor.path: tensor.groups for tensor in hf_tensors(config) if tensor.quantised}
+        scaled = {tensor.path: tensor.groups for tensor in hf_tensors(config) if tensor.quantised}
+    elif integers is not None:
+        scaled = {tensor.path: integers.groups(tensor) for tensor in hf_tensors(config) if integers.takes(tensor)}
+        dtypes = integers.dtype, jnp.bfloat16
 
     def kept(path, leaf):
-        if (groups := fp8.get(tuple(part.key for part in path))) is None:
+        if (groups := scaled.get(tuple(part.key for part in path))) is None:
             return leaf
-        scales = jax.ShapeDtypeStruct(scales_shape(leaf.shape, groups), jnp.float32)
-        return BlockScaled(jax.ShapeDtypeStruct(leaf.shape, FP8), scales, groups)
+        scales = jax.ShapeDtypeStruct(scales_shape(leaf.shape, groups), dtypes[1])
+        return BlockScaled(jax.ShapeDtypeStruct(leaf.shape, dtypes[0]), scales, groups)
 
     params, bias = transformer.abstract_arrays(config, dataclasses.replace(compute, param_dtype="bfloat16"))
-    make = functools.partial(sampling_weights, config=config, compute=compute, mesh=mesh)
+    make = functools.partial(sampling_weights, config=config, compute=compute, mesh=mesh, mtp=True)
     return jax.eval_shape(make, jax.tree_util.tree_map_with_path(kept, params), bias)
 
 
@@ -154,7 +167,10 @@ def _drawn(key, *, shape, dtype, scale, place):
     def draw(key, shape):
         if math.prod(shape) > _AT_ONCE and len(shape) > 2:
             return jax.lax.map(lambda key: draw(key, shape[1:]), jax.random.split(key, shape[0]))
-        return (scale * jax.random.normal(key, shape)).astype(dtype)
+        drawn = scale * jax.random.normal(key, shape)
+        if bits := bits_of(dtype):
+            drawn = jnp.clip(jnp.round(drawn), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        return drawn.astype(dtype)
 
     def own(key):
         if scale is None:
@@ -169,8 +185,8 @@ def _named(path, names: tuple[str, ...]) -> bool:
 
 
 def _axes(config: ModelConfig, compute: ComputeConfig) -> dict[str, Any]:
-    """Logical axes of ``sampling_weights``' result."""
-    axes = {name: tree for name, tree in transformer.logical_axes(config).items() if name != "mtp"}
+    """Logical axes of ``sampling_weights``' result for all of ``config``."""
+    axes = transformer.logical_axes(config)
     if compute.scan_decode:
         return axes
     layers = []

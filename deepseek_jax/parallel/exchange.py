@@ -14,7 +14,7 @@ from deepseek_jax.parallel.dispatch import Dispatch, by_copies, by_gathering
 from deepseek_jax.parallel.mesh import current_mesh
 from deepseek_jax.parallel.rounds import Experts, in_rounds
 from deepseek_jax.parallel.sharding import ShardingRules
-from deepseek_kernels.block_fp8 import BLOCK, BlockScaled
+from deepseek_kernels.block_fp8 import BlockScaled
 from deepseek_kernels.weights import InStack, block_scaled
 
 
@@ -47,7 +47,8 @@ def exchange(
     lie, embed, width = rules.experts, rules.expert_embed, rules.expert_mlp
     if block_scaled(wi_ED2F) is not None or block_scaled(wo_EFD) is not None:
         lie, embed = group, ()
-        assert ways(width) == 1 or wo_EFD.shape[1] % (ways(width) * BLOCK) == 0, "check_layout refuses a block in parts"
+        block = max((w.groups[0][1] for w in map(block_scaled, (wi_ED2F, wo_EFD)) if w is not None), default=1)
+        assert ways(width) == 1 or wo_EFD.shape[1] % (ways(width) * block) == 0, "check_layout refuses a block in parts"
     elif ways(embed) * ways(rules.experts_gathered) > 1:  # no longer layers of a stack
         wi_ED2F, wo_EFD = (w.astype(x_BSD.dtype) if isinstance(w, InStack) else w for w in (wi_ED2F, wo_EFD))
     ours = tuple(name for name in group if name in (*rules.batch, *rules.sequence))
@@ -133,4 +134,4 @@ def weight_spec(w: Any, *axes: Any) -> Any:
         return PartitionSpec(*axes)
     assert all(merged == 1 for merged, _ in w.groups), w.groups
     spec = PartitionSpec(axes[0], *axes[2:], axes[1]) if w.terms_last else PartitionSpec(*axes)
-    return dataclasses.replace(w, values=spec, scales=spec)
+    return dataclasses.replace(w, values=spec, scales=PartitionSpec(*axes) if w.own_scales else spec)

@@ -91,13 +91,13 @@ def _problems_of_groups(model: ModelConfig, compute: Any, sizes: Mapping[str, in
 
 
 def _problems_of_kernels(model: ModelConfig, compute: Any, sizes: Mapping[str, int]) -> Iterator[_Problem]:
-    """A device's part of the experts' width must be whole blocks in FP8, and one that the kernel of the whole takes."""
+    """A device's part of the experts' width must be whole blocks in FP8 and integers, and one that the kernel of the whole takes."""
     split, width = compute.rules.expert_mlp, model.moe_intermediate_size
     if (ways := _ways(sizes, split)) == 1:
         return
     part, why = width // ways, ""
-    if compute.param_dtype == "float8_e4m3" and part % BLOCK:
-        why = f"which ends within an FP8 block of {BLOCK}"
+    if compute.param_dtype in ("float8_e4m3", "int8", "int4") and part % BLOCK:
+        why = f"which ends within a block of {BLOCK}, of FP8 or integers"
     elif _kernel(model, compute, part) != (whole := _kernel(model, compute, width)):
         why = f"which {whole}, the kernel of the whole, does not take"
     if why:

@@ -5,6 +5,7 @@ from deepseek_kernels.block_fp8 import BlockScaled, dequantise, dequantise_refer
 from deepseek_kernels.cached import FP8Entries, quantise_entries, write_entries
 from deepseek_kernels.fp8_matmul import fp8_matmul
 from deepseek_kernels.grouped_matmul import grouped_matmul, grouped_matmul_reference
+from deepseek_kernels.integers import quantise_groups
 from deepseek_kernels.look_up import look_up
 from deepseek_kernels.product import product, weight_gradient
 from deepseek_kernels.registry import Choice, choose, table
@@ -35,6 +36,7 @@ __all__ = [
     "product",
     "quantise",
     "quantise_entries",
+    "quantise_groups",
     "routed_experts",
     "table",
     "weight_gradient",

@@ -22,13 +22,15 @@ MATRIX: Groups = ((1, BLOCK), (1, BLOCK))
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BlockScaled:
-    """A weight kept in FP8: in place of an array wherever it is read as ``weight[...].astype(dtype)``.
+    """A weight kept in FP8, or in integers (integers.py): in place of an array wherever it is read as
+    ``weight[...].astype(dtype)``.
 
-    values: FP8, of any layout. groups: for each axis of the scales' end, (axes of ``values`` merged into it, entries
+    values: FP8, int8 or int4, of any layout. groups: for each axis of the scales' end, (axes of ``values`` merged into it, entries
     that share a scale); the axes before are the same in both. ``((1, 128), (1, 128))`` is a matrix, and with it
     (..., I, O) values have (..., ⌈I/128⌉, ⌈O/128⌉) scales. A pytree, so ``scan`` and indexing slice both.
     terms_last: the first group's axes, which a product sums over, lie behind the others in ``values`` and ``scales``,
-    though not in ``shape``: as a checkpoint has them, and as FP8 tensor cores read them.
+    though not in ``shape``: as a checkpoint has them, and as FP8 tensor cores read them. Where each output has scales
+    of its own, the scales stay: kernels read those of a group of terms side by side.
     """
 
     values: Any
@@ -47,6 +49,11 @@ class BlockScaled:
     @property
     def dtype(self) -> Any:
         return self.values.dtype
+
+    @property
+    def own_scales(self) -> bool:
+        """Whether each output has scales of its own, shared by a group of its terms alone."""
+        return all(block == 1 for _, block in self.groups[1:])
 
     def __getitem__(self, index: Any) -> "BlockScaled":
         """``[...]``, or one entry of the first axis, which must not be one of the groups'."""
@@ -68,7 +75,9 @@ class BlockScaled:
             order = (*range(lead), *range(lead + count, array.ndim), *range(lead, lead + count))
             return jnp.transpose(array, order)
 
-        values, scales = moved(self.values, axes, rest), moved(self.scales, 1, len(self.groups) - 1)
+        values, scales = moved(self.values, axes, rest), self.scales
+        if not self.own_scales:
+            scales = moved(scales, 1, len(self.groups) - 1)
         return BlockScaled(values, scales, self.groups, last)
 
     def astype(self, dtype: Any) -> jax.Array:

@@ -1,8 +1,9 @@
 // The CPU's kernels in float32 as XLA calls them: grouped matrix products, routed experts and attention, each forward and
-// backward. `cpu.py` compiles this file, and with it the headers, for the processor that it runs on.
+// backward, and forward alone products with integers. `cpu.py` compiles this file, and with it the headers, for the processor that it runs on.
 #include "cpu_attention.h"
 #include "cpu_experts.h"
 #include "cpu_grouped.h"
+#include "cpu_integers.h"
 
 static XLA_FFI_Buffer *in(XLA_FFI_CallFrame *frame, int i) { return frame->args.args[i]; }
 static float *result(XLA_FFI_CallFrame *frame, int i) { return ((XLA_FFI_Buffer *)frame->rets.rets[i])->data; }
@@ -58,6 +59,16 @@ static Experts experts_of(XLA_FFI_CallFrame *frame) {
                    .T = choices[0], .K = choices[1], .E = wo[0], .F = wo[1], .D = wo[2]};
 }
 
+// x, w, scales, sizes, and (terms of a group, the first of w's matrices, bits).
+static Integers integers_of(XLA_FFI_CallFrame *frame) {
+  int64_t *x = in(frame, 0)->dims, *w = in(frame, 1)->dims, *scales = in(frame, 2)->dims;
+  int32_t *numbers = in(frame, 4)->data;
+  Grouped rows = {.x = in(frame, 0)->data, .sizes = in(frame, 3)->data, .E = in(frame, 3)->dims[0], .T = x[0],
+                  .D = x[1], .F = w[1], .out = result(frame, 0)};
+  return (Integers){.rows = rows, .w = in(frame, 1)->data, .scales = in(frame, 2)->data, .K = scales[1],
+                    .group = numbers[0], .first = numbers[1], .bits = numbers[2]};
+}
+
 const int deepseek_lanes = LANES;
 
 #define HANDLER(name, body)                           \
@@ -75,6 +86,7 @@ HANDLER(deepseek_experts_forward, Experts m = experts_of(frame); m.y = result(fr
 HANDLER(deepseek_experts_backward, Experts m = experts_of(frame); m.gate_up = in(frame, 5)->data;
         m.dy = in(frame, 6)->data; m.dx = result(frame, 0); m.dweights = result(frame, 1); m.dwi = result(frame, 2);
         m.dwo = result(frame, 3); m.rows = result(frame, 4); run_experts_backward(frame, &m))
+HANDLER(deepseek_integers_forward, Integers m = integers_of(frame); run_integers(frame, &m))
 HANDLER(deepseek_attention_forward, Attention a = attention_of(frame); a.out = result(frame, 0);
         a.log_sum = result(frame, 1); run_attention(frame, &a, attention_forward))
 HANDLER(deepseek_attention_backward, Attention a = attention_of(frame); attention_results(frame, &a);

@@ -30,6 +30,7 @@ TARGETS = (
     "grouped_dw",
     "experts_forward",
     "experts_backward",
+    "integers_forward",
     "attention_forward",
     "attention_backward",
 )

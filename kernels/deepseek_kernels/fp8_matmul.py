@@ -1,8 +1,9 @@
-"""Products with a weight that stays in FP8: no copy of it in another dtype is made.
+"""Products with a weight that stays in FP8, or in integers: no copy of it in another dtype is made.
 
 ``hopper`` multiplies bfloat16 rows with the weight's numbers, exact but for the result's rounding. ``hopper_fp8``
 brings the rows to FP8 as well, one scale for 128 numbers, as DeepSeek-V3 is served: nearly twice as fast for many rows,
-and 2.5 % of the result's norm off for normal numbers, so it must be named. ``reference`` computes the same anywhere.
+and 2.5 % of the result's norm off for normal numbers, so it must be named. ``reference`` computes the same anywhere. Integers have ``hopper`` too, ``c`` on a CPU, and with
+``dequantised`` a part of their numbers at a time in x's dtype.
 """
 
 import functools
@@ -15,8 +16,9 @@ from jaxtyping import Array, Float
 
 from deepseek_kernels.block_fp8 import BLOCK, quantise_rows, split_shape
 from deepseek_kernels.fp8_on_hopper import facts, multiply
+from deepseek_kernels.integers import dequantised_product, grouped_c, in_integers
 from deepseek_kernels.registry import choose
-from deepseek_kernels.target import Target
+from deepseek_kernels.target import Target, devices
 from deepseek_kernels.weights import Weight, block_scaled
 
 
@@ -26,12 +28,12 @@ def fp8_matmul(
     """``y = x W`` in x's dtype with float32 sums. The weight has no gradient; x's is as if nothing were rounded.
 
     Args:
-      w: a BlockScaled, or a layer of a stack (InStack), whose first group of axes is D in all; what follows is F. The
+      w: a BlockScaled in FP8 or integers, or a layer of a stack (InStack), whose first group of axes is D in all; what follows is F. The
         kernels read ``with_terms_last()``; any other is transposed in every call, in FP8.
-      implementation: ``hopper``, ``hopper_fp8``, ``dequantised`` or ``reference``.
+      implementation: ``hopper``, ``hopper_fp8``, ``c``, ``dequantised`` or ``reference``.
 
     Raises:
-      ValueError: a weight that is not in FP8 or does not fit, or an implementation that cannot run.
+      ValueError: a weight that is in neither or does not fit, or an implementation that cannot run.
     """
     scaled = block_scaled(w)
     if scaled is None or len(split_shape(tuple(w.shape), scaled.groups)[0]):
@@ -40,12 +42,17 @@ def fp8_matmul(
     if x.shape[-1] != depth:
         raise ValueError(f"x {x.shape} and w {tuple(w.shape)}: expected (…, {depth})")
     target = target or Target.here()
-    name = choose("fp8_matmul", target, x.dtype, implementation=implementation, **facts(w)).name
+    rows = math.prod(x.shape[:-1])
+    name = choose("fp8_matmul", target, x.dtype, implementation=implementation, rows=rows, **facts(w)).name
     y_TF: Any = _matmul(x.reshape(-1, depth), w, name, target.cores)
     return y_TF.reshape(*x.shape[:-1], -1)
 
 
 def _dense(x_TD, w, name, cores):
+    if name == "c":
+        return grouped_c(x_TD, w, jnp.array([len(x_TD)]))
+    if name == "dequantised" and in_integers(block_scaled(w)) and devices() == 1:
+        return dequantised_product(x_TD, w)
     if name == "dequantised":
         return x_TD @ w.astype(x_TD.dtype).reshape(x_TD.shape[1], -1)
     if name == "reference":

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from deepseek_kernels import cpu, fp8_on_hopper, grouped_blocks, grouped_tpu, hopper, hopper_few
+from deepseek_kernels.integers import grouped_by_matrix, grouped_c
 from deepseek_kernels.kept import kept
 from deepseek_kernels.registry import choose
 from deepseek_kernels.target import Target
@@ -39,10 +40,11 @@ def grouped_matmul(
 
     Args:
       w_EDF: (E, D, F), or (E, D, …) for a result of (T, …): an array of any dtype, a BlockScaled or an InStack, which
-        ``hopper`` reads where it lies, FP8 without a copy in another dtype (fp8_matmul.py), and ``megablox`` if its
+        ``hopper`` reads where it lies, FP8 and integers without a copy in another dtype (fp8_matmul.py), and ``megablox`` if its
         matrices have two axes.
       aligned: promises that every group size is a multiple of this many rows, and T too; groups may hold zero rows.
-      implementation: ``c``, ``hopper``, ``hopper_fp8``, ``megablox``, ``ragged_dot``, ``blocks`` or ``reference``.
+      implementation: ``c``, ``hopper``, ``hopper_fp8``, ``megablox``, ``ragged_dot``, ``blocks`` or ``reference``; for integers
+        ``c_integers`` or ``by_matrix`` too.
 
     Raises:
       ValueError: shapes that do not fit, T not a multiple of ``aligned``, or an implementation that cannot run.
@@ -97,9 +99,12 @@ class _Kernels(NamedTuple):
 
 _ON_HOPPER = "hopper", "hopper_fp8"
 _AS_STORED = *_ON_HOPPER, "megablox"  # which take a weight as it comes
+_OF_INTEGERS = "c_integers", "by_matrix"  # forward so too, their gradients are blocks'
 
 
 def _kernels(name: str, target: Target) -> _Kernels:
+    if name in _OF_INTEGERS:
+        return _Kernels(functools.partial(_integers, name=name), grouped_blocks.dx, grouped_blocks.dw)
     if name == "megablox":
         return _Kernels(
             lambda x, w, sizes, block: _megablox(x, w, sizes, target.chip),
@@ -156,6 +161,12 @@ def _hopper(x, w, sizes, block, *, cores, transpose=False, quantised=False):
     return hopper.grouped_product(x, matrices, group_N, cores=cores, transpose=transpose)
 
 
+def _integers(x, w, sizes, block, *, name):
+    if name == "c_integers":
+        return grouped_c(x, w, sizes)
+    return grouped_by_matrix(x, w, grouped_blocks.groups(sizes, len(x), block), len(sizes))
+
+
 def _megablox(x, w, sizes, chip, transpose=False):
     # (…, 2, F) is tiled otherwise than (…, 2 F) on a TPU: a stack of those would be copied whole.
     if in_stack(w, x.dtype) and len(w.shape) == 3:
@@ -182,7 +193,7 @@ def _values(w, dtype):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _grouped(x, w, group_sizes_E, block, name, target):
-    w = w if name in _AS_STORED else _values(w, x.dtype)
+    w = w if name in (*_AS_STORED, *_OF_INTEGERS) else _values(w, x.dtype)
     return _kernels(name, target).forward(x, w, group_sizes_E, block)
 
 

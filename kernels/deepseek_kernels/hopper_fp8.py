@@ -1,9 +1,10 @@
-"""Grouped products with FP8 matrices on NVIDIA Hopper, in Pallas' Mosaic GPU, scaled as DeepSeek-V3's report has it
+"""Grouped products with FP8, int8 or int4 matrices on NVIDIA Hopper, in Pallas' Mosaic GPU, scaled as DeepSeek-V3's report has it
 (section 3.3): a matrix by blocks of 128 × 128; x, where it is FP8 too, by 128 terms of a row.
 
 The tensor cores multiply 128 terms; what they give is scaled and added to float32 sums in registers, since their own
 sums of FP8 keep some 14 bits. They take FP8 with the terms along rows: matrices lie as (E, F, D). One warp group
-streams to a ring of steps in shared memory, over the ends of tiles too; two multiply, half of a tile each.
+streams to a ring of steps in shared memory, over the ends of tiles too; two multiply, half of a tile each. Integers,
+in groups of 128 terms with scales of each output, are multiplied as bfloat16, exactly, as FP8 is with rows in bfloat16.
 """
 
 import functools
@@ -19,19 +20,20 @@ from jaxtyping import Array, Float, Int
 from deepseek_kernels.block_fp8 import BLOCK, FP8
 from deepseek_kernels.hopper_sizes import CORES, HOPPER, Sizes
 from deepseek_kernels.hopper_tiles import swizzled
+from deepseek_kernels.integers import bits_of
 
 _HALF = BLOCK // 2  # of a tile's 128 rows of its left operand: a warp group's
 _BYTES = 224 * 1024  # of shared memory, for steps under way and the result's way out
 
 
 class _Tile(NamedTuple):
-    """Of both operands and of the scales of x the part of all steps, ``w_scale(step)``, the part of the result, and the
-    number of steps, 0 for a tile of zeros."""
+    """Of both operands and of the scales that are streamed, x's or those of integers, the part of all steps,
+    ``w_scale(step)`` of FP8, the part of the result, and the number of steps, 0 for a tile of zeros."""
 
     lhs: Any
     rhs: Any
-    x_scale: Any
-    w_scale: Callable[..., jax.Array]
+    scales: Any
+    w_scale: Callable[..., Any]
     out: Any
     steps: Any
 
@@ -69,7 +71,7 @@ def few(
     x_TD: Float[Array, "T D"],
     x_scale_KT: Float[Array, "K T"] | None,
     w_EFD: Float[Array, "E F D"],
-    w_scale_EJK: Float[Array, "E J K"],
+    w_scale_EJK: Float[Array, "E _ _"],
     group_N: Int[Array, "N"],
     *,
     cores: int,
@@ -77,7 +79,8 @@ def few(
     sizes: Sizes = HOPPER["fp8"],
 ) -> Float[Array, "T F"]:
     """The same for tiles of T/N rows, 16 to 128: as ``w xᵀ``, 128 columns of a matrix by the rows. x: FP8, or bfloat16
-    without scales, which is multiplied with the matrix' FP8 numbers as bfloat16, exactly."""
+    without scales, which is multiplied with the matrix' FP8 numbers as bfloat16, exactly. Then w may be in integers
+    too, with scales (E, K, F) of each group of 128 terms."""
     (size, depth), (groups, width, _), tiles = x_TD.shape, w_EFD.shape, len(group_N)
     tile_rows, across = size // tiles, pl.cdiv(width, BLOCK)
     # Those with a group come first, a group's tiles side by side; the rest are filled with zeros.
@@ -95,12 +98,16 @@ def few(
             i, j = plgpu.planar_snake(place, (tiles, across), 0, sizes.band)
             full = i < used
         rows, columns, g = pl.ds(i * tile_rows, tile_rows), pl.ds(j * BLOCK, BLOCK), jnp.minimum(index[i], groups - 1)
-        scales = x_scale[0].at[:, pl.ds(i * tile_rows, max(tile_rows, _LEAST))] if x_scale else None
+        scales, of_w = None, lambda k: w_scale[g, j, k]
+        if bits_of(w.dtype):
+            scales, of_w = w_scale.at[g, :, columns], lambda k: None
+        elif x_scale:
+            scales = x_scale[0].at[:, pl.ds(i * tile_rows, max(tile_rows, _LEAST))]
         steps = jnp.where(full, depth // BLOCK, 0)
-        return _Tile(w.at[g, columns], x.at[rows], scales, lambda k: w_scale[g, j, k], y.at[rows, columns], steps)
+        return _Tile(w.at[g, columns], x.at[rows], scales, of_w, y.at[rows, columns], steps)
 
     out = jax.ShapeDtypeStruct((size, width), dtype)
-    kernel = _tiled(tile, tiles * across, out, tile_rows, x_TD.dtype, cores, sizes, turned=True)
+    kernel = _tiled(tile, tiles * across, out, tile_rows, x_TD.dtype, cores, sizes, w_EFD.dtype, turned=True)
     scales = () if x_scale_KT is None else (jnp.pad(x_scale_KT, ((0, 0), (0, max(0, _LEAST - size)))),)
     return kernel(index, x_TD, *scales, w_EFD, w_scale_EJK)
 
@@ -116,6 +123,7 @@ def _tiled(
     x_dtype: Any,
     cores: int,
     sizes: Sizes,
+    w_dtype: Any = FP8,
     *,
     turned: bool = False,
 ) -> Callable[..., jax.Array]:
@@ -124,19 +132,20 @@ def _tiled(
     A tile is 128 rows of the left operand by ``columns`` rows of the right one. turned: x is the right one, and a tile
     of the result is transposed.
     """
-    quantised, x_size = x_dtype == FP8, jnp.dtype(x_dtype).itemsize
-    scaled = max(columns, _LEAST) if turned else BLOCK
+    quantised, x_size, bits = x_dtype == FP8, jnp.dtype(x_dtype).itemsize, bits_of(w_dtype)
+    scaled = max(columns, _LEAST) if turned and not bits else BLOCK
+    row = BLOCK * (bits or 8) // 8  # bytes of a step's terms
     room = (columns, _HALF) if turned else (_HALF, min(columns, 128 // out.dtype.itemsize))
     left = _BYTES - 2 * room[0] * room[1] * out.dtype.itemsize
-    stages = sizes.stages or min(16, left // ((BLOCK + columns * x_size) * BLOCK + 4 * scaled))
+    stages = sizes.stages or min(16, left // (BLOCK * row + columns * x_size * BLOCK + 4 * scaled))
 
     def kernel(*refs):
         scratch = (
-            plgpu.SMEM((stages, BLOCK, BLOCK), FP8, transforms=swizzled(BLOCK, FP8)),
+            plgpu.SMEM((stages, BLOCK, BLOCK), w_dtype, transforms=(plgpu.TilingTransform((8, BLOCK)), plgpu.SwizzleTransform(row))),
             plgpu.SMEM((stages, columns, BLOCK), x_dtype, transforms=swizzled(128 // x_size, x_dtype)),
-            plgpu.SMEM((stages, scaled), jnp.float32),
+            plgpu.SMEM((stages, scaled), jnp.bfloat16 if bits else jnp.float32),
             plgpu.SMEM((2, *room), out.dtype, transforms=swizzled(room[1], out.dtype)),
-            plgpu.Barrier(num_arrivals=3 if quantised else 2, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=3 if quantised or bits else 2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         )
         pl.run_scoped(functools.partial(run, lambda n: tile(n, *refs)), *scratch, collective_axes="warpgroup")
@@ -207,8 +216,8 @@ class _Block(NamedTuple):
             pl.when(number >= self.stages)(lambda: plgpu.barrier_wait(self.free.at[slot]))
             plgpu.copy_gmem_to_smem(tile.lhs.at[:, terms], self.lhs.at[slot], self.full.at[slot])
             plgpu.copy_gmem_to_smem(tile.rhs.at[:, terms], self.rhs.at[slot], self.full.at[slot])
-            if self.quantised:
-                plgpu.copy_gmem_to_smem(tile.x_scale.at[k], self.scales.at[slot], self.full.at[slot])
+            if tile.scales is not None:
+                plgpu.copy_gmem_to_smem(tile.scales.at[k], self.scales.at[slot], self.full.at[slot])
             return number + 1
 
         return jax.lax.fori_loop(0, tile.steps, step, number)
@@ -234,6 +243,10 @@ class _Block(NamedTuple):
 
     def product(self, slot, scale):
         """Of a step, scaled."""
+        if bits_of(self.lhs.dtype):
+            found = _from_registers(self.lhs, self.rhs, slot, self.mine)
+            numbers = plgpu.layout_cast(self.scales[slot, self.mine], plgpu.Layout.WGMMA.reduce(1))
+            return found * jax.lax.broadcast_in_dim(numbers.astype(jnp.float32), found.shape, [0])
         if not self.quantised:
             return _from_registers(self.lhs, self.rhs, slot, self.mine) * scale
 
@@ -262,12 +275,16 @@ class _Block(NamedTuple):
 
 
 def _from_registers(w, x, slot, mine):
-    """``w xᵀ`` of a step, w's FP8 numbers as bfloat16. A function of its own, since Mosaic GPU's interpreter multiplies
-    what lies in shared memory alone."""
+    """``w xᵀ`` of a step, w's numbers as bfloat16. A function of its own, since Mosaic GPU's interpreter multiplies what
+    lies in shared memory alone."""
 
     def product(acc):
-        numbers = plgpu.layout_cast(w[slot, mine], plgpu.Layout.WGMMA_UPCAST_2X)
-        numbers = plgpu.layout_cast(numbers.astype(jnp.float32).astype(x.dtype), plgpu.Layout.WGMMA)
+        if bits := bits_of(w.dtype):  # moved between threads while they are narrow
+            loaded = plgpu.Layout.WGMMA_UPCAST_2X if bits == 8 else plgpu.Layout.WGMMA_UPCAST_4X
+            numbers = plgpu.layout_cast(plgpu.layout_cast(w[slot, mine], loaded), plgpu.Layout.WGMMA).astype(x.dtype)
+        else:
+            numbers = plgpu.layout_cast(w[slot, mine], plgpu.Layout.WGMMA_UPCAST_2X)
+            numbers = plgpu.layout_cast(numbers.astype(jnp.float32).astype(x.dtype), plgpu.Layout.WGMMA)
         plgpu.wgmma(acc, numbers, x.at[slot].transpose((1, 0)))
         return acc[...]
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from deepseek_kernels import cpu, hopper_by_head, hopper_few
 from deepseek_kernels.fp8_matmul import fp8_matmul
 from deepseek_kernels.fp8_on_hopper import facts as fp8_facts
+from deepseek_kernels.integers import in_integers
 from deepseek_kernels.registry import choose
 from deepseek_kernels.target import Target, devices
 from deepseek_kernels.weights import (
@@ -49,7 +50,7 @@ def product(
       precision: of this product and of its gradients', as in ``jnp.einsum``.
       implementation: ``hopper``, a kernel for few rows; ``hopper_by_head``, one where each head has a matrix; ``dot``;
         ``c``, a dot with the weight's gradient by a kernel.
-      fp8: of a product with an FP8 weight's matrix, in x's dtype and without a precision, see ``fp8_matmul``.
+      fp8: of a product with an FP8 or integer weight's matrix, in x's dtype and without a precision, see ``fp8_matmul``.
 
     Raises:
       ValueError: an equation that is not of this kind or does not fit the shapes, or an implementation that cannot run.
@@ -68,9 +69,9 @@ def product(
     facts["weight"] = None if in_fp8 else w  # a copy of it is said, once
     name = choose("product", target, x.dtype, implementation=implementation, **facts).name
     if in_fp8:
-        choice = choose("fp8_matmul", target, x.dtype, implementation=fp8, **fp8_facts(w))
-        if choice.name != "dequantised":
-            rows = x.shape[: len(form.rows)]
+        rows = x.shape[: len(form.rows)]
+        choice = choose("fp8_matmul", target, x.dtype, implementation=fp8, rows=math.prod(rows), **fp8_facts(w))
+        if choice.name != "dequantised" or (in_integers(scaled) and devices() == 1):
             y = fp8_matmul(x.reshape(*rows, -1), w, target=target, implementation=choice.name)
             return y.reshape(*rows, *w.shape[len(form.summed) :])
     return _product(x, w, form, dtype, precision, name, target.cores)

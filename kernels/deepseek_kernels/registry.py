@@ -24,6 +24,7 @@ from deepseek_kernels import (
     hopper,
     hopper_by_head,
     hopper_few,
+    integers,
     norm_hopper,
     router_hopper,
 )
@@ -96,6 +97,17 @@ def _dequantises_what_does_not_fit(dtype: Any, *, weight: Weight = None, **_) ->
     return f"{copy}: {why}" if copy and (why := fp8_on_hopper.does_not_fit(weight)) else ""
 
 
+def _not_by_matrix(target: Target, dtype: Any, *, weight: Weight = None, **facts) -> str:
+    if not integers.in_integers(block_scaled(weight)):
+        return "it is for integers"
+    ours = not hopper.refuses(target, dtype, **facts) and not fp8_on_hopper.does_not_fit(weight)
+    return "hopper reads them where they lie" if ours else ""
+
+
+def _no_integers(target: Target, dtype: Any, *, weight: Weight = None, **_) -> str:
+    return "it needs floats" if integers.in_integers(block_scaled(weight)) else _needs_c(target, dtype)
+
+
 def _copies_the_cache(dtype: Any, *, page: int = 0, fp8: bool = False, **_) -> str:
     return f"a copy of the rows' entries in {dtype.name}" if page or fp8 else ""
 
@@ -105,6 +117,7 @@ _CUDNN = Implementation("cudnn", ("cuda",), attention_cudnn.refuses)
 _SPLASH = Implementation("splash", ("tpu",), attention_splash.refuses)
 _BLOCKWISE = Implementation("blockwise", slow="plain XLA, there is no kernel for this target")
 _REFERENCE = Implementation("reference", ())
+_BY_PARTS = "integers are dequantised a matrix at a time, there is no kernel for them and this target"
 
 # The first that is chosen by itself on the platform and does not refuse is taken.
 TABLE: dict[str, tuple[Implementation, ...]] = {
@@ -116,23 +129,26 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         Implementation("dot", copies=_dequantises),
     ),
     "grouped_matmul": (
+        Implementation("c_integers", ("cpu",), integers.refuses_c, special=True),
+        Implementation("by_matrix", refuses=_not_by_matrix, rows=_block_rows, slow=_BY_PARTS, special=True),
         dataclasses.replace(_C, copies=_dequantises),
         Implementation("hopper", ("cuda",), hopper.refuses, _hopper_rows, copies=_dequantises_what_does_not_fit),
-        Implementation("hopper_fp8", (), fp8_on_hopper.refuses, _hopper_rows),  # rounds x: by name alone
+        Implementation("hopper_fp8", (), fp8_on_hopper.refuses_fp8_rows, _hopper_rows),  # rounds x: by name alone
         Implementation("megablox", ("tpu",), grouped_tpu.refuses, copies=_dequantises),
         Implementation("ragged_dot", ("tpu",), copies=_dequantises),
         Implementation("blocks", rows=_block_rows, slow="batched XLA products over padded blocks", copies=_dequantises),
         dataclasses.replace(_REFERENCE, copies=_dequantises),
     ),
-    # With a weight in FP8.
+    # With a weight in FP8 or in integers.
     "fp8_matmul": (
+        Implementation("c", ("cpu",), integers.refuses_c, special=True),
         Implementation("hopper", ("cuda",), fp8_on_hopper.refuses),
-        Implementation("hopper_fp8", (), fp8_on_hopper.refuses),
+        Implementation("hopper_fp8", (), fp8_on_hopper.refuses_fp8_rows),
         Implementation("dequantised", slow="a copy of the weight in the dtype of the product"),
         _REFERENCE,
     ),
     "routed_experts": (
-        Implementation("fused", ("cpu",), _needs_c),
+        Implementation("fused", ("cpu",), _no_integers, special=True),
         Implementation("sorted"),
         Implementation("plain", ()),
     ),

@@ -54,7 +54,7 @@ def routed_experts(
     if not weights_TK.shape == experts_TK.shape == (tokens, *experts_TK.shape[1:]):
         raise ValueError(f"weights {weights_TK.shape}, experts {experts_TK.shape}: expected (T, K) with T={tokens}")
     target = target or Target.here()
-    name = choose("routed_experts", target, x_TD.dtype, implementation=implementation).name
+    name = choose("routed_experts", target, x_TD.dtype, implementation=implementation, weight=wi_ED2F).name
     operands = x_TD, weights_TK, experts_TK, wi_ED2F, wo_EFD
     if name == "fused":
         return _fused(x_TD, weights_TK.astype(jnp.float32), experts_TK.astype(jnp.int32), wi_ED2F, wo_EFD)

@@ -1,5 +1,6 @@
 """Prompts in, completions out: the generator with weights and a tokenizer around it."""
 
+import contextlib
 import dataclasses
 import math
 import threading
@@ -16,6 +17,7 @@ from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.inference.answers import Answer, Completion
+from deepseek_jax.inference.constraints import Grammars
 from deepseek_jax.inference.continuous import Continuous, Event
 from deepseek_jax.inference.generate import Generated, begin, generate, go_on
 from deepseek_jax.inference.in_turn import InTurn
@@ -90,6 +92,7 @@ class Engine:
         self._lock = threading.Lock()
         self.serving = serving
         self._requests: Continuous | None = None
+        self._grammar: Grammars | None = None
         self._answers: dict[int, Answer] = {}  # that ``answer`` waits for
         self._events: list[Event] = []  # of others, that came while it did
         self._stepping = threading.Lock()
@@ -287,7 +290,12 @@ class Engine:
         draw: of several samples with one seed, which it is: the i-th gets what ``generate`` answers to the i-th of
         equal prompts. Raises ValueError for what can never be answered: see ``ServingConfig``.
         """
-        return self._serve().submit(self._ids(prompt), sampling or SamplingParams(), draw=draw)
+        ids, sampling = self._ids(prompt), sampling or SamplingParams()
+        constraint = None
+        if sampling.constrained:
+            require_one_process("an answer held to a grammar")
+            constraint = self._grammars().begin(sampling)
+        return self._serve().submit(ids, sampling, draw=draw, constraint=constraint)
 
     def cancel(self, number: int) -> None:
         """Give a request up, from any thread; the next step frees what it has."""
@@ -335,6 +343,8 @@ class Engine:
     def warm_up(self) -> None:
         """Compile all that ``step`` may ever need: no request waits for a compiler behind it."""
         requests = self._serve()
+        with contextlib.suppress(ValueError):  # which who asks for a grammar is told
+            self._grammars()
         with self._stepping:
             with self._lock:
                 weights = self._make()
@@ -353,6 +363,12 @@ class Engine:
     def metrics(self) -> dict[str, float]:
         """Of requests, see ``Continuous.metrics``."""
         return self._serve().metrics()
+
+    def _grammars(self) -> Grammars:
+        with self._lock:
+            if self._grammar is None:
+                self._grammar = Grammars(self.tokenizer, self.config.vocab_size)
+            return self._grammar
 
     def _serve(self) -> Continuous:
         with self._lock:

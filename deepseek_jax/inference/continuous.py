@@ -107,8 +107,10 @@ class Continuous:
         sampling.check_no_text()
         if (stops := len(self._stop_ids) + len(sampling.stop_token_ids)) > STOPS:
             raise ValueError(f"{stops} ids that end an answer, the tokenizer's among them: expected at most {STOPS}")
-        if (biased := max((token for token, _ in sampling.logit_bias), default=0)) >= self._width:
-            raise ValueError(f"logit_bias has the id {biased}: expected below vocab_size={self._width}")
+        named = {"stop_token_ids": sampling.stop_token_ids, "logit_bias": [token for token, _ in sampling.logit_bias]}
+        for name, tokens in named.items():
+            if (most := max(tokens, default=0)) >= self._width:
+                raise ValueError(f"{name} has the id {most}: expected below vocab_size={self._width}")
         if not 0 <= draw < 2**31:
             raise ValueError(f"draw={draw}: expected from 0 to below 2**31")
         row = Rows.described(sampling, self._stop_ids, draw, key, tempered=tempered)

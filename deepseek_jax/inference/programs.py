@@ -15,11 +15,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.inference.decoding import Decoded, decode
-from deepseek_jax.inference.paged import copy_pages, empty_pages, read
+from deepseek_jax.inference.paged import copy_pages, empty_pages, read, reads_pages
 from deepseek_jax.inference.rows import Numbers, Rows
 from deepseek_jax.inference.schedule import Buckets, Piece, Plan, Request, ServingConfig, fitting
 from deepseek_jax.parallel.processes import meet
-from deepseek_kernels import choose
 
 logger = logging.getLogger(__name__)
 
@@ -195,14 +194,11 @@ class Programs:
 
 
 def gathers(config: ModelConfig, compute: ComputeConfig, serving: ServingConfig) -> bool:
-    """Whether attention over pages is over a copy of them: of grouped keys and values always, which no kernel reads
-    from pages."""
+    """Whether attention over pages is over a copy of them."""
+    fp8 = serving.cache == "float8_e4m3"
+    if reads_pages(config, compute, serving.page, queries=1 + serving.drafts, fp8=fp8):
+        return False
     if config.attention != "mla":
         level = logging.INFO if compute.kernels.platform == "cpu" else logging.WARNING
         logger.log(level, "attention=%r: each token's attention reads a copy of its row's pages", config.attention)
-        return True
-    width, fp8 = config.cache_numbers_per_token_layer, serving.cache == "float8_e4m3"
-    facts = {"by_column": True, "queries": 1 + serving.drafts, "keys": serving.page, "page": serving.page, "fp8": fp8}
-    facts |= {"key_width": width, "value_width": config.kv_lora_rank}
-    chosen = choose("mla_decode", compute.kernels, compute.dtype, implementation=compute.decode_attention, **facts)
-    return chosen.name not in ("hopper", "tpu")
+    return True

@@ -264,8 +264,10 @@ class Transformer(nnx.Module):
     def logits(self, hidden_BSD: Float[Array, "*B D"]) -> Float[Array, "*B W"]:
         """float32, summed in float32."""
         with jax.named_scope("head"):
-            target = self.compute.kernels
-            return product("...d,dw->...w", hidden_BSD, self.head_weight(), dtype=jnp.float32, target=target)
+            options: dict[str, Any] = {"dtype": jnp.float32, "target": self.compute.kernels}
+            if self.head is None and self.config.tie_word_embeddings:
+                return product("...d,wd->...w", hidden_BSD, self.embed[...], **options)
+            return product("...d,dw->...w", hidden_BSD, self.head_weight(), **options)
 
     def scores(self, hidden_BSD: Float[Array, "*B D"]) -> Float[Array, "*B X"]:
         """The X=num_labels numbers of each position, float32, summed in float32."""

@@ -134,7 +134,7 @@ class Continuous:
         """Do what is next -> what it has brought. Without requests nothing.
 
         Where it fails, or is interrupted, the next one begins anew with what every request had before."""
-        began = time.perf_counter()
+        began, called = time.perf_counter(), self.programs.seconds
         events = self._arrivals()
         if self.over:
             return []
@@ -151,7 +151,7 @@ class Continuous:
                 lane.start_over()
             self.programs.empty()
             raise
-        self._counts["seconds_waited"] += time.perf_counter() - dispatched
+        self._counts["seconds_waited"] += time.perf_counter() - dispatched + self.programs.seconds - called
         if found is not None:
             events += self._told(plans, found)
         self._counts["seconds"] += time.perf_counter() - began

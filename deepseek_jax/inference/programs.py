@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import logging
 import os
+import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -55,7 +56,7 @@ class Programs:
     ):
         self.forced = forced
         self.config, self.compute, self.mesh, self.serving = config, compute, mesh, serving
-        self.buckets, self.lanes, self.late = buckets, lanes, 0
+        self.buckets, self.lanes, self.late, self.seconds = buckets, lanes, 0, 0.0
         self._programs: dict[tuple[Any, ...], Any] = {}
         self._anything: dict[int, jax.Array] = {}
         self._warm = False
@@ -180,8 +181,9 @@ class Programs:
             self.late += self._warm
             program = self._programs[job.key] = self._lowered(weights, job).compile()
             meet()
-        given = () if job.function is copy_pages else weights
+        given, began = () if job.function is copy_pages else weights, time.perf_counter()
         done = program(*given, self._pages, *job.arrays)
+        self.seconds += time.perf_counter() - began
         self._pages, found = done if job.function is decode else (done, None)
         return found
 

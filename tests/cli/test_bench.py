@@ -83,6 +83,17 @@ def test_prefill_and_decoding_of_a_tiny_recipe(scanned, fp8):
     assert size * params["parameters_active"] < 1.5 * touched < 1.5 * size * params["parameters_total"]
 
 
+def test_drafts_beside_none():
+    """A turn's tokens are what the coin says, 1 + 1, and that they do not cost nothing is said."""
+    tiny = dataclasses.replace(load_recipe("demo/pretrain", PretrainConfig).model, num_hidden_layers=2)
+    recipe = PretrainConfig(batch_size=2, model=tiny)
+    found = measure(ModelBench(recipe, work="decode", columns=16, new_tokens=2, repeats=1, drafts=1, acceptance=1.0))
+    assert "1.00 of a row in a turn" in found.facts["without drafts"]
+    assert "2.00 of a row in a turn" in found.facts["drafts: 1"]
+    bound = float(found.facts["ratio"].split(" of the ")[1].split("×")[0])
+    assert 0.5 < bound < 2
+
+
 def test_a_cpus_trace_has_no_kernels(tmp_path):
     assert longest_kernels(lambda: jnp.ones(2) + 1, str(tmp_path)) == ([], 0)
     assert list(tmp_path.glob("**/*.xplane.pb"))

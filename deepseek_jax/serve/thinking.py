@@ -52,7 +52,7 @@ async def in_stages(
     opened: bool,
     budget: int | None,
 ) -> AsyncGenerator[Event]:
-    """The events of an answer whose thinking has no more than ``budget`` tokens and, where the prompt has ``opened`` it,
+    """The events of an answer whose thinking has at most ``budget`` tokens and, where the prompt has ``opened`` it,
     is bound to no grammar: at its end the answer is cancelled, and asked for anew behind its thoughts and `</think>`,
     which the cache of prefixes makes cheap. All of them count as its tokens."""
     thoughts, made, ended = Thoughts(tokenizer, opened=opened), [], False

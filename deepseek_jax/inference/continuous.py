@@ -28,6 +28,7 @@ from deepseek_jax.inference.rows import STOPS, Rows
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.schedule import Buckets, Plan, Request, Schedule, ServingConfig
 from deepseek_jax.inference.speculation import check_drafts
+from deepseek_jax.parallel.processes import require_one_process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +106,8 @@ class Continuous:
                 f"a prompt of {len(ids)} tokens and max_tokens={sampling.max_tokens} pass context={self.context}"
             )
         sampling.check_no_text()
+        if sampling.constrained:  # which plans wait for, as long as it takes a host to find what may be said
+            require_one_process("an answer that is held to a grammar")
         if (stops := len(self._stop_ids) + len(sampling.stop_token_ids)) > STOPS:
             raise ValueError(f"{stops} ids that end an answer, the tokenizer's among them: expected at most {STOPS}")
         if (biased := max((token for token, _ in sampling.logit_bias), default=0)) >= self._width:

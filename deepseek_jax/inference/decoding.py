@@ -90,7 +90,7 @@ def decode(
         table_BJ = jnp.where(done_B[:, None], -1, rows.table_BJ)
 
         def memory(entries, position_BS):
-            hands, visible = reading(network, position_BS, table_BJ, pages.tokens_PN1.shape[1])
+            hands, visible = reading(network, position_BS, table_BJ, now.pages.tokens_PN1.shape[1])
             return memory_of(compute, entries, position_BS[:, 0], table_BJ, hands), visible
 
         places_S = jnp.arange(size, dtype=jnp.int32)

@@ -96,10 +96,10 @@ class Programs:
         for rows, table in itertools.product(buckets.slots, buckets.tables):
             jobs.append(self._decodes(nobody, rows, table, 0, until_end=False))
         with jax.set_mesh(self.mesh):
-            missing = {job.key: self._lowered(weights, job) for job in jobs if job.key not in self._programs}
             with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-                compiled = pool.map(lambda lowered: lowered.compile(), missing.values())
-                self._programs |= dict(zip(missing, compiled, strict=True))
+                missing = {job.key: job for job in jobs if job.key not in self._programs}
+                compiled = {key: pool.submit(self._lowered(weights, job).compile) for key, job in missing.items()}
+            self._programs |= {key: each.result() for key, each in compiled.items()}
             meet()  # a process that is still compiling would have the others wait in collectives
             for job in jobs:
                 self._run(weights, job)

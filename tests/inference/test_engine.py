@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import gc
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from small import SPEAKER, tokenizer
 from deepseek_jax.inference import engine as module
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
+from deepseek_jax.inference.schedule import ServingConfig
 from deepseek_jax.model import transformer
 from deepseek_jax.parallel.mesh import make_mesh
 
@@ -117,6 +119,24 @@ def test_weights_are_made_once_and_then_by_update_alone(monkeypatch):
     assert other != first and engine.generate(["def"], GREEDY) == other and len(made) == 2
     engine.update(params, bias)
     assert engine.generate(["def"], GREEDY) == first
+
+
+def test_new_weights_take_the_room_of_the_former(monkeypatch):
+    """With a request running: while they are made the former ones are gone, and then all is as large as it was."""
+    live = lambda: sum(array.nbytes for array in jax.live_arrays())  # noqa: E731
+    original, held = module.sampling_weights, []
+    monkeypatch.setattr(module, "sampling_weights", lambda *a, **k: held.append(live()) or original(*a, **k))
+    params, bias = weights(SPEAKER)
+    engine = Engine(
+        whole(SPEAKER, params, bias, tokenizer()), serving=ServingConfig(slots=2, pages=8, page=4, chunk=8, turns=2)
+    )
+    engine.submit([5, 9, 2], GREEDY)
+    engine.step()
+    own = sum(array.nbytes for array in jax.tree.leaves(engine._weights))
+    gc.collect()
+    before = live()
+    engine.update(params, bias)
+    assert engine.busy and own > 50_000 and held[-1] == before - own and live() == before
 
 
 def test_any_thread_may_ask(engine):

@@ -78,13 +78,13 @@ class Drafting:
             pages = empty_pages(config, self.compute, rows.table_BJ.size, PAGE, fp8=False)
             return jax.block_until_ready(_drawn(pages))
 
-    def compile(self, batch: int, drafts: int) -> Any:
+    def lower(self, batch: int, drafts: int) -> Any:
         with jax.set_mesh(self.mesh):
             (config, weights), rows = self.network(drafts), self.rows(batch, drafts)
             pages = jax.eval_shape(lambda: empty_pages(config, self.compute, rows.table_BJ.size, PAGE, fp8=False))
             options = {"most": self.turns, "drafts": drafts, "forced": self.acceptance * (drafts > 0)}
             given = rows, np.int32(0), np.bool_(False)
-            return decode.lower(config, self.compute, *weights, pages, *given, **options).compile()
+            return decode.lower(config, self.compute, *weights, pages, *given, **options)
 
     def call(self, program: Any, pages: Store, batch: int, drafts: int) -> tuple[Store, Decoded]:
         with jax.set_mesh(self.mesh):
@@ -123,7 +123,8 @@ def measure_drafts(
     """``turns`` greedy turns over pages of random numbers without drafts, and with them."""
     its, batch = Drafting.of(recipe, columns, turns, acceptance), recipe.batch_size
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        programs = dict(zip((0, drafts), pool.map(functools.partial(its.compile, batch), (0, drafts)), strict=True))
+        compiled = pool.map(lambda count: its.lower(batch, count).compile(), (0, drafts))
+        programs = dict(zip((0, drafts), compiled, strict=True))
     found = {count: its.time(program, batch, count, repeats) for count, program in programs.items()}
     pages = its.pages(batch, drafts)
     return Measured(facts_of(its, batch, drafts, found), lambda: its.call(programs[drafts], pages, batch, drafts))

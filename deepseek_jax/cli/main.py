@@ -41,6 +41,7 @@ using a model
   bench                  train and decode speed of the demo's model beside transformers
   compile RECIPE --topology v5p:8x8x16   does it fit there, and how fast would it be: no such machine needed
   bench RECIPE --work train|prefill|decode   speed, memory and longest kernels of a recipe's model
+  bench serve URL        time to the first token, between tokens and tokens a second of any server of OpenAI's kind
 
 RECIPE is a name such as demo/pretrain or a Python file with a function config(), or a stage of such a one, as
 r1/miniature:zero; without one a stage has its defaults and says what is missing. RUN is a folder that a stage or the

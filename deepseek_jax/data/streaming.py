@@ -42,37 +42,28 @@ class TextStream:
         return self._tokenizer.decode(ids, skip_special_tokens=self._skip_special_tokens)
 
 
-class StoppingStream:
-    """Text of an answer as it comes, up to the first of some strings, which is left out.
+class StopStrings:
+    """Lets text that comes in pieces through, up to the first of some strings, which is left out.
 
     What may be the beginning of one is held back until it is certain. Of several the one that ends first counts, of
-    those the longest: the text is the same however it is cut into tokens. stopped: whether one was found; no more is
-    given out then.
+    those the longest: the text is the same in whatever pieces it comes.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], *, skip_special_tokens: bool = False):
-        self._stream = TextStream(tokenizer, skip_special_tokens=skip_special_tokens)
-        self._stops = tuple(stops)
-        self._held = ""
-        self.stopped = False
+    def __init__(self, stops: Sequence[str]):
+        self._stops, self._held = tuple(stops), ""
 
-    def push(self, token_id: int) -> str:
-        """The text that is certain with this id."""
-        return "" if self.stopped else self._certain(self._stream.push(token_id))
-
-    def finish(self) -> str:
-        """What is left where the answer ends otherwise."""
-        text = "" if self.stopped else self._certain(self._stream.finish())
-        text, self._held = text + self._held, ""
-        return text
-
-    def _certain(self, new: str) -> str:
-        text, self._held = self._held + new, ""
+    def push(self, text: str) -> tuple[str, bool]:
+        """(What is certain with this piece, whether a string was found, behind which there is no more to push)."""
+        text, self._held = self._held + text, ""
         found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
-            self.stopped = True
-            return text[: min(found)[1]]
+            return text[: min(found)[1]], True
         begins = lambda at: any(stop.startswith(text[at:]) for stop in self._stops)  # noqa: E731
         certain = next(filter(begins, range(len(text))), len(text))
         self._held = text[certain:]
-        return text[:certain]
+        return text[:certain], False
+
+    def finish(self) -> str:
+        """What was held back and has become none."""
+        held, self._held = self._held, ""
+        return held

@@ -318,6 +318,11 @@ class Tokenizer:
         return self.token_id(ASSISTANT)
 
     @property
+    def special_json(self) -> str:
+        """The tokenizer.json that `decode` goes by: added tokens among it."""
+        return self._special.to_str()
+
+    @property
     def plain_json(self) -> str:
         """The tokenizer.json that `encode` goes by without `allow_special`: no added tokens."""
         return self._plain.to_str()

@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.inference.arrivals import exchange
+from deepseek_jax.inference.constraints import Constraint, settle
 from deepseek_jax.inference.decoding import Decoded
 from deepseek_jax.inference.programs import Programs, Weights, gathers
 from deepseek_jax.inference.rows import STOPS, Rows
@@ -31,7 +32,8 @@ from deepseek_jax.inference.speculation import check_drafts
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """What a step has brought to a request. finish_reason: "" while it goes on, ``stop``, ``length``, ``cancelled``.
+    """What a step has brought to a request. finish_reason: "" while it goes on, ``stop``, ``length``, ``cancelled``, or
+    ``error``: its grammar cannot be gone on with, as ``error`` says.
     logprobs: of each token by the network alone, before temperature, penalties and cuts. alternatives: of each token,
     as many as were asked for, (token, log-probability) from the most likely on. cached: tokens of its prompt that were
     found in the cache."""
@@ -42,6 +44,7 @@ class Event:
     finish_reason: str
     alternatives: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
     cached: int = 0
+    error: str = ""
 
 
 class Continuous:
@@ -88,9 +91,12 @@ class Continuous:
         draw: int = 0,
         key: Sequence[int] | None = None,
         tempered: bool = False,
+        constraint: Constraint | None = None,
     ) -> int:
         """Queue a prompt -> its number. draw: which sample of this prompt and seed it is. key, tempered: see
-        ``Rows.described``. ValueError for what can never be answered."""
+        ``Rows.described``. constraint: of its own, where ``sampling`` asks for one. ValueError for what can never be
+        answered."""
+        assert sampling.constrained == (constraint is not None), sampling
         if not ids or not 0 <= min(ids) <= max(ids) < self._width:
             wrong = f"has the ids {min(ids)}…{max(ids)}" if ids else "has no tokens"
             raise ValueError(f"the prompt {wrong}: expected ids from 0 to below vocab_size={self._width}")
@@ -106,7 +112,7 @@ class Continuous:
         if not 0 <= draw < 2**31:
             raise ValueError(f"draw={draw}: expected from 0 to below 2**31")
         row = Rows.described(sampling, self._stop_ids, draw, key, tempered=tempered)
-        request = Request(next(self._numbers), list(ids), sampling, row=row)
+        request = Request(next(self._numbers), list(ids), sampling, row=row, constraint=constraint)
         self._new.append(request)
         return request.number
 
@@ -127,6 +133,7 @@ class Continuous:
         events = self._arrivals()
         if self.over:
             return []
+        events += self._settled()
         plans = [lane.plan() for lane in self._lanes]
         try:
             found, dispatched = self.programs.run(weights, plans), time.perf_counter()
@@ -203,6 +210,18 @@ class Continuous:
                 events += [Event(number, [], [], "cancelled")] * self._own(number)
         return events
 
+    def _settled(self) -> list[Event]:
+        """Give up whose grammar cannot be gone on with; of the others wait a moment for those who are at it."""
+        held = {r.number: r.constraint for lane in self._lanes for r in lane.running if r.constraint is not None}
+        settle(held.values())
+        events = []
+        for number, constraint in held.items():
+            if constraint.ready and constraint.error:
+                request, lane = self._asked.pop(number)
+                lane.cancel(request)
+                events.append(Event(number, [], [], "error", error=constraint.error))
+        return events
+
     def _own(self, number: int) -> bool:
         return number % jax.process_count() == self._process
 
@@ -242,6 +261,8 @@ class Continuous:
                 self._counts["tokens"] += count
                 if ended:
                     del self._asked[request.number]
+                elif request.constraint is not None:
+                    request.constraint.advance(tokens[i][:count])
         return events
 
     def _likely(self, found: Decoded, row: int, count: int, most: int) -> list[list[tuple[int, float]]]:

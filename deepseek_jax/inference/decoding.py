@@ -90,7 +90,7 @@ def decode(
         table_BJ = jnp.where(done_B[:, None], -1, rows.table_BJ)
 
         def memory(entries, position_BS):
-            hands, visible = reading(network, position_BS, table_BJ)
+            hands, visible = reading(network, position_BS, table_BJ, pages.tokens_PN1.shape[1])
             return memory_of(compute, entries, position_BS[:, 0], table_BJ, hands), visible
 
         places_S = jnp.arange(size, dtype=jnp.int32)
@@ -168,7 +168,8 @@ class _Drawing:
         numbers_RK, shares_RF = beside(rows.numbers_BK, size), beside(rows.shares_BF, size)
         at, how = Numbers(*numbers_RK[:, : len(Numbers._fields)].T), Shares(*shares_RF[:, : len(Shares._fields)].T)
         biases_RX = shares_RF[:, len(Shares._fields) :]
-        wishes = Wishes(how.repetition, how.presence, how.frequency, numbers_RK[:, -BIASES:], biases_RX)
+        penalties, biases = (how.repetition, how.presence, how.frequency), (numbers_RK[:, -BIASES:], biases_RX)
+        wishes = Wishes(*penalties, *biases, at.constrained, beside(rows.allowed_BV, size))
         return cls(at, how, wishes)
 
     def keys(self, place_BS: Int[Array, "B S"]) -> jax.Array:

@@ -1,5 +1,6 @@
 """Prompts in, completions out: the generator with weights and a tokenizer around it."""
 
+import contextlib
 import dataclasses
 import math
 import threading
@@ -16,8 +17,10 @@ from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.inference.answers import Answer, Completion
+from deepseek_jax.inference.constraints import Grammars
 from deepseek_jax.inference.continuous import Continuous, Event
 from deepseek_jax.inference.generate import Generated, begin, generate, go_on
+from deepseek_jax.inference.in_turn import InTurn
 from deepseek_jax.inference.requests import Requests, Room, make_requests, shared, spread
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.schedule import ServingConfig
@@ -57,10 +60,13 @@ class Engine:
         rules: ShardingRules | None = None,
         serving: ServingConfig = ServingConfig(),
         placement: Sequence[Sequence[int]] | None = None,
+        at_once: int = 0,
     ):
         """tokenizer: by default the model's own. rules: how the weights are split, by default ``sampling_rules``.
         serving: how requests are answered as they come. placement: of each MoE layer the expert in each place, of which
         there may be more than experts (``eplb.place``): copies share the work of a busy one, and answers are the same.
+        at_once: rows that ``generate`` and ``generate_ids`` answer at a time, the next where another has ended, so that
+        none waits for the longest; 0: all together, in one program. Answers are the same but for the last digits.
 
         ValueError for a placement that is not the model's, or that the mesh cannot split, and for drafts by a model
         without an MTP module.
@@ -86,9 +92,14 @@ class Engine:
         self._lock = threading.Lock()
         self.serving = serving
         self._requests: Continuous | None = None
+        self._grammar: Grammars | None = None
         self._answers: dict[int, Answer] = {}  # that ``answer`` waits for
         self._events: list[Event] = []  # of others, that came while it did
         self._stepping = threading.Lock()
+        self._in_turn: InTurn | None = None
+        if at_once:
+            given = sampling_config(self.config), self.compute, self.mesh, self.tokenizer.stop_ids
+            self._in_turn = InTurn(*given, self.tokenizer.pad_id, at_once)
 
     @classmethod
     def random(
@@ -115,8 +126,8 @@ class Engine:
         with self._stepping, self._lock:
             self._given, self._weights = (params, router_bias), None
             self._make()
-            if self._requests is not None:
-                self._requests.forget()
+            for requests in filter(None, (self._requests, self._in_turn)):
+                requests.forget()
 
     def _make(self) -> tuple[Any, jax.Array | None]:
         weights = self._weights
@@ -178,10 +189,33 @@ class Engine:
 
         Of several processes each gives prompts of its own, or none, at the same time; they count from those of the
         first process on, so that answers are those that one process would give to all. ``Generated.here`` has its own.
+
+        ValueError for ``experts`` of rows that are answered in turn, see ``at_once``: requests do not keep them.
         """
+        if self._in_turn is not None:
+            if experts:
+                raise ValueError(f"experts=True: at_once={self._in_turn.at_once} answers by requests, which keep none")
+            return self._answered_in_turn(self._in_turn, prompts, sampling, key)
         weights, requests = self._prepared(prompts, sampling, key, filled)
         with jax.set_mesh(self.mesh):  # the caller's may be another
             return _generate(self._network, self.compute, *weights, requests, experts=experts)
+
+    def _answered_in_turn(
+        self,
+        in_turn: InTurn,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams | Sequence[SamplingParams],
+        key: jax.Array | None,
+    ) -> Generated:
+        each, rooms = self._told(prompts, sampling)
+        counted = isinstance(sampling, SamplingParams) or key is not None  # see ``make_requests``
+        first = sum(room.rows for room in rooms[: jax.process_index()])
+        draws = [(first + row) * counted for row in range(len(prompts))]
+        longest = max(room.prompt + room.answer for room in rooms)
+        with self._stepping:
+            with self._lock:
+                weights = self._make()
+            return in_turn.answer(weights, prompts, each, draws, key, longest=longest)
 
     def stream(self, prompt: str | Sequence[int], sampling: SamplingParams | None = None) -> Iterator[Completion]:
         """One prompt's completion in pieces, while it is made: joined they are what ``generate`` answers.
@@ -256,7 +290,12 @@ class Engine:
         draw: of several samples with one seed, which it is: the i-th gets what ``generate`` answers to the i-th of
         equal prompts. Raises ValueError for what can never be answered: see ``ServingConfig``.
         """
-        return self._serve().submit(self._ids(prompt), sampling or SamplingParams(), draw=draw)
+        ids, sampling = self._ids(prompt), sampling or SamplingParams()
+        constraint = None
+        if sampling.constrained:
+            require_one_process("an answer held to a grammar")
+            constraint = self._grammars().begin(sampling)
+        return self._serve().submit(ids, sampling, draw=draw, constraint=constraint)
 
     def cancel(self, number: int) -> None:
         """Give a request up, from any thread; the next step frees what it has."""
@@ -304,6 +343,8 @@ class Engine:
     def warm_up(self) -> None:
         """Compile all that ``step`` may ever need: no request waits for a compiler behind it."""
         requests = self._serve()
+        with contextlib.suppress(ValueError):  # which who asks for a grammar is told
+            self._grammars()
         with self._stepping:
             with self._lock:
                 weights = self._make()
@@ -322,6 +363,12 @@ class Engine:
     def metrics(self) -> dict[str, float]:
         """Of requests, see ``Continuous.metrics``."""
         return self._serve().metrics()
+
+    def _grammars(self) -> Grammars:
+        with self._lock:
+            if self._grammar is None:
+                self._grammar = Grammars(self.tokenizer, self.config.vocab_size)
+            return self._grammar
 
     def _serve(self) -> Continuous:
         with self._lock:
@@ -344,27 +391,33 @@ class Engine:
     ) -> tuple[tuple[Any, jax.Array | None], Requests]:
         """The weights, and the prompts as arrays. ValueError where prompt and answer pass what the model takes, of
         several processes on all."""
-        each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
         axes, stop_ids = self.compute.rules.batch, self.tokenizer.stop_ids
         require_own_rows(self.mesh, axes, "sampling")
-        own = Room.of(prompts, each, stop_ids)
-        told = gather([self._wrong(prompts, each), dataclasses.astuple(own)])
-        if wrong := next(filter(None, (wrong for wrong, _ in told)), None):
-            raise ValueError(wrong)
+        _, rooms = self._told(prompts, sampling)
         with self._lock:
             weights = self._make()
         ways = math.prod(self.mesh.shape[axis] for axis in axes)
         options: dict[str, Any] = {"stop_ids": stop_ids, "pad_id": self.tokenizer.pad_id}
         if (count := jax.process_count()) == 1:
-            room = dataclasses.replace(own, rows=max(own.rows, filled))
+            room = dataclasses.replace(rooms[0], rows=max(rooms[0].rows, filled))
             with jax.set_mesh(self.mesh):
                 return weights, shared(make_requests(prompts, sampling, key, ways=ways, room=room, **options), ways)
-        rooms = [Room(*sizes) for _, sizes in told]
         room = Room(*map(max, *map(dataclasses.astuple, rooms)))
         first = sum(room.rows for room in rooms[: jax.process_index()])
         requests = make_requests(prompts, sampling, key, ways=ways // count, room=room, first=first, **options)
         requests = shared(requests, ways // count, lambda rows: max(gather(rows)))
         return weights, spread(requests, NamedSharding(self.mesh, PartitionSpec(axes)))
+
+    def _told(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams | Sequence[SamplingParams]
+    ) -> tuple[Sequence[SamplingParams], list[Room]]:
+        """How each prompt is answered, and what each process's prompts need. ValueError as ``_prepared``'s."""
+        each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
+        own = Room.of(prompts, each, self.tokenizer.stop_ids)
+        told = gather([self._wrong(prompts, each), dataclasses.astuple(own)])
+        if wrong := next(filter(None, (wrong for wrong, _ in told)), None):
+            raise ValueError(wrong)
+        return each, [Room(*sizes) for _, sizes in told]
 
     def _wrong(self, prompts: Sequence[Sequence[int]], each: Sequence[SamplingParams]) -> str | None:
         """What is, of the first prompt that cannot be answered."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from deepseek_jax.compute import ComputeConfig
@@ -34,6 +35,8 @@ class Generated:
 
     def here(self) -> "Generated":
         """The answers to this process's prompts, on the host."""
+        if isinstance(self.tokens_BN, np.ndarray):
+            return self
         if jax.process_count() == 1:
             return jax.device_get(self)
         rows = (own_rows(x) for x in (self.tokens_BN, self.logprobs_BN, self.lengths_B, self.stopped_B))

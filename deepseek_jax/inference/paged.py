@@ -22,8 +22,9 @@ from deepseek_jax.inference.generate import OPTIONS
 from deepseek_jax.model import transformer
 from deepseek_jax.model.stack import in_stack, stacks_of
 from deepseek_jax.parallel.sharding import ShardingRules, constrain, per_device
-from deepseek_kernels import InStack, Visible, quantise_entries, write_entries
+from deepseek_kernels import InStack, Visible, choose, quantise_entries, write_entries
 from deepseek_kernels.cached import Entries, side_by_side
+from deepseek_kernels.target import devices
 
 
 @struct.dataclass
@@ -156,7 +157,7 @@ def read(
     position_BS = start_B[:, None] + jnp.arange(tokens_BS.shape[1], dtype=jnp.int32)
     hands, visible = "new", Visible()
     if not fresh:
-        hands, visible = reading(network, position_BS, table_BJ)
+        hands, visible = reading(network, position_BS, table_BJ, pages.tokens_PN1.shape[1])
     seen: dict[str, Any] = {"positions_BS": position_BS, "visible": visible}
     with jax.named_scope("prefill"):
         memories = [memory_of(compute, layer, start_B, table_BJ, hands) for layer in pages.layers]
@@ -169,12 +170,26 @@ def read(
     return Store(tuple(memory.pages_PNW for memory in out.memories), tokens.pages_PNW, mtp)
 
 
-def reading(network: transformer.Transformer, position_BS, table_BJ) -> tuple[Any, Visible]:
+def reading(network: transformer.Transformer, position_BS, table_BJ, page: int) -> tuple[Any, Visible]:
     """What a memory hands to attention, and what that sees of it: each token its row up to itself."""
     visible = Visible(q_positions_BS=position_BS, lengths_B=position_BS[:, -1] + 1)
-    if network.config.attention == "mla":
+    if network.config.attention == "mla" or reads_pages(network.config, network.compute, page):
         return "pages", dataclasses.replace(visible, pages_BJ=table_BJ)
-    return "rows", visible  # no kernel reads grouped keys and values from pages
+    return "rows", visible
+
+
+def reads_pages(config: ModelConfig, compute: ComputeConfig, page: int, *, queries: int = 1, fp8: bool = False) -> bool:
+    """Whether a kernel attends to pages where they lie."""
+    facts: dict[str, Any] = {"by_column": True, "queries": queries, "keys": page, "page": page, "fp8": fp8}
+    options: dict[str, Any] = {"devices": devices(), "implementation": compute.decode_attention}
+    if config.attention == "mla":
+        widths = {"key_width": config.cache_numbers_per_token_layer, "value_width": config.kv_lora_rank}
+        name = choose("mla_decode", compute.kernels, compute.dtype, **facts, **widths, **options).name
+        return name in ("hopper", "tpu", "c")
+    if compute.decode_attention not in ("auto", "c"):  # one of gqa_attention's
+        return False
+    widths = {"key_width": config.head_dim, "value_width": config.head_dim}
+    return choose("gqa_decode", compute.kernels, compute.dtype, **facts, **widths, **options).name == "c"
 
 
 def memory_of(compute: ComputeConfig, entries: Entries, start_B, table_BJ, hands) -> PagedMemory:

@@ -10,16 +10,15 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.inference.decoding import Decoded, decode
-from deepseek_jax.inference.paged import copy_pages, empty_pages, read
-from deepseek_jax.inference.rows import Rows
+from deepseek_jax.inference.paged import copy_pages, empty_pages, read, reads_pages
+from deepseek_jax.inference.rows import Numbers, Rows
 from deepseek_jax.inference.schedule import Buckets, Piece, Plan, Request, ServingConfig, fitting
 from deepseek_jax.parallel.processes import meet
-from deepseek_kernels import choose
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +57,7 @@ class Programs:
         self.config, self.compute, self.mesh, self.serving = config, compute, mesh, serving
         self.buckets, self.lanes, self.late = buckets, lanes, 0
         self._programs: dict[tuple[Any, ...], Any] = {}
+        self._anything: dict[int, jax.Array] = {}
         self._warm = False
         self.empty()
 
@@ -145,16 +145,34 @@ class Programs:
     def _decodes(
         self, decoded: Sequence[Sequence[Request]], rows: int, table: int, turns: int, *, until_end: bool
     ) -> _Job:
-        filled = Rows.filling(len(decoded) * rows, table)
+        filled, allowed = Rows.filling(len(decoded) * rows, table), dict[int, np.ndarray]()
         for lane, some in enumerate(decoded):
             for i, request in enumerate(some, lane * rows):
                 filled.numbers_BK[i], filled.shares_BF[i] = request.row
                 filled.numbers_BK[i, :3] = request.ids[-1], request.length, len(request.ids) - request.prompt
                 filled.table_BJ[i, : len(request.pages)] = request.pages
                 filled.drafts[i, : len(request.drafts)] = request.drafts
+                if request.constraint is not None:
+                    allowed[i] = request.constraint.allowed_V
+                    filled.numbers_BK[i, Numbers._fields.index("most")] = len(request.ids) - request.prompt + 1
+        filled = dataclasses.replace(filled, allowed_BV=self._allowed(len(decoded) * rows, allowed))
         given = filled, np.int32(turns), np.bool_(until_end)
         options = ("most", self.serving.turns), ("drafts", self.serving.drafts), ("forced", self.forced)
         return _Job(decode, given, options)
+
+    def _allowed(self, batch: int, allowed: dict[int, np.ndarray]) -> jax.Array:
+        """Of each row the tokens that it may draw next, see ``Rows``; where nobody is held to a grammar the array that
+        is there, of all tokens."""
+        if allowed or batch not in self._anything:
+            bits_BV = np.full((batch, -(-self.config.vocab_size // 32)), -1, np.int32)
+            for row, allowed_V in allowed.items():
+                bits_BV[row] = allowed_V
+            split = NamedSharding(self.mesh, PartitionSpec(self.compute.rules.batch))
+            placed = jax.make_array_from_callback(bits_BV.shape, split, bits_BV.__getitem__)
+            if allowed:
+                return placed
+            self._anything[batch] = placed
+        return self._anything[batch]
 
     def _run(self, weights: Weights, job: _Job) -> Decoded | None:
         program = self._programs.get(job.key)
@@ -176,14 +194,11 @@ class Programs:
 
 
 def gathers(config: ModelConfig, compute: ComputeConfig, serving: ServingConfig) -> bool:
-    """Whether attention over pages is over a copy of them: of grouped keys and values always, which no kernel reads
-    from pages."""
+    """Whether attention over pages is over a copy of them."""
+    fp8 = serving.cache == "float8_e4m3"
+    if reads_pages(config, compute, serving.page, queries=1 + serving.drafts, fp8=fp8):
+        return False
     if config.attention != "mla":
         level = logging.INFO if compute.kernels.platform == "cpu" else logging.WARNING
         logger.log(level, "attention=%r: each token's attention reads a copy of its row's pages", config.attention)
-        return True
-    width, fp8 = config.cache_numbers_per_token_layer, serving.cache == "float8_e4m3"
-    facts = {"by_column": True, "queries": 1 + serving.drafts, "keys": serving.page, "page": serving.page, "fp8": fp8}
-    facts |= {"key_width": width, "value_width": config.kv_lora_rank}
-    chosen = choose("mla_decode", compute.kernels, compute.dtype, implementation=compute.decode_attention, **facts)
-    return chosen.name not in ("hopper", "tpu")
+    return True

@@ -24,6 +24,7 @@ class Numbers(NamedTuple):
     draw: Any
     top_k: Any
     alternatives: Any
+    constrained: Any
     high: Any  # the upper word of the key that it draws with, of which the seed is the lower one
 
 
@@ -42,11 +43,14 @@ class Shares(NamedTuple):
 @struct.dataclass
 class Rows:
     """Rows that are decoded. numbers_BK: see ``Numbers``; a row that may answer no more only fills the batch.
-    shares_BF: see ``Shares``. table_BJ: see ``PagedMemory``. Few arrays, since each is a transfer of its own."""
+    shares_BF: see ``Shares``. table_BJ: see ``PagedMemory``. Few arrays, since each is a transfer of its own.
+    allowed_BV: of the next token, a bit for each that a constrained row may draw; such a row may have no other behind
+    it in this step. The array of all that others may draw stays on the device."""
 
     numbers_BK: Any
     shares_BF: Any
     table_BJ: Any
+    allowed_BV: Any = None
 
     @property
     def drafts(self) -> Any:
@@ -82,7 +86,8 @@ class Rows:
         stops, biased = [*stop_ids, *params.stop_token_ids], [token for token, _ in params.logit_bias]
         assert len(stops) <= STOPS, stops
         high, seed = np.array((0, params.seed) if key is None else key, np.uint32).view(np.int32)
-        head = Numbers(0, 0, 0, params.max_tokens, seed, draw, params.top_k, params.alternatives, high)
+        asked = params.top_k, params.alternatives, params.constrained
+        head = Numbers(0, 0, 0, params.max_tokens, seed, draw, *asked, high)
         filled = [*[-1] * MOST_DRAFTS, *stops, *[-1] * (STOPS - len(stops)), *biased, *[-1] * (BIASES - len(biased))]
         cuts = params.temperature, params.top_p, params.min_p
         penalties = params.repetition_penalty, params.presence_penalty, params.frequency_penalty

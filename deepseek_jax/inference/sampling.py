@@ -13,6 +13,7 @@ BIASES = 300  # tokens of a logit_bias
 MOST_BIAS = 1e6  # which outweighs any logit; what passes float32 would make no number of them
 ALTERNATIVES = 20
 STRINGS, CHARACTERS = 16, 256  # that end an answer, and of each
+GRAMMAR = 65_536  # characters of a schema or of a regular expression
 _LIMITS = (
     ("min_p", 0, 1),
     ("repetition_penalty", 0.01, 100),
@@ -33,7 +34,8 @@ class SamplingParams:
     The others are for requests (``Engine.answer``, ``submit``) alone, and ``penalties.adjusted`` says what they do.
     min_p: keeps tokens with at least this share of the most likely one's probability. repetition_penalty 1,
     presence_penalty 0, frequency_penalty 0: none. logit_bias: (token, what its logit gets). alternatives: of each token
-    of the answer, so many of the most likely ones with their log-probabilities.
+    of the answer, so many of the most likely ones with their log-probabilities. json_schema, regex: the answer, but for
+    what ends it, is JSON by this schema (text; ``{}``: any), or the expression from end to end.
     """
 
     temperature: float = 1.0
@@ -49,6 +51,8 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     alternatives: int = 0
+    json_schema: str = ""
+    regex: str = ""
 
     def __post_init__(self) -> None:
         check_types(self, signed=("presence_penalty", "frequency_penalty"))
@@ -60,6 +64,10 @@ class SamplingParams:
                 raise ValueError(f"{name}={value}: must lie in [{least}, {most}]")
         if not (len(self.stop) <= STRINGS and all(0 < len(string) <= CHARACTERS for string in self.stop)):
             raise ValueError(f"stop: expected at most {STRINGS} strings of 1 to {CHARACTERS} characters")
+        if self.json_schema and self.regex:
+            raise ValueError("json_schema, regex: expected one of them")
+        if (length := len(self.json_schema or self.regex)) > GRAMMAR:
+            raise ValueError(f"json_schema, regex: {length} characters, expected at most {GRAMMAR}")
         if len(self.logit_bias) > BIASES:
             raise ValueError(f"logit_bias has {len(self.logit_bias)} tokens: expected at most {BIASES}")
         for token, bias in self.logit_bias:
@@ -67,6 +75,11 @@ class SamplingParams:
                 raise ValueError(
                     f"logit_bias=(({token}, {bias}), …): expected tokens and finite numbers up to {MOST_BIAS:g}"
                 )
+
+    @property
+    def constrained(self) -> bool:
+        """Whether the answer is held to a grammar."""
+        return bool(self.json_schema or self.regex)
 
     def of_ids(self) -> Self:
         """Without what only text can have: strings that end it."""
@@ -86,7 +99,7 @@ class SamplingParams:
 
 
 _FOR_REQUESTS = {"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
-_FOR_REQUESTS |= {"logit_bias": (), "alternatives": 0}
+_FOR_REQUESTS |= {"logit_bias": (), "alternatives": 0, "json_schema": "", "regex": ""}
 
 
 def truncate_logits(

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from deepseek_jax.inference.constraints import Constraint
 from deepseek_jax.inference.pages import Pages
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.typed import check_least, check_types
@@ -37,7 +38,7 @@ class ServingConfig:
     """Tokens of prompts that are read in between two tokens of the others' answers."""
     turns: int = 8
     """Tokens of each answer, or times a token and drafts, that are made without a look at who has come; one, while
-    prompts are read in or an answer has none yet."""
+    prompts are read in, an answer has none yet, or one is held to a grammar."""
     cache: Literal["compute", "float8_e4m3"] = "compute"
     """What the cache keeps numbers in; float8_e4m3: MLA's latents in groups of 128 with a scale."""
     drafts: int = 0
@@ -111,15 +112,16 @@ def _sizes(most: int, least: int) -> tuple[int, ...]:
 class Request:
     """A prompt and its answer so far (``ids``), and where they are: the first ``length`` tokens lie in ``pages``.
 
-    number: the order of arrival. row: what decoding it takes, see ``Rows``. slot: -1 while it waits. prefix: of the
-    first ``named`` pages, which others can find, by the weights of ``root``. cached: tokens of the prompt that were
-    there when it was first let in. drafts: guesses of what comes next.
+    number: the order of arrival. row: what decoding it takes, see ``Rows``. constraint: what its answer is held to.
+    slot: -1 while it waits. prefix: of the first ``named`` pages, which others can find, by the weights of ``root``.
+    cached: tokens of the prompt that were there when it was first let in. drafts: guesses of what comes next.
     """
 
     number: int
     ids: list[int]
     sampling: SamplingParams
     row: Any = None
+    constraint: Constraint | None = None
     prompt: int = 0
     slot: int = -1
     length: int = 0
@@ -142,6 +144,11 @@ class Request:
     def unread(self) -> int:
         """Tokens to be read in before it can be decoded."""
         return len(self.ids) - 1 - self.length
+
+    @property
+    def ready(self) -> bool:
+        """Whether it can be decoded: it is read in, and what may come next is known."""
+        return not self.unread and (self.constraint is None or self.constraint.ready)
 
     @property
     def left(self) -> int:
@@ -202,8 +209,8 @@ class Schedule:
         copies = self._admit()
         pieces = self._pieces()
         silent = any(len(request.ids) == request.prompt for request in self.running)
-        reading = any(request.unread for request in self.running)
-        decoded, turns = self._with_room(1 if silent or reading else self.config.turns)
+        short = silent or any(request.unread or request.constraint is not None for request in self.running)
+        decoded, turns = self._with_room(1 if short else self.config.turns)
         pieces = [piece for piece in pieces if piece.request.slot >= 0]  # but of who has just given way
         for piece in pieces:
             self._ready(piece)
@@ -230,7 +237,7 @@ class Schedule:
     def _with_room(self, turns: int) -> tuple[list[Request], int]:
         """Those who can be decoded, with pages for ``turns`` turns, or for a token; the last who came gives way."""
         while True:
-            ready = [request for request in self.running if not request.unread]
+            ready = [request for request in self.running if request.ready]
             turns = min(turns, max((request.left for request in ready), default=1))
             for count, tokens in dict.fromkeys(((turns, turns * (1 + self.config.drafts)), (1, 1))):
                 needs = [self._missing(request, tokens) for request in ready]

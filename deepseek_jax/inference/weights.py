@@ -58,8 +58,8 @@ def sampling_weights(
     mtp: bool = False,
 ) -> tuple[dict[str, Any], jax.Array | None]:
     """Parameters and bias of ``sampling_config(config)``, with ``mtp`` of all of ``config``: in ``compute.dtype`` what
-    the network would bring to it in each product, placed by ``compute.rules``, and layer by layer, unless
-    ``compute.scan_decode`` wants stacks.
+    the network would bring to it in each product, or as it is where kernels widen it while they read; placed by
+    ``compute.rules``, and layer by layer, unless ``compute.scan_decode`` wants stacks.
 
     Nothing of the result shares memory with ``params``, which a train step may then give away.
     """
@@ -69,6 +69,9 @@ def sampling_weights(
         whole = NamedSharding(mesh, PartitionSpec())
         router_bias = jax.lax.with_sharding_constraint(jnp.copy(router_bias[: config.num_routers]), whole)
     params = params if compute.scan_decode else transformer.unstack(params)
+    # A CPU's products of few rows read bfloat16 as the float32 numbers that they are.
+    widens = (compute.kernels.platform, compute.dtype, compute.param_dtype) == ("cpu", "float32", "bfloat16")
+    widens = widens and mesh.size == 1
 
     def make(path, leaf, axes):
         if isinstance(leaf, BlockScaled):
@@ -78,7 +81,10 @@ def sampling_weights(
             as_it_is = _named(path, READ_BY_HEAD) or (mesh.size > 1 and "experts" not in axes)
             laid = leaf if as_it_is else laid_out(leaf, compute.kernels)
             return dataclasses.replace(laid, scales=jnp.copy(laid.scales))
-        leaf = jnp.copy(leaf) if _named(path, READ_IN_FLOAT32) else jnp.copy(leaf).astype(compute.dtype)
+        as_it_is = _named(path, READ_IN_FLOAT32) or (
+            widens and "experts" not in axes and not _named(path, READ_BY_HEAD)
+        )
+        leaf = jnp.copy(leaf) if as_it_is else jnp.copy(leaf).astype(compute.dtype)
         return jax.lax.with_sharding_constraint(leaf, named_sharding(mesh, axes, leaf.shape, compute.rules))
 
     is_leaf = lambda leaf: isinstance(leaf, BlockScaled)  # noqa: E731
@@ -138,8 +144,8 @@ def abstract_weights(config: ModelConfig, compute: ComputeConfig, mesh: Mesh) ->
 
 
 def _shapes(config: ModelConfig, compute: ComputeConfig, mesh: Mesh) -> tuple[dict[str, Any], Any]:
-    """Shapes and dtypes of what ``sampling_weights`` makes of all of ``config``; FP8 or integers where
-    ``param_dtype`` says so."""
+    """Shapes and dtypes of what ``sampling_weights`` makes of all of ``config``; FP8 or integers where ``param_dtype``
+    says so."""
     scaled, integers, dtypes = {}, Integers.named(compute.param_dtype), (FP8, jnp.float32)
     if compute.param_dtype == "float8_e4m3":
         scaled = {tensor.path: tensor.groups for tensor in hf_tensors(config) if tensor.quantised}

@@ -14,6 +14,7 @@ from deepseek_jax.serve.meters import Meters
 from deepseek_jax.serve.page import page
 from deepseek_jax.serve.prompts import write_prompt
 from deepseek_jax.serve.responding import Desk
+from deepseek_jax.serve.responses import add_responses
 from deepseek_jax.serve.schema import Chat, Completion, Detokenize, Tokenize
 from deepseek_jax.serve.sending import Sending
 from deepseek_jax.serve.written import ChatForm, CompletionForm
@@ -38,6 +39,7 @@ def make_app(asker: Asker, tokenizer: Tokenizer, config: ServeConfig) -> FastAPI
     add_handlers(app)
     app.state.desk = desk = Desk(asker, tokenizer, config, Meters())
     add_generation(app, desk)
+    add_responses(app, desk, _REFUSED)
     add_models(app, desk)
     add_tokens(app, desk)
     app.add_route("/", page, include_in_schema=False)

@@ -30,7 +30,8 @@ from deepseek_jax.workflows.abstract import Work, abstract
 from deepseek_jax.workflows.pretrain import PretrainConfig
 
 _PROGRAM, _MEMORY = "*.after_optimizations.txt", "*.after_optimizations-memory-usage-report.txt"
-_LAST = "*.after_optimizations_after_buffer_assignment.txt"  # written behind both, where the program fits
+_LAST = "*.after_optimizations_after_buffer_assignment.txt"  # written behind both where the program fits, but on tpu7x
+_SURELY = 0.95  # of a device's memory: what takes no more of it fits, whatever else the compiler counts
 _ELEMENT = re.compile(r"(%[\w.\-]+)#(\d+)")
 _TUPLE = re.compile(r"\s+(?:ROOT )?(%[\w.\-]+) = (\(.*\)) [\w\-]+\(")
 _TOLD = (ValueError, jax.errors.JaxRuntimeError)  # raised here as they are there
@@ -42,26 +43,36 @@ def scheduled(recipe: PretrainConfig, topology: Topology, work: Work, columns: i
     Raises JaxRuntimeError as the compiler does, where it does not fit, and RuntimeError where its process was killed.
     """
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        folder, stopped = Path(name), False
         (folder / "recipe.json").write_text(json.dumps(dataclasses.asdict(recipe)), encoding="utf-8")
         command = [sys.executable, "-m", __name__, name, str(topology), work, str(columns)]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
         with subprocess.Popen(command, stdin=subprocess.PIPE, env=environment) as it:
             try:
-                while it.poll() is None and not any(folder.glob(_LAST)):
+                while it.poll() is None and not (stopped := _fits(folder, topology)):
                     time.sleep(0.2)
             finally:
                 it.kill()
         if (error := folder / "error.json").exists():
             which, told = json.loads(error.read_text(encoding="utf-8"))
             raise _TOLD[which](told)
-        if not any(folder.glob(_LAST)):
+        if it.returncode and not stopped:
             why = "was killed, as for want of memory" if it.returncode == -9 else f"ended with {it.returncode}"
             raise RuntimeError(f"the compiler's process {why}")
-        program, memory = (next(folder.glob(pattern)).read_text(encoding="utf-8") for pattern in (_PROGRAM, _MEMORY))
-    total = re.search(r"Memory Space: default .*\nTotal bytes: (\d+)", memory)
-    assert total is not None, memory[:200]
-    return plain(program), int(total[1])
+        return plain(next(folder.glob(_PROGRAM)).read_text(encoding="utf-8")), _total(folder)
+
+
+def _fits(folder: Path, topology: Topology) -> bool:
+    """Whether program and memory are known, and the compiler would not refuse them."""
+    total = _total(folder)
+    return 0 < total < _SURELY * topology.chip.hbm or any(folder.glob(_LAST))
+
+
+def _total(folder: Path) -> int:
+    """Bytes of all that is laid out, 0 before it is."""
+    report = next(folder.glob(_MEMORY), None)
+    found = report and re.search(r"Memory Space: default .*\nTotal bytes: (\d+) ", report.read_text(encoding="utf-8"))
+    return int(found[1]) if found else 0
 
 
 def plain(text: str) -> str:

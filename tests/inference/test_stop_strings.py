@@ -1,6 +1,7 @@
 """Strings that end an answer, wherever its text is made: found across tokens, and the text cut before them."""
 
 import dataclasses
+import itertools
 
 import pytest
 from hypothesis import given
@@ -8,8 +9,10 @@ from hypothesis import strategies as st
 from model.tiny import weights, whole
 from small import SPEAKER, tokenizer
 
-from deepseek_jax.data.streaming import StoppingStream
+from deepseek_jax.data.streaming import StopStrings
 from deepseek_jax.inference import engine as module
+from deepseek_jax.inference.answers import Answer
+from deepseek_jax.inference.continuous import Event
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.schedule import ServingConfig
@@ -35,41 +38,45 @@ def cut_by_hand(text: str, stops: list[str]) -> tuple[str, int]:
 
 @given(text=st.text(alphabet="ab+é🙂", max_size=40), stops=st.lists(words, max_size=4), data=st.data())
 def test_text_ends_before_the_first_string(text, stops, data):
-    """Whatever its tokens; nothing that is given out is taken back, and what is held back might be such a string."""
-    spelled = tokenizer().encode(text)
-    noise = data.draw(st.lists(st.integers(0, 299), max_size=3))
-    ids = [*spelled, *noise]
-    stream, given_out, whole_text = (
-        StoppingStream(tokenizer(), stops),
-        "",
-        tokenizer().decode(ids, skip_special_tokens=False),
-    )
-    expected, end = cut_by_hand(whole_text, stops)
-    for i in ids:
-        given_out += stream.push(i)
+    """In whatever pieces it comes; nothing that is given out is taken back."""
+    borders = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=12)))
+    expected, end = cut_by_hand(text, stops)
+    strings, given_out, found = StopStrings(stops), "", False
+    for at, until in itertools.pairwise([0, *borders, len(text)]):
+        piece, found = strings.push(text[at:until])
+        given_out += piece
         assert expected.startswith(given_out)
-        if stream.stopped:
+        if found:
             break
-    given_out += stream.finish()
-    assert given_out == expected and stream.stopped == bool(end)
-    assert stream.push(5) == "" or not end
+    given_out += strings.finish()
+    assert given_out == expected and found == bool(end)
 
 
 def test_what_is_held_back_is_given_out_as_soon_as_it_is_no_string():
-    ids = lambda text: tokenizer().encode(text)  # noqa: E731
-    stream = StoppingStream(tokenizer(), ["STOP", "OPEN"])
-    said = lambda text: "".join(map(stream.push, ids(text)))  # noqa: E731
-    assert [said("a S"), said("T"), said("A ST"), said("O"), said("PEX"), stream.stopped] == [
-        "a ",
-        "",
-        "STA ",
-        "",
-        "",
-        True,
-    ]
-    assert stream.finish() == ""
-    stream = StoppingStream(tokenizer(), ["STOP"])
-    assert [said("x ST"), stream.finish(), stream.stopped] == ["x ", "ST", False]
+    strings = StopStrings(["STOP", "OPEN"])
+    pieces = [strings.push(text) for text in ("a S", "T", "A ST", "O", "PEX")]
+    assert pieces == [("a ", False), ("", False), ("STA ", False), ("", False), ("", True)]
+    strings = StopStrings(["STOP"])
+    assert [strings.push("x ST"), strings.finish()] == [("x ", False), "ST"]
+
+
+@given(data=st.data())
+def test_an_answers_text_is_cut_wherever_its_events_are(data):
+    """Ids that are no UTF-8 together among them; tokens go on to the one that completes the string."""
+    ids = data.draw(st.lists(st.integers(3, 299), min_size=1, max_size=15))
+    decode = lambda ids: tokenizer().decode(ids, skip_special_tokens=False)  # noqa: E731
+    at = data.draw(st.integers(0, max(len(decode(ids)) - 1, 0)))
+    stops = (decode(ids)[at : at + data.draw(st.integers(1, 4))], "never said") if decode(ids) else ("never said",)
+    expected, end = cut_by_hand(decode(ids), list(stops))
+    answer, rest, text = Answer(tokenizer(), stops), ids, ""
+    while not answer.finish_reason:
+        count = data.draw(st.integers(1, len(rest)))
+        some, rest = rest[:count], rest[count:]
+        text += answer.add(Event(0, some, [0.0] * count, "" if rest else "length")).text
+    found = answer.completion()
+    assert text == found.text == expected and found.finish_reason == ("stop" if end else "length")
+    assert found.token_ids == ids[: len(found.token_ids)] and len(found.logprobs) == len(found.token_ids)
+    assert decode(found.token_ids).startswith(decode(ids)[:end])
 
 
 def strings_of(engine: Engine, sampling: SamplingParams) -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -33,12 +34,12 @@ Path(sys.argv[1], f"said.{jax.process_index()}").write_text(answers())
 """
 
 
-def engine() -> Engine:
+def engine(**more: Any) -> Engine:
     """Over four devices: requests and experts by two, heads by the other two."""
     mesh = make_mesh(MeshConfig(expert=2, tensor=2), jax.devices()[:4])
     put = lambda x: jax.make_array_from_callback(x.shape, NamedSharding(mesh, PartitionSpec()), lambda at: x[at])  # noqa: E731
     params, bias = jax.tree.map(put, jax.device_get(weights(SPEAKER)))
-    return Engine(whole(SPEAKER, params, bias, tokenizer(), mesh), serving=SERVING)
+    return Engine(whole(SPEAKER, params, bias, tokenizer(), mesh), serving=SERVING, **more)
 
 
 def answers() -> str:
@@ -64,10 +65,16 @@ def answers() -> str:
         serving.end()
     elif not alone:
         serving.follow()
+    # Rows in turn, and rows of which several ask the same: the second process has fewer.
+    prompts = [prompt for prompt in ([5, 9, 2, 7], [8, 8, 1]) for _ in range(4)]
+    prompts = prompts[: 6 if alone or not here else 0] + prompts[: 3 if alone or here else 0]
+    key, sampling = jax.random.fold_in(jax.random.key(0), 2**31), SamplingParams(max_tokens=5, temperature=0.8)
+    together = [serving.generate_ids(prompts, sampling, key).here().tokens_BN[: len(prompts), :5].tolist()]
+    together.append(engine(at_once=3).generate_ids(prompts, sampling, key).here().tokens_BN.tolist())
     metrics = {name: value for name, value in serving.metrics().items() if not name.startswith("seconds")}
     assert serving._requests is not None
     serving._requests.check()
-    return json.dumps({"found": found, "metrics": metrics})
+    return json.dumps({"found": found, "metrics": metrics, "together": together})
 
 
 def test_two_processes_answer_what_one_answers(tmp_path: Path):
@@ -76,6 +83,9 @@ def test_two_processes_answer_what_one_answers(tmp_path: Path):
     first, second = (json.loads((tmp_path / f"said.{index}").read_text()) for index in range(2))
     alone = json.loads(answers())
     assert not first["found"].keys() & second["found"].keys() and first["metrics"] == second["metrics"]
+    for each in zip(*(said["together"] for said in (first, second, alone)), strict=True):
+        assert each[0] + each[1] == each[2]
+    assert alone["together"][0] == alone["together"][1]
     found = first["found"] | second["found"]
     assert found.keys() == alone["found"].keys() == set(map(str, range(len(ASKED))))
     assert found.pop(str(CANCELLED))[2] == alone["found"].pop(str(CANCELLED))[2] == "cancelled"

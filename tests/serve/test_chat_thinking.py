@@ -4,8 +4,7 @@ import json
 
 import openai
 import pytest
-from serve.fake import FakeAsker, fake_app
-from serve.live import live
+from serve.fake import FakeAsker
 from serve.test_parsing import ARGUMENTS, V3, V31
 from serve.test_prompts import TEMPLATE, TOOL
 
@@ -34,21 +33,6 @@ class Thinker(FakeAsker):
 def with_template(asker: FakeAsker) -> FakeAsker:
     asker.tokenizer = asker.tokenizer.with_template(TEMPLATE)
     return asker
-
-
-@pytest.fixture
-def client():
-    """Makes a client of the server of an asker."""
-    opened = []
-
-    def made(asker: FakeAsker) -> openai.OpenAI:
-        running = live(fake_app(asker))
-        opened.append(running)
-        return openai.OpenAI(base_url=f"http://127.0.0.1:{running.__enter__()}/v1", api_key="none", max_retries=0)
-
-    yield made
-    for running in opened:
-        running.__exit__(None, None, None)
 
 
 def joined(stream) -> tuple[dict, list]:

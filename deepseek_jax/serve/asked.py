@@ -59,6 +59,8 @@ async def prompt_of(body: Chat, tokenizer: Tokenizer, limits: Limits) -> tuple[P
     choice = body.tool_choice.model_dump() if isinstance(body.tool_choice, NamedTool) else body.tool_choice
     budget = budget_of(body.thinking_budget, body.reasoning_effort)
     think = None if budget is None and body.reasoning_effort is None else budget != 0
+    if body.response_format is not None and body.response_format.type != "text":
+        think = False  # what is held to a schema has no place for thoughts
     messages = as_messages(body.messages, limits)
     options = {"tools": tools, "choice": choice, "think": think, "variables": body.chat_template_kwargs}
     return await encoded(lambda: write_prompt(tokenizer, messages, **options)), budget
@@ -120,6 +122,20 @@ def _asked(
         "logit_bias": [(int(token), float(bias)) for token, bias in (body.logit_bias or {}).items()],
         "alternatives": min(alternatives or 0, served.vocab_size),
     }
-    if body.response_format is not None and body.response_format.type != "text":
-        raise ApiError(400, "response_format: only 'text' is served", param="response_format")
+    if schema := _schema(body, limits):
+        sampling["json_schema"] = schema
     return Asked(prompts, sampling, n, tuple(stops), alternatives)
+
+
+def _schema(body: Sampled, limits: Limits) -> str:
+    """The JSON schema that the answer is held to, "" without one."""
+    wanted = body.response_format
+    if wanted is None or wanted.type == "text":
+        return ""
+    if wanted.type == "json_object":
+        return '{"type": "object"}'
+    if wanted.json_schema is None:
+        raise ApiError(400, "response_format of type json_schema needs json_schema", param="response_format")
+    schema = json.dumps(wanted.json_schema.schema_)
+    check_most("response_format", len(schema), limits.schema_bytes, "bytes of a schema")
+    return schema

@@ -257,7 +257,7 @@ class Continuous:
                     continue
                 ended = stopped[i] or count >= request.left
                 schedule.answered(request, tokens[i][:count], ended=ended)
-                request.drafts = drafts[i]
+                request.drafts = drafts[i] if request.constraint is None else []
                 reason = ("stop" if stopped[i] else "length") if ended else ""
                 if self._own(request.number):
                     likely = self._likely(found, i, count, request.sampling.alternatives)

@@ -33,9 +33,9 @@ class ModelBench:
     recipe's data.seq_len."""
     new_tokens: int = 64
     """decode: steps that are timed in one call."""
-    fp8: bool = False
+    quantize: Literal["none", "fp8", "int8", "int4"] = "none"
     """prefill, decode: the matrices that V3's checkpoints have in FP8 stay so (with --compute.grouped-matmul
-    hopper_fp8 the experts' rows are rounded to FP8 as well)."""
+    hopper_fp8 the experts' rows are rounded to FP8 as well), or those that convert --quantize takes are integers."""
     repeats: int = 10
     """Train steps, prefills or calls of decoding that are timed."""
     profile: str = ""
@@ -49,8 +49,9 @@ class ModelBench:
     def __post_init__(self) -> None:
         check_types(self)
         check_least(self, 1, "repeats", "new_tokens")
-        if self.fp8 and self.work == "train":
-            raise ValueError("fp8=True: training keeps float32 masters; it is for work='prefill' and 'decode'")
+        if self.quantize != "none" and self.work == "train":
+            why = "training keeps float32 masters; it is for work='prefill' and 'decode'"
+            raise ValueError(f"quantize={self.quantize!r}: {why}")
         if self.segments > self.recipe.data.seq_len:
             raise ValueError(f"segments={self.segments}: must lie in 0…data.seq_len={self.recipe.data.seq_len}")
         if self.work == "decode" and self.row < self.new_tokens + 2:
@@ -90,5 +91,5 @@ def measure(options: ModelBench) -> Measured:
     if options.work == "train":
         return measure_training(options.recipe, segments=options.segments, repeats=options.repeats)
     if options.work == "prefill":
-        return measure_prefill(options.recipe, options.row, options.repeats, fp8=options.fp8)
-    return measure_decoding(options.recipe, options.row, options.new_tokens, options.repeats, fp8=options.fp8)
+        return measure_prefill(options.recipe, options.row, options.repeats, quantize=options.quantize)
+    return measure_decoding(options.recipe, options.row, options.new_tokens, options.repeats, quantize=options.quantize)

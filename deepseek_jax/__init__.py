@@ -8,9 +8,10 @@ if TYPE_CHECKING:
     from deepseek_jax.checkpoint.model import Model, load, load_hf
     from deepseek_jax.compute import ComputeConfig
     from deepseek_jax.config import ModelConfig, RopeScaling
+    from deepseek_jax.inference.answers import Completion
     from deepseek_jax.inference.cache import Cache
     from deepseek_jax.inference.continuous import Event
-    from deepseek_jax.inference.engine import Completion, Engine
+    from deepseek_jax.inference.engine import Engine
     from deepseek_jax.inference.sampling import SamplingParams
     from deepseek_jax.inference.schedule import ServingConfig
     from deepseek_jax.model.transformer import ModelOutput, Transformer
@@ -39,9 +40,10 @@ _MODULES = {
     "checkpoint.model": ("Model", "load", "load_hf"),
     "compute": ("ComputeConfig",),
     "config": ("ModelConfig", "RopeScaling"),
+    "inference.answers": ("Completion",),
     "inference.cache": ("Cache",),
     "inference.continuous": ("Event",),
-    "inference.engine": ("Completion", "Engine"),
+    "inference.engine": ("Engine",),
     "inference.sampling": ("SamplingParams",),
     "inference.schedule": ("ServingConfig",),
     "model.transformer": ("ModelOutput", "Transformer"),

@@ -53,6 +53,7 @@ SPREAD = (
     "--compute.rules.expert-embed",
 )
 CAPACITY = "--compute.dispatch", "all_to_all", "--compute.dispatch-capacity", "1.25"
+PUTS = "--compute.dispatch", "puts", *CAPACITY[2:]
 LHS, OVERLAP = "xla_gpu_enable_latency_hiding_scheduler", "xla_gpu_experimental_parallel_collective_overlap_limit"
 
 
@@ -91,6 +92,7 @@ def rows_of(part: str, cards: int) -> Iterator[Row]:
         for count in sorted(counts, reverse=True):
             yield from (Row(part, name, count, (*STEP, *more)) for name, more in axes(count))
         yield Row(part, f"fsdp {n}, whole experts", cards, (*STEP, "--mesh.fsdp", n, *WHOLE))
+        yield Row(part, f"expert {n}, puts", cards, (*STEP, "--mesh.expert", n, *PUTS))
     elif part == "equal":
         kinds = ("bfloat16", "4", "1024"), ("float32", "2", "256")
         for dtype, layers, columns in kinds:
@@ -105,11 +107,10 @@ def rows_of(part: str, cards: int) -> Iterator[Row]:
         deep = "--model.num-hidden-layers", "27", "--compute.remat", "kernels", "--compute.scan-unroll", "1"
         mesh = "--loss.chunk", "1024", "--mesh.fsdp", "2", "--mesh.expert", half
         # Of four, state and gradients alone take 60 of 80 GB with float32 moments.
-        few: dict[str, Any] = {"rows": 2} if cards < 8 else {}
         deep = (*deep, *STEP) if cards < 8 else deep
         name = f"whole, fsdp 2 × expert {half}"
-        yield Row(part, f"{name}, gather", cards, (*deep, *mesh), **few)
-        yield Row(part, f"{name}, all_to_all, experts in {n}", cards, (*deep, *mesh, *SPREAD, *CAPACITY), **few)
+        yield Row(part, f"{name}, gather", cards, (*deep, *mesh))
+        yield Row(part, f"{name}, all_to_all, experts in {n}", cards, (*deep, *mesh, *SPREAD, *CAPACITY))
     elif part == "flags":
         meshes = ("data", ("--mesh.data", n)), ("fsdp", ("--mesh.fsdp", n)), ("expert", ("--mesh.expert", n))
         for name, more in meshes:
@@ -352,6 +353,7 @@ def main() -> None:
         parser.error(f"parts={', '.join(sorted(unknown))}: expected some of {', '.join((*TRAINING, *OTHERS))}")
     cards = options.cards or count_devices()
     rows = [row for part in parts for row in rows_of(part, cards) if re.search(options.only, row.name)]
+    rows = [row for row in rows if not (options.small and "puts" in row.overrides)]  # which Hopper alone has
     rows.sort(key=functools.partial(turn, cards=cards))
     if options.rows:
         wanted = json.loads(options.rows)

@@ -17,7 +17,7 @@ FLOORS = {  # DESIGN's table; a place that is not here has no floor yet, which i
     **dict.fromkeys(("deepseek_jax.checkpoint", "deepseek_jax.data"), 3),
     **dict.fromkeys(("deepseek_jax.train", "deepseek_jax.inference"), 4),
     **dict.fromkeys(("deepseek_jax.rl", "deepseek_jax.evals"), 5),
-    "deepseek_jax.workflows": 6,
+    **dict.fromkeys(("deepseek_jax.workflows", "deepseek_jax.serve"), 6),
     "deepseek_jax.cli": 7,
 }
 

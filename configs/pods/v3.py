@@ -50,7 +50,8 @@ class Pods:
 def config() -> Pods:
     blocks: dict[str, Any] = {"expert": 8, "blocks": ("expert",)}
     v5p = on(MeshConfig(fsdp=128, **blocks), rows=16_384, microbatches=2, dispatch_capacity=1.25)
-    tpu7x = on(MeshConfig(fsdp=32, expert=8), rows=1_024, microbatches=1)
+    tpu7x = on(MeshConfig(fsdp=32, expert=8), rows=1_024, microbatches=4, dispatch_capacity=1.25)
+    v6e_4_slices = on(MeshConfig(), rows=2_048, dispatch_capacity=1.25)
     # Dense parameters are split over the experts' devices too: a node's gather each part between nodes but once.
     nodes = {"dispatch_nodes": 8, "rules": ShardingRules(embed=("fsdp", "expert"), latent=("expert",))}
     return Pods(
@@ -58,10 +59,11 @@ def config() -> Pods:
         v5p_32k=longer(v5p, MeshConfig(fsdp=16, context=8, **blocks), 32_768, rows=1_920, microbatches=5),
         v5p_128k=longer(v5p, MeshConfig(fsdp=4, context=32, **blocks), 131_072, rows=480, microbatches=15),
         tpu7x=tpu7x,
-        tpu7x_32k=longer(tpu7x, MeshConfig(fsdp=8, expert=8, context=4), 32_768, rows=128, microbatches=2),
-        tpu7x_128k=longer(tpu7x, MeshConfig(fsdp=2, expert=8, context=16), 131_072, rows=32, microbatches=2),
+        tpu7x_32k=longer(tpu7x, MeshConfig(fsdp=4, expert=8, context=8), 32_768, rows=128, microbatches=4),
+        tpu7x_128k=longer(tpu7x, MeshConfig(expert=8, context=32), 131_072, rows=32, microbatches=4),
         v6e=dataclasses.replace(on(MeshConfig(expert=32, tensor=8), rows=1_024), data=PretrainData(seq_len=4096)),
-        v6e_4_slices=on(MeshConfig(fsdp=64, expert=16), rows=2_048, microbatches=2),
+        # A row of 4,096 for two devices: with one for each, 4.7 GiB too much.
+        v6e_4_slices=longer(v6e_4_slices, MeshConfig(fsdp=32, expert=16, context=2), 4096, rows=2_048, microbatches=4),
         gpus_256=on(MeshConfig(fsdp=4, expert=64), rows=15_360, microbatches=60, **nodes),
         gpus_2048=on(MeshConfig(data=2, fsdp=16, expert=64), rows=16_384, microbatches=8, **nodes),
     )

@@ -1,6 +1,7 @@
 """``bench``: tokens a second of a model's train step and decode, beside transformers on the same machine.
 
-With a recipe in front, ``bench RECIPE --work …``, it is bench_model's: one kind of work, of a model of any size.
+With a recipe in front, ``bench RECIPE --work …``, it is bench_model's: one kind of work, of a model of any size;
+``bench serve URL`` is bench_serve's: a server under load.
 """
 
 import dataclasses
@@ -59,6 +60,10 @@ class BenchConfig:
 
 
 def run_bench(arguments: Sequence[str]) -> None:
+    if arguments and arguments[0] == "serve":
+        from deepseek_jax.cli.bench_serve import run_bench_serve
+
+        return run_bench_serve(arguments[1:])
     if arguments and not arguments[0].startswith("-"):
         from deepseek_jax.cli.bench_model import run_bench_model
 

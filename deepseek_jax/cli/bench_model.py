@@ -8,10 +8,12 @@ import jax
 import tyro
 from rich.table import Table
 
+from deepseek_jax.cli.bench_drafts import measure_drafts
 from deepseek_jax.cli.bench_inference import measure_decoding, measure_prefill
 from deepseek_jax.cli.bench_peer import peer_row
 from deepseek_jax.cli.bench_report import Measured, print_profile
 from deepseek_jax.cli.bench_training import measure_training
+from deepseek_jax.inference.schedule import MOST_DRAFTS
 from deepseek_jax.saying import terminal
 from deepseek_jax.typed import check_least, check_types
 from deepseek_jax.workflows.pretrain import PretrainConfig
@@ -36,6 +38,11 @@ class ModelBench:
     quantize: Literal["none", "fp8", "int8", "int4"] = "none"
     """prefill, decode: the matrices that V3's checkpoints have in FP8 stay so (with --compute.grouped-matmul
     hopper_fp8 the experts' rows are rounded to FP8 as well), or those that convert --quantize takes are integers."""
+    drafts: int = 0
+    """decode: answer over a cache in pages, as a server does it, without drafts and with so many by an MTP module that
+    is random like all weights; on one device."""
+    acceptance: float = 0.85
+    """drafts: the probability with which each is taken, whatever the network says."""
     repeats: int = 10
     """Train steps, prefills or calls of decoding that are timed."""
     profile: str = ""
@@ -52,6 +59,12 @@ class ModelBench:
         if self.quantize != "none" and self.work == "train":
             why = "training keeps float32 masters; it is for work='prefill' and 'decode'"
             raise ValueError(f"quantize={self.quantize!r}: {why}")
+        if self.drafts and (self.work != "decode" or self.quantize != "none"):
+            raise ValueError(f"drafts={self.drafts}: for work='decode' without quantize")
+        if not 0 <= self.drafts <= MOST_DRAFTS or not 0 < self.acceptance <= 1:
+            raise ValueError(
+                f"drafts={self.drafts}, acceptance={self.acceptance}: expected 0…{MOST_DRAFTS}, and a share above 0"
+            )
         if self.segments > self.recipe.data.seq_len:
             raise ValueError(f"segments={self.segments}: must lie in 0…data.seq_len={self.recipe.data.seq_len}")
         if self.work == "decode" and self.row < self.new_tokens + 2:
@@ -92,4 +105,7 @@ def measure(options: ModelBench) -> Measured:
         return measure_training(options.recipe, segments=options.segments, repeats=options.repeats)
     if options.work == "prefill":
         return measure_prefill(options.recipe, options.row, options.repeats, quantize=options.quantize)
+    if options.drafts:
+        times = options.row, options.new_tokens, options.repeats
+        return measure_drafts(options.recipe, *times, drafts=options.drafts, acceptance=options.acceptance)
     return measure_decoding(options.recipe, options.row, options.new_tokens, options.repeats, quantize=options.quantize)

@@ -37,13 +37,18 @@ def rates(tokens: int, seconds: float, flops: float, dtype: str) -> dict[str, st
 
 def bandwidth(size: float, seconds: float) -> str:
     """size: of what must be read, bytes on one device: its time by the copy's bandwidth bounds the work."""
-    x = jnp.ones(1 << (25 if jax.devices()[0].platform == "cpu" else 30), jnp.bfloat16)
-    add = jax.jit(lambda x: x + 1)
-    copy = 2 * x.nbytes / median_seconds(lambda: add(x), 5)
+    copy = copied_a_second()
     return (
         f"{size / 1e9:.3g} GB a device, {size / seconds / 1e9:,.0f} GB/s: {size / seconds / copy:.0%} of copying, "
         f"{copy / 1e9:,.0f} in this run, by which they take {1e3 * size / copy:.2f} ms"
     )
+
+
+def copied_a_second() -> float:
+    """Bytes that are read and written."""
+    x = jnp.ones(1 << (25 if jax.devices()[0].platform == "cpu" else 30), jnp.bfloat16)
+    add = jax.jit(lambda x: x + 1)
+    return 2 * x.nbytes / median_seconds(lambda: add(x), 5)
 
 
 def peak_memory(compiled: Any) -> str:

@@ -38,6 +38,10 @@ class Compile:
     """The train step, the pass over prompts up to their answers' first tokens, or a token more of each answer."""
     columns: int = 0
     """Tokens of a row, in decoding those that a row has room for; 0: the recipe's data.seq_len."""
+    until: Literal["compiled", "scheduled"] = "compiled"
+    """scheduled: a TPU's compiler is stopped where it has put the program in order and laid out its memory. All figures
+    are of that; without machine code, which is most of the work, it takes a minute or two instead of many and a
+    fourth of the memory, and what only the making of machine code refuses (a kernel's own memory) is not seen."""
     json: bool = False
     """Print one JSON object instead of tables."""
     hlo: str = ""
@@ -56,7 +60,7 @@ def run_compile(arguments: Sequence[str]) -> None:
         options = tyro.cli(Compile, args=rest, default=default, prog=f"deepseek-jax compile {name}")
     topology = Topology.parse(options.topology)
     with quietly(options.json):
-        found = compile_for(options.recipe, topology, options.work, options.columns)
+        found = compile_for(options.recipe, topology, options.work, options.columns, options.until)
     if options.hlo and found.text:
         Path(options.hlo).write_text(found.text, encoding="utf-8")
     if options.json:
@@ -124,7 +128,7 @@ def show(console: Console, name: str, found: Found) -> None:
 
 
 def _facts(found: Found) -> Iterator[tuple[str, str]]:
-    yield "compiled in", f"{found.compile_seconds:.0f} s" if found.compile_seconds else f"no: {found.refusal}"
+    yield f"{found.until} in", f"{found.compile_seconds:.0f} s" if found.compile_seconds else f"no: {found.refusal}"
     yield "FLOPs a device", f"{found.model_flops:.3g} of the model's own"
     estimate = found.estimate
     if estimate is None:

@@ -33,6 +33,7 @@ from raw text to answers
 using a model
   generate PATH --prompt complete a prompt
   chat PATH              talk to it in the terminal
+  serve PATH             answer over HTTP as OpenAI does, until Ctrl-C
   eval PATH --data FILES bits per byte and perplexity of text
   convert PATH DST       write it as released ones are: safetensors, tokenizer, chat template
   inspect PATH|RECIPE    parameters, cache and arithmetic per token
@@ -40,6 +41,7 @@ using a model
   bench                  train and decode speed of the demo's model beside transformers
   compile RECIPE --topology v5p:8x8x16   does it fit there, and how fast would it be: no such machine needed
   bench RECIPE --work train|prefill|decode   speed, memory and longest kernels of a recipe's model
+  bench serve URL        time to the first token, between tokens and tokens a second of any server of OpenAI's kind
 
 RECIPE is a name such as demo/pretrain or a Python file with a function config(), or a stage of such a one, as
 r1/miniature:zero; without one a stage has its defaults and says what is missing. RUN is a folder that a stage or the
@@ -71,6 +73,7 @@ COMMANDS = {
     "curate": "curate",
     "generate": "talk",
     "chat": "chat",
+    "serve": "serve",
     "eval": "evaluate",
     "convert": "convert",
     "inspect": "inspect",

@@ -18,6 +18,7 @@ from deepseek_jax.data.chat_templates import check_template
 from deepseek_jax.data.tokenizer import THINK, whole_text
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
+from deepseek_jax.inference.schedule import ServingConfig
 from deepseek_jax.parallel.copies import read_placement
 from deepseek_jax.parallel.mesh import AXES, MeshConfig, make_mesh
 from deepseek_jax.parallel.processes import gather, own_part, require_own_rows
@@ -32,22 +33,12 @@ def _computed() -> ComputeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Answering:
-    """Which model answers, and how."""
+class Loading:
+    """Which model, and where it lives."""
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
     """A folder that a stage or the demo wrote (of a demo, its last stage answers), or a released model's, with
     config.json, safetensors and tokenizer.json."""
-    temperature: float = 0.0
-    """0 always takes the likeliest token; the same seed gives the same answers."""
-    top_p: float = 1.0
-    """Leave out what lies beyond this share of the probability."""
-    top_k: int = 0
-    """Choose among this many of the likeliest tokens; 0 for all."""
-    max_tokens: int = 128
-    """Of an answer."""
-    seed: int = 0
-    """Of what is drawn, where the temperature is not 0."""
     step: int = 0
     """Of a run, a checkpoint other than the newest (0): the best one, for instance."""
     ema: bool = False
@@ -67,6 +58,39 @@ class Answering:
     def folder(self) -> Path:
         return find_model(self.run)
 
+    def check(self) -> None:
+        """ValueError for what makes no sense, before a model is looked for."""
+        check_template(self.chat_template)
+
+    def engine(self, serving: ServingConfig = ServingConfig()) -> Engine:
+        self.check()
+        mesh = mesh_of(self.mesh)
+        require_own_rows(mesh, self.compute.rules.batch, "answers")
+        options: dict[str, Any] = {"compute": self.compute, "mesh": mesh, "step": self.step or None, "ema": self.ema}
+        model = load(self.folder, **options, ignore_config=self.ignore_config)
+        placement = read_placement(self.placement, model.config.num_dense_layers) if self.placement else None
+        return Engine(model.asked_by(self.chat_template), placement=placement, serving=serving)
+
+
+@dataclasses.dataclass(frozen=True)
+class Answering(Loading):
+    """Which model answers, and how."""
+
+    temperature: float = 0.0
+    """0 always takes the likeliest token; the same seed gives the same answers."""
+    top_p: float = 1.0
+    """Leave out what lies beyond this share of the probability."""
+    top_k: int = 0
+    """Choose among this many of the likeliest tokens; 0 for all."""
+    max_tokens: int = 128
+    """Of an answer."""
+    seed: int = 0
+    """Of what is drawn, where the temperature is not 0."""
+
+    def check(self) -> None:
+        self.params()
+        super().check()
+
     def params(self) -> SamplingParams:
         return SamplingParams(
             temperature=self.temperature,
@@ -76,22 +100,8 @@ class Answering:
             seed=self.seed,
         )
 
-    def check(self) -> None:
-        """ValueError for what makes no sense, before a model is looked for."""
-        self.params()
-        check_template(self.chat_template)
 
-    def engine(self) -> Engine:
-        self.check()
-        mesh = _mesh(self.mesh)
-        require_own_rows(mesh, self.compute.rules.batch, "answers")
-        options: dict[str, Any] = {"compute": self.compute, "mesh": mesh, "step": self.step or None, "ema": self.ema}
-        model = load(self.folder, **options, ignore_config=self.ignore_config)
-        placement = read_placement(self.placement, model.config.num_dense_layers) if self.placement else None
-        return Engine(model.asked_by(self.chat_template), placement=placement)
-
-
-def _mesh(config: MeshConfig) -> Mesh:
+def mesh_of(config: MeshConfig) -> Mesh:
     """Over as many devices as its axes take, the first ones; over all where ``data`` takes what the others leave, as it
     does with several processes where it is not given."""
     if jax.process_count() > 1:

@@ -16,11 +16,13 @@ class _RewrittenError(ValueError):
     """A conversation does not begin with the prompt that an answer in it was given to."""
 
 
-def render_prompt(template: ChatTemplate, messages: Sequence[Message], tools: Sequence[Any] | None) -> str:
+def render_prompt(
+    template: ChatTemplate, messages: Sequence[Message], tools: Sequence[Any] | None, **variables: Any
+) -> str:
     """The text up to where an assistant answers. ValueError for what the template refuses or leaves out."""
-    render = _renderer(template, tools)
+    render = _renderer(template, tools, **variables)
     messages = _with_calls(render, messages)
-    _check_written(template, messages, tools, prompt=True)
+    _check_written(template, messages, tools, prompt=True, **variables)
     return render(messages, True)
 
 
@@ -40,8 +42,8 @@ def encode_by(
     return samples[::-1]
 
 
-def _renderer(template: ChatTemplate, tools: Sequence[Any] | None) -> _Render:
-    return lambda messages, prompt: template.render(messages, tools=tools, add_generation_prompt=prompt)
+def _renderer(template: ChatTemplate, tools: Sequence[Any] | None, **variables: Any) -> _Render:
+    return lambda messages, prompt: template.render(messages, tools=tools, add_generation_prompt=prompt, **variables)
 
 
 def _sample(
@@ -160,12 +162,13 @@ def _distorted(arguments: Any) -> set[str]:
 
 
 def _check_written(
-    template: ChatTemplate, messages: Sequence[Message], tools: Sequence[Any] | None, *, prompt: bool
+    template: ChatTemplate, messages: Sequence[Message], tools: Sequence[Any] | None, *, prompt: bool, **variables: Any
 ) -> None:
     """ValueError for a message, of another than an assistant, without which the text would be the same; a warning for
     such tools."""
-    text = _renderer(template, tools)(messages, prompt)
-    if tools and _renderer(template, None)(messages, prompt) == text:
+    render = _renderer(template, tools, **variables)
+    text = render(messages, prompt)
+    if tools and _renderer(template, None, **variables)(messages, prompt) == text:
         warnings.warn("the chat template does not write the tools that conversations bring", stacklevel=4)
     for index, message in enumerate(messages):
         content = message["content"]
@@ -173,7 +176,7 @@ def _check_written(
             continue
         rest = [*messages[:index], *messages[index + 1 :]]
         try:
-            same = bool(rest) and _renderer(template, tools)(rest, prompt) == text
+            same = bool(rest) and render(rest, prompt) == text
         except ValueError:  # it cannot be done without, so it counts
             same = False
         if same:

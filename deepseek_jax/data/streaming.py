@@ -1,5 +1,7 @@
 """Text of a completion while it is being made, token by token."""
 
+from collections.abc import Sequence
+
 from deepseek_jax.data.tokenizer import Tokenizer
 
 
@@ -38,3 +40,30 @@ class TextStream:
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=self._skip_special_tokens)
+
+
+class StopStrings:
+    """Lets text that comes in pieces through, up to the first of some strings, which is left out.
+
+    What may be the beginning of one is held back until it is certain. Of several the one that ends first counts, of
+    those the longest: the text is the same in whatever pieces it comes.
+    """
+
+    def __init__(self, stops: Sequence[str]):
+        self._stops, self._held = tuple(stops), ""
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """(What is certain with this piece, whether a string was found, behind which there is no more to push)."""
+        text, self._held = self._held + text, ""
+        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if found:
+            return text[: min(found)[1]], True
+        begins = lambda at: any(stop.startswith(text[at:]) for stop in self._stops)  # noqa: E731
+        certain = next(filter(begins, range(len(text))), len(text))
+        self._held = text[certain:]
+        return text[:certain], False
+
+    def finish(self) -> str:
+        """What was held back and has become none."""
+        held, self._held = self._held, ""
+        return held

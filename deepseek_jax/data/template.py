@@ -64,6 +64,10 @@ class ChatTemplate:
         """The jinja2 text."""
         return self._sources[0]
 
+    def mentions(self, name: str, *, tools: bool = False) -> bool:
+        """Whether a name stands in the text; with ``tools``, in the one used where they are given."""
+        return re.search(rf"\b{re.escape(name)}\b", self._sources[tools]) is not None
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],

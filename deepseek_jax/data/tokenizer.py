@@ -290,6 +290,11 @@ class Tokenizer:
         """The ids of special and other added tokens: those that only `allow_special` makes of text."""
         return sorted(self._special.get_added_tokens_decoder())
 
+    @property
+    def added_tokens(self) -> list[str]:
+        """How they are spelled."""
+        return [token.content for token in self._special.get_added_tokens_decoder().values()]
+
     @cached_property
     def has_chat_tokens(self) -> bool:
         """Whether DeepSeek's format can be written."""
@@ -311,6 +316,11 @@ class Tokenizer:
     @property
     def assistant_id(self) -> int:
         return self.token_id(ASSISTANT)
+
+    @property
+    def special_json(self) -> str:
+        """The tokenizer.json that `decode` goes by: added tokens among it."""
+        return self._special.to_str()
 
     @property
     def plain_json(self) -> str:

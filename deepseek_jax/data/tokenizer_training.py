@@ -1,10 +1,12 @@
 """Trains a byte-level BPE tokenizer with DeepSeek's special tokens."""
 
+import json
 from collections.abc import Iterable
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
+from deepseek_jax.data.model_folder import TOKENIZER
 from deepseek_jax.data.tokenizer import BOS, EOS, EOT, PAD, PAD_ID, SPECIAL_TOKENS, Tokenizer, whole_text
 
 _FIRST, _LAST = SPECIAL_TOKENS[:3], SPECIAL_TOKENS[3:]
@@ -51,6 +53,16 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer = Tokenizer(backend)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (0, 1, PAD_ID)
     return tokenizer
+
+
+def made_up_tokenizer(vocab_size: int) -> Tokenizer:
+    """One of exactly so many ids for a network of random weights: bytes, special tokens, and words that no text has."""
+    made = json.loads(train_tokenizer([], len(SPECIAL_TOKENS) + 256).files.files[TOKENIZER])
+    first, last = len(made["model"]["vocab"]), vocab_size - len(_LAST)
+    made["model"]["vocab"] |= {f"Ġ{number}": number for number in range(first, last)}
+    for token in made["added_tokens"][-len(_LAST) :]:
+        token["id"] += last - first
+    return Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(made)))
 
 
 def _added(token: str) -> AddedToken:

@@ -1,6 +1,7 @@
 """Serving's two programs on any mesh, as shapes alone: for compiling where neither devices nor weights are."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -18,9 +19,10 @@ from deepseek_jax.parallel.sharding import named_sharding
 
 
 class Serving(NamedTuple):
-    """A lowered program, and of its arrays those that fill the memory."""
+    """A program, and of its arrays those that fill the memory."""
 
-    lowered: Any
+    lower: Callable[[], Any]
+    """To be called with the mesh entered."""
     weights: Any
     cache: Cache
 
@@ -52,10 +54,10 @@ def serving(
     layers = tuple(rows(buffer, buffer.ndim - 3) for buffer in decoding.cache.layers)
     cache = dataclasses.replace(decoding.cache, layers=layers, lengths_B=rows(decoding.cache.lengths_B))
     if work == "prefill":
-        return Serving(begin.lower(config, compute, *weights, requests), weights, cache)
+        return Serving(lambda: begin.lower(config, compute, *weights, requests), weights, cache)
     decoding = dataclasses.replace(jax.tree.map(rows, decoding), cache=cache)
     until = rows(np.int32(0))
-    return Serving(go_on.lower(config, compute, *weights, requests, decoding, until), weights, cache)
+    return Serving(lambda: go_on.lower(config, compute, *weights, requests, decoding, until), weights, cache)
 
 
 def _requests(batch: int, columns: int) -> Requests:

@@ -1,7 +1,10 @@
 """Requests answered as they come: schedules of what the device does, and the device doing it.
 
 ``generate`` stays beside it, for rows that all begin together: one program that no host has to follow, on which
-rollouts that are sampled ahead of training, the replay of routing and several processes are built.
+rollouts that are sampled ahead of training and the replay of routing are built.
+
+Of several processes each has all schedules, and before a step all tell who comes and goes: so their plans are the same,
+as long as nothing in a plan depends on a clock, a thread or an order of sets.
 """
 
 import collections
@@ -17,53 +20,83 @@ from jax.sharding import Mesh
 
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.inference.paged import Decoded
+from deepseek_jax.inference.arrivals import exchange
+from deepseek_jax.inference.constraints import Constraint, settle
+from deepseek_jax.inference.decoding import Decoded
 from deepseek_jax.inference.programs import Programs, Weights, gathers
 from deepseek_jax.inference.rows import STOPS, Rows
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.schedule import Buckets, Plan, Request, Schedule, ServingConfig
-from deepseek_jax.parallel.processes import require_one_process
+from deepseek_jax.inference.speculation import check_drafts
 
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """What a step has brought to a request. finish_reason: "" while it goes on, ``stop``, ``length``, ``cancelled``.
+    """What a step has brought to a request. finish_reason: "" while it goes on, ``stop``, ``length``, ``cancelled``, or
+    ``error``: its grammar cannot be gone on with, as ``error`` says.
     logprobs: of each token by the network alone, before temperature, penalties and cuts. alternatives: of each token,
-    as many as were asked for, (token, log-probability) from the most likely on."""
+    as many as were asked for, (token, log-probability) from the most likely on. cached: tokens of its prompt that were
+    found in the cache."""
 
     number: int
     token_ids: list[int]
     logprobs: list[float]
     finish_reason: str
     alternatives: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
+    cached: int = 0
+    error: str = ""
 
 
 class Continuous:
     """A cache in pages on a mesh, and the requests that it is for. ``submit`` and ``cancel`` from any thread; ``step``,
     ``forget`` and ``warm_up`` one at a time.
 
-    Each device of the batch has a lane, which is a schedule with slots and pages of its own.
+    Each device of the batch has a lane, which is a schedule with slots and pages of its own. Of several processes all
+    take each step, and warm up, together; each is told of its own requests. over: one of them has ended it.
     """
 
     def __init__(
-        self, config: ModelConfig, compute: ComputeConfig, mesh: Mesh, serving: ServingConfig, stop_ids: Sequence[int]
+        self,
+        config: ModelConfig,
+        compute: ComputeConfig,
+        mesh: Mesh,
+        serving: ServingConfig,
+        stop_ids: Sequence[int],
+        *,
+        forced: float = 0.0,
     ):
-        require_one_process("serving")
+        """config: with the MTP module where ``serving.drafts`` are asked for, and without it else. forced: for
+        measurements alone, see ``speculation.forced``: answers mean nothing; 0: the network has its say."""
+        check_drafts(config, serving.drafts)
         self.context = serving.tokens(config.max_position_embeddings)
         self._width, self._stop_ids = config.vocab_size, tuple(stop_ids)
         buckets = Buckets.of(serving, self.context, gathers=gathers(config, compute, serving))
         lanes = math.prod(mesh.shape[axis] for axis in compute.rules.batch)
-        self.programs = Programs(config, compute, mesh, serving, buckets, lanes)
+        self.programs = Programs(config, compute, mesh, serving, buckets, lanes, forced)
+        self.slots = lanes * serving.slots
         self._lanes = [Schedule(serving, buckets) for _ in range(lanes)]
         self._asked: dict[int, tuple[Request, Schedule]] = {}
         self._new: collections.deque[Request] = collections.deque()
         self._gone: collections.deque[int] = collections.deque()
-        self._numbers = itertools.count()
+        self._process = jax.process_index()
+        self._numbers = itertools.count(self._process, jax.process_count())
+        self.over = False
         self._counts: dict[str, float] = collections.defaultdict(float)
 
-    def submit(self, ids: Sequence[int], sampling: SamplingParams, *, draw: int = 0) -> int:
-        """Queue a prompt -> its number. draw: which sample of this prompt and seed it is. ValueError for what can never
-        be answered."""
+    def submit(
+        self,
+        ids: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        draw: int = 0,
+        key: Sequence[int] | None = None,
+        tempered: bool = False,
+        constraint: Constraint | None = None,
+    ) -> int:
+        """Queue a prompt -> its number. draw: which sample of this prompt and seed it is. key, tempered: see
+        ``Rows.described``. constraint: of its own, where ``sampling`` asks for one. ValueError for what can never be
+        answered."""
+        assert sampling.constrained == (constraint is not None), sampling
         if not ids or not 0 <= min(ids) <= max(ids) < self._width:
             wrong = f"has the ids {min(ids)}…{max(ids)}" if ids else "has no tokens"
             raise ValueError(f"the prompt {wrong}: expected ids from 0 to below vocab_size={self._width}")
@@ -71,14 +104,15 @@ class Continuous:
             raise ValueError(
                 f"a prompt of {len(ids)} tokens and max_tokens={sampling.max_tokens} pass context={self.context}"
             )
+        sampling.check_no_text()
         if (stops := len(self._stop_ids) + len(sampling.stop_token_ids)) > STOPS:
             raise ValueError(f"{stops} ids that end an answer, the tokenizer's among them: expected at most {STOPS}")
         if (biased := max((token for token, _ in sampling.logit_bias), default=0)) >= self._width:
             raise ValueError(f"logit_bias has the id {biased}: expected below vocab_size={self._width}")
         if not 0 <= draw < 2**31:
             raise ValueError(f"draw={draw}: expected from 0 to below 2**31")
-        row = Rows.described(sampling, self._stop_ids, draw)
-        request = Request(next(self._numbers), list(ids), sampling, row=row)
+        row = Rows.described(sampling, self._stop_ids, draw, key, tempered=tempered)
+        request = Request(next(self._numbers), list(ids), sampling, row=row, constraint=constraint)
         self._new.append(request)
         return request.number
 
@@ -97,6 +131,9 @@ class Continuous:
         Where it fails, or is interrupted, the next one begins anew with what every request had before."""
         began = time.perf_counter()
         events = self._arrivals()
+        if self.over:
+            return []
+        events += self._settled()
         plans = [lane.plan() for lane in self._lanes]
         try:
             found, dispatched = self.programs.run(weights, plans), time.perf_counter()
@@ -116,6 +153,10 @@ class Continuous:
         self._counts["steps"] += 1
         return events
 
+    def end(self) -> None:
+        """The step that is the last: it tells the other processes."""
+        self.over = exchange((), (), over=True).over
+
     def warm_up(self, weights: Weights) -> None:
         """See ``Programs.warm_up``: no request waits for a compiler behind it."""
         self.programs.warm_up(weights)
@@ -129,9 +170,12 @@ class Continuous:
         """Of now: requests that wait and run, pages that are held. Since the start: tokens of prompts, and of who had
         to give way once more, and those of them that were found in the cache; tokens answered, requests that had to
         give way, programs compiled behind ``warm_up``, steps, and the seconds that they took in all and that were spent
-        waiting for the device."""
+        waiting for the device; with drafts, how many there were in the first place behind a token, the second, …, and
+        of these how many were kept, which all before them must be."""
         total = lambda of: float(sum(of(lane) for lane in self._lanes))  # noqa: E731
-        names = ("tokens", "steps", "seconds", "seconds_waited")
+        places = range(1, 1 + self.programs.serving.drafts)
+        names = [f"drafts_{place}{which}" for place in places for which in ("", "_kept")]
+        names += ["tokens", "steps", "seconds", "seconds_waited"]
         return {
             "waiting": total(lambda lane: len(lane.waiting)) + len(self._new),
             "running": total(lambda lane: len(lane.running)),
@@ -152,18 +196,34 @@ class Continuous:
     def _arrivals(self) -> list[Event]:
         """Hand new requests to the lane that has most of their prompt, or fewest requests; take back those given up."""
         gone = [self._gone.popleft() for _ in range(len(self._gone))]  # whose requests have come, then, all the same
-        while self._new:
-            request = self._new.popleft()
+        told = exchange([self._new.popleft() for _ in range(len(self._new))], gone)
+        self.over = told.over
+        for request in told.new:
             lane = self._lane(request.known)
             self._asked[request.number] = request, lane
             lane.submit(request)
         events = []
-        for number in gone:
+        for number in told.gone:
             if number in self._asked:
                 request, lane = self._asked.pop(number)
                 lane.cancel(request)
-                events.append(Event(number, [], [], "cancelled"))
+                events += [Event(number, [], [], "cancelled")] * self._own(number)
         return events
+
+    def _settled(self) -> list[Event]:
+        """Give up whose grammar cannot be gone on with; of the others wait a moment for those who are at it."""
+        held = {r.number: r.constraint for lane in self._lanes for r in lane.running if r.constraint is not None}
+        settle(held.values())
+        events = []
+        for number, constraint in held.items():
+            if constraint.ready and constraint.error:
+                request, lane = self._asked.pop(number)
+                lane.cancel(request)
+                events.append(Event(number, [], [], "error", error=constraint.error))
+        return events
+
+    def _own(self, number: int) -> bool:
+        return number % jax.process_count() == self._process
 
     def _lane(self, ids_T: np.ndarray) -> Schedule:
         """With most of the prompt, of those that have no more than one request above the fewest."""
@@ -181,6 +241,10 @@ class Continuous:
     def _told(self, plans: list[Plan], found: Decoded) -> list[Event]:
         events, rows = [], self.programs.rows(plans)
         tokens, logprobs, stopped = (x.tolist() for x in (found.tokens_BN, found.logprobs_BN, found.stopped_B))
+        drafts = found.drafts_BK.tolist()
+        for k, (made, right) in enumerate(np.sum(found.counts_BK2, axis=0).tolist(), 1):
+            self._counts[f"drafts_{k}"] += made
+            self._counts[f"drafts_{k}_kept"] += right
         counts = np.sum(np.asarray(found.tokens_BN) >= 0, axis=1).tolist()
         for lane, (schedule, plan) in enumerate(zip(self._lanes, plans, strict=True)):
             for i, request in enumerate(plan.decoded, lane * rows):
@@ -188,12 +252,17 @@ class Continuous:
                     continue
                 ended = stopped[i] or count >= request.left
                 schedule.answered(request, tokens[i][:count], ended=ended)
+                request.drafts = drafts[i]
                 reason = ("stop" if stopped[i] else "length") if ended else ""
-                likely = self._likely(found, i, count, request.sampling.alternatives)
-                events.append(Event(request.number, tokens[i][:count], logprobs[i][:count], reason, likely))
+                if self._own(request.number):
+                    likely = self._likely(found, i, count, request.sampling.alternatives)
+                    told = tokens[i][:count], logprobs[i][:count], reason, likely, request.cached
+                    events.append(Event(request.number, *told))
                 self._counts["tokens"] += count
                 if ended:
                     del self._asked[request.number]
+                elif request.constraint is not None:
+                    request.constraint.advance(tokens[i][:count])
         return events
 
     def _likely(self, found: Decoded, row: int, count: int, most: int) -> list[list[tuple[int, float]]]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from deepseek_jax.compute import ComputeConfig
@@ -15,7 +16,7 @@ from deepseek_jax.inference.requests import Requests
 from deepseek_jax.inference.sampling import sample
 from deepseek_jax.model import transformer
 from deepseek_jax.parallel.processes import own_rows
-from deepseek_jax.parallel.sharding import constrain
+from deepseek_jax.parallel.sharding import constrain, per_device
 from deepseek_kernels import Visible
 
 
@@ -34,6 +35,8 @@ class Generated:
 
     def here(self) -> "Generated":
         """The answers to this process's prompts, on the host."""
+        if isinstance(self.tokens_BN, np.ndarray):
+            return self
         if jax.process_count() == 1:
             return jax.device_get(self)
         rows = (own_rows(x) for x in (self.tokens_BN, self.logprobs_BN, self.lengths_B, self.stopped_B))
@@ -69,7 +72,8 @@ def generate(
 ) -> Generated:
     """Answer each request until one of its stop ids or its limit.
 
-    Prefill runs the plain attention over all prompts at once; each further token the absorbed one, over the cache.
+    Prefill runs the plain attention over all prompts at once, which several rows may share; each further token the
+    absorbed one, over the cache.
     On a mesh each device answers its rows of the batch. Compiled for the shapes alone: see ``Requests``.
 
     Args:
@@ -116,19 +120,21 @@ def go_on(
 
 def _prefill(network: transformer.Transformer, requests: Requests, *, experts: bool) -> Decoding:
     config, compute = network.config, network.compute
-    tokens_BP, length_B = requests.tokens_BP, requests.lengths_B
-    batch, width = tokens_BP.shape
+    tokens_UP, length_B = requests.tokens_BP, requests.lengths_B
+    batch, (prompts, width) = len(length_B), tokens_UP.shape
     with jax.named_scope("prefill"):
-        cache = Cache.empty(config, compute, batch, requests.columns)
-        out = network(tokens_BP, visible=Visible(), memories=cache.memories(first=True), head=False)
-        cache = cache.grown(out.memories, length_B)
+        cache = Cache.empty(config, compute, prompts, requests.columns)
+        out = network(tokens_UP, visible=Visible(), memories=cache.memories(first=True), head=False)
+        buffers = tuple(_asked(memory.buffer_BTW, requests, compute) for memory in out.memories)
+        cache = Cache(buffers, None, length_B)
         chosen_BTX = None
         if experts:
             seen_BP = jnp.arange(width) < length_B[:, None]
-            chosen_BPX = _chosen(out, seen_BP)
+            chosen_BPX = jnp.where(seen_BP[:, :, None], _asked(_chosen(out), requests, compute), -1)
             chosen_BTX = jnp.full((batch, requests.columns, chosen_BPX.shape[2]), -1, jnp.int32)
             chosen_BTX = jax.lax.dynamic_update_slice(_split(chosen_BTX, compute), chosen_BPX, (0, 0, 0))
-        hidden_BD = jnp.take_along_axis(out.hidden, (length_B - 1)[:, None, None], axis=1)[:, 0]
+        hidden_BPD = _asked(out.hidden, requests, compute)
+        hidden_BD = jnp.take_along_axis(hidden_BPD, (length_B - 1)[:, None, None], axis=1)[:, 0]
         answered = _nothing(requests, compute)
         token_B, done_B, answered = _draw(network, requests, 0, hidden_BD, requests.limit_B < 1, answered)
     return Decoding(jnp.int32(1), cache, token_B, done_B, answered, chosen_BTX)
@@ -146,7 +152,8 @@ def _decode(
         options: dict[str, Any] = {"positions_BS": cache.positions(1), "visible": cache.visible(1)}
         out = network(now.token_B[:, None], memories=cache.memories(), absorbed=True, head=False, **options)
         if chosen_BTX is not None:
-            chosen_BTX = write_rows(chosen_BTX, _chosen(out, ~done_B[:, None]), cache.lengths_B)
+            chosen_B1X = jnp.where(done_B[:, None, None], -1, _chosen(out))
+            chosen_BTX = write_rows(chosen_BTX, chosen_B1X, cache.lengths_B)
         cache = cache.grown(out.memories, (~done_B).astype(jnp.int32))
         token_B, done_B, answered = _draw(network, requests, now.n, out.hidden[:, 0], done_B, now.answered)
         return Decoding(now.n + 1, cache, token_B, done_B, answered, chosen_BTX)
@@ -192,8 +199,17 @@ def _split(x, compute: ComputeConfig):
     return constrain(x, compute.rules, "batch", *[None] * (x.ndim - 1))
 
 
-def _chosen(out: transformer.ModelOutput, seen_BS):
-    """The experts of all layers beside each other (B S L·K); -1 for what is padding."""
+def _asked(x, requests: Requests, compute: ComputeConfig):
+    """Of prompts (… U P X) as rows of the batch that ask them (… B P X)."""
+    if requests.prompt_B is None:
+        return x
+    axes = (*[None] * (x.ndim - 3), "batch", None, None)
+    take = functools.partial(jnp.take, axis=x.ndim - 3)
+    return per_device(take, compute.rules, (x, requests.prompt_B), (axes, ("batch",)), axes)
+
+
+def _chosen(out: transformer.ModelOutput):
+    """The experts of all layers beside each other (B S L·K)."""
     assert out.router is not None
     chosen_BSLK = jnp.moveaxis(out.router.experts_BSK, 0, 2)
-    return jnp.where(seen_BS[:, :, None], chosen_BSLK.reshape(*seen_BS.shape, -1), -1)
+    return chosen_BSLK.reshape(*chosen_BSLK.shape[:2], -1)

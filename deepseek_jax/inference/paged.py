@@ -1,4 +1,5 @@
-"""The device's side of answering requests as they come: a cache in pages, and the three programs that work on it.
+"""The device's side of answering requests as they come: a cache in pages, and the programs that copy pages and read
+prompts in; the third is ``decoding``'s.
 
 They are compiled for shapes alone and take the cache as theirs. On a mesh each device of the batch has pages of its
 own, which its rows' tables number from 0, as if it were alone.
@@ -18,14 +19,12 @@ from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.inference.cache import as_wide, entry_width
 from deepseek_jax.inference.generate import OPTIONS
-from deepseek_jax.inference.penalties import Wishes, adjusted
-from deepseek_jax.inference.rows import Numbers, Rows, Shares
-from deepseek_jax.inference.sampling import ALTERNATIVES, BIASES, sample
 from deepseek_jax.model import transformer
 from deepseek_jax.model.stack import in_stack, stacks_of
 from deepseek_jax.parallel.sharding import ShardingRules, constrain, per_device
-from deepseek_kernels import InStack, Visible, quantise_entries, write_entries
+from deepseek_kernels import InStack, Visible, choose, quantise_entries, write_entries
 from deepseek_kernels.cached import Entries, side_by_side
+from deepseek_kernels.target import devices
 
 
 @struct.dataclass
@@ -84,10 +83,11 @@ def _axes_of(pages: Entries) -> Any:
 @struct.dataclass
 class Store:
     """What P pages of N tokens hold: of each layer, or of each stack of layers with ``scan_decode``, their entries
-    (P N W), and the tokens themselves (P N 1)."""
+    (P N W), the tokens themselves (P N 1), and the entries of an MTP module."""
 
     layers: tuple[Entries, ...]
     tokens_PN1: jax.Array
+    mtp: Entries | None = None
 
 
 @functools.partial(jax.jit, static_argnames=("config", "compute", "count", "size", "fp8"))
@@ -105,10 +105,11 @@ def empty_pages(config: ModelConfig, compute: ComputeConfig, count: int, size: i
         return jax.tree.map(split, pages)
 
     tokens_PN1 = constrain(jnp.zeros((count, size, 1), jnp.int32), compute.rules, "batch", None, None)
+    mtp = buffer() if config.num_nextn_predict_layers else None
     if compute.scan_decode:
         stacks = config.num_dense_layers, config.num_moe_layers
-        return Store(tuple(buffer(layers) for layers in stacks if layers), tokens_PN1)
-    return Store(tuple(buffer() for _ in range(config.num_hidden_layers)), tokens_PN1)
+        return Store(tuple(buffer(layers) for layers in stacks if layers), tokens_PN1, mtp)
+    return Store(tuple(buffer() for _ in range(config.num_hidden_layers)), tokens_PN1, mtp)
 
 
 @functools.partial(jax.jit, static_argnames="compute", donate_argnames="pages")
@@ -144,135 +145,60 @@ def read(
     fresh: bool,
 ) -> Store:
     """The pages with S tokens of each row behind its first ``start``; what fills a row up is written behind its tokens,
-    where others will stand before anybody looks.
+    where others will stand before anybody looks. With an MTP module a row has a token more, which follows its S.
 
     fresh: nothing stands before them, so that the attention is the plain one over what is new; else it is the absorbed
     one over pages.
     """
     network = transformer.merge(config, params, router_bias, compute)
-    tokens_BS, start_B, table_BJ = (_rows(x, compute) for x in (tokens_BS, start_B, table_BJ))
+    tokens_BS, start_B, table_BJ = (over_batch(x, compute) for x in (tokens_BS, start_B, table_BJ))
+    following_BS, mtp = tokens_BS[:, 1:], pages.mtp
+    tokens_BS = tokens_BS if mtp is None else tokens_BS[:, :-1]
     position_BS = start_B[:, None] + jnp.arange(tokens_BS.shape[1], dtype=jnp.int32)
     hands, visible = "new", Visible()
     if not fresh:
-        hands, visible = _reading(network, position_BS, table_BJ)
-    options: dict[str, Any] = {"positions_BS": position_BS, "visible": visible, "absorbed": not fresh, "head": False}
+        hands, visible = reading(network, position_BS, table_BJ, pages.tokens_PN1.shape[1])
+    seen: dict[str, Any] = {"positions_BS": position_BS, "visible": visible}
     with jax.named_scope("prefill"):
-        memories = [_memory(compute, layer, start_B, table_BJ, hands) for layer in pages.layers]
-        out = network(tokens_BS, memories=tuple(memories), **options)
-        tokens, _ = _memory(compute, pages.tokens_PN1, start_B, table_BJ, "new").write(tokens_BS[..., None])
-    return Store(tuple(memory.pages_PNW for memory in out.memories), tokens.pages_PNW)
+        memories = [memory_of(compute, layer, start_B, table_BJ, hands) for layer in pages.layers]
+        out = network(tokens_BS, memories=tuple(memories), absorbed=not fresh, head=False, **seen)
+        tokens, _ = memory_of(compute, pages.tokens_PN1, start_B, table_BJ, "new").write(tokens_BS[..., None])
+        if mtp is not None:
+            memory, context = memory_of(compute, mtp, start_B, table_BJ, hands), network.context(tokens_BS, **seen)
+            options = {"memory": memory, "absorbed": not fresh}
+            mtp = network.predict_next(out.hidden, following_BS, context, **options)[2].pages_PNW
+    return Store(tuple(memory.pages_PNW for memory in out.memories), tokens.pages_PNW, mtp)
 
 
-@struct.dataclass
-class Decoded:
-    """tokens_BN, logprobs_BN: of each row those that it was given, -1 behind them; log-probabilities are those of the
-    network, before temperature, penalties and cuts. stopped_B: it ended with a stop id. likely_BNA,
-    likely_logprobs_BNA: beside each token the most likely ones, where any row asks for alternatives."""
-
-    tokens_BN: jax.Array
-    logprobs_BN: jax.Array
-    stopped_B: jax.Array
-    likely_BNA: jax.Array
-    likely_logprobs_BNA: jax.Array
-
-
-@functools.partial(
-    jax.jit, static_argnames=("config", "compute", "most"), donate_argnames="pages", compiler_options=OPTIONS
-)
-def decode(
-    config: ModelConfig,
-    compute: ComputeConfig,
-    params: Any,
-    router_bias: jax.Array | None,
-    pages: Store,
-    rows: Rows,
-    turns: jax.typing.ArrayLike,
-    until_end: jax.typing.ArrayLike,
-    *,
-    most: int,
-) -> tuple[Store, Decoded]:
-    """Up to ``turns`` (``most`` at most) tokens of each row's answer. A row draws its token n with
-    ``fold_in(fold_in(key(seed), draw), n)``, whatever stands beside it. until_end: no more once a row has ended.
-    """
-    network = transformer.merge(config, params, router_bias, compute)
-    rows = jax.tree.map(lambda x: _rows(x, compute), rows)
-    at = Numbers(*rows.numbers_BK[:, : len(Numbers._fields)].T)
-    stops_BX = rows.numbers_BK[:, len(Numbers._fields) : -BIASES]
-    filling_B = at.answered >= at.most
-
-    def goes_on(now):
-        n, done_B = now[0], now[4]
-        return (n < turns) & ~jnp.all(done_B) & ~(until_end & jnp.any(done_B & ~filling_B))
-
-    def step(now):
-        n, pages, token_B, length_B, done_B, found = now
-        table_BJ = jnp.where(done_B[:, None], -1, rows.table_BJ)
-        hands, visible = _reading(network, length_B[:, None], table_BJ)
-        options: dict[str, Any] = {"positions_BS": length_B[:, None], "visible": visible, "absorbed": True}
-        memories = [_memory(compute, layer, length_B, table_BJ, hands) for layer in pages.layers]
-        out = network(token_B[:, None], memories=tuple(memories), head=False, **options)
-        tokens = _memory(compute, pages.tokens_PN1, length_B, table_BJ, "rows")
-        tokens, said_BT1 = tokens.write(token_B[:, None, None])
-        drawn_B, found = _draw(network, rows, at, n, out.hidden[:, 0], said_BT1[:, :, 0], length_B, done_B, found)
-        stopped_B = ~done_B & jnp.any(drawn_B[:, None] == stops_BX, axis=1)
-        found = dataclasses.replace(found, stopped_B=found.stopped_B | stopped_B)
-        token_B = jnp.where(done_B, token_B, drawn_B)
-        pages = Store(tuple(memory.pages_PNW for memory in out.memories), tokens.pages_PNW)
-        over_B = stopped_B | (at.answered + n + 1 >= at.most)
-        return n + 1, pages, token_B, length_B + ~done_B, done_B | over_B, found
-
-    found = jax.tree.map(lambda x: _rows(x, compute), _nothing(len(filling_B), most, config.vocab_size))
-    now = jnp.int32(0), pages, at.token, at.length, filling_B, found
-    with jax.named_scope("decode"):
-        _, pages, _, _, _, found = jax.lax.while_loop(goes_on, step, now)
-    return pages, found
-
-
-def _nothing(batch: int, most: int, width: int) -> Decoded:
-    alternatives = (batch, most, min(ALTERNATIVES, width))
-    tokens_BN, logprobs_BN = jnp.full((batch, most), -1, jnp.int32), jnp.full((batch, most), -1.0)
-    return Decoded(
-        tokens_BN, logprobs_BN, jnp.zeros(batch, bool), jnp.zeros(alternatives, jnp.int32), jnp.zeros(alternatives)
-    )
-
-
-def _draw(network, rows: Rows, at: Numbers, n, hidden_BD, said_BT, length_B, done_B, found: Decoded):
-    """Draw the n-th token of this call for each row that is not done -> (tokens, what was found with them)."""
-    how, biases_BX = Shares(*rows.shares_BF[:, : len(Shares._fields)].T), rows.shares_BF[:, len(Shares._fields) :]
-    wishes = Wishes(how.repetition, how.presence, how.frequency, rows.numbers_BK[:, -BIASES:], biases_BX)
-    logits_BW = network.logits(hidden_BD)
-    wanted_BW = adjusted(logits_BW, wishes, said_BT, at.length + 1 - at.answered, length_B + 1)
-    key = lambda seed, draw, n: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), draw), n)  # noqa: E731
-    keys_B = jax.vmap(key)(at.seed, at.draw, at.answered + n)
-    drawn_B, _ = sample(wanted_BW, keys_B, how.temperature, how.top_p, at.top_k, how.min_p)
-    total_B = jax.nn.logsumexp(logits_BW, axis=1)
-    logprob_B = jnp.take_along_axis(logits_BW, drawn_B[:, None], axis=1)[:, 0] - total_B
-
-    def likely(logits_BW):
-        best_BA, ids_BA = jax.lax.top_k(logits_BW, found.likely_BNA.shape[2])
-        return found.likely_BNA.at[:, n].set(ids_BA), found.likely_logprobs_BNA.at[:, n].set(best_BA - total_B[:, None])
-
-    asked = jnp.any(at.alternatives > 0)
-    same = lambda _: (found.likely_BNA, found.likely_logprobs_BNA)  # noqa: E731
-    likely_BNA, likely_logprobs_BNA = jax.lax.cond(asked, likely, same, logits_BW)
-    put = lambda x_BN, x_B: x_BN.at[:, n].set(jnp.where(done_B, x_BN[:, n], x_B))  # noqa: E731
-    tokens_BN, logprobs_BN = put(found.tokens_BN, drawn_B), put(found.logprobs_BN, logprob_B)
-    return drawn_B, Decoded(tokens_BN, logprobs_BN, found.stopped_B, likely_BNA, likely_logprobs_BNA)
-
-
-def _reading(network: transformer.Transformer, position_BS, table_BJ) -> tuple[Any, Visible]:
+def reading(network: transformer.Transformer, position_BS, table_BJ, page: int) -> tuple[Any, Visible]:
     """What a memory hands to attention, and what that sees of it: each token its row up to itself."""
     visible = Visible(q_positions_BS=position_BS, lengths_B=position_BS[:, -1] + 1)
-    if network.config.attention == "mla":
+    if network.config.attention == "mla" or reads_pages(network.config, network.compute, page):
         return "pages", dataclasses.replace(visible, pages_BJ=table_BJ)
-    return "rows", visible  # no kernel reads grouped keys and values from pages
+    return "rows", visible
 
 
-def _memory(compute: ComputeConfig, entries: Entries, start_B, table_BJ, hands) -> PagedMemory:
+def reads_pages(config: ModelConfig, compute: ComputeConfig, page: int, *, queries: int = 1, fp8: bool = False) -> bool:
+    """Whether a kernel attends to pages where they lie."""
+    facts: dict[str, Any] = {"by_column": True, "queries": queries, "keys": page, "page": page, "fp8": fp8}
+    options: dict[str, Any] = {"devices": devices(), "implementation": compute.decode_attention}
+    if config.attention == "mla":
+        widths = {"key_width": config.cache_numbers_per_token_layer, "value_width": config.kv_lora_rank}
+        name = choose("mla_decode", compute.kernels, compute.dtype, **facts, **widths, **options).name
+        return name in ("hopper", "tpu", "c")
+    if compute.decode_attention not in ("auto", "c"):  # one of gqa_attention's
+        return False
+    widths = {"key_width": config.head_dim, "value_width": config.head_dim}
+    return choose("gqa_decode", compute.kernels, compute.dtype, **facts, **widths, **options).name == "c"
+
+
+def memory_of(compute: ComputeConfig, entries: Entries, start_B, table_BJ, hands) -> PagedMemory:
+    """Of one layer's pages, or of a stack's."""
     layers = (entries.shape[0],) if len(entries.shape) == 4 else ()  # scanned layers are handed theirs of a stack
     start, table = (jnp.broadcast_to(x, (*layers, *x.shape)) for x in (start_B, table_BJ))
     return PagedMemory(entries, start, table, rules=compute.rules, hands=hands)
 
 
-def _rows(x, compute: ComputeConfig):
+def over_batch(x, compute: ComputeConfig):
+    """Rows split as the batch is."""
     return constrain(jnp.asarray(x), compute.rules, "batch", *[None] * (np.ndim(x) - 1))

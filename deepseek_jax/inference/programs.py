@@ -9,15 +9,17 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.inference.paged import Decoded, copy_pages, decode, empty_pages, read
-from deepseek_jax.inference.rows import Rows
+from deepseek_jax.inference.decoding import Decoded, decode
+from deepseek_jax.inference.paged import copy_pages, empty_pages, read, reads_pages
+from deepseek_jax.inference.rows import Numbers, Rows
 from deepseek_jax.inference.schedule import Buckets, Piece, Plan, Request, ServingConfig, fitting
-from deepseek_kernels import choose
+from deepseek_jax.parallel.processes import meet
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +27,7 @@ Weights = tuple[Any, jax.Array | None]
 
 
 class _Job(NamedTuple):
-    """A program of ``paged`` and what it is given behind weights and cache."""
+    """A program of ``paged`` or ``decoding`` and what it is given behind weights and cache."""
 
     function: Any
     arrays: tuple[Any, ...]
@@ -39,7 +41,7 @@ class _Job(NamedTuple):
 class Programs:
     """The device's side of ``lanes`` schedules.
 
-    late: programs that were compiled behind ``warm_up``, while a request waited for it.
+    late: programs that were compiled behind ``warm_up``, while a request waited for it. forced: see ``Continuous``.
     """
 
     def __init__(
@@ -50,10 +52,13 @@ class Programs:
         serving: ServingConfig,
         buckets: Buckets,
         lanes: int,
+        forced: float = 0.0,
     ):
+        self.forced = forced
         self.config, self.compute, self.mesh, self.serving = config, compute, mesh, serving
         self.buckets, self.lanes, self.late = buckets, lanes, 0
         self._programs: dict[tuple[Any, ...], Any] = {}
+        self._anything: dict[int, jax.Array] = {}
         self._warm = False
         self.empty()
 
@@ -96,6 +101,7 @@ class Programs:
             with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
                 compiled = pool.map(lambda lowered: lowered.compile(), missing.values())
                 self._programs |= dict(zip(missing, compiled, strict=True))
+            meet()  # a process that is still compiling would have the others wait in collectives
             for job in jobs:
                 self._run(weights, job)
         self.wait()
@@ -118,12 +124,14 @@ class Programs:
         return self._reads(pieces, rows, size, table, fresh=fresh)
 
     def _reads(self, pieces: Sequence[Sequence[Piece]], rows: int, size: int, table: int, *, fresh: bool) -> _Job:
-        tokens_BS = np.zeros((len(pieces) * rows, size), np.int32)
+        more = bool(self.serving.drafts)  # the module takes each token with the next
+        tokens_BS = np.zeros((len(pieces) * rows, size + more), np.int32)
         start_B = np.zeros(len(pieces) * rows, np.int32)
         table_BJ = np.full((len(pieces) * rows, table), -1, np.int32)
         for lane, some in enumerate(pieces):
             for i, piece in enumerate(some, lane * rows):
-                tokens_BS[i, : piece.count] = piece.request.ids[piece.start : piece.start + piece.count]
+                ids = piece.request.ids[piece.start : piece.start + piece.count + more]
+                tokens_BS[i, : len(ids)] = ids
                 start_B[i] = piece.start
                 table_BJ[i, : len(piece.request.pages)] = piece.request.pages
         return _Job(read, (tokens_BS, start_B, table_BJ), (("fresh", fresh),))
@@ -138,20 +146,41 @@ class Programs:
     def _decodes(
         self, decoded: Sequence[Sequence[Request]], rows: int, table: int, turns: int, *, until_end: bool
     ) -> _Job:
-        filled = Rows.filling(len(decoded) * rows, table)
+        filled, allowed = Rows.filling(len(decoded) * rows, table), dict[int, np.ndarray]()
         for lane, some in enumerate(decoded):
             for i, request in enumerate(some, lane * rows):
                 filled.numbers_BK[i], filled.shares_BF[i] = request.row
                 filled.numbers_BK[i, :3] = request.ids[-1], request.length, len(request.ids) - request.prompt
                 filled.table_BJ[i, : len(request.pages)] = request.pages
+                filled.drafts[i, : len(request.drafts)] = request.drafts
+                if request.constraint is not None:
+                    allowed[i] = request.constraint.allowed_V
+                    filled.numbers_BK[i, Numbers._fields.index("most")] = len(request.ids) - request.prompt + 1
+        filled = dataclasses.replace(filled, allowed_BV=self._allowed(len(decoded) * rows, allowed))
         given = filled, np.int32(turns), np.bool_(until_end)
-        return _Job(decode, given, (("most", self.serving.turns),))
+        options = ("most", self.serving.turns), ("drafts", self.serving.drafts), ("forced", self.forced)
+        return _Job(decode, given, options)
+
+    def _allowed(self, batch: int, allowed: dict[int, np.ndarray]) -> jax.Array:
+        """Of each row the tokens that it may draw next, see ``Rows``; where nobody is held to a grammar the array that
+        is there, of all tokens."""
+        if allowed or batch not in self._anything:
+            bits_BV = np.full((batch, -(-self.config.vocab_size // 32)), -1, np.int32)
+            for row, allowed_V in allowed.items():
+                bits_BV[row] = allowed_V
+            split = NamedSharding(self.mesh, PartitionSpec(self.compute.rules.batch))
+            placed = jax.make_array_from_callback(bits_BV.shape, split, bits_BV.__getitem__)
+            if allowed:
+                return placed
+            self._anything[batch] = placed
+        return self._anything[batch]
 
     def _run(self, weights: Weights, job: _Job) -> Decoded | None:
         program = self._programs.get(job.key)
         if program is None:
             self.late += self._warm
             program = self._programs[job.key] = self._lowered(weights, job).compile()
+            meet()
         given = () if job.function is copy_pages else weights
         done = program(*given, self._pages, *job.arrays)
         self._pages, found = done if job.function is decode else (done, None)
@@ -162,18 +191,20 @@ class Programs:
         if job.function is read:  # rows of a prompt keep the device busy: nothing is gained by many copies of a layer
             compute = dataclasses.replace(compute, scan_unroll=1)
         given = (compute,) if job.function is copy_pages else (self.config, compute, *weights)
+        if jax.__version_info__ < (0, 11) and any(leaf.dtype == jnp.int4 for leaf in jax.tree.leaves(weights)):
+            raise ValueError(
+                f"weights in int4, jax {jax.__version__}: its programs that are compiled ahead take none; requests as "
+                "they come need jax 0.11 for them, or weights in int8"
+            )
         return job.function.lower(*given, self._pages, *job.arrays, **dict(job.options))
 
 
 def gathers(config: ModelConfig, compute: ComputeConfig, serving: ServingConfig) -> bool:
-    """Whether attention over pages is over a copy of them: of grouped keys and values always, which no kernel reads
-    from pages."""
+    """Whether attention over pages is over a copy of them."""
+    fp8 = serving.cache == "float8_e4m3"
+    if reads_pages(config, compute, serving.page, queries=1 + serving.drafts, fp8=fp8):
+        return False
     if config.attention != "mla":
         level = logging.INFO if compute.kernels.platform == "cpu" else logging.WARNING
         logger.log(level, "attention=%r: each token's attention reads a copy of its row's pages", config.attention)
-        return True
-    width, fp8 = config.cache_numbers_per_token_layer, serving.cache == "float8_e4m3"
-    facts = {"by_column": True, "queries": 1, "keys": serving.page, "page": serving.page, "fp8": fp8}
-    facts |= {"key_width": width, "value_width": config.kv_lora_rank}
-    chosen = choose("mla_decode", compute.kernels, compute.dtype, implementation=compute.decode_attention, **facts)
-    return chosen.name not in ("hopper", "tpu")
+    return True

@@ -4,7 +4,7 @@ Shapes alone are compiled for, and they come in powers of two.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import jax
@@ -22,7 +22,8 @@ class Requests:
 
     tokens_BP: prompts on the left, ``pad`` behind. lengths_B: theirs. keys_B, rows_B: row b draws its token n with
     ``fold_in(fold_in(keys[b], rows[b]), n)``. stops_BX: ids that end an answer, -1 behind them. limit_B: tokens of an
-    answer at most. answers, columns: room for an answer, and for prompt and answer together.
+    answer at most. answers, columns: room for an answer, and for prompt and answer together. prompt_B: where there are
+    fewer prompts than rows, the one that row b asks, counted from the first of its device's; see ``shared``.
     """
 
     tokens_BP: Any
@@ -37,6 +38,7 @@ class Requests:
     pad: Any
     answers: int = struct.field(pytree_node=False)
     columns: int = struct.field(pytree_node=False)
+    prompt_B: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +114,36 @@ def make_requests(
         answers=round_up(room.answer, 16),
         columns=max(tokens_BP.shape[1], round_up(longest + room.answer, 16)),
     )
+
+
+def shared(requests: Requests, parts: int, agree: Callable[[int], int] = lambda rows: rows) -> Requests:
+    """The same requests with each prompt once in each of so many ``parts`` of their rows, one for each device; as they
+    are where that does not halve the prompts.
+
+    There is room for as many prompts as there were if more of the kind filled the batch: so one that is not full is of
+    the same shape. agree: of several processes' numbers, the one for all.
+    """
+    size, need, found = len(requests.limit_B) // parts, 1, list[dict[bytes, int]]()
+    prompt_B = np.zeros(len(requests.limit_B), np.int32)
+    for part in range(parts):
+        known, rows = (
+            dict[bytes, int](),
+            np.flatnonzero(requests.limit_B[part * size : (part + 1) * size]) + part * size,
+        )
+        for row in rows:
+            prompt = requests.tokens_BP[row, : requests.lengths_B[row]].tobytes()
+            prompt_B[row] = known.setdefault(prompt, len(known))
+        need = max(need, -(-len(known) * size // max(len(rows), 1)))
+        found.append(known)
+    prompts = agree(round_up(need))
+    if 2 * prompts > size:
+        return requests
+    tokens_UP = np.full((parts * prompts, requests.tokens_BP.shape[1]), requests.pad, np.int32)
+    for part, known in enumerate(found):
+        for row, prompt in enumerate(known, part * prompts):
+            ids = np.frombuffer(prompt, np.int32)
+            tokens_UP[row, : len(ids)] = ids
+    return dataclasses.replace(requests, tokens_BP=tokens_UP, prompt_B=prompt_B)
 
 
 def spread(requests: Requests, rows: NamedSharding) -> Requests:

@@ -1,18 +1,20 @@
 """Requests as rows of a decoding step: all that may differ between them, in few arrays."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 from flax import struct
 
 from deepseek_jax.inference.sampling import BIASES, SamplingParams
+from deepseek_jax.inference.schedule import MOST_DRAFTS
 
 STOPS = 16  # ids that end an answer, at most
 
 
 class Numbers(NamedTuple):
-    """What a row of a decoding step is, in the order of ``Rows.numbers_BK``; behind these follow its stop ids and the
-    tokens of its biases, -1 where there are no more."""
+    """What a row of a decoding step is, in the order of ``Rows.numbers_BK``; behind these follow its drafts, its stop
+    ids and the tokens of its biases, -1 where there are no more."""
 
     token: Any
     length: Any
@@ -22,6 +24,8 @@ class Numbers(NamedTuple):
     draw: Any
     top_k: Any
     alternatives: Any
+    constrained: Any
+    high: Any  # the upper word of the key that it draws with, of which the seed is the lower one
 
 
 class Shares(NamedTuple):
@@ -33,33 +37,60 @@ class Shares(NamedTuple):
     repetition: Any
     presence: Any
     frequency: Any
+    scored: Any  # the temperature of its log-probabilities
 
 
 @struct.dataclass
 class Rows:
     """Rows that are decoded. numbers_BK: see ``Numbers``; a row that may answer no more only fills the batch.
-    shares_BF: see ``Shares``. table_BJ: see ``PagedMemory``. Few arrays, since each is a transfer of its own."""
+    shares_BF: see ``Shares``. table_BJ: see ``PagedMemory``. Few arrays, since each is a transfer of its own.
+    allowed_BV: of the next token, a bit for each that a constrained row may draw; such a row may have no other behind
+    it in this step. The array of all that others may draw stays on the device."""
 
     numbers_BK: Any
     shares_BF: Any
     table_BJ: Any
+    allowed_BV: Any = None
+
+    @property
+    def drafts(self) -> Any:
+        """(B, MOST_DRAFTS)."""
+        return self.numbers_BK[:, len(Numbers._fields) :][:, :MOST_DRAFTS]
+
+    @property
+    def stops(self) -> Any:
+        """(B, STOPS)."""
+        return self.numbers_BK[:, len(Numbers._fields) + MOST_DRAFTS : -BIASES]
 
     @classmethod
     def filling(cls, batch: int, pages: int) -> Self:
         """None, on the host."""
-        numbers_BK = np.zeros((batch, len(Numbers._fields) + STOPS + BIASES), np.int32)
+        numbers_BK = np.zeros((batch, len(Numbers._fields) + MOST_DRAFTS + STOPS + BIASES), np.int32)
         shares_BF = np.zeros((batch, len(Shares._fields) + BIASES), np.float32)
-        numbers_BK[:, -BIASES:], shares_BF[:, Shares._fields.index("repetition")] = -1, 1
+        numbers_BK[:, -BIASES:] = -1
+        shares_BF[:, [Shares._fields.index(name) for name in ("repetition", "scored")]] = 1
         return cls(numbers_BK, shares_BF, np.full((batch, pages), -1, np.int32))
 
     @staticmethod
-    def described(params: SamplingParams, stop_ids: tuple[int, ...], draw: int) -> tuple[np.ndarray, np.ndarray]:
-        """(K numbers, F shares) of a request, of which ``token``, ``length`` and ``answered`` are filled in later."""
+    def described(
+        params: SamplingParams,
+        stop_ids: tuple[int, ...],
+        draw: int,
+        key: Sequence[int] | None = None,
+        *,
+        tempered: bool = False,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(K numbers, F shares) of a request, of which ``token``, ``length``, ``answered`` and drafts are filled in
+        later. key: the two words of one in the place of the seed's. tempered: log-probabilities by its temperature, as
+        ``sample`` reports them."""
         stops, biased = [*stop_ids, *params.stop_token_ids], [token for token, _ in params.logit_bias]
         assert len(stops) <= STOPS, stops
-        head = Numbers(0, 0, 0, params.max_tokens, params.seed, draw, params.top_k, params.alternatives)
-        filled = [*stops, *[-1] * (STOPS - len(stops)), *biased, *[-1] * (BIASES - len(biased))]
+        high, seed = np.array((0, params.seed) if key is None else key, np.uint32).view(np.int32)
+        asked = params.top_k, params.alternatives, params.constrained
+        head = Numbers(0, 0, 0, params.max_tokens, seed, draw, *asked, high)
+        filled = [*[-1] * MOST_DRAFTS, *stops, *[-1] * (STOPS - len(stops)), *biased, *[-1] * (BIASES - len(biased))]
         cuts = params.temperature, params.top_p, params.min_p
-        shares = Shares(*cuts, params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
+        penalties = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
+        shares = Shares(*cuts, *penalties, (tempered and params.temperature) or 1.0)
         biases = [*(bias for _, bias in params.logit_bias), *[0.0] * (BIASES - len(biased))]
         return np.array([*head, *filled], np.int32), np.array([*shares, *biases], np.float32)

@@ -1,6 +1,7 @@
 """How the next token is drawn."""
 
 import dataclasses
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,8 @@ from deepseek_jax.typed import check_least, check_types
 BIASES = 300  # tokens of a logit_bias
 MOST_BIAS = 1e6  # which outweighs any logit; what passes float32 would make no number of them
 ALTERNATIVES = 20
+STRINGS, CHARACTERS = 16, 256  # that end an answer, and of each
+GRAMMAR = 65_536  # characters of a schema or of a regular expression
 _LIMITS = (
     ("min_p", 0, 1),
     ("repetition_penalty", 0.01, 100),
@@ -25,12 +28,14 @@ class SamplingParams:
     """temperature 0 is greedy. top_p keeps the most likely tokens until their sum reaches it, top_k that many (0: all).
 
     max_tokens: per answer. stop_token_ids: end an answer, beside the tokenizer's end of sentence. seed: the same seed,
-    prompts and parameters give the same tokens.
+    prompts and parameters give the same tokens. stop: strings that end an answer where text is made (``Engine.answer``,
+    ``generate``, ``stream``), which is cut before the first that ends; the last token is the one that completes it.
 
-    The others are for requests (``Engine.submit``) alone, and ``penalties.adjusted`` says what they do. min_p: keeps
-    tokens with at least this share of the most likely one's probability. repetition_penalty 1, presence_penalty 0,
-    frequency_penalty 0: none. logit_bias: (token, what its logit gets). alternatives: of each token of the answer, so
-    many of the most likely ones with their log-probabilities.
+    The others are for requests (``Engine.answer``, ``submit``) alone, and ``penalties.adjusted`` says what they do.
+    min_p: keeps tokens with at least this share of the most likely one's probability. repetition_penalty 1,
+    presence_penalty 0, frequency_penalty 0: none. logit_bias: (token, what its logit gets). alternatives: of each token
+    of the answer, so many of the most likely ones with their log-probabilities. json_schema, regex: the answer, but for
+    what ends it, is JSON by this schema (text; ``{}``: any), or the expression from end to end.
     """
 
     temperature: float = 1.0
@@ -38,6 +43,7 @@ class SamplingParams:
     top_k: int = 0
     max_tokens: int = 64
     stop_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
     seed: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
@@ -45,6 +51,8 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     alternatives: int = 0
+    json_schema: str = ""
+    regex: str = ""
 
     def __post_init__(self) -> None:
         check_types(self, signed=("presence_penalty", "frequency_penalty"))
@@ -54,6 +62,12 @@ class SamplingParams:
         for name, least, most in _LIMITS:
             if not least <= (value := getattr(self, name)) <= most:
                 raise ValueError(f"{name}={value}: must lie in [{least}, {most}]")
+        if not (len(self.stop) <= STRINGS and all(0 < len(string) <= CHARACTERS for string in self.stop)):
+            raise ValueError(f"stop: expected at most {STRINGS} strings of 1 to {CHARACTERS} characters")
+        if self.json_schema and self.regex:
+            raise ValueError("json_schema, regex: expected one of them")
+        if (length := len(self.json_schema or self.regex)) > GRAMMAR:
+            raise ValueError(f"json_schema, regex: {length} characters, expected at most {GRAMMAR}")
         if len(self.logit_bias) > BIASES:
             raise ValueError(f"logit_bias has {len(self.logit_bias)} tokens: expected at most {BIASES}")
         for token, bias in self.logit_bias:
@@ -62,15 +76,30 @@ class SamplingParams:
                     f"logit_bias=(({token}, {bias}), …): expected tokens and finite numbers up to {MOST_BIAS:g}"
                 )
 
+    @property
+    def constrained(self) -> bool:
+        """Whether the answer is held to a grammar."""
+        return bool(self.json_schema or self.regex)
+
+    def of_ids(self) -> Self:
+        """Without what only text can have: strings that end it."""
+        return dataclasses.replace(self, stop=())
+
+    def check_no_text(self) -> None:
+        """ValueError where something is asked for that only text can have."""
+        if self.stop:
+            raise ValueError(f"stop={self.stop}: ends text; Engine.answer, generate and stream make it")
+
     def check_drawn_in_batches(self) -> None:
         """ValueError where something is asked for that requests alone can have."""
+        self.check_no_text()
         for name, value in _FOR_REQUESTS.items():
             if getattr(self, name) != value:
-                raise ValueError(f"{name}={getattr(self, name)}: for requests by Engine.submit alone")
+                raise ValueError(f"{name}={getattr(self, name)}: for requests by Engine.answer and submit alone")
 
 
 _FOR_REQUESTS = {"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
-_FOR_REQUESTS |= {"logit_bias": (), "alternatives": 0}
+_FOR_REQUESTS |= {"logit_bias": (), "alternatives": 0, "json_schema": "", "regex": ""}
 
 
 def truncate_logits(

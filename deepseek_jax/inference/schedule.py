@@ -13,11 +13,13 @@ from typing import Any, Literal
 
 import numpy as np
 
+from deepseek_jax.inference.constraints import Constraint
 from deepseek_jax.inference.pages import Pages
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.typed import check_least, check_types
 
 RATIO = 4  # from one size of a bucket to the next
+MOST_DRAFTS = 3  # the kernels of decoding take four tokens of a row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,14 +37,19 @@ class ServingConfig:
     chunk: int = 512
     """Tokens of prompts that are read in between two tokens of the others' answers."""
     turns: int = 8
-    """Tokens of each answer that are made without a look at who has come; one, while prompts are read in or an answer
-    has none yet."""
+    """Tokens of each answer, or times a token and drafts, that are made without a look at who has come; one, while
+    prompts are read in, an answer has none yet, or one is held to a grammar."""
     cache: Literal["compute", "float8_e4m3"] = "compute"
     """What the cache keeps numbers in; float8_e4m3: MLA's latents in groups of 128 with a scale."""
+    drafts: int = 0
+    """Tokens that the network's MTP module guesses of each answer, 0…3; those that it would have said itself are taken
+    over, so that a turn brings up to so many more. For networks with such a module."""
 
     def __post_init__(self) -> None:
         check_types(self)
         check_least(self, 1, "slots", "pages", "page", "chunk", "turns")
+        if not 0 <= self.drafts <= MOST_DRAFTS:
+            raise ValueError(f"drafts={self.drafts}: expected 0…{MOST_DRAFTS}, of an MTP module that guesses so far")
 
     def tokens(self, most: int) -> int:
         """``context`` for a network of ``most`` positions."""
@@ -105,14 +112,16 @@ def _sizes(most: int, least: int) -> tuple[int, ...]:
 class Request:
     """A prompt and its answer so far (``ids``), and where they are: the first ``length`` tokens lie in ``pages``.
 
-    number: the order of arrival. row: what decoding it takes, see ``Rows``. slot: -1 while it waits. prefix: of the
-    first ``named`` pages, which others can find, by the weights of ``root``.
+    number: the order of arrival. row: what decoding it takes, see ``Rows``. constraint: what its answer is held to.
+    slot: -1 while it waits. prefix: of the first ``named`` pages, which others can find, by the weights of ``root``.
+    cached: tokens of the prompt that were there when it was first let in. drafts: guesses of what comes next.
     """
 
     number: int
     ids: list[int]
     sampling: SamplingParams
     row: Any = None
+    constraint: Constraint | None = None
     prompt: int = 0
     slot: int = -1
     length: int = 0
@@ -120,6 +129,8 @@ class Request:
     prefix: int = 0
     named: int = 0
     root: int = -1
+    drafts: list[int] = dataclasses.field(default_factory=list)
+    cached: int = -1
     _known: np.ndarray | None = None
 
     @property
@@ -133,6 +144,11 @@ class Request:
     def unread(self) -> int:
         """Tokens to be read in before it can be decoded."""
         return len(self.ids) - 1 - self.length
+
+    @property
+    def ready(self) -> bool:
+        """Whether it can be decoded: it is read in, and what may come next is known."""
+        return not self.unread and (self.constraint is None or self.constraint.ready)
 
     @property
     def left(self) -> int:
@@ -152,7 +168,8 @@ class Piece:
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What the device does next, in this order: copy pages, all at once; read pieces of prompts in; decode ``turns``
-    tokens for some. until_end: but come back when one of them has ended, since others wait for its place."""
+    times a token, and drafts, for some. until_end: but come back when one of them has ended, since others wait for its
+    place."""
 
     copies: list[tuple[int, int]]
     pieces: list[Piece]
@@ -192,8 +209,8 @@ class Schedule:
         copies = self._admit()
         pieces = self._pieces()
         silent = any(len(request.ids) == request.prompt for request in self.running)
-        reading = any(request.unread for request in self.running)
-        decoded, turns = self._with_room(1 if silent or reading else self.config.turns)
+        short = silent or any(request.unread or request.constraint is not None for request in self.running)
+        decoded, turns = self._with_room(1 if short else self.config.turns)
         pieces = [piece for piece in pieces if piece.request.slot >= 0]  # but of who has just given way
         for piece in pieces:
             self._ready(piece)
@@ -218,12 +235,12 @@ class Schedule:
         self.pages.forget()
 
     def _with_room(self, turns: int) -> tuple[list[Request], int]:
-        """Those who can be decoded, with pages for ``turns`` tokens each, or for one; the last who came gives way."""
+        """Those who can be decoded, with pages for ``turns`` turns, or for a token; the last who came gives way."""
         while True:
-            ready = [request for request in self.running if not request.unread]
+            ready = [request for request in self.running if request.ready]
             turns = min(turns, max((request.left for request in ready), default=1))
-            for count in dict.fromkeys((turns, 1)):
-                needs = [self._missing(request, count) for request in ready]
+            for count, tokens in dict.fromkeys(((turns, turns * (1 + self.config.drafts)), (1, 1))):
+                needs = [self._missing(request, tokens) for request in ready]
                 if sum(needs) <= self.pages.available:
                     for request, need in zip(ready, needs, strict=True):
                         if need:
@@ -231,9 +248,9 @@ class Schedule:
                     return ready, count
             self._give_way(self.running[-1])
 
-    def _missing(self, request: Request, turns: int) -> int:
-        tokens = request.length + min(turns, request.left)
-        return max(-(-tokens // self.pages.size) - len(request.pages), 0)
+    def _missing(self, request: Request, tokens: int) -> int:
+        length = request.length + min(tokens, request.left)
+        return max(-(-length // self.pages.size) - len(request.pages), 0)
 
     def _give_way(self, request: Request) -> None:
         """Wait again, with what was answered as part of the prompt."""
@@ -282,6 +299,7 @@ class Schedule:
         request.prefix, request.named, request.root = prefix, len(shared), self.pages.root
         self.prompt_tokens += known
         self.found_tokens += request.length
+        request.cached = request.length if request.cached < 0 else request.cached
         for j in range(len(shared), known // size):
             ids_N = ids_T[j * size : (j + 1) * size]
             request.prefix = self.pages.name(request.pages[j], request.prefix, ids_N, promised=True)

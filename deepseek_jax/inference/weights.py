@@ -47,7 +47,7 @@ def sampling_config(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, num_nextn_predict_layers=0)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "compute", "mesh"))
+@functools.partial(jax.jit, static_argnames=("config", "compute", "mesh", "mtp"))
 def sampling_weights(
     params: dict[str, Any],
     router_bias: jax.Array | None,
@@ -55,17 +55,23 @@ def sampling_weights(
     config: ModelConfig,
     compute: ComputeConfig,
     mesh: Mesh,
+    mtp: bool = False,
 ) -> tuple[dict[str, Any], jax.Array | None]:
-    """Parameters and bias of ``sampling_config(config)``: in ``compute.dtype`` what the network would bring to it in
-    each product, placed by ``compute.rules``, and layer by layer, unless ``compute.scan_decode`` wants stacks.
+    """Parameters and bias of ``sampling_config(config)``, with ``mtp`` of all of ``config``: in ``compute.dtype`` what
+    the network would bring to it in each product, or as it is where kernels widen it while they read; placed by
+    ``compute.rules``, and layer by layer, unless ``compute.scan_decode`` wants stacks.
 
     Nothing of the result shares memory with ``params``, which a train step may then give away.
     """
-    params = {name: tree for name, tree in params.items() if name != "mtp"}
+    config = config if mtp else sampling_config(config)
+    params = {name: tree for name, tree in params.items() if mtp or name != "mtp"}
     if router_bias is not None:
         whole = NamedSharding(mesh, PartitionSpec())
-        router_bias = jax.lax.with_sharding_constraint(jnp.copy(router_bias[: config.num_moe_layers]), whole)
+        router_bias = jax.lax.with_sharding_constraint(jnp.copy(router_bias[: config.num_routers]), whole)
     params = params if compute.scan_decode else transformer.unstack(params)
+    # A CPU's products of few rows read bfloat16 as the float32 numbers that they are.
+    widens = (compute.kernels.platform, compute.dtype, compute.param_dtype) == ("cpu", "float32", "bfloat16")
+    widens = widens and mesh.size == 1
 
     def make(path, leaf, axes):
         if isinstance(leaf, BlockScaled):
@@ -75,7 +81,10 @@ def sampling_weights(
             as_it_is = _named(path, READ_BY_HEAD) or (mesh.size > 1 and "experts" not in axes)
             laid = leaf if as_it_is else laid_out(leaf, compute.kernels)
             return dataclasses.replace(laid, scales=jnp.copy(laid.scales))
-        leaf = jnp.copy(leaf) if _named(path, READ_IN_FLOAT32) else jnp.copy(leaf).astype(compute.dtype)
+        as_it_is = _named(path, READ_IN_FLOAT32) or (
+            widens and "experts" not in axes and not _named(path, READ_BY_HEAD)
+        )
+        leaf = jnp.copy(leaf) if as_it_is else jnp.copy(leaf).astype(compute.dtype)
         return jax.lax.with_sharding_constraint(leaf, named_sharding(mesh, axes, leaf.shape, compute.rules))
 
     is_leaf = lambda leaf: isinstance(leaf, BlockScaled)  # noqa: E731
@@ -98,11 +107,12 @@ def with_copies(
 
 
 def random_weights(
-    config: ModelConfig, compute: ComputeConfig, mesh: Mesh, seed: int = 0
+    config: ModelConfig, compute: ComputeConfig, mesh: Mesh, seed: int = 0, *, mtp: bool = False
 ) -> tuple[dict[str, Any], jax.Array | None]:
     """What ``sampling_weights`` makes, drawn where it lies instead of made from a model, for measurements: no second
     copy, nothing in float32 but what is read so. The same widths as fresh weights, other numbers. With ``param_dtype``
     float8_e4m3 the matrices that V3's checkpoints have in FP8 are, with int8 and int4 those that become so."""
+    config = config if mtp else sampling_config(config)
     shapes, bias = _shapes(config, compute, mesh)
     keys = iter(jax.random.split(jax.random.key(seed, impl="rbg"), len(jax.tree.leaves(shapes))))
 
@@ -125,6 +135,7 @@ def random_weights(
 def abstract_weights(config: ModelConfig, compute: ComputeConfig, mesh: Mesh) -> tuple[dict[str, Any], Any]:
     """What ``sampling_weights`` makes of weights in bfloat16 or float32, as shapes, dtypes and shardings."""
     assert compute.param_dtype in ("float32", "bfloat16"), "where the parts of others lie depends on their kernels"
+    config = sampling_config(config)
     shapes, bias = _shapes(config, compute, mesh)
     place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)  # noqa: E731
     axes = lambda leaf, axes: place(leaf, named_sharding(mesh, axes, leaf.shape, compute.rules))  # noqa: E731
@@ -133,7 +144,8 @@ def abstract_weights(config: ModelConfig, compute: ComputeConfig, mesh: Mesh) ->
 
 
 def _shapes(config: ModelConfig, compute: ComputeConfig, mesh: Mesh) -> tuple[dict[str, Any], Any]:
-    """Shapes and dtypes of what ``sampling_weights`` makes; FP8 or integers where ``param_dtype`` says so."""
+    """Shapes and dtypes of what ``sampling_weights`` makes of all of ``config``; FP8 or integers where ``param_dtype``
+    says so."""
     scaled, integers, dtypes = {}, Integers.named(compute.param_dtype), (FP8, jnp.float32)
     if compute.param_dtype == "float8_e4m3":
         scaled = {tensor.path: tensor.groups for tensor in hf_tensors(config) if tensor.quantised}
@@ -148,7 +160,7 @@ def _shapes(config: ModelConfig, compute: ComputeConfig, mesh: Mesh) -> tuple[di
         return BlockScaled(jax.ShapeDtypeStruct(leaf.shape, dtypes[0]), scales, groups)
 
     params, bias = transformer.abstract_arrays(config, dataclasses.replace(compute, param_dtype="bfloat16"))
-    make = functools.partial(sampling_weights, config=config, compute=compute, mesh=mesh)
+    make = functools.partial(sampling_weights, config=config, compute=compute, mesh=mesh, mtp=True)
     return jax.eval_shape(make, jax.tree_util.tree_map_with_path(kept, params), bias)
 
 
@@ -179,8 +191,8 @@ def _named(path, names: tuple[str, ...]) -> bool:
 
 
 def _axes(config: ModelConfig, compute: ComputeConfig) -> dict[str, Any]:
-    """Logical axes of ``sampling_weights``' result."""
-    axes = {name: tree for name, tree in transformer.logical_axes(config).items() if name != "mtp"}
+    """Logical axes of ``sampling_weights``' result for all of ``config``."""
+    axes = transformer.logical_axes(config)
     if compute.scan_decode:
         return axes
     layers = []

@@ -1,7 +1,11 @@
 """What a network costs, from its shapes alone: parameters and arithmetic."""
 
-import jax
+import dataclasses
 
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model import transformer
 
@@ -44,3 +48,19 @@ def attention_flops(config: ModelConfig, context: int, *, absorbed: bool = False
     else:
         width = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
     return 2 * config.num_hidden_layers * config.num_attention_heads * context * width
+
+
+def bytes_of_step(config: ModelConfig, compute: ComputeConfig, rows: int, context: float) -> float:
+    """That a step of decoding must read: the main model's weights, of routed experts those that any of ``rows`` rows
+    chooses where all are as likely, ``E (1 - (1 - K/E)^rows)``, and the rows' cache of ``context`` tokens each; all of
+    them in ``compute.dtype``."""
+    counted = count_parameters(dataclasses.replace(config, num_nextn_predict_layers=0))
+    numbers = counted["parameters_total"] - (
+        0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    )
+    if experts := config.num_moe_layers and config.n_routed_experts:
+        one = 3 * config.hidden_size * config.moe_intermediate_size
+        idle = (1 - config.num_experts_per_tok / experts) ** rows
+        numbers -= config.num_moe_layers * experts * one * idle
+    numbers += rows * context * config.cache_numbers_per_token_layer * config.num_hidden_layers
+    return numbers * jnp.dtype(compute.dtype).itemsize

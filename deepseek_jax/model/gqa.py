@@ -14,7 +14,8 @@ from deepseek_jax.model.fresh import Source
 from deepseek_jax.model.layers import biased, param, zeros
 from deepseek_jax.model.rope import rotate, softmax_scale
 from deepseek_jax.parallel.context import Balanced, per_row_and_head
-from deepseek_kernels import Visible, gqa_attention, product
+from deepseek_kernels import Visible, gqa_attention, gqa_decode, product
+from deepseek_kernels.target import devices
 
 
 class GQA(nnx.Module):
@@ -56,14 +57,20 @@ class GQA(nnx.Module):
             q_BSHN, kv = biased(q_BSHN, self.q_bias[...]), biased(kv, self.kv_bias[...])
         q_BSHN = rotate(q_BSHN, rope, interleave=config.rope_interleave)
         k_BTGN, v_BTGN = rotate(kv[:, :, 0], rope, interleave=config.rope_interleave), kv[:, :, 1]
+        kernel: dict[str, Any] = {"target": compute.kernels, "scale": softmax_scale(config)}
         if memory is not None:
             entry = jnp.stack([k_BTGN, v_BTGN], axis=2)
             memory, kept = memory.write(entry.reshape(*entry.shape[:2], -1))
+            if absorbed and devices() == 1:
+                name = compute.decode_attention
+                with jax.named_scope("attend"):
+                    groups = config.num_key_value_heads
+                    out = gqa_decode(q_BSHN, kept, visible, groups=groups, implementation=name, **kernel)
+                return product("bshn,hnd->bsd", out, self.o[...], **options), memory
             kept = kept.astype(q_BSHN.dtype)  # which takes a layer out of its stack
             k_BTGN, v_BTGN = jnp.moveaxis(kept.reshape(*kept.shape[:2], *entry.shape[2:]), 2, 0)
         with jax.named_scope("attend"):
             name = compute.decode_attention if absorbed else compute.attention
-            kernel = {"target": compute.kernels, "implementation": name}
-            attend = functools.partial(gqa_attention, scale=softmax_scale(config), **kernel)
+            attend = functools.partial(gqa_attention, implementation=name, **kernel)
             out: jax.Array = per_row_and_head(attend, compute.rules, (q_BSHN, k_BTGN, v_BTGN), visible)
         return product("bshn,hnd->bsd", out, self.o[...], **options), memory

@@ -222,8 +222,8 @@ class Transformer(nnx.Module):
                 x_BSD, router, memory = self._scanned(part, x_BSD, context, (bias, memory, chosen), absorbed)
             else:
                 bias_E, chosen_BSK = (None if x is None else x[0] for x in (bias, chosen))
-                options = {"memory": memory, "chosen_BSK": chosen_BSK, "absorbed": absorbed}
-                x_BSD, router, memory = layers(x_BSD, context, bias_E, **options)
+                graph, state = nnx.split(layers)
+                x_BSD, router, memory = _one(graph, absorbed, state, x_BSD, context, bias_E, memory, chosen_BSK)
                 router = jax.tree.map(lambda leaf: leaf[None], router)
             kept.append(memory)
             stats.append(router)
@@ -264,8 +264,10 @@ class Transformer(nnx.Module):
     def logits(self, hidden_BSD: Float[Array, "*B D"]) -> Float[Array, "*B W"]:
         """float32, summed in float32."""
         with jax.named_scope("head"):
-            target = self.compute.kernels
-            return product("...d,dw->...w", hidden_BSD, self.head_weight(), dtype=jnp.float32, target=target)
+            options: dict[str, Any] = {"dtype": jnp.float32, "target": self.compute.kernels}
+            if self.head is None and self.config.tie_word_embeddings:
+                return product("...d,wd->...w", hidden_BSD, self.embed[...], **options)
+            return product("...d,dw->...w", hidden_BSD, self.head_weight(), **options)
 
     def scores(self, hidden_BSD: Float[Array, "*B D"]) -> Float[Array, "*B X"]:
         """The X=num_labels numbers of each position, float32, summed in float32."""
@@ -305,6 +307,13 @@ class Transformer(nnx.Module):
         body = rematerialised(layer, self.compute.remat, looped=count_layers(state) > unroll)
         (x_BSD, memories), router = jax.lax.scan(body, (x_BSD, memories), (weights, bias, chosen), unroll=unroll)
         return x_BSD, router, memories
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _one(graph, absorbed, state, x_BSD, context, bias_E, memory, chosen_BSK):
+    """A layer by itself, which is traced once for all that are alike."""
+    layer: Block = nnx.merge(graph, state)
+    return layer(x_BSD, context, bias_E, memory=memory, chosen_BSK=chosen_BSK, absorbed=absorbed)
 
 
 def _in(order: RowOrder, context: Context) -> Context:

@@ -25,7 +25,9 @@ def place(
         ("places for experts", places, devices, "devices"),
     ):
         if parts < 1 or total % parts:
-            raise ValueError(f"{total} {what} cannot be dealt to {parts} {by}, as many to each")
+            near = min((n for n in range(1, total + 1) if total % n == 0), key=lambda n: abs(n - parts))
+            could = f"{-(-total // parts) * parts} can" if by == "devices" and parts > 0 else f"to {near} they can"
+            raise ValueError(f"{total} {what} cannot be dealt to {parts} {by}, as many to each; {could}")
     if places < experts:
         raise ValueError(f"{places} places are too few for {experts} experts")
     return np.array([_place(load_E, places, devices, nodes, groups) for load_E in np.asarray(load_LE, np.float64)])

@@ -219,7 +219,8 @@ def by_rows(x: jax.Array, rules: ShardingRules, platform: str) -> jax.Array:
     comes first, and has cuBLAS write rows of tokens as columns: what adds these to others reads single numbers."""
     if platform != "cuda" or not split_by(rules.embed):
         return x
-    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+    axes: Axes = ("batch", "sequence", None)  # each device its own: the compiler would gather all for a layout
+    return per_device(lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim)))), rules, (x,), (axes,), axes)
 
 
 def check_axes(sizes: Mapping[str, int], axis: str | None, split: Sequence[str]) -> None:

@@ -79,13 +79,8 @@ def _sampled(
     experts: bool,
     filled: int = 0,
 ) -> Generated:
-    prompts = [question.prompt for question in asked]
-    if jax.process_count() == 1:  # of several others' prompts count from behind these, and one may have none
-        filling = max(filled - len(asked), 0)
-        prompts += [asked[0].prompt] * filling
-        if not isinstance(how, SamplingParams):
-            how = [*how, *[dataclasses.replace(how[0], max_tokens=1)] * filling]
-    return engine.generate_ids(prompts, how, key, experts=experts)
+    more = {"filled": filled} if filled and jax.process_count() == 1 else {}
+    return engine.generate_ids([question.prompt for question in asked], how, key, experts=experts, **more)
 
 
 def tool_metrics(answers: Sequence[About]) -> dict[str, float]:

@@ -63,7 +63,7 @@ class Rollouts:
         positions = model.config.max_position_embeddings
         options: dict[str, Any] = {"positions": positions, "multiple": multiple, "minibatches": minibatches}
         self.sampler = Sampler(task, grader, loader, config, seed=seed, **options)
-        self.engines = [Engine(model) for _ in range(max(config.staleness, 1))]
+        self.engines = [Engine(model, at_once=config.slots) for _ in range(max(config.staleness, 1))]
         self._ahead = Ahead(self.sampler.make, self.engines, steps=steps) if config.staleness else None
         self._position: dict[str, Any] | None = None  # of the loader, behind the newest batch that was given
         self.quiet_steps = 0

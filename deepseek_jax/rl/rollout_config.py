@@ -52,6 +52,9 @@ class RolloutConfig:
     pack: int = 0
     """Tokens of a row that holds several prompts and answers, whose attention is kept apart; 0: one each. The longest
     prompt and max_tokens must fit."""
+    slots: int = 0
+    """Answers that are sampled at a time, over all devices, the next where another has ended: none waits for the
+    longest, as long as there are others. 0: all of a step together, in one program."""
     staleness: int = 0
     """Sample and grade in a thread beside the training, by a policy that is so many updates old: what grading takes is
     hidden, at the cost of as many copies of the weights. It needs loss.tis_cap. 0: each step samples first."""
@@ -66,6 +69,12 @@ class RolloutConfig:
         check_least(self, 2, "group")
         if self.overlong_buffer > self.max_tokens:
             raise ValueError(f"overlong_buffer={self.overlong_buffer}: is more than max_tokens={self.max_tokens}")
+        for name in ("replay_routing", "staleness"):
+            if self.slots and getattr(self, name):
+                raise ValueError(
+                    f"slots={self.slots} with {name}={getattr(self, name)}: that takes answers that are all sampled "
+                    "together; expected slots=0"
+                )
         if not self.temperature:
             raise ValueError(f"temperature={self.temperature}: rollouts are sampled, so it must be positive")
 

@@ -11,22 +11,19 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from deepseek_jax.inference.abstract import serving
 from deepseek_jax.model.costs import attention_flops, forward_flops
-from deepseek_jax.model.transformer import logical_axes
 from deepseek_jax.parallel.exchange import check_exchange
 from deepseek_jax.parallel.hlo import Module, shape_bytes
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.roofline import Estimate, estimate, short
-from deepseek_jax.parallel.sharding import state_sharding
 from deepseek_jax.parallel.topology import OPTIONS, Links, Topology
 from deepseek_jax.saying import doing
-from deepseek_jax.train.state import TrainState
+from deepseek_jax.workflows.abstract import Work, abstract
 from deepseek_jax.workflows.pretrain import PretrainConfig
-from deepseek_jax.workflows.stage import abstract_step
+from deepseek_jax.workflows.scheduled import scheduled
 from deepseek_kernels import tpu
 
-Work = Literal["train", "prefill", "decode"]
+Until = Literal["compiled", "scheduled"]
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -55,6 +52,7 @@ class Found:
     """Of a device's tokens: three times the forward pass, or one; none done again. MTP is left out."""
     estimate: Estimate | None = None
     compile_seconds: float = 0.0
+    until: str = "compiled"
     text: str = dataclasses.field(default="", repr=False)
 
     @property
@@ -64,14 +62,19 @@ class Found:
         return None if self.estimate is None else self.model_flops / self.estimate.seconds / chip.flops
 
 
-def compile_for(recipe: PretrainConfig, topology: Topology, work: Work = "train", columns: int = 0) -> Found:
+def compile_for(
+    recipe: PretrainConfig, topology: Topology, work: Work = "train", columns: int = 0, until: Until = "compiled"
+) -> Found:
     """Compile the recipe's train step, or what serving does up to each answer's first token or for one more of each,
     for ``topology``. Nothing of that machine need be here, and no array is made.
 
     columns: tokens of a row, instead of the recipe's ``data.seq_len``; in decoding those before the new one.
+    until: stop where a TPU's compiler has the program's schedule and memory, of which all figures are.
 
     Raises ValueError where the recipe's layout is not legal, and what ``Topology.devices`` does.
     """
+    if until == "scheduled" and topology.platform != "tpu":
+        raise ValueError(f"until=scheduled with topology={topology}: a TPU's compiler alone is stopped there")
     columns = columns or recipe.data.seq_len
     mesh = make_mesh(recipe.mesh, topology.devices())
     tokens = recipe.batch_size * (1 if work == "decode" else columns)
@@ -80,32 +83,29 @@ def compile_for(recipe: PretrainConfig, topology: Topology, work: Work = "train"
         "tokens": tokens,
         "available": int(_room(topology)),
         "model_flops": _model_flops(recipe, work, columns, mesh),
+        "until": until,
     }
     with doing(f"tracing for {topology}"), jax.set_mesh(mesh):
-        if work == "train":
-            built = abstract_step(recipe, recipe.model, recipe.loss, mesh, columns)
-            memory = {"parameters": _bytes(built.state.params), "optimiser state": _bytes(built.state)}
-            memory["optimiser state"] -= memory["parameters"]
-            memory |= {"batch": _bytes(built.batch), "gradients": _bytes(gradients(recipe, built.state, mesh))}
-            facts |= _state(built.state)
-            if least := _too_much(memory, recipe.compute.dtype, facts["available"]):
-                return Found(**facts, memory=least, fits=False, refusal="its shapes alone do not fit, so not compiled")
-            lowered = built.step.lower(built.state, built.batch)
-        else:
-            compute, rows = recipe.compute, recipe.batch_size
-            lowered, weights, cache = serving(recipe.model, compute, mesh, rows, columns, work)
-            memory = {"parameters": _bytes(weights), "cache": _bytes(cache)}
+        shapes = abstract(recipe, mesh, work, columns)
+        memory = dict(shapes.memory)
+        facts |= {"parameters": shapes.parameters, "state_bytes": shapes.state_bytes}
+        if work == "train" and (least := _too_much(memory, recipe.compute.dtype, facts["available"])):
+            return Found(**facts, memory=least, fits=False, refusal="its shapes alone do not fit, so not compiled")
+        lowered = shapes.lower() if until == "compiled" else None
     began = time.perf_counter()
     try:
         with doing(f"compiling for {topology}"):
-            compiled = lowered.compile(compiler_options=OPTIONS[topology.platform] or None)
+            if lowered is None:
+                text, total = scheduled(recipe, topology, work, columns)
+            else:
+                compiled = lowered.compile(compiler_options=OPTIONS[topology.platform] or None)
+                text, total = compiled.as_text(), _peak(compiled, topology.platform)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         seconds = time.perf_counter() - began
         return Found(**facts | _refused(str(error), memory), fits=False, compile_seconds=seconds)
     facts["compile_seconds"] = time.perf_counter() - began
-    total, text = _peak(compiled, topology.platform), compiled.as_text()
     assert text
     if topology.platform == "tpu":  # it was taken, so it fits; what is said to live at once is a little above that
         total = min(total, facts["available"])
@@ -121,32 +121,12 @@ def compile_for(recipe: PretrainConfig, topology: Topology, work: Work = "train"
     return Found(**facts, memory=memory, fits=fits, largest=largest, estimate=found, text=text)
 
 
-def gradients(recipe: PretrainConfig, state: TrainState, mesh: Mesh) -> Any:
-    """Of all parameters, as shapes: in float32, where the optimizer's state lies."""
-    where = lambda leaf, axes: state_sharding(mesh, axes, leaf.shape, recipe.compute.rules)  # noqa: E731
-    place = lambda leaf, axes: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where(leaf, axes))  # noqa: E731
-    return jax.tree.map(place, state.params, logical_axes(recipe.model))
-
-
-def _state(state: TrainState) -> dict[str, Any]:
-    """How many parameters there are, and what is kept of each, wherever it lies."""
-    leaves = jax.tree.leaves
-    count = sum(leaf.size for leaf in leaves(state.params))
-    return {"parameters": count, "state_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in leaves(state)) / count}
-
-
 def _too_much(memory: dict[str, int], dtype: str, room: int) -> dict[str, int]:
     """What no compiler brings below ``room``, or nothing: the state, and gradients in ``dtype``, which are all there
     before the first of them is used, since their norm is taken."""
     least = memory | {"gradients": memory["gradients"] * jnp.dtype(dtype).itemsize // 4}
     total = sum(least.values())
     return least | {"total": total} if total > room else {}
-
-
-def _bytes(tree: Any) -> int:
-    """What a device holds of arrays that are shapes and shardings."""
-    local = lambda leaf: math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize  # noqa: E731
-    return sum(map(local, jax.tree.leaves(tree)))
 
 
 def _room(topology: Topology) -> float:

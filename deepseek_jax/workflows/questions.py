@@ -9,7 +9,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from decimal import Decimal
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -50,6 +50,9 @@ class Asking:
     """The first so many questions of each task; 0: all."""
     seed: int = 0
     """Of the draws."""
+    batching: Literal["together", "continuous"] = "together"
+    """Whether an answer that has ended waits for the others of its batch, or the next begins in its place. The last
+    digits may differ, and so now and then a word; tasks with tools take turns together in either."""
     skip_unusable: bool = False
     """Leave out rows that the task cannot ask or grade, and count them, where the first is an error else."""
 
@@ -60,7 +63,12 @@ class Asking:
         if self.samples > 1 and not self.temperature:
             raise ValueError(f"samples={self.samples}, temperature=0: greedy answers are all the same, so ask once")
 
+    def engine(self, model: Model, batch_size: int) -> Engine:
+        """What answers."""
+        return Engine(model, at_once=batch_size if self.batching == "continuous" else 0)
 
+
+_BATCHES = 16  # that are asked at a time, and kept together, where answers do not wait for each other
 _OF_QUESTIONS = ("samples", "count", "skip_unusable")  # what is asked; an answer depends on none of them
 
 
@@ -110,9 +118,10 @@ class Answers:
             write_whole(path, "".join(map(_line, known)))  # without the half line that a kill may have left
         file = (path if first else Path(os.devnull)).open("a", encoding="utf-8")
         with doing(f"{self.name}: {len(missing):,} answers") as tell, file:
-            for start in range(0, len(missing), batch_size):
+            size = batch_size * (_BATCHES if self.asking.batching == "continuous" else 1)
+            for start in range(0, len(missing), size):
                 tell(f"{start:,} of {len(missing):,}")
-                part = missing[start : start + batch_size]
+                part = missing[start : start + size]
                 for key, line in zip(part, self._asked(engine, part, batch_size), strict=True):
                     done[key] = line
                     file.write(_line(line))
@@ -191,7 +200,7 @@ def ask_questions(
     settings = asked_how(model, asking)
     folder = Path(folder or f"runs/eval/{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]}")
     claim(folder, settings, "--out")
-    engine, found = Engine(model), {}
+    engine, found = asking.engine(model, batch_size), {}
     for answers in tasks:
         lines = answers.complete(engine, folder, batch_size)
         found[answers.name] = figures(lines, asking.samples, votes=answers.task.said is not None)
@@ -208,6 +217,8 @@ def asked_how(model: Model, asking: Asking) -> dict[str, Any]:
     template, how = own_template(model.text), dataclasses.asdict(asking)
     by = {} if template is None else {"chat_template": hashlib.sha256(template.source.encode()).hexdigest()[:12]}
     how = {name: value for name, value in how.items() if name not in _OF_QUESTIONS}
+    if asking.batching == "together":  # as of folders that are older than the choice
+        del how["batching"]
     return {"model": identity(model), **by, "compute": _arithmetic(model.compute), **how}
 
 

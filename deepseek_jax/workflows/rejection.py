@@ -18,7 +18,6 @@ from deepseek_jax.checkpoint.finding import described
 from deepseek_jax.checkpoint.model import load
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.files import read_json_object, write_whole
-from deepseek_jax.inference.engine import Engine
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
 from deepseek_jax.parallel.processes import first_host_alone, gather, own_part
 from deepseek_jax.rl.grader import Grader
@@ -150,7 +149,7 @@ def _asked(config: RejectionConfig, answers: Answers, asking: Asking) -> list[di
         options: dict[str, Any] = {"compute": config.compute, "mesh": make_mesh(config.mesh)}
         model = load(config.init_from, **options, ignore_config=config.ignore_config).asked_by(config.chat_template)
     claim(Path(config.run_dir), asked_how(model, asking), "run_dir")
-    return answers.complete(Engine(model), Path(config.run_dir), config.batch_size)
+    return answers.complete(asking.engine(model, config.batch_size), Path(config.run_dir), config.batch_size)
 
 
 def _sampled(config: RejectionConfig, answers: Answers, lines: Sequence[dict[str, Any]]) -> list[Sampled]:

@@ -1,6 +1,6 @@
 """Kernels as functions of arrays, each beside its plain-``jnp`` reference. Imports jax alone."""
 
-from deepseek_kernels.attention import attention_reference, gqa_attention, mla_attention, mla_decode
+from deepseek_kernels.attention import attention_reference, gqa_attention, gqa_decode, mla_attention, mla_decode
 from deepseek_kernels.block_fp8 import BlockScaled, dequantise, dequantise_reference, quantise
 from deepseek_kernels.cached import FP8Entries, quantise_entries, write_entries
 from deepseek_kernels.fp8_matmul import fp8_matmul
@@ -28,6 +28,7 @@ __all__ = [
     "dequantise_reference",
     "fp8_matmul",
     "gqa_attention",
+    "gqa_decode",
     "grouped_matmul",
     "grouped_matmul_reference",
     "look_up",

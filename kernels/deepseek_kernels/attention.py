@@ -20,6 +20,7 @@ from deepseek_kernels import (
     attention_hopper,
     attention_packed,
     attention_splash,
+    cpu_few,
     decode_hopper,
     decode_tpu,
 )
@@ -28,7 +29,7 @@ from deepseek_kernels.kept import kept
 from deepseek_kernels.registry import choose
 from deepseek_kernels.target import Target, devices
 from deepseek_kernels.visible import Visible
-from deepseek_kernels.weights import InStack
+from deepseek_kernels.weights import InStack, stack_and_layer
 
 
 def mla_attention(
@@ -93,6 +94,8 @@ def gqa_attention(
     visible.check(B, S, T)
     target = target or Target.here()
     name = _choose("gqa_attention", (q_BSHN, k_BTGN, v_BTGV), N, V, visible, target, implementation, H // G)
+    if name == "hopper":
+        return attention_hopper.grouped(q_BSHN, k_BTGN, v_BTGV, visible, scale)
     return _attend(name, q_BSHN, k_BTGN, v_BTGV, visible, scale, target)
 
 
@@ -124,7 +127,7 @@ def mla_decode(
     Raises:
       ValueError: shapes or dtypes that do not fit, or an implementation that cannot run on the target.
     """
-    (B, S, _, W), (rows, size, _), pages_BJ = q_BSHW.shape, cache.shape, visible.pages_BJ
+    (B, _, _, W), rows, pages_BJ = q_BSHW.shape, cache.shape[0], visible.pages_BJ
     fp8 = isinstance(cache.stack if isinstance(cache, InStack) else cache, FP8Entries)
     latent = (cache.stack if isinstance(cache, InStack) else cache).values.shape[-1] if fp8 else values
     if cache.shape[-1] != W or (pages_BJ is None and rows != B) or not 0 < values <= W or latent != values:
@@ -132,21 +135,10 @@ def mla_decode(
             f"q {q_BSHW.shape}, cache {cache.shape}{f' with {latent} in FP8' if fp8 else ''}, values={values}: "
             f"expected (B, S, H, W), {'(B, T, W)' if pages_BJ is None else '(P, N, W)'}, {'those' if fp8 else '1…W'}"
         )
-    T = size
-    if pages_BJ is not None:
-        if pages_BJ.ndim != 2 or len(pages_BJ) != B:
-            raise ValueError(f"visible.pages_BJ {pages_BJ.shape}: expected ({B}, J)")
-        T *= pages_BJ.shape[1]
-    visible.check(B, S, T, paged=True)
-    target = target or Target.here()
-    facts = {
-        "queries": S,
-        "keys": T,
-        "by_column": visible.by_column,
-        "page": 0 if pages_BJ is None else size,
-        "fp8": fp8,
-    }
+    target, facts = target or Target.here(), _facts_of_cache(q_BSHW, cache, visible)
     name = _named("mla_decode", (q_BSHW,) if fp8 else (q_BSHW, cache), W, values, target, implementation, **facts)
+    if name == "c":
+        return _c_paged(q_BSHW, cache, visible, scale, groups=1, values=values, first=0)
     if name in ("hopper", "tpu"):
         if not isinstance(cache, InStack):
             cache = InStack(jax.tree.map(lambda leaf: leaf[None], cache), 0)
@@ -158,6 +150,59 @@ def mla_decode(
     visible = dataclasses.replace(visible, pages_BJ=None)
     # The rotated keys ride along as values and are dropped: cheaper than a copy of the cache without them.
     return _attend(name, q_BSHW, entry_BT1W, entry_BT1W, visible, scale, target)[..., :values]
+
+
+def gqa_decode(
+    q_BSHN: Float[Array, "B S H N"],
+    cache: jax.Array | InStack,
+    visible: Visible,
+    scale: float,
+    *,
+    groups: int,
+    target: Target | None = None,
+    implementation: str = "auto",
+) -> Float[Array, "B S H N"]:
+    """Grouped-query attention over what a cache keeps of each token, ``[k of G groups | v of G groups]``: an array
+    (B, T, 2·G·N), pages with ``visible.pages_BJ``, or a layer of a stack of either, as ``mla_decode`` has them.
+
+    implementation: ``c``, which reads it where it lies; ``rows`` or one of ``gqa_attention``'s, of a copy.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit, or an implementation that cannot run on the target.
+    """
+    H, N = q_BSHN.shape[2:]
+    if cache.shape[-1] != 2 * groups * N or H % groups:
+        raise ValueError(f"q {q_BSHN.shape}, cache {cache.shape}: expected entries of 2·{groups}·N, H a multiple of it")
+    target, facts = target or Target.here(), _facts_of_cache(q_BSHN, cache, visible)
+    named = implementation if implementation in ("auto", "c") else "rows"
+    name = choose("gqa_decode", target, q_BSHN.dtype, implementation=named, key_width=N, value_width=N, **facts).name
+    if name == "c" and cache.dtype == q_BSHN.dtype:
+        return _c_paged(q_BSHN, cache, visible, scale, groups=groups, values=N, first=groups * N)
+    rows_BTW = side_by_side(cache, visible.pages_BJ, q_BSHN.dtype)
+    k_BTGN, v_BTGN = jnp.moveaxis(rows_BTW.reshape(*rows_BTW.shape[:2], 2, groups, N), 2, 0)
+    visible = dataclasses.replace(visible, pages_BJ=None)
+    how = "auto" if implementation in ("c", "rows") else implementation
+    return gqa_attention(q_BSHN, k_BTGN, v_BTGN, visible, scale, target=target, implementation=how)
+
+
+def _facts_of_cache(q, cache, visible: Visible) -> dict[str, Any]:
+    """Of queries over entries in rows or pages. ValueError where they do not fit."""
+    (B, S), T, pages_BJ = q.shape[:2], cache.shape[1], visible.pages_BJ
+    if pages_BJ is not None:
+        if pages_BJ.ndim != 2 or len(pages_BJ) != B:
+            raise ValueError(f"visible.pages_BJ {pages_BJ.shape}: expected ({B}, J)")
+        T *= pages_BJ.shape[1]
+    visible.check(B, S, T, paged=True)
+    fp8 = isinstance(cache.stack if isinstance(cache, InStack) else cache, FP8Entries)
+    page = 0 if pages_BJ is None else cache.shape[1]
+    return {"queries": S, "keys": T, "by_column": visible.by_column, "page": page, "fp8": fp8, "devices": devices()}
+
+
+def _c_paged(q, cache, visible: Visible, scale, **options: Any) -> Any:
+    (B, S), (stack, layer) = q.shape[:2], stack_and_layer(cache)
+    table_BJ = jnp.arange(B)[:, None] if visible.pages_BJ is None else visible.pages_BJ
+    limits_BS = visible.limits(B, S, table_BJ.shape[1] * cache.shape[1])
+    return cpu_few.attend(q, stack, layer, table_BJ, limits_BS, scale, **options)
 
 
 def attention_reference(q_BSHK, k_BTGK, v_BTGV, visible, scale):

@@ -1,7 +1,9 @@
 // The CPU's kernels in float32 as XLA calls them: grouped matrix products, routed experts and attention, each forward and
-// backward, and forward alone products with integers. `cpu.py` compiles this file, and with it the headers, for the processor that it runs on.
+// backward, what decoding does, and forward alone products with integers. `cpu.py` compiles this file, and with it the
+// headers, for the processor that it runs on.
 #include "cpu_attention.h"
 #include "cpu_experts.h"
+#include "cpu_few.h"
 #include "cpu_grouped.h"
 #include "cpu_integers.h"
 
@@ -59,6 +61,27 @@ static Experts experts_of(XLA_FFI_CallFrame *frame) {
                    .T = choices[0], .K = choices[1], .E = wo[0], .F = wo[1], .D = wo[2]};
 }
 
+// x, a stack of weights, which of them; the weight is (K N), or (N K) where it lies `across`.
+static Few few_of(XLA_FFI_CallFrame *frame, int across) {
+  XLA_FFI_Buffer *x = in(frame, 0), *w = in(frame, 1);
+  Few f = {.x = x->data, .out = result(frame, 0), .R = x->dims[0], .K = x->dims[1], .N = w->dims[across ? 1 : 2]};
+  f.bytes = w->dtype == XLA_FFI_DataType_BF16 ? 2 : 4;
+  f.w = (const char *)w->data + *(int32_t *)in(frame, 2)->data * f.K * f.N * f.bytes;
+  return f;
+}
+
+// Queries, a stack of pages, which of them, the rows' tables, who sees how many; (G V first); the scale.
+static Paged paged_of(XLA_FFI_CallFrame *frame) {
+  int64_t *q = in(frame, 0)->dims, *pages = in(frame, 1)->dims;
+  int32_t *sizes = in(frame, 5)->data;
+  Paged a = {.q = in(frame, 0)->data, .table = in(frame, 3)->data, .limits = in(frame, 4)->data,
+             .out = result(frame, 0), .scale = *(float *)in(frame, 6)->data, .B = q[0], .S = q[1], .H = q[2], .K = q[3],
+             .P = pages[1], .N = pages[2], .W = pages[3], .J = in(frame, 3)->dims[1],
+             .G = sizes[0], .V = sizes[1], .first = sizes[2]};
+  a.pages = (const float *)in(frame, 1)->data + *(int32_t *)in(frame, 2)->data * a.P * a.N * a.W;
+  return a;
+}
+
 // x, w, scales, sizes, and (terms of a group, the first of w's matrices, bits).
 static Integers integers_of(XLA_FFI_CallFrame *frame) {
   int64_t *x = in(frame, 0)->dims, *w = in(frame, 1)->dims, *scales = in(frame, 2)->dims;
@@ -91,3 +114,6 @@ HANDLER(deepseek_attention_forward, Attention a = attention_of(frame); a.out = r
         a.log_sum = result(frame, 1); run_attention(frame, &a, attention_forward))
 HANDLER(deepseek_attention_backward, Attention a = attention_of(frame); attention_results(frame, &a);
         run_attention(frame, &a, attention_backward))
+HANDLER(deepseek_few_along, Few f = few_of(frame, 0); run_few(frame, &f, 0))
+HANDLER(deepseek_few_across, Few f = few_of(frame, 1); run_few(frame, &f, 1))
+HANDLER(deepseek_paged, Paged a = paged_of(frame); run_paged(frame, &a))

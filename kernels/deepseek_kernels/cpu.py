@@ -33,6 +33,9 @@ TARGETS = (
     "integers_forward",
     "attention_forward",
     "attention_backward",
+    "few_along",
+    "few_across",
+    "paged",
 )
 
 

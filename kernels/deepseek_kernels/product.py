@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from deepseek_kernels import cpu, hopper_by_head, hopper_few
+from deepseek_kernels import cpu, cpu_few, hopper_by_head, hopper_few
 from deepseek_kernels.fp8_matmul import fp8_matmul
 from deepseek_kernels.fp8_on_hopper import facts as fp8_facts
 from deepseek_kernels.integers import in_integers
@@ -48,8 +48,8 @@ def product(
     Args:
       w: an array of any dtype, a BlockScaled, an InStack or Columns. The first and stacks of the first have gradients.
       precision: of this product and of its gradients', as in ``jnp.einsum``.
-      implementation: ``hopper``, a kernel for few rows; ``hopper_by_head``, one where each head has a matrix; ``dot``;
-        ``c``, a dot with the weight's gradient by a kernel.
+      implementation: ``hopper`` and ``c_few``, kernels for few rows; ``hopper_by_head``, one where each head has a
+        matrix; ``dot``; ``c``, a dot with the weight's gradient by a kernel.
       fp8: of a product with a matrix in FP8 or integers, in x's dtype and without a precision, see ``fp8_matmul``.
 
     Raises:
@@ -65,6 +65,10 @@ def product(
     elif form.by_head and as_x and as_it_lies(whole := _whole(w), x.dtype):
         sizes = math.prod(x.shape[: len(form.rows) - 1]), x.shape[-1], w.shape[form.w.index(form.new)]
         facts |= {"rows": sizes[0], "head_widths": sizes[1:], "columns": (_first(w), whole.shape[-1])}
+    stored = jnp.dtype(getattr(w, "dtype", x.dtype))
+    if form.one_matrix and (form.plain or form.transposed) and as_x and as_it_lies(w, stored):
+        sizes = [math.prod(x.shape[: len(form.rows)]), math.prod(x.shape[len(form.rows) :])]
+        facts["lying"] = sizes[0], (sizes[1], math.prod(w.shape) // max(sizes[1], 1)), stored
     in_fp8 = scaled is not None and form.plain and as_x and len(form.summed) == scaled.groups[0][0]
     facts["weight"] = None if in_fp8 else w  # a copy of it is said, once
     name = choose("product", target, x.dtype, implementation=implementation, **facts).name
@@ -180,6 +184,12 @@ def _product(x, w, form, dtype, precision, name, cores):
         x = x.reshape(math.prod(rows), -1)
         y = hopper_few.dense_product(x, stack.reshape(len(stack), x.shape[1], -1), layer, cores=cores)
         return y.reshape(*rows, *w.shape[len(form.summed) :])
+    if name == "c_few":
+        rows, (stack, layer) = x.shape[: len(form.rows)], stack_and_layer(w)
+        x, across = x.reshape(math.prod(rows), -1), form.transposed
+        widths = (-1, x.shape[1]) if across else (x.shape[1], -1)
+        y = cpu_few.product(x, stack.reshape(len(stack), *widths), layer, across=across)
+        return y.reshape(*rows, *(size for letter, size in zip(form.w, w.shape, strict=True) if letter in form.new))
     wide = None if dtype is None else jnp.promote_types(x.dtype, dtype)
     values = w.astype(x.dtype)
     if form.plain and devices() > 1:

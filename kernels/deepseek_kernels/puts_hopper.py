@@ -44,6 +44,8 @@ def put_rows(
     (ways, rows), (tokens, width) = token_NR.shape, x_TD.shape
     wide, columns = width * x_TD.dtype.itemsize // (2 * _COLUMNS), 2 * _COLUMNS // x_TD.dtype.itemsize
     x, buffer = x_TD.reshape(tokens, wide, columns), jax.lax.empty((ways, rows, wide, columns), x_TD.dtype)
+    # Of x, the buffer is no constant: jax would take one out of what is differentiated in a scan, and refuse the ref.
+    x, buffer = jax.lax.optimization_barrier((x, buffer))
     token_NR += _met(x[0, 0, 0], buffer[0, 0, 0, 0], axis)
     y = jax.new_ref(buffer)
     stages = min(_STAGES, _SHARED // (ROWS * wide * 2 * _COLUMNS))

@@ -16,7 +16,7 @@ from deepseek_kernels import (
     attention_cudnn,
     attention_hopper,
     attention_splash,
-    cpu,
+    cpu_few,
     decode_hopper,
     decode_tpu,
     fp8_on_hopper,
@@ -63,11 +63,7 @@ class Implementation:
 
 
 def _needs_c(target: Target, dtype: Any, **_) -> str:
-    if target.platform != "cpu":
-        return f"it needs a CPU, not {target.platform}"
-    if dtype != jnp.float32:
-        return f"it needs float32, not {dtype.name}"
-    return "" if cpu.available() else "it needs Linux and a C compiler: gcc, or what CC names"
+    return cpu_few.needs_c(target, dtype)
 
 
 def _needs_c_and_one_device(target: Target, dtype: Any, *, devices: int = 1, **_) -> str:
@@ -121,8 +117,9 @@ _BY_PARTS = "integers are dequantised a matrix at a time, there is no kernel for
 
 # The first that is chosen by itself on the platform and does not refuse is taken.
 TABLE: dict[str, tuple[Implementation, ...]] = {
-    # XLA's; with "c" the weight's gradient by the C kernel; Hopper's are of few rows, as decoding has them.
+    # XLA's; with "c" the weight's gradient by the C kernel; "c_few" and Hopper's are of few rows, as decoding has them.
     "product": (
+        Implementation("c_few", ("cpu",), cpu_few.refuses_product, special=True),
         dataclasses.replace(_C, refuses=_needs_c_and_one_device, copies=_dequantises, special=True),
         Implementation("hopper", ("cuda",), hopper_few.refuses_dense, special=True),
         Implementation("hopper_by_head", ("cuda",), hopper_by_head.refuses_by_head, special=True),
@@ -162,12 +159,25 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         _BLOCKWISE,
         _REFERENCE,
     ),
-    "gqa_attention": (_C, _CUDNN, _SPLASH, _BLOCKWISE, _REFERENCE),
+    "gqa_attention": (
+        _C,
+        _CUDNN,
+        Implementation("hopper", ("cuda",), attention_hopper.refuses_grouped),
+        _SPLASH,
+        _BLOCKWISE,
+        _REFERENCE,
+    ),
     "mla_decode": (
         Implementation("hopper", ("cuda",), decode_hopper.refuses),
         Implementation("tpu", ("tpu",), decode_tpu.refuses),
+        Implementation("c", ("cpu",), cpu_few.refuses_paged, special=True),
         dataclasses.replace(_BLOCKWISE, copies=_copies_the_cache),
         _REFERENCE,
+    ),
+    # "rows": gqa_attention over a copy of the rows' entries.
+    "gqa_decode": (
+        Implementation("c", ("cpu",), cpu_few.refuses_paged, special=True),
+        Implementation("rows", copies=_copies_the_cache),
     ),
     # Scores and choice; Hopper's kernels are of few tokens.
     "router": (Implementation("hopper", ("cuda",), router_hopper.refuses, special=True), Implementation("plain")),
@@ -179,11 +189,11 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
 def choose(operation: str, target: Target, dtype: Any, *, implementation: str = "auto", **facts: Any) -> Choice:
     """The implementation of an operation for a target, a dtype and the facts that the operation's rules read.
 
-    facts: of product those of ``hopper_few.refuses_dense`` and of ``hopper_by_head.refuses_by_head``, of grouped_matmul
+    facts: of product those of ``refuses`` in ``cpu_few``, ``hopper_few`` and ``hopper_by_head``, of grouped_matmul
     ``rows, groups, widths``, of both for FP8 ``weight``, of fp8_matmul those of ``fp8_on_hopper.refuses``; of
-    mla_attention and gqa_attention those of ``attention_splash.refuses``, of mla_decode, router and rms_norm those of
-    ``refuses`` in ``decode_hopper``, ``router_hopper`` and ``norm_hopper``; of the others none. A slow choice is logged
-    once, with its reason.
+    mla_attention and gqa_attention those of ``attention_splash.refuses``, of mla_decode, gqa_decode, router and
+    rms_norm those of ``refuses`` in ``decode_hopper``, ``cpu_few``, ``router_hopper`` and ``norm_hopper``; of the
+    others none. A slow choice is logged once, with its reason.
 
     Raises:
       ValueError: an operation or implementation that does not exist, or one that cannot run there.
@@ -236,6 +246,7 @@ _TYPICAL: dict[str, dict[str, Any]] = {
     "mla_attention": _ROWS | {"key_width": 192, "value_width": 128},
     "gqa_attention": _ROWS | {"key_width": 128, "value_width": 128},
     "mla_decode": {"by_column": True, "queries": 1, "keys": 4096, "key_width": 576, "value_width": 512},
+    "gqa_decode": {"by_column": True, "queries": 1, "keys": 4096, "key_width": 128, "value_width": 128},
     "router": {"tokens": 4096, "weight": jax.ShapeDtypeStruct((2048, 64), jnp.float32), "limited": False},
     "rms_norm": {"rows": 4096, "width": 2048, "devices": 1},
 }

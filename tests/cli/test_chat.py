@@ -15,7 +15,8 @@ from deepseek_jax.cli.thinking import Thinking
 from deepseek_jax.data.chat import split_thinking
 from deepseek_jax.data.tokenizer import BOS, Tokenizer
 from deepseek_jax.data.turns import taught
-from deepseek_jax.inference.engine import Completion, Engine
+from deepseek_jax.inference.answers import Completion
+from deepseek_jax.inference.engine import Engine
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from deepseek_jax.inference.requests import make_requests
 from deepseek_jax.inference.sampling import SamplingParams, sample
 
 B, W, T = 4, 9, 12
+ANYTHING = {"constrained_B": jnp.zeros(B, jnp.int32), "allowed_BV": jnp.full((B, 1), -1, jnp.int32)}
 
 
 def wishes(repetition=(1.0,) * B, presence=(0.0,) * B, frequency=(0.0,) * B, biases=None) -> Wishes:
@@ -20,7 +21,7 @@ def wishes(repetition=(1.0,) * B, presence=(0.0,) * B, frequency=(0.0,) * B, bia
             ids[row, place], values[row, place] = token, bias
     per_row = {"repetition_B": repetition, "presence_B": presence, "frequency_B": frequency}
     per_row = {name: jnp.array(x, jnp.float32) for name, x in per_row.items()}
-    return Wishes(**per_row, ids_BX=jnp.asarray(ids), biases_BX=jnp.asarray(values))
+    return Wishes(**per_row, ids_BX=jnp.asarray(ids), biases_BX=jnp.asarray(values), **ANYTHING)
 
 
 def test_penalties_and_biases_are_those_of_the_definition():
@@ -80,5 +81,5 @@ def test_what_makes_no_sense_is_refused(fields, message):
 
 
 def test_batches_refuse_what_requests_alone_can_have():
-    with pytest.raises(ValueError, match="min_p=0.1: for requests by Engine.submit alone"):
+    with pytest.raises(ValueError, match="min_p=0.1: for requests by Engine.answer and submit alone"):
         make_requests([[1]], SamplingParams(min_p=0.1))

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from deepseek_jax.inference.requests import make_requests, pad_prompts
+from deepseek_jax.inference.requests import Room, make_requests, pad_prompts, shared
 from deepseek_jax.inference.sampling import SamplingParams
 
 PROMPTS = [[7], [4, 5, 6], [9, 9]]
@@ -52,6 +52,25 @@ def test_a_row_with_its_own_seed_has_the_same_key_everywhere():
     shared = row_keys(make_requests(PROMPTS, SamplingParams(seed=5)))
     assert len({tuple(key) for key in shared}) == 4 and shared[0] == keys[0]
     assert shared == row_keys(make_requests(PROMPTS, SamplingParams(), jax.random.key(5)))
+
+
+def test_a_prompt_of_many_rows_is_there_once_for_each_device():
+    one, two, three = [7] * 3, [4, 5, 6], [7, 7]
+    requests = make_requests([one] * 3 + [two] * 3 + [three] * 2 + [one] * 2, SamplingParams(), pad_id=11, ways=2)
+    found = shared(requests, 2)  # of 16 rows, 8 and 2 on two devices: three and one prompts
+    assert found.tokens_BP[:, :4].tolist() == [
+        [*one, 11],
+        [*two, 11],
+        [*three, 11, 11],
+        [11] * 4,
+        [*one, 11],
+        *[[11] * 4] * 3,
+    ]
+    assert found.prompt_B.tolist() == [0, 0, 0, 1, 1, 1, 2, 2] + [0] * 8
+    assert shared(requests, 2, lambda rows: 2 * rows) is requests  # another process has more
+    assert shared(requests, 8) is requests  # of two rows, both
+    few = make_requests([one] * 3 + [two] * 3, SamplingParams(), room=Room(16), pad_id=11)
+    assert len(shared(few, 1).tokens_BP) == 8  # as if sixteen rows asked six prompts
 
 
 @pytest.mark.parametrize("prompt, size", [([], 0), ([1] * 5, 5)])

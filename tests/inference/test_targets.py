@@ -13,8 +13,9 @@ import pytest
 from deepseek_jax.cli.bench_training import training_flops
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.inference.decoding import decode
 from deepseek_jax.inference.generate import generate
-from deepseek_jax.inference.paged import decode, empty_pages, read
+from deepseek_jax.inference.paged import empty_pages, read
 from deepseek_jax.inference.programs import gathers
 from deepseek_jax.inference.requests import make_requests
 from deepseek_jax.inference.rows import Rows

@@ -18,6 +18,8 @@ from deepseek_kernels import (
     attention_hopper_forward,
     attention_hopper_keys,
     attention_hopper_queries,
+    attention_reference,
+    gqa_attention,
     mla_attention,
 )
 from deepseek_kernels import attention_hopper_tiles as tiles
@@ -154,6 +156,24 @@ def test_queries_from_two_places_of_their_row(hopper_gpu, packed):
     check(1, 384, 1, visible, places)
 
 
+def test_heads_that_share_keys(hopper_gpu, width=64):
+    """Packed, and a part of its row: result and gradients are those of the definition's autodiff in float32."""
+    places = np.concatenate([np.arange(128), np.arange(256, 384)])
+    ids = np.asarray(segments(384, [100, 1, 160, 100]).q_segments_BS)
+    visible = Visible(jnp.asarray(places, jnp.int32)[None], None, ids[:, places], ids, q_run=128)
+    rng = np.random.default_rng(width)
+    shapes = (1, 256, 2, width), (1, 384, 1, width), (1, 384, 1, width), (1, 256, 2, width)
+    *operands, dout = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in shapes)
+    options = {"visible": visible, "scale": width**-0.5}
+    out, pullback = jax.vjp(lambda *x: gqa_attention(*x, target=HOPPER, **options), *operands)  # chosen by itself
+    exact = [x.astype(jnp.float32) for x in operands]
+    right, of_it = jax.vjp(lambda *x: attention_reference(*x, **options), *exact)
+    for value, wanted in zip((out, *pullback(dout)), (right, *of_it(dout.astype(jnp.float32))), strict=True):
+        assert value.dtype == jnp.bfloat16 and value.shape == wanted.shape
+        value, wanted = np.asarray(value, np.float64), np.asarray(wanted, np.float64)
+        assert np.linalg.norm(value - wanted) <= 5e-3 * np.linalg.norm(wanted)
+
+
 @pytest.mark.skipif(not ON_GPU, reason="many shapes need the card")
 @settings(max_examples=5)
 @given(
@@ -221,6 +241,15 @@ def test_they_are_lowered_for_cuda_without_a_gpu(heads, visible):
 
     traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(q, kv, pe)
     assert traced.lower(lowering_platforms=("cuda",)).as_text().count("custom_call @mosaic_gpu") == 3
+
+
+def test_packed_rows_of_grouped_heads_are_lowered_for_cuda():
+    """cuDNN does not take them; heads of 128 numbers, and narrower ones."""
+    for width in 128, 64:
+        q, kv = (jax.ShapeDtypeStruct((1, 256, heads, width), jnp.bfloat16) for heads in (4, 2))
+        run = functools.partial(gqa_attention, visible=segments(256, [100, 156]), scale=0.1, target=HOPPER)
+        lowered = jax.jit(run).trace(q, kv, kv).lower(lowering_platforms=("cuda",))
+        assert lowered.as_text().count("custom_call @mosaic_gpu") == 1
 
 
 def test_what_they_cannot_take_is_named():

@@ -33,6 +33,22 @@ def test_all_meet_before_the_kernel_and_behind_it():
     assert text.count("stablehlo.all_reduce") == 2 and first < text.find("@mosaic_gpu") < last
 
 
+@needs_jax_11
+def test_what_is_put_within_a_scan_has_a_gradient():
+    @jax.custom_vjp
+    def swapped(x, token):
+        y, met = put_rows(x, token, axis="x")
+        return y.reshape(x.shape) * (1 + met).astype(x.dtype)
+
+    swapped.defvjp(lambda x, token: (swapped(x, token), token), lambda token, dy: (swapped(dy, token), None))
+    mesh, token = Mesh(np.array(jax.devices()[:2]), "x"), jnp.arange(64, dtype=jnp.int32).reshape(2, 32)
+    layers = lambda x: jax.lax.scan(lambda x, _: (swapped(x, token), None), x, None, length=2)[0]  # noqa: E731
+    run = jax.shard_map(layers, mesh=mesh, in_specs=SPLIT, out_specs=SPLIT, check_vma=False)
+    gradient = jax.jit(jax.grad(lambda x: jnp.sum(run(x).astype(jnp.float32) ** 2)))
+    lowered = gradient.trace(jax.ShapeDtypeStruct((2 * 64, 512), jnp.bfloat16)).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("@mosaic_gpu") == 2  # there and back
+
+
 @pytest.mark.skipif(jax.default_backend() != "gpu" or jax.device_count() < 2, reason="needs several GPUs")
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_rows_lie_where_they_were_asked_for(dtype):

@@ -15,7 +15,7 @@ from parallel.topology import needs_libtpu, run_apart
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.parallel.hlo import Collective, collectives
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
-from deepseek_jax.parallel.sharding import named_sharding
+from deepseek_jax.parallel.sharding import ShardingRules, by_rows, named_sharding
 from deepseek_jax.train.losses import LanguageModelLoss
 from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer
 from deepseek_jax.train.state import abstract_state
@@ -54,6 +54,18 @@ def test_no_array_has_the_tokens_of_all_devices(sizes):
     tokens = re.compile(rf"(?:f32|bf16)\[(?:{ROWS},{COLUMNS}|{ROWS * COLUMNS}),\d+")
     assert not tokens.findall(text)
     assert re.search(rf"f32\[{ROWS // 4},{COLUMNS // sizes.get('context', 1)},16\]", text)  # a device's own
+
+
+def test_a_layout_in_memory_gathers_nothing():
+    """The compiler does not split what asks for one, so each device does for its own rows; and so does the gradient."""
+    mesh = make_mesh(MeshConfig(fsdp=2, expert=2, context=2))
+    place = named_sharding(mesh, ("batch", "sequence", None), (8, 16, 32))
+    x = jax.ShapeDtypeStruct((8, 16, 32), jnp.float32, sharding=place)
+    with jax.set_mesh(mesh):
+        both = jax.value_and_grad(lambda x: jnp.sum(jnp.sin(by_rows(jnp.sin(x), ShardingRules(), "cuda"))))
+        lowered = jax.jit(both).lower(x)
+    assert "LayoutConstraint" in lowered.as_text()
+    assert {one.kind for one in collectives(lowered.compile().as_text())} == {"all-reduce"}
 
 
 def test_tensor_parallelism_gathers_nothing():

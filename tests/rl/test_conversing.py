@@ -99,7 +99,7 @@ def scripted(monkeypatch, script):
     """Each turn says the next text of its question; `…` is cut off by the limit."""
     asked = []
 
-    def generate_ids(self, prompts, sampling, key=None, *, experts=False):
+    def generate_ids(self, prompts, sampling, key=None, *, experts=False, filled=0):
         each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
         tokens = np.full((len(prompts), max(params.max_tokens for params in each)), TEXT.pad_id, np.int32)
         lengths, stopped = [], []

@@ -1,0 +1,88 @@
+"""``serve``: a model's answers over HTTP."""
+
+import dataclasses
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import tyro
+
+from deepseek_jax.checkpoint.model import read_config
+from deepseek_jax.cli.talk import Loading, mesh_of
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.data.tokenizer_training import made_up_tokenizer
+from deepseek_jax.inference.engine import Engine
+from deepseek_jax.inference.schedule import ServingConfig
+from deepseek_jax.saying import doing, say
+from deepseek_jax.serve.asking import Served
+from deepseek_jax.serve.config import ServeConfig
+from deepseek_jax.serve.engine_process import HttpProcess, run
+from deepseek_jax.workflows.recipe import load_recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class _Serve(Loading):
+    """Answer over HTTP as OpenAI does, until Ctrl-C or SIGTERM: /v1/chat/completions, /v1/completions, /v1/models,
+    /health, /metrics, /tokenize. On this machine alone, unless --host says otherwise."""
+
+    random: bool = False
+    """PATH is a recipe instead (models/deepseek_v2_lite): its network with random weights, to be measured."""
+    http: Annotated[ServeConfig, tyro.conf.arg(name="")] = ServeConfig()
+    serving: ServingConfig = ServingConfig()
+
+
+def run_serve(arguments: Sequence[str]) -> None:
+    asked = tyro.cli(_Serve, args=list(arguments), prog="deepseek-jax serve")
+    asked.check()
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # small programs are many
+    seconds: dict[str, float] = {}
+    with ExitStack() as stack:
+        config, tokenizer = _text(asked, stack)
+        http = HttpProcess(dataclasses.replace(asked.http, name=asked.http.name or _name(asked)))
+        http.start(tokenizer, asked.chat_template, config.vocab_size)
+        stack.callback(http.kill)
+        with _timed("weights", seconds):
+            engine = _engine(asked, config, tokenizer)
+        with _timed("programs", seconds):
+            engine.warm_up()
+        served = Served(http.config.name, engine.context, config.vocab_size, engine.slots)
+        took = ", ".join(f"{what} {each:.1f} s" for what, each in seconds.items())
+        say(f"ready: {http.url}/v1 has {served.name}, of {served.context:,} tokens; {took}")
+        run(engine, http, served)
+
+
+def _name(asked: _Serve) -> str:
+    return Path(asked.run).stem if asked.random else asked.folder.resolve().name
+
+
+def _text(asked: _Serve, stack: ExitStack) -> tuple[ModelConfig, str]:
+    """What the network is, and where its tokenizer lies."""
+    if not asked.random:
+        return read_config(asked.folder, step=asked.step or None, ignore_config=asked.ignore_config), str(asked.folder)
+    recipe = load_recipe(asked.run, object)
+    config = getattr(recipe, "model", recipe)
+    if not isinstance(config, ModelConfig):
+        raise ValueError(f"{asked.run} gives a {type(config).__name__}: --random takes a network or a pretraining")
+    folder = stack.enter_context(tempfile.TemporaryDirectory())
+    made_up_tokenizer(config.vocab_size).save(folder)
+    return config, folder
+
+
+def _engine(asked: _Serve, config: ModelConfig, tokenizer: str) -> Engine:
+    if not asked.random:
+        return asked.engine(asked.serving)
+    mesh = mesh_of(asked.mesh)
+    return Engine.random(config, asked.compute, mesh, Tokenizer.from_folder(tokenizer), serving=asked.serving)
+
+
+@contextmanager
+def _timed(what: str, seconds: dict[str, float]) -> Iterator[None]:
+    began = time.perf_counter()
+    with doing(what):
+        yield
+    seconds[what] = time.perf_counter() - began

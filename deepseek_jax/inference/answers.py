@@ -1,0 +1,75 @@
+"""Answers while they are made: what events bring, and the text of it."""
+
+import dataclasses
+
+from deepseek_jax.data.streaming import StopStrings, TextStream
+from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.inference.continuous import Event
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """text: decoded with the thinking marks, without what ended it: a stop id, or a stop string and what stands behind.
+
+    token_ids: those of the text and, where there was one, the stop id, or all of the stop string; logprobs: theirs.
+    finish_reason: ``stop`` or ``length``. alternatives: see ``Event``.
+    """
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: str
+    alternatives: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
+
+
+class Answer:
+    """What has come of an answer. It may end before who makes it knows: with a stop string.
+
+    streamed: make its text token by token even where no string could end it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = (), *, streamed: bool = False):
+        self._tokenizer = tokenizer
+        self._stream = TextStream(tokenizer) if stop or streamed else None
+        self._stops = StopStrings(stop)
+        self._text, self._ids, self._logprobs = "", list[int](), list[float]()
+        self._alternatives = list[list[tuple[int, float]]]()
+        self.finish_reason = ""
+
+    def add(self, event: Event) -> Completion:
+        """-> what the event brings, its text where that is streamed; nothing behind the end."""
+        if self.finish_reason:
+            return Completion("", [], [], self.finish_reason)
+        text, count, self.finish_reason = "", len(event.token_ids), event.finish_reason
+        if self._stream is not None:
+            said = event.token_ids[:-1] if event.finish_reason == "stop" else event.token_ids
+            text, taken = self._streamed(self._stream, said, ended=bool(event.finish_reason))
+            if taken:
+                count, self.finish_reason = taken, "stop"
+        ids, logprobs, alternatives = event.token_ids[:count], event.logprobs[:count], event.alternatives[:count]
+        self._text += text
+        self._ids += ids
+        self._logprobs += logprobs
+        self._alternatives += alternatives
+        return Completion(text, ids, logprobs, self.finish_reason, alternatives)
+
+    def _streamed(self, stream: TextStream, ids: list[int], *, ended: bool) -> tuple[str, int]:
+        """(The text that is certain, after how many of the ids a string has ended it: 0 for none)."""
+        text = ""
+        for count, token in enumerate(ids, 1):
+            piece, found = self._stops.push(stream.push(token))
+            text += piece
+            if found:
+                return text, count
+        if not ended:
+            return text, 0
+        piece, found = self._stops.push(stream.finish())
+        return text + piece + self._stops.finish(), len(ids) * found
+
+    def completion(self) -> Completion:
+        """The whole of what has come."""
+        text = self._text
+        if self._stream is None:
+            said = self._ids[:-1] if self.finish_reason == "stop" else self._ids
+            text = self._tokenizer.decode(said, skip_special_tokens=False)
+        return Completion(text, self._ids, self._logprobs, self.finish_reason, self._alternatives)

@@ -1,0 +1,47 @@
+"""Who comes to a model that several processes run, and who goes: all of them know before each step, and plan alike."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from deepseek_jax.inference.sampling import SamplingParams
+from deepseek_jax.inference.schedule import Request
+from deepseek_jax.parallel.processes import gather
+
+
+class Told(NamedTuple):
+    """Requests that come, numbers of those given up, and whether no step follows."""
+
+    new: list[Request]
+    gone: list[int]
+    over: bool
+
+
+def exchange(new: Sequence[Request], gone: Sequence[int], *, over: bool = False) -> Told:
+    """What all processes bring, in their order; it returns when all have come. ``over`` where one says so."""
+    if jax.process_count() == 1:
+        return Told([*new], [*gone], over)
+    told = gather({"new": [*map(_written, new)], "gone": [*gone], "over": over})
+    return Told(
+        [_read(*each) for process in told for each in process["new"]],
+        [number for process in told for number in process["gone"]],
+        any(process["over"] for process in told),
+    )
+
+
+def _written(request: Request) -> list[Any]:
+    row = [numbers.tolist() for numbers in request.row]
+    return [request.number, request.ids, dataclasses.asdict(request.sampling), *row]
+
+
+def _read(number: int, ids: list[int], sampling: dict[str, Any], numbers: list[int], shares: list[float]) -> Request:
+    params = SamplingParams(**{name: _frozen(value) for name, value in sampling.items()})
+    return Request(number, ids, params, row=(np.array(numbers, np.int32), np.array(shares, np.float32)))
+
+
+def _frozen(value: Any) -> Any:
+    """JSON's lists as the tuples that they were."""
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value

@@ -1,0 +1,224 @@
+"""Answers go on: turns in which each row is given a token, or several where drafts are made."""
+
+import dataclasses
+import functools
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Int
+
+from deepseek_jax.compute import ComputeConfig
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.inference import speculation
+from deepseek_jax.inference.generate import OPTIONS
+from deepseek_jax.inference.paged import Store, memory_of, over_batch, reading
+from deepseek_jax.inference.penalties import Wishes, adjusted, beside
+from deepseek_jax.inference.rows import Numbers, Rows, Shares
+from deepseek_jax.inference.sampling import ALTERNATIVES, BIASES, first_maximum, sample
+from deepseek_jax.model import transformer
+from deepseek_jax.parallel.sharding import constrain
+
+
+@struct.dataclass
+class Decoded:
+    """tokens_BN, logprobs_BN: of each row those that it was given, -1 behind them; log-probabilities are those of the
+    network, before penalties and cuts, by the temperature ``Shares.scored``. stopped_B: it ended with a stop id.
+    drafts_BK: guesses of what is drawn next. counts_BK2: of drafts in each place how many there were and how many were
+    kept. likely_BNA, likely_logprobs_BNA: beside each token the most likely ones, where any row asks for alternatives.
+    """
+
+    tokens_BN: jax.Array
+    logprobs_BN: jax.Array
+    stopped_B: jax.Array
+    drafts_BK: jax.Array
+    counts_BK2: jax.Array
+    likely_BNA: jax.Array
+    likely_logprobs_BNA: jax.Array
+
+
+@struct.dataclass
+class _Now:
+    """The n-th turn of a call: of each row its last token, the length before it, how many tokens it was given."""
+
+    n: Any
+    pages: Store
+    token_B: Any
+    length_B: Any
+    count_B: Any
+    done_B: Any
+    found: Decoded
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("config", "compute", "most", "drafts", "forced"),
+    donate_argnames="pages",
+    compiler_options=OPTIONS,
+)
+def decode(
+    config: ModelConfig,
+    compute: ComputeConfig,
+    params: Any,
+    router_bias: jax.Array | None,
+    pages: Store,
+    rows: Rows,
+    turns: jax.typing.ArrayLike,
+    until_end: jax.typing.ArrayLike,
+    *,
+    most: int,
+    drafts: int = 0,
+    forced: float = 0.0,
+) -> tuple[Store, Decoded]:
+    """Up to ``turns`` (``most`` at most) times a token of each row's answer, or up to ``1 + drafts``. A row draws its
+    token n with ``fold_in(fold_in(key(seed), draw), n)``, or with another key than the seed's, whatever stands beside
+    it. until_end: no more once a row has ended. drafts, forced: see ``speculation``.
+    """
+    network = transformer.merge(config, params, router_bias, compute)
+    rows = jax.tree.map(lambda x: over_batch(x, compute), rows)
+    at = Numbers(*rows.numbers_BK[:, : len(Numbers._fields)].T)
+    filling_B, size = at.answered >= at.most, 1 + drafts
+    room_B = jnp.sum(rows.table_BJ >= 0, axis=1) * pages.tokens_PN1.shape[1]
+    each, alone = _Drawing.of(rows, size), _Drawing.of(rows, 1)
+
+    def goes_on(now: _Now):
+        return (now.n < turns) & ~jnp.all(now.done_B) & ~(until_end & jnp.any(now.done_B & ~filling_B))
+
+    def step(now: _Now) -> _Now:
+        length_B, done_B, found = now.length_B, now.done_B, now.found
+        table_BJ = jnp.where(done_B[:, None], -1, rows.table_BJ)
+
+        def memory(entries, position_BS):
+            hands, visible = reading(network, position_BS, table_BJ, pages.tokens_PN1.shape[1])
+            return memory_of(compute, entries, position_BS[:, 0], table_BJ, hands), visible
+
+        places_S = jnp.arange(size, dtype=jnp.int32)
+        position_BS, place_BS = (x_B[:, None] + places_S for x_B in (length_B, at.answered + now.count_B))
+        tokens_BS = jnp.concatenate([now.token_B[:, None], jnp.maximum(found.drafts_BK, 0)], axis=1)
+        memories = [memory(layer, position_BS) for layer in now.pages.layers]
+        options: dict[str, Any] = {"positions_BS": position_BS, "visible": memories[0][1], "absorbed": True}
+        out = network(tokens_BS, memories=tuple(memory for memory, _ in memories), head=False, **options)
+        tokens, said_BT1 = memory_of(compute, now.pages.tokens_PN1, length_B, table_BJ, "rows").write(
+            tokens_BS[..., None]
+        )
+        logits_RW = network.logits(out.hidden.reshape(-1, out.hidden.shape[2]))
+        drawn_BS = each.draw(logits_RW, said_BT1[:, :, 0], place_BS, position_BS + 1)
+        if forced:
+            drawn_BS = speculation.forced(found.drafts_BK, drawn_BS, each.keys(place_BS), forced, config.vocab_size)
+        ends_BS = jnp.any(drawn_BS[:, :, None] == rows.stops[:, None], axis=2)
+        left_B = at.most - at.answered - now.count_B
+        kept_BS = speculation.kept(found.drafts_BK, drawn_BS, ends_BS, jnp.minimum(left_B, room_B - length_B))
+        kept_BS &= ~done_B[:, None]
+        scored_RW = logits_RW / each.how.scored[:, None]
+        found = _put_down(found, drawn_BS, scored_RW, now.count_B, kept_BS, jnp.any(at.alternatives > 0))
+        found = dataclasses.replace(found, stopped_B=found.stopped_B | jnp.any(kept_BS & ends_BS, axis=1))
+        new_B = jnp.sum(kept_BS, axis=1, dtype=jnp.int32)
+        last_B1 = jnp.maximum(new_B - 1, 0)[:, None]
+        token_B = jnp.where(done_B, now.token_B, jnp.take_along_axis(drawn_BS, last_B1, axis=1)[:, 0])
+        pages = Store(tuple(memory.pages_PNW for memory in out.memories), tokens.pages_PNW, now.pages.mtp)
+        count_B = now.count_B + new_B
+        if drafts:
+            guess = lambda hidden_BD, k: alone.draw(  # noqa: E731
+                network.logits(hidden_BD),
+                said_BT1[:, :, 0],
+                (at.answered + count_B + k)[:, None],
+                (length_B + new_B)[:, None],
+            )[:, 0]
+            given = now.pages.mtp, out.hidden, drawn_BS, length_B, new_B, guess
+            guessed_BK, mtp = speculation.draft(network, memory, *given)
+            found, pages = dataclasses.replace(found, drafts_BK=guessed_BK), dataclasses.replace(pages, mtp=mtp)
+        done_B |= found.stopped_B | (at.answered + count_B >= at.most)
+        return _Now(now.n + 1, pages, token_B, length_B + new_B, count_B, done_B, found)
+
+    found = _nothing(rows.drafts[:, :drafts], most * size, config.vocab_size)
+    found = jax.tree.map(lambda x: over_batch(x, compute), found)
+    now = _Now(jnp.int32(0), pages, at.token, at.length, jnp.zeros_like(at.length), filling_B, found)
+    with jax.named_scope("decode"):
+        now = jax.lax.while_loop(goes_on, step, now)
+    return now.pages, _told(now.found, compute)
+
+
+def _told(found: Decoded, compute: ComputeConfig) -> Decoded:
+    """Where hosts read it: of several processes each reads it all."""
+    if jax.process_count() == 1:
+        return found
+    return jax.tree.map(lambda x: constrain(x, compute.rules, *[None] * x.ndim), found)
+
+
+def _nothing(drafts_BK: jax.Array, most: int, width: int) -> Decoded:
+    batch = len(drafts_BK)
+    alternatives = (batch, most, min(ALTERNATIVES, width))
+    tokens_BN, logprobs_BN = jnp.full((batch, most), -1, jnp.int32), jnp.full((batch, most), -1.0)
+    counts_BK2, likely_BNA = jnp.zeros((*drafts_BK.shape, 2), jnp.int32), jnp.zeros(alternatives, jnp.int32)
+    stopped_B = jnp.zeros(batch, bool)
+    return Decoded(tokens_BN, logprobs_BN, stopped_B, drafts_BK, counts_BK2, likely_BNA, jnp.zeros(alternatives))
+
+
+@struct.dataclass
+class _Drawing:
+    """How rows draw, each S times beside each other."""
+
+    at: Numbers
+    how: Shares
+    wishes: Wishes
+
+    @classmethod
+    def of(cls, rows: Rows, size: int) -> Self:
+        numbers_RK, shares_RF = beside(rows.numbers_BK, size), beside(rows.shares_BF, size)
+        at, how = Numbers(*numbers_RK[:, : len(Numbers._fields)].T), Shares(*shares_RF[:, : len(Shares._fields)].T)
+        biases_RX = shares_RF[:, len(Shares._fields) :]
+        penalties, biases = (how.repetition, how.presence, how.frequency), (numbers_RK[:, -BIASES:], biases_RX)
+        wishes = Wishes(*penalties, *biases, at.constrained, beside(rows.allowed_BV, size))
+        return cls(at, how, wishes)
+
+    def keys(self, place_BS: Int[Array, "B S"]) -> jax.Array:
+        """Of tokens n = place of the answers."""
+        words_R2 = jax.lax.bitcast_convert_type(jnp.stack([self.at.high, self.at.seed], axis=1), jnp.uint32)
+        keys_R = jax.random.wrap_key_data(words_R2, impl="threefry2x32")
+        key = lambda key, *at: functools.reduce(jax.random.fold_in, at, key)  # noqa: E731
+        return jax.vmap(key)(keys_R, self.at.draw, place_BS.reshape(-1)).reshape(place_BS.shape)
+
+    def draw(self, logits_RW, said_BT, place_BS, known_BS) -> Int[Array, "B S"]:
+        """A token for each place; known: tokens before it."""
+        at, known_R = self.at, known_BS.reshape(-1)
+
+        def wanted(logits_RW):
+            wanted_RW = adjusted(logits_RW, self.wishes, said_BT, at.length + 1 - at.answered, known_R)
+            cuts = self.how.temperature, self.how.top_p, at.top_k, self.how.min_p
+            return sample(wanted_RW, self.keys(place_BS).reshape(-1), *cuts)[0]
+
+        # One question of a GPU, which answers each to the host, where nobody asks for more.
+        plain = jnp.all(self.how.temperature == 0) & ~self.wishes.any()
+        return jax.lax.cond(plain, first_maximum, wanted, logits_RW).reshape(place_BS.shape)
+
+
+def _put_down(found: Decoded, drawn_BS, logits_RW, count_B, kept_BS, asked) -> Decoded:
+    """With the tokens kept, behind the first ``count`` of each row."""
+    total_R = jax.nn.logsumexp(logits_RW, axis=1)
+    logprob_R = jnp.take_along_axis(logits_RW, drawn_BS.reshape(-1, 1), axis=1)[:, 0] - total_R
+
+    def put(x_BN, new_RX):
+        new_BSX = new_RX.reshape(*drawn_BS.shape, *x_BN.shape[2:])
+        for s in range(drawn_BS.shape[1]):
+            here_BN = (jnp.arange(x_BN.shape[1]) == (count_B + s)[:, None]) & kept_BS[:, s : s + 1]
+            here = here_BN.reshape(*here_BN.shape, *[1] * (x_BN.ndim - 2))
+            x_BN = jnp.where(here, new_BSX[:, s : s + 1], x_BN)
+        return x_BN
+
+    def likely(logits_RW):
+        best_RA, ids_RA = jax.lax.top_k(logits_RW, found.likely_BNA.shape[2])
+        return put(found.likely_BNA, ids_RA), put(found.likely_logprobs_BNA, best_RA - total_R[:, None])
+
+    same = lambda _: (found.likely_BNA, found.likely_logprobs_BNA)  # noqa: E731
+    likely_BNA, likely_logprobs_BNA = jax.lax.cond(asked, likely, same, logits_RW)
+    made_BK = (found.drafts_BK >= 0) & kept_BS[:, :1]
+    counts_BK2 = found.counts_BK2 + jnp.stack([made_BK, kept_BS[:, 1:]], axis=2)
+    return dataclasses.replace(
+        found,
+        tokens_BN=put(found.tokens_BN, drawn_BS),
+        logprobs_BN=put(found.logprobs_BN, logprob_R),
+        counts_BK2=counts_BK2,
+        likely_BNA=likely_BNA,
+        likely_logprobs_BNA=likely_logprobs_BNA,
+    )

@@ -1,0 +1,91 @@
+"""Rows of ``generate`` by requests: so many at a time, the next where another has ended. None waits for the longest."""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from deepseek_jax.compute import ComputeConfig
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.inference.continuous import Continuous
+from deepseek_jax.inference.generate import Generated
+from deepseek_jax.inference.programs import Weights
+from deepseek_jax.inference.requests import round_up
+from deepseek_jax.inference.sampling import SamplingParams
+from deepseek_jax.inference.schedule import ServingConfig
+
+_PAGES = {"cuda": 64, "tpu": 128}  # tokens of a page that kernels read; elsewhere what is copied is what is filled
+_CHUNKS = {"cuda": 2048, "tpu": 2048}
+_TURNS = 16
+
+
+class InTurn:
+    """A cache for ``at_once`` rows over all devices, as long as the longest so far, and its programs: compiled when
+    they are first needed. One caller at a time; of several processes all at the same time."""
+
+    def __init__(
+        self, config: ModelConfig, compute: ComputeConfig, mesh: Mesh, stop_ids: Sequence[int], pad: int, at_once: int
+    ):
+        self._given, self._stop_ids, self._pad, self.at_once = (config, compute, mesh), stop_ids, pad, at_once
+        self._requests: Continuous | None = None
+
+    def forget(self) -> None:
+        """The weights are others."""
+        if self._requests is not None:
+            self._requests.forget()
+
+    def answer(
+        self,
+        weights: Weights,
+        prompts: Sequence[Sequence[int]],
+        each: Sequence[SamplingParams],
+        draws: Sequence[int],
+        key: jax.Array | None = None,
+        *,
+        longest: int,
+    ) -> Generated:
+        """What ``generate`` gives to these prompts, on the host; row i draws as the ``draws[i]``-th. longest: prompt
+        and answer of any process. Log-probabilities are by a row's temperature, as there.
+
+        ValueError for more ids that end an answer than a request has room for.
+        """
+        requests, words = self._with_room(longest), None
+        if key is not None:
+            words = tuple(np.asarray(jax.random.key_data(key)).tolist())
+            if len(words) != 2:
+                raise ValueError(f"key is of {jax.random.key_impl(key)}: expected one of threefry2x32")
+        rows, room = dict[int, int](), max((params.max_tokens for params in each), default=1)
+        tokens_BN = np.full((len(prompts), room), self._pad, np.int32)
+        logprobs_BN, lengths_B = np.zeros((len(prompts), room), np.float32), np.zeros(len(prompts), np.int32)
+        stopped_B = np.zeros(len(prompts), bool)
+        try:
+            for row, (prompt, params, draw) in enumerate(zip(prompts, each, draws, strict=True)):
+                rows[requests.submit([*prompt], params, draw=draw, key=words, tempered=True)] = row
+            while True:
+                for event in requests.step(weights):
+                    if (row := rows.get(event.number)) is None:
+                        continue  # an earlier call's, which was cut off
+                    now = slice(lengths_B[row], lengths_B[row] + len(event.token_ids))
+                    tokens_BN[row, now], logprobs_BN[row, now] = event.token_ids, event.logprobs
+                    lengths_B[row], stopped_B[row] = now.stop, event.finish_reason == "stop"
+                if not requests.busy:
+                    return Generated(tokens_BN, logprobs_BN, lengths_B, stopped_B)  # pyright: ignore  # of numpy
+        except BaseException:
+            for number in rows:
+                requests.cancel(number)
+            raise
+
+    def _with_room(self, longest: int) -> Continuous:
+        if self._requests is None or longest > self._requests.context:
+            self._requests = None  # its pages go first
+            config, compute, mesh = self._given
+            platform = compute.kernels.platform
+            page = _PAGES.get(platform, 16)
+            context = min(round_up(longest, page), config.max_position_embeddings)
+            lanes = np.prod([mesh.shape[axis] for axis in compute.rules.batch], dtype=int).item()
+            slots = -(-self.at_once // lanes)
+            sizes = {"slots": slots, "pages": slots * -(-context // page), "page": page, "context": context}
+            serving = ServingConfig(**sizes, chunk=_CHUNKS.get(platform, 512), turns=_TURNS)
+            self._requests = Continuous(config, compute, mesh, serving, self._stop_ids)
+        return self._requests

@@ -1,0 +1,132 @@
+"""From ids to text: the answers to a request, in pieces, as they are made."""
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from deepseek_jax.data.streaming import TextStream
+from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.serve.asking import Asker
+from deepseek_jax.serve.prompts import Prompt
+from deepseek_jax.serve.stops import StopStrings
+from deepseek_jax.serve.thinking import Thoughts, within_budget
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What a request comes down to. prompts: of each, ``n`` answers; number i of all has draw i. sampling: fields of
+    ``SamplingParams``. stops: strings that end an answer. alternatives: beside each token; None: without
+    log-probabilities. prompt: of a chat, what its one prompt is. thinking_budget: tokens of thinking at most."""
+
+    prompts: list[list[int]]
+    sampling: dict[str, Any]
+    n: int = 1
+    stops: tuple[str, ...] = ()
+    alternatives: int | None = None
+    prompt: Prompt | None = None
+    thinking_budget: int | None = None
+
+    @property
+    def count(self) -> int:
+        return len(self.prompts) * self.n
+
+
+@dataclasses.dataclass(frozen=True)
+class Token:
+    """offset: where its text begins in the answer's."""
+
+    id: int
+    logprob: float
+    alternatives: Sequence[tuple[int, float]]
+    offset: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """What has come of answer ``index``; the first of each has nothing in it. count: tokens made; thought: of a chat,
+    those of them that are thinking. tokens: where log-probabilities are asked for, those whose text this is.
+    finish_reason: as OpenAI has it, "" while it goes on."""
+
+    index: int
+    text: str = ""
+    count: int = 0
+    tokens: tuple[Token, ...] = ()
+    finish_reason: str = ""
+    cached: int = 0
+    thought: int = 0
+
+
+async def answers(asker: Asker, tokenizer: Tokenizer, asked: Asked) -> AsyncGenerator[Piece]:
+    """The pieces of all, in whatever order they come. Who closes it early cancels what goes on."""
+    each = [_answer(asker, tokenizer, asked, index) for index in range(asked.count)]
+    if len(each) == 1:
+        async with aclosing(each[0]) as pieces:
+            async for piece in pieces:
+                yield piece
+        return
+    came: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
+
+    async def pour(pieces: AsyncGenerator[Piece]) -> None:
+        try:
+            async with aclosing(pieces):
+                async for piece in pieces:
+                    came.put_nowait(piece)
+            came.put_nowait(None)
+        except Exception as error:
+            came.put_nowait(error)
+
+    tasks = [asyncio.create_task(pour(pieces)) for pieces in each]
+    try:
+        left = len(tasks)
+        while left:
+            piece = await came.get()
+            if isinstance(piece, Exception):
+                raise piece
+            left -= piece is None
+            if piece is not None:
+                yield piece
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _answer(asker: Asker, tokenizer: Tokenizer, asked: Asked, index: int) -> AsyncGenerator[Piece]:
+    text, stops = TextStream(tokenizer), StopStrings(asked.stops)
+    length = given = count = 0  # characters made and given out, tokens made since the last piece
+    held: list[Token] = []
+    opened = asked.prompt is not None and asked.prompt.opened and not asked.prompt.begun
+    thoughts, thought = Thoughts(tokenizer, opened=opened), 0
+    question = asked.prompts[index // asked.n], asked.sampling, index
+    if asked.thinking_budget is None:
+        events = asker.submit(*question)
+    else:
+        events = within_budget(asker, tokenizer, *question, opened=opened, budget=asked.thinking_budget)
+    async with aclosing(events):
+        async for event in events:
+            said, count = [], count + len(event.ids)
+            spoken = len(event.ids) - (event.finish_reason == "stop")
+            for i, token_id in enumerate(event.ids[:spoken]):
+                thought += asked.prompt is not None and thoughts.push(token_id)
+                if asked.alternatives is not None:
+                    likely = event.alternatives[i] if asked.alternatives else ()
+                    held.append(Token(token_id, event.logprobs[i], likely, length))
+                said.append(text.push(token_id))
+                length += len(said[-1])
+            if event.finish_reason:
+                said.append(text.finish())
+                length += len(said[-1])
+            certain, found = stops.push("".join(said))
+            if event.finish_reason and not found:
+                certain += stops.finish()
+            given += len(certain)
+            reason = "stop" if found else event.finish_reason
+            if certain or reason or not event.ids:
+                tokens = tuple(token for token in held if token.offset < given or (reason and not found))
+                held = held[len(tokens) :]
+                yield Piece(index, certain, count, tokens, reason, event.cached, thought)
+                count = thought = 0
+            if found:
+                return

@@ -1,0 +1,190 @@
+"""The engine's process: steps while there is anything to do, sleeps while there is not, and has the HTTP process as its
+child."""
+
+import dataclasses
+import select
+import signal
+import socket
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+
+from deepseek_jax.inference.continuous import Event
+from deepseek_jax.inference.engine import Engine
+from deepseek_jax.inference.sampling import SamplingParams
+from deepseek_jax.saying import say
+from deepseek_jax.serve.asking import Served
+from deepseek_jax.serve.config import ServeConfig
+from deepseek_jax.serve.link import Closed, Frame, Link
+
+_FAILURES = 3  # of steps, one after another, after which a new process is what helps
+_SECONDS = 10  # that the child is given to end by itself
+
+
+class HttpProcess:
+    """The child, and the address that it listens at.
+
+    OSError where that is taken, before anything is loaded.
+    """
+
+    def __init__(self, config: ServeConfig):
+        self.config = config
+        family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+        self._listening = socket.socket(family)
+        self._listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            self._listening.bind((config.host, config.port))
+        except OSError as error:
+            raise OSError(error.errno, f"{config.host}:{config.port}: {error.strerror}") from error
+        self._listening.listen(config.connections)
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        self.url = f"http://{host}:{self._listening.getsockname()[1]}"
+
+    def start(self, tokenizer: str, chat_template: str, vocab_size: int) -> None:
+        """Until it is told ``ready``, it answers that it is loading.
+
+        tokenizer: a folder or file that the child reads, too.
+        """
+        ours, theirs = socket.socketpair()
+        ends = self._listening.fileno(), theirs.fileno()
+        command = [sys.executable, "-m", "deepseek_jax.serve.http_process", *map(str, ends)]
+        # A terminal's Ctrl-C is for this process, which then tells the child.
+        self._child = subprocess.Popen(command, pass_fds=ends, stdin=subprocess.DEVNULL, process_group=0)
+        theirs.close()
+        self._listening.close()
+        self.link = Link(ours)
+        start = {"tokenizer": tokenizer, "chat_template": chat_template, "vocab_size": vocab_size}
+        self.link.send({"start": start | {"config": dataclasses.asdict(self.config)}})
+
+    def end(self) -> int:
+        """Its exit status, at its end or at the end of patience."""
+        try:
+            return self._child.wait(_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            return self._child.wait()
+
+    def kill(self) -> None:
+        self._child.kill()
+
+
+class Stopping:
+    """While entered, counts SIGTERM and SIGINT: the first one is noted and wakes ``select``; a second one is
+    KeyboardInterrupt at once."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._woken, self._wakes = socket.socketpair()
+        self._wakes.setblocking(False)
+
+    def __enter__(self) -> Self:
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._fd = signal.set_wakeup_fd(self._wakes.fileno(), warn_on_full_buffer=False)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        signal.set_wakeup_fd(self._fd)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def fileno(self) -> int:
+        return self._woken.fileno()
+
+    def clear(self) -> None:
+        """It has been seen."""
+        self._woken.recv(64)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.count += 1
+        if self.count > 1:
+            raise KeyboardInterrupt("stopped at once")
+
+
+def run(engine: Engine, http: HttpProcess, served: Served) -> None:
+    """Answer until told to stop. Returns when all answers have ended; KeyboardInterrupt when told twice; RuntimeError
+    where the child has ended by itself, or steps fail again and again."""
+    told = False
+    with Stopping() as stopping:
+        try:
+            http.link.send({"ready": dataclasses.asdict(served)})
+            desk = Desk(engine, http.link.send)
+            while True:
+                readable, _, _ = select.select([http.link, stopping], [], [], 0 if engine.busy else None)
+                if stopping in readable:
+                    stopping.clear()
+                if stopping.count and not told:
+                    told = True
+                    say("ending: answers that are under way are finished, others refused (once more: at once)")
+                    http.link.send({"drain": True})
+                if http.link in readable:
+                    for frame in http.link.receive():
+                        desk.take(frame)
+                if engine.busy:
+                    desk.step()
+        except Closed:
+            status = http.end()
+            if not told:
+                raise RuntimeError(f"the HTTP process has ended, with status {status}") from None
+        except BaseException:
+            http.kill()
+            raise
+
+
+class Desk:
+    """The HTTP process's requests, by its keys and the engine's numbers."""
+
+    def __init__(self, engine: Engine, send: Callable[[Frame], None]):
+        self._engine, self._send = engine, send
+        self._numbers: dict[int, int] = {}
+        self._keys: dict[int, int] = {}
+        self._failures = 0
+
+    def take(self, frame: Frame) -> None:
+        """Do what it says."""
+        if frame["op"] == "submit":
+            self._submit(frame)
+        elif frame["op"] == "cancel":
+            if (number := self._numbers.get(frame["key"])) is not None:  # else it has just ended
+                self._engine.cancel(number)
+        else:
+            assert frame["op"] == "metrics", frame["op"]
+            self._send({"metrics": self._engine.metrics()})
+
+    def _submit(self, frame: Frame) -> None:
+        key = frame["key"]
+        try:
+            number = self._engine.submit(frame["ids"], sampling_of(frame["sampling"]), draw=frame["draw"])
+        except ValueError as error:
+            self._send({"refused": key, "message": str(error)})
+            return
+        self._numbers[key], self._keys[number] = number, key
+        self._send({"events": [[key, []]]})
+
+    def step(self) -> None:
+        """One of the engine's, told in one frame. A step that fails is tried again, as the engine does it."""
+        try:
+            events = self._engine.step()
+            self._failures = 0
+        except Exception as error:
+            self._failures += 1
+            say(f"a step has failed ({self._failures}): {''.join(traceback.format_exception(error))}")
+            if self._failures >= _FAILURES:
+                raise RuntimeError(f"{_FAILURES} steps one after another have failed, the last: {error}") from error
+            return
+        if told := [self._told(event) for event in events if event.number in self._keys]:
+            self._send({"events": told})
+
+    def _told(self, event: Event) -> list[Any]:
+        key = self._keys[event.number]
+        if event.finish_reason:
+            del self._keys[event.number], self._numbers[key]
+        return [key, event.token_ids, event.logprobs, event.alternatives, event.finish_reason, event.cached]
+
+
+def sampling_of(fields: dict[str, Any]) -> SamplingParams:
+    """``SamplingParams`` of what came as lists. ValueError: they are none."""
+    biases = tuple((token, bias) for token, bias in fields.pop("logit_bias", ()))
+    return SamplingParams(**fields | {"stop_token_ids": tuple(fields.get("stop_token_ids", ())), "logit_bias": biases})

@@ -1,0 +1,77 @@
+"""Numbers for Prometheus: of requests as clients see them, and of the engine."""
+
+import time
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from deepseek_jax.serve.answering import Piece
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_FAST = (0.001, 0.0025, *_SECONDS[:10])
+# Of ``Continuous.metrics``: what only grows, and what a gauge tells; others are gauges of their own names.
+_COUNTED = ("prompt_tokens", "found_tokens", "tokens", "preemptions", "compiles", "steps", "seconds", "seconds_waited")
+_COUNTED += ("drafted", "accepted")
+
+
+class Meters:
+    """One set for each app."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        given: dict[str, Any] = {"namespace": "deepseek_jax", "registry": self.registry}
+        self._requests = Counter("requests", "Requests that were answered or refused", ["path", "status"], **given)
+        self._open = Gauge("answers_open", "Answers that are asked for and have not ended", **given)
+        self._ended = Counter("answers", "Answers that have ended", ["finish_reason"], **given)
+        self._first = Histogram("time_to_first_token_seconds", "From body to first token", buckets=_SECONDS, **given)
+        help_between = "Seconds from one token to the next, those that come together sharing theirs"
+        self._between = Histogram("inter_token_seconds", help_between, buckets=_FAST, **given)
+        self._whole = Histogram("request_seconds", "From body to last token", buckets=_SECONDS, **given)
+        self._engine: dict[str, Gauge] = {}
+        self._given = given
+
+    def request(self, path: str, status: int) -> None:
+        self._requests.labels(path, str(status)).inc()
+
+    def watch(self, count: int) -> "Watch":
+        return Watch(self, count)
+
+    def page(self, engine: dict[str, float]) -> bytes:
+        """Prometheus' text, with what the engine says of itself."""
+        for name, value in engine.items():
+            if name not in self._engine:
+                told = f"engine_{name}" + ("_total" if name in _COUNTED else "")
+                self._engine[name] = Gauge(told, "See Continuous.metrics", **self._given)
+            self._engine[name].set(value)
+        return generate_latest(self.registry)
+
+
+class Watch:
+    """Of one request: when its tokens came."""
+
+    def __init__(self, meters: Meters, count: int):
+        self._meters, self._began, self._left = meters, time.perf_counter(), count
+        self._last: dict[int, float] = {}
+        meters._open.inc(count)
+
+    def piece(self, piece: Piece) -> None:
+        meters, now = self._meters, time.perf_counter()
+        if piece.count:
+            last = self._last.get(piece.index)
+            if last is None:
+                meters._first.observe(now - self._began)
+            else:
+                for _ in range(piece.count):
+                    meters._between.observe((now - last) / piece.count)
+            self._last[piece.index] = now
+        if piece.finish_reason:
+            meters._ended.labels(piece.finish_reason).inc()
+            meters._open.dec()
+            self._left -= 1
+
+    def end(self) -> None:
+        """All has ended, or nobody waits any more."""
+        if self._left:
+            self._meters._ended.labels("cancelled").inc(self._left)
+            self._meters._open.dec(self._left)
+        self._meters._whole.observe(time.perf_counter() - self._began)

@@ -1,0 +1,128 @@
+"""From pieces to an HTTP response: JSON, or server-sent events while they come."""
+
+import asyncio
+import json
+import math
+import time
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.serve.answering import Asked, Piece, answers
+from deepseek_jax.serve.asking import Asker, LostError, RefusedError
+from deepseek_jax.serve.config import ServeConfig
+from deepseek_jax.serve.errors import ApiError, whole
+from deepseek_jax.serve.meters import Meters
+from deepseek_jax.serve.written import Form
+
+T = TypeVar("T")
+
+
+class Desk:
+    """Takes requests on while there is room."""
+
+    def __init__(self, asker: Asker, tokenizer: Tokenizer, config: ServeConfig, meters: Meters):
+        self.asker, self.tokenizer, self.config, self.meters = asker, tokenizer, config, meters
+        self.open = 0  # answers
+        self._seconds = 1.0  # that a request took of late
+
+    def check(self) -> None:
+        """ApiError while it is loading or ending."""
+        if self.asker.state != "ready":
+            raise ApiError(503, f"the server is {self.asker.state}", wait=5)
+
+    async def answers(self, asked: Asked) -> AsyncGenerator[Piece]:
+        """``answering.answers``, counted and watched. ApiError in the place of the first: refused, or too many wait."""
+        self.check()
+        room = self.asker.served.slots + self.config.queue
+        if self.open + asked.count > room:
+            wait = math.ceil(min(max(self._seconds, 1.0), 60.0))
+            raise ApiError(429, f"{self.open} answers are open: come again", code="queue_full", wait=wait)
+        self.open += asked.count
+        began, watch = time.perf_counter(), self.meters.watch(asked.count)
+        try:
+            async with aclosing(answers(self.asker, self.tokenizer, asked)) as pieces:
+                async for piece in pieces:
+                    watch.piece(piece)
+                    yield piece
+            self._seconds += 0.1 * (time.perf_counter() - began - self._seconds)
+        except RefusedError as error:
+            raise ApiError(400, whole(str(error))) from error
+        except LostError as error:
+            raise ApiError(503, str(error)) from error
+        finally:
+            self.open -= asked.count
+            watch.end()
+
+    async def respond(self, request: Request, asked: Asked, form: Form, *, stream: bool, usage: bool) -> Response:
+        """All of it as one object, or a stream of chunks. What is refused is so before a stream begins; who goes is
+        given up."""
+        pieces = self.answers(asked)
+        first = await unless_gone(request, anext(pieces))
+        if stream:
+            return EventStream(_events(form, first, pieces, usage))
+        return await unless_gone(request, _all(form, first, pieces))
+
+
+async def _all(form: Form, first: Piece, pieces: AsyncGenerator[Piece]) -> Response:
+    form.add(first)
+    async with aclosing(pieces):
+        async for piece in pieces:
+            form.add(piece)
+    return JSONResponse(form.whole())
+
+
+async def _events(form: Form, first: Piece, pieces: AsyncGenerator[Piece], usage: bool) -> AsyncGenerator[bytes]:
+    more = {"usage": None} if usage else {}
+    async with aclosing(pieces):
+        try:
+            for chunk in form.chunks(first):
+                yield event(chunk | more)
+            async for piece in pieces:
+                if chunks := form.chunks(piece):
+                    yield b"".join(event(chunk | more) for chunk in chunks)
+        except ApiError as error:
+            yield event(error.body)
+            return
+    if usage:
+        yield event(form.last_chunk())
+    yield b"data: [DONE]\n\n"
+
+
+def event(content: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events, whose source is closed when the client goes, too."""
+
+    def __init__(self, events: AsyncGenerator[bytes]):
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        self._events = events
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async with aclosing(self._events):
+            await super().__call__(scope, receive, send)
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """What it comes to; cancelled where the client goes first, and ApiError, which nobody reads."""
+    working, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ApiError(499, "the client has gone")
+        return working.result()
+    finally:
+        for task in (working, gone):
+            task.cancel()
+        await asyncio.gather(working, gone, return_exceptions=True)
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,84 @@
+"""How much an answer thinks: counted, and ended where a request says so."""
+
+import dataclasses
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from deepseek_jax.data.tokenizer import END_THINK, THINK, Tokenizer
+from deepseek_jax.serve.asking import Asker, Event
+from deepseek_jax.serve.prompts import CLOSING
+
+_EFFORTS = {"none": 0, "minimal": 0, "low": 1024, "medium": 8192}  # tokens of thinking
+_OPENS_WITHIN = 4  # tokens: white space may stand before `<think>`
+
+
+def budget_of(budget: int | None, effort: str | None) -> int | None:
+    """Tokens of thinking at most: what is said, or what an effort of OpenAI's stands for; None: as many as it likes."""
+    return _EFFORTS.get(effort or "") if budget is None else budget
+
+
+class Thoughts:
+    """Counts the tokens between `<think>`, which the prompt may have ``opened``, and `</think>`; none where these are
+    no tokens."""
+
+    def __init__(self, tokenizer: Tokenizer, *, opened: bool):
+        known = {THINK, END_THINK} <= {*tokenizer.added_tokens}
+        self._begin, self._end = (tokenizer.think_id, tokenizer.end_think_id) if known else (-1, -1)
+        self.open, self.count, self._seen = opened and known, 0, 0
+
+    def push(self, token_id: int) -> bool:
+        """Whether this is a token of the thinking."""
+        self._seen += 1
+        if token_id == self._end:
+            self.open = False
+        elif token_id == self._begin and self._seen <= _OPENS_WITHIN:
+            self.open = True
+        elif self.open:
+            self.count += 1
+            return True
+        return False
+
+
+async def within_budget(
+    asker: Asker,
+    tokenizer: Tokenizer,
+    ids: list[int],
+    sampling: dict[str, Any],
+    draw: int,
+    *,
+    opened: bool,
+    budget: int,
+) -> AsyncGenerator[Event]:
+    """The events of an answer that thinks for at most ``budget`` tokens: there the answer is cancelled, and asked for
+    anew behind its thoughts and `</think>`, which the cache of prefixes makes cheap. They all count as its tokens."""
+    thoughts, made = Thoughts(tokenizer, opened=opened), []
+    async with aclosing(asker.submit(ids, sampling, draw)) as events:
+        async for event in events:
+            for place, token_id in enumerate(event.ids):
+                thoughts.push(token_id)
+                made.append(token_id)
+                ended = event.finish_reason and place + 1 == len(event.ids)
+                if thoughts.open and thoughts.count >= budget and not ended:
+                    event = _cut(event, place + 1)
+                    break
+            else:
+                yield event
+                continue
+            yield event
+            break
+        else:
+            return
+    closing = tokenizer.encode(CLOSING, allow_special=True)[: sampling["max_tokens"] - len(made)]
+    left = sampling["max_tokens"] - len(made) - len(closing)
+    yield Event(closing, [0.0] * len(closing), [[] for _ in closing], "" if left else "length")
+    if left:
+        async with aclosing(asker.submit([*ids, *made, *closing], {**sampling, "max_tokens": left}, draw)) as events:
+            async for event in events:
+                if event.ids:
+                    yield dataclasses.replace(event, cached=0)
+
+
+def _cut(event: Event, length: int) -> Event:
+    lists = {name: getattr(event, name)[:length] for name in ("ids", "logprobs", "alternatives")}
+    return dataclasses.replace(event, **lists, finish_reason="")

@@ -1,0 +1,223 @@
+// What decoding does: products of few rows with a weight where it lies, (K N) or (N K), in float32 or bfloat16, and
+// attention of few queries over entries in pages. Weights and entries are read once, in the order in which they lie;
+// what bfloat16 holds is widened in registers, so that it counts as float32 and costs half of its bytes.
+#pragma once
+#include "cpu_product.h"
+
+// Right rows by left rows of a tile of scalar products, whose sums are a vector each.
+enum { RIGHT = 4, LEFT = ROWS / 2, STRIP = 64, AHEAD = 24 };
+typedef uint32_t vu __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
+typedef float v4 __attribute__((vector_size(16), aligned(4)));
+
+typedef struct {
+  const float *x;
+  const char *w;
+  float *out;
+  int64_t R, K, N, bytes;  // of a number of the weight
+} Few;
+
+// 2 · LANES numbers of a weight as two vectors: of bfloat16 those in even and in odd places.
+static inline __attribute__((always_inline)) void widened(const char *w, const int narrow, vf *b0, vf *b1) {
+  if (narrow) {
+    vu both = *(const vu *)w;
+    *b0 = (vf)(both << 16);
+    *b1 = (vf)(both & 0xffff0000u);
+  } else {
+    *b0 = *(const vf *)w;
+    *b1 = *(const vf *)(w + sizeof(vf));
+  }
+}
+
+// ---- out (R N) = x (R K) · w (K N) ----
+
+// COLS columns of `rows` rows. The next panel's first rows are fetched behind this one's last ones.
+static inline __attribute__((always_inline)) void few_tile(const int rows, const int narrow, const Few *f, const float *x,
+                                                           int64_t j, float *out, const int fetch) {
+  vf sum[ROWS][2];
+  int64_t step = f->N * f->bytes, wide = COLS * f->bytes;
+  const char *w = f->w + j * f->bytes;
+#pragma GCC unroll 12
+  for (int i = 0; i < rows; i++) sum[i][0] = sum[i][1] = (vf){0};
+  for (int64_t l = 0; l < f->K; l++, w += step) {
+    vf b0, b1;
+    widened(w, narrow, &b0, &b1);
+    if (fetch) {
+      const char *next = l + AHEAD < f->K ? w + AHEAD * step : w + (AHEAD - f->K) * step + wide;
+      __builtin_prefetch(next);
+      if (wide > 64) __builtin_prefetch(next + 64);
+    }
+#pragma GCC unroll 12
+    for (int i = 0; i < rows; i++) {
+      float number = x[i * f->K + l];
+      sum[i][0] += number * b0;
+      sum[i][1] += number * b1;
+    }
+  }
+#pragma GCC unroll 12
+  for (int i = 0; i < rows; i++) {
+    vf *to = (vf *)(out + i * f->N + j);
+    to[0] = narrow ? weave(sum[i][0], sum[i][1], 0) : sum[i][0];
+    to[1] = narrow ? weave(sum[i][0], sum[i][1], 1) : sum[i][1];
+  }
+}
+
+#define FEW_TILE(n) \
+  case n: if (f->bytes == 2) few_tile(n, 1, f, x, j, out, fetch); else few_tile(n, 0, f, x, j, out, fetch); break;
+static void any_few_tile(int rows, const Few *f, const float *x, int64_t j, float *out, int fetch) {
+  switch (rows) {
+    FEW_TILE(1) FEW_TILE(2) FEW_TILE(3) FEW_TILE(4) FEW_TILE(5) FEW_TILE(6)
+#if ROWS == 12
+    FEW_TILE(7) FEW_TILE(8) FEW_TILE(9) FEW_TILE(10) FEW_TILE(11) FEW_TILE(12)
+#endif
+  }
+}
+
+static void few_along(void *job, int64_t task) {
+  const Few *f = job;
+  int64_t groups = pieces(f->R, ROWS), last = least((task + 1) * STRIP, f->N);
+  for (int64_t j = task * STRIP; j < last; j += COLS)
+    for (int64_t g = 0; g < groups; g++) {  // as even as can be
+      int64_t from = g * f->R / groups, to = (g + 1) * f->R / groups;
+      any_few_tile((int)(to - from), f, f->x + from * f->K, j, f->out + from * f->N, g == 0);
+    }
+}
+
+// ---- out[i][j] = x[i] · w[j]: of rows that lie along what is summed ----
+
+// The four vectors' totals.
+static inline v4 totals(vf a, vf b, vf c, vf d) {
+  vf ac = weave(a, c, 0) + weave(a, c, 1), bd = weave(b, d, 0) + weave(b, d, 1);
+  vf all = weave(ac, bd, 0) + weave(ac, bd, 1);  // a b c d a b c d …
+  float lanes[LANES];
+  *(vf *)lanes = all;
+  v4 sum = *(v4 *)lanes;
+  for (int i = 4; i < LANES; i += 4) sum += *(v4 *)(lanes + i);
+  return sum;
+}
+
+// left × 4 of them. x of a bfloat16 weight has each 2 · LANES numbers ordered as `widened` gives them.
+static inline __attribute__((always_inline)) void dots_tile(const int left, const int narrow, const float *x, int64_t ldx,
+                                                            const char *w, int64_t step, int64_t K, float *out, int64_t ld) {
+  vf sum[LEFT][RIGHT];
+#pragma GCC unroll 6
+  for (int i = 0; i < left; i++)
+#pragma GCC unroll 4
+    for (int j = 0; j < RIGHT; j++) sum[i][j] = (vf){0};
+  for (int64_t l = 0; l < K; l += (narrow ? 2 : 1) * LANES) {
+#pragma GCC unroll 4
+    for (int j = 0; j < RIGHT; j++) {
+      const char *from = w + j * step + l * (narrow ? 2 : 4);
+      vf b0, b1;
+      if (narrow) widened(from, 1, &b0, &b1);
+      else b0 = *(const vf *)from;
+#pragma GCC unroll 6
+      for (int i = 0; i < left; i++) {
+        sum[i][j] += *(const vf *)(x + i * ldx + l) * b0;
+        if (narrow) sum[i][j] += *(const vf *)(x + i * ldx + l + LANES) * b1;
+      }
+    }
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < left; i++) *(v4 *)(out + i * ld) = totals(sum[i][0], sum[i][1], sum[i][2], sum[i][3]);
+}
+
+#define DOTS_TILE(n) \
+  case n: if (narrow) dots_tile(n, 1, x, ldx, w, step, K, out, ld); else dots_tile(n, 0, x, ldx, w, step, K, out, ld); break;
+static void any_dots_tile(int left, int narrow, const float *x, int64_t ldx, const char *w, int64_t step, int64_t K,
+                          float *out, int64_t ld) {
+  switch (left) {
+    DOTS_TILE(1) DOTS_TILE(2) DOTS_TILE(3)
+#if ROWS == 12
+    DOTS_TILE(4) DOTS_TILE(5) DOTS_TILE(6)
+#endif
+  }
+}
+
+static void few_across(void *job, int64_t task) {
+  const Few *f = job;
+  int64_t groups = pieces(f->R, LEFT), step = f->K * f->bytes, last = least((task + 1) * STRIP, f->N);
+  for (int64_t j = task * STRIP; j < last; j += RIGHT)
+    for (int64_t g = 0; g < groups; g++) {
+      int64_t from = g * f->R / groups, to = (g + 1) * f->R / groups;
+      any_dots_tile((int)(to - from), f->bytes == 2, f->x + from * f->K, f->K, f->w + j * step, step, f->K,
+                    f->out + from * f->N + j, f->N);
+    }
+}
+
+static void run_few(XLA_FFI_CallFrame *frame, Few *f, int across) {
+  float *ordered = NULL;
+  if (across && f->bytes == 2) {
+    ordered = aligned_alloc(64, (size_t)pieces(f->R * f->K, 16) * 64);
+    for (int64_t l = 0; l < f->R * f->K; l += 2 * LANES)
+      for (int i = 0; i < LANES; i++) ordered[l + i] = f->x[l + 2 * i], ordered[l + LANES + i] = f->x[l + 2 * i + 1];
+    f->x = ordered;
+  }
+  run(frame, across ? few_across : few_along, f, pieces(f->N, STRIP), f->R * f->K * f->N);
+  free(ordered);
+}
+
+// ---- attention over pages ----
+
+// Queries (B S H K) over P pages of N entries W wide: group g's key begins at g · K, its value at `first` + g · V. Query s
+// of row b sees the first limits[b][s] tokens, of which token t is entry t % N of page table[b][t / N].
+typedef struct {
+  const float *q, *pages;
+  const int32_t *table, *limits;
+  float *out, scale;
+  int64_t B, S, H, K, P, N, W, J, G, V, first;
+} Paged;
+
+static const float *page_of(const Paged *a, int64_t b, int64_t j) {
+  int64_t page = a->table[b * a->J + j];  // where there is none any will do: nobody looks at what comes of it
+  return a->pages + (page < 0 || page >= a->P ? 0 : page) * a->N * a->W;
+}
+
+// A row's scores s, T of them, to e^(s·scale - the largest) in place -> their sum. What fills the row up gets zeros.
+static float weights_of(float *p, int64_t T, float scale) {
+  vf top = (vf){0} - INFINITY, sum = {0};
+  for (int64_t t = T; t < whole(T); t++) p[t] = -INFINITY;
+  for (int64_t t = 0; t < T; t += LANES) {
+    vf s = *(vf *)(p + t) * scale;
+    vi more = s > top;
+    top = (vf)(((vi)s & more) | ((vi)top & ~more));
+    *(vf *)(p + t) = s;
+  }
+  float shift = -INFINITY;
+  for (int i = 0; i < LANES; i++) shift = top[i] > shift ? top[i] : shift;
+  for (int64_t t = 0; t < T; t += LANES) {
+    vf e = exponential(*(vf *)(p + t) - shift);
+    *(vf *)(p + t) = e;
+    sum += e;
+  }
+  return total(sum);
+}
+
+static void paged(void *job, int64_t task) {
+  const Paged *a = job;
+  int64_t row = task / a->G, b = row / a->S, g = task % a->G, heads = a->H / a->G, N = a->N, W = a->W;
+  int64_t at = row * a->H + g * heads, T = least(a->limits[row], a->J * N), wide = whole(T);
+  float *out = a->out + at * a->V;
+  memset(out, 0, (size_t)(heads * a->V) * sizeof(float));
+  if (T <= 0) return;
+  float *p = borrow(heads * wide);
+  for (int64_t t = 0; t < T; t += RIGHT)  // what stands behind the last one in its page is not looked at
+    for (int64_t i = 0; i < heads; i += LEFT)
+      any_dots_tile((int)least(LEFT, heads - i), 0, a->q + (at + i) * a->K, a->K,
+                    (const char *)(page_of(a, b, t / N) + t % N * W + g * a->K), W * 4, a->K, p + i * wide + t, wide);
+  float sums[heads];
+  for (int64_t i = 0; i < heads; i++) sums[i] = weights_of(p + i * wide, T, a->scale);
+  for (int64_t t = 0; t < T; t += N)
+    for (int64_t j = 0; j < a->V; j += COLS)
+      for (int64_t i = 0; i < heads; i += ROWS)
+        any_tile((int)least(ROWS, heads - i), p + i * wide + t, wide, 1, least(N, T - t),
+                 page_of(a, b, t / N) + a->first + g * a->V + j, W, out + i * a->V + j, a->V, COLS, 1);
+  for (int64_t i = 0; i < heads; i++)
+    for (int64_t j = 0; j < a->V; j += LANES) *(vf *)(out + i * a->V + j) = *(vf *)(out + i * a->V + j) / sums[i];
+  give_back(p);
+}
+
+static void run_paged(XLA_FFI_CallFrame *frame, Paged *a) {
+  int64_t seen = 0;
+  for (int64_t i = 0; i < a->B * a->S; i++) seen += least(a->limits[i], a->J * a->N);
+  run(frame, paged, a, a->B * a->S * a->G, seen * a->H * a->K);
+}

@@ -1,0 +1,98 @@
+"""Two real processes answer requests as they come: what one answers, whoever asks, and without a compile behind."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from model.tiny import weights, whole
+from parallel.two_processes import start
+from small import SPEAKER, tokenizer
+
+from deepseek_jax.inference.engine import Engine
+from deepseek_jax.inference.sampling import SamplingParams
+from deepseek_jax.inference.schedule import ServingConfig
+from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
+
+SERVING = ServingConfig(slots=2, pages=8, page=4, context=32, chunk=8, turns=2)
+# (the process that asks, the step before which it does, prompt, parameters, draw)
+ASKED = [
+    (0, 0, [5, 9, 2, 7] * 3, SamplingParams(temperature=0.0, max_tokens=8), 0),
+    (1, 0, [8, 8, 1], SamplingParams(max_tokens=9, seed=3, logit_bias=((11, -2.5),)), 2),
+    (0, 1, [5, 9, 2, 7] * 3, SamplingParams(temperature=0.7, max_tokens=8), 1),
+    *((i % 2, 2 + i // 6, [i + 3] * (i + 1), SamplingParams(temperature=0.0, max_tokens=12), 0) for i in range(18)),
+]
+CANCELLED = 5
+# The first process drives, the second follows, and asks from another thread.
+PROGRAM = """
+import sys
+from pathlib import Path
+from parallel.test_serving import answers
+Path(sys.argv[1], f"said.{jax.process_index()}").write_text(answers())
+"""
+
+
+def engine(**more: Any) -> Engine:
+    """Over four devices: requests and experts by two, heads by the other two."""
+    mesh = make_mesh(MeshConfig(expert=2, tensor=2), jax.devices()[:4])
+    put = lambda x: jax.make_array_from_callback(x.shape, NamedSharding(mesh, PartitionSpec()), lambda at: x[at])  # noqa: E731
+    params, bias = jax.tree.map(put, jax.device_get(weights(SPEAKER)))
+    return Engine(whole(SPEAKER, params, bias, tokenizer(), mesh), serving=SERVING, **more)
+
+
+def answers() -> str:
+    """This process's, as JSON: [place in ASKED, tokens, log-probabilities, why it ended]; and what was counted."""
+    serving, here, alone = engine(), jax.process_index(), jax.process_count() == 1
+    serving.warm_up()
+    places, found = dict[int, int](), dict[int, list]()
+    for now in range(200):
+        for place, (process, when, prompt, sampling, draw) in enumerate(ASKED):
+            if when == now and (alone or process == here):
+                number = serving.submit(prompt, sampling, draw=draw)
+                places[number], found[place] = place, [[], [], ""]
+        if now == 4 and (alone or here == ASKED[CANCELLED][0]):
+            serving.cancel(next(number for number, place in places.items() if place == CANCELLED))
+        for event in serving.step():
+            answer = found[places[event.number]]
+            answer[0] += event.token_ids
+            answer[1] += event.logprobs
+            answer[2] = event.finish_reason
+        if now > 4 and not serving.busy:
+            break
+    if here == 0 and not alone:
+        serving.end()
+    elif not alone:
+        serving.follow()
+    # Rows in turn, and rows of which several ask the same: the second process has fewer.
+    prompts = [prompt for prompt in ([5, 9, 2, 7], [8, 8, 1]) for _ in range(4)]
+    prompts = prompts[: 6 if alone or not here else 0] + prompts[: 3 if alone or here else 0]
+    key, sampling = jax.random.fold_in(jax.random.key(0), 2**31), SamplingParams(max_tokens=5, temperature=0.8)
+    together = [serving.generate_ids(prompts, sampling, key).here().tokens_BN[: len(prompts), :5].tolist()]
+    together.append(engine(at_once=3).generate_ids(prompts, sampling, key).here().tokens_BN.tolist())
+    metrics = {name: value for name, value in serving.metrics().items() if not name.startswith("seconds")}
+    assert serving._requests is not None
+    serving._requests.check()
+    return json.dumps({"found": found, "metrics": metrics, "together": together})
+
+
+def test_two_processes_answer_what_one_answers(tmp_path: Path):
+    with start(PROGRAM, [tmp_path], folder=tmp_path, devices=2) as group:
+        group.done()
+    first, second = (json.loads((tmp_path / f"said.{index}").read_text()) for index in range(2))
+    alone = json.loads(answers())
+    assert not first["found"].keys() & second["found"].keys() and first["metrics"] == second["metrics"]
+    for each in zip(*(said["together"] for said in (first, second, alone)), strict=True):
+        assert each[0] + each[1] == each[2]
+    assert alone["together"][0] == alone["together"][1]
+    found = first["found"] | second["found"]
+    assert found.keys() == alone["found"].keys() == set(map(str, range(len(ASKED))))
+    assert found.pop(str(CANCELLED))[2] == alone["found"].pop(str(CANCELLED))[2] == "cancelled"
+    for place, (ids, logprobs, reason) in found.items():
+        expected = alone["found"][place]
+        assert (ids, reason) == (expected[0], expected[2])
+        assert logprobs == pytest.approx(expected[1], abs=1e-4)  # others may stand beside it
+    for metrics in (first["metrics"], alone["metrics"]):
+        assert metrics["preemptions"] and metrics["found_tokens"] and not metrics["compiles"]
+        assert not metrics["pages_held"]

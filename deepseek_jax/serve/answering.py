@@ -6,11 +6,10 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
-from deepseek_jax.data.streaming import TextStream
+from deepseek_jax.data.streaming import StopStrings, TextStream
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.serve.asking import Asker
 from deepseek_jax.serve.prompts import Prompt
-from deepseek_jax.serve.stops import StopStrings
 from deepseek_jax.serve.thinking import GRAMMARS, Thoughts, in_stages
 
 

@@ -5,6 +5,7 @@ import json
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 from deepseek_jax.data.tokenizer import Tokenizer
@@ -46,6 +47,8 @@ async def asked_by_chat(body: Chat, tokenizer: Tokenizer, served: Served, limits
     asked = _asked(body, [prompt.ids], most, (body.top_logprobs or 0) if body.logprobs else None, served, limits)
     if body.parallel_tool_calls is False and prompt.tools:
         asked = replace(asked, stops=(*asked.stops, CALL_END))
+    if prompt.schema and find_spec("llguidance") is not None:  # without it, arguments are what the model makes of them
+        asked = replace(asked, sampling=asked.sampling | {"json_schema": prompt.schema})
     return replace(asked, prompt=prompt, thinking_budget=budget or None)
 
 

@@ -51,7 +51,6 @@ def config() -> Pods:
     blocks: dict[str, Any] = {"expert": 8, "blocks": ("expert",)}
     v5p = on(MeshConfig(fsdp=128, **blocks), rows=16_384, microbatches=2, dispatch_capacity=1.25)
     tpu7x = on(MeshConfig(fsdp=32, expert=8), rows=1_024, microbatches=4, dispatch_capacity=1.25)
-    v6e_4_slices = on(MeshConfig(), rows=2_048, dispatch_capacity=1.25)
     # Dense parameters are split over the experts' devices too: a node's gather each part between nodes but once.
     nodes = {"dispatch_nodes": 8, "rules": ShardingRules(embed=("fsdp", "expert"), latent=("expert",))}
     return Pods(
@@ -62,8 +61,16 @@ def config() -> Pods:
         tpu7x_32k=longer(tpu7x, MeshConfig(fsdp=4, expert=8, context=8), 32_768, rows=128, microbatches=4),
         tpu7x_128k=longer(tpu7x, MeshConfig(expert=8, context=32), 131_072, rows=32, microbatches=4),
         v6e=dataclasses.replace(on(MeshConfig(expert=32, tensor=8), rows=1_024), data=PretrainData(seq_len=4096)),
-        # A row of 4,096 for two devices: with one for each, 4.7 GiB too much.
-        v6e_4_slices=longer(v6e_4_slices, MeshConfig(fsdp=32, expert=16, context=2), 4096, rows=2_048, microbatches=4),
+        # A row of 4,096 for two devices, since with one for each 4.7 GiB are too much; and dense parameters split 1,024
+        # ways, since with 64 ways 1.5 are.
+        v6e_4_slices=longer(
+            on(MeshConfig(), rows=2_048, dispatch_capacity=1.25),
+            MeshConfig(fsdp=32, expert=16, context=2),
+            4096,
+            rows=2_048,
+            microbatches=4,
+            dense=("expert",),
+        ),
         gpus_256=on(MeshConfig(fsdp=4, expert=64), rows=15_360, microbatches=60, **nodes),
         gpus_2048=on(MeshConfig(data=2, fsdp=16, expert=64), rows=16_384, microbatches=8, **nodes),
     )
@@ -81,10 +88,18 @@ def on(mesh: MeshConfig, *, rows: int, microbatches: int = 1, **compute) -> Pret
     )
 
 
-def longer(recipe: PretrainConfig, mesh: MeshConfig, columns: int, *, rows: int, microbatches: int) -> PretrainConfig:
-    """Parameters are split over the devices of a row as well."""
+def longer(
+    recipe: PretrainConfig,
+    mesh: MeshConfig,
+    columns: int,
+    *,
+    rows: int,
+    microbatches: int,
+    dense: tuple[str, ...] = (),
+) -> PretrainConfig:
+    """Parameters are split over the devices of a row as well; other than experts' over those of ``dense`` too."""
     split = ("fsdp", "context")
-    rules = ShardingRules(embed=split, latent=split, expert_embed=split)
+    rules = ShardingRules(embed=(*split, *dense), latent=split, expert_embed=split)
     return dataclasses.replace(
         recipe,
         compute=dataclasses.replace(recipe.compute, rules=rules),

@@ -11,7 +11,7 @@ from deepseek_jax.data.template import ChatTemplate, opens_thinking
 from deepseek_jax.data.tokenizer import END_THINK, THINK, Tokenizer
 from deepseek_jax.data.untrusted import Hiding
 from deepseek_jax.serve.parsing import CALLS_BEGIN
-from deepseek_jax.serve.tools import call_head, chosen, described, writes_calls
+from deepseek_jax.serve.tools import call_head, chosen, described, parameters_of, writes_calls
 
 NO_THOUGHT = f"{THINK}\n\n{END_THINK}\n\n"
 CLOSING = f"\n{END_THINK}\n\n"
@@ -22,12 +22,13 @@ _OWN = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
     """ids: what is answered. opened: they have opened `<think>`. begun: text that they have begun the answer with, for
-    the parser. tools: calls may come."""
+    the parser. tools: calls may come. schema: of the arguments of the call that they have begun, as JSON."""
 
     ids: list[int]
     opened: bool = False
     begun: str = ""
     tools: bool = False
+    schema: str = ""
 
 
 def write_prompt(
@@ -77,6 +78,7 @@ def write_prompt(
         if not writes_calls(template):
             raise ValueError("tool_choice: a call can be begun in DeepSeek's format alone, which this template lacks")
         begun += CALLS_BEGIN + call_head(template, name)
+        prompt = dataclasses.replace(prompt, schema=parameters_of(tools, name))
     return _begun(tokenizer, prompt, begun)
 
 

@@ -105,6 +105,12 @@ def test_a_stream_joined_is_the_answer(engine, monkeypatch):
         next(engine.stream([1, 2, 3], SamplingParams(max_tokens=64)))
 
 
+def test_who_has_asked_nothing_has_no_cache():
+    idle = Engine(transformer.merge(SPEAKER, *weights(SPEAKER)), tokenizer())
+    idle.cancel(0)
+    assert idle.metrics() == {} and not idle.busy and idle._requests is None
+
+
 def test_weights_are_made_once_and_then_by_update_alone(monkeypatch):
     made = []
     original = module.sampling_weights
@@ -175,6 +181,11 @@ def test_what_cannot_be_answered_is_refused(engine):
         engine.generate([[1], []], GREEDY)
     with pytest.raises(ValueError, match="2 prompts, but 1 sampling parameters"):
         engine.generate([[1], [2]], [GREEDY])
+    with pytest.raises(ValueError, match="stop_token_ids has the id 300: expected below vocab_size=300"):
+        engine.generate([[1]], dataclasses.replace(GREEDY, stop_token_ids=(2, 300)))
+    for ask in (engine.submit, lambda ids: engine.generate([ids], GREEDY), lambda ids: next(engine.stream(ids))):
+        with pytest.raises(ValueError, match="a prompt has ids of type bool: expected ints"):
+            ask([1, True])
     few = Engine(whole(dataclasses.replace(SPEAKER, vocab_size=40), *weights(SPEAKER), tokenizer()))
     with pytest.raises(ValueError, match="token 'a' has the id 67, and the model's vocab_size=40: .* has 294 ids"):
         few.generate(["a"], GREEDY)

@@ -35,6 +35,7 @@ class Pods:
     tpu7x_32k: PretrainConfig
     """94.7 of 96.0 GiB, 28.4 s a step, MFU 23.3 %."""
     tpu7x_128k: PretrainConfig
+    """Refused, 110.7 GiB of 94.8: too few chips for keys and values of such rows beside the parameters."""
     v6e: PretrainConfig
     """Serving on 256 chips: --topology v6e:16x16 --work decode, or prefill. Training is refused: 12 bytes a parameter
     are 29.8 GiB of 32 a device, gradients aside."""

@@ -142,7 +142,7 @@ def test_new_weights_take_the_room_of_the_former(monkeypatch):
     gc.collect()
     before = live()
     engine.update(params, bias)
-    assert engine.busy and own > 10**5 and held[-1] == before - own and live() == before
+    assert engine.busy and own > 50_000 and held[-1] == before - own and live() == before
 
 
 def test_any_thread_may_ask(engine):

@@ -62,8 +62,6 @@ async def prompt_of(body: Chat, tokenizer: Tokenizer, limits: Limits) -> tuple[P
     choice = body.tool_choice.model_dump() if isinstance(body.tool_choice, NamedTool) else body.tool_choice
     budget = budget_of(body.thinking_budget, body.reasoning_effort)
     think = None if budget is None and body.reasoning_effort is None else budget != 0
-    if body.response_format is not None and body.response_format.type != "text":
-        think = False  # what is held to a schema has no place for thoughts
     messages = as_messages(body.messages, limits)
     options = {"tools": tools, "choice": choice, "think": think, "variables": body.chat_template_kwargs}
     return await encoded(lambda: write_prompt(tokenizer, messages, **options)), budget

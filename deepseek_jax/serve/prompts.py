@@ -16,7 +16,17 @@ from deepseek_jax.serve.tools import call_head, chosen, described, parameters_of
 NO_THOUGHT = f"{THINK}\n\n{END_THINK}\n\n"
 CLOSING = f"\n{END_THINK}\n\n"
 _SWITCHES = ("thinking", "enable_thinking")  # what templates call it: V3.1's, Qwen3's
-_OWN = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "pad_token", "unk_token")
+_OWN = (
+    "messages",
+    "tools",
+    "documents",
+    "add_generation_prompt",
+    "bos_token",
+    "eos_token",
+    "pad_token",
+    "unk_token",
+    "self",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +79,7 @@ def write_prompt(
     if hidden and not template.mentions("tools", tools=True):
         conversation, hidden = _told(template, conversation, hidden), None
     switches = {} if think is None else {name: think for name in _SWITCHES if template.mentions(name)}
-    text = render_prompt(template, conversation, hidden, **switches, **hiding.hide(_allowed(variables or {})))
+    text = render_prompt(template, conversation, hidden, {**switches, **hiding.hide(_allowed(variables or {}))})
     prompt = Prompt(hiding.encode(text), opens_thinking(text), tools=bool(tools))
     begun = ""
     if think is False or name is not None:

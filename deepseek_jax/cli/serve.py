@@ -43,10 +43,10 @@ def run_serve(arguments: Sequence[str]) -> None:
     seconds: dict[str, float] = {}
     with ExitStack() as stack:
         config, tokenizer = _text(asked, stack)
-        if jax.distributed.is_initialized() and jax.process_index():
+        if jax.process_index():  # the first process has HTTP
             engine = _engine(asked, config, tokenizer)
             engine.warm_up()
-            with Stopping():  # the first process says when
+            with Stopping():  # a signal is for the first
                 engine.follow()
             return
         http = stack.enter_context(HttpProcess(dataclasses.replace(asked.http, name=asked.http.name or _name(asked))))
@@ -60,7 +60,7 @@ def run_serve(arguments: Sequence[str]) -> None:
         with Stopping() as stopping:
             say(f"ready: {http.url}/v1 has {served.name}, of {served.context:,} tokens; {took}")
             run(engine, http, served, stopping)
-            engine.end()
+        engine.end()
 
 
 def _name(asked: _Serve) -> str:

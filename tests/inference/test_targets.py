@@ -234,8 +234,9 @@ def test_requests_read_pages_where_they_lie(target, platform, page, cache):
     assert pages.layers[0].shape[-1] == (640 if platform == "tpu" else 576)  # else XLA would copy them twice a call
     numbers = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
     given = config, compute, params, bias, pages
+    rows = dataclasses.replace(Rows.filling(64, 8), allowed_BV=numbers(64, -(-config.vocab_size // 32)))
     for traced in (
-        decode.trace(*given, Rows.filling(64, 8), numbers(), jax.ShapeDtypeStruct((), bool), most=8),
+        decode.trace(*given, rows, numbers(), jax.ShapeDtypeStruct((), bool), most=8),
         read.trace(*given, numbers(2, 256), numbers(2), numbers(2, 8), fresh=False),
     ):
         text = traced.lower(lowering_platforms=(platform,)).as_text()

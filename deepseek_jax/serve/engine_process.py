@@ -195,6 +195,10 @@ class Desk:
             if self._failures >= _FAILURES:
                 raise RuntimeError(f"{_FAILURES} steps one after another have failed, the last: {error}") from error
             return
+        for event in events:
+            if event.error and event.number in self._keys:
+                key, *_ = self._told(event)
+                self._send({"refused": key, "message": event.error})
         if told := [self._told(event) for event in events if event.number in self._keys]:
             self._send({"events": told})
 

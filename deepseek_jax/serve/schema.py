@@ -161,7 +161,7 @@ _EITHER: dict[str, Any] = {"oneOf": [{"required": ["prompt"]}, {"required": ["me
 class Tokenize(BaseModel):
     """prompt: a text, with add_special_tokens as completions have it; or the messages of a chat."""
 
-    model_config = ConfigDict(**STRICT, json_schema_extra=_EITHER)
+    model_config = STRICT | ConfigDict(json_schema_extra=_EITHER)
     model: str = Field("", max_length=256)
     prompt: str | None = None
     messages: list[Message] | None = Field(None, min_length=1)

@@ -1,6 +1,7 @@
 """OpenAI's own client against the whole server: two processes, a network of random weights."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import openai
 import pytest
@@ -129,7 +130,7 @@ WRONG = {
 def test_what_is_wrong_is_said(ours, name):
     with pytest.raises(openai.BadRequestError) as refused:
         ours.chat.completions.create(**{"model": "tiny", "messages": CHAT} | WRONG[name])
-    error = refused.value.body
+    error: Any = refused.value.body
     assert set(error) == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error"
     assert name in error["message"] or name in str(error["param"])
 

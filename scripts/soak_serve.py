@@ -2,11 +2,11 @@
 
     python scripts/soak_serve.py --seconds 600 --clients 48 [--model PATH|RECIPE --random] [-- more options of serve]
 
-Starts ``deepseek-jax serve``; measures what it answers in --measure seconds to as many clients as it has slots, its
-capacity, before and after it is overloaded. Where others work on the machine, and wall time says little, the share of
-capacity is also told by the engine's processor time. Prints a line every ten seconds and at last what the issue asks: the share of capacity,
-requests that were accepted and not ended, pages held at the end, the memory of both processes. Exit status 1 where one
-of these falls short.
+Starts ``deepseek-jax serve``; measures its capacity, what it answers to as many clients as it has slots in --measure
+seconds, before and after overloading it. Where others work on the machine, and wall time says little, the share of
+capacity is told by the engine's processor time too. Prints a line every ten seconds and at last that share, requests
+that were accepted and not ended, pages held at the end, the memory of both processes. Exit status 1 where one falls
+short.
 """
 
 import argparse

@@ -114,7 +114,7 @@ def _asked(
         if max_tokens > room:
             message = f"max_tokens={max_tokens} and a prompt of {longest} tokens pass the context of {served.context}"
             raise ApiError(400, message, param="max_tokens", code="context_length_exceeded")
-    sampling = {name: float(value) for name in _SAME if (value := getattr(body, name)) is not None}
+    sampling: dict[str, Any] = {name: float(value) for name in _SAME if (value := getattr(body, name)) is not None}
     sampling |= {
         "max_tokens": max_tokens or min(room, most),
         "seed": secrets.randbits(31) if body.seed is None else body.seed % 2**31,

@@ -195,12 +195,11 @@ class Desk:
             if self._failures >= _FAILURES:
                 raise RuntimeError(f"{_FAILURES} steps one after another have failed, the last: {error}") from error
             return
-        for event in events:
-            if event.error and event.number in self._keys:
-                key, *_ = self._told(event)
-                self._send({"refused": key, "message": event.error})
-        if told := [self._told(event) for event in events if event.number in self._keys]:
+        events = [event for event in events if event.number in self._keys]
+        if told := [self._told(event) for event in events if not event.error]:
             self._send({"events": told})
+        for event in filter(lambda event: event.error, events):
+            self._send({"refused": self._told(event)[0], "message": event.error})
 
     def _told(self, event: Event) -> list[Any]:
         key = self._keys[event.number]

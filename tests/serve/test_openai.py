@@ -1,6 +1,8 @@
 """OpenAI's own client against the whole server: two processes, a network of random weights."""
 
+import json
 from collections.abc import Iterator
+from typing import Any
 
 import openai
 import pytest
@@ -113,6 +115,29 @@ def test_chat(ours):
     assert ours.chat.completions.create(**asked | nudged).choices[1].finish_reason in ("stop", "length")
 
 
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"enum": ["x", "yes"]}},
+    "required": ["a"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_answer_that_is_held_to_a_schema(ours, streamed):
+    wanted = {"type": "json_schema", "json_schema": {"name": "mine", "schema": SCHEMA, "strict": True}}
+    asked = {"model": "tiny", "messages": CHAT, "temperature": 0, "max_tokens": 200, "response_format": wanted}
+    said = ours.chat.completions.create(**asked, stream=streamed)
+    pieces = [piece.choices[0].delta.content or "" for piece in said] if streamed else [said.choices[0].message.content]
+    assert json.loads("".join(pieces)) in ({"a": "x"}, {"a": "yes"})
+
+
+def test_a_schema_that_nothing_meets(ours):
+    wanted = {"type": "json_schema", "json_schema": {"name": "mine", "schema": {"type": "string", "pattern": "("}}}
+    with pytest.raises(openai.BadRequestError, match="json_schema"):
+        ours.chat.completions.create(model="tiny", messages=CHAT, response_format=wanted)
+
+
 WRONG = {
     "temperature": {"temperature": 3},
     "max_tokens": {"max_tokens": 10**6},
@@ -129,7 +154,7 @@ WRONG = {
 def test_what_is_wrong_is_said(ours, name):
     with pytest.raises(openai.BadRequestError) as refused:
         ours.chat.completions.create(**{"model": "tiny", "messages": CHAT} | WRONG[name])
-    error = refused.value.body
+    error: Any = refused.value.body
     assert set(error) == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error"
     assert name in error["message"] or name in str(error["param"])
 

@@ -253,13 +253,14 @@ def _not_integers(quantisation: Mapping[str, Any]) -> list[str]:
     weights = group.get("weights") if isinstance(group, Mapping) else None
     if not isinstance(weights, Mapping):
         return [*refused, f"{where}.config_groups.{name}={group!r} (only quantised weights)"]
+    inside = f"{where}.config_groups.{name}.weights"
     only = {"num_bits": (4, 8), "type": ("int",), "strategy": ("group",), "symmetric": (True,), "actorder": (None,)}
     for field, allowed in only.items():
-        if (value := weights.get(field, allowed[0] if field != "num_bits" else None)) not in allowed:
-            refused.append(f"{where}.config_groups.{name}.weights.{field}={value!r} (only {' or '.join(map(repr, allowed))})")
+        if (value := weights.get(field, None if field == "num_bits" else allowed[0])) not in allowed:
+            refused.append(f"{inside}.{field}={value!r} (only {' or '.join(map(repr, allowed))})")
     size = weights.get("group_size")
     if type(size) is not int or size < 2 or size % 2:
-        refused.append(f"{where}.config_groups.{name}.weights.group_size={size!r} (only an even number of terms)")
+        refused.append(f"{inside}.group_size={size!r} (only an even number of terms)")
     of_rows = [field for field in ("input_activations", "output_activations") if group.get(field)]
     return refused + [f"{where}.config_groups.{name}.{field}={group[field]!r} (only null)" for field in of_rows]
 

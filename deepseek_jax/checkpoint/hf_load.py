@@ -49,8 +49,9 @@ def read_released(
     """Configuration, parameters in ``compute.param_dtype`` on ``mesh``, and routing bias of a released folder.
 
     FP8 checkpoints are dequantised; with ``param_dtype="float8_e4m3"`` their matrices stay as they are
-    (``BlockScaled``). Matrices in integers stay so, and with ``"int8"`` and ``"int4"`` become so. ValueError, naming tensor or field, for whatever is missing, unknown, misshapen or damaged. An
-    MTP module that config.json announces and the files lack altogether is left out with a warning.
+    (``BlockScaled``). Matrices in integers stay so, and with ``"int8"`` and ``"int4"`` become so. ValueError, naming
+    tensor or field, for whatever is missing, unknown, misshapen or damaged. An MTP module that config.json announces
+    and the files lack altogether is left out with a warning.
     """
     keep_fp8 = compute.param_dtype == KEPT_FP8
     config = ModelConfig.from_hf(path, ignore_config=ignore_config)
@@ -94,8 +95,7 @@ def _kept(
         if keep_fp8 and tensor.quantised:
             kept[tensor.path] = _Kept(np.dtype(FP8), np.dtype(np.float32), tensor.groups)
         elif integers is not None and (
-            integers.names(tensor)[0] in files.tensors
-            or (param_dtype in KEPT_INTEGERS and integers.takes(tensor))
+            integers.names(tensor)[0] in files.tensors or (param_dtype in KEPT_INTEGERS and integers.takes(tensor))
         ):
             kept[tensor.path] = _Kept(integers.dtype, np.dtype(jnp.bfloat16), integers.groups(tensor))
     return kept
@@ -112,8 +112,8 @@ def dtype_name(dtype: Any) -> str:
 class _Leaves:
     """The parameters while they fill: of each leaf a buffer on every device that this process feeds.
 
-    A leaf kept in FP8 or integers is two: its values, and its scales under the path + ("scales",). Vectors are gathered in host
-    memory: they are small, and each would need a program of its own.
+    A leaf kept in FP8 or integers is two: its values, and its scales under the path + ("scales",). Vectors are gathered
+    in host memory: they are small, and each would need a program of its own.
     """
 
     def __init__(
@@ -204,7 +204,7 @@ def _fill(buffer: Any, piece: Any, starts: Any) -> Any:
 
 
 def to_bits(x: jax.Array) -> jax.Array:
-    """The same memory as unsigned integers, or as it is where it is integers; within a jitted program it costs nothing."""
+    """The same memory as unsigned integers, integers as they are; within a jitted program it costs nothing."""
     if jnp.issubdtype(x.dtype, jnp.integer):
         return x
     return jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize])
@@ -263,8 +263,8 @@ def _send(files: TensorFiles, tensor: HFTensor, leaves: _Leaves) -> list[_Sent]:
         for path, device, piece, starts in _parts(files, tensor, leaves, scaled)
     ]
     jax.block_until_ready([piece for _, _, piece, _ in sent])
-    for name in (name, tensor.scale_name) if scaled else (name,):
-        files.forget(name)
+    for read in (name, tensor.scale_name) if scaled else (name,):
+        files.forget(read)
     return sent
 
 

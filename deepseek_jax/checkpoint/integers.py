@@ -90,7 +90,10 @@ class Integers:
         """What is wrong with a tensor that the files have packed."""
         found = []
         for name, shape, dtypes in zip(
-            self.names(tensor), self.shapes(tensor), (("int32",), ("bfloat16", "float32", "float16"), ("int64", "int32")), strict=True
+            self.names(tensor),
+            self.shapes(tensor),
+            (("int32",), ("bfloat16", "float32", "float16"), ("int64", "int32")),
+            strict=True,
         ):
             info = files.tensors.get(name)
             if info is None:
@@ -108,7 +111,7 @@ class Integers:
             wide = BlockScaled(files.array(tensor.name), files.array(tensor.scale_name)).astype(jnp.float32)
         else:
             wide = files.array(tensor.name)
-        numbers, scales = quantise_groups(np.asarray(wide, np.float32).T, self.bits, self.group, np=np)
+        numbers, scales = quantise_groups(np.asarray(wide, np.float32).T, self.bits, self.group, xp=np)
         return numbers.T, scales.T
 
 

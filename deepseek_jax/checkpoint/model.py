@@ -141,9 +141,7 @@ def _load_run(path: Path, compute: ComputeConfig, mesh: Mesh, step: int | None, 
         raise ValueError(f"param_dtype={compute.param_dtype!r}: {path} holds float32 parameters")
     if integers := Integers.named(compute.param_dtype):
         model = _load_run(path, dataclasses.replace(compute, param_dtype="bfloat16"), mesh, step, ema)
-        return dataclasses.replace(
-            model, compute=compute, params=quantise_params(model.params, model.config, integers)
-        )
+        return dataclasses.replace(model, compute=compute, params=quantise_params(model.params, model.config, integers))
     with CheckpointStore(folder, keep=1) as store:
         meta = store.read_meta(step)
     config = ModelConfig.from_dict(meta["model"])

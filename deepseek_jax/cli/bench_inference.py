@@ -32,6 +32,7 @@ from deepseek_kernels.integers import GROUP
 
 # Bytes of a number, with the scales of integers.
 _STORED = {"float8_e4m3": 1, "int8": 1 + 2 / GROUP, "int4": 0.5 + 2 / GROUP}
+QUANTISED: dict[str, Any] = {"fp8": "float8_e4m3", "int8": "int8", "int4": "int4"}
 TRACED = 8  # steps of decoding in a profile
 
 
@@ -46,10 +47,10 @@ class Setting:
     requests: Requests
 
     @classmethod
-    def of(cls, recipe: PretrainConfig, prompt: int, answer: int, columns: int, fp8: bool) -> "Setting":
+    def of(cls, recipe: PretrainConfig, prompt: int, answer: int, columns: int, quantize: str) -> "Setting":
         mesh, config = make_mesh(recipe.mesh), sampling_config(recipe.model)
         compute = sampling_compute(recipe.compute.on(mesh))
-        compute = dataclasses.replace(compute, param_dtype="float8_e4m3") if fp8 else compute
+        compute = dataclasses.replace(compute, param_dtype=QUANTISED[quantize]) if quantize in QUANTISED else compute
         rng = np.random.default_rng(0)
         prompts = rng.integers(0, config.vocab_size, (recipe.batch_size, prompt)).tolist()
         with jax.set_mesh(mesh):
@@ -72,9 +73,9 @@ class Setting:
         return compiled, time.perf_counter() - began
 
 
-def measure_prefill(recipe: PretrainConfig, columns: int, repeats: int, *, fp8: bool = False) -> Measured:
+def measure_prefill(recipe: PretrainConfig, columns: int, repeats: int, *, quantize: str = "none") -> Measured:
     """Prompts of ``columns`` tokens up to the first token of each answer: the median of ``repeats``."""
-    its = Setting.of(recipe, columns, 1, columns, fp8)
+    its = Setting.of(recipe, columns, 1, columns, quantize)
     compiled, compiling = its.compile(begin, its.requests)
     call = functools.partial(compiled, *its.weights, its.requests)
     jax.block_until_ready(call())
@@ -93,11 +94,11 @@ def measure_prefill(recipe: PretrainConfig, columns: int, repeats: int, *, fp8: 
 
 
 def measure_decoding(
-    recipe: PretrainConfig, columns: int, new_tokens: int, repeats: int, *, fp8: bool = False
+    recipe: PretrainConfig, columns: int, new_tokens: int, repeats: int, *, quantize: str = "none"
 ) -> Measured:
     """``new_tokens`` greedy steps over a cache of random numbers, up to ``columns`` tokens a row: the median of
     ``repeats`` such calls, divided by the steps."""
-    its = Setting.of(recipe, columns - new_tokens, new_tokens, columns, fp8)
+    its = Setting.of(recipe, columns - new_tokens, new_tokens, columns, quantize)
     decoding = _begun(its, jax.jit(_random_cache, static_argnames=("config", "compute", "batch", "columns")))
     load_LE = _loads(its, decoding.token_B[:, None], decoding.cache)
     compiled, compiling = its.compile(go_on, its.requests, decoding, np.int32(0))

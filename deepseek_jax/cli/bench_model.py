@@ -35,9 +35,9 @@ class ModelBench:
     recipe's data.seq_len."""
     new_tokens: int = 64
     """decode: steps that are timed in one call."""
-    fp8: bool = False
+    quantize: Literal["none", "fp8", "int8", "int4"] = "none"
     """prefill, decode: the matrices that V3's checkpoints have in FP8 stay so (with --compute.grouped-matmul
-    hopper_fp8 the experts' rows are rounded to FP8 as well)."""
+    hopper_fp8 the experts' rows are rounded to FP8 as well), or those that convert --quantize takes are integers."""
     drafts: int = 0
     """decode: answer over a cache in pages, as a server does it, without drafts and with so many by an MTP module that
     is random like all weights; on one device."""
@@ -56,10 +56,11 @@ class ModelBench:
     def __post_init__(self) -> None:
         check_types(self)
         check_least(self, 1, "repeats", "new_tokens")
-        if self.fp8 and self.work == "train":
-            raise ValueError("fp8=True: training keeps float32 masters; it is for work='prefill' and 'decode'")
-        if self.drafts and (self.work != "decode" or self.fp8):
-            raise ValueError(f"drafts={self.drafts}: for work='decode' without fp8")
+        if self.quantize != "none" and self.work == "train":
+            why = "training keeps float32 masters; it is for work='prefill' and 'decode'"
+            raise ValueError(f"quantize={self.quantize!r}: {why}")
+        if self.drafts and (self.work != "decode" or self.quantize != "none"):
+            raise ValueError(f"drafts={self.drafts}: for work='decode' without quantize")
         if not 0 <= self.drafts <= MOST_DRAFTS or not 0 < self.acceptance <= 1:
             raise ValueError(
                 f"drafts={self.drafts}, acceptance={self.acceptance}: expected 0…{MOST_DRAFTS}, and a share above 0"
@@ -103,8 +104,8 @@ def measure(options: ModelBench) -> Measured:
     if options.work == "train":
         return measure_training(options.recipe, segments=options.segments, repeats=options.repeats)
     if options.work == "prefill":
-        return measure_prefill(options.recipe, options.row, options.repeats, fp8=options.fp8)
+        return measure_prefill(options.recipe, options.row, options.repeats, quantize=options.quantize)
     if options.drafts:
         times = options.row, options.new_tokens, options.repeats
         return measure_drafts(options.recipe, *times, drafts=options.drafts, acceptance=options.acceptance)
-    return measure_decoding(options.recipe, options.row, options.new_tokens, options.repeats, fp8=options.fp8)
+    return measure_decoding(options.recipe, options.row, options.new_tokens, options.repeats, quantize=options.quantize)

@@ -41,8 +41,8 @@ class _Convert:
     dtype: Literal["bfloat16", "float32", "float8_e4m3"] = "bfloat16"
     """Of the weights written; float8_e4m3: matrices in blocks with scales, as V3 is released."""
     quantize: Literal["none", "fp8", "int8", "int4"] = "none"
-    """fp8: as --dtype float8_e4m3; int8, int4: matrices as whole numbers with a scale for each --group terms of an output,
-    as compressed-tensors has them. Router, norms, embedding, head and MLA's kv_b stay bfloat16."""
+    """fp8: as --dtype float8_e4m3; int8, int4: matrices as whole numbers with a scale for each --group terms of an
+    output, as compressed-tensors has them. Router, norms, embedding, head and MLA's kv_b stay bfloat16."""
     group: int = GROUP
     """Of int8 and int4: even, 128 or 32 for instance."""
     shard_gigabytes: float = 5.0

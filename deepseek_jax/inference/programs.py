@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -97,10 +98,10 @@ class Programs:
         for rows, table in itertools.product(buckets.slots, buckets.tables):
             jobs.append(self._decodes(nobody, rows, table, 0, until_end=False))
         with jax.set_mesh(self.mesh):
-            missing = {job.key: self._lowered(weights, job) for job in jobs if job.key not in self._programs}
             with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-                compiled = pool.map(lambda lowered: lowered.compile(), missing.values())
-                self._programs |= dict(zip(missing, compiled, strict=True))
+                missing = {job.key: job for job in jobs if job.key not in self._programs}
+                compiled = {key: pool.submit(self._lowered(weights, job).compile) for key, job in missing.items()}
+            self._programs |= {key: each.result() for key, each in compiled.items()}
             meet()  # a process that is still compiling would have the others wait in collectives
             for job in jobs:
                 self._run(weights, job)
@@ -192,6 +193,11 @@ class Programs:
         if job.function is read:  # rows of a prompt keep the device busy: nothing is gained by many copies of a layer
             compute = dataclasses.replace(compute, scan_unroll=1)
         given = (compute,) if job.function is copy_pages else (self.config, compute, *weights)
+        if jax.__version_info__ < (0, 11) and any(leaf.dtype == jnp.int4 for leaf in jax.tree.leaves(weights)):
+            raise ValueError(
+                f"weights in int4, jax {jax.__version__}: its programs that are compiled ahead take none; requests as "
+                "they come need jax 0.11 for them, or weights in int8"
+            )
         return job.function.lower(*given, self._pages, *job.arrays, **dict(job.options))
 
 

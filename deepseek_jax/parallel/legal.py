@@ -91,7 +91,8 @@ def _problems_of_groups(model: ModelConfig, compute: Any, sizes: Mapping[str, in
 
 
 def _problems_of_kernels(model: ModelConfig, compute: Any, sizes: Mapping[str, int]) -> Iterator[_Problem]:
-    """A device's part of the experts' width must be whole blocks in FP8 and integers, and one that the kernel of the whole takes."""
+    """A device's part of the experts' width must be whole blocks in FP8 and integers, and one that the kernel of the
+    whole takes."""
     split, width = compute.rules.expert_mlp, model.moe_intermediate_size
     if (ways := _ways(sizes, split)) == 1:
         return

@@ -25,9 +25,9 @@ class BlockScaled:
     """A weight kept in FP8, or in integers (integers.py): in place of an array wherever it is read as
     ``weight[...].astype(dtype)``.
 
-    values: FP8, int8 or int4, of any layout. groups: for each axis of the scales' end, (axes of ``values`` merged into it, entries
-    that share a scale); the axes before are the same in both. ``((1, 128), (1, 128))`` is a matrix, and with it
-    (..., I, O) values have (..., ⌈I/128⌉, ⌈O/128⌉) scales. A pytree, so ``scan`` and indexing slice both.
+    values: FP8, int8 or int4, of any layout. groups: for each axis of the scales' end, (axes of ``values`` merged into
+    it, entries that share a scale); the axes before are the same in both. ``((1, 128), (1, 128))`` is a matrix, and
+    with it (..., I, O) values have (..., ⌈I/128⌉, ⌈O/128⌉) scales. A pytree, so ``scan`` and indexing slice both.
     terms_last: the first group's axes, which a product sums over, lie behind the others in ``values`` and ``scales``,
     though not in ``shape``: as a checkpoint has them, and as FP8 tensor cores read them. Where each output has scales
     of its own, the scales stay: kernels read those of a group of terms side by side.

@@ -2,8 +2,8 @@
 
 ``hopper`` multiplies bfloat16 rows with the weight's numbers, exact but for the result's rounding. ``hopper_fp8``
 brings the rows to FP8 as well, one scale for 128 numbers, as DeepSeek-V3 is served: nearly twice as fast for many rows,
-and 2.5 % of the result's norm off for normal numbers, so it must be named. ``reference`` computes the same anywhere. Integers have ``hopper`` too, ``c`` on a CPU, and with
-``dequantised`` a part of their numbers at a time in x's dtype.
+and 2.5 % of the result's norm off for normal numbers, so it must be named. ``reference`` computes the same anywhere.
+Integers have ``hopper`` too, ``c`` on a CPU, and with ``dequantised`` a part of their numbers at a time in x's dtype.
 """
 
 import functools
@@ -28,8 +28,8 @@ def fp8_matmul(
     """``y = x W`` in x's dtype with float32 sums. The weight has no gradient; x's is as if nothing were rounded.
 
     Args:
-      w: a BlockScaled in FP8 or integers, or a layer of a stack (InStack), whose first group of axes is D in all; what follows is F. The
-        kernels read ``with_terms_last()``; any other is transposed in every call, in FP8.
+      w: a BlockScaled in FP8 or integers, or a layer of a stack (InStack), whose first group of axes is D in all; what
+        follows is F. The kernels read ``with_terms_last()``; any other is transposed in every call, as it is stored.
       implementation: ``hopper``, ``hopper_fp8``, ``c``, ``dequantised`` or ``reference``.
 
     Raises:

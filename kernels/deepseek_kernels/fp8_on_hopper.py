@@ -46,9 +46,8 @@ def does_not_fit(w: Weight) -> str:
     depth, *sizes = split_shape(scaled.shape, scaled.groups)[1]
     if in_integers(scaled):
         if first != BLOCK or depth % BLOCK or (width := math.prod(sizes)) % 64 or width < BLOCK:
-            return f"it needs groups of {BLOCK}, D of a multiple of that, F of {BLOCK} and further multiples of 64, not " + (
-                f"groups of {first} in {scaled.shape}"
-            )
+            wanted = f"it needs groups of {BLOCK}, D of a multiple of that, F of {BLOCK} and further multiples of 64"
+            return f"{wanted}, not groups of {first} in {scaled.shape}"
         return ""
     # Blocks of the last axis must not reach over its end where others are merged with it.
     whole = len(sizes) == 1 or sizes[-1] % BLOCK == 0
@@ -81,7 +80,8 @@ def multiply(
 
 
 def _matrices(w: Weight) -> tuple[jax.Array, jax.Array, int, Any]:
-    """All matrices as (E, F, D), their scales as (E, F/128, D/128), of integers (E, D/128, F), how many are of one layer, and w's layer."""
+    """All matrices as (E, F, D), their scales as (E, F/128, D/128), of integers (E, D/128, F), how many are of one
+    layer, and w's layer."""
     scaled = block_scaled(w)
     assert scaled is not None
     if isinstance(w, InStack) and not scaled.terms_last:  # one layer is transposed, not all

@@ -40,11 +40,11 @@ def grouped_matmul(
 
     Args:
       w_EDF: (E, D, F), or (E, D, …) for a result of (T, …): an array of any dtype, a BlockScaled or an InStack, which
-        ``hopper`` reads where it lies, FP8 and integers without a copy in another dtype (fp8_matmul.py), and ``megablox`` if its
-        matrices have two axes.
+        ``hopper`` reads where it lies, FP8 and integers without a copy in another dtype (fp8_matmul.py), and
+        ``megablox`` if its matrices have two axes.
       aligned: promises that every group size is a multiple of this many rows, and T too; groups may hold zero rows.
-      implementation: ``c``, ``hopper``, ``hopper_fp8``, ``megablox``, ``ragged_dot``, ``blocks`` or ``reference``; for integers
-        ``c_integers`` or ``by_matrix`` too.
+      implementation: ``c``, ``hopper``, ``hopper_fp8``, ``megablox``, ``ragged_dot``, ``blocks`` or ``reference``; for
+        integers ``c_integers`` or ``by_matrix`` too.
 
     Raises:
       ValueError: shapes that do not fit, T not a multiple of ``aligned``, or an implementation that cannot run.

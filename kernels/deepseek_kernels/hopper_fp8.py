@@ -1,5 +1,6 @@
-"""Grouped products with FP8, int8 or int4 matrices on NVIDIA Hopper, in Pallas' Mosaic GPU, scaled as DeepSeek-V3's report has it
-(section 3.3): a matrix by blocks of 128 × 128; x, where it is FP8 too, by 128 terms of a row.
+"""Grouped products with FP8, int8 or int4 matrices on NVIDIA Hopper, in Pallas' Mosaic GPU. FP8 is scaled as
+DeepSeek-V3's report has it (section 3.3): a matrix by blocks of 128 × 128; x, where it is FP8 too, by 128 terms of a
+row.
 
 The tensor cores multiply 128 terms; what they give is scaled and added to float32 sums in registers, since their own
 sums of FP8 keep some 14 bits. They take FP8 with the terms along rows: matrices lie as (E, F, D). One warp group
@@ -15,7 +16,7 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from deepseek_kernels.block_fp8 import BLOCK, FP8
 from deepseek_kernels.hopper_sizes import CORES, HOPPER, Sizes
@@ -70,7 +71,7 @@ def many(
 def few(
     x_TD: Float[Array, "T D"],
     x_scale_KT: Float[Array, "K T"] | None,
-    w_EFD: Float[Array, "E F D"],
+    w_EFD: Shaped[Array, "E F D"],
     w_scale_EJK: Float[Array, "E _ _"],
     group_N: Int[Array, "N"],
     *,
@@ -135,13 +136,14 @@ def _tiled(
     quantised, x_size, bits = x_dtype == FP8, jnp.dtype(x_dtype).itemsize, bits_of(w_dtype)
     scaled = max(columns, _LEAST) if turned and not bits else BLOCK
     row = BLOCK * (bits or 8) // 8  # bytes of a step's terms
+    as_bytes = plgpu.TilingTransform((8, BLOCK)), plgpu.SwizzleTransform(row)
     room = (columns, _HALF) if turned else (_HALF, min(columns, 128 // out.dtype.itemsize))
     left = _BYTES - 2 * room[0] * room[1] * out.dtype.itemsize
     stages = sizes.stages or min(16, left // (BLOCK * row + columns * x_size * BLOCK + 4 * scaled))
 
     def kernel(*refs):
         scratch = (
-            plgpu.SMEM((stages, BLOCK, BLOCK), w_dtype, transforms=(plgpu.TilingTransform((8, BLOCK)), plgpu.SwizzleTransform(row))),
+            plgpu.SMEM((stages, BLOCK, BLOCK), w_dtype, transforms=as_bytes),
             plgpu.SMEM((stages, columns, BLOCK), x_dtype, transforms=swizzled(128 // x_size, x_dtype)),
             plgpu.SMEM((stages, scaled), jnp.bfloat16 if bits else jnp.float32),
             plgpu.SMEM((2, *room), out.dtype, transforms=swizzled(room[1], out.dtype)),
@@ -275,8 +277,8 @@ class _Block(NamedTuple):
 
 
 def _from_registers(w, x, slot, mine):
-    """``w xᵀ`` of a step, w's numbers as bfloat16. A function of its own, since Mosaic GPU's interpreter multiplies what
-    lies in shared memory alone."""
+    """``w xᵀ`` of a step, w's numbers as bfloat16. A function of its own, since Mosaic GPU's interpreter multiplies
+    what lies in shared memory alone."""
 
     def product(acc):
         if bits := bits_of(w.dtype):  # moved between threads while they are narrow

@@ -35,20 +35,24 @@ def in_integers(w: Any) -> bool:
     return isinstance(w, BlockScaled) and bits_of(w.dtype) > 0
 
 
-def refuses_c(target: Target, dtype: Any, *, weight: Weight = None, devices: int = 1, rows: int = 0, groups: int = 1, **_: Any) -> str:
+def refuses_c(
+    target: Target, dtype: Any, *, weight: Weight = None, devices: int = 1, rows: int = 0, groups: int = 1, **_: Any
+) -> str:
     """Why the C kernel cannot multiply with this weight; "" where it can."""
     scaled = block_scaled(weight)
     if not in_integers(scaled) or target.platform != "cpu" or dtype != jnp.float32 or devices > 1:
         return "it needs float32 rows on one CPU and a weight in integers"
     depth, group = split_shape(scaled.shape, scaled.groups)[1][0], scaled.groups[0][1]
     if not scaled.terms_last or depth % 32 or group % 32:
-        return f"it needs terms last, and those of a product and of a group by 32, not groups of {group} in {scaled.shape}"
+        return (
+            f"it needs terms last, and those of a product and of a group by 32, not groups of {group} in {scaled.shape}"
+        )
     if rows > _FEW * groups:
         return f"it is for {_FEW} rows of a matrix, not {rows} of {groups}"
     return "" if cpu.available() else "it needs Linux and a C compiler"
 
 
-_FEW = 64  # rows up to which reading the numbers counts more than arithmetic
+_FEW = 16  # rows up to which reading the numbers counts more than arithmetic
 _TILE = 2**24  # numbers of a matrix that are dequantised at once
 
 
@@ -112,12 +116,11 @@ def grouped_by_matrix(
     return jax.lax.map(block, (blocks, group_N)).reshape(len(x_TD), width)
 
 
-def quantise_groups(
-    w_IO: Float[Array, "I O"], bits: int, group: int = GROUP, *, np: Any = jnp
-) -> tuple[Int[Array, "I O"], Float[Array, "G O"]]:
-    """(Numbers of ``bits``, bfloat16 scales) of a matrix whose rows are the terms; the last group may be shorter.
+def quantise_groups(w_IO: Any, bits: int, group: int = GROUP, *, xp: Any = jnp) -> tuple[Any, Any]:
+    """(Numbers (I, O) of ``bits``, bfloat16 scales (G, O)) of a matrix whose rows are the terms; the last group may be
+    shorter.
 
-    A group of zeros has scale 1. np: ``jnp``, or ``numpy`` to work in host memory.
+    A group of zeros has scale 1. xp: ``jnp``, or ``numpy`` to work in host memory.
 
     Raises:
       ValueError: bits that are not 8 or 4.
@@ -125,30 +128,30 @@ def quantise_groups(
     if bits not in DTYPES:
         raise ValueError(f"bits={bits}: expected one of {', '.join(map(str, DTYPES))}")
     rows, columns = w_IO.shape
-    padded = np.pad(w_IO.astype(np.float32), ((0, -rows % group), (0, 0)))
+    padded = xp.pad(w_IO.astype(xp.float32), ((0, -rows % group), (0, 0)))
     blocks_GNO = padded.reshape(-1, group, columns)
-    largest_GO = np.max(np.abs(blocks_GNO), axis=1, keepdims=True)
+    largest_GO = xp.max(xp.abs(blocks_GNO), axis=1, keepdims=True)
     found: Any = None
     for most in _LARGEST[bits]:
         scale_GO = (largest_GO / most).astype(jnp.bfloat16)
-        scale_GO = np.where(scale_GO > 0, scale_GO, np.ones_like(scale_GO))
-        wide = scale_GO.astype(np.float32)
-        q_GNO = np.clip(np.round(blocks_GNO / wide), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-        error_GO = np.sum((q_GNO * wide - blocks_GNO) ** 2, axis=1, keepdims=True)
+        scale_GO = xp.where(scale_GO > 0, scale_GO, xp.ones_like(scale_GO))
+        wide = scale_GO.astype(xp.float32)
+        q_GNO = xp.clip(xp.round(blocks_GNO / wide), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        error_GO = xp.sum((q_GNO * wide - blocks_GNO) ** 2, axis=1, keepdims=True)
         if found is None:
             found = q_GNO, scale_GO, error_GO
         else:
             better = error_GO < found[2]
             found = tuple(
-                np.where(better, new, old) for new, old in zip((q_GNO, scale_GO, error_GO), found, strict=True)
+                xp.where(better, new, old) for new, old in zip((q_GNO, scale_GO, error_GO), found, strict=True)
             )
-    q_IO = found[0].reshape(padded.shape)[:rows].astype(np.int8).astype(DTYPES[bits])
+    q_IO = found[0].reshape(padded.shape)[:rows].astype(xp.int8).astype(DTYPES[bits])
     return q_IO, found[1][:, 0]
 
 
 def pack(q_OI: np.ndarray, bits: int) -> np.ndarray:
-    """Whole numbers (O, I) as compressed-tensors' ``pack-quantized`` has them: int32 (O, ⌈I · bits / 32⌉), each with the
-    numbers of 32 / bits terms in a row from its lowest bits on, 2^(bits - 1) added to each."""
+    """Whole numbers (O, I) as compressed-tensors' ``pack-quantized`` has them: int32 (O, ⌈I · bits / 32⌉), in each the
+    numbers of 32 / bits terms in a row from the lowest bits on, 2^(bits - 1) added to them."""
     each = 32 // bits
     shifted = q_OI.astype(np.int8).astype(np.int32) + 2 ** (bits - 1)
     padded = np.pad(shifted, ((0, 0), (0, -q_OI.shape[1] % each))).astype(np.uint32)

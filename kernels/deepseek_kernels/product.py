@@ -50,7 +50,7 @@ def product(
       precision: of this product and of its gradients', as in ``jnp.einsum``.
       implementation: ``hopper`` and ``c_few``, kernels for few rows; ``hopper_by_head``, one where each head has a
         matrix; ``dot``; ``c``, a dot with the weight's gradient by a kernel.
-      fp8: of a product with an FP8 or integer weight's matrix, in x's dtype and without a precision, see ``fp8_matmul``.
+      fp8: of a product with a matrix in FP8 or integers, in x's dtype and without a precision, see ``fp8_matmul``.
 
     Raises:
       ValueError: an equation that is not of this kind or does not fit the shapes, or an implementation that cannot run.

@@ -39,7 +39,7 @@ def test_arithmetic_is_three_times_the_forward_pass_and_attention_keeps_to_segme
 
 def test_what_cannot_be_is_refused(capsys):
     few = ["--new-tokens", "127", "--work", "decode"]
-    for wrong in (["--segments", "129"], ["--repeats", "0"], ["--work", "nothing"], few, ["--fp8"]):
+    for wrong in (["--segments", "129"], ["--repeats", "0"], ["--work", "nothing"], few, ["--quantize", "fp8"]):
         with pytest.raises(SystemExit):
             main(["bench", "demo/pretrain", *wrong])
         assert wrong[0][2:].replace("-", "_") in capsys.readouterr().err
@@ -65,21 +65,20 @@ def test_the_peer_is_asked_for_the_same_work(tmp_path):
     assert ask(ModelBench(recipe, peer_python=str(peer))) == "the peer failed: ['out of memory']"
 
 
-@pytest.mark.parametrize(("scanned", "fp8"), [(False, False), (True, True)])
-def test_prefill_and_decoding_of_a_tiny_recipe(scanned, fp8):
+@pytest.mark.parametrize(("scanned", "quantize", "size"), [(False, "none", 4), (True, "fp8", 1), (False, "int8", 1)])
+def test_prefill_and_decoding_of_a_tiny_recipe(scanned, quantize, size):
     """What a step reads, of experts those that are chosen, and what is said of the routing."""
     tiny = dataclasses.replace(load_recipe("demo/pretrain", PretrainConfig).model, num_hidden_layers=2)
     compute = ComputeConfig(scan_decode=scanned)
     recipe = PretrainConfig(batch_size=2, model=tiny, compute=compute)
     for work in ("prefill", "decode"):
-        found = measure(ModelBench(recipe, work=work, columns=16, new_tokens=2, repeats=1, fp8=fp8))
+        found = measure(ModelBench(recipe, work=work, columns=16, new_tokens=2, repeats=1, quantize=quantize))
         assert {"work", "tokens a second", "time", "peak memory", "compile time", "routing"} < set(found.facts)
         assert "experts touched in a layer" in found.facts["routing"]
         assert found.call() is not None
     params = count_parameters(sampling_config(tiny))
     touched = float(found.facts["weights and cache"].split(" GB")[0]) * 1e9
-    assert ("matrices in FP8" in found.facts["work"]) == fp8
-    size = 1 if fp8 else 4
+    assert ("matrices in" in found.facts["work"]) == (quantize != "none")
     assert size * params["parameters_active"] < 1.5 * touched < 1.5 * size * params["parameters_total"]
 
 

@@ -43,6 +43,12 @@ def run_serve(arguments: Sequence[str]) -> None:
     seconds: dict[str, float] = {}
     with ExitStack() as stack:
         config, tokenizer = _text(asked, stack)
+        if jax.process_index():  # the first process has HTTP
+            engine = _engine(asked, config, tokenizer)
+            engine.warm_up()
+            with Stopping():  # a signal is for the first
+                engine.follow()
+            return
         http = stack.enter_context(HttpProcess(dataclasses.replace(asked.http, name=asked.http.name or _name(asked))))
         http.start(tokenizer, asked.chat_template, config.vocab_size)
         with _timed("weights", seconds):
@@ -54,6 +60,7 @@ def run_serve(arguments: Sequence[str]) -> None:
         with Stopping() as stopping:
             say(f"ready: {http.url}/v1 has {served.name}, of {served.context:,} tokens; {took}")
             run(engine, http, served, stopping)
+        engine.end()
 
 
 def _name(asked: _Serve) -> str:

@@ -1,4 +1,4 @@
-"""/openapi.json: with the limits of this very server, so that whoever makes bodies from it makes some that are taken."""
+"""/openapi.json with the limits of this very server: who makes bodies from it makes some that are taken."""
 
 import copy
 from typing import Any
@@ -30,6 +30,8 @@ def _limit(name: str, field: dict[str, Any], desk: Desk) -> None:
     served, limits = desk.asker.served, desk.config.limits
     if name == "model":
         field["enum"] = [served.name]
+    if name in ("content", "prompt", "messages") and "anyOf" in field:  # of null nothing can be said
+        field["anyOf"] = [kind for kind in field["anyOf"] if kind.get("type") != "null"]
     most = limits.max_tokens or served.context
     numbers = {"n": limits.n, "max_tokens": most, "max_completion_tokens": most, "max_output_tokens": most}
     lists = {"stop": limits.stops, "messages": limits.messages, "tools": limits.tools, "prompt": limits.n}

@@ -8,7 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 # A whole number may be written 1.0, as JSON schemas have it.
 Int = Annotated[int, BeforeValidator(lambda x: int(x) if type(x) is float and x.is_integer() else x)]
-Id = Annotated[int, Field(ge=0, lt=2**31)]
+Id = Annotated[Int, Field(ge=0, lt=2**31)]
 Ids = Annotated[list[Id], Field(min_length=1)]
 Text = Annotated[str, Field(min_length=1)]
 Bias = Annotated[float, Field(ge=-100, le=100)]

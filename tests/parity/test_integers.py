@@ -1,4 +1,4 @@
-"""Folders in int8 and int4 beside compressed-tensors: its numbers are ours, and transformers computes the same with them.
+"""Folders in int8 and int4 beside compressed-tensors: its numbers are ours, and transformers computes the same.
 
 Its own compressor packs and unpacks; a dense student is loaded by transformers through it. Experts, which transformers
 keeps as one array, it cannot have packed.

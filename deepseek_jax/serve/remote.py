@@ -1,6 +1,7 @@
 """The engine's process, as an ``Asker`` of the HTTP process."""
 
 import asyncio
+import contextlib
 import itertools
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -34,8 +35,8 @@ class RemoteAsker:
 
     async def submit(self, ids: list[int], sampling: dict[str, Any], draw: int) -> AsyncGenerator[Event]:
         key, ended = next(self._keys), False
-        came = self._answers[key] = asyncio.Queue()
         self._send({"op": "submit", "key": key, "ids": ids, "sampling": sampling, "draw": draw})
+        came = self._answers[key] = asyncio.Queue()
         try:
             while not ended:
                 event = await came.get()
@@ -46,20 +47,23 @@ class RemoteAsker:
         finally:
             del self._answers[key]
             if not ended:
-                self._send({"op": "cancel", "key": key})
+                with contextlib.suppress(LostError):
+                    self._send({"op": "cancel", "key": key})
 
     async def metrics(self) -> dict[str, float]:
         told = asyncio.get_running_loop().create_future()
-        self._told.append(told)
         self._send({"op": "metrics"})
+        self._told.append(told)
         return await told
 
     async def run(self) -> None:
         frames = unpacker()
-        while came := await self._reader.read(_AT_ONCE):
-            frames.feed(came)
-            for frame in frames:
-                self._take(frame)
+        with contextlib.suppress(ConnectionError):  # as where it is killed with something of ours unread
+            while came := await self._reader.read(_AT_ONCE):
+                frames.feed(came)
+                for frame in frames:
+                    self._take(frame)
+        self._writer.close()
         lost = LostError("the engine has ended")
         for answer in self._answers.values():
             answer.put_nowait(lost)

@@ -1,0 +1,31 @@
+"""The HTTP process's side of the link, where the engine's process is killed."""
+
+import asyncio
+import socket
+
+import pytest
+
+from deepseek_jax.serve.asking import LostError
+from deepseek_jax.serve.remote import RemoteAsker
+
+
+@pytest.mark.parametrize("read", [True, False])
+def test_who_waits_for_an_engine_that_is_killed_is_told(read):
+    """Also where it had not read all that it was told: then the connection is reset."""
+
+    async def lose() -> None:
+        ours, theirs = socket.socketpair()
+        asker = RemoteAsker(*await asyncio.open_connection(sock=ours))
+        running = asyncio.create_task(asker.run())
+        waiting = asyncio.ensure_future(anext(asker.submit([1], {}, 0)))
+        asked = asyncio.create_task(asker.metrics())
+        await asyncio.sleep(0.01)
+        if read:
+            theirs.recv(1 << 16)
+        theirs.close()
+        await asyncio.wait_for(running, 5)
+        for each in (waiting, asked, anext(asker.submit([1], {}, 0)), asker.metrics()):
+            with pytest.raises(LostError, match="has ended"):
+                await asyncio.wait_for(each, 5)
+
+    asyncio.run(lose())

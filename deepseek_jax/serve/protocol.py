@@ -16,6 +16,7 @@ class BoundedProtocol(HttpToolsProtocol):
     _late: asyncio.TimerHandle | None = None
     _head = 0  # bytes of the head that has begun
     _in_head = True
+    _last = b""  # of what has come of it: its end may come in two parts
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -27,8 +28,10 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         if self._in_head:
-            end = data.find(b"\r\n\r\n")
-            self._head += len(data) if end < 0 else end
+            joined = self._last + data
+            end = joined.find(b"\r\n\r\n")
+            self._head += len(data) if end < 0 else max(end - len(self._last), 0)
+            self._last = joined[-3:]
             if self._head > HEAD_BYTES:
                 self.send_400_response(f"The head has more than {HEAD_BYTES} bytes.")
                 return
@@ -45,7 +48,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
-        self._in_head, self._head = True, 0
+        self._in_head, self._head, self._last = True, 0, b""
 
     def _wait(self) -> None:
         self._stop_waiting()

@@ -164,6 +164,9 @@ def test_heads_are_bounded_in_time_and_size(port):
         % KEY.encode()
     )
     assert sent(port, body + b"x" * 200000, b"x" * 200000).startswith(b"HTTP/1.1 200")
+    for cut in (1, 2, 3):  # its end comes in two parts, the second with all of a body
+        parts = body[:-cut], body[-cut:] + b"x" * 400000
+        assert sent(port, *parts, pause=0.05).startswith(b"HTTP/1.1 200")
 
 
 def test_no_key_is_logged(port, caplog):

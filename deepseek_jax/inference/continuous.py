@@ -82,6 +82,7 @@ class Continuous:
         self._process = jax.process_index()
         self._numbers = itertools.count(self._process, jax.process_count())
         self.over = False
+        self._untold: list[Event] = []  # of steps that failed behind them
         self._counts: dict[str, float] = collections.defaultdict(float)
 
     def submit(
@@ -135,10 +136,10 @@ class Continuous:
 
         Where it fails, or is interrupted, the next one begins anew with what every request had before."""
         began, called = time.perf_counter(), self.programs.seconds
-        events = self._arrivals()
+        self._untold += self._arrivals()
         if self.over:
             return []
-        events += self._settled()
+        self._untold += self._settled()
         plans = [lane.plan() for lane in self._lanes]
         try:
             found, dispatched = self.programs.run(weights, plans), time.perf_counter()
@@ -152,6 +153,7 @@ class Continuous:
             self.programs.empty()
             raise
         self._counts["seconds_waited"] += time.perf_counter() - dispatched + self.programs.seconds - called
+        events, self._untold = self._untold, []
         if found is not None:
             events += self._told(plans, found)
         self._counts["seconds"] += time.perf_counter() - began

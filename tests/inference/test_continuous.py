@@ -258,6 +258,21 @@ def test_a_step_that_is_interrupted_is_done_again(carried_out, monkeypatch):
     assert_right("v3", [*asked.values()])
 
 
+def test_what_a_step_had_to_say_before_it_failed_the_next_one_says(monkeypatch):
+    serving = engine("v3")
+    gone, other = (serving.submit([7, 8, first], GREEDY) for first in (1, 2))
+    serving.step()
+    serving.cancel(gone)
+    assert serving._requests is not None
+    with monkeypatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr(serving._requests.programs, "run", None)
+        serving.step()
+    told = serving.step()
+    assert [event.number for event in told if event.finish_reason == "cancelled"] == [gone]
+    serving.cancel(other)
+    serving.step()
+
+
 def test_who_comes_and_goes_while_the_engine_looks_is_given_up(monkeypatch):
     """By another thread, between a look at who has come and one at who has gone."""
     serving, late = engine("v3"), list[int]()

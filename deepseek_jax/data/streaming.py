@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 from deepseek_jax.data.tokenizer import Tokenizer
 
+_CHARACTER = 4  # bytes, and so tokens, at most
+
 
 class TextStream:
     """Turns ids into text as they come; a character is given out with its last byte, never half of it.
@@ -23,13 +25,18 @@ class TextStream:
     def push(self, token_id: int) -> str:
         """The text that is certain with this id: often a word, "" inside a character of several tokens."""
         self._window.append(int(token_id))
-        text = self._decode(self._window)
+        text, certain = self._decode(self._window), len(self._window)
         if text.endswith("\ufffd"):  # the rest of the character may come
-            return ""
+            certain -= _CHARACTER - 1
+            if certain <= self._given:
+                return ""
+            told = self._decode(self._window[:certain])
+            if not text.startswith(told):
+                return ""
+            text = told  # what so many others have not changed stays as it is: bytes of no character
         new = text[len(self._decode(self._window[: self._given])) :]
         if new:
-            self._window = self._window[self._given :]
-            self._given = len(self._window)
+            self._window, self._given = self._window[self._given :], certain - self._given
         return new
 
     def finish(self) -> str:

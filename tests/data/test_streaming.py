@@ -68,3 +68,16 @@ def test_bytes_of_a_llama_that_are_no_text_end():
     spelled = ["▁the", *(f"<0x{byte:02X}>" for byte in "你".encode()), "<0xE4>", "▁the", "<0xBD>"]
     parts = pieces(ours, [ours.token_id(token) for token in spelled], False)
     assert parts == ["the", "", "", "你", "", "\ufffd\ufffd\ufffd the", "", "\ufffd"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bytes_of_no_character_are_not_held_back(family):
+    """However many: each token would be decoded with all before it, and one request stop a server that way."""
+    ours = FAMILIES[family]()
+    half = next((i for i in range(ours.vocab_size) if ours.decode([i], skip_special_tokens=False) == "\ufffd"), None)
+    if half is None:
+        pytest.skip("it has no half characters")
+    stream = TextStream(ours)
+    parts = [stream.push(half) for _ in range(100)]
+    assert all(parts[4:]) and len(stream._window) < 10
+    assert "".join(parts) + stream.finish() == ours.decode([half] * 100, skip_special_tokens=False)

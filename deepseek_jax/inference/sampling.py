@@ -11,6 +11,7 @@ from deepseek_jax.typed import check_least, check_types
 
 BIASES = 300  # tokens of a logit_bias
 MOST_BIAS = 1e6  # which outweighs any logit; what passes float32 would make no number of them
+COLDEST = 1e-30  # by less a logit may pass float32, and would be no largest one
 ALTERNATIVES = 20
 STRINGS, CHARACTERS = 16, 256  # that end an answer, and of each
 GRAMMAR = 65_536  # characters of a schema or of a regular expression
@@ -56,6 +57,8 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         check_types(self, signed=("presence_penalty", "frequency_penalty"))
+        if 0 < self.temperature < COLDEST:
+            raise ValueError(f"temperature={self.temperature}: must be 0, or at least {COLDEST:g}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p}: must lie in (0, 1]")
         check_least(self, 1, "max_tokens")

@@ -72,6 +72,7 @@ def test_min_p_keeps_what_is_likely_enough():
         ({"logit_bias": ((1, float("nan")),)}, "expected tokens and finite numbers"),
         ({"logit_bias": ((-1, 1.0),)}, "expected tokens and finite numbers"),
         ({"logit_bias": ((1, 1e300),)}, r"finite numbers up to 1e\+06"),
+        ({"temperature": 2e-38}, r"temperature=2e-38: must be 0, or at least 1e-30"),
         ({"logit_bias": ((1, 1.0),) * 301}, "logit_bias has 301 tokens: expected at most 300"),
     ],
 )

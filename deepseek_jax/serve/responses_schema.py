@@ -1,5 +1,6 @@
 """What ``/v1/responses`` takes, and the chat that it comes down to."""
 
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -113,7 +114,11 @@ class ResponsesBody(BaseModel):
 
 
 def as_chat(body: ResponsesBody) -> Chat:
-    """ApiError for what needs a store."""
+    """ApiError for what needs a store, and for what cannot be told again as JSON: NaN, half a surrogate pair."""
+    try:
+        json.dumps(body.model_dump(exclude={"input"}), ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, whole(f"what the response tells again is no JSON: {error}")) from error
     for name in ("previous_response_id", "store"):
         if getattr(body, name):
             raise ApiError(400, f"{name}: nothing is stored here; give the whole talk as input", param=name)

@@ -4,10 +4,11 @@ import json
 
 import openai
 import pytest
-from serve.fake import FakeAsker
+from serve.fake import FakeAsker, fake_app
 from serve.test_chat_thinking import ANSWER, THOUGHTS, Thinker, with_template
 from serve.test_parsing import ARGUMENTS, V31
 from serve.test_prompts import PARAMETERS
+from starlette.testclient import TestClient
 
 from deepseek_jax.serve.parsing import CALLS_BEGIN, CALLS_END
 
@@ -105,3 +106,10 @@ def test_effort_and_length(client):
 def test_what_is_refused(client, more, match):
     with pytest.raises(openai.BadRequestError, match=match):
         client(FakeAsker(ANSWER)).responses.create(**{"model": "fake", "input": "x"} | more)
+
+
+@pytest.mark.parametrize("more", ['"user": "\\ud800"', '"metadata": {"a": NaN}'])
+def test_what_could_not_be_told_again_is_refused(more):
+    body, kind = f'{{"input": "x", {more}}}', {"Content-Type": "application/json"}
+    answer = TestClient(fake_app()).post("/v1/responses", content=body, headers=kind)
+    assert answer.status_code == 400 and "no JSON" in answer.json()["error"]["message"]

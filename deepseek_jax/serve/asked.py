@@ -35,7 +35,7 @@ async def asked_by_completion(body: Completion, tokenizer: Tokenizer, served: Se
         return [[*bos, *tokenizer.encode(each)] if isinstance(each, str) else [*each] for each in given]
 
     prompts = await encoded(encode)
-    return _asked(body, prompts, body.max_tokens or _COMPLETION_TOKENS, body.logprobs, served, limits)
+    return _asked(body, prompts, body.max_tokens, body.logprobs, served, limits, few=_COMPLETION_TOKENS)
 
 
 async def asked_by_chat(body: Chat, tokenizer: Tokenizer, served: Served, limits: Limits) -> Asked:
@@ -99,7 +99,10 @@ def _asked(
     alternatives: int | None,
     served: Served,
     limits: Limits,
+    *,
+    few: int | None = None,
 ) -> Asked:
+    """few: tokens of an answer where nothing is said, or as many as there is room for."""
     n, longest = body.n or 1, max(map(len, prompts))
     check_most("n", n * len(prompts), limits.n, "answers to all prompts")
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
@@ -116,7 +119,7 @@ def _asked(
             raise ApiError(400, message, param="max_tokens", code="context_length_exceeded")
     sampling: dict[str, Any] = {name: float(value) for name in _SAME if (value := getattr(body, name)) is not None}
     sampling |= {
-        "max_tokens": max_tokens or min(room, most),
+        "max_tokens": max_tokens or min(room, most, few or room),
         "seed": secrets.randbits(31) if body.seed is None else body.seed % 2**31,
         "top_k": max(body.top_k or 0, 0),
         "stop_token_ids": body.stop_token_ids or [],

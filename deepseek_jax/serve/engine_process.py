@@ -28,13 +28,14 @@ _SECONDS = 10  # that the child is given to end by itself
 class HttpProcess:
     """The child, and the address that it listens at; where the context is left, it is killed.
 
-    OSError where the address is taken, before anything is loaded.
+    OSError where the address is taken, OSError and ValueError of ``config.keys``, before anything is loaded.
     """
 
     _child: subprocess.Popen[bytes] | None = None
     link: Link
 
     def __init__(self, config: ServeConfig):
+        config.keys()  # a file that cannot be read is told before anything is loaded, too
         self.config = config
         family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
         self._listening = socket.socket(family)

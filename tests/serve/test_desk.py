@@ -2,8 +2,11 @@
 
 from typing import Any
 
+import pytest
+
 from deepseek_jax.inference.continuous import Event
-from deepseek_jax.serve.engine_process import Desk
+from deepseek_jax.serve.config import ServeConfig
+from deepseek_jax.serve.engine_process import Desk, HttpProcess
 
 
 class Failing:
@@ -23,5 +26,10 @@ def test_an_answer_whose_grammar_fails_is_refused_and_the_others_go_on():
         desk.take({"op": "submit", "key": key, "ids": [first], "sampling": {}, "draw": 0})
     sent.clear()
     desk.step()
-    assert sent == [{"refused": 1, "message": "too many items"}, {"events": [[0, [9], [-1.0], [], "", 0]]}]
+    assert sent == [{"events": [[0, [9], [-1.0], [], "", 0]]}, {"refused": 1, "message": "too many items"}]
     assert desk._numbers == {0: 5} and desk._keys == {5: 0}
+
+
+def test_keys_that_cannot_be_read_are_told_before_anything_is_loaded(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        HttpProcess(ServeConfig(port=0, api_keys_file=str(tmp_path / "none")))

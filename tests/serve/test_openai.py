@@ -38,6 +38,12 @@ def complete(ours, **options):
     return ours.completions.create(**{"model": "tiny", "prompt": PROMPT, "temperature": 0, "max_tokens": 12} | options)
 
 
+def test_a_completion_of_unsaid_length_has_16_tokens_or_the_room_there_is(ours):
+    assert complete(ours, max_tokens=None, logit_bias=NO_END).usage.completion_tokens == 16
+    short = complete(ours, max_tokens=None, logit_bias=NO_END, prompt=[5] * 250)
+    assert short.usage.completion_tokens == 6 and short.choices[0].finish_reason == "length"
+
+
 def test_a_completion_whole_and_in_pieces(ours):
     whole = complete(ours)
     (choice,) = whole.choices

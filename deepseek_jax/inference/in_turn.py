@@ -48,8 +48,10 @@ class InTurn:
         """What ``generate`` gives to these prompts, on the host; row i draws as the ``draws[i]``-th. longest: prompt
         and answer of any process. Log-probabilities are by a row's temperature, as there.
 
-        ValueError for more ids that end an answer than a request has room for.
+        ValueError for more ids that end an answer than a request has room for, and for a grammar.
         """
+        if any(params.constrained for params in each):
+            raise ValueError("json_schema, regex: for requests by Engine.answer and submit alone")
         requests, words = self._with_room(longest), None
         if key is not None:
             words = tuple(np.asarray(jax.random.key_data(key)).tolist())

@@ -57,3 +57,8 @@ def test_what_requests_cannot_do_is_refused(engines):
         many = SamplingParams(max_tokens=9, stop_token_ids=tuple(range(3, 99)))
         first.generate_ids(PROMPTS, [SamplingParams(max_tokens=9)] * 8 + [many])
     assert_same(engines, PROMPTS[:2], SamplingParams(max_tokens=2))  # the others are given up
+
+
+def test_a_grammar_is_refused(engines):
+    with pytest.raises(ValueError, match="json_schema, regex: for requests"):
+        engines[0].generate(["a"], SamplingParams(regex="a+", max_tokens=4))

@@ -85,6 +85,8 @@ class BenchServeConfig:
             raise ValueError("endpoint='chat' takes no ids: --prompts words")
         if bool(self.recipe) != bool(self.bandwidth):
             raise ValueError("the share of the bandwidth takes both --recipe and --bandwidth")
+        if self.recipe and self.rate:
+            raise ValueError(f"rate={self.rate:g}: the share of the bandwidth is of --concurrency rows, a closed loop")
         if not isinstance(json.loads(self.body), dict):
             raise ValueError(f"body={self.body!r}: expected a JSON object")
 
@@ -153,7 +155,7 @@ def figures(answers: Sequence[Answer]) -> dict[str, Any]:
     first event, by its tokens."""
     whole = [answer for answer in answers if not answer.failure and answer.came]
     failures = collections.Counter(
-        answer.failure or "an answer without text" for answer in answers if answer not in whole
+        answer.failure or "an answer without text" for answer in answers if answer.failure or not answer.came
     )
     last = max((answer.came[-1] for answer in whole), default=0.0)
     seconds = max(last - min((answer.sent for answer in answers), default=0.0), 0.0)

@@ -147,7 +147,7 @@ def quantise_leaf(leaf: jax.Array, groups: Groups, bits: int) -> BlockScaled:
         sizes = turned.shape
         matrix = turned.reshape(int(np.prod(sizes[:axes])), -1)
         numbers, scales = quantise_groups(matrix, bits, group)
-        numbers = jnp.transpose(numbers.reshape(sizes), np.argsort((*terms, *others)))
+        numbers = jnp.transpose(numbers.reshape(sizes), [int(axis) for axis in np.argsort((*terms, *others))])
         scales = jnp.moveaxis(scales.reshape(len(scales), *sizes[axes:][:lead], -1), 0, lead)
         return numbers, scales.reshape(scales_shape(leaf.shape, groups))
 

@@ -261,7 +261,7 @@ class Engine:
             raise ValueError(f"prompts={prompts!r:.60} is one text: give a list of them")
         if type(n) is not int or n < 1:
             raise ValueError(f"n={n!r}: expected an int of at least 1")
-        sampling, shared = sampling or SamplingParams(), not isinstance(sampling, Sequence)
+        sampling, for_all = sampling or SamplingParams(), not isinstance(sampling, Sequence)
         each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
         if len(each) != len(prompts):
             raise ValueError(
@@ -272,7 +272,7 @@ class Engine:
             with self._stepping:
                 for row, (prompt, params) in enumerate(zip(prompts, each, strict=True)):
                     ids, of_ids = self._ids(prompt), params.of_ids()
-                    for draw in range(row * n * shared, row * n * shared + n):
+                    for draw in range(row * n * for_all, row * n * for_all + n):
                         number = self.submit(ids, of_ids, draw=draw)
                         asked[number] = self._answers[number] = Answer(self.tokenizer, params.stop)
             while asked.keys() & self._answers.keys():

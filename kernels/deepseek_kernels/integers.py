@@ -40,7 +40,7 @@ def refuses_c(
 ) -> str:
     """Why the C kernel cannot multiply with this weight; "" where it can."""
     scaled = block_scaled(weight)
-    if not in_integers(scaled) or target.platform != "cpu" or dtype != jnp.float32 or devices > 1:
+    if scaled is None or not in_integers(scaled) or target.platform != "cpu" or dtype != jnp.float32 or devices > 1:
         return "it needs float32 rows on one CPU and a weight in integers"
     depth, group = split_shape(scaled.shape, scaled.groups)[1][0], scaled.groups[0][1]
     if not scaled.terms_last or depth % 32 or group % 32:
@@ -83,7 +83,9 @@ def dequantised_product(x_TD: Float[Array, "T D"], w: Weight, number: Any = 0) -
     time, as many as ``_TILE`` holds."""
     values, scales, first = matrices(w)
     width, depth = values.shape[1:]
-    group, number = block_scaled(w).groups[0][1], number + first
+    scaled, number = block_scaled(w), number + first
+    assert scaled is not None
+    group = scaled.groups[0][1]
     each = next((parts for parts in range(-(-width * depth // _TILE), width + 1) if width % parts == 0), 1)
     size = width // each
 

@@ -116,6 +116,7 @@ def test_memory_is_what_the_arrays_take(kind, bits, tmp_path):
     model = load(tmp_path / "q", compute=ComputeConfig(param_dtype="bfloat16"))
     width = lambda leaf: bits if leaf.dtype in (jnp.int8, jnp.int4) else 16  # noqa: E731
     size = sum(leaf.size * width(leaf) / 8 for leaf in jax.tree.leaves(model.params))
+    assert model.router_bias is not None
     size += 4 * model.router_bias.size
     assert footprint(config, kind, context=8).weights == size
 

@@ -249,7 +249,20 @@ def test_a_schema_that_cannot_be_met_is_refused(json_schema, message):
     assert not engine().busy
 
 
-@pytest.mark.parametrize("regex, message", [("(", "unclosed group"), ("a(?=b)", "look-around"), (r"[^\s\S]", "NoExt")])
+def test_a_grammar_that_fails_ends_its_answer_alone(monkeypatch):
+    def fails(self: Constraint, ids: list[int]) -> None:
+        raise RuntimeError("a defect")
+
+    engine()._grammars().begin(params := more(LONG, regex="b{9}"))  # compiled before
+    monkeypatch.setattr(Constraint, "find", fails)
+    failed, other = ask(engine(), params, more(LONG, max_tokens=9, logit_bias=((EOS, -1e3),)))
+    assert failed.finish_reason == "error" and failed.text == "b" and len(other.token_ids) == 9
+
+
+@pytest.mark.parametrize(
+    "regex, message",
+    [("(", "unclosed group"), ("\ud800", "surrogates"), ("a(?=b)", "look-around"), (r"[^\s\S]", "NoExt")],
+)
 def test_an_expression_that_cannot_be_met_is_refused(regex, message):
     with pytest.raises(ValueError, match=f"(?s)regex='.*{message}"):
         engine().submit("def", SamplingParams(regex=regex))

@@ -4,7 +4,7 @@
     deepseek-jax compile pods/v2_lite --topology h100:8
 
 8 × 4 rows of 4,096 tokens a step. On 8 v5p it fits, in at most 51.3 of 95.0 GiB a device; by the roofline, a bound, a
-step takes 1.56 s: 83,900 tokens/s, MFU 37.5 %. On 8 H100 43.1 of 76.0 GiB, 0.81 s, 161,000 tokens/s, 33.4 %, at those
+step takes 1.56 s: 83,900 tokens/s, MFU 37.5 %. On 8 H100 39.4 of 76.0 GiB, 0.83 s, 157,300 tokens/s, 32.6 %, at those
 shares of peaks that an H200 reached. Compiled alone, never run there (docs/results/topologies.md).
 """
 

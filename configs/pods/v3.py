@@ -2,7 +2,7 @@
 
     deepseek-jax compile pods/v3:v5p --topology v5p:8x8x16
 
-On 1,024 v5p it fits, 90.6 of 95.7 GiB; by the roofline, a bound, a step takes 77 s, MFU 46.3 %. A field for each
+On 1,024 v5p it fits, 91.3 of 95.0 GiB; by the roofline, a bound, a step takes 77 s, MFU 46.3 %. A field for each
 machine; what compilers say of them, and which were not compiled yet, stands in docs/results/topologies.md.
 
 15,360 rows of 4,096 tokens a step as in the paper (section 4.2), or near it; after it 1,000 steps each at 32K (1,920
@@ -27,33 +27,34 @@ class Pods:
     v5p: PretrainConfig
     """1,024 chips: --topology v5p:8x8x16. Experts in groups of 32, V3's own, in blocks of 2 × 2 × 2."""
     v5p_32k: PretrainConfig
-    """62.7 of 95.7 GiB, 157 s a step, MFU 39.8 %."""
+    """64.1 of 95.0 GiB, 157 s a step, MFU 39.8 %."""
     v5p_128k: PretrainConfig
-    """63.0 of 95.7 GiB, 453 s a step, MFU 35.5 %. (In microbatches of three rows of a device 133.5 GiB.)"""
+    """65.4 of 95.0 GiB, 453 s a step, MFU 35.6 %. (In microbatches of three rows of a device 133.5 GiB.)"""
     tpu7x: PretrainConfig
-    """128 chips, two devices each: --topology tpu7x:4x4x8. Refused, 99.8 GiB of 94.8; with --step.microbatches 4 it
-    fits, 22.7 s a step, MFU 15.7 %."""
+    """128 chips, two devices each: --topology tpu7x:4x4x8. 90.3 of 96.0 GiB, 18.1 s a step, MFU 19.7 %."""
     tpu7x_32k: PretrainConfig
+    """94.7 of 96.0 GiB, 28.4 s a step, MFU 23.3 %."""
     tpu7x_128k: PretrainConfig
+    """Refused, 110.7 GiB of 94.8: too few chips for keys and values of such rows beside the parameters."""
     v6e: PretrainConfig
     """Serving on 256 chips: --topology v6e:16x16 --work decode, or prefill. Training is refused: 12 bytes a parameter
     are 29.8 GiB of 32 a device, gradients aside."""
     v6e_4_slices: PretrainConfig
-    """Training on 1,024 chips: --topology v6e:16x16x4slices."""
+    """Training on 1,024 chips: --topology v6e:16x16x4slices. 31.0 of 31.2 GiB, 25 to 29 s a step, MFU 7.6 to 8.9 %."""
     gpus_256: PretrainConfig
-    """--topology h100:256 or h200:256. Experts over 8 nodes, to which a token goes at most once each. 63.9 of 76.0 GiB,
-    357 s a step, MFU 17.4 %."""
+    """--topology h100:256 or h200:256. Experts over 8 nodes, to which a token goes at most once each. 59.9 of 76.0 GiB,
+    334 s a step, MFU 18.6 %."""
     gpus_2048: PretrainConfig
-    """--topology h100:2048 or h200:2048. 31.6 of 76.0 GiB, 50.1 s a step, MFU 16.6 %."""
+    """--topology h100:2048 or h200:2048. 57.3 of 76.0 GiB, 37.6 s a step, MFU 22.1 %."""
 
 
 def config() -> Pods:
     blocks: dict[str, Any] = {"expert": 8, "blocks": ("expert",)}
     v5p = on(MeshConfig(fsdp=128, **blocks), rows=16_384, microbatches=2, dispatch_capacity=1.25)
     tpu7x = on(MeshConfig(fsdp=32, expert=8), rows=1_024, microbatches=4, dispatch_capacity=1.25)
-    v6e_4_slices = on(MeshConfig(), rows=2_048, dispatch_capacity=1.25)
     # Dense parameters are split over the experts' devices too: a node's gather each part between nodes but once.
-    nodes = {"dispatch_nodes": 8, "rules": ShardingRules(embed=("fsdp", "expert"), latent=("expert",))}
+    rules = ShardingRules(embed=("fsdp", "expert"), latent=("expert",))
+    nodes: dict[str, Any] = {"dispatch_nodes": 8, "dispatch_capacity": 1.25, "rules": rules}
     return Pods(
         v5p=v5p,
         v5p_32k=longer(v5p, MeshConfig(fsdp=16, context=8, **blocks), 32_768, rows=1_920, microbatches=5),
@@ -62,10 +63,18 @@ def config() -> Pods:
         tpu7x_32k=longer(tpu7x, MeshConfig(fsdp=4, expert=8, context=8), 32_768, rows=128, microbatches=4),
         tpu7x_128k=longer(tpu7x, MeshConfig(expert=8, context=32), 131_072, rows=32, microbatches=4),
         v6e=dataclasses.replace(on(MeshConfig(expert=32, tensor=8), rows=1_024), data=PretrainData(seq_len=4096)),
-        # A row of 4,096 for two devices: with one for each, 4.7 GiB too much.
-        v6e_4_slices=longer(v6e_4_slices, MeshConfig(fsdp=32, expert=16, context=2), 4096, rows=2_048, microbatches=4),
+        # A row of 4,096 for two devices, since with one for each 4.7 GiB are too much; and dense parameters split 1,024
+        # ways, since with 64 ways 1.5 are.
+        v6e_4_slices=longer(
+            on(MeshConfig(), rows=2_048, dispatch_capacity=1.25),
+            MeshConfig(fsdp=32, expert=16, context=2),
+            4096,
+            rows=2_048,
+            microbatches=4,
+            dense=("expert",),
+        ),
         gpus_256=on(MeshConfig(fsdp=4, expert=64), rows=15_360, microbatches=60, **nodes),
-        gpus_2048=on(MeshConfig(data=2, fsdp=16, expert=64), rows=16_384, microbatches=8, **nodes),
+        gpus_2048=on(MeshConfig(data=2, fsdp=16, expert=64), rows=16_384, microbatches=2, **nodes),
     )
 
 
@@ -81,10 +90,18 @@ def on(mesh: MeshConfig, *, rows: int, microbatches: int = 1, **compute) -> Pret
     )
 
 
-def longer(recipe: PretrainConfig, mesh: MeshConfig, columns: int, *, rows: int, microbatches: int) -> PretrainConfig:
-    """Parameters are split over the devices of a row as well."""
+def longer(
+    recipe: PretrainConfig,
+    mesh: MeshConfig,
+    columns: int,
+    *,
+    rows: int,
+    microbatches: int,
+    dense: tuple[str, ...] = (),
+) -> PretrainConfig:
+    """Parameters are split over the devices of a row as well; other than experts' over those of ``dense`` too."""
     split = ("fsdp", "context")
-    rules = ShardingRules(embed=split, latent=split, expert_embed=split)
+    rules = ShardingRules(embed=(*split, *dense), latent=split, expert_embed=split)
     return dataclasses.replace(
         recipe,
         compute=dataclasses.replace(recipe.compute, rules=rules),

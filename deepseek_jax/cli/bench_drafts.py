@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -60,7 +61,7 @@ class Drafting:
         return config, (params, None if bias is None else bias[: config.num_routers])
 
     def rows(self, batch: int, drafts: int) -> Rows:
-        """Greedy, with room for all that may be kept."""
+        """Greedy and free in what they say, with room for all that may be kept."""
         pages = -(-(self.columns + self.turns * drafts) // PAGE)
         rows, rng = Rows.filling(batch, pages), np.random.default_rng(0)
         rows.numbers_BK[:], rows.shares_BF[:] = Rows.described(SamplingParams(temperature=0.0, max_tokens=10**6), (), 0)
@@ -69,7 +70,9 @@ class Drafting:
         rows.numbers_BK[:, 4] = np.arange(batch)  # seeds
         rows.drafts[:, :drafts] = rng.integers(0, self.config.vocab_size, (batch, drafts))
         rows.table_BJ[:] = rng.permutation(batch * pages).reshape(batch, pages)
-        return rows
+        anything_BV = np.full((batch, -(-self.config.vocab_size // 32)), -1, np.int32)
+        with jax.set_mesh(self.mesh):
+            return jax.device_put(dataclasses.replace(rows, allowed_BV=anything_BV))
 
     def pages(self, batch: int, drafts: int) -> Store:
         """Of random numbers."""
@@ -78,27 +81,35 @@ class Drafting:
             pages = empty_pages(config, self.compute, rows.table_BJ.size, PAGE, fp8=False)
             return jax.block_until_ready(_drawn(pages))
 
-    def compile(self, batch: int, drafts: int) -> Any:
+    def lower(self, batch: int, drafts: int) -> Any:
         with jax.set_mesh(self.mesh):
             (config, weights), rows = self.network(drafts), self.rows(batch, drafts)
             pages = jax.eval_shape(lambda: empty_pages(config, self.compute, rows.table_BJ.size, PAGE, fp8=False))
             options = {"most": self.turns, "drafts": drafts, "forced": self.acceptance * (drafts > 0)}
             given = rows, np.int32(0), np.bool_(False)
-            return decode.lower(config, self.compute, *weights, pages, *given, **options).compile()
+            return decode.lower(config, self.compute, *weights, pages, *given, **options)
 
-    def call(self, program: Any, pages: Store, batch: int, drafts: int) -> tuple[Store, Decoded]:
-        with jax.set_mesh(self.mesh):
-            given = self.rows(batch, drafts), np.int32(self.turns), np.bool_(False)
-            return jax.block_until_ready(program(*self.network(drafts)[1], pages, *given))
+    def prepared(self, program: Any, batch: int, drafts: int) -> Callable[[], Decoded]:
+        """A call that makes ``turns`` turns from the same place on."""
+        (_, weights), rows, pages = self.network(drafts), self.rows(batch, drafts), self.pages(batch, drafts)
+
+        def call() -> Decoded:
+            nonlocal pages
+            with jax.set_mesh(self.mesh):
+                pages, found = program(*weights, pages, rows, np.int32(self.turns), np.bool_(False))
+            return jax.block_until_ready(found)
+
+        return call
 
     def time(self, program: Any, batch: int, drafts: int, repeats: int) -> tuple[float, float]:
         """(Seconds of a turn, tokens of a row that it makes)."""
-        pages, seconds = self.pages(batch, drafts), []
-        for _ in range(1 + repeats):
+        call, seconds = self.prepared(program, batch, drafts), []
+        found = call()
+        for _ in range(repeats):
             began = time.perf_counter()
-            pages, found = self.call(program, pages, batch, drafts)
+            call()
             seconds.append((time.perf_counter() - began) / self.turns)
-        return statistics.median(seconds[1:]), np.sum(np.asarray(found.tokens_BN) >= 0) / batch / self.turns
+        return statistics.median(seconds), np.sum(np.asarray(found.tokens_BN) >= 0) / batch / self.turns
 
     def bytes(self, batch: int, drafts: int) -> float:
         """That a turn reads: weights, of experts those that so many tokens touch where routing is even, and the cache;
@@ -123,10 +134,10 @@ def measure_drafts(
     """``turns`` greedy turns over pages of random numbers without drafts, and with them."""
     its, batch = Drafting.of(recipe, columns, turns, acceptance), recipe.batch_size
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        programs = dict(zip((0, drafts), pool.map(functools.partial(its.compile, batch), (0, drafts)), strict=True))
+        compiled = pool.map(lambda count: its.lower(batch, count).compile(), (0, drafts))
+        programs = dict(zip((0, drafts), compiled, strict=True))
     found = {count: its.time(program, batch, count, repeats) for count, program in programs.items()}
-    pages = its.pages(batch, drafts)
-    return Measured(facts_of(its, batch, drafts, found), lambda: its.call(programs[drafts], pages, batch, drafts))
+    return Measured(facts_of(its, batch, drafts, found), its.prepared(programs[drafts], batch, drafts))
 
 
 def facts_of(its: Drafting, batch: int, drafts: int, found: dict[int, tuple[float, float]]) -> dict[str, str]:

@@ -120,6 +120,10 @@ def show(console: Console, name: str, found: Found) -> None:
     if found.estimate is not None and found.estimate.traffic:
         for line in _traffic(found.estimate.traffic):
             console.print(line, soft_wrap=True)
+    if found.estimate is not None and (sent := found.estimate.between_slices):
+        seconds = _seconds(sent / Topology.parse(found.topology).chip.slow)
+        told = f"{sent / 1e9:,.1f} GB leave a device's slice beside these, {seconds} of their links, not in the time"
+        console.print(told, soft_wrap=True)
     for size, scope in found.largest[:5] if not found.fits else ():
         console.print(f"{_gib(size):>12}  {scope}", soft_wrap=True)
     for scope, count in (found.estimate.unknown if found.estimate else {}).items():

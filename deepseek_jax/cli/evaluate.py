@@ -35,7 +35,7 @@ class _Eval:
     """A folder that a stage or the demo wrote, or a released model's, with its tokenizer.json."""
     tasks: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="TASK=FILES")] = ()
     """Questions, gsm8k=test.jsonl for instance: TASK as --task.name has it, FILES as --data."""
-    ask: Annotated[Asking, tyro.conf.arg(name="")] = Asking()
+    ask: Annotated[Asking, tyro.conf.arg(name="")] = Asking(batching="continuous")
     task: TaskConfig = TaskConfig()
     """Columns and wording, of all tasks."""
     scaling: Scaling = Scaling()

@@ -21,7 +21,7 @@ from deepseek_jax.inference.schedule import ServingConfig
 from deepseek_jax.saying import doing, say
 from deepseek_jax.serve.asking import Served
 from deepseek_jax.serve.config import ServeConfig
-from deepseek_jax.serve.engine_process import HttpProcess, run
+from deepseek_jax.serve.engine_process import HttpProcess, Stopping, run
 from deepseek_jax.workflows.recipe import load_recipe
 
 
@@ -43,17 +43,24 @@ def run_serve(arguments: Sequence[str]) -> None:
     seconds: dict[str, float] = {}
     with ExitStack() as stack:
         config, tokenizer = _text(asked, stack)
-        http = HttpProcess(dataclasses.replace(asked.http, name=asked.http.name or _name(asked)))
+        if jax.process_index():  # the first process has HTTP
+            engine = _engine(asked, config, tokenizer)
+            engine.warm_up()
+            with Stopping():  # a signal is for the first
+                engine.follow()
+            return
+        http = stack.enter_context(HttpProcess(dataclasses.replace(asked.http, name=asked.http.name or _name(asked))))
         http.start(tokenizer, asked.chat_template, config.vocab_size)
-        stack.callback(http.kill)
         with _timed("weights", seconds):
             engine = _engine(asked, config, tokenizer)
         with _timed("programs", seconds):
             engine.warm_up()
         served = Served(http.config.name, engine.context, config.vocab_size, engine.slots)
         took = ", ".join(f"{what} {each:.1f} s" for what, each in seconds.items())
-        say(f"ready: {http.url}/v1 has {served.name}, of {served.context:,} tokens; {took}")
-        run(engine, http, served)
+        with Stopping() as stopping:
+            say(f"ready: {http.url}/v1 has {served.name}, of {served.context:,} tokens; {took}")
+            run(engine, http, served, stopping)
+        engine.end()
 
 
 def _name(asked: _Serve) -> str:

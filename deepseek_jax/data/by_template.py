@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from deepseek_jax.data.conversations import Message, Sample, answers_of, with_thinking
@@ -17,12 +17,13 @@ class _RewrittenError(ValueError):
 
 
 def render_prompt(
-    template: ChatTemplate, messages: Sequence[Message], tools: Sequence[Any] | None, **variables: Any
+    template: ChatTemplate, messages: Sequence[Message], tools: Sequence[Any] | None, more: Mapping[str, Any] = {}
 ) -> str:
-    """The text up to where an assistant answers. ValueError for what the template refuses or leaves out."""
-    render = _renderer(template, tools, **variables)
+    """The text up to where an assistant answers. more: variables for the template. ValueError for what the template
+    refuses or leaves out."""
+    render = _renderer(template, tools, more)
     messages = _with_calls(render, messages)
-    _check_written(template, messages, tools, prompt=True, **variables)
+    _check_written(template, messages, tools, more, prompt=True)
     return render(messages, True)
 
 
@@ -42,8 +43,8 @@ def encode_by(
     return samples[::-1]
 
 
-def _renderer(template: ChatTemplate, tools: Sequence[Any] | None, **variables: Any) -> _Render:
-    return lambda messages, prompt: template.render(messages, tools=tools, add_generation_prompt=prompt, **variables)
+def _renderer(template: ChatTemplate, tools: Sequence[Any] | None, more: Mapping[str, Any] = {}) -> _Render:
+    return lambda messages, prompt: template.render(messages, tools=tools, add_generation_prompt=prompt, **more)
 
 
 def _sample(
@@ -162,13 +163,18 @@ def _distorted(arguments: Any) -> set[str]:
 
 
 def _check_written(
-    template: ChatTemplate, messages: Sequence[Message], tools: Sequence[Any] | None, *, prompt: bool, **variables: Any
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    tools: Sequence[Any] | None,
+    more: Mapping[str, Any] = {},
+    *,
+    prompt: bool,
 ) -> None:
     """ValueError for a message, of another than an assistant, without which the text would be the same; a warning for
     such tools."""
-    render = _renderer(template, tools, **variables)
+    render = _renderer(template, tools, more)
     text = render(messages, prompt)
-    if tools and _renderer(template, None, **variables)(messages, prompt) == text:
+    if tools and _renderer(template, None, more)(messages, prompt) == text:
         warnings.warn("the chat template does not write the tools that conversations bring", stacklevel=4)
     for index, message in enumerate(messages):
         content = message["content"]

@@ -28,15 +28,12 @@ _LONGEST = 200  # characters of a message
 
 
 class Constraint:
-    """Where an answer is in its grammar. allowed_V: the tokens that may come next, a bit for each, 32 in a word.
-
-    error: why there are none, "" where there are.
-    """
+    """Where an answer is in its grammar. allowed_V: the tokens that may come next, a bit for each, 32 in a word."""
 
     def __init__(self, matcher: Any, width: int):
         self._matcher, self._width = matcher, width
         self._job: concurrent.futures.Future[None] | None = None
-        self.allowed_V, self.error = np.zeros(0, np.int32), ""
+        self.allowed_V, self._error = np.zeros(0, np.int32), ""
 
     def copy(self) -> "Constraint":
         """One of its own for another answer, before anything was said."""
@@ -53,6 +50,12 @@ class Constraint:
         """Whether that is known."""
         return self._job is None or self._job.done()
 
+    @property
+    def error(self) -> str:
+        """Why there are none, "" where there are."""
+        failed = self._job.exception() if self._job is not None and self._job.done() else None
+        return self._error if failed is None else repr(failed)
+
     def find(self, ids: Sequence[int]) -> None:
         """``advance``, here and now."""
         import llguidance.numpy
@@ -63,9 +66,9 @@ class Constraint:
         llguidance.numpy.fill_next_token_bitmask(self._matcher, words_1V)
         ended = self._matcher.is_stopped() and not self._matcher.is_accepting()
         if self._matcher.is_error() or ended:
-            self.error = self._matcher.get_error()[:_LONGEST] or "nothing can be said"
+            self._error = self._matcher.get_error()[:_LONGEST] or "nothing can be said"
         elif time.thread_time() - began > SECONDS:
-            self.error = f"a token takes more than {SECONDS} seconds"
+            self._error = f"a token takes more than {SECONDS} seconds"
         self.allowed_V = words_1V[0]
 
 

@@ -28,6 +28,7 @@ from deepseek_jax.inference.rows import STOPS, Rows
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.schedule import Buckets, Plan, Request, Schedule, ServingConfig
 from deepseek_jax.inference.speculation import check_drafts
+from deepseek_jax.parallel.processes import require_one_process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,10 +106,14 @@ class Continuous:
                 f"a prompt of {len(ids)} tokens and max_tokens={sampling.max_tokens} pass context={self.context}"
             )
         sampling.check_no_text()
+        if sampling.constrained:  # which plans wait for, as long as it takes a host to find what may be said
+            require_one_process("an answer that is held to a grammar")
         if (stops := len(self._stop_ids) + len(sampling.stop_token_ids)) > STOPS:
             raise ValueError(f"{stops} ids that end an answer, the tokenizer's among them: expected at most {STOPS}")
-        if (biased := max((token for token, _ in sampling.logit_bias), default=0)) >= self._width:
-            raise ValueError(f"logit_bias has the id {biased}: expected below vocab_size={self._width}")
+        named = {"stop_token_ids": sampling.stop_token_ids, "logit_bias": [token for token, _ in sampling.logit_bias]}
+        for name, tokens in named.items():
+            if (most := max(tokens, default=0)) >= self._width:
+                raise ValueError(f"{name} has the id {most}: expected below vocab_size={self._width}")
         if not 0 <= draw < 2**31:
             raise ValueError(f"draw={draw}: expected from 0 to below 2**31")
         row = Rows.described(sampling, self._stop_ids, draw, key, tempered=tempered)
@@ -129,7 +134,7 @@ class Continuous:
         """Do what is next -> what it has brought. Without requests nothing.
 
         Where it fails, or is interrupted, the next one begins anew with what every request had before."""
-        began = time.perf_counter()
+        began, called = time.perf_counter(), self.programs.seconds
         events = self._arrivals()
         if self.over:
             return []
@@ -146,7 +151,7 @@ class Continuous:
                 lane.start_over()
             self.programs.empty()
             raise
-        self._counts["seconds_waited"] += time.perf_counter() - dispatched
+        self._counts["seconds_waited"] += time.perf_counter() - dispatched + self.programs.seconds - called
         if found is not None:
             events += self._told(plans, found)
         self._counts["seconds"] += time.perf_counter() - began
@@ -252,7 +257,7 @@ class Continuous:
                     continue
                 ended = stopped[i] or count >= request.left
                 schedule.answered(request, tokens[i][:count], ended=ended)
-                request.drafts = drafts[i]
+                request.drafts = drafts[i] if request.constraint is None else []
                 reason = ("stop" if stopped[i] else "length") if ended else ""
                 if self._own(request.number):
                     likely = self._likely(found, i, count, request.sampling.alternatives)

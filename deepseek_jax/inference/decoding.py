@@ -79,7 +79,8 @@ def decode(
     rows = jax.tree.map(lambda x: over_batch(x, compute), rows)
     at = Numbers(*rows.numbers_BK[:, : len(Numbers._fields)].T)
     filling_B, size = at.answered >= at.most, 1 + drafts
-    room_B = jnp.sum(rows.table_BJ >= 0, axis=1) * pages.tokens_PN1.shape[1]
+    page = pages.tokens_PN1.shape[1]
+    room_B = jnp.sum(rows.table_BJ >= 0, axis=1) * page
     each, alone = _Drawing.of(rows, size), _Drawing.of(rows, 1)
 
     def goes_on(now: _Now):
@@ -90,7 +91,7 @@ def decode(
         table_BJ = jnp.where(done_B[:, None], -1, rows.table_BJ)
 
         def memory(entries, position_BS):
-            hands, visible = reading(network, position_BS, table_BJ, pages.tokens_PN1.shape[1])
+            hands, visible = reading(network, position_BS, table_BJ, page)
             return memory_of(compute, entries, position_BS[:, 0], table_BJ, hands), visible
 
         places_S = jnp.arange(size, dtype=jnp.int32)
@@ -99,11 +100,11 @@ def decode(
         memories = [memory(layer, position_BS) for layer in now.pages.layers]
         options: dict[str, Any] = {"positions_BS": position_BS, "visible": memories[0][1], "absorbed": True}
         out = network(tokens_BS, memories=tuple(memory for memory, _ in memories), head=False, **options)
-        tokens, said_BT1 = memory_of(compute, now.pages.tokens_PN1, length_B, table_BJ, "rows").write(
-            tokens_BS[..., None]
-        )
+        tokens = memory_of(compute, now.pages.tokens_PN1, length_B, table_BJ, "rows")
+        tokens, said_BT1 = tokens.write(tokens_BS[..., None])
+        said_BT = said_BT1[:, :, 0]
         logits_RW = network.logits(out.hidden.reshape(-1, out.hidden.shape[2]))
-        drawn_BS = each.draw(logits_RW, said_BT1[:, :, 0], place_BS, position_BS + 1)
+        drawn_BS = each.draw(logits_RW, said_BT, place_BS, position_BS + 1)
         if forced:
             drawn_BS = speculation.forced(found.drafts_BK, drawn_BS, each.keys(place_BS), forced, config.vocab_size)
         ends_BS = jnp.any(drawn_BS[:, :, None] == rows.stops[:, None], axis=2)
@@ -119,12 +120,8 @@ def decode(
         pages = Store(tuple(memory.pages_PNW for memory in out.memories), tokens.pages_PNW, now.pages.mtp)
         count_B = now.count_B + new_B
         if drafts:
-            guess = lambda hidden_BD, k: alone.draw(  # noqa: E731
-                network.logits(hidden_BD),
-                said_BT1[:, :, 0],
-                (at.answered + count_B + k)[:, None],
-                (length_B + new_B)[:, None],
-            )[:, 0]
+            place_B1, known_B1 = (at.answered + count_B)[:, None], (length_B + new_B)[:, None]
+            guess = lambda hidden, k: alone.draw(network.logits(hidden), said_BT, place_B1 + k, known_B1)[:, 0]  # noqa: E731
             given = now.pages.mtp, out.hidden, drawn_BS, length_B, new_B, guess
             guessed_BK, mtp = speculation.draft(network, memory, *given)
             found, pages = dataclasses.replace(found, drafts_BK=guessed_BK), dataclasses.replace(pages, mtp=mtp)

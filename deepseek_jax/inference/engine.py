@@ -21,7 +21,7 @@ from deepseek_jax.inference.constraints import Grammars
 from deepseek_jax.inference.continuous import Continuous, Event
 from deepseek_jax.inference.generate import Generated, begin, generate, go_on
 from deepseek_jax.inference.in_turn import InTurn
-from deepseek_jax.inference.requests import Requests, Room, make_requests, shared, spread
+from deepseek_jax.inference.requests import Requests, Room, as_ids, make_requests, shared, spread
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.schedule import ServingConfig
 from deepseek_jax.inference.speculation import check_drafts
@@ -261,7 +261,7 @@ class Engine:
             raise ValueError(f"prompts={prompts!r:.60} is one text: give a list of them")
         if type(n) is not int or n < 1:
             raise ValueError(f"n={n!r}: expected an int of at least 1")
-        sampling, shared = sampling or SamplingParams(), not isinstance(sampling, Sequence)
+        sampling, for_all = sampling or SamplingParams(), not isinstance(sampling, Sequence)
         each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
         if len(each) != len(prompts):
             raise ValueError(
@@ -272,7 +272,7 @@ class Engine:
             with self._stepping:
                 for row, (prompt, params) in enumerate(zip(prompts, each, strict=True)):
                     ids, of_ids = self._ids(prompt), params.of_ids()
-                    for draw in range(row * n * shared, row * n * shared + n):
+                    for draw in range(row * n * for_all, row * n * for_all + n):
                         number = self.submit(ids, of_ids, draw=draw)
                         asked[number] = self._answers[number] = Answer(self.tokenizer, params.stop)
             while asked.keys() & self._answers.keys():
@@ -299,7 +299,8 @@ class Engine:
 
     def cancel(self, number: int) -> None:
         """Give a request up, from any thread; the next step frees what it has."""
-        self._serve().cancel(number)
+        if self._requests is not None:
+            self._requests.cancel(number)
 
     def step(self) -> list[Event]:
         """Let the device do what is next for the requests, see ``schedule`` -> what it has brought to each."""
@@ -361,8 +362,8 @@ class Engine:
         return self._serve().slots
 
     def metrics(self) -> dict[str, float]:
-        """Of requests, see ``Continuous.metrics``."""
-        return self._serve().metrics()
+        """Of requests, see ``Continuous.metrics``; nothing before the first, or ``warm_up``."""
+        return {} if self._requests is None else self._requests.metrics()
 
     def _grammars(self) -> Grammars:
         with self._lock:
@@ -380,7 +381,7 @@ class Engine:
     def _ids(self, prompt: str | Sequence[int]) -> list[int]:
         if isinstance(prompt, str):
             return [*self.tokenizer.bos_ids, *self.tokenizer.encode(prompt)]
-        return list(prompt)
+        return as_ids(prompt)
 
     def _prepared(
         self,
@@ -427,6 +428,8 @@ class Engine:
                 return f"prompt {row} has 0 tokens: expected at least one"
             if wrong := [i for i in (min(prompt), max(prompt)) if not 0 <= i < size]:
                 return f"prompt {row} has the id {wrong[0]}: expected from 0 to below vocab_size={size}"
+            if (stop := max(params.stop_token_ids, default=0)) >= size:
+                return f"stop_token_ids has the id {stop}: expected below vocab_size={size}"
             if (length := len(prompt)) + params.max_tokens > longest:
                 most = f"max_tokens={params.max_tokens} pass max_position_embeddings={longest}"
                 return f"a prompt of {length} tokens and {most}"

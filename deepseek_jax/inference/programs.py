@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import logging
 import os
+import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -56,7 +57,7 @@ class Programs:
     ):
         self.forced = forced
         self.config, self.compute, self.mesh, self.serving = config, compute, mesh, serving
-        self.buckets, self.lanes, self.late = buckets, lanes, 0
+        self.buckets, self.lanes, self.late, self.seconds = buckets, lanes, 0, 0.0
         self._programs: dict[tuple[Any, ...], Any] = {}
         self._anything: dict[int, jax.Array] = {}
         self._warm = False
@@ -97,10 +98,10 @@ class Programs:
         for rows, table in itertools.product(buckets.slots, buckets.tables):
             jobs.append(self._decodes(nobody, rows, table, 0, until_end=False))
         with jax.set_mesh(self.mesh):
-            missing = {job.key: self._lowered(weights, job) for job in jobs if job.key not in self._programs}
             with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-                compiled = pool.map(lambda lowered: lowered.compile(), missing.values())
-                self._programs |= dict(zip(missing, compiled, strict=True))
+                missing = {job.key: job for job in jobs if job.key not in self._programs}
+                compiled = {key: pool.submit(self._lowered(weights, job).compile) for key, job in missing.items()}
+            self._programs |= {key: each.result() for key, each in compiled.items()}
             meet()  # a process that is still compiling would have the others wait in collectives
             for job in jobs:
                 self._run(weights, job)
@@ -181,8 +182,9 @@ class Programs:
             self.late += self._warm
             program = self._programs[job.key] = self._lowered(weights, job).compile()
             meet()
-        given = () if job.function is copy_pages else weights
+        given, began = () if job.function is copy_pages else weights, time.perf_counter()
         done = program(*given, self._pages, *job.arrays)
+        self.seconds += time.perf_counter() - began
         self._pages, found = done if job.function is decode else (done, None)
         return found
 

@@ -4,7 +4,7 @@ Shapes alone are compiled for, and they come in powers of two.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Self
 
 import jax
@@ -56,6 +56,15 @@ class Room:
         return cls(
             len(prompts), longest, most, len(stop_ids) + max((len(params.stop_token_ids) for params in each), default=0)
         )
+
+
+def as_ids(prompt: Iterable[Any]) -> list[int]:
+    """A prompt's ids. ValueError for what is none: a float would be cut off, and a bool be 0 or 1."""
+    ids = prompt.tolist() if isinstance(prompt, np.ndarray | jax.Array) else list(prompt)
+    kinds = dict.fromkeys(map(type, ids))
+    if wrong := [kind.__name__ for kind in kinds if issubclass(kind, bool) or not issubclass(kind, int | np.integer)]:
+        raise ValueError(f"a prompt has ids of type {', '.join(wrong)}: expected ints")
+    return ids
 
 
 def make_requests(

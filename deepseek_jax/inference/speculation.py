@@ -8,8 +8,8 @@ tokens are so near each other that sums of another shape change which of them is
 
 For a draft d that was chosen without noise this is speculative sampling (Leviathan and others, Chen and others, 2023):
 it is taken with probability p(d), and what takes its place has p's distribution without d. Drafts here are drawn from
-the module's q by the noise that the network will draw with, which changes no answer and is taken more often, at least
-with (1 - TV) / (1 + TV) for the total variation between p and q (Daliri, Musco, Suresh, 2024).
+the module's q by the noise that the network will draw with, which changes no answer: each is taken with probability
+(1 - TV) / (1 + TV) at least, for the total variation TV between p and q (Daliri, Musco, Suresh, 2024).
 
 The first draft is the module's own guess (V3 section 2.2): from the hidden state h_i and token i + 1 it says token
 i + 2. Released models have one module. For further drafts it is applied to its own result: in the place of h_{i+1},

@@ -241,6 +241,20 @@ def collectives(text: str) -> list[Collective]:
     return found
 
 
+def sent_between_slices(module: Module) -> float:
+    """Bytes that leave a device's slice by libtpu's MegaScale, whose sends are no collectives of the program."""
+    times, total = module.times(), 0.0
+    for name, instructions in module.computations.items():
+        for one in instructions.values() if times[name] else ():
+            found = re.search(r'_xla_megascale_target="{([\d,]+)}.*_xla_megascale_transfer_type="(\w+)"', one.rest)
+            if one.opcode == "send" and found:
+                slices = found[1].count(",") + 1
+                copies = {"ALL_GATHER": slices - 1, "ALL_REDUCE": 2 * (slices - 1) / slices}
+                share = copies.get(found[2], (slices - 1) / slices)
+                total += times[name] * share * shape_bytes(instructions[one.operands[0]].shape)
+    return total
+
+
 def kind_of(one: Instruction, computation: str = "") -> str | None:
     """Of a collective or its start, else None. A TPU's reduce-scatter is a fusion of an all-reduce with a slice."""
     opcode = one.opcode.removesuffix("-start")

@@ -8,7 +8,16 @@ from collections.abc import Callable
 
 import numpy as np
 
-from deepseek_jax.parallel.hlo import Instruction, Module, arrays, groups_of, kind_of, operand_bytes, shape_bytes
+from deepseek_jax.parallel.hlo import (
+    Instruction,
+    Module,
+    arrays,
+    groups_of,
+    kind_of,
+    operand_bytes,
+    sent_between_slices,
+    shape_bytes,
+)
 from deepseek_jax.parallel.topology import Links
 
 # Of no time of their own: names for what is there, or (waits) seen to where they start and end.
@@ -56,6 +65,8 @@ class Estimate:
     unknown: dict[str, int] = dataclasses.field(default_factory=dict)
     """Kernels whose FLOPs nothing tells, by their scopes: they count for what they read and write alone."""
     traffic: list[Traffic] = dataclasses.field(default_factory=list)
+    between_slices: float = 0.0
+    """Bytes that leave a device's slice of TPUs, which no collective of the program tells of: not in the time."""
 
 
 def estimate(
@@ -75,6 +86,7 @@ def estimate(
     """
     walk = _Walk(Module(text, turns), links, kernel_flops, grouped_rows)
     walk.total.seconds = walk.run(walk.module.entry, 1)
+    walk.total.between_slices = sent_between_slices(walk.module)
     walk.total.traffic = sorted(walk.traffic.values(), key=lambda one: -one.exposed)
     return walk.total
 

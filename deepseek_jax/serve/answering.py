@@ -6,12 +6,11 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
-from deepseek_jax.data.streaming import TextStream
+from deepseek_jax.data.streaming import StopStrings, TextStream
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.serve.asking import Asker
 from deepseek_jax.serve.prompts import Prompt
-from deepseek_jax.serve.stops import StopStrings
-from deepseek_jax.serve.thinking import Thoughts, within_budget
+from deepseek_jax.serve.thinking import GRAMMARS, Thoughts, in_stages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,10 +99,10 @@ async def _answer(asker: Asker, tokenizer: Tokenizer, asked: Asked, index: int) 
     opened = asked.prompt is not None and asked.prompt.opened and not asked.prompt.begun
     thoughts, thought = Thoughts(tokenizer, opened=opened), 0
     question = asked.prompts[index // asked.n], asked.sampling, index
-    if asked.thinking_budget is None:
+    if asked.thinking_budget is None and not (opened and any(name in asked.sampling for name in GRAMMARS)):
         events = asker.submit(*question)
     else:
-        events = within_budget(asker, tokenizer, *question, opened=opened, budget=asked.thinking_budget)
+        events = in_stages(asker, tokenizer, *question, opened=opened, budget=asked.thinking_budget)
     async with aclosing(events):
         async for event in events:
             said, count = [], count + len(event.ids)

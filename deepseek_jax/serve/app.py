@@ -9,6 +9,7 @@ from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.serve.asked import as_messages, asked_by_chat, asked_by_completion, check_model, encoded
 from deepseek_jax.serve.asking import Asker
 from deepseek_jax.serve.config import ServeConfig
+from deepseek_jax.serve.description import describe_limits
 from deepseek_jax.serve.errors import ApiError, ErrorBody, add_handlers
 from deepseek_jax.serve.meters import Meters
 from deepseek_jax.serve.page import page
@@ -42,6 +43,7 @@ def make_app(asker: Asker, tokenizer: Tokenizer, config: ServeConfig) -> FastAPI
     add_responses(app, desk, _REFUSED)
     add_models(app, desk)
     add_tokens(app, desk)
+    describe_limits(app, desk)
     app.add_route("/", page, include_in_schema=False)
     app.add_middleware(Sending, meters=desk.meters, stall=config.stall_seconds)
     return app

@@ -5,6 +5,7 @@ import json
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 from deepseek_jax.data.tokenizer import Tokenizer
@@ -46,6 +47,8 @@ async def asked_by_chat(body: Chat, tokenizer: Tokenizer, served: Served, limits
     asked = _asked(body, [prompt.ids], most, (body.top_logprobs or 0) if body.logprobs else None, served, limits)
     if body.parallel_tool_calls is False and prompt.tools:
         asked = replace(asked, stops=(*asked.stops, CALL_END))
+    if prompt.schema and find_spec("llguidance") is not None:  # without it, arguments are what the model makes of them
+        asked = replace(asked, sampling=asked.sampling | {"json_schema": prompt.schema})
     return replace(asked, prompt=prompt, thinking_budget=budget or None)
 
 
@@ -111,7 +114,7 @@ def _asked(
         if max_tokens > room:
             message = f"max_tokens={max_tokens} and a prompt of {longest} tokens pass the context of {served.context}"
             raise ApiError(400, message, param="max_tokens", code="context_length_exceeded")
-    sampling = {name: float(value) for name in _SAME if (value := getattr(body, name)) is not None}
+    sampling: dict[str, Any] = {name: float(value) for name in _SAME if (value := getattr(body, name)) is not None}
     sampling |= {
         "max_tokens": max_tokens or min(room, most),
         "seed": secrets.randbits(31) if body.seed is None else body.seed % 2**31,
@@ -120,6 +123,20 @@ def _asked(
         "logit_bias": [(int(token), float(bias)) for token, bias in (body.logit_bias or {}).items()],
         "alternatives": min(alternatives or 0, served.vocab_size),
     }
-    if body.response_format is not None and body.response_format.type != "text":
-        raise ApiError(400, "response_format: only 'text' is served", param="response_format")
+    if schema := _schema(body, limits):
+        sampling["json_schema"] = schema
     return Asked(prompts, sampling, n, tuple(stops), alternatives)
+
+
+def _schema(body: Sampled, limits: Limits) -> str:
+    """The JSON schema that the answer is held to, "" without one."""
+    wanted = body.response_format
+    if wanted is None or wanted.type == "text":
+        return ""
+    if wanted.type == "json_object":
+        return '{"type": "object"}'
+    if wanted.json_schema is None:
+        raise ApiError(400, "response_format of type json_schema needs json_schema", param="response_format")
+    schema = json.dumps(wanted.json_schema.schema_)
+    check_most("response_format", len(schema), limits.schema_bytes, "bytes of a schema")
+    return schema

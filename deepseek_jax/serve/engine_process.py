@@ -1,6 +1,7 @@
 """The engine's process: steps while there is anything to do, sleeps while there is not, and has the HTTP process as its
 child."""
 
+import contextlib
 import dataclasses
 import select
 import signal
@@ -25,10 +26,13 @@ _SECONDS = 10  # that the child is given to end by itself
 
 
 class HttpProcess:
-    """The child, and the address that it listens at.
+    """The child, and the address that it listens at; where the context is left, it is killed.
 
-    OSError where that is taken, before anything is loaded.
+    OSError where the address is taken, before anything is loaded.
     """
+
+    _child: subprocess.Popen[bytes] | None = None
+    link: Link
 
     def __init__(self, config: ServeConfig):
         self.config = config
@@ -61,19 +65,30 @@ class HttpProcess:
 
     def end(self) -> int:
         """Its exit status, at its end or at the end of patience."""
-        try:
+        assert self._child is not None
+        with contextlib.suppress(subprocess.TimeoutExpired):
             return self._child.wait(_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.kill()
-            return self._child.wait()
+        return self.kill()
 
-    def kill(self) -> None:
+    def kill(self) -> int:
+        """Its exit status."""
+        assert self._child is not None
         self._child.kill()
+        return self._child.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._listening.close()
+        if self._child is not None:
+            self.kill()
+            self.link.close()
 
 
 class Stopping:
-    """While entered, counts SIGTERM and SIGINT: the first one is noted and wakes ``select``; a second one is
-    KeyboardInterrupt at once."""
+    """Counts how often this process was asked to stop; ``select`` wakes. While entered, SIGTERM and SIGINT ask, and the
+    second one is KeyboardInterrupt at once."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -89,13 +104,23 @@ class Stopping:
         signal.set_wakeup_fd(self._fd)
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        self.close()
 
     def fileno(self) -> int:
         return self._woken.fileno()
 
+    def close(self) -> None:
+        self._woken.close()
+        self._wakes.close()
+
     def clear(self) -> None:
         """It has been seen."""
         self._woken.recv(64)
+
+    def ask(self) -> None:
+        """As a signal does, from any thread."""
+        self.count += 1
+        self._wakes.send(b"x")
 
     def _note(self, number: int, frame: Any) -> None:
         self.count += 1
@@ -103,34 +128,30 @@ class Stopping:
             raise KeyboardInterrupt("stopped at once")
 
 
-def run(engine: Engine, http: HttpProcess, served: Served) -> None:
+def run(engine: Engine, http: HttpProcess, served: Served, stopping: Stopping) -> None:
     """Answer until told to stop. Returns when all answers have ended; KeyboardInterrupt when told twice; RuntimeError
     where the child has ended by itself, or steps fail again and again."""
     told = False
-    with Stopping() as stopping:
-        try:
-            http.link.send({"ready": dataclasses.asdict(served)})
-            desk = Desk(engine, http.link.send)
-            while True:
-                readable, _, _ = select.select([http.link, stopping], [], [], 0 if engine.busy else None)
-                if stopping in readable:
-                    stopping.clear()
-                if stopping.count and not told:
-                    told = True
-                    say("ending: answers that are under way are finished, others refused (once more: at once)")
-                    http.link.send({"drain": True})
-                if http.link in readable:
-                    for frame in http.link.receive():
-                        desk.take(frame)
-                if engine.busy:
-                    desk.step()
-        except Closed:
-            status = http.end()
-            if not told:
-                raise RuntimeError(f"the HTTP process has ended, with status {status}") from None
-        except BaseException:
-            http.kill()
-            raise
+    desk = Desk(engine, http.link.send)
+    try:
+        http.link.send({"ready": dataclasses.asdict(served)})
+        while True:
+            readable, _, _ = select.select([http.link, stopping], [], [], 0 if engine.busy else None)
+            if stopping in readable:
+                stopping.clear()
+            if stopping.count and not told:
+                told = True
+                say("ending: answers that are under way are finished, others refused (once more: at once)")
+                http.link.send({"drain": True})
+            if http.link in readable:
+                for frame in http.link.receive():
+                    desk.take(frame)
+            if engine.busy:
+                desk.step()
+    except Closed:
+        status = http.end()
+        if not told:
+            raise RuntimeError(f"the HTTP process has ended, with status {status}") from None
 
 
 class Desk:
@@ -174,8 +195,11 @@ class Desk:
             if self._failures >= _FAILURES:
                 raise RuntimeError(f"{_FAILURES} steps one after another have failed, the last: {error}") from error
             return
-        if told := [self._told(event) for event in events if event.number in self._keys]:
+        events = [event for event in events if event.number in self._keys]
+        if told := [self._told(event) for event in events if not event.error]:
             self._send({"events": told})
+        for event in filter(lambda event: event.error, events):
+            self._send({"refused": self._told(event)[0], "message": event.error})
 
     def _told(self, event: Event) -> list[Any]:
         key = self._keys[event.number]

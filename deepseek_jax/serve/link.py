@@ -38,6 +38,9 @@ class Link:
         self._end, self._unpacker = end, unpacker()
         end.setblocking(True)
 
+    def close(self) -> None:
+        self._end.close()
+
     def fileno(self) -> int:
         return self._end.fileno()
 

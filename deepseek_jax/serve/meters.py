@@ -11,7 +11,6 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120
 _FAST = (0.001, 0.0025, *_SECONDS[:10])
 # Of ``Continuous.metrics``: what only grows, and what a gauge tells; others are gauges of their own names.
 _COUNTED = ("prompt_tokens", "found_tokens", "tokens", "preemptions", "compiles", "steps", "seconds", "seconds_waited")
-_COUNTED += ("drafted", "accepted")
 
 
 class Meters:
@@ -40,7 +39,7 @@ class Meters:
         """Prometheus' text, with what the engine says of itself."""
         for name, value in engine.items():
             if name not in self._engine:
-                told = f"engine_{name}" + ("_total" if name in _COUNTED else "")
+                told = f"engine_{name}" + ("_total" if name in _COUNTED or name.startswith("drafts_") else "")
                 self._engine[name] = Gauge(told, "See Continuous.metrics", **self._given)
             self._engine[name].set(value)
         return generate_latest(self.registry)

@@ -11,23 +11,34 @@ from deepseek_jax.data.template import ChatTemplate, opens_thinking
 from deepseek_jax.data.tokenizer import END_THINK, THINK, Tokenizer
 from deepseek_jax.data.untrusted import Hiding
 from deepseek_jax.serve.parsing import CALLS_BEGIN
-from deepseek_jax.serve.tools import call_head, chosen, described, writes_calls
+from deepseek_jax.serve.tools import call_head, chosen, described, parameters_of, writes_calls
 
 NO_THOUGHT = f"{THINK}\n\n{END_THINK}\n\n"
 CLOSING = f"\n{END_THINK}\n\n"
 _SWITCHES = ("thinking", "enable_thinking")  # what templates call it: V3.1's, Qwen3's
-_OWN = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "pad_token", "unk_token")
+_OWN = (
+    "messages",
+    "tools",
+    "documents",
+    "add_generation_prompt",
+    "bos_token",
+    "eos_token",
+    "pad_token",
+    "unk_token",
+    "self",
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
     """ids: what is answered. opened: they have opened `<think>`. begun: text that they have begun the answer with, for
-    the parser. tools: calls may come."""
+    the parser. tools: calls may come. schema: of the arguments of the call that they have begun, as JSON."""
 
     ids: list[int]
     opened: bool = False
     begun: str = ""
     tools: bool = False
+    schema: str = ""
 
 
 def write_prompt(
@@ -68,7 +79,7 @@ def write_prompt(
     if hidden and not template.mentions("tools", tools=True):
         conversation, hidden = _told(template, conversation, hidden), None
     switches = {} if think is None else {name: think for name in _SWITCHES if template.mentions(name)}
-    text = render_prompt(template, conversation, hidden, **switches, **hiding.hide(_allowed(variables or {})))
+    text = render_prompt(template, conversation, hidden, {**switches, **hiding.hide(_allowed(variables or {}))})
     prompt = Prompt(hiding.encode(text), opens_thinking(text), tools=bool(tools))
     begun = ""
     if think is False or name is not None:
@@ -77,6 +88,7 @@ def write_prompt(
         if not writes_calls(template):
             raise ValueError("tool_choice: a call can be begun in DeepSeek's format alone, which this template lacks")
         begun += CALLS_BEGIN + call_head(template, name)
+        prompt = dataclasses.replace(prompt, schema=parameters_of(tools, name))
     return _begun(tokenizer, prompt, begun)
 
 

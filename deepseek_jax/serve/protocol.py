@@ -26,10 +26,13 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        self._head += len(data) if self._in_head else 0
+        if self._in_head:
+            end = data.find(b"\r\n\r\n")
+            self._head += len(data) if end < 0 else end
+            if self._head > HEAD_BYTES:
+                self.send_400_response(f"The head has more than {HEAD_BYTES} bytes.")
+                return
         super().data_received(data)
-        if self._in_head and self._head > HEAD_BYTES and not self.transport.is_closing():
-            self.send_400_response(f"The head has more than {HEAD_BYTES} bytes.")
 
     def on_message_begin(self) -> None:
         super().on_message_begin()

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from deepseek_jax.serve.errors import ApiError, whole
-from deepseek_jax.serve.schema import STRICT, Chat, FunctionName, JsonSchema
+from deepseek_jax.serve.schema import STRICT, WHOLE, Chat, FunctionName, JsonSchema
 
 _LOOSE = ConfigDict(strict=True)  # what a client has kept of an answer may hold more
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
@@ -93,7 +93,7 @@ class ResponsesBody(BaseModel):
     model: str = Field("", max_length=256)
     input: str | Annotated[list[Said | FunctionCall | FunctionOutput | Reasoned], Field(min_length=1)]
     instructions: str | None = None
-    max_output_tokens: int | None = Field(None, ge=1, lt=2**31)
+    max_output_tokens: Annotated[int, Field(ge=1, lt=2**31), WHOLE] | None = None
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     stream: bool | None = None
@@ -101,7 +101,7 @@ class ResponsesBody(BaseModel):
     tool_choice: Literal["none", "auto", "required"] | NamedFunction | None = None
     parallel_tool_calls: bool | None = None
     reasoning: Reasoning | None = None
-    thinking_budget: int | None = Field(None, ge=0, lt=2**31)
+    thinking_budget: Annotated[int, Field(ge=0, lt=2**31), WHOLE] | None = None
     text: TextConfig | None = None
     truncation: Literal["disabled"] | None = None
     store: bool | None = None

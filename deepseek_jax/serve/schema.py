@@ -3,10 +3,12 @@ does nothing would mislead."""
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-Id = Annotated[int, Field(ge=0, lt=2**31)]
+# A whole number may be written 1.0, as JSON schemas have it.
+WHOLE = BeforeValidator(lambda x: int(x) if type(x) is float and x.is_integer() else x)
+Id = Annotated[int, Field(ge=0, lt=2**31), WHOLE]
 Ids = Annotated[list[Id], Field(min_length=1)]
 Text = Annotated[str, Field(min_length=1)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
@@ -44,17 +46,17 @@ class Sampled(BaseModel):
     model: str = Field("", max_length=256)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1, lt=2**31)
+    top_k: Annotated[int, Field(ge=-1, lt=2**31), WHOLE] | None = None
     min_p: float | None = Field(None, ge=0, le=1)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     logit_bias: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Bias] | None = Field(None, max_length=300)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    n: int | None = Field(None, ge=1)
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), WHOLE] | None = None
+    n: Annotated[int, Field(ge=1), WHOLE] | None = None
     stop: Text | list[Text] | None = None
     stop_token_ids: list[Id] | None = Field(None, max_length=8)
-    max_tokens: int | None = Field(None, ge=1, lt=2**31)
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31), WHOLE] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
@@ -65,8 +67,8 @@ class Sampled(BaseModel):
 class Completion(Sampled):
     """``/v1/completions``. prompt: a text, ids, or a list of either. logprobs: of each token, and so many others."""
 
-    prompt: Text | Ids | list[Text] | list[Ids]
-    logprobs: int | None = Field(None, ge=0, le=20)
+    prompt: Text | Ids | Annotated[list[Text], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
+    logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     echo: bool | None = None
 
 
@@ -124,7 +126,7 @@ class ToolCall(BaseModel):
 class Message(BaseModel):
     """A turn; what else a client has stored of one is passed over."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, json_schema_extra={"required": ["role", "content"]})
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[Part] | None = None
     name: str | None = None
@@ -142,21 +144,24 @@ class Chat(Sampled):
     """
 
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31), WHOLE] | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=20)
+    top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
-    thinking_budget: int | None = Field(None, ge=0, lt=2**31)
+    thinking_budget: Annotated[int, Field(ge=0, lt=2**31), WHOLE] | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     chat_template_kwargs: dict[str, Any] | None = Field(None, max_length=16)
+
+
+_EITHER: dict[str, Any] = {"oneOf": [{"required": ["prompt"]}, {"required": ["messages"]}]}
 
 
 class Tokenize(BaseModel):
     """prompt: a text, with add_special_tokens as completions have it; or the messages of a chat."""
 
-    model_config = STRICT
+    model_config = STRICT | ConfigDict(json_schema_extra=_EITHER)
     model: str = Field("", max_length=256)
     prompt: str | None = None
     messages: list[Message] | None = Field(None, min_length=1)

@@ -10,6 +10,8 @@ from deepseek_jax.serve.asking import Asker, Event
 from deepseek_jax.serve.prompts import CLOSING
 
 _EFFORTS = {"none": 0, "minimal": 0, "low": 1024, "medium": 8192}  # tokens of thinking
+GRAMMARS = ("json_schema", "regex")  # fields of a sampling that bind every token
+BEHIND = "\n\n"  # `</think>`
 _OPENS_WITHIN = 4  # tokens: white space may stand before `<think>`
 
 
@@ -40,7 +42,7 @@ class Thoughts:
         return False
 
 
-async def within_budget(
+async def in_stages(
     asker: Asker,
     tokenizer: Tokenizer,
     ids: list[int],
@@ -48,28 +50,31 @@ async def within_budget(
     draw: int,
     *,
     opened: bool,
-    budget: int,
+    budget: int | None,
 ) -> AsyncGenerator[Event]:
-    """The events of an answer that thinks for at most ``budget`` tokens: there the answer is cancelled, and asked for
-    anew behind its thoughts and `</think>`, which the cache of prefixes makes cheap. They all count as its tokens."""
-    thoughts, made = Thoughts(tokenizer, opened=opened), []
-    async with aclosing(asker.submit(ids, sampling, draw)) as events:
+    """The events of an answer whose thinking has at most ``budget`` tokens and, where the prompt has ``opened`` it,
+    is bound to no grammar: at its end the answer is cancelled, and asked for anew behind its thoughts and `</think>`,
+    which the cache of prefixes makes cheap. All of them count as its tokens."""
+    thoughts, made, ended = Thoughts(tokenizer, opened=opened), [], False
+    freed = opened and any(name in sampling for name in GRAMMARS)
+    first = {name: value for name, value in sampling.items() if not (freed and name in GRAMMARS)}
+    async with aclosing(asker.submit(ids, first, draw)) as events:
         async for event in events:
             for place, token_id in enumerate(event.ids):
                 thoughts.push(token_id)
                 made.append(token_id)
-                ended = event.finish_reason and place + 1 == len(event.ids)
-                if thoughts.open and thoughts.count >= budget and not ended:
+                last = event.finish_reason and place + 1 == len(event.ids)
+                spent = budget is not None and thoughts.open and thoughts.count >= budget
+                if ended := not last and (spent or (freed and not thoughts.open)):
                     event = _cut(event, place + 1)
                     break
-            else:
-                yield event
-                continue
             yield event
-            break
-        else:
-            return
-    closing = tokenizer.encode(CLOSING, allow_special=True)[: sampling["max_tokens"] - len(made)]
+            if ended:
+                break
+    if not ended:
+        return
+    closing = tokenizer.encode(CLOSING if thoughts.open else BEHIND, allow_special=True)
+    closing = closing[: sampling["max_tokens"] - len(made)]
     left = sampling["max_tokens"] - len(made) - len(closing)
     yield Event(closing, [0.0] * len(closing), [[] for _ in closing], "" if left else "length")
     if left:

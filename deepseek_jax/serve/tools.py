@@ -52,6 +52,12 @@ def _fenced(template: ChatTemplate) -> bool:
     return "```json" in template.source
 
 
+def parameters_of(tools: Sequence[Mapping[str, Any]], name: str) -> str:
+    """The schema of a function's arguments, as JSON."""
+    function = next(tool["function"] for tool in tools if tool["function"]["name"] == name)
+    return json.dumps(function.get("parameters") or {"type": "object"})
+
+
 def chosen(choice: Any, tools: Sequence[Mapping[str, Any]]) -> str | None:
     """The one function that must be called: of that name, or the only one where one is "required". None: it is for the
     model to say. ValueError: no such function, or more than one to choose from."""

@@ -5,7 +5,7 @@
 #include "cpu_product.h"
 
 // Right rows by left rows of a tile of scalar products, whose sums are a vector each.
-enum { RIGHT = 4, LEFT = ROWS / 2, STRIP = 64, AHEAD = 24 };
+enum { RIGHT = 4, LEFT = ROWS / 2, STRIP = 64, AHEAD = 24, FAR = 2048, DEEP = 512 };
 typedef uint32_t vu __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
 typedef float v4 __attribute__((vector_size(16), aligned(4)));
 
@@ -30,40 +30,42 @@ static inline __attribute__((always_inline)) void widened(const char *w, const i
 
 // ---- out (R N) = x (R K) · w (K N) ----
 
-// COLS columns of `rows` rows. The next panel's first rows are fetched behind this one's last ones.
-static inline __attribute__((always_inline)) void few_tile(const int rows, const int narrow, const Few *f, const float *x,
-                                                           int64_t j, float *out, const int fetch) {
+// COLS columns, K rows `step` bytes apart, of `rows` rows whose numbers stand side by side, x[l][i]. fetch: from memory.
+static inline __attribute__((always_inline)) void few_tile(const int rows, const int narrow, const float *x, const char *w,
+                                                           int64_t step, int64_t K, float *out, int64_t ld, int fetch,
+                                                           int add) {
   vf sum[ROWS][2];
-  int64_t step = f->N * f->bytes, wide = COLS * f->bytes;
-  const char *w = f->w + j * f->bytes;
 #pragma GCC unroll 12
   for (int i = 0; i < rows; i++) sum[i][0] = sum[i][1] = (vf){0};
-  for (int64_t l = 0; l < f->K; l++, w += step) {
+  for (int64_t l = 0; l < K; l++, w += step, x += rows) {
     vf b0, b1;
     widened(w, narrow, &b0, &b1);
     if (fetch) {
-      const char *next = l + AHEAD < f->K ? w + AHEAD * step : w + (AHEAD - f->K) * step + wide;
-      __builtin_prefetch(next);
-      if (wide > 64) __builtin_prefetch(next + 64);
+      __builtin_prefetch(w + AHEAD * step);
+      if (COLS * (narrow ? 2 : 4) > 64) __builtin_prefetch(w + AHEAD * step + 64);
     }
 #pragma GCC unroll 12
     for (int i = 0; i < rows; i++) {
-      float number = x[i * f->K + l];
-      sum[i][0] += number * b0;
-      sum[i][1] += number * b1;
+      sum[i][0] += x[i] * b0;
+      sum[i][1] += x[i] * b1;
     }
   }
 #pragma GCC unroll 12
   for (int i = 0; i < rows; i++) {
-    vf *to = (vf *)(out + i * f->N + j);
-    to[0] = narrow ? weave(sum[i][0], sum[i][1], 0) : sum[i][0];
-    to[1] = narrow ? weave(sum[i][0], sum[i][1], 1) : sum[i][1];
+    vf *to = (vf *)(out + i * ld);
+    vf first = narrow ? weave(sum[i][0], sum[i][1], 0) : sum[i][0];
+    vf second = narrow ? weave(sum[i][0], sum[i][1], 1) : sum[i][1];
+    to[0] = add ? to[0] + first : first;
+    to[1] = add ? to[1] + second : second;
   }
 }
 
 #define FEW_TILE(n) \
-  case n: if (f->bytes == 2) few_tile(n, 1, f, x, j, out, fetch); else few_tile(n, 0, f, x, j, out, fetch); break;
-static void any_few_tile(int rows, const Few *f, const float *x, int64_t j, float *out, int fetch) {
+  case n: if (narrow) few_tile(n, 1, x, w, step, K, out, ld, fetch, add); \
+    else few_tile(n, 0, x, w, step, K, out, ld, fetch, add); \
+    break;
+static void any_few_tile(int rows, int narrow, const float *x, const char *w, int64_t step, int64_t K, float *out,
+                         int64_t ld, int fetch, int add) {
   switch (rows) {
     FEW_TILE(1) FEW_TILE(2) FEW_TILE(3) FEW_TILE(4) FEW_TILE(5) FEW_TILE(6)
 #if ROWS == 12
@@ -72,14 +74,35 @@ static void any_few_tile(int rows, const Few *f, const float *x, int64_t j, floa
   }
 }
 
+// Rows of a wide weight lie pages apart, and in few of the cache's sets: strips of those are copied into panels first.
+static int far_apart(const Few *f) { return f->N * f->bytes > FAR; }
+static int64_t strip_of_few(const Few *f) { return far_apart(f) ? 4 * STRIP : STRIP; }
+
 static void few_along(void *job, int64_t task) {
   const Few *f = job;
-  int64_t groups = pieces(f->R, ROWS), last = least((task + 1) * STRIP, f->N);
-  for (int64_t j = task * STRIP; j < last; j += COLS)
-    for (int64_t g = 0; g < groups; g++) {  // as even as can be
-      int64_t from = g * f->R / groups, to = (g + 1) * f->R / groups;
-      any_few_tile((int)(to - from), f, f->x + from * f->K, j, f->out + from * f->N, g == 0);
-    }
+  int64_t groups = pieces(f->R, ROWS), size = strip_of_few(f), first = task * size, last = least(first + size, f->N);
+  int64_t step = f->N * f->bytes, wide = COLS * f->bytes;
+  char *panels = NULL;
+  if (far_apart(f)) {
+    panels = (char *)borrow(pieces((last - first) * f->K * f->bytes, 4));
+    const char *from = f->w + first * f->bytes;
+    for (int64_t l = 0; l < f->K; l++, from += step)
+      for (int64_t j = 0; j < (last - first) / COLS; j++) {  // of a size that the compiler knows
+        if (f->bytes == 2) memcpy(panels + (j * f->K + l) * wide, from + j * wide, COLS * 2);
+        else memcpy(panels + (j * f->K + l) * wide, from + j * wide, COLS * 4);
+      }
+    step = wide;
+  }
+  for (int64_t j = first; j < last; j += COLS) {
+    const char *w = panels ? panels + (j - first) * f->bytes * f->K : f->w + j * f->bytes;
+    for (int64_t k = 0; k < f->K; k += DEEP)  // so much of a panel, and of x, stays in the nearest cache
+      for (int64_t g = 0; g < groups; g++) {  // as even as can be
+        int64_t from = g * f->R / groups, rows = (g + 1) * f->R / groups - from;
+        any_few_tile((int)rows, f->bytes == 2, f->x + from * f->K + k * rows, w + k * step, step, least(DEEP, f->K - k),
+                     f->out + from * f->N + j, f->N, !panels && g == 0, k > 0);
+      }
+  }
+  if (panels) give_back((float *)panels);
 }
 
 // ---- out[i][j] = x[i] · w[j]: of rows that lie along what is summed ----
@@ -145,14 +168,21 @@ static void few_across(void *job, int64_t task) {
 }
 
 static void run_few(XLA_FFI_CallFrame *frame, Few *f, int across) {
-  float *ordered = NULL;
-  if (across && f->bytes == 2) {
-    ordered = aligned_alloc(64, (size_t)pieces(f->R * f->K, 16) * 64);
+  float *ordered = aligned_alloc(64, (size_t)pieces(f->R * f->K, 16) * 64);
+  const float *x = f->x;
+  if (!across) {  // by groups of rows
+    int64_t groups = pieces(f->R, ROWS);
+    for (int64_t g = 0; g < groups; g++) {
+      int64_t from = g * f->R / groups, rows = (g + 1) * f->R / groups - from;
+      for (int64_t i = 0; i < rows; i++)
+        for (int64_t l = 0; l < f->K; l++) ordered[from * f->K + l * rows + i] = x[(from + i) * f->K + l];
+    }
+  } else if (f->bytes == 2) {
     for (int64_t l = 0; l < f->R * f->K; l += 2 * LANES)
-      for (int i = 0; i < LANES; i++) ordered[l + i] = f->x[l + 2 * i], ordered[l + LANES + i] = f->x[l + 2 * i + 1];
-    f->x = ordered;
+      for (int i = 0; i < LANES; i++) ordered[l + i] = x[l + 2 * i], ordered[l + LANES + i] = x[l + 2 * i + 1];
   }
-  run(frame, across ? few_across : few_along, f, pieces(f->N, STRIP), f->R * f->K * f->N);
+  if (!across || f->bytes == 2) f->x = ordered;
+  run(frame, across ? few_across : few_along, f, pieces(f->N, across ? STRIP : strip_of_few(f)), f->R * f->K * f->N);
   free(ordered);
 }
 

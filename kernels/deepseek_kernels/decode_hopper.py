@@ -38,6 +38,7 @@ def refuses(
     value_width: int,
     page: int = 0,
     fp8: bool = False,
+    **_: Any,
 ) -> str:
     """Why the kernels cannot run; "" where they can. page: tokens of one, 0 where rows lie whole."""
     if why := hopper_sizes.refuses(target, dtype):

@@ -43,6 +43,7 @@ def refuses(
     value_width: int,
     page: int = 0,
     fp8: bool = False,
+    **_: Any,
 ) -> str:
     """Why the kernel cannot run; "" where it can. page: tokens of one, 0 where rows lie whole."""
     if why := tpu.refuses(target, dtype):

@@ -22,7 +22,7 @@ from deepseek_kernels.target import Target
 COLUMNS = 128  # of a tile, 64 for each of two warp groups
 _BYTES = 180 * 1024  # of shared memory for steps under way
 TILES = 16, 32  # rows of a group's tile; with 64 what is read of x slows it below the kernel for many
-ROWS = 64  # that one matrix takes at most
+ROWS = 128  # that one matrix takes at most
 _PARTS = 16  # of a sum, at most; of up to 8 rows 4: for them what adds the parts up counts
 _LEFT = 4  # cores that such leave to small kernels beside them, which would wait for their end
 _WIDEST = 32768  # columns of one matrix's product
@@ -79,7 +79,7 @@ def whole_rows(x_TD: Float[Array, "T D"]) -> Float[Array, "R D"]:
 
 def of_tile(rows: int) -> int:
     """The rows of a tile for so many, of which what is not there is read as zeros and not written."""
-    return next(size for size in (8, 16, 32, ROWS) if rows <= size)
+    return next(size for size in (8, 16, 32, 64, ROWS) if rows <= size)
 
 
 def refuses_dense(

@@ -81,7 +81,7 @@ def test_every_answer_is_json_of_its_schema():
     ways: list[dict[str, Any]] = [{}, {"temperature": 2.0, "top_k": 20}, {"presence_penalty": 1.0, "min_p": 0.01}]
     reasons = collections.Counter[str]()
 
-    @hypothesis.settings(max_examples=20)
+    @hypothesis.settings(max_examples=12)
     @given(some=st.lists(schemas(), min_size=3, max_size=3), seed=st.integers(0, 1000))
     def check(some, seed):
         asked = zip(some, ways, strict=True)
@@ -249,7 +249,20 @@ def test_a_schema_that_cannot_be_met_is_refused(json_schema, message):
     assert not engine().busy
 
 
-@pytest.mark.parametrize("regex, message", [("(", "unclosed group"), ("a(?=b)", "look-around"), (r"[^\s\S]", "NoExt")])
+def test_a_grammar_that_fails_ends_its_answer_alone(monkeypatch):
+    def fails(self: Constraint, ids: list[int]) -> None:
+        raise RuntimeError("a defect")
+
+    engine()._grammars().begin(params := more(LONG, regex="b{9}"))  # compiled before
+    monkeypatch.setattr(Constraint, "find", fails)
+    failed, other = ask(engine(), params, more(LONG, max_tokens=9, logit_bias=((EOS, -1e3),)))
+    assert failed.finish_reason == "error" and failed.text == "b" and len(other.token_ids) == 9
+
+
+@pytest.mark.parametrize(
+    "regex, message",
+    [("(", "unclosed group"), ("\ud800", "surrogates"), ("a(?=b)", "look-around"), (r"[^\s\S]", "NoExt")],
+)
 def test_an_expression_that_cannot_be_met_is_refused(regex, message):
     with pytest.raises(ValueError, match=f"(?s)regex='.*{message}"):
         engine().submit("def", SamplingParams(regex=regex))
@@ -279,3 +292,10 @@ def test_on_a_mesh_each_row_has_its_own_grammar():
     expected = ask(engine(), *(params := [more(LONG, regex=f"[{a}]{{3,9}}") for a in "abc"]), more(LONG, max_tokens=9))
     found = ask(serving, *params, more(LONG, max_tokens=9))
     assert [answer.text for answer in found] == [answer.text for answer in expected]
+
+
+def test_drafts_change_nothing():
+    """Those of a row that is held to a grammar are not taken over; the others' are."""
+    params = [*(more(LONG, regex=f"([{a}]c[0-9]){{1,9}}") for a in ("ab", "d")), more(LONG, max_tokens=9)]
+    plain, drafted = (ask(made(more(SERVING, drafts=drafts)), *params) for drafts in (0, 2))
+    assert [answer.token_ids for answer in drafted] == [answer.token_ids for answer in plain]

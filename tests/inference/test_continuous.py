@@ -346,6 +346,9 @@ def test_what_can_never_be_answered_is_refused():
         serving.submit([3] * 41, GREEDY)
     with pytest.raises(ValueError, match="1[0-9] ids that end an answer.*: expected at most 16"):
         serving.submit([3], dataclasses.replace(GREEDY, stop_token_ids=tuple(range(17))))
+    for wrong in ({"stop_token_ids": (300,)}, {"logit_bias": ((300, 1.0),)}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} has the id 300: expected below vocab_size=300"):
+            serving.submit([3], dataclasses.replace(GREEDY, **wrong))
     for draw in (-1, 2**31):
         with pytest.raises(ValueError, match=f"draw={draw}: expected from 0"):
             serving.submit([3], GREEDY, draw=draw)

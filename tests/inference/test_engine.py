@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import gc
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from small import SPEAKER, tokenizer
 from deepseek_jax.inference import engine as module
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
+from deepseek_jax.inference.schedule import ServingConfig
 from deepseek_jax.model import transformer
 from deepseek_jax.parallel.mesh import make_mesh
 
@@ -103,6 +105,12 @@ def test_a_stream_joined_is_the_answer(engine, monkeypatch):
         next(engine.stream([1, 2, 3], SamplingParams(max_tokens=64)))
 
 
+def test_who_has_asked_nothing_has_no_cache():
+    idle = Engine(transformer.merge(SPEAKER, *weights(SPEAKER)), tokenizer())
+    idle.cancel(0)
+    assert idle.metrics() == {} and not idle.busy and idle._requests is None
+
+
 def test_weights_are_made_once_and_then_by_update_alone(monkeypatch):
     made = []
     original = module.sampling_weights
@@ -117,6 +125,24 @@ def test_weights_are_made_once_and_then_by_update_alone(monkeypatch):
     assert other != first and engine.generate(["def"], GREEDY) == other and len(made) == 2
     engine.update(params, bias)
     assert engine.generate(["def"], GREEDY) == first
+
+
+def test_new_weights_take_the_room_of_the_former(monkeypatch):
+    """With a request running: while they are made the former ones are gone, and then all is as large as it was."""
+    live = lambda: sum(array.nbytes for array in jax.live_arrays())  # noqa: E731
+    original, held = module.sampling_weights, []
+    monkeypatch.setattr(module, "sampling_weights", lambda *a, **k: held.append(live()) or original(*a, **k))
+    params, bias = weights(SPEAKER)
+    engine = Engine(
+        whole(SPEAKER, params, bias, tokenizer()), serving=ServingConfig(slots=2, pages=8, page=4, chunk=8, turns=2)
+    )
+    engine.submit([5, 9, 2], GREEDY)
+    engine.step()
+    own = sum(array.nbytes for array in jax.tree.leaves(engine._weights))
+    gc.collect()
+    before = live()
+    engine.update(params, bias)
+    assert engine.busy and own > 50_000 and held[-1] == before - own and live() == before
 
 
 def test_any_thread_may_ask(engine):
@@ -155,6 +181,11 @@ def test_what_cannot_be_answered_is_refused(engine):
         engine.generate([[1], []], GREEDY)
     with pytest.raises(ValueError, match="2 prompts, but 1 sampling parameters"):
         engine.generate([[1], [2]], [GREEDY])
+    with pytest.raises(ValueError, match="stop_token_ids has the id 300: expected below vocab_size=300"):
+        engine.generate([[1]], dataclasses.replace(GREEDY, stop_token_ids=(2, 300)))
+    for ask in (engine.submit, lambda ids: engine.generate([ids], GREEDY), lambda ids: next(engine.stream(ids))):
+        with pytest.raises(ValueError, match="a prompt has ids of type bool: expected ints"):
+            ask([1, True])
     few = Engine(whole(dataclasses.replace(SPEAKER, vocab_size=40), *weights(SPEAKER), tokenizer()))
     with pytest.raises(ValueError, match="token 'a' has the id 67, and the model's vocab_size=40: .* has 294 ids"):
         few.generate(["a"], GREEDY)

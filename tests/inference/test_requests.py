@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from deepseek_jax.inference.requests import Room, make_requests, pad_prompts, shared
+from deepseek_jax.inference.requests import Room, as_ids, make_requests, pad_prompts, shared
 from deepseek_jax.inference.sampling import SamplingParams
 
 PROMPTS = [[7], [4, 5, 6], [9, 9]]
@@ -77,6 +77,14 @@ def test_a_prompt_of_many_rows_is_there_once_for_each_device():
 def test_prompts_that_do_not_fit_are_refused(prompt, size):
     with pytest.raises(ValueError, match=rf"prompt 1 has {size} tokens: expected 1…4"):
         pad_prompts([[1], prompt], 2, 4)
+
+
+def test_ids_are_ints():
+    ids = [3, np.int64(4), np.uint8(5)]
+    assert as_ids(ids) == as_ids(np.array([3, 4, 5])) == as_ids(jax.numpy.array([3, 4, 5])) == ids
+    for wrong, kind in (([1, 2.0], "float"), ([True, "a"], "bool, str"), (np.ones(2), "float"), ([None], "NoneType")):
+        with pytest.raises(ValueError, match=f"a prompt has ids of type {kind}: expected ints"):
+            as_ids(wrong)
 
 
 def test_settings_must_be_one_or_as_many_as_prompts():

@@ -116,7 +116,8 @@ def test_a_device_of_a_mesh_decodes_with_one_devices_kernels():
         config = dataclasses.replace(config, num_hidden_layers=3)
         compute = ComputeConfig(dtype="bfloat16", target="cuda:9.0:132", scan_decode=True)
         params, bias = transformer.abstract_arrays(config, ComputeConfig(param_dtype="bfloat16"))
-        requests = make_requests([[1, 2, 3]] * 64, SamplingParams(max_tokens=64), pad_id=2)
+        # Prompts of more rows than the kernels of few take, on each device.
+        requests = make_requests([[1, 2, 3]] * 64, SamplingParams(max_tokens=64), pad_id=2, width=32)
         traced = generate.trace(config, sampling_compute(compute), params, bias, requests)
         functions = traced.lower(lowering_platforms=("cuda",)).as_text().split("\n  func.func private @")
         others = [body for body in functions if not body.startswith(("normalise", "product_by_head"))]
@@ -234,8 +235,9 @@ def test_requests_read_pages_where_they_lie(target, platform, page, cache):
     assert pages.layers[0].shape[-1] == (640 if platform == "tpu" else 576)  # else XLA would copy them twice a call
     numbers = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
     given = config, compute, params, bias, pages
+    rows = dataclasses.replace(Rows.filling(64, 8), allowed_BV=numbers(64, -(-config.vocab_size // 32)))
     for traced in (
-        decode.trace(*given, Rows.filling(64, 8), numbers(), jax.ShapeDtypeStruct((), bool), most=8),
+        decode.trace(*given, rows, numbers(), jax.ShapeDtypeStruct((), bool), most=8),
         read.trace(*given, numbers(2, 256), numbers(2), numbers(2, 8), fresh=False),
     ):
         text = traced.lower(lowering_platforms=(platform,)).as_text()

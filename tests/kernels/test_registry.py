@@ -28,10 +28,10 @@ from deepseek_kernels.weights import Columns
 CPU, H100, A100 = Target("cpu"), Target("cuda", "9.0", 132), Target("cuda", "8.0")
 TPU, V4 = Target("tpu", "TPU v5p"), Target("tpu", "TPU v4")
 OPERATIONS = ["product", "grouped_matmul", "fp8_matmul", "routed_experts", "look_up"]
-OPERATIONS += ["mla_attention", "gqa_attention", "mla_decode", "router", "rms_norm"]
+OPERATIONS += ["mla_attention", "gqa_attention", "mla_decode", "gqa_decode", "router", "rms_norm"]
 
 EXPECTED = {  # in the order of OPERATIONS
-    (CPU, "float32"): ["c", "c", "dequantised", "fused", "scatter", "c", "c", "blockwise"],
+    (CPU, "float32"): ["c", "c", "dequantised", "fused", "scatter", "c", "c", "c"],
     (CPU, "bfloat16"): ["dot", "blocks", "dequantised", "sorted", "scatter", "blockwise", "blockwise", "blockwise"],
     (H100, "bfloat16"): ["dot", "hopper", "hopper", "sorted", "sorted", "hopper", "cudnn", "hopper"],
     (H100, "float32"): ["dot", "blocks", "dequantised", "sorted", "sorted", "blockwise", "blockwise", "blockwise"],
@@ -40,7 +40,8 @@ EXPECTED = {  # in the order of OPERATIONS
     (V4, "bfloat16"): ["dot", "ragged_dot", "dequantised", "sorted", "scatter", "blockwise", "blockwise", "blockwise"],
     (TPU, "float32"): ["dot", "ragged_dot", "dequantised", "sorted", "scatter", "blockwise", "blockwise", "blockwise"],
 }
-for implementations in EXPECTED.values():
+for (target, dtype), implementations in EXPECTED.items():
+    implementations += ["c" if (target, dtype) == (CPU, "float32") else "rows"]
     implementations += 2 * ["plain"]  # of as many tokens as training has
 
 
@@ -128,7 +129,7 @@ def test_cudnn_takes_causal_rows_and_their_segments():
 
 
 def test_what_does_not_exist_or_cannot_run_is_named():
-    names = "auto, c, hopper, hopper_by_head, dot"
+    names = "auto, c_few, c, hopper, hopper_by_head, dot"
     with pytest.raises(ValueError, match=f"implementation='pallas' of product: expected one of {names}"):
         choose("product", CPU, jnp.float32, implementation="pallas")
     with pytest.raises(ValueError, match="operation='addition': expected one of product, "):

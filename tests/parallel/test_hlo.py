@@ -12,7 +12,15 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from deepseek_jax.parallel.hlo import Collective, Instruction, Module, collectives, groups_of, shape_bytes
+from deepseek_jax.parallel.hlo import (
+    Collective,
+    Instruction,
+    Module,
+    collectives,
+    groups_of,
+    sent_between_slices,
+    shape_bytes,
+)
 from deepseek_kernels import compile_tpu
 
 LAYERS, WIDTH, ROWS = 5, 512, 64
@@ -171,3 +179,17 @@ def test_bytes_of_shapes_and_texts_that_are_none():
     assert shape_bytes("(bf16[8,128]{1,0:T(8,128)(2,1)S(1)}, s4[3], f8e4m3fn[5], pred[7], token[])") == 2048 + 2 + 5 + 7
     with pytest.raises(ValueError, match="no HLO module"):
         Module("nothing")
+
+
+def test_what_leaves_a_slice_of_tpus():
+    """Sent by MegaScale: of four slices a gather's part goes to three, of a scattered sum three parts of four go."""
+    send = (
+        "  %send.{n} = (f32[256]{{0}}, u32[], token[]) send(%x, %after), channel_id={n}, is_host_transfer=true, "
+        'frontend_attributes={{_xla_megascale_target="{{1,2,3,4}}x{{0:255}}",_xla_megascale_transfer_type="{kind}"}}\n'
+    )
+    sends = "".join(
+        send.format(n=n, kind=kind) for n, kind in enumerate(("ALL_GATHER", "REDUCE_SCATTER", "ALL_REDUCE"))
+    )
+    head = "ENTRY %main (x: f32[256]) -> f32[256] {\n  %x = f32[256]{0} parameter(0)\n  %after = token[] after-all()\n"
+    module = Module(f"HloModule m\n\n{head}{sends}  ROOT %y = f32[256]{{0}} copy(%x)\n}}\n")
+    assert sent_between_slices(module) == 1024 * (3 + 3 / 4 + 6 / 4)

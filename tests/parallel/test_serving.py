@@ -1,6 +1,10 @@
 """Two real processes answer requests as they come: what one answers, whoever asks, and without a compile behind."""
 
 import json
+import signal
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +12,10 @@ import jax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from model.tiny import weights, whole
-from parallel.two_processes import start
+from parallel.two_processes import free_port, start
 from small import SPEAKER, tokenizer
 
+from deepseek_jax import save_hf
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.schedule import ServingConfig
@@ -31,6 +36,15 @@ import sys
 from pathlib import Path
 from parallel.test_serving import answers
 Path(sys.argv[1], f"said.{jax.process_index()}").write_text(answers())
+"""
+
+
+SERVE = """
+import sys
+from deepseek_jax.cli.main import main
+sizes = ["--serving.slots", "2", "--serving.pages", "8", "--serving.page", "4", "--serving.chunk", "8"]
+where = ["--mesh.expert", "2", "--host", "127.0.0.1", "--port", sys.argv[2]]
+sys.exit(main(["serve", sys.argv[1], *sizes, *where]))
 """
 
 
@@ -96,3 +110,28 @@ def test_two_processes_answer_what_one_answers(tmp_path: Path):
     for metrics in (first["metrics"], alone["metrics"]):
         assert metrics["preemptions"] and metrics["found_tokens"] and not metrics["compiles"]
         assert not metrics["pages_held"]
+
+
+@pytest.mark.slow
+def test_two_processes_serve(tmp_path: Path):
+    """The first has HTTP; told to end, it ends the second too."""
+    save_hf(whole(SPEAKER, *weights(SPEAKER), tokenizer()), tmp_path / "model", dtype="float32")
+    port = free_port()
+    url = f"http://127.0.0.1:{port}/v1/completions"
+    body = {"model": "model", "prompt": "12+34=", "max_tokens": 8, "temperature": 0, "logprobs": 0}
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with start(SERVE, [tmp_path / "model", port], folder=tmp_path, devices=1) as group:
+        for _ in range(240):
+            try:
+                with urllib.request.urlopen(request, timeout=60) as response:
+                    said = json.loads(response.read())
+                break
+            except (urllib.error.URLError, ConnectionError):  # not yet
+                assert all(process.poll() is None for process in group.processes)
+                time.sleep(0.5)
+        group.signal(0, signal.SIGTERM)
+        group.done(60)
+    (expected,) = Engine(whole(SPEAKER, *weights(SPEAKER), tokenizer())).generate(
+        ["12+34="], SamplingParams(temperature=0.0, max_tokens=8)
+    )
+    assert said["choices"][0]["text"] == expected.text

@@ -99,7 +99,7 @@ def start(
     At the end of the block what still runs is killed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    address = f"127.0.0.1:{_free_port()}"
+    address = f"127.0.0.1:{free_port()}"
     text = program.read_text(encoding="utf-8") if isinstance(program, Path) else program
     started = []
     for index in range(processes):
@@ -131,7 +131,7 @@ def start(
         group.kill()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]

@@ -476,9 +476,13 @@ def test_a_users_reward_sees_what_was_cut_off_and_the_row(path, tmp_path, monkey
 
 
 def test_learner_and_sampler_agree(path):
-    """KL under 1e-6 in float32: prefill and absorbed decoding over the cache against the packed training pass."""
+    """KL under 1e-6 in float32: prefill and absorbed decoding over the cache against the packed training pass. Answers
+    in turn are the same."""
     batch, metrics = rollouts(path).next(state())
     assert metrics["response_length"] > 10
+    in_turn, _ = rollouts(path, dataclasses.replace(CONFIG, slots=5)).next(state())
+    for name, value in batch.items():
+        np.testing.assert_allclose(in_turn[name], value, atol=1e-4 * (name == "sampler_logprobs"), err_msg=name)
     loss = GRPOLoss(chunk=8)
     placed = {name: jnp.asarray(value) for name, value in batch.items()}
     run = jax.jit(lambda batch: loss(MODEL.network(), batch, loss.normalisers(batch), jnp.int32(0))[1])
@@ -611,6 +615,8 @@ def test_an_answer_begins_with_the_thinking_that_the_prompt_has_opened():
         ({"overlong_buffer": 21, "max_tokens": 20}, "overlong_buffer=21: is more than max_tokens=20"),
         ({"tolerance": -0.1}, "tolerance=-0.1"),
         ({"patience": None}, "patience=None.*int"),
+        ({"slots": 8, "staleness": 1}, "slots=8 with staleness=1: .*; expected slots=0"),
+        ({"slots": 8, "replay_routing": True}, "slots=8 with replay_routing=True: "),
     ],
 )
 def test_what_makes_no_sense_is_refused(fields, message):

@@ -1,15 +1,17 @@
 """Thinking and tool calls through the server, as OpenAI's client reads them."""
 
+import asyncio
 import json
 
 import openai
 import pytest
 from serve.fake import FakeAsker
 from serve.test_parsing import ARGUMENTS, V3, V31
-from serve.test_prompts import TEMPLATE, TOOL
+from serve.test_prompts import PARAMETERS, TEMPLATE, TOOL
 
 from deepseek_jax.data.tokenizer import END_THINK, THINK
 from deepseek_jax.serve.parsing import CALLS_BEGIN, CALLS_END
+from deepseek_jax.serve.thinking import in_stages
 
 THOUGHTS = "12+34 is 46. "
 ANSWER = f"{THINK}\n{THOUGHTS}{END_THINK}\n\n46"
@@ -115,6 +117,24 @@ def test_no_thinking_at_all(client):
     assert client(asker).chat.completions.create(**ASK, reasoning_effort="high").choices[0].message.content == "46"
 
 
+@pytest.mark.parametrize("at_once", [1, 3, 100])
+@pytest.mark.parametrize("budget", [None, 3, 500])
+def test_a_grammar_binds_what_comes_behind_the_thinking(budget, at_once):
+    asker = Thinker(f"{THOUGHTS}{END_THINK}\n\nso", at_once=at_once)
+    ids, sampling = [asker.tokenizer.think_id], {"max_tokens": 100, "json_schema": "{}", "alternatives": 0}
+    events = in_stages(asker, asker.tokenizer, ids, sampling, 0, opened=True, budget=budget)
+
+    async def made() -> list[int]:
+        return [token_id async for event in events for token_id in event.ids]
+
+    text = asker.tokenizer.decode(asyncio.run(made()))
+    thoughts = asker.tokenizer.decode(asker.thinks[:3]) + "\n" if budget == 3 else THOUGHTS
+    assert text == f"{thoughts}{END_THINK}\n\nSo 46."
+    (_, free, _), (behind, bound, _) = asker.asked
+    assert free == {"max_tokens": 100, "alternatives": 0} and bound["json_schema"] == "{}"
+    assert asker.tokenizer.decode(behind).endswith(f"{END_THINK}\n\n")
+
+
 @pytest.mark.parametrize("call", [V3, V31], ids=["v3", "v3.1"])
 def test_calls(client, call):
     asker = with_template(FakeAsker(f"Look: {CALLS_BEGIN}{call}{call}{CALLS_END}"))
@@ -146,6 +166,7 @@ def test_a_call_that_must_come(client):
         assert said.finish_reason == "tool_calls" and said.message.tool_calls[0].function.arguments == ARGUMENTS
         told, _ = joined(ours.chat.completions.create(**ASK, tools=[TOOL], tool_choice=choice, stream=True))
         assert told["calls"][0]["arguments"] == ARGUMENTS
+        assert [json.loads(sampling["json_schema"]) for _, sampling, _ in asker.asked[-2:]] == [PARAMETERS] * 2
 
 
 @pytest.mark.parametrize(

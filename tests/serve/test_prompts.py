@@ -164,10 +164,12 @@ def test_what_has_no_place_is_refused(tmp_path):
     for tokenizer, match in ((PLAIN, "tools: this model is asked in DeepSeek's plain"), (bare, "tools: .* no place")):
         with pytest.raises(ValueError, match=match):
             write_prompt(tokenizer, HI, tools=[TOOL])
-    for name in ("messages", "tools", "bos_token", "__class__", "a b", "add_generation_prompt"):
+    for name in ("messages", "self", "tools", "bos_token", "__class__", "a b", "add_generation_prompt"):
         with pytest.raises(ValueError, match="chat_template_kwargs"):
             write_prompt(OURS, HI, variables={name: 1})
-    assert write_prompt(OURS, HI, variables={"thinking": True}).opened
+    for name in ("thinking", "template", "prompt", "more", "render", "tokenizer"):
+        prompt = write_prompt(OURS, HI, variables={name: True}, think=False)
+        assert prompt.opened == (name == "thinking")
     with pytest.raises(ValueError, match="the last message has role 'system'"):
         write_prompt(OURS, [*HI, {"role": "system", "content": "x"}])
     late = [{"role": "developer", "content": "Be brief."}, *HI]

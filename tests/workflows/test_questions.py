@@ -51,6 +51,11 @@ def test_answers_are_kept_and_a_run_goes_on(task, tmp_path):
     assert again == whole_run
     assert lines(tmp_path / "whole") == kept
 
+    # In turn they are the same.
+    turns = dataclasses.replace(ASKING, batching="continuous")
+    assert ask_questions(MODEL, [Answers(task, turns)], turns, tmp_path / "turns", batch_size=4)[0] == whole_run
+    assert lines(tmp_path / "turns") == kept
+
     # Answers are to what is asked, wherever that lies.
     (tmp_path / "problems.jsonl").rename(tmp_path / "moved.jsonl")
     moved = dataclasses.replace(task, path=(f"{tmp_path}/moved.jsonl",))

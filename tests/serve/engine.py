@@ -1,0 +1,84 @@
+"""A server as it is started, but that the engine's process is a thread of this one: an engine to look into, the child
+that has HTTP, and a port."""
+
+import dataclasses
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import openai
+from model.tiny import V3, config, weights, whole
+from small import tokenizer
+
+from deepseek_jax.inference.engine import Engine
+from deepseek_jax.inference.schedule import ServingConfig
+from deepseek_jax.serve.asking import Served
+from deepseek_jax.serve.config import ServeConfig
+from deepseek_jax.serve.engine_process import HttpProcess, Stopping, run
+
+NETWORK = config(V3, num_hidden_layers=2, vocab_size=300, max_position_embeddings=512, num_nextn_predict_layers=0)
+SERVING = ServingConfig(slots=8, pages=160, page=8, context=256, chunk=32, turns=4)
+HOST = ServeConfig(port=0, name="tiny", queue=24)
+
+
+@dataclasses.dataclass
+class Running:
+    engine: Engine
+    http: HttpProcess
+    stopping: Stopping
+    thread: threading.Thread
+
+    @property
+    def port(self) -> int:
+        return int(self.http.url.rpartition(":")[2])
+
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.http.url}/v1", api_key="none", max_retries=0, timeout=60)
+
+    def idle(self, seconds: float = 20.0) -> None:
+        """Wait until nobody is answered; AssertionError where a page is lost, or where that does not come."""
+        last = time.monotonic() + seconds
+        while (told := self.engine.metrics())["waiting"] or told["running"] or told["pages_held"]:
+            assert time.monotonic() < last, told
+            time.sleep(0.02)
+        assert self.engine._requests is not None
+        self.engine._requests.check()
+
+
+@contextmanager
+def running(serve: ServeConfig = HOST) -> Iterator[Running]:
+    engine = Engine(whole(NETWORK, *weights(NETWORK), tokenizer()), serving=SERVING)
+    with tempfile.TemporaryDirectory() as folder, HttpProcess(serve) as http:
+        tokenizer().save(folder)
+        http.start(folder, "", NETWORK.vocab_size)
+        engine.warm_up()
+        served = Served(serve.name, engine.context, NETWORK.vocab_size, engine.slots)
+        stopping = Stopping()
+        thread = threading.Thread(target=run, args=(engine, http, served, stopping))
+        thread.start()
+        try:
+            while get(f"{http.url}/health")[0] != 200:
+                assert thread.is_alive()
+                time.sleep(0.05)
+            yield Running(engine, http, stopping, thread)
+        finally:
+            if thread.is_alive():
+                stopping.ask()
+                http.kill()
+            thread.join()
+            stopping.close()
+
+
+def get(url: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(url, timeout=10) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+    except OSError as error:
+        return 0, str(error)

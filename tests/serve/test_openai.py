@@ -1,0 +1,178 @@
+"""OpenAI's own client against the whole server: two processes, a network of random weights."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+from serve.engine import NETWORK, Running, get, running
+from small import tokenizer
+
+PROMPT = "def add(a, b):"
+CHAT = [{"role": "user", "content": "12+34="}]
+NO_END = {str(tokenizer().eos_id): -100}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    with running() as made:
+        yield made
+
+
+@pytest.fixture
+def ours(server) -> Iterator[openai.OpenAI]:
+    with server.client() as client:
+        yield client
+
+
+def test_models(ours):
+    (model,) = ours.models.list().data
+    assert model.id == "tiny" and model.max_model_len == 256
+    assert ours.models.retrieve("tiny") == model
+    with pytest.raises(openai.NotFoundError, match="no model 'other'"):
+        ours.models.retrieve("other")
+
+
+def complete(ours, **options):
+    return ours.completions.create(**{"model": "tiny", "prompt": PROMPT, "temperature": 0, "max_tokens": 12} | options)
+
+
+def test_a_completion_whole_and_in_pieces(ours):
+    whole = complete(ours)
+    (choice,) = whole.choices
+    assert whole.object == "text_completion" and choice.text and choice.finish_reason in ("stop", "length")
+    pieces = [*complete(ours, stream=True, stream_options={"include_usage": True})]
+    assert "".join(piece.choices[0].text for piece in pieces[:-1]) == choice.text
+    assert [piece.choices[0].finish_reason for piece in pieces[:-1] if piece.choices[0].finish_reason] == [
+        choice.finish_reason
+    ]
+    usage = pieces[-1].usage
+    assert not pieces[-1].choices and usage.completion_tokens == whole.usage.completion_tokens
+    assert usage.prompt_tokens == len(tokenizer().encode(PROMPT)) + 1
+    assert usage.prompt_tokens_details.cached_tokens > 0
+    ids = [tokenizer().bos_id, *tokenizer().encode(PROMPT)]
+    assert complete(ours, prompt=ids).choices[0].text == complete(ours, prompt=[ids]).choices[0].text == choice.text
+    assert complete(ours, echo=True).choices[0].text == PROMPT + choice.text
+
+
+def test_several_prompts_and_answers(ours):
+    two = complete(ours, prompt=[PROMPT, "7*8="], n=2)
+    assert [choice.index for choice in two.choices] == [0, 1, 2, 3]
+    assert two.choices[0].text == two.choices[1].text == complete(ours).choices[0].text
+    drawn = [[c.text for c in complete(ours, n=3, seed=5, temperature=1.5).choices] for _ in range(2)]
+    assert drawn[0] == drawn[1] and len({*drawn[0]}) == 3
+    assert complete(ours, seed=-5, temperature=1.5).choices[0].text not in drawn[0]
+
+
+def test_stops(ours):
+    text = complete(ours, max_tokens=24, logit_bias=NO_END).choices[0].text
+    stop = text[len(text) // 2 :][:2]
+    for stops in (stop, ["none of it", stop]):
+        cut = complete(ours, max_tokens=24, logit_bias=NO_END, stop=stops).choices[0]
+        assert cut.finish_reason == "stop" and cut.text == text[: text.index(stop)]
+    pieces = [*complete(ours, max_tokens=24, logit_bias=NO_END, stop=stop, stream=True)]
+    assert "".join(piece.choices[0].text for piece in pieces) == text[: text.index(stop)]
+    told = complete(ours, max_tokens=24, logit_bias=NO_END, logprobs=0, stop=stop).choices[0]
+    assert "".join(told.logprobs.tokens).startswith(told.text)  # the last may have brought bytes of an earlier one
+    ended = complete(ours, logit_bias=NO_END | {"65": 100}, extra_body={"stop_token_ids": [65]})
+    assert ended.choices[0].finish_reason == "stop" and ended.usage.completion_tokens == 1
+
+
+def test_logprobs(ours):
+    told = complete(ours, logprobs=3, logit_bias=NO_END).choices[0]
+    assert len(told.logprobs.tokens) == len(told.logprobs.token_logprobs) == 12
+    assert "".join(told.logprobs.tokens) == told.text and told.logprobs.text_offset[0] == 0
+    assert all(len(likely) <= 3 for likely in told.logprobs.top_logprobs)
+    asked = {"model": "tiny", "messages": CHAT, "max_tokens": 6, "temperature": 0, "logprobs": True, "top_logprobs": 2}
+    for content in (
+        ours.chat.completions.create(**asked).choices[0].logprobs.content,
+        [
+            one
+            for chunk in ours.chat.completions.create(**asked, stream=True)
+            for one in (chunk.choices[0].logprobs.content if chunk.choices[0].logprobs else ())
+        ],
+    ):
+        assert 0 < len(content) <= 6 and all(len(one.top_logprobs) == 2 for one in content)
+        for one in content:
+            assert one.logprob <= 0 and one.top_logprobs[0].logprob >= one.logprob - 1e-6
+            assert bytes(one.bytes).decode("utf-8", "replace") == one.token
+
+
+def test_chat(ours):
+    asked = {"model": "tiny", "messages": CHAT, "temperature": 0.7, "seed": 3, "max_completion_tokens": 9, "n": 2}
+    whole = ours.chat.completions.create(**asked)
+    assert [choice.message.role for choice in whole.choices] == ["assistant"] * 2
+    texts = {0: "", 1: ""}
+    for chunk in ours.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+        usage = chunk.usage
+    assert texts == {choice.index: choice.message.content for choice in whole.choices}
+    assert usage.completion_tokens == whole.usage.completion_tokens <= 18
+    nudged = {"presence_penalty": 1.0, "frequency_penalty": -1.0, "top_p": 0.9, "logit_bias": {"65": 5}}
+    nudged |= {"extra_body": {"top_k": 5, "min_p": 0.01, "repetition_penalty": 1.1}}
+    assert ours.chat.completions.create(**asked | nudged).choices[1].finish_reason in ("stop", "length")
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"enum": ["x", "yes"]}},
+    "required": ["a"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_answer_that_is_held_to_a_schema(ours, streamed):
+    wanted = {"type": "json_schema", "json_schema": {"name": "mine", "schema": SCHEMA, "strict": True}}
+    asked = {"model": "tiny", "messages": CHAT, "temperature": 0, "max_tokens": 200, "response_format": wanted}
+    said = ours.chat.completions.create(**asked, stream=streamed)
+    pieces = [piece.choices[0].delta.content or "" for piece in said] if streamed else [said.choices[0].message.content]
+    assert json.loads("".join(pieces)) in ({"a": "x"}, {"a": "yes"})
+
+
+def test_a_schema_that_nothing_meets(ours):
+    wanted = {"type": "json_schema", "json_schema": {"name": "mine", "schema": {"type": "string", "pattern": "("}}}
+    with pytest.raises(openai.BadRequestError, match="json_schema"):
+        ours.chat.completions.create(model="tiny", messages=CHAT, response_format=wanted)
+
+
+WRONG = {
+    "temperature": {"temperature": 3},
+    "max_tokens": {"max_tokens": 10**6},
+    "n": {"n": 17},
+    "stop": {"stop": ["x"] * 17},
+    "top_logprobs": {"top_logprobs": 2},
+    "logit_bias": {"logit_bias": {"nothing": 1}},
+    "nonsense": {"extra_body": {"nonsense": 1}},
+    "messages": {"messages": [{"role": "assistant", "content": "I"}]},
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_is_said(ours, name):
+    with pytest.raises(openai.BadRequestError) as refused:
+        ours.chat.completions.create(**{"model": "tiny", "messages": CHAT} | WRONG[name])
+    error: Any = refused.value.body
+    assert set(error) == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error"
+    assert name in error["message"] or name in str(error["param"])
+
+
+def test_ids_that_the_network_has_not(ours):
+    with pytest.raises(openai.BadRequestError, match="vocab_size=300"):
+        complete(ours, prompt=[NETWORK.vocab_size])
+    with pytest.raises(openai.BadRequestError, match="vocab_size=300"):
+        complete(ours, logit_bias={"300": 1}, stream=True)
+
+
+def test_metrics_tell_what_has_been(ours, server):
+    complete(ours)
+    server.idle()
+    _, text = get(f"{server.http.url}/metrics")
+    told = {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in text.split("\n") if line[:1] not in "#"}
+    has = lambda name: told[f"deepseek_jax_{name}"]  # noqa: E731
+    assert has("engine_running") == has("engine_waiting") == has("answers_open") == has("engine_compiles_total") == 0
+    assert has("engine_tokens_total") > 12 and has("time_to_first_token_seconds_count") > 0
+    assert has("inter_token_seconds_count") > 0 and has("engine_found_tokens_total") >= 8
+    assert has('requests_total{path="/v1/completions",status="200"}') > 0

@@ -4,10 +4,25 @@
 // Numbers become floats in registers, so that a matrix is read once and as it lies. Two int4 share a byte, the first in
 // its low half: x's numbers are woven apart beforehand instead.
 #pragma once
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
 #include "cpu_grouped.h"
 
 enum { OUTPUTS = 64 };  // of a task
 typedef int8_t vb __attribute__((vector_size(LANES), aligned(1)));
+
+// LANES numbers of a byte each; gcc 12 would widen them one by one.
+static inline vi whole_numbers(const int8_t *from) {
+#if defined __AVX512F__
+  return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from));
+#elif defined __AVX2__
+  return (vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)from));
+#else
+  return __builtin_convertvector(*(const vb *)from, vi);
+#endif
+}
 
 typedef struct {
   Grouped rows;
@@ -34,7 +49,7 @@ static inline __attribute__((always_inline)) void dots(const int outs, const int
       for (int r = 0; r < rows; r++) part[o][r] = (vf){0};
     for (int64_t d = k * m->group, end = least(d + m->group, D); d < end; d += bits == 8 ? LANES : 2 * LANES)
       for (int o = 0; o < outs; o++) {
-        vi q = __builtin_convertvector(*(const vb *)(w + o * bytes + d * bits / 8), vi);
+        vi q = whole_numbers(w + o * bytes + d * bits / 8);
         vf first = __builtin_convertvector(bits == 8 ? q : q << 28 >> 28, vf), second = __builtin_convertvector(q >> 4, vf);
         for (int r = 0; r < rows; r++) {
           const float *at = x + r * D + d;

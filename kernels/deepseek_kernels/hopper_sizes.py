@@ -32,6 +32,7 @@ class Sizes(NamedTuple):
 TABLE: dict[str, dict[str, Sizes]] = {
     "9.0": {
         "grouped": Sizes(stages=4, columns=256, band=8),  # 4 · (128 + 256) · 64 · 2 bytes = 192 of 227 KiB
+        "grouped_narrow": Sizes(stages=6, columns=128, band=8),  # where half of a wide row's last tile would be empty
         "few": Sizes(),
         "fp8": Sizes(band=8),
         "quantise": Sizes(stages=2),

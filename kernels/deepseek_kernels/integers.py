@@ -52,7 +52,7 @@ def refuses_c(
     return "" if cpu.available() else "it needs Linux and a C compiler"
 
 
-_FEW = 16  # rows up to which reading the numbers counts more than arithmetic
+_FEW = 64  # rows up to which reading the numbers counts more than arithmetic
 _TILE = 2**24  # numbers of a matrix that are dequantised at once
 
 

@@ -14,6 +14,7 @@ from deepseek_kernels.hopper_sizes import HOPPER, Sizes
 
 CANDIDATES = {
     "grouped": [Sizes(stages, 256, band) for stages, band in ((3, 8), (4, 4), (4, 8), (4, 16))],
+    "grouped_narrow": [Sizes(stages, 128, band) for stages, band in ((5, 8), (6, 4), (6, 8), (6, 16))],
     "few": [Sizes(stages) for stages in (4, 7, 0)],
     "fp8": [Sizes(stages, band=band) for stages, band in ((4, 8), (0, 4), (0, 8), (0, 16))],
     "quantise": [Sizes(stages) for stages in (2, 3, 4)],
@@ -27,6 +28,7 @@ def _cases() -> Iterator[tuple[str, Callable[..., Any], tuple]]:
     normal = lambda *shape: jax.random.normal(key, shape, jnp.bfloat16)  # noqa: E731
     groups = lambda tiles, each: jnp.asarray(np.arange(tiles) // each, jnp.int32)  # noqa: E731
     yield "grouped", hopper.grouped_product, (normal(32768, 2048), normal(64, 2048, 2816), groups(256, 4))
+    yield "grouped_narrow", hopper.grouped_product, (normal(32768, 2048), normal(64, 2048, 1408), groups(256, 4))
     yield "few", hopper_few.grouped_product, (normal(1024, 2048), normal(64, 2048, 2816), jnp.append(groups(64, 1), 64))
     x, w = normal(16384, 7168).astype(FP8), normal(8, 4096, 7168).astype(FP8)
     yield "fp8", hopper_fp8.many, (x, jnp.ones((56, 16384)), w, jnp.ones((8, 32, 56)), groups(128, 16))

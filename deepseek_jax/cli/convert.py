@@ -16,6 +16,7 @@ from deepseek_jax.checkpoint import CheckpointStore
 from deepseek_jax.checkpoint.finding import CHECKPOINTS, find_model, is_released
 from deepseek_jax.checkpoint.hf_load import KEPT, KEPT_FP8
 from deepseek_jax.checkpoint.hf_save import released_bytes, write_model
+from deepseek_jax.checkpoint.integers import KEPT_INTEGERS
 from deepseek_jax.checkpoint.model import load, read_config
 from deepseek_jax.checkpoint.places import sizes
 from deepseek_jax.checkpoint.publishing import check_place
@@ -84,6 +85,8 @@ def run_convert(arguments: Sequence[str]) -> None:
 
 def _written_as(options: _Convert) -> str:
     """The name of what --dtype and --quantize say together."""
+    if options.group != GROUP and options.quantize not in KEPT_INTEGERS:
+        raise ValueError(f"--group {options.group} --quantize {options.quantize}: int8 and int4 alone have groups")
     if options.quantize == "none":
         return options.dtype
     name = KEPT_FP8 if options.quantize == "fp8" else options.quantize

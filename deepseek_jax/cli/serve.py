@@ -27,13 +27,19 @@ from deepseek_jax.workflows.recipe import load_recipe
 
 @dataclasses.dataclass(frozen=True)
 class _Serve(Loading):
-    """Answer over HTTP as OpenAI does, until Ctrl-C or SIGTERM: /v1/chat/completions, /v1/completions, /v1/models,
-    /health, /metrics, /tokenize. On this machine alone, unless --host says otherwise."""
+    """Answer over HTTP as OpenAI does, until Ctrl-C or SIGTERM: /v1/chat/completions, /v1/completions, /v1/responses,
+    /v1/models, /health, /metrics, /tokenize, and a page at /. On this machine alone, unless --host says otherwise."""
 
     random: bool = False
     """PATH is a recipe instead (models/deepseek_v2_lite): its network with random weights, to be measured."""
     http: Annotated[ServeConfig, tyro.conf.arg(name="")] = ServeConfig()
     serving: ServingConfig = ServingConfig()
+
+    def check(self) -> None:
+        given = [name for name in ("step", "ema", "ignore_config", "placement") if getattr(self, name)]
+        if self.random and given:
+            raise ValueError(f"--random with {', '.join(given)}: these are of a model that is read")
+        super().check()
 
 
 def run_serve(arguments: Sequence[str]) -> None:

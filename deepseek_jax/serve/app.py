@@ -7,7 +7,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.serve.asked import as_messages, asked_by_chat, asked_by_completion, check_model, encoded
-from deepseek_jax.serve.asking import Asker
+from deepseek_jax.serve.asking import Asker, LostError
 from deepseek_jax.serve.config import ServeConfig
 from deepseek_jax.serve.description import describe_limits
 from deepseek_jax.serve.errors import ApiError, ErrorBody, add_handlers
@@ -100,7 +100,10 @@ def add_models(app: FastAPI, desk: Desk) -> None:
     @app.get("/metrics", responses=_REFUSED)
     async def metrics() -> Response:
         """For Prometheus."""
-        engine = {} if desk.asker.state == "loading" else await desk.asker.metrics()
+        try:
+            engine = {} if desk.asker.state == "loading" else await desk.asker.metrics()
+        except LostError as error:
+            raise ApiError(503, str(error)) from error
         return Response(desk.meters.page(engine), media_type="text/plain; version=0.0.4")
 
 

@@ -65,6 +65,8 @@ class ServeConfig:
     def __post_init__(self) -> None:
         check_types(self)
         check_least(self, 1, "connections", "stall_seconds")
+        if wrong := [each for each in self.origins if not each.startswith(("http://", "https://"))]:
+            raise ValueError(f"origins={wrong[0]!r}: expected a page's, as https://chat.example")
         if self.port >= 1 << 16:
             raise ValueError(f"port={self.port}: expected below 65536")
 

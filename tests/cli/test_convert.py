@@ -118,6 +118,8 @@ def test_what_cannot_be(run, tmp_path, capsys, monkeypatch):
     assert "is a released model" in capsys.readouterr().err
     assert main(["convert", str(run), str(tmp_path / "x"), "--ignore-config", "torch_dtype"]) == 1
     assert "for a released model's config.json" in capsys.readouterr().err
+    assert main(["convert", str(folder), str(tmp_path / "x"), "--group", "32"]) == 1
+    assert "int8 and int4 alone have groups" in capsys.readouterr().err
     assert main(["convert", str(tmp_path), str(tmp_path / "x")]) == 1
     assert "holds models in folders of their own: give one of them, m" in capsys.readouterr().err
     config = json.loads((folder / "config.json").read_text())

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from deepseek_jax.cli.main import main
+
 RECIPE = """
 from deepseek_jax.config import ModelConfig
 def config():
@@ -63,3 +65,17 @@ def test_a_port_that_is_taken_is_told_before_anything_is_loaded(tmp_path, capfd)
         assert subprocess.run([*SERVE, str(recipe), "--random", "--port", port]).returncode == 1
     said = capfd.readouterr().err
     assert f"127.0.0.1:{port}" in said and "weights" not in said
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["--random", "--placement", "x.json"], "--random with placement"),
+        (["--origins", "*"], "expected a page's, as https://chat.example"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(options, said, tmp_path, capsys):
+    recipe = tmp_path / "mine.py"
+    recipe.write_text(RECIPE)
+    assert main(["serve", str(recipe), *options]) == 1
+    assert said in capsys.readouterr().err

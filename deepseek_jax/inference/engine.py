@@ -17,7 +17,7 @@ from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.inference.answers import Answer, Completion
-from deepseek_jax.inference.constraints import Grammars
+from deepseek_jax.inference.constraints import Constraint, Grammars
 from deepseek_jax.inference.continuous import Continuous, Event
 from deepseek_jax.inference.generate import Generated, begin, generate, go_on
 from deepseek_jax.inference.in_turn import InTurn
@@ -291,11 +291,14 @@ class Engine:
         equal prompts. Raises ValueError for what can never be answered: see ``ServingConfig``.
         """
         ids, sampling = self._ids(prompt), sampling or SamplingParams()
-        constraint = None
-        if sampling.constrained:
-            require_one_process("an answer held to a grammar")
-            constraint = self._grammars().begin(sampling)
-        return self._serve().submit(ids, sampling, draw=draw, constraint=constraint)
+        return self._serve().submit(ids, sampling, draw=draw, constraint=self.held_to(sampling))
+
+    def held_to(self, sampling: SamplingParams) -> Constraint | None:
+        """The grammar of an answer, None without one. ValueError for what ``submit`` would refuse."""
+        if not sampling.constrained:
+            return None
+        require_one_process("an answer held to a grammar")
+        return self._grammars().begin(sampling)
 
     def cancel(self, number: int) -> None:
         """Give a request up, from any thread; the next step frees what it has."""

@@ -178,6 +178,8 @@ class Desk:
     def _submit(self, frame: Frame) -> None:
         key = frame["key"]
         try:
+            if behind := frame["sampling"].pop("behind", None):
+                self._engine.held_to(SamplingParams(**behind))
             number = self._engine.submit(frame["ids"], sampling_of(frame["sampling"]), draw=frame["draw"])
         except ValueError as error:
             self._send({"refused": key, "message": str(error)})

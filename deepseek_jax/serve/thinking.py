@@ -58,6 +58,8 @@ async def in_stages(
     thoughts, made, ended = Thoughts(tokenizer, opened=opened), [], False
     freed = opened and any(name in sampling for name in GRAMMARS)
     first = {name: value for name, value in sampling.items() if not (freed and name in GRAMMARS)}
+    if freed:  # a grammar that is none is refused now, not behind all that thinking
+        first["behind"] = {name: value for name, value in sampling.items() if name in GRAMMARS}
     async with aclosing(asker.submit(ids, first, draw)) as events:
         async for event in events:
             for place, token_id in enumerate(event.ids):

@@ -131,7 +131,9 @@ def test_a_grammar_binds_what_comes_behind_the_thinking(budget, at_once):
     thoughts = asker.tokenizer.decode(asker.thinks[:3]) + "\n" if budget == 3 else THOUGHTS
     assert text == f"{thoughts}{END_THINK}\n\nSo 46."
     (_, free, _), (behind, bound, _) = asker.asked
-    assert free == {"max_tokens": 100, "alternatives": 0} and bound["json_schema"] == "{}"
+    assert (
+        free == {"max_tokens": 100, "alternatives": 0, "behind": {"json_schema": "{}"}} and bound["json_schema"] == "{}"
+    )
     assert asker.tokenizer.decode(behind).endswith(f"{END_THINK}\n\n")
 
 

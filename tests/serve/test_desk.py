@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from deepseek_jax.inference.continuous import Event
+from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.serve.config import ServeConfig
 from deepseek_jax.serve.engine_process import Desk, HttpProcess
 
@@ -28,6 +29,20 @@ def test_an_answer_whose_grammar_fails_is_refused_and_the_others_go_on():
     desk.step()
     assert sent == [{"events": [[0, [9], [-1.0], [], "", 0]]}, {"refused": 1, "message": "too many items"}]
     assert desk._numbers == {0: 5} and desk._keys == {5: 0}
+
+
+class Strict(Failing):
+    def held_to(self, sampling: SamplingParams) -> None:
+        raise ValueError(f"no grammar: {sampling.json_schema}")
+
+
+def test_a_grammar_of_a_later_part_is_refused_before_the_first():
+    sent = list[Any]()
+    desk = Desk(Strict(), sent.append)  # pyright: ignore[reportArgumentType]
+    frame = {"op": "submit", "key": 0, "ids": [5], "draw": 0}
+    desk.take(frame | {"sampling": {"behind": {"json_schema": "{"}}})
+    desk.take(frame | {"sampling": {}})
+    assert sent == [{"refused": 0, "message": "no grammar: {"}, {"events": [[0, []]]}]
 
 
 def test_keys_that_cannot_be_read_are_told_before_anything_is_loaded(tmp_path):

@@ -105,21 +105,24 @@ async def _answer(asker: Asker, tokenizer: Tokenizer, asked: Asked, index: int) 
         events = in_stages(asker, tokenizer, *question, opened=opened, budget=asked.thinking_budget)
     async with aclosing(events):
         async for event in events:
-            said, count = [], count + len(event.ids)
-            spoken = len(event.ids) - (event.finish_reason == "stop")
+            certain, found, taken = "", False, len(event.ids)
+            spoken = taken - (event.finish_reason == "stop")
             for i, token_id in enumerate(event.ids[:spoken]):
                 thought += asked.prompt is not None and thoughts.push(token_id)
                 if asked.alternatives is not None:
                     likely = event.alternatives[i] if asked.alternatives else ()
                     held.append(Token(token_id, event.logprobs[i], likely, length))
-                said.append(text.push(token_id))
-                length += len(said[-1])
-            if event.finish_reason:
-                said.append(text.finish())
-                length += len(said[-1])
-            certain, found = stops.push("".join(said))
+                new = text.push(token_id)
+                length += len(new)
+                sure, found = stops.push(new)
+                certain += sure
+                if found:  # what else has come is no part of the answer
+                    taken = i + 1
+                    break
             if event.finish_reason and not found:
-                certain += stops.finish()
+                sure, found = stops.push(text.finish())
+                certain += sure + ("" if found else stops.finish())
+            count += taken
             given += len(certain)
             reason = "stop" if found else event.finish_reason
             if certain or reason or not event.ids:

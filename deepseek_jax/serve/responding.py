@@ -39,6 +39,8 @@ class Desk:
         """``answering.answers``, counted and watched. ApiError in the place of the first: refused, or too many wait."""
         self.check()
         room = self.asker.served.slots + self.config.queue
+        if asked.count > room:  # whenever it came
+            raise ApiError(400, f"{asked.count} answers: this server has room for {room} at a time", param="n")
         if self.open + asked.count > room:
             wait = math.ceil(min(max(self._seconds, 1.0), 60.0))
             raise ApiError(429, f"{self.open} answers are open: come again", code="queue_full", wait=wait)

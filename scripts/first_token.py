@@ -45,7 +45,7 @@ def measure(options: argparse.Namespace) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     say(f"{jax.devices()[0].device_kind} and imports")
     recipe = dataclasses.replace(load_recipe(options.recipe, PretrainConfig), batch_size=options.batch)
-    its = Setting.of(recipe, options.prompt, options.new_tokens, options.prompt + options.new_tokens, fp8=False)
+    its = Setting.of(recipe, options.prompt, options.new_tokens, options.prompt + options.new_tokens, "none")
     given = its.config, its.compute, *its.weights, its.requests
     say("weights")
     with jax.set_mesh(its.mesh):

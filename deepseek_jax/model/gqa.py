@@ -62,6 +62,7 @@ class GQA(nnx.Module):
             entry = jnp.stack([k_BTGN, v_BTGN], axis=2)
             memory, kept = memory.write(entry.reshape(*entry.shape[:2], -1))
             if absorbed and devices() == 1:
+                assert isinstance(visible, Visible), "a cache's rows are not split"
                 name = compute.decode_attention
                 with jax.named_scope("attend"):
                     groups = config.num_key_value_heads

@@ -76,7 +76,8 @@ def grouped(
     shared_by = q_BSHN.shape[2] // kv_BTGW.shape[2]
     kv_BTHW = jnp.repeat(kv_BTGW.astype(jnp.float32), shared_by, axis=2).astype(kv_BTGW.dtype)
     pe_BTR = jnp.zeros((*kv_BTHW.shape[:2], more), kv_BTHW.dtype)
-    return attend(wide(q_BSHN, whole + more), kv_BTHW, pe_BTR, visible, scale)[..., : v_BTGV.shape[-1]]
+    out: jax.Array = attend(wide(q_BSHN, whole + more), kv_BTHW, pe_BTR, visible, scale)
+    return out[..., : v_BTGV.shape[-1]]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -159,7 +159,8 @@ def test_queries_from_two_places_of_their_row(hopper_gpu, packed):
 def test_heads_that_share_keys(hopper_gpu, width=64):
     """Packed, and a part of its row: result and gradients are those of the definition's autodiff in float32."""
     places = np.concatenate([np.arange(128), np.arange(256, 384)])
-    ids = np.asarray(segments(384, [100, 1, 160, 100]).q_segments_BS)
+    ids = segments(384, [100, 1, 160, 100]).q_segments_BS
+    assert ids is not None
     visible = Visible(jnp.asarray(places, jnp.int32)[None], None, ids[:, places], ids, q_run=128)
     rng = np.random.default_rng(width)
     shapes = (1, 256, 2, width), (1, 384, 1, width), (1, 384, 1, width), (1, 256, 2, width)

@@ -27,6 +27,7 @@ def answers(mesh, placement=None):
     engine = Engine(whole(TINY, params, bias, tokenizer(), mesh), placement=placement)
     prompts = [[5, 9, 2, 7], [3], [8, 8, 1, 30, 22]] * 3
     out = engine.generate_ids(prompts, SamplingParams(temperature=0.0, max_tokens=8), experts=True)
+    assert out.experts_LBTK is not None
     return jax.device_get((out.tokens_BN[:9, :8], out.experts_LBTK[:, :9], out.logprobs_BN[:9, :8])), engine
 
 

@@ -196,7 +196,8 @@ class Programs:
         if jax.__version_info__ < (0, 11) and any(leaf.dtype == jnp.int4 for leaf in jax.tree.leaves(weights)):
             raise ValueError(
                 f"weights in int4, jax {jax.__version__}: its programs that are compiled ahead take none; requests as "
-                "they come need jax 0.11 for them, or weights in int8"
+                "they come need jax 0.11 for them, or weights in int8; answered together, as by generate and eval "
+                "--batching together, they may stay"
             )
         return job.function.lower(*given, self._pages, *job.arrays, **dict(job.options))
 

@@ -51,17 +51,48 @@ def add_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        first, *more = error.errors()
-        where = ".".join(str(part) for part in first["loc"] if part != "body")
-        others = f" (and {len(more)} more)" if more else ""
-        message = f"{where}: {first['msg']}{others}" if where else f"{first['msg']}{others}"
+        message, where = _told(error, request.headers.get("content-type", ""))
         return ApiError(400, whole(message), param=whole(where) or None).response()
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
-        response = ApiError(error.status_code, str(error.detail)).response()
+        told = str(error.detail)
+        if error.status_code == 404 and told == "Not Found":  # what Starlette says of a path
+            told = f"nothing is at {request.url.path}: /openapi.json tells what is, and clients' base_url ends in /v1"
+        response = ApiError(error.status_code, whole(told)).response()
         response.headers.update(error.headers or {})
         return response
+
+
+def _told(error: RequestValidationError, content_type: str) -> tuple[str, str]:
+    """What to say of a body, and which field of it is meant.
+
+    Of a field that takes several kinds, pydantic complains once for each: the complaint that got furthest is told.
+    """
+    complaints = error.errors()
+    worst = max(complaints, key=lambda each: len(_place(each, error.body)))
+    if worst["type"] == "json_invalid":
+        return f"the body is no JSON: {worst['ctx']['error']} at character {worst['loc'][-1]}", ""
+    if isinstance(error.body, bytes):  # FastAPI parses nothing else
+        return f"a body's Content-Type must be application/json, and not {content_type or 'left out'}", ""
+    where = ".".join(_place(worst, error.body))
+    if worst["type"] == "extra_forbidden" and len(complaints) > 1:
+        names = [".".join(_place(each, error.body)) for each in complaints if each["type"] == worst["type"]]
+        return f"{', '.join(names)}: {worst['msg']}", names[0]
+    others = f" (and {len(complaints) - 1} more)" if len(complaints) > 1 else ""
+    return f"{where}: {worst['msg']}{others}" if where else f"{worst['msg']}{others}", where
+
+
+def _place(complaint: dict[str, Any], body: Any) -> list[str]:
+    """Keys and indices from the body to what is wrong, without pydantic's names for the kinds that it tried."""
+    place = []
+    for part in complaint["loc"][1:]:
+        if isinstance(body, dict) and part in body or isinstance(body, list) and isinstance(part, int):
+            place.append(str(part))
+            body = body[part]
+    if complaint["type"] == "missing":
+        place.append(str(complaint["loc"][-1]))
+    return place
 
 
 def whole(text: str) -> str:

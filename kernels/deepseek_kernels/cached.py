@@ -108,6 +108,10 @@ def write_entries(
         row_BS = jnp.take_along_axis(pages_BJ, jnp.clip(t_BS // size, 0, J - 1), axis=1)
         row_BS = jnp.where((row_BS < 0) | (t_BS < 0) | (t_BS >= J * size), rows, row_BS)
         place_BS = t_BS % size
+        if B * S == 1 and not isinstance(cache, InStack):
+            # XLA rewrites a scatter of one update, and a loop on a CPU then copies all pages: one more is dropped
+            row_BS = jnp.concatenate([row_BS, jnp.full_like(row_BS, rows)])
+            place_BS, entry_BSW = (jnp.concatenate([x, x]) for x in (place_BS, entry_BSW))
     if not isinstance(cache, InStack):
         return _put(cache, (), (row_BS, place_BS), entry_BSW)
     return InStack(_put(cache.stack, (cache.layer,), (row_BS, place_BS), entry_BSW), cache.layer)

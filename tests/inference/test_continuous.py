@@ -235,6 +235,21 @@ def test_no_request_waits_for_a_compiler():
     assert_right("v3", [*asked.values()])
 
 
+@pytest.mark.parametrize("name", ["v2-lite", "qwen"])
+def test_pages_stay_where_they_lie_while_tokens_are_made(name):
+    """One row's too, of whose writes XLA would make copies of all pages."""
+    network = MODELS[name]
+    made = Engine(whole(network, *weights(network), tokenizer()), serving=dataclasses.replace(SERVING, pages=8192))
+    made.submit([3, 4], GREEDY)
+    assert made._requests is not None
+    programs = made._requests.programs
+    job = programs._decodes([[]], 1, programs.buckets.tables[-1], 0, until_end=False)
+    with jax.set_mesh(made.mesh):
+        found = programs._lowered(made._make(), job).compile().memory_analysis()
+    page = jax.tree.leaves(programs._pages)[0]
+    assert page.shape[:2] == (8192, SERVING.page) and found.temp_size_in_bytes < page.nbytes / 2
+
+
 @pytest.mark.parametrize("carried_out", [False, True])
 def test_a_step_that_is_interrupted_is_done_again(carried_out, monkeypatch):
     """While it is read in and while it is answered, before or behind what the device does."""

@@ -1,6 +1,8 @@
 """OpenAI's own client against the whole server: two processes, a network of random weights."""
 
 import json
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
@@ -163,6 +165,33 @@ def test_what_is_wrong_is_said(ours, name):
     error: Any = refused.value.body
     assert set(error) == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error"
     assert name in error["message"] or name in str(error["param"])
+
+
+PICTURE = [{"type": "image_url", "image_url": {"url": "http://elsewhere.invalid/c.png"}}]
+
+
+FORM = "application/x-www-form-urlencoded"
+MISTAKES = [  # and what the message tells
+    ("chat/completions", {"messages": [{"role": "user", "content": PICTURE}]}, "", "messages.0.content.0.type: "),
+    ("completions", {"prompt": "x", "stop": ["a", 1]}, "", "stop.1: Input should be a valid string"),
+    ("completions", {"prompt": "x", "store": True, "tier": 1}, "", "store, tier: Extra inputs"),
+    ("completions", {}, "", "prompt: Field required"),
+    ("completions", "x", "", "the body is no JSON: "),
+    ("completions", '{"prompt": "x"}', FORM, "Content-Type must be application/json"),
+    ("nowhere", "x", "", "nothing is at /v1/nowhere"),
+]
+
+
+@pytest.mark.parametrize("path, body, kind, told", MISTAKES)
+def test_a_mistake_is_told_by_its_place(server, path, body, kind, told):
+    content = body if isinstance(body, str) else json.dumps(body)
+    headers = {"Content-Type": kind or "application/json"}
+    request = urllib.request.Request(f"{server.http.url}/v1/{path}", content.encode(), headers)
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=20)
+    with refused.value as answer:
+        assert answer.status == (404 if path == "nowhere" else 400)
+        assert told in json.load(answer)["error"]["message"]
 
 
 def test_ids_that_the_network_has_not(ours):

@@ -19,6 +19,7 @@ from deepseek_jax.checkpoint.safetensors import TensorFiles
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.files import read_json_object
 from deepseek_jax.hf_families import PACKED
+from deepseek_jax.typed import check_types
 from deepseek_kernels.block_fp8 import BlockScaled, Groups, scales_shape
 from deepseek_kernels.integers import DTYPES, GROUP, quantise_groups, unpack
 
@@ -36,8 +37,11 @@ class Integers:
     group: int = GROUP
 
     def __post_init__(self) -> None:
+        check_types(self)
+        if self.bits not in DTYPES:
+            raise ValueError(f"bits={self.bits}: expected {' or '.join(map(str, DTYPES))}")
         if self.group < 2 or self.group % 2:
-            raise ValueError(f"group={self.group}: expected an even number of terms")
+            raise ValueError(f"group={self.group}: must be an even number of terms")
 
     @classmethod
     def named(cls, dtype: str, group: int = GROUP) -> "Integers | None":

@@ -91,7 +91,7 @@ def configurations() -> list[type]:
 SIGNED = {("RejectionConfig", "judge_least")}
 SIGNED |= {("SamplingParams", "presence_penalty"), ("SamplingParams", "frequency_penalty")}
 NEEDED = {"LoopConfig": {"steps": 1}, "ModelBench": {"recipe": PretrainConfig()}, "_Eval": {"run": "x"}}
-NEEDED |= {"Compile": NEEDED["ModelBench"], "Integers": {"bits": 8}}
+NEEDED |= {"Compile": NEEDED["ModelBench"], "Integers": {"bits": 8}, "BenchServeConfig": {"url": "http://x"}}
 
 
 def test_no_number_of_any_configuration_is_negative_infinite_or_huge() -> None:

@@ -63,9 +63,9 @@ def run_serve(arguments: Sequence[str]) -> None:
             engine.warm_up()
         served = Served(http.config.name, engine.context, config.vocab_size, engine.slots)
         took = ", ".join(f"{what} {each:.1f} s" for what, each in seconds.items())
+        ready = f"ready: {http.url}/v1 has {served.name}, of {served.context:,} tokens; {took}"
         with Stopping() as stopping:
-            say(f"ready: {http.url}/v1 has {served.name}, of {served.context:,} tokens; {took}")
-            run(engine, http, served, stopping)
+            run(engine, http, served, stopping, lambda: say(ready))
         engine.end()
 
 

@@ -64,7 +64,7 @@ def as_ids(prompt: Iterable[Any]) -> list[int]:
     kinds = dict.fromkeys(map(type, ids))
     if wrong := [kind.__name__ for kind in kinds if issubclass(kind, bool) or not issubclass(kind, int | np.integer)]:
         raise ValueError(f"a prompt has ids of type {', '.join(wrong)}: expected ints")
-    return ids
+    return ids if kinds.keys() <= {int} else [*map(int, ids)]
 
 
 def make_requests(

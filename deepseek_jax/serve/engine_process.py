@@ -129,9 +129,11 @@ class Stopping:
             raise KeyboardInterrupt("stopped at once")
 
 
-def run(engine: Engine, http: HttpProcess, served: Served, stopping: Stopping) -> None:
-    """Answer until told to stop. Returns when all answers have ended; KeyboardInterrupt when told twice; RuntimeError
-    where the child has ended by itself, or steps fail again and again."""
+def run(engine: Engine, http: HttpProcess, served: Served, stopping: Stopping, ready: Callable[[], None]) -> None:
+    """Answer until told to stop. ready: called when the child refuses nobody any more for loading.
+
+    Returns when all answers have ended; KeyboardInterrupt when told twice; RuntimeError where the child has ended by
+    itself, or steps fail again and again."""
     told = False
     desk = Desk(engine, http.link.send)
     try:
@@ -146,7 +148,7 @@ def run(engine: Engine, http: HttpProcess, served: Served, stopping: Stopping) -
                 http.link.send({"drain": True})
             if http.link in readable:
                 for frame in http.link.receive():
-                    desk.take(frame)
+                    ready() if frame["op"] == "ready" else desk.take(frame)
             if engine.busy:
                 desk.step()
     except Closed:

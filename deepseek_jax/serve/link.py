@@ -1,9 +1,9 @@
 """What the two processes tell each other: msgpack objects over a pair of sockets.
 
 To the engine: ``{"op": "submit", "key", "ids", "sampling", "draw"}``, ``{"op": "cancel", "key"}``,
-``{"op": "metrics"}``. From it, in one frame a step: ``{"events": [[key, ids, logprobs, alternatives, finish_reason,
-cached], …]}``, ``{"refused": key, "message"}``, ``{"metrics": {…}}``; ``{"start": {…}}`` and ``{"ready": {…}}`` once;
-and ``{"drain": true}``.
+``{"op": "metrics"}``, and ``{"op": "ready"}`` once, when it has been told so. From it, in one frame a step:
+``{"events": [[key, ids, logprobs, alternatives, finish_reason, cached], …]}``, ``{"refused": key, "message"}``,
+``{"metrics": {…}}``; ``{"start": {…}}`` and ``{"ready": {…}}`` once; and ``{"drain": true}``.
 """
 
 import socket

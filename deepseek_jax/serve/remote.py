@@ -86,6 +86,8 @@ class RemoteAsker:
         if "ready" in frame:
             self._served = Served(**frame["ready"])
             self.state = "ready" if self.state == "loading" else self.state
+            with contextlib.suppress(LostError):
+                self._send({"op": "ready"})
         if "drain" in frame:
             self.state = "draining"
             self.drained.set()

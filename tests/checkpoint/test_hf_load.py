@@ -105,7 +105,7 @@ def test_each_device_of_a_mesh_gets_its_part(fp8):
         assert values.addressable_shards[0].data.shape == (1, 4, 72, 2, 6 if dtype == "bfloat16" else 12)
         bias = transformer.split(spread)[1]
         assert bias is not None and bias.sharding.is_fully_replicated and len(bias.devices()) == 8
-    blocks = "tensor=2 leaves a device 6 of moe_intermediate_size=12 .* ends within an FP8 block of 128"
+    blocks = "tensor=2 leaves a device 6 of moe_intermediate_size=12 .* ends within a block of 128"
     refused(folder, blocks, mesh=make_mesh(MeshConfig(tensor=2)), dtype="float8_e4m3")
 
 

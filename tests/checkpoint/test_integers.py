@@ -123,7 +123,7 @@ def test_memory_is_what_the_arrays_take(kind, bits, tmp_path):
 
 def test_what_is_wrong_is_named(tmp_path):
     config = cases.FAMILIES["v3"]
-    with pytest.raises(ValueError, match="group=3: expected an even number"):
+    with pytest.raises(ValueError, match="group=3: must be an even number"):
         save_hf(cases.model(config), tmp_path / "q", dtype="int4", group=3)
     save_hf(cases.model(config), tmp_path / "q", dtype="int4")
     for dtype in ("int8", "float8_e4m3"):

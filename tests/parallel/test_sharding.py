@@ -113,7 +113,7 @@ def test_constrain_places_on_the_current_mesh_and_does_nothing_without():
 
 def test_rows_are_kept_on_gpus_that_split_the_width():
     """Of the gradient too; elsewhere nothing is asked of the compiler."""
-    x, rules = jnp.ones((4, 6)), ShardingRules()
+    x, rules = jnp.ones((8, 2, 6)), ShardingRules()
 
     def asked(platform: str, **mesh: Any) -> int:
         with jax.set_mesh(make_mesh(MeshConfig(**mesh))):

@@ -57,13 +57,13 @@ def running(serve: ServeConfig = HOST) -> Iterator[Running]:
         http.start(folder, "", NETWORK.vocab_size)
         engine.warm_up()
         served = Served(serve.name, engine.context, NETWORK.vocab_size, engine.slots)
-        stopping = Stopping()
-        thread = threading.Thread(target=run, args=(engine, http, served, stopping))
+        stopping, ready = Stopping(), threading.Event()
+        thread = threading.Thread(target=run, args=(engine, http, served, stopping, ready.set))
         thread.start()
         try:
-            while get(f"{http.url}/health")[0] != 200:
+            while not ready.wait(0.05):
                 assert thread.is_alive()
-                time.sleep(0.05)
+            assert get(f"{http.url}/health") == (200, "ready\n")
             yield Running(engine, http, stopping, thread)
         finally:
             if thread.is_alive():

@@ -38,7 +38,7 @@ class Pods:
     """Refused, 110.7 GiB of 94.8: too few chips for keys and values of such rows beside the parameters."""
     v6e: PretrainConfig
     """Serving on 256 chips: --topology v6e:16x16 --work decode, or prefill. Decoding 1,024 rows of 4,096 takes 24.6 of
-    32.0 GiB, 41.9 ms a token of each. Training is refused: 12 bytes a parameter are 29.8 GiB a device, gradients aside."""
+    32.0 GiB, 41.9 ms a token of each. Training is refused: 12 bytes a parameter are 29.8 GiB, gradients aside."""
     v6e_4_slices: PretrainConfig
     """Training on 1,024 chips: --topology v6e:16x16x4slices. 31.0 of 31.2 GiB, 25 to 29 s a step, MFU 7.6 to 8.9 %."""
     gpus_256: PretrainConfig

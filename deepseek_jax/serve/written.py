@@ -1,5 +1,6 @@
 """Answers as OpenAI writes them: whole, or in chunks."""
 
+import abc
 import secrets
 import time
 from collections.abc import Iterable
@@ -34,7 +35,7 @@ class Tally:
         }
 
 
-class Form:
+class Form(abc.ABC):
     """One answer's object: ``chunks`` of each piece while it is made, or all of them ``add``ed and then ``whole``."""
 
     name, whole_object, chunk_object = "", "", ""
@@ -43,12 +44,13 @@ class Form:
         self.tokenizer, self.asked, self.tally = tokenizer, asked, Tally(asked)
         self._head = {"id": f"{self.name}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
 
+    @abc.abstractmethod
     def add(self, piece: Piece) -> list[dict[str, Any]]:
         """The choices of chunks that a piece brings, kept for ``whole`` too."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def choices(self) -> list[dict[str, Any]]:
-        raise NotImplementedError
+        """Of all that was added, one for each answer."""
 
     def chunks(self, piece: Piece) -> list[dict[str, Any]]:
         return [{**self._head, "object": self.chunk_object, "choices": [choice]} for choice in self.add(piece)]

@@ -2,9 +2,10 @@
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
 import pytest
 
-from deepseek_kernels import Target
+from deepseek_kernels import Target, hopper_fp8
 
 
 @pytest.fixture
@@ -18,3 +19,17 @@ def hopper_gpu():
         pytest.skip("Mosaic GPU's interpreter needs jax 0.11")
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):  # pyright: ignore[reportAttributeAccessIssue]
         yield
+
+
+@pytest.fixture
+def hopper_registers(hopper_gpu, monkeypatch):
+    """For kernels that multiply out of registers, which the interpreter does not. A GPU's memory is full of NaN."""
+
+    def multiplied(w, x, slot, mine):
+        return jnp.dot(w[slot, mine].astype(jnp.float32), x[slot].astype(jnp.float32).T)
+
+    if jax.default_backend() == "gpu":
+        poison = [jnp.full(1 << 26, jnp.nan) for _ in range(8)]
+        jax.block_until_ready(poison)
+    else:
+        monkeypatch.setattr(hopper_fp8, "_from_registers", multiplied)

@@ -18,7 +18,6 @@ from deepseek_kernels import (
     Target,
     fp8_matmul,
     grouped_matmul,
-    hopper_fp8,
     hopper_quantise,
     product,
     quantise,
@@ -32,18 +31,6 @@ ON_GPU = jax.default_backend() == "gpu"
 TARGET = Target("cuda", "9.0", 0 if ON_GPU else 2)  # two blocks in the interpreter
 E, D, F = 4, 256, 320
 ROUNDED = 1.01 * 2**-8  # half a unit of bfloat16
-
-
-@pytest.fixture
-def hopper_gpu(hopper_gpu, monkeypatch):
-    def multiplied(w, x, slot, mine):  # the interpreter takes no operands from registers
-        return jnp.dot(w[slot, mine].astype(jnp.float32), x[slot].astype(jnp.float32).T)
-
-    if ON_GPU:
-        poison = [jnp.full(1 << 26, jnp.nan) for _ in range(8)]
-        jax.block_until_ready(poison)
-    else:
-        monkeypatch.setattr(hopper_fp8, "_from_registers", multiplied)
 
 
 def weight(*shape, groups=((1, 128), (1, 128)), seed=0):
@@ -95,7 +82,7 @@ def test_rows_are_rounded_by_128_numbers(seed, count):
     assert x8.dtype == FP8 and scale.shape == (D // 128, count)
 
 
-def test_the_kernel_that_rounds_rows_equals_the_plain_one(hopper_gpu):
+def test_the_kernel_that_rounds_rows_equals_the_plain_one(hopper_registers):
     x = rows(192, 384)
     for found, right in zip(jax.jit(hopper_quantise.quantise_rows)(x), jax.jit(quantise_rows)(x), strict=True):
         np.testing.assert_array_equal(np.asarray(found, np.float32), np.asarray(right, np.float32))
@@ -140,7 +127,7 @@ def grouped(implementation, aligned):
 @pytest.mark.parametrize("laid", [False, True], ids=["terms first", "terms last"])
 @settings(max_examples=3, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.integers(0, 130), min_size=E, max_size=E))
-def test_groups_of_any_size(hopper_gpu, implementation, laid, sizes):
+def test_groups_of_any_size(hopper_registers, implementation, laid, sizes):
     """Groups without rows, of one, of more than a tile, and rows of no group; a layer of a stack, by its number."""
     x = rows(sum(sizes) + 5 if sum(sizes) < 200 else 600)[:600]
     x = jnp.pad(x, ((0, 600 - len(x)), (0, 0)))
@@ -154,7 +141,7 @@ def test_groups_of_any_size(hopper_gpu, implementation, laid, sizes):
     ("aligned", "sizes", "count"),
     [(16, [16, 0, 32, 16], 96), (32, [0, 64, 0, 32], 96), (16, [0] * 4, 32), (128, [0, 384, 0, 0], 512)],
 )
-def test_groups_on_whole_tiles(hopper_gpu, implementation, aligned, sizes, count):
+def test_groups_on_whole_tiles(hopper_registers, implementation, aligned, sizes, count):
     x = rows(count)
     stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(weight(E, D, F, seed=i) for i in range(2)))
     found = grouped(implementation, aligned)(x, stack.with_terms_last(), np.array(sizes, np.int32))
@@ -187,7 +174,7 @@ def check(found, x, w, sizes, implementation):
         ("bshv,hvd->bsd", (1, 200), (2, 128, 192), ((2, 128), (1, 128))),
     ],
 )
-def test_dense_products(hopper_gpu, implementation, equation, count, shape, groups):
+def test_dense_products(hopper_registers, implementation, equation, count, shape, groups):
     w = weight(*shape, groups=groups)
     x = rows(math.prod(count), 256).reshape(*count, *(shape[:2] if groups[0][0] == 2 else shape[:1]))
     run = jax.jit(functools.partial(product, equation, target=TARGET, fp8=implementation))
@@ -208,7 +195,7 @@ def test_another_dtype_or_precision_is_a_product_of_the_dequantised_weight(optio
     np.testing.assert_array_equal(found, right)
 
 
-def test_the_gradient_of_the_rows(hopper_gpu):
+def test_the_gradient_of_the_rows(hopper_registers):
     x, w = rows(20), weight(D, F)
     dy = rows(20, 384)[:, :F]
     _, pullback = jax.vjp(lambda x: fp8_matmul(x, w, target=TARGET, implementation="hopper_fp8"), x)
@@ -217,7 +204,7 @@ def test_the_gradient_of_the_rows(hopper_gpu):
 
 
 @pytest.mark.parametrize(("grouped", "error"), [("hopper", 1e-2), ("hopper_fp8", 6e-2)])
-def test_experts(hopper_gpu, grouped, error):
+def test_experts(hopper_registers, grouped, error):
     rng, tokens = np.random.default_rng(0), 40
     wi, wo = weight(E, 256, 2, 256, groups=((1, 128), (1, 1), (1, 128))), weight(E, 256, 256)
     x = jnp.asarray(rng.standard_normal((tokens, 256)), jnp.bfloat16)

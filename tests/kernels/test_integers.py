@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_kernels import BlockScaled, InStack, Target, grouped_matmul, hopper_fp8, integers, product, routed_experts
+from deepseek_kernels import BlockScaled, InStack, Target, grouped_matmul, integers, product, routed_experts
 from deepseek_kernels.integers import DTYPES, pack, quantise_groups, unpack
 
 ON_GPU = jax.default_backend() == "gpu"
@@ -16,18 +16,6 @@ TARGET = Target("cuda", "9.0", 0 if ON_GPU else 2)  # two blocks in the interpre
 CPU, A100 = Target("cpu"), Target("cuda", "8.0")
 ROUNDED = 1.01 * 2**-8  # half a unit of bfloat16
 BITS = pytest.mark.parametrize("bits", [8, 4])
-
-
-@pytest.fixture
-def hopper_gpu(hopper_gpu, monkeypatch):
-    def multiplied(w, x, slot, mine):  # the interpreter takes no operands from registers
-        return jnp.dot(w[slot, mine].astype(jnp.float32), x[slot].astype(jnp.float32).T)
-
-    if ON_GPU:
-        poison = [jnp.full(1 << 26, jnp.nan) for _ in range(8)]
-        jax.block_until_ready(poison)
-    else:
-        monkeypatch.setattr(hopper_fp8, "_from_registers", multiplied)
 
 
 def draw(*shape, seed=0):
@@ -132,7 +120,7 @@ def test_grouped_products(bits, target, dtype, name):
 @pytest.mark.parametrize(
     ("aligned", "sizes", "count"), [(16, [16, 0, 32], 64), (32, [0, 64, 0], 96), (128, [0, 128, 0], 256)]
 )
-def test_groups_on_hopper(hopper_gpu, bits, aligned, sizes, count):
+def test_groups_on_hopper(hopper_registers, bits, aligned, sizes, count):
     """Few rows and many, groups without any, rows of no group; a layer of a stack."""
     w, x = weight(bits, 3, 256, 320), jnp.asarray(draw(count, 256, seed=1), jnp.bfloat16)
     stack = jax.tree.map(lambda leaf: jnp.stack([0 * leaf, leaf]), w.with_terms_last())
@@ -147,7 +135,7 @@ def test_groups_on_hopper(hopper_gpu, bits, aligned, sizes, count):
 
 @BITS
 @pytest.mark.parametrize("rows", [1, 20, 130])
-def test_dense_products_on_hopper(hopper_gpu, bits, rows):
+def test_dense_products_on_hopper(hopper_registers, bits, rows):
     w, x = weight(bits, 384, 320), jnp.asarray(draw(rows, 384, seed=1), jnp.bfloat16)
     found = jax.jit(functools.partial(product, "td,df->tf", target=TARGET, fp8="hopper"))(x, w.with_terms_last())
     check(np.asarray(found, np.float64), np.asarray(x, np.float64), spelled_out(w))

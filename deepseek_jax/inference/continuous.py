@@ -23,10 +23,10 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.inference.arrivals import exchange
 from deepseek_jax.inference.constraints import Constraint, settle
 from deepseek_jax.inference.decoding import Decoded
-from deepseek_jax.inference.programs import Programs, Weights, gathers
+from deepseek_jax.inference.programs import Done, Programs, Weights, gathers
 from deepseek_jax.inference.rows import STOPS, Rows
 from deepseek_jax.inference.sampling import SamplingParams
-from deepseek_jax.inference.schedule import Buckets, Plan, Request, Schedule, ServingConfig
+from deepseek_jax.inference.schedule import Buckets, Plan, PromptScores, Request, Schedule, ServingConfig
 from deepseek_jax.inference.speculation import check_drafts
 from deepseek_jax.parallel.processes import require_one_process
 
@@ -37,7 +37,7 @@ class Event:
     ``error``: its grammar cannot be gone on with, as ``error`` says.
     logprobs: of each token by the network alone, before temperature, penalties and cuts. alternatives: of each token,
     as many as were asked for, (token, log-probability) from the most likely on. cached: tokens of its prompt that were
-    found in the cache."""
+    found in the cache. prompt: with the first token, or the end, where that was asked for."""
 
     number: int
     token_ids: list[int]
@@ -46,6 +46,7 @@ class Event:
     alternatives: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
     cached: int = 0
     error: str = ""
+    prompt: PromptScores | None = None
 
 
 class Continuous:
@@ -107,6 +108,8 @@ class Continuous:
                 f"a prompt of {len(ids)} tokens and max_tokens={sampling.max_tokens} pass context={self.context}"
             )
         sampling.check_no_text()
+        if sampling.prompt_logprobs and not self.programs.serving.score:
+            raise ValueError("prompt_logprobs: for an engine with ServingConfig(score=True), --serving.score")
         if sampling.constrained:  # which plans wait for, as long as it takes a host to find what may be said
             require_one_process("an answer that is held to a grammar")
         if (stops := len(self._stop_ids) + len(sampling.stop_token_ids)) > STOPS:
@@ -142,11 +145,10 @@ class Continuous:
         self._untold += self._settled()
         plans = [lane.plan() for lane in self._lanes]
         try:
-            found, dispatched = self.programs.run(weights, plans), time.perf_counter()
-            if found is None:
+            done, dispatched = self.programs.run(weights, plans), time.perf_counter()
+            if done.decoded is None:
                 self.programs.wait()
-            else:
-                found = self._fetched(found, plans)
+            done = self._fetched(done, plans)
         except BaseException:  # pages may be half written, or given away
             for lane in self._lanes:
                 lane.start_over()
@@ -154,8 +156,10 @@ class Continuous:
             raise
         self._counts["seconds_waited"] += time.perf_counter() - dispatched + self.programs.seconds - called
         events, self._untold = self._untold, []
-        if found is not None:
-            events += self._told(plans, found)
+        self._scored(done)
+        if done.decoded is not None:
+            events += self._told(plans, done.decoded)
+        events += self._read(plans)
         self._counts["seconds"] += time.perf_counter() - began
         self._counts["steps"] += 1
         return events
@@ -239,11 +243,34 @@ class Continuous:
         among = [i for i in range(len(busy)) if busy[i] <= min(busy) + 1]
         return self._lanes[min(among, key=lambda i: (-has[i], busy[i]))]
 
-    def _fetched(self, found: Decoded, plans: list[Plan]) -> Decoded:
-        """On the host; alternatives only where anybody asks for them."""
-        if not any(request.sampling.alternatives for plan in plans for request in plan.decoded):
+    def _fetched(self, done: Done, plans: list[Plan]) -> Done:
+        """On the host; an answer's alternatives only where anybody asks for them."""
+        found = done.decoded
+        if found is not None and not any(request.sampling.alternatives for plan in plans for request in plan.decoded):
             found = dataclasses.replace(found, likely_BNA=None, likely_logprobs_BNA=None)
-        return jax.device_get(found)
+        return Done(jax.device_get(found), [(pieces, jax.device_get(scores)) for pieces, scores in done.scored])
+
+    def _scored(self, done: Done) -> None:
+        """Keep what was found of prompts until all of theirs is."""
+        for pieces, found in done.scored:
+            for piece, row in pieces:
+                if (scores := piece.request.scores) is None:
+                    continue
+                scores.logprobs += found.logprobs_BS[row, : piece.count].tolist()
+                given = found.likely_BSA, found.likely_logprobs_BSA
+                scores.alternatives += _pairs(*given, row, piece.count, piece.request.sampling.alternatives)
+
+    def _read(self, plans: list[Plan]) -> list[Event]:
+        """The ends of those that ask for nothing behind their prompts."""
+        events = []
+        for schedule, plan in zip(self._lanes, plans, strict=True):
+            for request in plan.read:
+                schedule.answered(request, [], ended=True)
+                del self._asked[request.number]
+                if self._own(request.number):
+                    told = request.number, [], [], "length"
+                    events.append(Event(*told, cached=request.cached, prompt=request.scores))
+        return events
 
     def _told(self, plans: list[Plan], found: Decoded) -> list[Event]:
         events, rows = [], self.programs.rows(plans)
@@ -262,9 +289,12 @@ class Continuous:
                 request.drafts = drafts[i] if request.constraint is None else []
                 reason = ("stop" if stopped[i] else "length") if ended else ""
                 if self._own(request.number):
-                    likely = self._likely(found, i, count, request.sampling.alternatives)
+                    likely = _pairs(
+                        found.likely_BNA, found.likely_logprobs_BNA, i, count, request.sampling.alternatives
+                    )
                     told = tokens[i][:count], logprobs[i][:count], reason, likely, request.cached
-                    events.append(Event(request.number, *told))
+                    events.append(Event(request.number, *told, prompt=request.scores))
+                request.scores = None
                 self._counts["tokens"] += count
                 if ended:
                     del self._asked[request.number]
@@ -272,8 +302,10 @@ class Continuous:
                     request.constraint.advance(tokens[i][:count])
         return events
 
-    def _likely(self, found: Decoded, row: int, count: int, most: int) -> list[list[tuple[int, float]]]:
-        if not most:
-            return []
-        ids, logprobs = (x[row, :count, :most].tolist() for x in (found.likely_BNA, found.likely_logprobs_BNA))
-        return [list(zip(*pair, strict=True)) for pair in zip(ids, logprobs, strict=True)]
+
+def _pairs(likely_BNA, logprobs_BNA, row: int, count: int, most: int) -> list[list[tuple[int, float]]]:
+    """The alternatives of a row's first tokens; nothing where none are asked for."""
+    if not most:
+        return []
+    ids, logprobs = (x[row, :count, :most].tolist() for x in (likely_BNA, logprobs_BNA))
+    return [list(zip(*pair, strict=True)) for pair in zip(ids, logprobs, strict=True)]

@@ -13,12 +13,11 @@ from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.inference import speculation
 from deepseek_jax.inference.generate import OPTIONS
-from deepseek_jax.inference.paged import Store, memory_of, over_batch, reading
+from deepseek_jax.inference.paged import Store, memory_of, over_batch, reading, to_hosts
 from deepseek_jax.inference.penalties import Wishes, adjusted, beside
 from deepseek_jax.inference.rows import Numbers, Rows, Shares
 from deepseek_jax.inference.sampling import ALTERNATIVES, BIASES, first_maximum, sample
 from deepseek_jax.model import transformer
-from deepseek_jax.parallel.sharding import constrain
 
 
 @struct.dataclass
@@ -133,14 +132,7 @@ def decode(
     now = _Now(jnp.int32(0), pages, at.token, at.length, jnp.zeros_like(at.length), filling_B, found)
     with jax.named_scope("decode"):
         now = jax.lax.while_loop(goes_on, step, now)
-    return now.pages, _told(now.found, compute)
-
-
-def _told(found: Decoded, compute: ComputeConfig) -> Decoded:
-    """Where hosts read it: of several processes each reads it all."""
-    if jax.process_count() == 1:
-        return found
-    return jax.tree.map(lambda x: constrain(x, compute.rules, *[None] * x.ndim), found)
+    return now.pages, to_hosts(now.found, compute)
 
 
 def _nothing(drafts_BK: jax.Array, most: int, width: int) -> Decoded:

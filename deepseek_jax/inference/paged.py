@@ -1,5 +1,5 @@
 """The device's side of answering requests as they come: a cache in pages, and the programs that copy pages and read
-prompts in; the third is ``decoding``'s.
+prompts in, with the log-probabilities of their tokens or without; the third is ``decoding``'s.
 
 They are compiled for shapes alone and take the cache as theirs. On a mesh each device of the batch has pages of its
 own, which its rows' tables number from 0, as if it were alone.
@@ -7,7 +7,7 @@ own, which its rows' tables number from 0, as if it were alone.
 
 import dataclasses
 import functools
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +19,15 @@ from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.inference.cache import as_wide, entry_width
 from deepseek_jax.inference.generate import OPTIONS
+from deepseek_jax.inference.scores import Scores, score
 from deepseek_jax.model import transformer
 from deepseek_jax.model.stack import in_stack, stacks_of
 from deepseek_jax.parallel.sharding import ShardingRules, constrain, per_device
 from deepseek_kernels import InStack, Visible, choose, quantise_entries, write_entries
 from deepseek_kernels.cached import Entries, side_by_side
 from deepseek_kernels.target import devices
+
+T = TypeVar("T")
 
 
 @struct.dataclass
@@ -141,19 +144,21 @@ def read(
     tokens_BS: Int[Array, "B S"],
     start_B: Int[Array, "B"],
     table_BJ: Int[Array, "B J"],
+    alternatives: Int[Array, ""] | None = None,
     *,
     fresh: bool,
-) -> Store:
+) -> tuple[Store, Scores | None]:
     """The pages with S tokens of each row behind its first ``start``; what fills a row up is written behind its tokens,
     where others will stand before anybody looks. With an MTP module a row has a token more, which follows its S.
 
-    fresh: nothing stands before them, so that the attention is the plain one over what is new; else it is the absorbed
-    one over pages.
+    alternatives: score what follows each of them, the token more among it, with as many of the most likely ones beside
+    it. fresh: nothing stands before them, so that the attention is the plain one over what is new; else it is the
+    absorbed one over pages.
     """
     network = transformer.merge(config, params, router_bias, compute)
     tokens_BS, start_B, table_BJ = (over_batch(x, compute) for x in (tokens_BS, start_B, table_BJ))
     following_BS, mtp = tokens_BS[:, 1:], pages.mtp
-    tokens_BS = tokens_BS if mtp is None else tokens_BS[:, :-1]
+    tokens_BS = tokens_BS if mtp is None and alternatives is None else tokens_BS[:, :-1]
     position_BS = start_B[:, None] + jnp.arange(tokens_BS.shape[1], dtype=jnp.int32)
     hands, visible = "new", Visible()
     if not fresh:
@@ -167,7 +172,10 @@ def read(
             memory, context = memory_of(compute, mtp, start_B, table_BJ, hands), network.context(tokens_BS, **seen)
             options = {"memory": memory, "absorbed": not fresh}
             mtp = network.predict_next(out.hidden, following_BS, context, **options)[2].pages_PNW
-    return Store(tuple(memory.pages_PNW for memory in out.memories), tokens.pages_PNW, mtp)
+    pages = Store(tuple(memory.pages_PNW for memory in out.memories), tokens.pages_PNW, mtp)
+    if alternatives is None:
+        return pages, None
+    return pages, to_hosts(score(network, out.hidden, following_BS, alternatives), compute)
 
 
 def reading(network: transformer.Transformer, position_BS, table_BJ, page: int) -> tuple[Any, Visible]:
@@ -202,3 +210,10 @@ def memory_of(compute: ComputeConfig, entries: Entries, start_B, table_BJ, hands
 def over_batch(x, compute: ComputeConfig):
     """Rows split as the batch is."""
     return constrain(jnp.asarray(x), compute.rules, "batch", *[None] * (np.ndim(x) - 1))
+
+
+def to_hosts(found: T, compute: ComputeConfig) -> T:
+    """Where hosts read it: of several processes each reads it all."""
+    if jax.process_count() == 1:
+        return found
+    return jax.tree.map(lambda x: constrain(x, compute.rules, *[None] * x.ndim), found)

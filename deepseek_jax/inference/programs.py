@@ -20,11 +20,20 @@ from deepseek_jax.inference.decoding import Decoded, decode
 from deepseek_jax.inference.paged import copy_pages, empty_pages, read, reads_pages
 from deepseek_jax.inference.rows import Numbers, Rows
 from deepseek_jax.inference.schedule import Buckets, Piece, Plan, Request, ServingConfig, fitting
+from deepseek_jax.inference.scores import Scores
 from deepseek_jax.parallel.processes import meet
 
 logger = logging.getLogger(__name__)
 
 Weights = tuple[Any, jax.Array | None]
+
+
+class Done(NamedTuple):
+    """What the device will have brought. decoded: row by row, as ``Programs.rows`` has them. scored: of pieces that
+    were read in with scores, each with its row of these."""
+
+    decoded: Decoded | None
+    scored: list[tuple[list[tuple[Piece, int]], Scores]]
 
 
 class _Job(NamedTuple):
@@ -70,15 +79,22 @@ class Programs:
             sizes = self.lanes * serving.pages, serving.page
             self._pages = empty_pages(self.config, self.compute, *sizes, serving.cache == "float8_e4m3")
 
-    def run(self, weights: Weights, plans: Sequence[Plan]) -> Decoded | None:
-        """Hand the lanes' plans to the device -> what it will have decoded, row by row as ``rows`` has them."""
+    def run(self, weights: Weights, plans: Sequence[Plan]) -> Done:
+        """Hand the lanes' plans to the device."""
+        scored = []
         with jax.set_mesh(self.mesh):
             if any(plan.copies for plan in plans):
                 self._run(weights, self._copies([plan.copies for plan in plans]))
             if any(plan.pieces for plan in plans):
-                for shape, pieces in self.buckets.reads([plan.pieces for plan in plans]):
-                    self._run(weights, self._reading(pieces, *shape))
-            return self._run(weights, self._decoding(plans)) if any(plan.decoded for plan in plans) else None
+                for (rows, size), pieces in self.buckets.reads([plan.pieces for plan in plans]):
+                    found = self._run(weights, self._reading(pieces, rows, size))
+                    if found is not None:
+                        at = [
+                            (piece, i) for lane, some in enumerate(pieces) for i, piece in enumerate(some, lane * rows)
+                        ]
+                        scored.append((at, found))
+            decoded = self._run(weights, self._decoding(plans)) if any(plan.decoded for plan in plans) else None
+        return Done(decoded, scored)
 
     def wait(self) -> None:
         """Return when the device has done it all: whoever comes next shall not stand behind a queue of chunks."""
@@ -92,9 +108,11 @@ class Programs:
         """Compile, side by side, every program that a plan may need, and run each on nothing."""
         buckets, nobody = self.buckets, [[] for _ in range(self.lanes)]
         jobs = [self._copies(nobody)]
-        for rows, size in buckets.chunks:
-            jobs.append(self._reads(nobody, rows, size, buckets.tables[-1], fresh=True))
-            jobs += [self._reads(nobody, rows, size, table, fresh=False) for table in buckets.long]
+        for (rows, size), alternatives in itertools.product(
+            buckets.chunks, (None, 0) if self.serving.score else (None,)
+        ):
+            jobs.append(self._reads(nobody, rows, size, buckets.tables[-1], alternatives, fresh=True))
+            jobs += [self._reads(nobody, rows, size, table, alternatives, fresh=False) for table in buckets.long]
         for rows, table in itertools.product(buckets.slots, buckets.tables):
             jobs.append(self._decodes(nobody, rows, table, 0, until_end=False))
         with jax.set_mesh(self.mesh):
@@ -122,10 +140,22 @@ class Programs:
         fresh = not any(piece.start for piece in together)
         pages = max(len(piece.request.pages) for piece in together)
         table = self.buckets.tables[-1] if fresh else fitting(self.buckets.long, pages)
-        return self._reads(pieces, rows, size, table, fresh=fresh)
+        asked = [piece.request.sampling.alternatives for piece in together if piece.request.scores is not None]
+        return self._reads(pieces, rows, size, table, max(asked, default=None), fresh=fresh)
 
-    def _reads(self, pieces: Sequence[Sequence[Piece]], rows: int, size: int, table: int, *, fresh: bool) -> _Job:
-        more = bool(self.serving.drafts)  # the module takes each token with the next
+    def _reads(
+        self,
+        pieces: Sequence[Sequence[Piece]],
+        rows: int,
+        size: int,
+        table: int,
+        alternatives: int | None,
+        *,
+        fresh: bool,
+    ) -> _Job:
+        """alternatives: of a job that scores the tokens, else None."""
+        scored = alternatives is not None
+        more = bool(self.serving.drafts) or scored  # each token with the next
         tokens_BS = np.zeros((len(pieces) * rows, size + more), np.int32)
         start_B = np.zeros(len(pieces) * rows, np.int32)
         table_BJ = np.full((len(pieces) * rows, table), -1, np.int32)
@@ -135,7 +165,8 @@ class Programs:
                 tokens_BS[i, : len(ids)] = ids
                 start_B[i] = piece.start
                 table_BJ[i, : len(piece.request.pages)] = piece.request.pages
-        return _Job(read, (tokens_BS, start_B, table_BJ), (("fresh", fresh),))
+        how = (np.int32(alternatives),) if scored else ()
+        return _Job(read, (tokens_BS, start_B, table_BJ, *how), (("fresh", fresh),))
 
     def _decoding(self, plans: Sequence[Plan]) -> _Job:
         decoded = [plan.decoded for plan in plans]
@@ -176,7 +207,7 @@ class Programs:
             self._anything[batch] = placed
         return self._anything[batch]
 
-    def _run(self, weights: Weights, job: _Job) -> Decoded | None:
+    def _run(self, weights: Weights, job: _Job) -> Any:
         program = self._programs.get(job.key)
         if program is None:
             self.late += self._warm
@@ -185,7 +216,7 @@ class Programs:
         given, began = () if job.function is copy_pages else weights, time.perf_counter()
         done = program(*given, self._pages, *job.arrays)
         self.seconds += time.perf_counter() - began
-        self._pages, found = done if job.function is decode else (done, None)
+        self._pages, found = (done, None) if job.function is copy_pages else done
         return found
 
     def _lowered(self, weights: Weights, job: _Job) -> Any:

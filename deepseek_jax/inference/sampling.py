@@ -36,7 +36,8 @@ class SamplingParams:
     min_p: keeps tokens with at least this share of the most likely one's probability. repetition_penalty 1,
     presence_penalty 0, frequency_penalty 0: none. logit_bias: (token, what its logit gets). alternatives: of each token
     of the answer, so many of the most likely ones with their log-probabilities. json_schema, regex: the answer, but for
-    what ends it, is JSON by this schema (text; ``{}``: any), or the expression from end to end.
+    what ends it, is JSON by this schema (text; ``{}``: any), or the expression from end to end. prompt_logprobs: tell
+    the prompt's, too, with as many alternatives; then max_tokens may be 0.
     """
 
     temperature: float = 1.0
@@ -54,6 +55,7 @@ class SamplingParams:
     alternatives: int = 0
     json_schema: str = ""
     regex: str = ""
+    prompt_logprobs: bool = False
 
     def __post_init__(self) -> None:
         check_types(self, signed=("presence_penalty", "frequency_penalty"))
@@ -61,7 +63,7 @@ class SamplingParams:
             raise ValueError(f"temperature={self.temperature}: must be 0, or at least {COLDEST:g}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p}: must lie in (0, 1]")
-        check_least(self, 1, "max_tokens")
+        check_least(self, 0 if self.prompt_logprobs else 1, "max_tokens")
         for name, least, most in _LIMITS:
             if not least <= (value := getattr(self, name)) <= most:
                 raise ValueError(f"{name}={value}: must lie in [{least}, {most}]")
@@ -102,7 +104,7 @@ class SamplingParams:
 
 
 _FOR_REQUESTS = {"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
-_FOR_REQUESTS |= {"logit_bias": (), "alternatives": 0, "json_schema": "", "regex": ""}
+_FOR_REQUESTS |= {"logit_bias": (), "alternatives": 0, "json_schema": "", "regex": "", "prompt_logprobs": False}
 
 
 def truncate_logits(

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from deepseek_jax.inference.constraints import Constraint
-from deepseek_jax.inference.pages import Pages
+from deepseek_jax.inference.pages import Found, Pages
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.typed import check_least, check_types
 
@@ -44,6 +44,8 @@ class ServingConfig:
     drafts: int = 0
     """Tokens that the network's MTP module guesses of each answer, 0…3; those that it would have said itself are taken
     over, so that a turn brings up to so many more. For networks with such a module."""
+    score: bool = False
+    """Whether requests may ask for the log-probabilities of their prompts' tokens: twice the programs that read."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -108,6 +110,16 @@ def _sizes(most: int, least: int) -> tuple[int, ...]:
     return tuple(sizes[::-1])
 
 
+@dataclasses.dataclass
+class PromptScores:
+    """Of each token of a prompt but the first, which nothing stands before: its log-probability by the network alone,
+    and the most likely ones in its place, where alternatives are asked for: (token, log-probability), the most likely
+    first."""
+
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    alternatives: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
+
+
 @dataclasses.dataclass(eq=False)
 class Request:
     """A prompt and its answer so far (``ids``), and where they are: the first ``length`` tokens lie in ``pages``.
@@ -115,6 +127,7 @@ class Request:
     number: the order of arrival. row: what decoding it takes, see ``Rows``. constraint: what its answer is held to.
     slot: -1 while it waits. prefix: of the first ``named`` pages, which others can find, by the weights of ``root``.
     cached: tokens of the prompt that were there when it was first let in. drafts: guesses of what comes next.
+    scores: of so much of the prompt as is read in; None where nobody asks for them, or has been told them.
     """
 
     number: int
@@ -131,6 +144,7 @@ class Request:
     root: int = -1
     drafts: list[int] = dataclasses.field(default_factory=list)
     cached: int = -1
+    scores: PromptScores | None = None
     _known: np.ndarray | None = None
 
     @property
@@ -148,7 +162,7 @@ class Request:
     @property
     def ready(self) -> bool:
         """Whether it can be decoded: it is read in, and what may come next is known."""
-        return not self.unread and (self.constraint is None or self.constraint.ready)
+        return not self.unread and self.left > 0 and (self.constraint is None or self.constraint.ready)
 
     @property
     def left(self) -> int:
@@ -169,13 +183,14 @@ class Piece:
 class Plan:
     """What the device does next, in this order: copy pages, all at once; read pieces of prompts in; decode ``turns``
     times a token, and drafts, for some. until_end: but come back when one of them has ended, since others wait for its
-    place."""
+    place. read: those that are read in then, which is all that they ask."""
 
     copies: list[tuple[int, int]]
     pieces: list[Piece]
     decoded: list[Request]
     turns: int
     until_end: bool
+    read: list[Request]
 
 
 class Schedule:
@@ -195,6 +210,7 @@ class Schedule:
     def submit(self, request: Request) -> None:
         """Queue it: a prompt that has room for its answer within ``context``."""
         request.prompt = len(request.ids)
+        request.scores = PromptScores() if request.sampling.prompt_logprobs else None
         bisect.insort(self.waiting, request, key=lambda each: each.number)
 
     def cancel(self, request: Request) -> None:
@@ -214,7 +230,8 @@ class Schedule:
         pieces = [piece for piece in pieces if piece.request.slot >= 0]  # but of who has just given way
         for piece in pieces:
             self._ready(piece)
-        return Plan(copies, pieces, decoded, turns, bool(self.waiting))
+        read = [request for request in self.running if not request.unread and not request.left]
+        return Plan(copies, pieces, decoded, turns, bool(self.waiting), read)
 
     def answered(self, request: Request, ids: Sequence[int], *, ended: bool) -> None:
         """A request of the plan's has these tokens more."""
@@ -270,12 +287,15 @@ class Schedule:
 
     def _admit(self) -> list[tuple[int, int]]:
         """Let in, in their order, as many as there are slots, pages and tokens of the budget for. Who asks what another
-        is about to read in waits for that, and lets those behind pass."""
+        is about to read in waits for that, and lets those behind pass. Who asks for its prompt's log-probabilities
+        reads all of it: pages hold none."""
         copies, unread = [], sum(request.unread for request in self.running)
         for request in self.waiting[: self.config.slots]:
             if not self._slots or unread >= self.config.chunk:
                 break
-            found = self.pages.find(request.known)
+            found = Found([], self.pages.root, None, soon=False)
+            if request.scores is None:
+                found = self.pages.find(request.known)
             if found.soon:
                 continue
             self.pages.hold(found.pages)
@@ -295,6 +315,8 @@ class Schedule:
         self.waiting.remove(request)
         bisect.insort(self.running, request, key=lambda each: each.number)
         request.slot, request.pages = self._slots.pop(), [*shared, *own]
+        if request.scores is not None:
+            request.scores = PromptScores()
         request.length = known if rest else len(shared) * size
         request.prefix, request.named, request.root = prefix, len(shared), self.pages.root
         self.prompt_tokens += known

@@ -318,12 +318,12 @@ def test_any_thread_may_ask():
     assert [asked[number].ids for number in numbers] == [each.token_ids for each in expected]
 
 
-def spread(mesh_config: MeshConfig, **compute: Any) -> Engine:
+def spread(mesh_config: MeshConfig, serving: ServingConfig = SERVING, **compute: Any) -> Engine:
     mesh = make_mesh(mesh_config)
     params, bias = weights(SPEAKER)
     params = jax.device_put(params, tree_shardings(mesh, logical_axes(SPEAKER), params))
     model = whole(SPEAKER, params, bias, tokenizer(), mesh)
-    return Engine(dataclasses.replace(model, compute=dataclasses.replace(model.compute, **compute)), serving=SERVING)
+    return Engine(dataclasses.replace(model, compute=dataclasses.replace(model.compute, **compute)), serving=serving)
 
 
 @pytest.mark.parametrize("scan", [False, pytest.param(True, marks=pytest.mark.slow)])

@@ -32,7 +32,7 @@ from raw text to answers
 
 using a model
   generate PATH --prompt complete a prompt
-  chat PATH              talk to it in the terminal
+  chat PATH|--url URL    talk to it in the terminal, or to a running server
   serve PATH             answer over HTTP as OpenAI does, until Ctrl-C
   eval PATH --data FILES bits per byte and perplexity of text
   convert PATH DST       write it as released ones are: safetensors, tokenizer, chat template

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from deepseek_jax.checkpoint.finding import described, expanded, find_model
 from deepseek_jax.checkpoint.model import load
+from deepseek_jax.cli.conversation import Turn, turn
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.data.chat import encode_prompt, prompt_opens_thinking
 from deepseek_jax.data.chat_templates import check_template
@@ -73,8 +74,8 @@ class Loading:
 
 
 @dataclasses.dataclass(frozen=True)
-class Answering(Loading):
-    """Which model answers, and how."""
+class Drawing:
+    """How answers are drawn."""
 
     temperature: float = 0.0
     """0 always takes the likeliest token; the same seed gives the same answers."""
@@ -86,6 +87,11 @@ class Answering(Loading):
     """Of an answer."""
     seed: int = 0
     """Of what is drawn, where the temperature is not 0."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Answering(Drawing, Loading):
+    """Which model answers, and how."""
 
     def check(self) -> None:
         self.params()
@@ -137,11 +143,7 @@ def run_generate(arguments: Sequence[str]) -> None:
         print(start + text)
 
 
-def turn(role: str, content: str) -> dict[str, str]:
-    return {"role": role, "content": content}
-
-
-def ask(engine: Engine, turns: Sequence[dict[str, str]]) -> tuple[list[int], str]:
+def ask(engine: Engine, turns: Sequence[Turn]) -> tuple[list[int], str]:
     """The prompt's ids, and how the answer begins: with ``<think>`` where the prompt has opened it already."""
     tokenizer = engine.tokenizer
     return encode_prompt(tokenizer, turns), THINK if prompt_opens_thinking(tokenizer, turns) else ""

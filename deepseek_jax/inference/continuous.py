@@ -109,7 +109,9 @@ class Continuous:
             )
         sampling.check_no_text()
         if sampling.prompt_logprobs and not self.programs.serving.score:
-            raise ValueError("prompt_logprobs: for an engine with ServingConfig(score=True), --serving.score")
+            raise ValueError(
+                "prompt_logprobs (echo with logprobs): for an engine with ServingConfig(score=True), --serving.score"
+            )
         if sampling.constrained:  # which plans wait for, as long as it takes a host to find what may be said
             require_one_process("an answer that is held to a grammar")
         if (stops := len(self._stop_ids) + len(sampling.stop_token_ids)) > STOPS:

@@ -27,15 +27,19 @@ async def asked_by_completion(body: Completion, tokenizer: Tokenizer, served: Se
     given: list[Any] = body.prompt if isinstance(body.prompt, list) else [body.prompt]
     given = [given] if isinstance(given[0], int) else given
     check_most("prompt", len(given), limits.n, "prompts")
-    if body.echo and body.logprobs is not None:
-        raise ApiError(400, "echo with logprobs: the prompt's log-probabilities are not kept", param="echo")
+    if body.max_tokens == 0 and not body.echo:
+        raise ApiError(400, "max_tokens=0 without echo: nothing is asked for", param="max_tokens")
 
     def encode() -> list[list[int]]:
         bos = tokenizer.bos_ids
         return [[*bos, *tokenizer.encode(each)] if isinstance(each, str) else [*each] for each in given]
 
     prompts = await encoded(encode)
-    return _asked(body, prompts, body.max_tokens, body.logprobs, served, limits, few=_COMPLETION_TOKENS)
+    asked = _asked(body, prompts, body.max_tokens, body.logprobs, served, limits, few=_COMPLETION_TOKENS)
+    if not body.echo:
+        return asked
+    scored = {"prompt_logprobs": True} if body.logprobs is not None else {}
+    return replace(asked, sampling=asked.sampling | scored, echo=True)
 
 
 async def asked_by_chat(body: Chat, tokenizer: Tokenizer, served: Served, limits: Limits) -> Asked:
@@ -109,7 +113,7 @@ def _asked(
     check_most("stop", len(stops), limits.stops, "stop strings")
     check_most("stop", max(map(len, stops), default=0), limits.stop_length, "characters of one")
     room, most = served.context - longest, limits.max_tokens or served.context
-    if room < 1:
+    if room < (max_tokens != 0):
         message = f"the prompt has {longest} tokens, and this model's context {served.context} with the answer"
         raise ApiError(400, message, param="messages", code="context_length_exceeded")
     if max_tokens is not None:
@@ -119,7 +123,7 @@ def _asked(
             raise ApiError(400, message, param="max_tokens", code="context_length_exceeded")
     sampling: dict[str, Any] = {name: float(value) for name in _SAME if (value := getattr(body, name)) is not None}
     sampling |= {
-        "max_tokens": max_tokens or min(room, most, few or room),
+        "max_tokens": min(room, most, few or room) if max_tokens is None else max_tokens,
         "seed": secrets.randbits(31) if body.seed is None else body.seed % 2**31,
         "top_k": max(body.top_k or 0, 0),
         "stop_token_ids": body.stop_token_ids or [],

@@ -22,13 +22,15 @@ class Event:
     """What a step has brought to an answer. The first one, with nothing in it, says that it was taken on.
 
     cached: tokens of the prompt that were found in the cache, known with the first token. finish_reason: "" while it
-    goes on, ``stop`` (the last id ends it and is no text) or ``length``."""
+    goes on, ``stop`` (the last id ends it and is no text) or ``length``. prompt: log-probabilities of its tokens but
+    the first, and their alternatives, where they are asked for: once, with the first token or at the end."""
 
     ids: list[int]
     logprobs: list[float] = dataclasses.field(default_factory=list)
     alternatives: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
     finish_reason: str = ""
     cached: int = 0
+    prompt: tuple[list[float], list[list[tuple[int, float]]]] | None = None
 
 
 class RefusedError(Exception):

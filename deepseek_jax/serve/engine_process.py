@@ -210,7 +210,8 @@ class Desk:
         key = self._keys[event.number]
         if event.finish_reason:
             del self._keys[event.number], self._numbers[key]
-        return [key, event.token_ids, event.logprobs, event.alternatives, event.finish_reason, event.cached]
+        prompt = None if event.prompt is None else [event.prompt.logprobs, event.prompt.alternatives]
+        return [key, event.token_ids, event.logprobs, event.alternatives, event.finish_reason, event.cached, prompt]
 
 
 def sampling_of(fields: dict[str, Any]) -> SamplingParams:

@@ -65,11 +65,13 @@ class Sampled(BaseModel):
 
 
 class Completion(Sampled):
-    """``/v1/completions``. prompt: a text, ids, or a list of either. logprobs: of each token, and so many others."""
+    """``/v1/completions``. prompt: a text, ids, or a list of either. logprobs: of each token, and so many others; with
+    echo of the prompt's tokens too. max_tokens may be 0 with echo."""
 
     prompt: Text | Ids | Annotated[list[Text], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
     logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     echo: bool | None = None
+    max_tokens: Annotated[int, Field(ge=0, lt=2**31), WHOLE] | None = None
 
 
 class Part(BaseModel):

@@ -170,7 +170,7 @@ def test_on_a_mesh(monkeypatch):
 
 def test_what_is_not_to_be_had():
     plain = Engine(whole(MODELS["v3"], *weights(MODELS["v3"]), tokenizer()), serving=SERVING)
-    with pytest.raises(ValueError, match="prompt_logprobs: for an engine with ServingConfig.score=True"):
+    with pytest.raises(ValueError, match="prompt_logprobs .*: for an engine with ServingConfig.score=True"):
         plain.submit([3, 4], SCORED)
     with pytest.raises(ValueError, match="prompt_logprobs=True: for requests"):
         plain.generate([[3, 4]], SCORED)

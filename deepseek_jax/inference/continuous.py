@@ -23,11 +23,13 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.inference.arrivals import exchange
 from deepseek_jax.inference.constraints import Constraint, settle
 from deepseek_jax.inference.decoding import Decoded
-from deepseek_jax.inference.programs import Done, Programs, Weights, gathers
+from deepseek_jax.inference.plans import Plan, PromptScores, Request
+from deepseek_jax.inference.programs import Done, Programs, gathers
 from deepseek_jax.inference.rows import STOPS, Rows
 from deepseek_jax.inference.sampling import SamplingParams
-from deepseek_jax.inference.schedule import Buckets, Plan, PromptScores, Request, Schedule, ServingConfig
+from deepseek_jax.inference.schedule import Buckets, Schedule, ServingConfig
 from deepseek_jax.inference.speculation import check_drafts
+from deepseek_jax.inference.weights import Weights
 from deepseek_jax.parallel.processes import require_one_process
 
 
@@ -152,9 +154,7 @@ class Continuous:
                 self.programs.wait()
             done = self._fetched(done, plans)
         except BaseException:  # pages may be half written, or given away
-            for lane in self._lanes:
-                lane.start_over()
-            self.programs.empty()
+            self.free()
             raise
         self._counts["seconds_waited"] += time.perf_counter() - dispatched + self.programs.seconds - called
         events, self._untold = self._untold, []
@@ -178,6 +178,12 @@ class Continuous:
         """The weights are others: running requests go on, prefixes read by the former ones are lent to nobody."""
         for lane in self._lanes:
             lane.forget()
+
+    def free(self) -> None:
+        """Let the pages go until a step needs some: running requests begin anew with what they were answered."""
+        for lane in self._lanes:
+            lane.start_over()
+        self.programs.free()
 
     def metrics(self) -> dict[str, float]:
         """Of now: requests that wait and run, pages that are held. Since the start: tokens of prompts, and of who had

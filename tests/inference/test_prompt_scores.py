@@ -15,8 +15,9 @@ from small import tokenizer
 from deepseek_jax.inference import scores
 from deepseek_jax.inference.continuous import Event
 from deepseek_jax.inference.engine import Engine
+from deepseek_jax.inference.plans import PromptScores
 from deepseek_jax.inference.sampling import SamplingParams
-from deepseek_jax.inference.schedule import PromptScores, ServingConfig
+from deepseek_jax.inference.schedule import ServingConfig
 from deepseek_jax.parallel.mesh import MeshConfig
 
 SCORING = dataclasses.replace(SERVING, score=True)

@@ -41,8 +41,7 @@ def answered(made: Engine, *asked: tuple[list[int], SamplingParams]) -> list[lis
     while made.busy:
         for event in made.step():
             found[event.number].append(event)
-        assert made._requests is not None
-        made._requests.check()
+        made.requests.continuous.check()
     assert made.metrics()["pages_held"] == made.metrics()["compiles"] == 0
     return [found[number] for number in numbers]
 
@@ -132,9 +131,8 @@ def test_who_gives_way_is_told_once(monkeypatch):
     assert made.metrics()["preemptions"] > before["preemptions"]
     number, events = made.submit(LONG, SCORED), list[Event]()
     made.step()
-    assert made._requests is not None
     with monkeypatch.context() as patch, pytest.raises(TypeError):
-        patch.setattr(made._requests.programs, "run", None)
+        patch.setattr(made.requests.continuous.programs, "run", None)
         made.step()
     while made.busy:
         events += made.step()

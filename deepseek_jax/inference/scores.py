@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from deepseek_jax.inference.sampling import ALTERNATIVES, first_maximum
+from deepseek_jax.inference.limits import ALTERNATIVES
+from deepseek_jax.inference.sampling import first_maximum
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.mesh import current_mesh
 from deepseek_jax.parallel.sharding import constrain

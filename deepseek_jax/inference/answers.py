@@ -5,6 +5,7 @@ import dataclasses
 from deepseek_jax.data.streaming import EndingText
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.inference.continuous import Event
+from deepseek_jax.inference.plans import PromptScores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,8 +13,8 @@ class Completion:
     """text: decoded with the thinking marks, without what ended it: a stop id, or a stop string and what stands behind.
 
     token_ids: those of the text and, where there was one, the stop id, or all of the stop string; logprobs: theirs.
-    finish_reason: ``stop``, ``length``, or ``error`` where its grammar could not be gone on with. alternatives: see
-    ``Event``.
+    finish_reason: ``stop``, ``length``, or ``error`` where its grammar could not be gone on with. alternatives,
+    prompt: see ``Event``.
     """
 
     text: str
@@ -21,6 +22,7 @@ class Completion:
     logprobs: list[float]
     finish_reason: str
     alternatives: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
+    prompt: PromptScores | None = None
 
 
 class Answer:
@@ -34,12 +36,14 @@ class Answer:
         self._stream = EndingText(tokenizer, stop) if stop or streamed else None
         self._text, self._ids, self._logprobs = "", list[int](), list[float]()
         self._alternatives = list[list[tuple[int, float]]]()
+        self._prompt: PromptScores | None = None
         self.finish_reason = ""
 
     def add(self, event: Event) -> Completion:
         """-> what the event brings, its text where that is streamed; nothing behind the end."""
         if self.finish_reason:
             return Completion("", [], [], self.finish_reason)
+        self._prompt = self._prompt or event.prompt
         text, count, self.finish_reason = "", len(event.token_ids), event.finish_reason
         if self._stream is not None:
             ids = event.token_ids[:-1] if event.finish_reason == "stop" else event.token_ids
@@ -51,7 +55,7 @@ class Answer:
         self._ids += ids
         self._logprobs += logprobs
         self._alternatives += alternatives
-        return Completion(text, ids, logprobs, self.finish_reason, alternatives)
+        return Completion(text, ids, logprobs, self.finish_reason, alternatives, event.prompt)
 
     def completion(self) -> Completion:
         """The whole of what has come."""
@@ -59,4 +63,4 @@ class Answer:
         if self._stream is None:
             said = self._ids[:-1] if self.finish_reason == "stop" else self._ids
             text = self._tokenizer.decode(said, skip_special_tokens=False)
-        return Completion(text, self._ids, self._logprobs, self.finish_reason, self._alternatives)
+        return Completion(text, self._ids, self._logprobs, self.finish_reason, self._alternatives, self._prompt)

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
-from deepseek_jax.data.streaming import EndingText
+from deepseek_jax.data.streaming import EndingText, TextStream
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.serve.asking import Asker
 from deepseek_jax.serve.prompts import Prompt
@@ -17,8 +17,8 @@ from deepseek_jax.serve.thinking import GRAMMARS, Thoughts, in_stages
 class Asked:
     """What a request comes down to. prompts: of each, ``n`` answers; number i of all has draw i. sampling: fields of
     ``SamplingParams``. stops: strings that end an answer. alternatives: beside each token; None: without
-    log-probabilities. usage: a stream of chunks tells the tokens at its end. prompt: of a chat, what its one prompt is.
-    thinking_budget: tokens of thinking at most."""
+    log-probabilities. usage: a stream of chunks tells the tokens at its end. echo: each answer begins with its prompt.
+    prompt: of a chat, what its one prompt is. thinking_budget: tokens of thinking at most."""
 
     prompts: list[list[int]]
     sampling: dict[str, Any]
@@ -26,6 +26,7 @@ class Asked:
     stops: tuple[str, ...] = ()
     alternatives: int | None = None
     usage: bool = False
+    echo: bool = False
     prompt: Prompt | None = None
     thinking_budget: int | None = None
 
@@ -33,13 +34,18 @@ class Asked:
     def count(self) -> int:
         return len(self.prompts) * self.n
 
+    @property
+    def scored(self) -> bool:
+        """Whether the prompts' tokens have log-probabilities, too."""
+        return "prompt_logprobs" in self.sampling
+
 
 @dataclasses.dataclass(frozen=True)
 class Token:
-    """offset: where its text begins in the answer's."""
+    """offset: where its text begins in the answer's, or the prompt's. logprob: None for what nothing stands before."""
 
     id: int
-    logprob: float
+    logprob: float | None
     alternatives: Sequence[tuple[int, float]]
     offset: int
 
@@ -48,7 +54,7 @@ class Token:
 class Piece:
     """What has come of answer ``index``; the first of each has nothing in it. count: tokens made; thought: of a chat,
     those of them that are thinking. tokens: where log-probabilities are asked for, those whose text this is.
-    finish_reason: as OpenAI has it, "" while it goes on."""
+    finish_reason: as OpenAI has it, "" while it goes on. prompt: its tokens, where they are scored; once."""
 
     index: int
     text: str = ""
@@ -57,6 +63,7 @@ class Piece:
     finish_reason: str = ""
     cached: int = 0
     thought: int = 0
+    prompt: tuple[Token, ...] = ()
 
 
 async def answers(asker: Asker, tokenizer: Tokenizer, asked: Asked) -> AsyncGenerator[Piece]:
@@ -96,6 +103,9 @@ async def answers(asker: Asker, tokenizer: Tokenizer, asked: Asked) -> AsyncGene
 
 async def _answer(asker: Asker, tokenizer: Tokenizer, asked: Asked, index: int) -> AsyncGenerator[Piece]:
     text = EndingText(tokenizer, asked.stops)
+    if not (asked.sampling["max_tokens"] or asked.scored):  # the prompt alone, which is known
+        yield Piece(index, finish_reason="length")
+        return
     given = count = 0  # characters given out, tokens made since the last piece
     held: list[Token] = []
     opened = asked.prompt is not None and asked.prompt.opened and not asked.prompt.begun
@@ -117,10 +127,28 @@ async def _answer(asker: Asker, tokenizer: Tokenizer, asked: Asked, index: int) 
             count += len(offsets) if found else len(event.ids)
             given += len(certain)
             reason = "stop" if found else event.finish_reason
-            if certain or reason or not event.ids:
+            prompt = ()
+            if event.prompt is not None:
+                prompt = await asyncio.to_thread(_of_prompt, tokenizer, question[0], *event.prompt)
+            if asked.scored and len(spoken) < len(event.ids) and not found:  # else the prompt's end would not be told
+                likely = event.alternatives[-1] if asked.alternatives else ()
+                held.append(Token(event.ids[-1], event.logprobs[-1], likely, given))
+            if certain or reason or prompt or not event.ids:
                 tokens = tuple(token for token in held if token.offset < given or (reason and not found))
                 held = held[len(tokens) :]
-                yield Piece(index, certain, count, tokens, reason, event.cached, thought)
+                yield Piece(index, certain, count, tokens, reason, event.cached, thought, prompt)
                 count = thought = 0
             if found:
                 return
+
+
+def _of_prompt(
+    tokenizer: Tokenizer, ids: list[int], logprobs: list[float], alternatives: list[list[tuple[int, float]]]
+) -> tuple[Token, ...]:
+    """offsets: in the text as it is echoed, without special tokens."""
+    text, offset, tokens = TextStream(tokenizer, skip_special_tokens=True), 0, list[Token]()
+    scores = [(None, []), *zip(logprobs, alternatives or [[]] * len(logprobs), strict=True)]
+    for token_id, (logprob, likely) in zip(ids, scores, strict=True):
+        tokens.append(Token(token_id, logprob, likely, offset))
+        offset += len(text.push(token_id))
+    return tuple(tokens)

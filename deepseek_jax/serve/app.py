@@ -67,7 +67,7 @@ def add_generation(app: FastAPI, desk: Desk) -> None:
         desk.check()
         served = desk.asker.served
         asked = await asked_by_completion(body, tokenizer, served, limits)
-        form = CompletionForm(served.name, tokenizer, asked, bool(body.echo))
+        form = CompletionForm(served.name, tokenizer, asked)
         return await desk.respond(request, asked, form, stream=bool(body.stream))
 
 

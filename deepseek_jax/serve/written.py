@@ -4,7 +4,9 @@ import abc
 import json
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from deepseek_jax.data.tokenizer import Tokenizer
@@ -85,22 +87,24 @@ class Choices(abc.ABC):
 class CompletionForm(Choices):
     name, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, model: str, tokenizer: Tokenizer, asked: Asked, echo: bool):
+    def __init__(self, model: str, tokenizer: Tokenizer, asked: Asked):
         super().__init__(model, tokenizer, asked)
-        echoed = [tokenizer.decode(ids) if echo else "" for ids in asked.prompts]
+        echoed = [tokenizer.decode(ids) if asked.echo else "" for ids in asked.prompts]
         self._echoed = [echoed[index // asked.n] for index in range(asked.count)]
         self._parts: list[list[dict[str, Any]]] = [[] for _ in range(asked.count)]
 
     def add(self, piece: Piece) -> list[dict[str, Any]]:
         self.tally.add(piece)
-        parts = self._parts[piece.index]
-        text = piece.text if parts else self._echoed[piece.index] + piece.text
+        parts, echoed = self._parts[piece.index], self._echoed[piece.index]
+        begins = bool(piece.prompt) if self.asked.scored else not parts
+        text = echoed + piece.text if begins else piece.text
         logprobs = None
         if self.asked.alternatives is not None:
-            logprobs = self._logprobs(piece.tokens, len(self._echoed[piece.index]))
+            behind = [replace(token, offset=len(echoed) + token.offset) for token in piece.tokens]
+            logprobs = self._logprobs([*piece.prompt, *behind])
         told = {"text": text, "logprobs": logprobs, "finish_reason": piece.finish_reason or None}
         parts.append({"index": piece.index, **told})
-        return parts[-1:] if text or piece.tokens or piece.finish_reason else []
+        return parts[-1:] if text or piece.prompt or piece.tokens or piece.finish_reason else []
 
     def choices(self) -> list[dict[str, Any]]:
         return [self._joined(parts) for parts in self._parts]
@@ -112,14 +116,14 @@ class CompletionForm(Choices):
             logprobs = {name: [one for each in told for one in each[name]] for name in told[0]}
         return {**parts[-1], "text": "".join(part["text"] for part in parts), "logprobs": logprobs}
 
-    def _logprobs(self, tokens: Iterable[Token], before: int) -> dict[str, list[Any]]:
-        tokens = [*tokens]
-        text = lambda token_id: token_text(self.tokenizer, token_id)  # noqa: E731
+    def _logprobs(self, tokens: Sequence[Token]) -> dict[str, list[Any]]:
+        text = cache(lambda token_id: token_text(self.tokenizer, token_id))
+        top = [{text(i): logprob for i, logprob in token.alternatives} for token in tokens]
         return {
             "tokens": [text(token.id) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [{text(i): logprob for i, logprob in token.alternatives} for token in tokens],
-            "text_offset": [before + token.offset for token in tokens],
+            "top_logprobs": [None if token.logprob is None else top for token, top in zip(tokens, top, strict=True)],
+            "text_offset": [token.offset for token in tokens],
         }
 
 
@@ -173,7 +177,7 @@ def chat_logprob(tokenizer: Tokenizer, token: Token) -> dict[str, Any]:
     return told | {"top_logprobs": [_token(tokenizer, *other) for other in token.alternatives]}
 
 
-def _token(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:
+def _token(tokenizer: Tokenizer, token_id: int, logprob: float | None) -> dict[str, Any]:
     text = token_text(tokenizer, token_id)
     return {"token": text, "logprob": logprob, "bytes": [*text.encode()]}
 

@@ -49,8 +49,8 @@ class Running:
 
 
 @contextmanager
-def running(serve: ServeConfig = HOST) -> Iterator[Running]:
-    engine = Engine(whole(NETWORK, *weights(NETWORK), tokenizer()), serving=SERVING)
+def running(serve: ServeConfig = HOST, serving: ServingConfig = SERVING) -> Iterator[Running]:
+    engine = Engine(whole(NETWORK, *weights(NETWORK), tokenizer()), serving=serving)
     with tempfile.TemporaryDirectory() as folder, HttpProcess(serve) as http:
         tokenizer().save(folder)
         http.start(folder, "", NETWORK.vocab_size)

@@ -16,7 +16,7 @@ SERVED = Served("fake", context=4096, vocab_size=300, slots=8)
 
 class FakeAsker:
     """Answers each prompt with the tokens of ``answer`` and the end of sentence, ``at_once`` together, ``seconds``
-    apart."""
+    apart; the log-probability of a prompt's token i is -i / 8."""
 
     def __init__(self, answer: str = "12+34=46, é", at_once: int = 1, seconds: float = 0.0, served: Served = SERVED):
         self.tokenizer = tokenizer()
@@ -35,16 +35,27 @@ class FakeAsker:
         left, stops = self.answer[: sampling["max_tokens"]], True
         try:
             yield Event([])
+            scores = self.scores(ids, sampling)
+            if not left:
+                yield Event([], finish_reason="length", prompt=scores)
             while left:
                 await asyncio.sleep(self.seconds)
                 now, left = left[: self.at_once], left[self.at_once :]
                 reason = "" if left else "stop" if now[-1] == self.answer[-1] else "length"
                 likely = [[(i, -0.5), (5, -2.0)][: sampling["alternatives"]] for i in now]
-                yield Event(now, [-0.5] * len(now), likely, reason, min(len(ids), 4))
+                yield Event(now, [-0.5] * len(now), likely, reason, min(len(ids), 4), scores)
+                scores = None
             stops = False
         finally:
             self.open -= 1
             self.cancelled += stops
+
+    def scores(self, ids: list[int], sampling: dict[str, Any]) -> Any:
+        if not sampling.get("prompt_logprobs"):
+            return None
+        logprobs = [-i / 8 for i in range(1, len(ids))]
+        likely = [[(token, one)][: sampling["alternatives"]] for token, one in zip(ids[1:], logprobs, strict=True)]
+        return logprobs, likely if sampling["alternatives"] else []
 
     async def metrics(self) -> dict[str, float]:
         return {"waiting": 0.0, "running": float(self.open), "tokens": 7.0}

@@ -8,7 +8,6 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from deepseek_jax.inference.limits import ALTERNATIVES
-from deepseek_jax.inference.sampling import first_maximum
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.mesh import current_mesh
 from deepseek_jax.parallel.sharding import constrain
@@ -51,7 +50,7 @@ def score(
         logits_BKW = network.logits(hidden_BKD)
         total_BK1 = jax.nn.logsumexp(logits_BKW, axis=2, keepdims=True)
         chosen_BK1 = jnp.take_along_axis(logits_BKW, following_BK[..., None], axis=2)
-        likely_BKA, best_BKA = jax.lax.switch(jnp.minimum(alternatives, 2), (_none, _first, _several), logits_BKW)
+        likely_BKA, best_BKA = jax.lax.cond(alternatives > 0, _likely, _none, logits_BKW)
         return Scores((chosen_BK1 - total_BK1)[..., 0], likely_BKA, best_BKA - total_BK1)
 
     with jax.named_scope("score"):
@@ -59,18 +58,11 @@ def score(
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, -1, *x.shape[3:])[:, :size], found)
 
 
+def _likely(logits_BKW):
+    best_BKA, likely_BKA = jax.lax.top_k(logits_BKW, min(ALTERNATIVES, logits_BKW.shape[2]))
+    return likely_BKA, best_BKA
+
+
 def _none(logits_BKW):
     shape = (*logits_BKW.shape[:2], min(ALTERNATIVES, logits_BKW.shape[2]))
     return jnp.zeros(shape, jnp.int32), jnp.zeros(shape)
-
-
-def _first(logits_BKW):
-    """Alone: of a large vocabulary 20 take a GPU longer than the product."""
-    ids_BK = first_maximum(logits_BKW.reshape(-1, logits_BKW.shape[2])).reshape(logits_BKW.shape[:2])
-    likely_BKA, best_BKA = _none(logits_BKW)
-    return likely_BKA.at[..., 0].set(ids_BK), best_BKA.at[..., 0].set(jnp.max(logits_BKW, axis=2))
-
-
-def _several(logits_BKW):
-    best_BKA, likely_BKA = jax.lax.top_k(logits_BKW, min(ALTERNATIVES, logits_BKW.shape[2]))
-    return likely_BKA, best_BKA

@@ -1,5 +1,6 @@
 """Two real processes answer requests as they come: what one answers, whoever asks, and without a compile behind."""
 
+import dataclasses
 import json
 import signal
 import time
@@ -21,13 +22,16 @@ from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.schedule import ServingConfig
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
 
-SERVING = ServingConfig(slots=2, pages=8, page=4, context=32, chunk=8, turns=2)
+SERVING = ServingConfig(slots=2, pages=8, page=4, context=32, chunk=8, turns=2, score=True)
+SCORED = SamplingParams(temperature=0.0, max_tokens=3, prompt_logprobs=True, alternatives=2)
 # (the process that asks, the step before which it does, prompt, parameters, draw)
 ASKED = [
     (0, 0, [5, 9, 2, 7] * 3, SamplingParams(temperature=0.0, max_tokens=8), 0),
     (1, 0, [8, 8, 1], SamplingParams(max_tokens=9, seed=3, logit_bias=((11, -2.5),)), 2),
     (0, 1, [5, 9, 2, 7] * 3, SamplingParams(temperature=0.7, max_tokens=8), 1),
     *((i % 2, 2 + i // 6, [i + 3] * (i + 1), SamplingParams(temperature=0.0, max_tokens=12), 0) for i in range(18)),
+    (1, 3, [5, 9, 2, 7] * 3, SCORED, 0),
+    (0, 4, [11, 4, 9] * 6, dataclasses.replace(SCORED, max_tokens=0), 0),
 ]
 CANCELLED = 5
 # The first process drives, the second follows, and asks from another thread.
@@ -57,7 +61,8 @@ def engine(**more: Any) -> Engine:
 
 
 def answers() -> str:
-    """This process's, as JSON: [place in ASKED, tokens, log-probabilities, why it ended]; and what was counted."""
+    """This process's, as JSON: [place in ASKED, tokens, log-probabilities, those of a prompt among them, why it ended];
+    and what was counted."""
     serving, here, alone = engine(), jax.process_index(), jax.process_count() == 1
     serving.warm_up()
     places, found = dict[int, int](), dict[int, list]()
@@ -71,7 +76,7 @@ def answers() -> str:
         for event in serving.step():
             answer = found[places[event.number]]
             answer[0] += event.token_ids
-            answer[1] += event.logprobs
+            answer[1] += [*(event.prompt.logprobs if event.prompt else ()), *event.logprobs]
             answer[2] = event.finish_reason
         if now > 4 and not serving.busy:
             break

@@ -97,10 +97,8 @@ class Programs:
                 for (rows, size), pieces in self.buckets.reads([plan.pieces for plan in plans]):
                     found = self._run(weights, self._reading(pieces, rows, size))
                     if found is not None:
-                        at = [
-                            (piece, i) for lane, some in enumerate(pieces) for i, piece in enumerate(some, lane * rows)
-                        ]
-                        scored.append((at, found))
+                        lanes = [enumerate(some, lane * rows) for lane, some in enumerate(pieces)]
+                        scored.append(([(piece, row) for lane in lanes for row, piece in lane], found))
             decoded = self._run(weights, self._decoding(plans)) if any(plan.decoded for plan in plans) else None
         return Done(decoded, scored)
 
@@ -117,9 +115,8 @@ class Programs:
         self._fill()
         buckets, nobody = self.buckets, [[] for _ in range(self.lanes)]
         jobs = [self._copies(nobody)]
-        for (rows, size), alternatives in itertools.product(
-            buckets.chunks, (None, 0) if self.serving.score else (None,)
-        ):
+        scoring = (None, 0) if self.serving.score else (None,)
+        for (rows, size), alternatives in itertools.product(buckets.chunks, scoring):
             jobs.append(self._reads(nobody, rows, size, buckets.tables[-1], alternatives, fresh=True))
             jobs += [self._reads(nobody, rows, size, table, alternatives, fresh=False) for table in buckets.long]
         for rows, table in itertools.product(buckets.slots, buckets.tables):

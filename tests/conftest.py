@@ -50,7 +50,7 @@ settings.load_profile("repository")
 install_import_hook(["deepseek_jax", "deepseek_kernels"], "typechecking.check_functions")
 
 # Linux gives a process 65,530 mappings (vm.max_map_count); a compiled program takes four, and XLA ends the process by a
-# segmentation fault where it gets none. A worker of the whole suite came to 38,000 and more.
+# segmentation fault where it gets none. The whole suite brings a worker there.
 MAPPINGS = Path("/proc/self/maps")
 MOST_MAPPINGS = 16_384
 

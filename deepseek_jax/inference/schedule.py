@@ -123,7 +123,7 @@ class Schedule:
 
     def submit(self, request: Request) -> None:
         """Queue it: a prompt that has room for its answer within ``context``."""
-        request.prompt = len(request.ids)
+        request.prompt = len(request.ids) - request.begun
         bisect.insort(self.waiting, request, key=lambda each: each.number)
 
     def cancel(self, request: Request) -> None:

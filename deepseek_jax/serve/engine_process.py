@@ -186,7 +186,8 @@ class Desk:
         try:
             if behind := frame["sampling"].pop("behind", None):
                 self._engine.held_to(SamplingParams(**behind))
-            number = self._engine.submit(frame["ids"], sampling_of(frame["sampling"]), draw=frame["draw"])
+            place = {"draw": frame["draw"], "begun": frame["sampling"].pop("begun", 0)}
+            number = self._engine.submit(frame["ids"], sampling_of(frame["sampling"]), **place)
         except ValueError as error:
             self._send({"refused": key, "message": str(error)})
             return

@@ -19,7 +19,7 @@ from deepseek_jax.serve.link import Link
 class Failing:
     """Its second request's grammar cannot be gone on with."""
 
-    def submit(self, ids: list[int], sampling: Any, *, draw: int) -> int:
+    def submit(self, ids: list[int], sampling: Any, *, draw: int, begun: int) -> int:
         return ids[0]
 
     def step(self) -> list[Event]:

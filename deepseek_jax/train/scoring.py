@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.model import transformer
+from deepseek_jax.model import parameters
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.processes import together
 from deepseek_jax.parallel.sharding import ShardingRules, split_rows
@@ -90,7 +90,7 @@ class Scorer:
         self.old, self.reference = old, reference
 
         def score(compute, params, router_bias, batch):
-            network = transformer.merge(config, params, router_bias, compute)
+            network = parameters.merge(config, params, router_bias, compute)
             return score_batch(network, batch, chunk=chunk, microbatches=microbatches)
 
         def compiled(compute: ComputeConfig) -> Callable[..., jax.Array]:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.model import transformer
+from deepseek_jax.model import parameters, transformer
 from deepseek_jax.parallel.sharding import Rounded, placed, placed_as_state, split_by, split_rows
 from deepseek_jax.train.optimizer import guarded, keep_if
 from deepseek_jax.train.state import TrainState
@@ -78,8 +78,8 @@ def make_step(
     if epochs < 1 or minibatches < 1:
         raise ValueError(f"epochs={epochs}, minibatches={minibatches}: must be at least 1")
     optimizer = guarded(optimizer)
-    build = functools.partial(transformer.merge, config, compute=compute)
-    axes, rules = transformer.logical_axes(config), compute.rules
+    build = functools.partial(parameters.merge, config, compute=compute)
+    axes, rules = parameters.logical_axes(config), compute.rules
     as_parameters = functools.partial(placed, axes_tree=axes, rules=rules)
     as_state = functools.partial(placed_as_state, axes_tree=axes, rules=rules)
 

@@ -15,7 +15,7 @@ from small import SPEAKER, tokenizer
 from deepseek_jax.data.packing import pack_stream
 from deepseek_jax.data.tokenizer import EOS, Tokenizer
 from deepseek_jax.evals.text import HeldOut, Score, row_loss, score_text
-from deepseek_jax.model import transformer
+from deepseek_jax.model import parameters
 from deepseek_jax.parallel import processes
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
 from deepseek_jax.workflows.stage import StageConfig, finish, write_json
@@ -34,7 +34,7 @@ def rows_of(texts=TEXTS):
 @functools.cache
 def forward():
     return jax.jit(
-        lambda p, b, tokens, segments: transformer.merge(SPEAKER, p, b)(tokens, segment_ids_BS=segments).logits
+        lambda p, b, tokens, segments: parameters.merge(SPEAKER, p, b)(tokens, segment_ids_BS=segments).logits
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from model.tiny import QWEN, V3, config, weights
 
-from deepseek_jax.model.transformer import logical_axes
+from deepseek_jax.model.parameters import logical_axes
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
 from deepseek_jax.parallel.sharding import (
     Rounded,

@@ -11,7 +11,7 @@ import pytest
 from model.tiny import V3, config, relative_error, weights
 from train.cases import BATCH, LENGTHS, TINY, S, documents, on_device, pack
 
-from deepseek_jax.model import transformer
+from deepseek_jax.model import parameters
 from deepseek_jax.model.dropping import Balancing
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
 from deepseek_jax.parallel.sharding import place_batch
@@ -29,7 +29,7 @@ def compiled(loss):
 
     def run(params, step, batch, norm, cotangent):
         def values(params):
-            value, parts = loss(transformer.merge(TINY, params, BIAS), batch, norm, step)
+            value, parts = loss(parameters.merge(TINY, params, BIAS), batch, norm, step)
             return jnp.stack([value, *(parts[name] for name in TERMS)]), parts
 
         found, gradient, parts = jax.vjp(values, params, has_aux=True)
@@ -158,8 +158,8 @@ def test_all_logits_are_never_held_at_once(chunk, holds_all):
     """In the loss with MTP and its gradient, for a vocabulary that outweighs everything else."""
     wide = config(V3, num_hidden_layers=2, vocab_size=4096)
     loss = LanguageModelLoss(chunk=chunk, isolate=True)
-    params, bias = jax.eval_shape(lambda: transformer.init(wide))
-    run = lambda p, b, x: loss(transformer.merge(wide, p, b), x, loss.normalisers(x), jnp.int32(0))  # noqa: E731
+    params, bias = jax.eval_shape(lambda: parameters.init(wide))
+    run = lambda p, b, x: loss(parameters.merge(wide, p, b), x, loss.normalisers(x), jnp.int32(0))  # noqa: E731
     found = largest_array(jax.make_jaxpr(jax.grad(run, has_aux=True))(params, bias, on_device(BATCH)).jaxpr)
     assert (found >= len(LENGTHS) * S * wide.vocab_size) == holds_all
 
@@ -170,7 +170,7 @@ def test_all_logits_are_never_held_at_once(chunk, holds_all):
 @functools.cache
 def forward():
     return jax.jit(
-        lambda params, bias, batch: transformer.merge(TINY, params, bias)(
+        lambda params, bias, batch: parameters.merge(TINY, params, bias)(
             batch["tokens"], positions_BS=batch["positions"], segment_ids_BS=batch["segment_ids"], mtp=True
         )
     )
@@ -315,7 +315,7 @@ def test_v2s_losses_over_devices_are_means_over_sequences():
 
     @jax.jit
     def routers(params, tokens, positions, segments):
-        model = transformer.merge(TINY, params, BIAS)
+        model = parameters.merge(TINY, params, BIAS)
         options = {"positions_BS": positions, "segment_ids_BS": segments, "mtp": True, "head": False}
         return model(tokens, balancing=Balancing(4), **options).router
 
@@ -347,7 +347,7 @@ def test_a_mesh_changes_neither_v2s_losses_nor_what_is_dropped(v2s_terms, axes):
 
     def run(params, batch):
         norm = DROPPING.normalisers(batch)
-        return DROPPING(transformer.merge(TINY, params, BIAS), batch, norm, jnp.int32(0))
+        return DROPPING(parameters.merge(TINY, params, BIAS), batch, norm, jnp.int32(0))
 
     with jax.set_mesh(mesh):
         (value, parts), gradient = jax.jit(jax.value_and_grad(run, has_aux=True))(PARAMS, place_batch(BATCH, mesh))

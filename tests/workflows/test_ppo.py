@@ -18,7 +18,8 @@ from workflows.miniature import TESTS
 from deepseek_jax import load, save_hf
 from deepseek_jax.checkpoint.reading import restore_params
 from deepseek_jax.cli.main import main
-from deepseek_jax.model import transformer
+from deepseek_jax.model import parameters
+from deepseek_jax.model.scores import scoring
 from deepseek_jax.rl.rollout import RolloutConfig
 from deepseek_jax.train.metrics import read_metrics
 from deepseek_jax.workflows.ppo import PPOConfig
@@ -71,7 +72,7 @@ def lines(run: Path):
 
 def arrays(run: Path):
     """Policy and critic of the newest checkpoint."""
-    critic, bias = transformer.abstract_arrays(transformer.scoring(SPEAKER, 1))
+    critic, bias = parameters.abstract_arrays(scoring(SPEAKER, 1))
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     wanted = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),

@@ -23,7 +23,7 @@ from deepseek_jax.saying import doing, quietly
 from deepseek_jax.typed import check_least, check_types
 from deepseek_jax.workflows import r1_requests as requests
 from deepseek_jax.workflows.corpus import CorpusConfig, Document, build_corpus
-from deepseek_jax.workflows.stage import RESULT
+from deepseek_jax.workflows.stage_result import RESULT
 from deepseek_jax.workflows.tokenizer import train_on_files
 
 # As R1-Zero's: plain text, which a base reads as the beginning of a page. It is shorter, and so is the base's context.

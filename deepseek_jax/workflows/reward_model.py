@@ -30,7 +30,10 @@ from deepseek_jax.train.optimizer import OptimizerConfig
 from deepseek_jax.train.reward_model import RewardModelLoss, margins
 from deepseek_jax.typed import check_least, check_types
 from deepseek_jax.workflows.own_run import open_start, owns_run
-from deepseek_jax.workflows.stage import LoaderBatches, StageConfig, finish, row_loader, train_stage
+from deepseek_jax.workflows.row_batches import LoaderBatches, row_loader
+from deepseek_jax.workflows.stage import train_stage
+from deepseek_jax.workflows.stage_config import StageConfig
+from deepseek_jax.workflows.stage_result import finish
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,8 @@ from deepseek_jax.evals.text import HeldOut, Score, row_loss, score_text
 from deepseek_jax.model import parameters
 from deepseek_jax.parallel import processes
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
-from deepseek_jax.workflows.stage import StageConfig, finish, write_json
+from deepseek_jax.workflows.stage_config import StageConfig
+from deepseek_jax.workflows.stage_result import finish, write_json
 
 TEXTS = ["def add(a, b):\n    return a + b\n", "12+34=46\n", "größer als ünïcode ½\n" * 2]
 SIZE = 16

@@ -20,7 +20,7 @@ from deepseek_jax.rl.rollout import RolloutConfig
 from deepseek_jax.train.metrics import read_metrics
 from deepseek_jax.workflows import grpo, own_run
 from deepseek_jax.workflows.grpo import GRPOConfig, _check_processes
-from deepseek_jax.workflows.stage import check_start
+from deepseek_jax.workflows.stage_config import check_start
 
 STEPS = """
 def steps(completion, row):

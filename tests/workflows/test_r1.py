@@ -28,7 +28,7 @@ from deepseek_jax.workflows.r1 import STAGES as ALL
 from deepseek_jax.workflows.r1 import R1Config, check_files, check_inputs, make_links, r1
 from deepseek_jax.workflows.r1_data import R1Data, make_data
 from deepseek_jax.workflows.recipe import load_recipe
-from deepseek_jax.workflows.stage import LoaderBatches
+from deepseek_jax.workflows.row_batches import LoaderBatches
 
 STAGES = [name for name in ALL if name not in ("zero_longer", "preferences")]  # the miniature's
 pytestmark = pytest.mark.timeout(900)  # twice sixteen stages, each of which compiles programs of its own

@@ -8,16 +8,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from deepseek_jax.parallel.hlo import (
-    Instruction,
-    Module,
-    arrays,
-    groups_of,
-    kind_of,
-    operand_bytes,
-    sent_between_slices,
-    shape_bytes,
-)
+from deepseek_jax.parallel.collectives import groups_of, kind_of, operand_bytes, sent_between_slices
+from deepseek_jax.parallel.hlo import Instruction, Module, arrays, shape_bytes
 from deepseek_jax.parallel.topology import Links
 
 # Of no time of their own: names for what is there, or (waits) seen to where they start and end.

@@ -12,7 +12,7 @@ from model.tiny import QWEN, V3, config, weights
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.inference.cache import Cache, write_rows
 from deepseek_jax.model import parameters
-from deepseek_jax.parallel.hlo import collectives
+from deepseek_jax.parallel.collectives import collectives
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
 
 LENGTHS, COLUMNS = (5, 2, 7), 12

@@ -14,8 +14,8 @@ from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.inference.cache import Cache
 from deepseek_jax.model import parameters
 from deepseek_jax.model.router import router_stats
+from deepseek_jax.parallel.collectives import collectives
 from deepseek_jax.parallel.context import RowOrder, _placed, numbered, per_row_and_head, pieces
-from deepseek_jax.parallel.hlo import collectives
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
 from deepseek_jax.parallel.sharding import ShardingRules, named_sharding, place_batch, tree_shardings
 from deepseek_jax.train.losses import LanguageModelLoss

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from deepseek_jax.data.tokenizer import END_THINK, THINK
+from deepseek_jax.data.special_tokens import END_THINK, THINK
 from deepseek_jax.files import read_json_object, write_json, write_whole
 from deepseek_jax.parallel.processes import first_host_alone
 from deepseek_jax.rl import arithmetic

@@ -14,7 +14,7 @@ from small import tokenizer
 from deepseek_jax.checkpoint.reading import named_leaves
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.data.model_folder import COMPANIONS, TOKENIZER
-from deepseek_jax.data.tokenizer import BOS, EOS, PAD
+from deepseek_jax.data.special_tokens import BOS, EOS, PAD
 from deepseek_jax.model import parameters
 from deepseek_jax.model.transformer import Transformer
 

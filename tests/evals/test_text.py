@@ -13,7 +13,8 @@ from model.tiny import weights, whole
 from small import SPEAKER, tokenizer
 
 from deepseek_jax.data.packing import pack_stream
-from deepseek_jax.data.tokenizer import EOS, Tokenizer
+from deepseek_jax.data.special_tokens import EOS
+from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.evals.text import HeldOut, Score, row_loss, score_text
 from deepseek_jax.model import parameters
 from deepseek_jax.parallel import processes

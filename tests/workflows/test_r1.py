@@ -15,7 +15,7 @@ from rich.console import Console
 from workflows import tiny_r1
 from workflows.miniature import run_program
 
-from deepseek_jax.data.tokenizer import THINK
+from deepseek_jax.data.special_tokens import THINK
 from deepseek_jax.rl import arithmetic, sampler
 from deepseek_jax.rl.tasks import TaskConfig
 from deepseek_jax.rl.words import wait_words

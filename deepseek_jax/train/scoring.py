@@ -13,7 +13,8 @@ from deepseek_jax.model import parameters
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.processes import together
 from deepseek_jax.parallel.sharding import ShardingRules, split_rows
-from deepseek_jax.train.losses import TokenScores, routed, score_targets, shift
+from deepseek_jax.train.cross_entropy import TokenScores, score_targets
+from deepseek_jax.train.losses import routed, shift
 from deepseek_jax.train.reference import Reference
 from deepseek_jax.train.state import TrainState
 from deepseek_kernels import Visible

@@ -13,7 +13,8 @@ from jaxtyping import Array, Float
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model import parameters, transformer
-from deepseek_jax.parallel.sharding import Rounded, placed, placed_as_state, split_by, split_rows
+from deepseek_jax.parallel.layer_weights import Rounded
+from deepseek_jax.parallel.sharding import placed, placed_as_state, split_by, split_rows
 from deepseek_jax.train.optimizer import guarded, keep_if
 from deepseek_jax.train.state import TrainState
 from deepseek_jax.typed import check_least, check_types

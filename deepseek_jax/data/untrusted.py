@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deepseek_jax.data.conversations import Message
-from deepseek_jax.data.tokenizer import END_THINK, THINK, Tokenizer
+from deepseek_jax.data.special_tokens import END_THINK, THINK
+from deepseek_jax.data.tokenizer import Tokenizer
 
 
 class Hiding:

@@ -5,7 +5,8 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
-from deepseek_jax.data.tokenizer import END_THINK, THINK, Tokenizer
+from deepseek_jax.data.special_tokens import END_THINK, THINK
+from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.serve.asking import Asker, Event
 from deepseek_jax.serve.prompts import CLOSING
 

@@ -17,8 +17,8 @@ from deepseek_jax.inference import paged
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.schedule import ServingConfig
-from deepseek_jax.model import transformer
-from deepseek_jax.model.transformer import logical_axes
+from deepseek_jax.model import parameters
+from deepseek_jax.model.parameters import logical_axes
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
 from deepseek_jax.parallel.sharding import tree_shardings
 
@@ -41,7 +41,7 @@ def engine(name: str) -> Engine:
 @functools.cache
 def forward(name: str):
     def logits(params, bias, tokens_BS):
-        return transformer.merge(MODELS[name], params, bias)(tokens_BS).logits
+        return parameters.merge(MODELS[name], params, bias)(tokens_BS).logits
 
     return jax.jit(logits)
 

@@ -21,7 +21,7 @@ from deepseek_jax.files import read_json_lines
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.generate import Generated
 from deepseek_jax.inference.sampling import SamplingParams
-from deepseek_jax.model import transformer
+from deepseek_jax.model import parameters
 from deepseek_jax.rl import arithmetic
 from deepseek_jax.rl.advantages import settled
 from deepseek_jax.rl.asking import Answer, Question, ask, read_answers
@@ -346,7 +346,7 @@ def test_packed_answers_see_themselves_alone(path):
     @jax.jit
     def run(batch):
         def value(params):
-            network = transformer.merge(SPEAKER, params, bias)
+            network = parameters.merge(SPEAKER, params, bias)
             return loss(network, batch, loss.normalisers(batch), jnp.int32(0))
 
         return jax.value_and_grad(value, has_aux=True)(params)
@@ -423,7 +423,7 @@ def test_the_learner_takes_the_experts_that_the_sampler_took():
     assert np.array_equal(batch["experts"][:, :, 0, 0] >= 0, ran_BS > 0)
 
     def load(params, bias, batch):
-        return score_tokens(transformer.merge(config, params, bias), batch, 16)[1]["load"]
+        return score_tokens(parameters.merge(config, params, bias), batch, 16)[1]["load"]
 
     run = jax.jit(load)
     experts = params["moe_layers"]["mlp"]

@@ -9,7 +9,7 @@ from serve.fake import FakeAsker
 from serve.test_parsing import ARGUMENTS, V3, V31
 from serve.test_prompts import PARAMETERS, TEMPLATE, TOOL
 
-from deepseek_jax.data.tokenizer import END_THINK, THINK
+from deepseek_jax.data.special_tokens import END_THINK, THINK
 from deepseek_jax.serve.parsing import CALLS_BEGIN, CALLS_END
 from deepseek_jax.serve.thinking import in_stages
 

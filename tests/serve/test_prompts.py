@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek_jax.data.chat import encode_prompt
-from deepseek_jax.data.tokenizer import END_THINK, EOS, TOOL_TOKENS, Tokenizer
+from deepseek_jax.data.special_tokens import END_THINK, EOS, TOOL_TOKENS
+from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.data.tokenizer_training import train_tokenizer
 from deepseek_jax.serve.parsing import Parser
 from deepseek_jax.serve.prompts import CLOSING, NO_THOUGHT, Prompt, write_prompt

@@ -100,6 +100,7 @@ static void any_few(XLA_FFI_CallFrame *frame, int across) {
 }
 
 const int deepseek_lanes = LANES;
+int deepseek_tiles(void) { return tiles_allowed(); }
 
 #define HANDLER(name, body)                           \
   XLA_FFI_Error *name(XLA_FFI_CallFrame *frame) {     \

@@ -11,12 +11,13 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-enum { SIDE = 16, DEPTH = 32, TILE_BYTES = 1024, TERMS = 3, BLOCK = 4, KEPT_TILES = 4, SOON = 3 };
+// NEAR: bytes of x that stay in a core's cache while a weight's columns go by.
+enum { SIDE = 16, DEPTH = 32, TILE_BYTES = 1024, TERMS = 3, BLOCK = 4, WIDTH = 64, KEPT_TILES = 4, SOON = 3, NEAR = 3 << 18 };
 
 typedef struct {
   Few few;
   char *x;  // [group][K / DEPTH][TERMS] tiles
-  int64_t groups, blocks;  // of rows; of BLOCK tiles of the weight in a task
+  int64_t groups, near, strips, blocks;  // of rows, and of a task; of columns, and WIDTH ones in a task
   int across;
 } Tiles;
 
@@ -71,19 +72,24 @@ static inline void weave_rows(const char *w, int64_t step, int64_t wide, char *t
     }
 }
 
-// Sums 0…3 += a group's tiles of 32 k, in registers 4 and 5, times four of the weight, in 6 and 7.
-#define TERM_TIMES(n, x, w) \
-  if (across) _tile_dpbf16ps(n, w, x); \
-  else _tile_dpbf16ps(n, x, w);
-#define TERM(t, x_tile)                                   \
-  _tile_loadd(x_tile, x + t * TILE_BYTES, 64);            \
-  _tile_loadd(6, w[0], stride); TERM_TIMES(0, x_tile, 6)  \
-  _tile_loadd(7, w[1], stride); TERM_TIMES(1, x_tile, 7)  \
-  _tile_loadd(6, w[2], stride); TERM_TIMES(2, x_tile, 6)  \
-  _tile_loadd(7, w[3], stride); TERM_TIMES(3, x_tile, 7)
+static inline void ask_for_rows(const char *w, int64_t step) {
+  for (int i = 0; i < DEPTH; i++) {
+    __builtin_prefetch(w + i * step);
+    __builtin_prefetch(w + i * step + 64);
+  }
+}
+
+// Sums 0…3 += a group's tiles of 32 k, in registers 4 to 6, times four of the weight, one after the other in 7.
+#define TIMES(n, x)                          \
+  if (across) _tile_dpbf16ps(n, 7, x); \
+  else _tile_dpbf16ps(n, x, 7);
+#define COLUMN(n) _tile_loadd(7, w[n], stride); TIMES(n, 4) TIMES(n, 5) TIMES(n, 6)
 static inline __attribute__((always_inline)) void add_tiles(const char *const *w, int64_t stride, const char *x,
                                                             const int across) {
-  TERM(0, 4) TERM(1, 5) TERM(2, 4)
+  _tile_loadd(4, x, 64);
+  _tile_loadd(5, x + TILE_BYTES, 64);
+  _tile_loadd(6, x + 2 * TILE_BYTES, 64);
+  COLUMN(0) COLUMN(1) COLUMN(2) COLUMN(3)
 }
 
 static inline void keep_sums(float *sums) {
@@ -101,19 +107,19 @@ static inline void no_sums(void) {
   _tile_zero(3);
 }
 
-// Columns j… of all rows. Rows of the weight come from memory with the first group, woven one step ahead of the product.
-static void block_along(const Tiles *p, int64_t j, char *woven, float *sums) {
+// Columns j… of the groups g0…g1-1. Rows of the weight come from memory with the first one, woven a step ahead.
+static void block_along(const Tiles *p, int64_t g0, int64_t g1, int64_t j, char *woven, float *sums) {
   const Few *f = &p->few;
-  int64_t deep = f->K / DEPTH, step = f->N * 2, wide = least(64, f->N - j), keep = p->groups > 1 ? deep : KEPT_TILES;
+  const __m512i first = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
+  const __m512i second = _mm512_set_epi32(31, 30, 29, 28, 15, 14, 13, 12, 27, 26, 25, 24, 11, 10, 9, 8);
+  int64_t deep = f->K / DEPTH, step = f->N * 2, wide = least(WIDTH, f->N - j), keep = g1 - g0 > 1 ? deep : KEPT_TILES;
   const char *w = f->w + j * 2;
-  for (int64_t g = 0; g < p->groups; g++) {
+  for (int64_t g = g0; g < g1; g++) {
     no_sums();
-    if (!g) weave_rows(w, step, wide, woven);
+    if (g == g0) weave_rows(w, step, wide, woven);
     for (int64_t k = 0; k < deep; k++) {
-      if (!g && k + 1 < deep) {
-        int64_t soon = k + SOON;
-        const char *next = soon < deep ? w + soon * DEPTH * step : w + 128 + (soon - deep) * DEPTH * step;
-        for (int i = 0; i < DEPTH; i++) __builtin_prefetch(next + i * step), __builtin_prefetch(next + i * step + 64);
+      if (g == g0 && k + 1 < deep) {
+        ask_for_rows(w + (k + SOON < deep ? (k + SOON) * DEPTH * step : 2 * WIDTH + (k + SOON - deep) * DEPTH * step), step);
         weave_rows(w + (k + 1) * DEPTH * step, step, wide, woven + (k + 1) % keep * BLOCK * TILE_BYTES);
       }
       __asm__ volatile("" ::: "memory");
@@ -122,8 +128,6 @@ static void block_along(const Tiles *p, int64_t j, char *woven, float *sums) {
       add_tiles(tiles, 64, p->x + (g * deep + k) * TERMS * TILE_BYTES, 0);
     }
     keep_sums(sums);
-    const __m512i first = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
-    const __m512i second = _mm512_set_epi32(31, 30, 29, 28, 15, 14, 13, 12, 27, 26, 25, 24, 11, 10, 9, 8);
     for (int64_t i = 0; i < least(SIDE, f->R - g * SIDE); i++)
       for (int64_t n = 0; n < wide / 32; n++) {
         __m512 a = _mm512_loadu_ps(sums + n * 512 + i * SIDE), b = _mm512_loadu_ps(sums + n * 512 + 256 + i * SIDE);
@@ -135,18 +139,16 @@ static void block_along(const Tiles *p, int64_t j, char *woven, float *sums) {
 }
 
 // The same of a weight whose rows are the columns. Where there are 32 alone the other tiles' sums are for nobody.
-static void block_across(const Tiles *p, int64_t j, float *sums) {
+static void block_across(const Tiles *p, int64_t g0, int64_t g1, int64_t j, float *sums) {
   const Few *f = &p->few;
-  int64_t deep = f->K / DEPTH, step = f->K * 2, tiles = least(64, f->N - j) / SIDE;
-  for (int64_t g = 0; g < p->groups; g++) {
+  int64_t deep = f->K / DEPTH, step = f->K * 2, tiles = least(WIDTH, f->N - j) / SIDE;
+  for (int64_t g = g0; g < g1; g++) {
     const char *w[BLOCK];
     for (int64_t n = 0; n < BLOCK; n++) w[n] = f->w + (j + (n < tiles ? n : 0) * SIDE) * step;
-    const char *next = w[0] + 64 * step;
     no_sums();
     for (int64_t k = 0; k < deep; k++) {
-      for (int i = 0; i < 64 && !g; i++) __builtin_prefetch(next + k * 4096 + i * 64);
       add_tiles(w, step, p->x + (g * deep + k) * TERMS * TILE_BYTES, 1);
-      for (int n = 0; n < BLOCK; n++) w[n] += 64;
+      for (int n = 0; n < BLOCK; n++) w[n] += 2 * DEPTH;
     }
     keep_sums(sums);
     for (int64_t n = 0; n < tiles; n++) {
@@ -159,30 +161,32 @@ static void block_across(const Tiles *p, int64_t j, float *sums) {
 }
 
 static void few_by_tiles(void *job, int64_t task) {
-  const Tiles *p = job;
   static const struct {
     uint8_t palette, start_row, none[14];
     uint16_t row_bytes[16];
     uint8_t rows[16];
-  } tiles = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+  } whole_tiles = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+  const Tiles *p = job;
+  int64_t g0 = task / p->strips * p->near, g1 = least(g0 + p->near, p->groups), first = task % p->strips * p->blocks;
   float sums[BLOCK * 256] __attribute__((aligned(64)));
-  char *woven = p->across ? NULL : (char *)borrow(least(p->groups > 1 ? p->few.K / DEPTH : KEPT_TILES, 1 << 30) * BLOCK * 256);
-  _tile_loadconfig(&tiles);
-  for (int64_t b = task * p->blocks; b < least((task + 1) * p->blocks, pieces(p->few.N, 64)); b++) {
-    if (p->across) block_across(p, b * 64, sums);
-    else block_along(p, b * 64, woven, sums);
+  char *woven = (char *)borrow(pieces(p->few.K, DEPTH) * BLOCK * TILE_BYTES / 4 + KEPT_TILES * BLOCK * TILE_BYTES / 4);
+  _tile_loadconfig(&whole_tiles);
+  for (int64_t j = first * WIDTH; j < least((first + p->blocks) * WIDTH, p->few.N); j += WIDTH) {
+    if (p->across) block_across(p, g0, g1, j, sums);
+    else block_along(p, g0, g1, j, woven, sums);
   }
   _tile_release();
-  if (woven) give_back((float *)woven);
+  give_back((float *)woven);
 }
 
 static void run_tiles(XLA_FFI_CallFrame *frame, const Few *f, int across) {
-  Tiles p = {.few = *f, .groups = pieces(f->R, SIDE), .across = across};
-  int64_t all = pieces(f->N, 64), work = f->R * f->K * f->N;
-  p.x = aligned_alloc(64, (size_t)(p.groups * (f->K / DEPTH) * TERMS * TILE_BYTES));
-  p.blocks = least(4, pieces(all, 8));
+  int64_t group = f->K / DEPTH * TERMS * TILE_BYTES, blocks = pieces(f->N, WIDTH);
+  Tiles p = {.few = *f, .groups = pieces(f->R, SIDE), .blocks = least(4, pieces(blocks, 8)), .across = across};
+  p.near = NEAR / group > 4 ? NEAR / group : 4;
+  p.x = aligned_alloc(64, (size_t)(p.groups * group));
   run(frame, split_rows, &p, p.groups, f->R * f->K);
-  run(frame, few_by_tiles, &p, pieces(all, p.blocks), work);
+  p.strips = pieces(blocks, p.blocks);
+  run(frame, few_by_tiles, &p, pieces(p.groups, p.near) * p.strips, f->R * f->K * f->N);
   free(p.x);
 }
 #else

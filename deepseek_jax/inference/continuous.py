@@ -94,21 +94,24 @@ class Continuous:
         sampling: SamplingParams,
         *,
         draw: int = 0,
+        begun: int = 0,
         key: Sequence[int] | None = None,
         tempered: bool = False,
         constraint: Constraint | None = None,
     ) -> int:
-        """Queue a prompt -> its number. draw: which sample of this prompt and seed it is. key, tempered: see
-        ``Rows.described``. constraint: of its own, where ``sampling`` asks for one. ValueError for what can never be
-        answered."""
+        """Queue a prompt -> its number. draw: which sample of this prompt and seed it is. begun: of the ids so many are
+        the answer's beginning, see ``Serving.submit``. key, tempered: see ``Rows.described``. constraint: of its own,
+        where ``sampling`` asks for one. ValueError for what can never be answered."""
         assert sampling.constrained == (constraint is not None), sampling
         if not ids or not 0 <= min(ids) <= max(ids) < self._width:
             wrong = f"has the ids {min(ids)}…{max(ids)}" if ids else "has no tokens"
             raise ValueError(f"the prompt {wrong}: expected ids from 0 to below vocab_size={self._width}")
-        if len(ids) + sampling.max_tokens > self.context:
-            raise ValueError(
-                f"a prompt of {len(ids)} tokens and max_tokens={sampling.max_tokens} pass context={self.context}"
-            )
+        if begun and not 0 < begun < min(len(ids), sampling.max_tokens):
+            expected = f"from 0 to below max_tokens={sampling.max_tokens}, and a token of the prompt before it"
+            raise ValueError(f"begun={begun} of {len(ids)} tokens: expected {expected}")
+        if (prompt := len(ids) - begun) + sampling.max_tokens > self.context:
+            most = f"max_tokens={sampling.max_tokens} pass context={self.context}"
+            raise ValueError(f"a prompt of {prompt} tokens and {most}")
         sampling.check_no_text()
         if sampling.prompt_logprobs and not self.programs.serving.score:
             raise ValueError(
@@ -125,7 +128,7 @@ class Continuous:
         if not 0 <= draw < 2**31:
             raise ValueError(f"draw={draw}: expected from 0 to below 2**31")
         row = Rows.described(sampling, self._stop_ids, draw, key, tempered=tempered)
-        request = Request(next(self._numbers), list(ids), sampling, row=row, constraint=constraint)
+        request = Request(next(self._numbers), list(ids), sampling, row=row, constraint=constraint, begun=begun)
         self._new.append(request)
         return request.number
 

@@ -174,9 +174,11 @@ class Engine:
         """``n`` completions of each of any number of prompts, by requests: see ``Serving.answer``."""
         return self.requests.answer(prompts, sampling, n=n)
 
-    def submit(self, prompt: str | Sequence[int], sampling: SamplingParams | None = None, *, draw: int = 0) -> int:
+    def submit(
+        self, prompt: str | Sequence[int], sampling: SamplingParams | None = None, *, draw: int = 0, begun: int = 0
+    ) -> int:
         """Queue a prompt for ``step`` -> the number that its events have: see ``Serving.submit``."""
-        return self.requests.submit(prompt, sampling, draw=draw)
+        return self.requests.submit(prompt, sampling, draw=draw, begun=begun)
 
     def held_to(self, sampling: SamplingParams) -> Constraint | None:
         """The grammar of an answer: see ``Serving.held_to``."""

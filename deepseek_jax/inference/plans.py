@@ -24,6 +24,7 @@ class Request:
     """A prompt and its answer so far (``ids``), and where they are: the first ``length`` tokens lie in ``pages``.
 
     number: the order of arrival. row: what decoding it takes, see ``Rows``. constraint: what its answer is held to.
+    begun: tokens at the end of the prompt that came which are the answer's. prompt: those of it that are not.
     slot: -1 while it waits. prefix: of the first ``named`` pages, which others can find, by the weights of ``root``.
     cached: tokens of the prompt that were there when it was first let in. drafts: guesses of what comes next.
     scores: of so much of the prompt as is read in; None where nobody asks for them, or has been told them.
@@ -34,6 +35,7 @@ class Request:
     sampling: SamplingParams
     row: Any = None
     constraint: Constraint | None = None
+    begun: int = 0
     prompt: int = 0
     slot: int = -1
     length: int = 0

@@ -125,7 +125,7 @@ class Schedule:
 
     def submit(self, request: Request) -> None:
         """Queue it: a prompt that has room for its answer within ``context``."""
-        request.prompt = len(request.ids)
+        request.prompt = len(request.ids) - request.begun
         request.scores = PromptScores() if request.sampling.prompt_logprobs else None
         bisect.insort(self.waiting, request, key=lambda each: each.number)
 

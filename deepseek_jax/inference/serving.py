@@ -38,14 +38,23 @@ class Serving:
                 self._continuous = Continuous(*given, model.tokenizer.stop_ids)
             return self._continuous
 
-    def submit(self, prompt: str | Sequence[int], sampling: SamplingParams | None = None, *, draw: int = 0) -> int:
+    def submit(
+        self,
+        prompt: str | Sequence[int],
+        sampling: SamplingParams | None = None,
+        *,
+        draw: int = 0,
+        begun: int = 0,
+    ) -> int:
         """Queue a prompt for ``step`` -> the number that its events have.
 
         draw: of several samples with one seed, which it is: the i-th gets what ``Engine.generate`` answers to the i-th
-        of equal prompts. Raises ValueError for what can never be answered: see ``ServingConfig``.
+        of equal prompts. begun: the last so many tokens of the prompt are the answer's first: it goes on as if it had
+        said them, with the noise, the penalties and what is left of ``max_tokens`` behind them. Raises ValueError for
+        what can never be answered: see ``ServingConfig``.
         """
         ids, sampling = self._model.ids(prompt), sampling or SamplingParams()
-        return self.continuous.submit(ids, sampling, draw=draw, constraint=self.held_to(sampling))
+        return self.continuous.submit(ids, sampling, draw=draw, begun=begun, constraint=self.held_to(sampling))
 
     def held_to(self, sampling: SamplingParams) -> Constraint | None:
         """The grammar of an answer, None without one. ValueError for what ``submit`` would refuse."""

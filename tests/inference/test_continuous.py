@@ -17,8 +17,8 @@ from deepseek_jax.inference import paged
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.schedule import ServingConfig
-from deepseek_jax.model import transformer
-from deepseek_jax.model.transformer import logical_axes
+from deepseek_jax.model import parameters
+from deepseek_jax.model.parameters import logical_axes
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
 from deepseek_jax.parallel.sharding import tree_shardings
 
@@ -41,7 +41,7 @@ def engine(name: str) -> Engine:
 @functools.cache
 def forward(name: str):
     def logits(params, bias, tokens_BS):
-        return transformer.merge(MODELS[name], params, bias)(tokens_BS).logits
+        return parameters.merge(MODELS[name], params, bias)(tokens_BS).logits
 
     return jax.jit(logits)
 
@@ -164,6 +164,26 @@ def test_a_sample_is_the_one_that_generate_gives():
     finish(serving, asked)
     expected = [each.token_ids for each in serving.generate([[5, 9, 2, 7]] * 3, sampling)]
     assert [answer.ids for answer in asked.values()][:3] == expected
+
+
+def test_an_answer_goes_on_behind_its_beginning():
+    """From any token on what it would have said: noise, penalties and limit are those of its place. With the noise of
+    a first token it would say others."""
+    serving, prompt = engine("v3"), [5, 9, 2, 7]
+    drawn = SamplingParams(max_tokens=12, seed=3, frequency_penalty=1.5)
+    ((whole_answer,),) = serving.answer([prompt], drawn)
+    ids, asked = whole_answer.token_ids, dict[int, list[int]]()
+    for begun in (1, 5, 11):
+        asked |= {serving.submit([*prompt, *ids[:begun]], drawn, begun=begun): ids[begun:]}
+    anew = serving.submit([*prompt, *ids[:5]], dataclasses.replace(drawn, max_tokens=7))
+    found = collections.defaultdict[int, list[int]](list)
+    while serving.busy:
+        for event in serving.step():
+            found[event.number] += event.token_ids
+    assert found.pop(anew) != ids[5:] and found == asked
+    for begun in (-1, 4, 12):
+        with pytest.raises(ValueError, match=f"begun={begun} of 4 tokens: expected from 0 to below max_tokens=12"):
+            serving.submit(prompt, drawn, begun=begun)
 
 
 def test_each_request_has_its_own_wishes():

@@ -14,7 +14,7 @@ from deepseek_jax.inference import sampling_model, together
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.schedule import ServingConfig
-from deepseek_jax.model import transformer
+from deepseek_jax.model import parameters
 from deepseek_jax.parallel.mesh import make_mesh
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
@@ -22,7 +22,7 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    return Engine(transformer.merge(SPEAKER, *weights(SPEAKER)), tokenizer())
+    return Engine(parameters.merge(SPEAKER, *weights(SPEAKER)), tokenizer())
 
 
 def test_text_is_completed_from_its_beginning(engine):
@@ -31,7 +31,7 @@ def test_text_is_completed_from_its_beginning(engine):
     ids = [tokenizer().bos_id, *tokenizer().encode(prompt)]
     (by_text,), (by_ids,) = engine.generate([prompt], GREEDY), engine.generate([ids], GREEDY)
     assert by_text == by_ids
-    logits = jax.jit(lambda p, b, x: transformer.merge(SPEAKER, p, b)(x).logits)
+    logits = jax.jit(lambda p, b, x: parameters.merge(SPEAKER, p, b)(x).logits)
     row = np.zeros((1, 24), np.int32)
     row[0, : len(ids)] = ids
     assert by_text.token_ids[0] == int(np.argmax(logits(*weights(SPEAKER), jax.numpy.asarray(row))[0, len(ids) - 1]))
@@ -106,7 +106,7 @@ def test_a_stream_joined_is_the_answer(engine, monkeypatch):
 
 
 def test_who_has_asked_nothing_has_no_cache():
-    idle = Engine(transformer.merge(SPEAKER, *weights(SPEAKER)), tokenizer())
+    idle = Engine(parameters.merge(SPEAKER, *weights(SPEAKER)), tokenizer())
     idle.cancel(0)
     assert idle.metrics() == {} and not idle.busy
 
@@ -168,7 +168,7 @@ def test_on_eight_devices_each_holds_its_rows_and_the_answers_are_one_devices(en
     assert {shard.data.shape for shard in found.tokens_BN.addressable_shards} == {(2, 16)}
     np.testing.assert_array_equal(found.tokens_BN, expected.tokens_BN)
     assert len(spread.generate(["def"], GREEDY)) == 1  # fewer prompts than devices
-    module_alone = Engine(transformer.merge(SPEAKER, params, bias), tokenizer())
+    module_alone = Engine(parameters.merge(SPEAKER, params, bias), tokenizer())
     assert module_alone.mesh == mesh  # where its arrays lie
 
 

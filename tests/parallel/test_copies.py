@@ -11,7 +11,7 @@ from small import tokenizer
 
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
-from deepseek_jax.model.transformer import logical_axes
+from deepseek_jax.model.parameters import logical_axes
 from deepseek_jax.parallel.copies import Placed, place_experts
 from deepseek_jax.parallel.eplb import place
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh

@@ -13,10 +13,11 @@ from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.inference import speculation
 from deepseek_jax.inference.generate import OPTIONS
+from deepseek_jax.inference.limits import ALTERNATIVES, BIASES
 from deepseek_jax.inference.paged import Store, memory_of, over_batch, reading
 from deepseek_jax.inference.penalties import Wishes, adjusted, beside
 from deepseek_jax.inference.rows import Numbers, Rows, Shares
-from deepseek_jax.inference.sampling import ALTERNATIVES, BIASES, first_maximum, sample
+from deepseek_jax.inference.sampling import first_maximum, sample
 from deepseek_jax.model import parameters
 from deepseek_jax.parallel.sharding import constrain
 

@@ -21,6 +21,8 @@ from deepseek_kernels.block_fp8 import FP8, BlockScaled, scales_shape
 from deepseek_kernels.fp8_on_hopper import laid_out
 from deepseek_kernels.integers import bits_of
 
+Weights = tuple[Any, jax.Array | None]  # parameters and routing bias
+
 READ_IN_FLOAT32 = ("router", "gain")  # bfloat16 router weights would choose other experts than the learner's
 # Of random numbers: 7 of it are the largest of FP8, and of integers what lies further out is cut off.
 _WIDTHS = {str(jnp.dtype(FP8)): 64.0, "int8": 32.0, "int4": 2.5}

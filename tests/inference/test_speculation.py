@@ -178,8 +178,7 @@ def test_drafts_are_the_modules_own_over_the_whole_row():
     seen = 0
     while serving.busy:
         step(serving, asked)
-        assert serving._requests is not None
-        for request, _ in serving._requests._asked.values():
+        for request, _ in serving.requests.continuous._asked.values():
             if request.drafts:
                 row = np.zeros((1, SERVING.context), np.int32)
                 row[0, : len(request.ids)] = request.ids

@@ -475,12 +475,15 @@ def test_a_users_reward_sees_what_was_cut_off_and_the_row(path, tmp_path, monkey
     assert metrics["reward"] == pytest.approx((6 + 2 * 8) / 12) and metrics["reward_errors"] == 0
 
 
-def test_learner_and_sampler_agree(path):
+def test_learner_and_sampler_agree(path, monkeypatch):
     """KL under 1e-6 in float32: prefill and absorbed decoding over the cache against the packed training pass. Answers
-    in turn are the same."""
+    in turn are the same, and give their cache back before anybody trains."""
     batch, metrics = rollouts(path).next(state())
     assert metrics["response_length"] > 10
-    in_turn, _ = rollouts(path, dataclasses.replace(CONFIG, slots=5)).next(state())
+    freed, own = list[Engine](), rollouts(path, dataclasses.replace(CONFIG, slots=5))
+    monkeypatch.setattr(Engine, "free", lambda engine: freed.append(engine))
+    in_turn, _ = own.next(state())
+    assert freed == own.engines
     for name, value in batch.items():
         np.testing.assert_allclose(in_turn[name], value, atol=1e-4 * (name == "sampler_logprobs"), err_msg=name)
     loss = GRPOLoss(chunk=8)

@@ -5,7 +5,7 @@
 #include "cpu_product.h"
 
 // Right rows by left rows of a tile of scalar products, whose sums are a vector each.
-enum { RIGHT = 4, LEFT = ROWS / 2, STRIP = 64, AHEAD = 24, FAR = 2048, DEEP = 512 };
+enum { RIGHT = 4, LEFT = ROWS / 2, STRIP = 64, AHEAD = 24, FAR = 2048, DEEP = 512, ALONE = 8 };
 typedef uint32_t vu __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
 typedef float v4 __attribute__((vector_size(16), aligned(4)));
 
@@ -194,12 +194,17 @@ typedef struct {
   const float *q, *pages;
   const int32_t *table, *limits;
   float *out, scale;
-  int64_t B, S, H, K, P, N, W, J, G, V, first;
+  int64_t B, S, H, K, P, N, W, J, G, V, first, together;
 } Paged;
 
 static const float *page_of(const Paged *a, int64_t b, int64_t j) {
   int64_t page = a->table[b * a->J + j];  // where there is none any will do: nobody looks at what comes of it
   return a->pages + (page < 0 || page >= a->P ? 0 : page) * a->N * a->W;
+}
+
+// Numbers that are soon read from memory.
+static inline void ask_for(const float *from, int64_t n) {
+  for (int64_t i = 0; i < n; i += 16) __builtin_prefetch(from + i);
 }
 
 // A row's scores s, T of them, to e^(s·scale - the largest) in place -> their sum. What fills the row up gets zeros.
@@ -222,26 +227,43 @@ static float weights_of(float *p, int64_t T, float scale) {
   return total(sum);
 }
 
+// Entry t of a row, or the last one that it sees.
+static const float *entry_of(const Paged *a, int64_t b, int64_t t, int64_t T) {
+  t = least(t, T - 1);
+  return page_of(a, b, t / a->N) + t % a->N * a->W;
+}
+
+// A task: a row's groups, `together` of them, so that an entry is read in the order in which it lies.
 static void paged(void *job, int64_t task) {
   const Paged *a = job;
-  int64_t row = task / a->G, b = row / a->S, g = task % a->G, heads = a->H / a->G, N = a->N, W = a->W;
-  int64_t at = row * a->H + g * heads, T = least(a->limits[row], a->J * N), wide = whole(T);
+  int64_t parts = a->G / a->together, row = task / parts, b = row / a->S, g0 = task % parts * a->together;
+  int64_t heads = a->H / a->G, all = heads * a->together, at = row * a->H + g0 * heads;
+  int64_t T = least(a->limits[row], a->J * a->N), wide = whole(T);
+  const float *q = a->q + at * a->K;
   float *out = a->out + at * a->V;
-  memset(out, 0, (size_t)(heads * a->V) * sizeof(float));
+  memset(out, 0, (size_t)(all * a->V) * sizeof(float));
   if (T <= 0) return;
-  float *p = borrow(heads * wide);
-  for (int64_t t = 0; t < T; t += RIGHT)  // what stands behind the last one in its page is not looked at
-    for (int64_t i = 0; i < heads; i += LEFT)
-      any_dots_tile((int)least(LEFT, heads - i), 0, a->q + (at + i) * a->K, a->K,
-                    (const char *)(page_of(a, b, t / N) + t % N * W + g * a->K), W * 4, a->K, p + i * wide + t, wide);
-  float sums[heads];
-  for (int64_t i = 0; i < heads; i++) sums[i] = weights_of(p + i * wide, T, a->scale);
-  for (int64_t t = 0; t < T; t += N)
-    for (int64_t j = 0; j < a->V; j += COLS)
-      for (int64_t i = 0; i < heads; i += ROWS)
-        any_tile((int)least(ROWS, heads - i), p + i * wide + t, wide, 1, least(N, T - t),
-                 page_of(a, b, t / N) + a->first + g * a->V + j, W, out + i * a->V + j, a->V, COLS, 1);
-  for (int64_t i = 0; i < heads; i++)
+  float *p = borrow(all * wide);
+  for (int64_t t = 0; t < T; t += RIGHT) {  // what stands behind the last one in its page is not looked at
+    for (int64_t i = 0; i < RIGHT; i++) ask_for(entry_of(a, b, t + 2 * RIGHT + i, T) + g0 * a->K, a->together * a->K);
+    const char *entry = (const char *)(entry_of(a, b, t, T) + g0 * a->K);
+    for (int64_t g = 0; g < all; g += heads, entry += a->K * 4)
+      for (int64_t i = g; i < g + heads; i += LEFT)
+        any_dots_tile((int)least(LEFT, g + heads - i), 0, q + i * a->K, a->K, entry, a->W * 4, a->K, p + i * wide + t, wide);
+  }
+  float sums[all];
+  for (int64_t i = 0; i < all; i++) sums[i] = weights_of(p + i * wide, T, a->scale);
+  for (int64_t t = 0; t < T; t += a->N) {
+    const float *values = entry_of(a, b, t, T) + a->first + g0 * a->V;
+    const float *next = entry_of(a, b, t + a->N, T) + a->first + g0 * a->V;
+    for (int64_t l = 0; l < a->N && t + a->N + l < T; l++) ask_for(next + l * a->W, a->together * a->V);
+    for (int64_t g = 0; g < all; g += heads, values += a->V)
+      for (int64_t j = 0; j < a->V; j += COLS)
+        for (int64_t i = g; i < g + heads; i += ROWS)
+          any_tile((int)least(ROWS, g + heads - i), p + i * wide + t, wide, 1, least(a->N, T - t), values + j, a->W,
+                   out + i * a->V + j, a->V, COLS, 1);
+  }
+  for (int64_t i = 0; i < all; i++)
     for (int64_t j = 0; j < a->V; j += LANES) *(vf *)(out + i * a->V + j) = *(vf *)(out + i * a->V + j) / sums[i];
   give_back(p);
 }
@@ -249,5 +271,6 @@ static void paged(void *job, int64_t task) {
 static void run_paged(XLA_FFI_CallFrame *frame, Paged *a) {
   int64_t seen = 0;
   for (int64_t i = 0; i < a->B * a->S; i++) seen += least(a->limits[i], a->J * a->N);
-  run(frame, paged, a, a->B * a->S * a->G, seen * a->H * a->K);
+  a->together = a->B * a->S < ALONE ? 1 : a->G;  // few rows' groups are tasks of their own
+  run(frame, paged, a, a->B * a->S * a->G / a->together, seen * a->H * a->K);
 }

@@ -97,6 +97,8 @@ def empty_pages(config: ModelConfig, compute: ComputeConfig, count: int, size: i
     fp8, dtype = cache == "float8_e4m3", jnp.bfloat16 if cache == "bfloat16" else compute.dtype
     if fp8 and config.attention != "mla":
         raise ValueError("cache='float8_e4m3': only MLA's latents are kept in FP8")
+    if cache == "bfloat16" and compute.kernels.platform == "cpu" and jax.__version_info__ < (0, 11):
+        raise ValueError(f"cache='bfloat16', jax {jax.__version__}: on a CPU its XLA copies all pages at each token")
 
     width = config.cache_numbers_per_token_layer if fp8 else entry_width(config, compute)
 

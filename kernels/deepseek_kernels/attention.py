@@ -113,12 +113,12 @@ def mla_decode(
     numbers are the values too: ``out[s] = Σ_t softmax_t(q[s]·entry[t] · scale) entry[t, :C]`` over the visible t.
 
     cache: entries (B, T, W); or, where ``visible.pages_BJ`` is given, pages (P, N, W) of N tokens, of which row b has
-    ``pages[b]``, and T is J·N. Either as an array of q's dtype, on a CPU of bfloat16 too, as ``FP8Entries``, or as a layer of a stack of
-    those (``InStack``), which the Hopper and TPU kernels read where it lies. ``write_entries`` puts new tokens into each.
-    ``visible.lengths_B`` and ``q_positions_BS`` say how many tokens a row has and where its S queries stand among them:
-    one, or several of which each sees those before it, as drafts that are verified do. What stands behind a row's
-    length is multiplied by zero, so all pages must hold finite numbers, as zeros are; which pages the table names there
-    does not matter.
+    ``pages[b]``, and T is J·N. Either as an array of q's dtype, on a CPU of bfloat16 too, as ``FP8Entries``, or as a
+    layer of a stack of those (``InStack``), which the Hopper and TPU kernels read where it lies. ``write_entries`` puts
+    new tokens into each. ``visible.lengths_B`` and ``q_positions_BS`` say how many tokens a row has and where its S
+    queries stand among them: one, or several of which each sees those before it, as drafts that are verified do. What
+    stands behind a row's length is multiplied by zero, so all pages must hold finite numbers, as zeros are; which pages
+    the table names there does not matter.
 
     All of this is taken by every implementation, but for what its ``refuses`` says: on Hopper pages of a multiple of 64
     tokens, on TPUs of 64 or a multiple of 128. The portable ones gather pages and dequantise, a copy that the log

@@ -38,7 +38,7 @@ def test_products_of_few_rows(dtype, equation, shape, rows):
 
 
 def test_float32_rows_stay_float32_beside_bfloat16():
-    """Times one they come out bit for bit, whatever a processor splits them into: large, small, infinite, not a number."""
+    """Times one they come out bit for bit, whatever a processor splits them into; what is infinite stays so."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((20, 64)) * 10.0 ** rng.integers(-30, 30, (20, 64))
     x[0, :4] = 0, 3.4028235e38, -3.4028235e38, 1e-20

@@ -297,7 +297,9 @@ class Engine:
         """The grammar of an answer, None without one. ValueError for what ``submit`` would refuse."""
         if not sampling.constrained:
             return None
-        require_one_process("an answer held to a grammar")
+        return self._begin(sampling)
+
+    def _begin(self, sampling: SamplingParams) -> Constraint:
         return self._grammars().begin(sampling)
 
     def cancel(self, number: int) -> None:
@@ -378,7 +380,8 @@ class Engine:
         with self._lock:
             if self._requests is None:
                 stop_ids = self.tokenizer.stop_ids
-                self._requests = Continuous(self._network, self.compute, self.mesh, self.serving, stop_ids)
+                given = self._network, self.compute, self.mesh, self.serving, stop_ids
+                self._requests = Continuous(*given, begin=self._begin)
             return self._requests
 
     def _ids(self, prompt: str | Sequence[int]) -> list[int]:

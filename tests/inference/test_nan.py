@@ -48,7 +48,7 @@ def test_what_is_left_in_pages_hurts_nobody():
     """It is given up before anybody has seen its scores, and others get its pages."""
     ailing = engine(STUDENT, poisoned=True)
     for _ in range(3):
-        number = ailing.submit([POISON] * 40, WELL)
+        number = ailing.submit([POISON] * 36, WELL)
         ailing.step()
         ailing.cancel(number)
     found = [answer.token_ids for (answer,) in ailing.answer(PROMPTS, WELL)]

@@ -1,11 +1,11 @@
 """``config.json`` of the released models to the fields of a ``ModelConfig`` and back: plain values both.
 
 Every field of a ``config.json`` is read, or changes nothing, or is refused by name: by the tables of ``hf_families``
-and, where an architecture's has none, by ``hf_fields``.
+and, where an architecture's has none, by ``hf_fields``. Rotary settings and quantisation, objects with fields of their
+own, are read by ``hf_rotary`` and ``hf_quantisation``.
 """
 
 import json
-import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,13 +21,12 @@ from deepseek_jax.hf_families import (
     GROUPS,
     MLA,
     NULL_MEANS_ZERO,
-    PACKED,
-    QUANTISATION,
     ROTARY,
     SCALING,
     Family,
 )
-from deepseek_jax.hf_fields import among
+from deepseek_jax.hf_quantisation import not_read
+from deepseek_jax.hf_rotary import rotary_fields, scaling_content
 
 Source = Mapping[str, Any] | str | os.PathLike[str]
 
@@ -49,7 +48,7 @@ def fields_of(source: Source, *, ignore_config: Iterable[str] = ()) -> dict[str,
     model_type = _model_type(found)
     family = FAMILIES[model_type]
     refused, told = _not_computed(family, found)
-    refused += _not_read(found.get("quantization_config"))
+    refused += not_read(found.get("quantization_config"))
     if refused:
         raise ValueError(
             f"config.json ({model_type}) asks for what is not computed here: {'; '.join(refused)}. Fields named in "
@@ -71,7 +70,7 @@ def fields_of(source: Source, *, ignore_config: Iterable[str] = ()) -> dict[str,
     if family.classifier in (found.get("architectures") or []):
         # What transformers leaves in the file of the language model that it began as.
         settings |= {"num_labels": _labels(found), "num_nextn_predict_layers": 0, "tie_word_embeddings": False}
-    return settings | _rotary(found)
+    return settings | rotary_fields(found)
 
 
 @contextmanager
@@ -106,7 +105,7 @@ def content_of(fields: Mapping[str, Any]) -> dict[str, Any]:
     content |= {name: fields[name] for name in family.reads}
     if fields["attention"] == "mla":
         content |= {"q_lora_rank": fields["q_lora_rank"] or None, "num_key_value_heads": fields["num_attention_heads"]}
-    content |= {"rope_theta": fields["rope_theta"], "rope_scaling": _spell_scaling(fields["rope_scaling"])}
+    content |= {"rope_theta": fields["rope_theta"], "rope_scaling": scaling_content(fields["rope_scaling"])}
     lost = [name for name, value in family.fixed.items() if fields[name] != value]
     lost += [name for name in family.reads if name in family.only and content[name] not in family.only[name]]
     if fields["num_nextn_predict_layers"] and not fields["n_routed_experts"]:
@@ -217,54 +216,6 @@ def _not_computed(family: Family, found: Mapping[str, Any]) -> tuple[list[str], 
     return refused, told
 
 
-def _not_read(quantisation: Any) -> list[str]:
-    """What to refuse of ``quantization_config``: all but e4m3 in 128×128 blocks, and int8 or int4 in groups."""
-    if quantisation is None or quantisation == {}:
-        return []
-    if not isinstance(quantisation, Mapping):
-        return [f"quantization_config={quantisation!r} (not an object)"]
-    if quantisation.get("quant_method") == PACKED:
-        return _not_integers(quantisation)
-    given = {name: value for name, value in quantisation.items() if value is not None}
-    refused = [
-        f"quantization_config.{name} is missing" for name in ("quant_method", "weight_block_size") if name not in given
-    ]
-    for name, value in given.items():
-        allowed = QUANTISATION.get(name, ())
-        if allowed is not None and not among(list(value) if isinstance(value, tuple) else value, allowed):
-            wanted = f"only {' or '.join(map(repr, allowed))}" if allowed else "unknown"
-            refused.append(f"quantization_config.{name}={value!r} ({wanted})")
-    return refused
-
-
-def _not_integers(quantisation: Mapping[str, Any]) -> list[str]:
-    """The same of compressed-tensors: weights alone, packed, symmetric, in groups whose terms lie side by side."""
-    where = "quantization_config"
-    refused = [
-        f"{where}.{name}={quantisation.get(name)!r} (only {wanted!r})"
-        for name, wanted in {"format": "pack-quantized", "quantization_status": "compressed"}.items()
-        if quantisation.get(name, wanted) != wanted
-    ]
-    refused += [f"{where}.{name}={quantisation[name]!r}" for name in ("kv_cache_scheme",) if quantisation.get(name)]
-    groups = quantisation.get("config_groups")
-    if not isinstance(groups, Mapping) or len(groups) != 1:
-        return [*refused, f"{where}.config_groups={groups!r} (only one group of layers)"]
-    [(name, group)] = groups.items()
-    weights = group.get("weights") if isinstance(group, Mapping) else None
-    if not isinstance(weights, Mapping):
-        return [*refused, f"{where}.config_groups.{name}={group!r} (only quantised weights)"]
-    inside = f"{where}.config_groups.{name}.weights"
-    only = {"num_bits": (4, 8), "type": ("int",), "strategy": ("group",), "symmetric": (True,), "actorder": (None,)}
-    for field, allowed in only.items():
-        if (value := weights.get(field, None if field == "num_bits" else allowed[0])) not in allowed:
-            refused.append(f"{inside}.{field}={value!r} (only {' or '.join(map(repr, allowed))})")
-    size = weights.get("group_size")
-    if type(size) is not int or size < 2 or size % 2:
-        refused.append(f"{inside}.group_size={size!r} (only an even number of terms)")
-    of_rows = [field for field in ("input_activations", "output_activations") if group.get(field)]
-    return refused + [f"{where}.config_groups.{name}.{field}={group[field]!r} (only null)" for field in of_rows]
-
-
 def _head_widths(model_type: str, values: dict[str, Any]) -> dict[str, Any]:
     """Grouped-query attention's two widths where they are left out: every head its own keys, heads that fill D.
 
@@ -292,75 +243,9 @@ def _needed(family: Family, values: Mapping[str, Any]) -> list[str]:
     return [name for name in family.reads if name not in idle]
 
 
-def _rotary(found: Mapping[str, Any]) -> dict[str, Any]:
-    """``rope_theta`` and ``rope_scaling`` of ModelConfig from either spelling; ValueError where two disagree."""
-    spelled = {name: found[name] for name in ("rope_scaling", "rope_parameters") if found.get(name)}
-    thetas, scalings = {"rope_theta": found.get("rope_theta")}, {}
-    for name, fields in spelled.items():
-        if not isinstance(fields, Mapping):
-            raise ValueError(f"config.json: {name}={fields!r} is not an object")
-        thetas[f"{name}.rope_theta"] = fields.get("rope_theta")
-        scalings[name] = _scaling(name, {key: value for key, value in fields.items() if key != "rope_theta"})
-    thetas = {name: value for name, value in thetas.items() if value is not None}
-    for what in (thetas, scalings):
-        if any(value != next(iter(what.values())) for value in what.values()):
-            raise ValueError(f"config.json contradicts itself: {', '.join(f'{k}={v!r}' for k, v in what.items())}")
-    theta = next(iter(thetas.values()), 10000.0)  # transformers and all released code
-    return {"rope_theta": theta, "rope_scaling": next(iter(scalings.values()), {"type": "none"})}
-
-
-def _scaling(where: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """One ``rope_scaling`` object. ``mscale`` and ``mscale_all_dim`` mean what they mean in the released code, see
-    ``SCALING``; ``attention_factor``, which that code does not know, may only repeat what follows from them."""
-    given = {name: value for name, value in fields.items() if value is not None}
-    types = [given.pop(name) for name in ("type", "rope_type") if name in given] or ["default"]
-    kind = "none" if types[0] == "default" else str(types[0])
-    if types[0] != types[-1] or kind not in SCALING:
-        raise ValueError(
-            f"config.json: {where} of type {' and '.join(map(repr, types))}; known are 'default', 'yarn' and 'llama3'"
-        )
-    repeated = given.pop("attention_factor", None) if kind == "yarn" else None
-    for name, inert in {"partial_rotary_factor": 1.0, "truncate": True}.items():
-        if name in given and given[name] == inert:
-            given.pop(name)
-    values = {name: value for name, value in SCALING[kind].items() if value is not None} | given
-    unknown = [f"{where}.{name}={value!r}" for name, value in given.items() if name not in SCALING[kind]]
-    missing = [f"{where}.{name}" for name in SCALING[kind] if name not in values]
-    if unknown:
-        raise ValueError(f"config.json: {', '.join(unknown)} unknown with type {kind}; ignore_config can name it")
-    if missing:
-        raise ValueError(f"config.json: {', '.join(missing)} missing (type {kind})")
-    if repeated is not None and all(isinstance(value, int | float) for value in values.values()):
-        amplitude = _amplitude(values)
-        if not (isinstance(repeated, int | float) and math.isclose(repeated, amplitude, rel_tol=1e-6)):
-            raise ValueError(
-                f"config.json: {where}.attention_factor={repeated!r}, but mscale={values['mscale']} and mscale_all_dim="
-                f"{values['mscale_all_dim']} make it {amplitude}"
-            )
-    return {"type": kind} | values
-
-
-def _amplitude(scaling: Mapping[str, Any]) -> float:
-    """What the released code multiplies cosines and sines by: ``m(mscale) / m(mscale_all_dim)``, ``m(x) = 0.1 x ln
-    factor + 1``."""
-    grown = math.log(max(scaling["factor"], 1.0))
-    return (0.1 * scaling["mscale"] * grown + 1) / (0.1 * scaling["mscale_all_dim"] * grown + 1)
-
-
 def _nearest_type(fields: Mapping[str, Any]) -> str:
     if fields["attention"] == "gqa" and fields["n_routed_experts"]:
         return "deepseek"
     if fields["attention"] == "gqa":
         return "qwen2" if fields["attention_bias"] else "llama"
     return "deepseek_v3" if fields["scoring"] == "sigmoid" else "deepseek_v2"
-
-
-def _spell_scaling(scaling: Mapping[str, Any]) -> dict[str, Any] | None:
-    if scaling["type"] == "none":
-        return None
-    # The old key, which the released MLA code asks for, and the one that Llama 3.1 came with.
-    content: dict[str, Any] = {"type" if scaling["type"] == "yarn" else "rope_type": scaling["type"]}
-    content |= {name: scaling[name] for name in SCALING[scaling["type"]]}
-    if scaling["type"] == "yarn" and not (scaling["mscale"] and scaling["mscale_all_dim"]):
-        content["attention_factor"] = _amplitude(scaling)
-    return content

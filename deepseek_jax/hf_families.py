@@ -110,7 +110,7 @@ FAMILIES = {
     ),
 }
 
-PACKED = "compressed-tensors"  # the quant_method of integers, see ``hf_config``
+PACKED = "compressed-tensors"  # the quant_method of integers, see ``hf_quantisation``
 
 # Of quantization_config: the values that loading understands; None: whatever, the tensors' own types decide.
 QUANTISATION: dict[str, tuple[Any, ...] | None] = {

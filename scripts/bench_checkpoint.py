@@ -134,7 +134,7 @@ def measure(what: str, folder: str, target: str) -> None:
     import jax
 
     import deepseek_jax
-    from deepseek_jax.model.transformer import split
+    from deepseek_jax.model.parameters import split
 
     dtype = "float8_e4m3" if what.endswith("fp8") else "bfloat16"
 

@@ -25,7 +25,7 @@ from deepseek_jax.checkpoint.model import Model
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import RopeScaling
 from deepseek_jax.data.tokenizer import Tokenizer
-from deepseek_jax.model import transformer
+from deepseek_jax.model import parameters
 from deepseek_jax.parallel.mesh import make_mesh
 
 PACKAGE = "llama-cpp-python==0.3.36"
@@ -94,7 +94,7 @@ def tokenizer(source: Path, target: Path) -> Tokenizer:
 def drawn(config: ModelConfig, text: Tokenizer) -> Model:
     """A model whose answers hang on everything: wide weights, gains that are not 1, a routing bias."""
     rng = np.random.default_rng(0)
-    params, bias = transformer.abstract_arrays(config)
+    params, bias = parameters.abstract_arrays(config)
 
     def draw(path, leaf):
         wide = 0.15 * rng.standard_normal(leaf.shape)

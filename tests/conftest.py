@@ -4,6 +4,7 @@ Everything goes through the environment, before jax is imported, so that the pro
 `deepseek-jax pretrain` that is killed, say) run under the same: one set of compiled programs serves all.
 """
 
+import gc
 import os
 import signal
 from importlib.metadata import version
@@ -35,6 +36,8 @@ os.environ.update(ENVIRONMENT)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+import jax  # noqa: E402
+import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
@@ -45,6 +48,20 @@ settings.load_profile("repository")
 
 # Shapes and types in annotations are checked at every call, in tests only.
 install_import_hook(["deepseek_jax", "deepseek_kernels"], "typechecking.check_functions")
+
+# Linux gives a process 65,530 mappings (vm.max_map_count); a compiled program takes four, and XLA ends the process by a
+# segmentation fault where it gets none. The whole suite brings a worker there.
+MAPPINGS = Path("/proc/self/maps")
+MOST_MAPPINGS = 16_384
+
+
+@pytest.fixture(autouse=True, scope="module")
+def let_go_of_programs():
+    """After a file of tests: compiled programs go where they are many (what is needed again is read from the cache)."""
+    yield
+    if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

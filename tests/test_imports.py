@@ -12,6 +12,7 @@ FLOORS = {  # DESIGN's table; a place that is not here has no floor yet, which i
     "deepseek_kernels": 0,
     **dict.fromkeys(("deepseek_jax.parallel", "deepseek_jax.config", "deepseek_jax.compute", "deepseek_jax.typed"), 1),
     **dict.fromkeys(("deepseek_jax.hf_config", "deepseek_jax.hf_families", "deepseek_jax.hf_fields"), 1),
+    **dict.fromkeys(("deepseek_jax.hf_quantisation", "deepseek_jax.hf_rotary"), 1),
     **dict.fromkeys(("deepseek_jax.files", "deepseek_jax.saying"), 1),
     "deepseek_jax.model": 2,
     **dict.fromkeys(("deepseek_jax.checkpoint", "deepseek_jax.data"), 3),

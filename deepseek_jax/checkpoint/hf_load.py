@@ -24,7 +24,7 @@ from deepseek_jax.checkpoint.reading import nest
 from deepseek_jax.checkpoint.safetensors import TensorFiles, TensorInfo
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.model import transformer
+from deepseek_jax.model import parameters
 from deepseek_jax.parallel.legal import check_layout
 from deepseek_jax.parallel.sharding import named_sharding
 from deepseek_kernels.block_fp8 import BLOCK, FP8, BlockScaled, Groups, scales_shape, split_shape
@@ -126,7 +126,7 @@ class _Leaves:
         integers: Integers | None,
         place: Callable[[tuple[str | None, ...], tuple[int, ...]], Any],
     ):
-        axes = dict(flatten(transformer.logical_axes(config))) | {("router_bias",): (None, None)}
+        axes = dict(flatten(parameters.logical_axes(config))) | {("router_bias",): (None, None)}
         self.kept, self.integers = kept, integers
         self.shapes: dict[LeafPath, tuple[int, ...]] = {}
         self.shardings: dict[LeafPath, Any] = {}

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.model import transformer
+from deepseek_jax.model import parameters
 from deepseek_kernels.block_fp8 import BLOCK, Groups
 
 Index = tuple[int | slice, ...]
@@ -108,7 +108,7 @@ def hf_tensors(config: ModelConfig) -> list[HFTensor]:
 
 def leaf_shapes(config: ModelConfig) -> dict[LeafPath, tuple[int, ...]]:
     """The shape of each parameter, and of the routing bias, by path."""
-    params, bias = transformer.abstract_arrays(config)
+    params, bias = parameters.abstract_arrays(config)
     shapes = {path: tuple(leaf.shape) for path, leaf in flatten(params)}
     return shapes if bias is None else shapes | {("router_bias",): tuple(bias.shape)}
 

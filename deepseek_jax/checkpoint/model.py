@@ -19,7 +19,7 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.data.chat_templates import with_template
 from deepseek_jax.data.model_folder import TOKENIZER
 from deepseek_jax.data.tokenizer import Tokenizer
-from deepseek_jax.model import transformer
+from deepseek_jax.model import parameters, transformer
 from deepseek_jax.parallel.legal import check_layout
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.sharding import tree_shardings
@@ -42,7 +42,7 @@ class Model:
     @classmethod
     def of(cls, network: transformer.Transformer, tokenizer: Tokenizer | None = None) -> "Model":
         """A module as a model on the mesh that its arrays lie on, else on one device; no array is copied."""
-        params, router_bias = transformer.split(network)
+        params, router_bias = parameters.split(network)
         places = (leaf.sharding for leaf in jax.tree.leaves(params))
         meshes = (place.mesh for place in places if isinstance(place, NamedSharding))
         mesh = next((mesh for mesh in meshes if isinstance(mesh, Mesh)), None) or _one_device()
@@ -50,7 +50,7 @@ class Model:
 
     def network(self) -> transformer.Transformer:
         """The network as a module; no array is copied."""
-        return transformer.merge(self.config, self.params, self.router_bias, self.compute)
+        return parameters.merge(self.config, self.params, self.router_bias, self.compute)
 
     def __call__(self, tokens_BS: jax.Array, **options: Any) -> transformer.ModelOutput:
         """``Transformer.__call__`` on the model's mesh."""
@@ -149,8 +149,8 @@ def _load_run(path: Path, compute: ComputeConfig, mesh: Mesh, step: int | None, 
         raise ValueError(f"{path} keeps no running mean of its parameters: step.ema_decay was 0")
     name = "ema" if ema else "params"
     check_layout(config, compute, mesh.shape)
-    params, router_bias = transformer.abstract_arrays(config, compute)
-    shardings = tree_shardings(mesh, transformer.logical_axes(config), params, compute.rules)
+    params, router_bias = parameters.abstract_arrays(config, compute)
+    shardings = tree_shardings(mesh, parameters.logical_axes(config), params, compute.rules)
     place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)  # noqa: E731
     wanted = {name: jax.tree.map(place, params, shardings)}
     if router_bias is not None:

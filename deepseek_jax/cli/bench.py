@@ -23,7 +23,7 @@ from deepseek_jax.inference.generate import generate
 from deepseek_jax.inference.requests import make_requests
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.weights import sampling_config, sampling_weights
-from deepseek_jax.model import transformer
+from deepseek_jax.model import parameters
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.saying import terminal
 from deepseek_jax.train.losses import LanguageModelLoss
@@ -145,7 +145,7 @@ def _train_speed(model: ModelConfig, compute: ComputeConfig, options: BenchConfi
 def _decode_speed(model: ModelConfig, compute: ComputeConfig, options: BenchConfig, batch: int) -> float:
     mesh = make_mesh(devices=jax.devices()[:1])
     compute = compute.on(mesh)
-    params, router_bias = jax.jit(lambda: transformer.init(model))()
+    params, router_bias = jax.jit(lambda: parameters.init(model))()
     weights = sampling_weights(params, router_bias, config=model, compute=compute, mesh=mesh)
     rng = np.random.default_rng(0)
     prompts = [rng.integers(3, model.vocab_size, options.prompt).tolist() for _ in range(batch)]

@@ -22,7 +22,7 @@ from deepseek_jax.inference.generate import Decoding, Generated, begin, go_on
 from deepseek_jax.inference.requests import Requests, make_requests
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.weights import random_weights, sampling_compute, sampling_config
-from deepseek_jax.model import transformer
+from deepseek_jax.model import parameters
 from deepseek_jax.model.costs import attention_flops, count_parameters, forward_flops
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.sharding import constrain
@@ -151,7 +151,7 @@ def _random_cache(config: ModelConfig, compute: ComputeConfig, batch: int, colum
 @functools.partial(jax.jit, static_argnames=("config", "compute"))
 def _load(config: ModelConfig, compute: ComputeConfig, params, router_bias, tokens_BS, cache: Cache | None):
     """Tokens that each expert of each layer gets (L E), None without experts."""
-    network = transformer.merge(config, params, router_bias, compute)
+    network = parameters.merge(config, params, router_bias, compute)
     if cache is None:
         out = network(tokens_BS, visible=Visible(), head=False)
     else:

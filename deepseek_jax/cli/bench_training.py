@@ -16,7 +16,7 @@ from deepseek_jax.parallel.sharding import place_batch
 from deepseek_jax.train.optimizer import make_optimizer
 from deepseek_jax.train.state import create_state
 from deepseek_jax.workflows.pretrain import PretrainConfig
-from deepseek_jax.workflows.stage import abstract_step
+from deepseek_jax.workflows.stage_step import abstract_step
 
 
 @dataclasses.dataclass(frozen=True)

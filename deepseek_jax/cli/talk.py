@@ -15,7 +15,8 @@ from deepseek_jax.checkpoint.model import load
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.data.chat import encode_prompt, prompt_opens_thinking
 from deepseek_jax.data.chat_templates import check_template
-from deepseek_jax.data.tokenizer import THINK, whole_text
+from deepseek_jax.data.special_tokens import THINK
+from deepseek_jax.data.tokenizer import whole_text
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.schedule import ServingConfig

@@ -2,7 +2,7 @@
 
 import re
 
-from deepseek_jax.data.tokenizer import END_THINK, THINK
+from deepseek_jax.data.special_tokens import END_THINK, THINK
 
 _TAG = re.compile(rf"\s*({THINK}|{END_THINK})\s*")
 _BEGUN = "|".join(re.escape(tag[:length]) for tag in (THINK, END_THINK) for length in range(len(tag) - 1, 0, -1))

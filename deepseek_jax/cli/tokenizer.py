@@ -10,8 +10,9 @@ import tyro
 from rich.table import Table
 
 from deepseek_jax.data.model_folder import TOKENIZER
+from deepseek_jax.data.special_tokens import DEEPSEEK_TEMPLATE
 from deepseek_jax.data.text import read_documents
-from deepseek_jax.data.tokenizer import DEEPSEEK_TEMPLATE, Tokenizer
+from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.saying import terminal
 from deepseek_jax.workflows.tokenizer import train_on_files
 

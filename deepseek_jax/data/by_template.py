@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from deepseek_jax.data.conversations import Message, Sample, answers_of, with_thinking
+from deepseek_jax.data.special_tokens import END_THINK, THINK
 from deepseek_jax.data.template import ChatTemplate, opens_thinking
-from deepseek_jax.data.tokenizer import END_THINK, THINK, Tokenizer
+from deepseek_jax.data.tokenizer import Tokenizer
 
 _Render = Callable[[Sequence[Message], bool], str]  # messages, and whether an answer is to follow
 

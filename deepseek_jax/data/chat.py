@@ -11,8 +11,9 @@ from typing import Any
 
 from deepseek_jax.data.by_template import encode_by, render_prompt
 from deepseek_jax.data.conversations import Message, Sample, answers_of, read_messages, with_thinking
+from deepseek_jax.data.special_tokens import DEEPSEEK_TEMPLATE, END_THINK, THINK
 from deepseek_jax.data.template import ChatTemplate, opens_thinking
-from deepseek_jax.data.tokenizer import DEEPSEEK_TEMPLATE, END_THINK, THINK, Tokenizer
+from deepseek_jax.data.tokenizer import Tokenizer
 
 _THINK_TAGS = re.compile(f"({re.escape(THINK)}|{re.escape(END_THINK)})")
 

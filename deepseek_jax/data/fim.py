@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deepseek_jax.data.tokenizer import FIM_BEGIN, FIM_END, FIM_HOLE, Tokenizer
+from deepseek_jax.data.special_tokens import FIM_BEGIN, FIM_END, FIM_HOLE
+from deepseek_jax.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from deepseek_jax.data.tokenizer import PAD_ID
+from deepseek_jax.data.special_tokens import PAD_ID
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,7 @@
 """Text of a completion while it is being made, token by token."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from deepseek_jax.data.tokenizer import Tokenizer
 
@@ -74,3 +75,36 @@ class StopStrings:
         """What was held back and has become none."""
         held, self._held = self._held, ""
         return held
+
+
+class Said(NamedTuple):
+    """What ids bring. text: what is certain of it. offsets: of each id, up to the one that completes a string, where
+    its text begins in the whole. found: whether a string has ended it."""
+
+    text: str
+    offsets: list[int]
+    found: bool
+
+
+class EndingText:
+    """Text of ids as they come, which ends before the first of some strings: `TextStream` and `StopStrings`."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]):
+        self._stream, self._stops = TextStream(tokenizer), StopStrings(stops)
+        self._length = 0  # characters, with those that are held back
+
+    def push(self, ids: Sequence[int], *, ended: bool) -> Said:
+        """ended: no more ids come. Nothing is pushed behind the end."""
+        text, offsets = "", list[int]()
+        for token_id in ids:
+            offsets.append(self._length)
+            new = self._stream.push(token_id)
+            self._length += len(new)
+            certain, found = self._stops.push(new)
+            text += certain
+            if found:
+                return Said(text, offsets, True)
+        if not ended:
+            return Said(text, offsets, False)
+        certain, found = self._stops.push(self._stream.finish())
+        return Said(text + certain + self._stops.finish(), offsets, found)

@@ -1,4 +1,4 @@
-"""The byte-level BPE tokenizer with DeepSeek's special tokens: load, encode, decode, save."""
+"""The byte-level BPE tokenizer of a model: load, encode, decode, save."""
 
 import copy
 import hashlib
@@ -22,54 +22,11 @@ from deepseek_jax.data.model_folder import (
     read_template,
     token_text,
 )
+from deepseek_jax.data.special_tokens import ASSISTANT, BOS, DEEPSEEK_TEMPLATE, END_THINK, EOS, PAD, THINK, USER
 from deepseek_jax.data.template import ChatTemplate
 from deepseek_jax.files import read_json_object
 
-# The bar is U+FF5C and the underscore U+2581, as in DeepSeek's released tokenizers.
-BOS = "<｜begin▁of▁sentence｜>"
-EOS = "<｜end▁of▁sentence｜>"
-PAD = "<｜▁pad▁｜>"
-THINK = "<think>"
-END_THINK = "</think>"
-FIM_HOLE = "<｜fim▁hole｜>"
-FIM_BEGIN = "<｜fim▁begin｜>"
-FIM_END = "<｜fim▁end｜>"
-USER = "<｜User｜>"
-ASSISTANT = "<｜Assistant｜>"
-EOT = "<|EOT|>"
-TOOL_TOKENS = (
-    "<｜tool▁calls▁begin｜>",
-    "<｜tool▁calls▁end｜>",
-    "<｜tool▁call▁begin｜>",
-    "<｜tool▁call▁end｜>",
-    "<｜tool▁outputs▁begin｜>",
-    "<｜tool▁outputs▁end｜>",
-    "<｜tool▁output▁begin｜>",
-    "<｜tool▁output▁end｜>",
-    "<｜tool▁sep｜>",
-)
-# In the order of R1's ids: the first three open the vocabulary, the others close it.
-SPECIAL_TOKENS = (BOS, EOS, PAD)
-SPECIAL_TOKENS += (THINK, END_THINK, FIM_HOLE, FIM_BEGIN, FIM_END, USER, ASSISTANT, EOT, *TOOL_TOKENS)
-PAD_ID = 2
 _NAMES = {"bos": BOS, "eos": EOS, "pad": PAD}
-
-# DeepSeek's format as a chat template, for who reads a model that was trained here: it writes what data/chat.py writes
-# as ids, but that special tokens count wherever they stand. System messages open the conversation, and all
-# assistants' turns but one that ends it lose their thinking.
-DEEPSEEK_TEMPLATE = f"""\
-{{{{ bos_token }}}}
-{{{{- messages | selectattr('role', 'equalto', 'system') | map(attribute='content') | join('\\n\\n') }}}}
-{{%- for message in messages %}}
-    {{%- if message.role == 'user' %}}
-        {{{{- '{USER}' + message.content }}}}
-    {{%- elif message.role == 'assistant' %}}
-        {{{{- '{ASSISTANT}' + (message.content if loop.last else message.content.split('{END_THINK}')[-1]) }}}}
-        {{{{- eos_token }}}}
-    {{%- endif %}}
-{{%- endfor %}}
-{{%- if add_generation_prompt %}}{{{{- '{ASSISTANT}' }}}}{{% endif %}}"""
-
 # Halves of surrogate pairs are no text: what a terminal read as bytes holds them, or a file cut in mid-character.
 _SURROGATES = re.compile("[\ud800-\udfff]+")
 

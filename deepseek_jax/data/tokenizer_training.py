@@ -7,7 +7,8 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from deepseek_jax.data.model_folder import TOKENIZER
-from deepseek_jax.data.tokenizer import BOS, EOS, EOT, PAD, PAD_ID, SPECIAL_TOKENS, Tokenizer, whole_text
+from deepseek_jax.data.special_tokens import BOS, EOS, EOT, PAD, PAD_ID, SPECIAL_TOKENS
+from deepseek_jax.data.tokenizer import Tokenizer, whole_text
 
 _FIRST, _LAST = SPECIAL_TOKENS[:3], SPECIAL_TOKENS[3:]
 

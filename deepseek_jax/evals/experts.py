@@ -8,7 +8,7 @@ import numpy as np
 
 from deepseek_jax.checkpoint.model import Model
 from deepseek_jax.data.tokenizer import Tokenizer
-from deepseek_jax.model import transformer
+from deepseek_jax.model import parameters
 
 
 def expert_shares(
@@ -28,7 +28,7 @@ def expert_shares(
 
     @jax.jit
     def experts(params, router_bias, tokens_BS, segment_ids_BS):
-        network = transformer.merge(config, params, router_bias, model.compute.exact)
+        network = parameters.merge(config, params, router_bias, model.compute.exact)
         out = network(tokens_BS, segment_ids_BS=segment_ids_BS, head=False)
         assert out.router is not None
         return out.router.experts_BSK

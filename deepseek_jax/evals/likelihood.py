@@ -11,7 +11,7 @@ from deepseek_jax.checkpoint.model import Model
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.inference.requests import round_up
-from deepseek_jax.model import transformer
+from deepseek_jax.model import parameters
 from deepseek_jax.parallel.sharding import place_batch
 
 _CHUNK = 128  # positions whose logits are held at a time
@@ -67,7 +67,7 @@ def windows(ids: Sequence[int], prefix: int, longest: int) -> list[Pair]:
 def _scores(config: ModelConfig, compute: ComputeConfig):
     @jax.jit
     def score(params, router_bias, tokens, targets, counted):
-        network = transformer.merge(config, params, router_bias, compute)
+        network = parameters.merge(config, params, router_bias, compute)
         hidden = network(tokens, head=False).hidden
 
         def chunk(start, size):

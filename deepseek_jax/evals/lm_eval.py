@@ -18,7 +18,7 @@ from lm_eval.api.registry import register_model  # pyright: ignore[reportMissing
 
 from deepseek_jax.checkpoint.model import Model, load
 from deepseek_jax.data.chat import encode_prompt, own_template
-from deepseek_jax.data.tokenizer import DEEPSEEK_TEMPLATE
+from deepseek_jax.data.special_tokens import DEEPSEEK_TEMPLATE
 from deepseek_jax.evals.likelihood import likelihoods, windows
 from deepseek_jax.evals.until import answers_until
 from deepseek_jax.inference.engine import Engine

@@ -18,7 +18,7 @@ from deepseek_jax.data.files import ROWS, TEXTS, PathLike, find_files
 from deepseek_jax.data.packing import Row, pack_stream
 from deepseek_jax.data.text import read_texts
 from deepseek_jax.data.tokenizer import whole_text
-from deepseek_jax.model import transformer
+from deepseek_jax.model import parameters
 from deepseek_jax.parallel.processes import together
 from deepseek_jax.parallel.sharding import place_batch
 from deepseek_jax.train.losses import LanguageModelLoss
@@ -32,7 +32,7 @@ def _negative_log_likelihood(config: ModelConfig, compute: ComputeConfig, isolat
     @jax.jit
     def sums(params, router_bias, batch):
         norm = loss.normalisers(batch)
-        network = transformer.merge(config, params, router_bias, compute)
+        network = parameters.merge(config, params, router_bias, compute)
         return loss(network, batch, norm, jnp.int32(0))[1]["ce"] * norm["targets"], norm["targets"]
 
     return together(sums)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from deepseek_jax.data.special_tokens import END_THINK, THINK
 from deepseek_jax.data.template import opens_thinking
-from deepseek_jax.data.tokenizer import END_THINK, THINK
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from deepseek_jax.data.streaming import StopStrings, TextStream
+from deepseek_jax.data.streaming import EndingText
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.inference.continuous import Event
 
@@ -30,8 +30,7 @@ class Answer:
 
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = (), *, streamed: bool = False):
         self._tokenizer = tokenizer
-        self._stream = TextStream(tokenizer) if stop or streamed else None
-        self._stops = StopStrings(stop)
+        self._stream = EndingText(tokenizer, stop) if stop or streamed else None
         self._text, self._ids, self._logprobs = "", list[int](), list[float]()
         self._alternatives = list[list[tuple[int, float]]]()
         self.finish_reason = ""
@@ -42,29 +41,16 @@ class Answer:
             return Completion("", [], [], self.finish_reason)
         text, count, self.finish_reason = "", len(event.token_ids), event.finish_reason
         if self._stream is not None:
-            said = event.token_ids[:-1] if event.finish_reason == "stop" else event.token_ids
-            text, taken = self._streamed(self._stream, said, ended=bool(event.finish_reason))
-            if taken:
-                count, self.finish_reason = taken, "stop"
+            ids = event.token_ids[:-1] if event.finish_reason == "stop" else event.token_ids
+            text, offsets, found = self._stream.push(ids, ended=bool(event.finish_reason))
+            if found:
+                count, self.finish_reason = len(offsets), "stop"
         ids, logprobs, alternatives = event.token_ids[:count], event.logprobs[:count], event.alternatives[:count]
         self._text += text
         self._ids += ids
         self._logprobs += logprobs
         self._alternatives += alternatives
         return Completion(text, ids, logprobs, self.finish_reason, alternatives)
-
-    def _streamed(self, stream: TextStream, ids: list[int], *, ended: bool) -> tuple[str, int]:
-        """(The text that is certain, after how many of the ids a string has ended it: 0 for none)."""
-        text = ""
-        for count, token in enumerate(ids, 1):
-            piece, found = self._stops.push(stream.push(token))
-            text += piece
-            if found:
-                return text, count
-        if not ended:
-            return text, 0
-        piece, found = self._stops.push(stream.finish())
-        return text + piece + self._stops.finish(), len(ids) * found
 
     def completion(self) -> Completion:
         """The whole of what has come."""

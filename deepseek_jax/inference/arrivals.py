@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from deepseek_jax.inference.plans import Request
 from deepseek_jax.inference.sampling import SamplingParams
-from deepseek_jax.inference.schedule import Request
 from deepseek_jax.parallel.processes import gather
 
 
@@ -39,12 +39,15 @@ def exchange(
 
 def _written(request: Request) -> list[Any]:
     row = [numbers.tolist() for numbers in request.row]
-    return [request.number, request.ids, dataclasses.asdict(request.sampling), *row]
+    return [request.number, request.ids, request.begun, dataclasses.asdict(request.sampling), *row]
 
 
-def _read(number: int, ids: list[int], sampling: dict[str, Any], numbers: list[int], shares: list[float]) -> Request:
+def _read(
+    number: int, ids: list[int], begun: int, sampling: dict[str, Any], numbers: list[int], shares: list[float]
+) -> Request:
     params = SamplingParams(**{name: _frozen(value) for name, value in sampling.items()})
-    return Request(number, ids, params, row=(np.array(numbers, np.int32), np.array(shares, np.float32)))
+    row = np.array(numbers, np.int32), np.array(shares, np.float32)
+    return Request(number, ids, params, row=row, begun=begun)
 
 
 def _frozen(value: Any) -> Any:

@@ -24,11 +24,13 @@ from deepseek_jax.inference.arrivals import exchange
 from deepseek_jax.inference.constraints import Constraint
 from deepseek_jax.inference.decoding import Decoded
 from deepseek_jax.inference.held import Held
-from deepseek_jax.inference.programs import Programs, Weights, gathers
+from deepseek_jax.inference.plans import Plan, Request
+from deepseek_jax.inference.programs import Programs, gathers
 from deepseek_jax.inference.rows import STOPS, Rows
 from deepseek_jax.inference.sampling import SamplingParams
-from deepseek_jax.inference.schedule import Buckets, Plan, Request, Schedule, ServingConfig
+from deepseek_jax.inference.schedule import Buckets, Schedule, ServingConfig
 from deepseek_jax.inference.speculation import check_drafts
+from deepseek_jax.inference.weights import Weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,21 +100,24 @@ class Continuous:
         sampling: SamplingParams,
         *,
         draw: int = 0,
+        begun: int = 0,
         key: Sequence[int] | None = None,
         tempered: bool = False,
         constraint: Constraint | None = None,
     ) -> int:
-        """Queue a prompt -> its number. draw: which sample of this prompt and seed it is. key, tempered: see
-        ``Rows.described``. constraint: of its own, where ``sampling`` asks for one. ValueError for what can never be
-        answered."""
+        """Queue a prompt -> its number. draw: which sample of this prompt and seed it is. begun: of the ids so many are
+        the answer's beginning, see ``Serving.submit``. key, tempered: see ``Rows.described``. constraint: of its own,
+        where ``sampling`` asks for one. ValueError for what can never be answered."""
         assert sampling.constrained == (constraint is not None), sampling
         if not ids or not 0 <= min(ids) <= max(ids) < self._width:
             wrong = f"has the ids {min(ids)}…{max(ids)}" if ids else "has no tokens"
             raise ValueError(f"the prompt {wrong}: expected ids from 0 to below vocab_size={self._width}")
-        if len(ids) + sampling.max_tokens > self.context:
-            raise ValueError(
-                f"a prompt of {len(ids)} tokens and max_tokens={sampling.max_tokens} pass context={self.context}"
-            )
+        if not 0 <= begun < min(len(ids), sampling.max_tokens):
+            expected = f"from 0 to below max_tokens={sampling.max_tokens}, and a token of the prompt before it"
+            raise ValueError(f"begun={begun} of {len(ids)} tokens: expected {expected}")
+        if (prompt := len(ids) - begun) + sampling.max_tokens > self.context:
+            most = f"max_tokens={sampling.max_tokens} pass context={self.context}"
+            raise ValueError(f"a prompt of {prompt} tokens and {most}")
         sampling.check_no_text()
         if (stops := len(self._stop_ids) + len(sampling.stop_token_ids)) > STOPS:
             raise ValueError(f"{stops} ids that end an answer, the tokenizer's among them: expected at most {STOPS}")
@@ -123,7 +128,7 @@ class Continuous:
         if not 0 <= draw < 2**31:
             raise ValueError(f"draw={draw}: expected from 0 to below 2**31")
         row = Rows.described(sampling, self._stop_ids, draw, key, tempered=tempered)
-        request = Request(next(self._numbers), list(ids), sampling, row=row, constraint=constraint)
+        request = Request(next(self._numbers), list(ids), sampling, row=row, constraint=constraint, begun=begun)
         self._new.append(request)
         return request.number
 
@@ -152,9 +157,7 @@ class Continuous:
             else:
                 found = self._fetched(found, plans)
         except BaseException:  # pages may be half written, or given away
-            for lane in self._lanes:
-                lane.start_over()
-            self.programs.empty()
+            self.free()
             raise
         self._counts["seconds_waited"] += time.perf_counter() - dispatched + self.programs.seconds - called
         events, self._untold = self._untold, []
@@ -177,6 +180,12 @@ class Continuous:
         """The weights are others: running requests go on, prefixes read by the former ones are lent to nobody."""
         for lane in self._lanes:
             lane.forget()
+
+    def free(self) -> None:
+        """Let the pages go until a step needs some: running requests begin anew with what they were answered."""
+        for lane in self._lanes:
+            lane.start_over()
+        self.programs.free()
 
     def metrics(self) -> dict[str, float]:
         """Of now: requests that wait and run, pages that are held. Since the start: tokens of prompts, and of who had
@@ -248,9 +257,7 @@ class Continuous:
                 if request.doubted:
                     events += self._give_up(Event(request.number, [], [], "error", error=_NAN, ours=True))
                 request.doubted = True
-        for lane in self._lanes:
-            lane.start_over()
-        self.programs.empty()
+        self.free()
         return events
 
     def _own(self, number: int) -> bool:

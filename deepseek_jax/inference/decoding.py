@@ -13,11 +13,12 @@ from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.inference import speculation
 from deepseek_jax.inference.generate import OPTIONS
+from deepseek_jax.inference.limits import ALTERNATIVES, BIASES
 from deepseek_jax.inference.paged import Store, memory_of, over_batch, reading
 from deepseek_jax.inference.penalties import Wishes, adjusted, beside
 from deepseek_jax.inference.rows import Numbers, Rows, Shares
-from deepseek_jax.inference.sampling import ALTERNATIVES, BIASES, first_maximum, sample
-from deepseek_jax.model import transformer
+from deepseek_jax.inference.sampling import first_maximum, sample
+from deepseek_jax.model import parameters
 from deepseek_jax.parallel.sharding import constrain
 
 
@@ -75,7 +76,7 @@ def decode(
     token n with ``fold_in(fold_in(key(seed), draw), n)``, or with another key than the seed's, whatever stands beside
     it. until_end: no more once a row has ended. drafts, forced: see ``speculation``.
     """
-    network = transformer.merge(config, params, router_bias, compute)
+    network = parameters.merge(config, params, router_bias, compute)
     rows = jax.tree.map(lambda x: over_batch(x, compute), rows)
     at = Numbers(*rows.numbers_BK[:, : len(Numbers._fields)].T)
     filling_B, size = at.answered >= at.most, 1 + drafts

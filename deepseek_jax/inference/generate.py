@@ -14,7 +14,7 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.inference.cache import Cache, write_rows
 from deepseek_jax.inference.requests import Requests
 from deepseek_jax.inference.sampling import sample
-from deepseek_jax.model import transformer
+from deepseek_jax.model import parameters, transformer
 from deepseek_jax.parallel.processes import own_rows
 from deepseek_jax.parallel.sharding import constrain, per_device
 from deepseek_kernels import Visible
@@ -82,7 +82,7 @@ def generate(
     """
     if experts and not config.num_moe_layers:
         raise ValueError(f"experts=True, but n_routed_experts={config.n_routed_experts}: there is nothing to choose")
-    network = transformer.merge(config, params, router_bias, compute)
+    network = parameters.merge(config, params, router_bias, compute)
     requests = _rows(requests, compute)
     decoding = _decode(network, requests, _prefill(network, requests, experts=experts), None)
     answered = jax.tree.map(lambda x: _split(x, compute), decoding.answered)  # each process reads its rows
@@ -99,7 +99,7 @@ def begin(
     config: ModelConfig, compute: ComputeConfig, params: Any, router_bias: jax.Array | None, requests: Requests
 ) -> Decoding:
     """What ``generate`` does up to the first token of each answer; arguments as there."""
-    network = transformer.merge(config, params, router_bias, compute)
+    network = parameters.merge(config, params, router_bias, compute)
     return _prefill(network, _rows(requests, compute), experts=False)
 
 
@@ -114,7 +114,7 @@ def go_on(
     until: jax.typing.ArrayLike,
 ) -> Decoding:
     """Decode until ``until`` tokens of each answer have been drawn; ``decoding`` is used up."""
-    network = transformer.merge(config, params, router_bias, compute)
+    network = parameters.merge(config, params, router_bias, compute)
     return _decode(network, _rows(requests, compute), decoding, until)
 
 

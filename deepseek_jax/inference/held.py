@@ -11,8 +11,8 @@ from collections.abc import Callable
 import jax
 
 from deepseek_jax.inference.constraints import Constraint, settle
+from deepseek_jax.inference.plans import Request
 from deepseek_jax.inference.sampling import SamplingParams
-from deepseek_jax.inference.schedule import Request
 
 
 class Held:

@@ -4,16 +4,15 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
-from deepseek_jax.compute import ComputeConfig
-from deepseek_jax.config import ModelConfig
 from deepseek_jax.inference.continuous import Continuous
 from deepseek_jax.inference.generate import Generated
-from deepseek_jax.inference.programs import Weights
 from deepseek_jax.inference.requests import round_up
 from deepseek_jax.inference.sampling import SamplingParams
+from deepseek_jax.inference.sampling_model import SamplingModel
 from deepseek_jax.inference.schedule import ServingConfig
+from deepseek_jax.inference.together import told
+from deepseek_jax.inference.weights import Weights, sampling_config
 
 _PAGES = {"cuda": 64, "tpu": 128}  # tokens of a page that kernels read; elsewhere what is copied is what is filled
 _CHUNKS = {"cuda": 2048, "tpu": 2048}
@@ -24,32 +23,48 @@ class InTurn:
     """A cache for ``at_once`` rows over all devices, as long as the longest so far, and its programs: compiled when
     they are first needed. One caller at a time; of several processes all at the same time."""
 
-    def __init__(
-        self, config: ModelConfig, compute: ComputeConfig, mesh: Mesh, stop_ids: Sequence[int], pad: int, at_once: int
-    ):
-        self._given, self._stop_ids, self._pad, self.at_once = (config, compute, mesh), stop_ids, pad, at_once
+    def __init__(self, model: SamplingModel, at_once: int):
+        self._model, self.at_once = model, at_once
         self._requests: Continuous | None = None
 
     def forget(self) -> None:
-        """The weights are others."""
+        """The weights are others. By who holds ``stepping``."""
         if self._requests is not None:
             self._requests.forget()
 
+    def free(self) -> None:
+        """Let the cache go until it is next needed; programs stay."""
+        with self._model.stepping:
+            if self._requests is not None:
+                self._requests.free()
+
     def answer(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams | Sequence[SamplingParams],
+        key: jax.Array | None,
+    ) -> Generated:
+        """What ``answer_together`` gives to these prompts, on the host. Log-probabilities are by a row's temperature,
+        as there. ValueError as there, for more ids that end an answer than a request has room for, and for a grammar.
+        """
+        each, rooms = told(self._model, prompts, sampling)
+        counted = isinstance(sampling, SamplingParams) or key is not None  # see ``make_requests``
+        first = sum(room.rows for room in rooms[: jax.process_index()])
+        draws = [(first + row) * counted for row in range(len(prompts))]
+        longest = max(room.prompt + room.answer for room in rooms)
+        with self._model.stepping:
+            return self._answered(self._model.weights(), prompts, each, draws, key, longest)
+
+    def _answered(
         self,
         weights: Weights,
         prompts: Sequence[Sequence[int]],
         each: Sequence[SamplingParams],
         draws: Sequence[int],
-        key: jax.Array | None = None,
-        *,
+        key: jax.Array | None,
         longest: int,
     ) -> Generated:
-        """What ``generate`` gives to these prompts, on the host; row i draws as the ``draws[i]``-th. longest: prompt
-        and answer of any process. Log-probabilities are by a row's temperature, as there.
-
-        ValueError for more ids that end an answer than a request has room for, and for a grammar.
-        """
+        """Row i draws as the ``draws[i]``-th. longest: prompt and answer of any process."""
         if any(params.constrained for params in each):
             raise ValueError("json_schema, regex: for requests by Engine.answer and submit alone")
         requests, words = self._with_room(longest), None
@@ -58,7 +73,7 @@ class InTurn:
             if len(words) != 2:
                 raise ValueError(f"key is of {jax.random.key_impl(key)}: expected one of threefry2x32")
         rows, room = dict[int, int](), max((params.max_tokens for params in each), default=1)
-        tokens_BN = np.full((len(prompts), room), self._pad, np.int32)
+        tokens_BN = np.full((len(prompts), room), self._model.tokenizer.pad_id, np.int32)
         logprobs_BN, lengths_B = np.zeros((len(prompts), room), np.float32), np.zeros(len(prompts), np.int32)
         stopped_B = np.zeros(len(prompts), bool)
         try:
@@ -83,13 +98,13 @@ class InTurn:
     def _with_room(self, longest: int) -> Continuous:
         if self._requests is None or longest > self._requests.context:
             self._requests = None  # its pages go first
-            config, compute, mesh = self._given
-            platform = compute.kernels.platform
+            compute, mesh = self._model.compute, self._model.mesh
+            config, platform = sampling_config(self._model.config), compute.kernels.platform
             page = _PAGES.get(platform, 16)
             context = min(round_up(longest, page), config.max_position_embeddings)
             lanes = np.prod([mesh.shape[axis] for axis in compute.rules.batch], dtype=int).item()
             slots = -(-self.at_once // lanes)
             sizes = {"slots": slots, "pages": slots * -(-context // page), "page": page, "context": context}
             serving = ServingConfig(**sizes, chunk=_CHUNKS.get(platform, 512), turns=_TURNS)
-            self._requests = Continuous(config, compute, mesh, serving, self._stop_ids)
+            self._requests = Continuous(config, compute, mesh, serving, self._model.tokenizer.stop_ids)
         return self._requests

@@ -19,7 +19,7 @@ from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.inference.cache import as_wide, entry_width
 from deepseek_jax.inference.generate import OPTIONS
-from deepseek_jax.model import transformer
+from deepseek_jax.model import parameters, transformer
 from deepseek_jax.model.stack import in_stack, stacks_of
 from deepseek_jax.parallel.sharding import ShardingRules, constrain, per_device
 from deepseek_kernels import InStack, Visible, choose, quantise_entries, write_entries
@@ -150,7 +150,7 @@ def read(
     fresh: nothing stands before them, so that the attention is the plain one over what is new; else it is the absorbed
     one over pages.
     """
-    network = transformer.merge(config, params, router_bias, compute)
+    network = parameters.merge(config, params, router_bias, compute)
     tokens_BS, start_B, table_BJ = (over_batch(x, compute) for x in (tokens_BS, start_B, table_BJ))
     following_BS, mtp = tokens_BS[:, 1:], pages.mtp
     tokens_BS = tokens_BS if mtp is None else tokens_BS[:, :-1]

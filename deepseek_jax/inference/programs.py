@@ -18,13 +18,13 @@ from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.inference.decoding import Decoded, decode
 from deepseek_jax.inference.paged import copy_pages, empty_pages, read, reads_pages
+from deepseek_jax.inference.plans import Piece, Plan, Request
 from deepseek_jax.inference.rows import Numbers, Rows
-from deepseek_jax.inference.schedule import Buckets, Piece, Plan, Request, ServingConfig, fitting
+from deepseek_jax.inference.schedule import Buckets, ServingConfig, fitting
+from deepseek_jax.inference.weights import Weights
 from deepseek_jax.parallel.processes import meet
 
 logger = logging.getLogger(__name__)
-
-Weights = tuple[Any, jax.Array | None]
 
 
 class _Job(NamedTuple):
@@ -61,17 +61,25 @@ class Programs:
         self._programs: dict[tuple[Any, ...], Any] = {}
         self._anything: dict[int, jax.Array] = {}
         self._warm = False
-        self.empty()
+        self._pages: Any = None
+        self._fill()
 
-    def empty(self) -> None:
-        """Pages of zeros in the place of those there are."""
-        serving, self._pages = self.serving, None
+    def _fill(self) -> None:
+        """Make pages of zeros, unless some are there."""
+        if self._pages is not None:
+            return
+        serving = self.serving
         with jax.set_mesh(self.mesh):
             sizes = self.lanes * serving.pages, serving.page
             self._pages = empty_pages(self.config, self.compute, *sizes, serving.cache == "float8_e4m3")
 
+    def free(self) -> None:
+        """Give the devices the pages back, until ``run`` makes others."""
+        self._pages = None
+
     def run(self, weights: Weights, plans: Sequence[Plan]) -> Decoded | None:
         """Hand the lanes' plans to the device -> what it will have decoded, row by row as ``rows`` has them."""
+        self._fill()
         with jax.set_mesh(self.mesh):
             if any(plan.copies for plan in plans):
                 self._run(weights, self._copies([plan.copies for plan in plans]))
@@ -90,6 +98,7 @@ class Programs:
 
     def warm_up(self, weights: Weights) -> None:
         """Compile, side by side, every program that a plan may need, and run each on nothing."""
+        self._fill()
         buckets, nobody = self.buckets, [[] for _ in range(self.lanes)]
         jobs = [self._copies(nobody)]
         for rows, size in buckets.chunks:

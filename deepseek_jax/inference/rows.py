@@ -6,7 +6,8 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from flax import struct
 
-from deepseek_jax.inference.sampling import BIASES, SamplingParams
+from deepseek_jax.inference.limits import BIASES
+from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.schedule import MOST_DRAFTS
 
 STOPS = 16  # ids that end an answer, at most

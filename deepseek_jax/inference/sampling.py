@@ -7,21 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from deepseek_jax.inference.limits import BIASES, CHARACTERS, GRAMMAR, RANGES, STRINGS
 from deepseek_jax.typed import check_least, check_types
 
-BIASES = 300  # tokens of a logit_bias
 MOST_BIAS = 1e6  # which outweighs any logit; what passes float32 would make no number of them
 COLDEST = 1e-30  # by less a logit may pass float32, and would be no largest one
-ALTERNATIVES = 20
-STRINGS, CHARACTERS = 16, 256  # that end an answer, and of each
-GRAMMAR = 65_536  # characters of a schema or of a regular expression
-_LIMITS = (
-    ("min_p", 0, 1),
-    ("repetition_penalty", 0.01, 100),
-    ("presence_penalty", -2, 2),
-    ("frequency_penalty", -2, 2),
-    ("alternatives", 0, ALTERNATIVES),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +52,7 @@ class SamplingParams:
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p}: must lie in (0, 1]")
         check_least(self, 1, "max_tokens")
-        for name, least, most in _LIMITS:
+        for name, (least, most) in RANGES.items():
             if not least <= (value := getattr(self, name)) <= most:
                 raise ValueError(f"{name}={value}: must lie in [{least}, {most}]")
         if not (len(self.stop) <= STRINGS and all(0 < len(string) <= CHARACTERS for string in self.stop)):

@@ -9,13 +9,12 @@ draws tokens, and a prompt that another has brought costs nothing.
 import bisect
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
-from deepseek_jax.inference.constraints import Constraint
 from deepseek_jax.inference.pages import Pages
-from deepseek_jax.inference.sampling import SamplingParams
+from deepseek_jax.inference.plans import Piece, Plan, Request
 from deepseek_jax.typed import check_least, check_types
 
 RATIO = 4  # from one size of a bucket to the next
@@ -84,7 +83,7 @@ class Buckets:
         by_need = sorted(chunks, key=lambda shape: (shape[1], shape[0]))
         return cls(_sizes(config.slots, 1), tuple(by_need), _sizes(most, 4) if gathers else (most,))
 
-    def reads(self, pieces: Sequence[Sequence["Piece"]]) -> list[tuple[tuple[int, int], list[Sequence["Piece"]]]]:
+    def reads(self, pieces: Sequence[Sequence[Piece]]) -> list[tuple[tuple[int, int], list[Sequence[Piece]]]]:
         """Lanes' pieces of prompts, and the shape that each lane has to hold them: one for all, or where one has many
         that are short and another a long one, the short ones by themselves first."""
         rows, sizes = max(map(len, pieces)), [max((piece.count for piece in some), default=0) for some in pieces]
@@ -108,80 +107,6 @@ def _sizes(most: int, least: int) -> tuple[int, ...]:
     return tuple(sizes[::-1])
 
 
-@dataclasses.dataclass(eq=False)
-class Request:
-    """A prompt and its answer so far (``ids``), and where they are: the first ``length`` tokens lie in ``pages``.
-
-    number: the order of arrival. row: what decoding it takes, see ``Rows``. constraint: what its answer is held to.
-    slot: -1 while it waits. prefix: of the first ``named`` pages, which others can find, by the weights of ``root``.
-    cached: tokens of the prompt that were there when it was first let in. drafts: guesses of what comes next.
-    unsettled: processes that have not said yet that they know what may come next. doubted: its scores were NaN, and it
-    has been read in anew.
-    """
-
-    number: int
-    ids: list[int]
-    sampling: SamplingParams
-    row: Any = None
-    constraint: Constraint | None = None
-    prompt: int = 0
-    slot: int = -1
-    length: int = 0
-    pages: list[int] = dataclasses.field(default_factory=list)
-    prefix: int = 0
-    named: int = 0
-    root: int = -1
-    drafts: list[int] = dataclasses.field(default_factory=list)
-    cached: int = -1
-    unsettled: int = 0
-    doubted: bool = False
-    _known: np.ndarray | None = None
-
-    @property
-    def known(self) -> np.ndarray:
-        """``ids``, made an array once while nothing is added to them: who waits is looked at in each step."""
-        if self._known is None or len(self._known) != len(self.ids):
-            self._known = np.array(self.ids, np.int32)
-        return self._known
-
-    @property
-    def unread(self) -> int:
-        """Tokens to be read in before it can be decoded."""
-        return len(self.ids) - 1 - self.length
-
-    @property
-    def ready(self) -> bool:
-        """Whether it can be decoded: it is read in, and what may come next is known."""
-        return not self.unread and not self.unsettled
-
-    @property
-    def left(self) -> int:
-        """Tokens that its answer may still have."""
-        return self.sampling.max_tokens - (len(self.ids) - self.prompt)
-
-
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """Tokens ``start`` … ``start + count - 1`` of a request, to be read in."""
-
-    request: Request
-    start: int
-    count: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What the device does next, in this order: copy pages, all at once; read pieces of prompts in; decode ``turns``
-    times a token, and drafts, for some. until_end: but come back when one of them has ended, since others wait for its
-    place."""
-
-    copies: list[tuple[int, int]]
-    pieces: list[Piece]
-    decoded: list[Request]
-    turns: int
-    until_end: bool
-
-
 class Schedule:
     """The requests of one pool of pages.
 
@@ -198,7 +123,7 @@ class Schedule:
 
     def submit(self, request: Request) -> None:
         """Queue it: a prompt that has room for its answer within ``context``."""
-        request.prompt = len(request.ids)
+        request.prompt = len(request.ids) - request.begun
         bisect.insort(self.waiting, request, key=lambda each: each.number)
 
     def cancel(self, request: Request) -> None:

@@ -14,12 +14,14 @@ from deepseek_jax.checkpoint.hf_names import hf_tensors
 from deepseek_jax.checkpoint.integers import Integers
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.model import transformer
+from deepseek_jax.model import parameters
 from deepseek_jax.parallel.copies import place_experts
 from deepseek_jax.parallel.sharding import ShardingRules, named_sharding
 from deepseek_kernels.block_fp8 import FP8, BlockScaled, scales_shape
 from deepseek_kernels.fp8_on_hopper import laid_out
 from deepseek_kernels.integers import bits_of
+
+Weights = tuple[Any, jax.Array | None]  # parameters and routing bias
 
 READ_IN_FLOAT32 = ("router", "gain")  # bfloat16 router weights would choose other experts than the learner's
 # Of random numbers: 7 of it are the largest of FP8, and of integers what lies further out is cut off.
@@ -68,7 +70,7 @@ def sampling_weights(
     if router_bias is not None:
         whole = NamedSharding(mesh, PartitionSpec())
         router_bias = jax.lax.with_sharding_constraint(jnp.copy(router_bias[: config.num_routers]), whole)
-    params = params if compute.scan_decode else transformer.unstack(params)
+    params = params if compute.scan_decode else parameters.unstack(params)
     # A CPU's products of few rows read bfloat16 as the float32 numbers that they are.
     widens = (compute.kernels.platform, compute.dtype, compute.param_dtype) == ("cpu", "float32", "bfloat16")
     widens = widens and mesh.size == 1
@@ -159,7 +161,7 @@ def _shapes(config: ModelConfig, compute: ComputeConfig, mesh: Mesh) -> tuple[di
         scales = jax.ShapeDtypeStruct(scales_shape(leaf.shape, groups), dtypes[1])
         return BlockScaled(jax.ShapeDtypeStruct(leaf.shape, dtypes[0]), scales, groups)
 
-    params, bias = transformer.abstract_arrays(config, dataclasses.replace(compute, param_dtype="bfloat16"))
+    params, bias = parameters.abstract_arrays(config, dataclasses.replace(compute, param_dtype="bfloat16"))
     make = functools.partial(sampling_weights, config=config, compute=compute, mesh=mesh, mtp=True)
     return jax.eval_shape(make, jax.tree_util.tree_map_with_path(kept, params), bias)
 
@@ -192,7 +194,7 @@ def _named(path, names: tuple[str, ...]) -> bool:
 
 def _axes(config: ModelConfig, compute: ComputeConfig) -> dict[str, Any]:
     """Logical axes of ``sampling_weights``' result for all of ``config``."""
-    axes = transformer.logical_axes(config)
+    axes = parameters.logical_axes(config)
     if compute.scan_decode:
         return axes
     layers = []

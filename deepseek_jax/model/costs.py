@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.model import transformer
+from deepseek_jax.model import parameters
 
 
 def count_parameters(config: ModelConfig) -> dict[str, int]:
@@ -15,7 +15,7 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
 
     The routing bias counts: 14,848 of the 671,026,419,200 numbers of V3's main model.
     """
-    params, _ = transformer.abstract_arrays(config)
+    params, _ = parameters.abstract_arrays(config)
     size = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))  # noqa: E731
     bias = config.n_routed_experts if config.has_router_bias else 0
     total = size(params) + config.num_routers * bias

@@ -5,7 +5,8 @@ from typing import Any
 import jax
 from flax import nnx
 
-from deepseek_jax.parallel.sharding import ShardingRules, weight_of_layer
+from deepseek_jax.parallel.layer_weights import weight_of_layer
+from deepseek_jax.parallel.sharding import ShardingRules
 from deepseek_kernels import BlockScaled, InStack
 from deepseek_kernels.kept import KEPT
 

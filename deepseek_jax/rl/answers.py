@@ -9,7 +9,7 @@ The cost is linear in the length.
 import re
 from decimal import Decimal
 
-from deepseek_jax.data.tokenizer import END_THINK, THINK
+from deepseek_jax.data.special_tokens import END_THINK, THINK
 
 _BOXED, _MARK = "\\boxed{", "####"
 # ASCII digits, with or without commas between thousands; a sign behind a digit is an operation's.

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from deepseek_jax.data.tokenizer import END_THINK, THINK
+from deepseek_jax.data.special_tokens import END_THINK, THINK
 from deepseek_jax.rl.answers import final_answer
 from deepseek_jax.rl.rewards import accuracy_reward
 from deepseek_jax.rl.tasks import Row, Task, TaskConfig

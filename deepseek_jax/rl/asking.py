@@ -7,8 +7,9 @@ import numpy as np
 
 from deepseek_jax.data.chat import encode_prompt
 from deepseek_jax.data.conversations import Message
+from deepseek_jax.data.special_tokens import THINK
 from deepseek_jax.data.template import opens_thinking
-from deepseek_jax.data.tokenizer import THINK, Tokenizer
+from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.inference.generate import Generated
 from deepseek_jax.rl.tasks import Row, Task
 

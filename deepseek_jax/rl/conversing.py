@@ -8,8 +8,9 @@ import jax
 import numpy as np
 
 from deepseek_jax.data.chat import own_template
+from deepseek_jax.data.special_tokens import THINK
 from deepseek_jax.data.template import opens_thinking
-from deepseek_jax.data.tokenizer import THINK, Tokenizer
+from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.generate import Generated
 from deepseek_jax.inference.sampling import SamplingParams

@@ -1,6 +1,7 @@
 """Completions to rewards: rewards by specification, in this process or in one that can be killed."""
 
 import contextlib
+import itertools
 import logging
 import math
 import os
@@ -130,8 +131,8 @@ class Grader:
         seen |= {name: everything for name, model in self._models.items() if model.judges == "all"}
         scores: dict[str, Sequence[Score]] = {name: self._grade_here(name, seen[name], rows) for name in self._here}
         failed_N = np.zeros(len(rows), bool)
-        scores |= self._judge(seen, rows, failures, failed_N)
-        scores |= self._grade_there(seen, rows, failures, failed_N)
+        for name, outcomes in itertools.chain(self._judge(seen, rows), self._grade_there(seen, rows)):
+            scores[name] = self._settle(name, outcomes, rows, failures, failed_N)
         rewards = {spec.name: np.array([*map(_summed, scores[spec.name])], np.float64) for spec in self._specs}
         self._report_none(rewards, failed_N)
         total_N = np.array([self._total(scores, index) for index in range(len(rows))])
@@ -173,34 +174,22 @@ class Grader:
             return list(threads.map(score, seen, rows))
 
     def _judge(
-        self,
-        seen: Mapping[str, Sequence[_Seen]],
-        rows: Sequence[Row],
-        failures: Mapping[str, Counter[str]],
-        failed_N: np.ndarray,
-    ) -> dict[str, list[Score]]:
-        scores = {}
+        self, seen: Mapping[str, Sequence[_Seen]], rows: Sequence[Row]
+    ) -> Iterator[tuple[str, Sequence[Outcome]]]:
         for name, model in self._models.items():
             assert self._task is not None
             model.open(*self._devices)
-            outcomes = model.score_all([text for text, _ in seen[name]], rows, self._task)
-            scores[name] = self._settle(name, outcomes, rows, failures, failed_N)
-        return scores
+            yield name, model.score_all([text for text, _ in seen[name]], rows, self._task)
 
     def _grade_there(
-        self,
-        seen: Mapping[str, Sequence[_Seen]],
-        rows: Sequence[Row],
-        failures: Mapping[str, Counter[str]],
-        failed_N: np.ndarray,
-    ) -> dict[str, list[Score]]:
+        self, seen: Mapping[str, Sequence[_Seen]], rows: Sequence[Row]
+    ) -> Iterator[tuple[str, Sequence[Outcome]]]:
         if self._pool is None:
-            return {}
+            return
         requests = [(index, *arguments) for index, name in enumerate(self._functions) for arguments in seen[name]]
         outcomes = [
             _scored(outcome, text) for (_, text, _), outcome in zip(requests, self._pool.call(requests), strict=True)
         ]
-        scores = {}
         for index, name in enumerate(self._functions):
             own = outcomes[index * len(rows) : (index + 1) * len(rows)]
             if name in NAMED:
@@ -208,8 +197,7 @@ class Grader:
             if all(outcome.failure and outcome.value is None for outcome in own):
                 what = f"for {where(rows[0])}: {own[0].failure}: {own[0].text}"
                 raise ValueError(f"reward {name} fails for every completion; {what}")
-            scores[name] = self._settle(name, own, rows, failures, failed_N)
-        return scores
+            yield name, own
 
     def _settle(
         self,

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from deepseek_jax.data.tokenizer import END_THINK, THINK
+from deepseek_jax.data.special_tokens import END_THINK, THINK
 from deepseek_jax.rl.rewards.language import language
 from deepseek_jax.rl.rewards.repetition import repetition
 from deepseek_jax.typed import check_types

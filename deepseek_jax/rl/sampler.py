@@ -75,6 +75,7 @@ class Sampler:
         """The batch of a step. dispatched: called when the devices have been given the first answers to sample."""
         config, clock = self.config, _Clock()
         samples, asked, grades, total_PG, signal_P = self._enough(engine, step, clock, dispatched)
+        engine.free()  # the learner needs the room
         chosen = choose_groups(signal_P, config.prompts).tolist()
         metrics = grades.metrics() | _metrics(asked, clock) | {"signal_groups": float(np.mean(signal_P))}
         if config.resample:

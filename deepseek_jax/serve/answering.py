@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
-from deepseek_jax.data.streaming import StopStrings, TextStream
+from deepseek_jax.data.streaming import EndingText
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.serve.asking import Asker
 from deepseek_jax.serve.prompts import Prompt
@@ -17,13 +17,15 @@ from deepseek_jax.serve.thinking import GRAMMARS, Thoughts, in_stages
 class Asked:
     """What a request comes down to. prompts: of each, ``n`` answers; number i of all has draw i. sampling: fields of
     ``SamplingParams``. stops: strings that end an answer. alternatives: beside each token; None: without
-    log-probabilities. prompt: of a chat, what its one prompt is. thinking_budget: tokens of thinking at most."""
+    log-probabilities. usage: a stream of chunks tells the tokens at its end. prompt: of a chat, what its one prompt is.
+    thinking_budget: tokens of thinking at most."""
 
     prompts: list[list[int]]
     sampling: dict[str, Any]
     n: int = 1
     stops: tuple[str, ...] = ()
     alternatives: int | None = None
+    usage: bool = False
     prompt: Prompt | None = None
     thinking_budget: int | None = None
 
@@ -93,8 +95,8 @@ async def answers(asker: Asker, tokenizer: Tokenizer, asked: Asked) -> AsyncGene
 
 
 async def _answer(asker: Asker, tokenizer: Tokenizer, asked: Asked, index: int) -> AsyncGenerator[Piece]:
-    text, stops = TextStream(tokenizer), StopStrings(asked.stops)
-    length = given = count = 0  # characters made and given out, tokens made since the last piece
+    text = EndingText(tokenizer, asked.stops)
+    given = count = 0  # characters given out, tokens made since the last piece
     held: list[Token] = []
     opened = asked.prompt is not None and asked.prompt.opened and not asked.prompt.begun
     thoughts, thought = Thoughts(tokenizer, opened=opened), 0
@@ -105,24 +107,14 @@ async def _answer(asker: Asker, tokenizer: Tokenizer, asked: Asked, index: int) 
         events = in_stages(asker, tokenizer, *question, opened=opened, budget=asked.thinking_budget)
     async with aclosing(events):
         async for event in events:
-            certain, found, taken = "", False, len(event.ids)
-            spoken = taken - (event.finish_reason == "stop")
-            for i, token_id in enumerate(event.ids[:spoken]):
-                thought += asked.prompt is not None and thoughts.push(token_id)
+            spoken = event.ids[:-1] if event.finish_reason == "stop" else event.ids
+            certain, offsets, found = text.push(spoken, ended=bool(event.finish_reason))
+            for i, offset in enumerate(offsets):  # what else has come is no part of the answer
+                thought += asked.prompt is not None and thoughts.push(spoken[i])
                 if asked.alternatives is not None:
                     likely = event.alternatives[i] if asked.alternatives else ()
-                    held.append(Token(token_id, event.logprobs[i], likely, length))
-                new = text.push(token_id)
-                length += len(new)
-                sure, found = stops.push(new)
-                certain += sure
-                if found:  # what else has come is no part of the answer
-                    taken = i + 1
-                    break
-            if event.finish_reason and not found:
-                sure, found = stops.push(text.finish())
-                certain += sure + ("" if found else stops.finish())
-            count += taken
+                    held.append(Token(spoken[i], event.logprobs[i], likely, offset))
+            count += len(offsets) if found else len(event.ids)
             given += len(certain)
             reason = "stop" if found else event.finish_reason
             if certain or reason or not event.ids:

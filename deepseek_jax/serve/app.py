@@ -59,8 +59,7 @@ def add_generation(app: FastAPI, desk: Desk) -> None:
         served = desk.asker.served
         asked = await asked_by_chat(body, tokenizer, served, limits)
         form = ChatForm(served.name, tokenizer, asked)
-        usage = body.stream_options is not None and body.stream_options.include_usage
-        return await desk.respond(request, asked, form, stream=bool(body.stream), usage=usage)
+        return await desk.respond(request, asked, form, stream=bool(body.stream))
 
     @app.post("/v1/completions", responses=_REFUSED)
     async def completions(body: Completion, request: Request) -> Response:
@@ -69,8 +68,7 @@ def add_generation(app: FastAPI, desk: Desk) -> None:
         served = desk.asker.served
         asked = await asked_by_completion(body, tokenizer, served, limits)
         form = CompletionForm(served.name, tokenizer, asked, bool(body.echo))
-        usage = body.stream_options is not None and body.stream_options.include_usage
-        return await desk.respond(request, asked, form, stream=bool(body.stream), usage=usage)
+        return await desk.respond(request, asked, form, stream=bool(body.stream))
 
 
 def add_models(app: FastAPI, desk: Desk) -> None:

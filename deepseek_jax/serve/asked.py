@@ -128,7 +128,8 @@ def _asked(
     }
     if schema := _schema(body, limits):
         sampling["json_schema"] = schema
-    return Asked(prompts, sampling, n, tuple(stops), alternatives)
+    usage = body.stream_options is not None and body.stream_options.include_usage
+    return Asked(prompts, sampling, n, tuple(stops), alternatives, usage)
 
 
 def _schema(body: Sampled, limits: Limits) -> str:

@@ -52,8 +52,9 @@ class Asker(Protocol):
     def served(self) -> Served: ...
 
     def submit(self, ids: list[int], sampling: dict[str, Any], draw: int) -> AsyncGenerator[Event]:
-        """The events of an answer; who closes them early cancels it. sampling: fields of ``SamplingParams``; and under
-        ``behind`` those of a grammar that a later part will be held to, which is refused now where it must be.
+        """The events of an answer; who closes them early cancels it. sampling: fields of ``SamplingParams``; under
+        ``begun`` how many of the ids the answer begins with, as ``Engine.submit`` has it; and under ``behind`` those of
+        a grammar that a later part will be held to, which is refused now where it must be.
 
         Raises RefusedError in the place of the first, LostError at any time.
         """

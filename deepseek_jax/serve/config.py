@@ -4,6 +4,7 @@ import dataclasses
 import os
 from pathlib import Path
 
+from deepseek_jax.inference.limits import CHARACTERS, GRAMMAR, STRINGS
 from deepseek_jax.typed import check_least, check_types
 
 KEYS = "DEEPSEEK_JAX_API_KEYS"  # environment: keys, separated by commas
@@ -19,20 +20,22 @@ class Limits:
     """Tokens of an answer, whatever is asked for; 0: as many as the context has room for."""
     n: int = 16
     """Answers to a prompt, and prompts in a body times answers."""
-    stops: int = 16
+    stops: int = STRINGS
     """Stop strings."""
-    stop_length: int = 256
+    stop_length: int = CHARACTERS
     """Characters of one."""
     messages: int = 1024
     """Messages of a conversation."""
     tools: int = 128
     """Tools that are described."""
-    schema_bytes: int = 1 << 16
-    """Bytes of a JSON schema, or of a tool's."""
+    schema_bytes: int = GRAMMAR
+    """Bytes of a JSON schema, or of a tool's; no more than the engine takes."""
 
     def __post_init__(self) -> None:
         check_types(self)
         check_least(self, 1, "body", "n", "stops", "stop_length", "messages", "tools", "schema_bytes")
+        if self.schema_bytes > GRAMMAR:
+            raise ValueError(f"schema_bytes={self.schema_bytes}: expected at most {GRAMMAR}, which the engine takes")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,7 @@ child."""
 
 import contextlib
 import dataclasses
-import select
+import selectors
 import signal
 import socket
 import subprocess
@@ -90,7 +90,7 @@ class HttpProcess:
 
 
 class Stopping:
-    """Counts how often this process was asked to stop; ``select`` wakes. While entered, SIGTERM and SIGINT ask, and the
+    """Counts how often this process was asked to stop; a selector wakes. While entered, SIGTERM and SIGINT ask, and the
     second one is KeyboardInterrupt at once."""
 
     def __init__(self) -> None:
@@ -137,11 +137,13 @@ def run(engine: Engine, http: HttpProcess, served: Served, stopping: Stopping, r
     Returns when all answers have ended; KeyboardInterrupt when told twice; RuntimeError where the child has ended by
     itself, or steps fail again and again."""
     told = False
-    desk = Desk(engine, http.link.send)
+    desk, waiting = Desk(engine, http.link.send), selectors.DefaultSelector()
+    for end in (http.link, stopping):
+        waiting.register(end, selectors.EVENT_READ)
     try:
         http.link.send({"ready": dataclasses.asdict(served)})
         while True:
-            readable, _, _ = select.select([http.link, stopping], [], [], 0 if engine.busy else None)
+            readable = {key.fileobj for key, _ in waiting.select(0 if engine.busy else None)}
             if stopping in readable:
                 stopping.clear()
             if stopping.count and not told:
@@ -157,6 +159,8 @@ def run(engine: Engine, http: HttpProcess, served: Served, stopping: Stopping, r
         status = http.end()
         if not told:
             raise RuntimeError(f"the HTTP process has ended, with status {status}") from None
+    finally:
+        waiting.close()
 
 
 class Desk:
@@ -184,7 +188,8 @@ class Desk:
         try:
             if behind := frame["sampling"].pop("behind", None):
                 self._engine.held_to(SamplingParams(**behind))
-            number = self._engine.submit(frame["ids"], sampling_of(frame["sampling"]), draw=frame["draw"])
+            place = {"draw": frame["draw"], "begun": frame["sampling"].pop("begun", 0)}
+            number = self._engine.submit(frame["ids"], sampling_of(frame["sampling"]), **place)
         except ValueError as error:
             self._send({"refused": key, "message": str(error)})
             return

@@ -33,7 +33,7 @@ class Closed(Exception):  # noqa: N818
 
 
 class Link:
-    """One end of the pair, for who waits by ``select``."""
+    """One end of the pair, for who waits by a selector."""
 
     def __init__(self, end: socket.socket):
         self._end, self._unpacker = end, unpacker()

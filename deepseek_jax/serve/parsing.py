@@ -14,7 +14,7 @@ import secrets
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
-from deepseek_jax.data.tokenizer import END_THINK, THINK, TOOL_TOKENS
+from deepseek_jax.data.special_tokens import END_THINK, THINK, TOOL_TOKENS
 
 CALLS_BEGIN, CALLS_END, CALL_BEGIN, CALL_END, *_, SEPARATOR = TOOL_TOKENS
 _NAME = r"([\w.-]{1,64})"

@@ -7,8 +7,9 @@ from typing import Any
 from deepseek_jax.data.by_template import render_prompt
 from deepseek_jax.data.chat import encode_prompt, own_template
 from deepseek_jax.data.conversations import Message, read_messages
+from deepseek_jax.data.special_tokens import END_THINK, THINK
 from deepseek_jax.data.template import ChatTemplate, opens_thinking
-from deepseek_jax.data.tokenizer import END_THINK, THINK, Tokenizer
+from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.data.untrusted import Hiding
 from deepseek_jax.serve.parsing import CALLS_BEGIN
 from deepseek_jax.serve.tools import call_head, chosen, described, parameters_of, writes_calls

@@ -1,12 +1,11 @@
 """From pieces to an HTTP response: JSON, or server-sent events while they come."""
 
 import asyncio
-import json
 import math
 import time
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -17,9 +16,27 @@ from deepseek_jax.serve.asking import Asker, LostError, RefusedError
 from deepseek_jax.serve.config import ServeConfig
 from deepseek_jax.serve.errors import ApiError, whole
 from deepseek_jax.serve.meters import Meters
-from deepseek_jax.serve.written import Form
 
 T = TypeVar("T")
+
+
+class Form(Protocol):
+    """What a request's answers are written in: each piece is ``add``ed, and all of them are one object, ``whole``; or
+    it is ``told`` in a stream, which ``begin``s and ``end``s, or has ``failed``."""
+
+    def add(self, piece: Piece) -> object: ...
+
+    def whole(self) -> dict[str, Any]: ...
+
+    def begin(self) -> bytes: ...
+
+    def told(self, piece: Piece) -> bytes:
+        """b"" where there is nothing to tell."""
+        ...
+
+    def end(self) -> bytes: ...
+
+    def failed(self, error: ApiError) -> bytes: ...
 
 
 class Desk:
@@ -60,13 +77,13 @@ class Desk:
             self.open -= asked.count
             watch.end()
 
-    async def respond(self, request: Request, asked: Asked, form: Form, *, stream: bool, usage: bool) -> Response:
-        """All of it as one object, or a stream of chunks. What is refused is so before a stream begins; who goes is
+    async def respond(self, request: Request, asked: Asked, form: Form, *, stream: bool) -> Response:
+        """All of it as one object, or a stream of events. What is refused is so before a stream begins; who goes is
         given up."""
         pieces = self.answers(asked)
         first = await unless_gone(request, anext(pieces))
         if stream:
-            return EventStream(_events(form, first, pieces, usage))
+            return EventStream(_events(form, first, pieces))
         return await unless_gone(request, _all(form, first, pieces))
 
 
@@ -78,25 +95,18 @@ async def _all(form: Form, first: Piece, pieces: AsyncGenerator[Piece]) -> Respo
     return JSONResponse(form.whole())
 
 
-async def _events(form: Form, first: Piece, pieces: AsyncGenerator[Piece], usage: bool) -> AsyncGenerator[bytes]:
-    more = {"usage": None} if usage else {}
+async def _events(form: Form, first: Piece, pieces: AsyncGenerator[Piece]) -> AsyncGenerator[bytes]:
     async with aclosing(pieces):
         try:
-            for chunk in form.chunks(first):
-                yield event(chunk | more)
+            if told := form.begin() + form.told(first):
+                yield told
             async for piece in pieces:
-                if chunks := form.chunks(piece):
-                    yield b"".join(event(chunk | more) for chunk in chunks)
+                if told := form.told(piece):
+                    yield told
         except ApiError as error:
-            yield event(error.body)
+            yield form.failed(error)
             return
-    if usage:
-        yield event(form.last_chunk())
-    yield b"data: [DONE]\n\n"
-
-
-def event(content: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    yield form.end()
 
 
 class EventStream(StreamingResponse):

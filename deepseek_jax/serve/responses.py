@@ -1,14 +1,11 @@
 """``/v1/responses``: a chat's answer as OpenAI's items, whole or in named events."""
 
-import json
 import secrets
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from deepseek_jax.serve.answering import Asked, Piece
 from deepseek_jax.serve.asked import asked_by_chat
@@ -16,13 +13,14 @@ from deepseek_jax.serve.errors import ApiError
 from deepseek_jax.serve.parsing import Parser
 from deepseek_jax.serve.parsing import Piece as Part
 from deepseek_jax.serve.prompts import Prompt
-from deepseek_jax.serve.responding import Desk, EventStream, unless_gone
+from deepseek_jax.serve.responding import Desk
 from deepseek_jax.serve.responses_schema import NamedFunction, ResponsesBody, as_chat
-from deepseek_jax.serve.written import Tally
+from deepseek_jax.serve.written import Tally, packed
 
 Event = dict[str, Any]
 _ITEMS = {"thinking": "reasoning", "content": "message", "call": "function_call", "arguments": "function_call"}
 _ECHOED = ("instructions", "max_output_tokens", "temperature", "top_p", "user", "metadata")
+_OF_AN_ERROR = ("code", "message", "param")
 _MARKS = {"reasoning": "rs", "message": "msg", "function_call": "fc"}
 
 
@@ -34,32 +32,7 @@ def add_responses(app: FastAPI, desk: Desk, refused: dict[int | str, dict[str, A
         served = desk.asker.served
         asked = await asked_by_chat(as_chat(body), desk.tokenizer, served, desk.config.limits)
         form = ResponseForm(body, served.name, asked)
-        pieces = desk.answers(asked)
-        first = await unless_gone(request, anext(pieces))
-        if body.stream:
-            return EventStream(_stream(form, first, pieces))
-        return await unless_gone(request, _whole(form, first, pieces))
-
-
-async def _whole(form: "ResponseForm", first: Piece, pieces: AsyncGenerator[Piece]) -> Response:
-    form.add(first)
-    async with aclosing(pieces):
-        async for piece in pieces:
-            form.add(piece)
-    return JSONResponse(form.response())
-
-
-async def _stream(form: "ResponseForm", first: Piece, pieces: AsyncGenerator[Piece]) -> AsyncGenerator[bytes]:
-    async with aclosing(pieces):
-        yield form.packed([*form.begin(), *form.add(first)])
-        try:
-            async for piece in pieces:
-                if events := form.add(piece):
-                    yield form.packed(events)
-            yield form.packed([{"type": f"response.{form.status}", "response": form.response()}])
-        except ApiError as error:
-            told = {name: error.body["error"][name] for name in ("code", "message", "param")}
-            yield form.packed([{"type": "error", **told}])
+        return await desk.respond(request, asked, form, stream=bool(body.stream))
 
 
 class _Item:
@@ -85,7 +58,7 @@ class _Item:
 
 
 class ResponseForm:
-    """An answer as items. ``add`` gives the events of a piece; ``response`` is the object so far."""
+    """A ``Form`` of one answer as items. ``add`` gives the events of a piece, ``whole`` is the object so far."""
 
     def __init__(self, body: ResponsesBody, model: str, asked: Asked):
         prompt = asked.prompt or Prompt([])
@@ -97,8 +70,17 @@ class ResponseForm:
         self._id, self._created, self._model = f"resp_{secrets.token_hex(12)}", int(time.time()), model
         self.status = "in_progress"
 
-    def begin(self) -> list[Event]:
-        return [{"type": f"response.{name}", "response": self.response()} for name in ("created", "in_progress")]
+    def begin(self) -> bytes:
+        return b"".join(self._so_far(name) for name in ("created", "in_progress"))
+
+    def told(self, piece: Piece) -> bytes:
+        return b"".join(map(self._packed, self.add(piece)))
+
+    def end(self) -> bytes:
+        return self._so_far(self.status)
+
+    def failed(self, error: ApiError) -> bytes:
+        return self._packed({"type": "error", **{name: error.body["error"][name] for name in _OF_AN_ERROR}})
 
     def add(self, piece: Piece) -> list[Event]:
         self._tally.add(piece)
@@ -111,16 +93,14 @@ class ResponseForm:
             events += self._close(self.status)
         return events
 
-    def packed(self, events: list[Event]) -> bytes:
-        """As server-sent events, numbered."""
-        lines = []
-        for event in events:
-            told = json.dumps({**event, "sequence_number": self._number}, ensure_ascii=False, separators=(",", ":"))
-            lines.append(f"event: {event['type']}\ndata: {told}\n\n")
-            self._number += 1
-        return "".join(lines).encode()
+    def _so_far(self, name: str) -> bytes:
+        return self._packed({"type": f"response.{name}", "response": self.whole()})
 
-    def response(self) -> dict[str, Any]:
+    def _packed(self, event: Event) -> bytes:
+        self._number += 1
+        return packed({**event, "sequence_number": self._number - 1}, event["type"])
+
+    def whole(self) -> dict[str, Any]:
         body, usage, choice = self._body, self._tally.usage(), self._body.tool_choice
         asked = body.model_dump(include={*_ECHOED})
         return {

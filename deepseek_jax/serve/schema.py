@@ -5,13 +5,21 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from deepseek_jax.inference.limits import ALTERNATIVES, BIASES, RANGES
+
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 # A whole number may be written 1.0, as JSON schemas have it.
 WHOLE = BeforeValidator(lambda x: int(x) if type(x) is float and x.is_integer() else x)
 Id = Annotated[int, Field(ge=0, lt=2**31), WHOLE]
 Ids = Annotated[list[Id], Field(min_length=1)]
 Text = Annotated[str, Field(min_length=1)]
+Beside = Annotated[int, Field(ge=0, le=ALTERNATIVES), WHOLE]
 Bias = Annotated[float, Field(ge=-100, le=100)]
+
+
+def _within(name: str) -> Any:
+    least, most = RANGES[name]
+    return Field(None, ge=least, le=most)
 
 
 class StreamOptions(BaseModel):
@@ -47,11 +55,11 @@ class Sampled(BaseModel):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: Annotated[int, Field(ge=-1, lt=2**31), WHOLE] | None = None
-    min_p: float | None = Field(None, ge=0, le=1)
-    presence_penalty: float | None = Field(None, ge=-2, le=2)
-    frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
-    logit_bias: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Bias] | None = Field(None, max_length=300)
+    min_p: float | None = _within("min_p")
+    presence_penalty: float | None = _within("presence_penalty")
+    frequency_penalty: float | None = _within("frequency_penalty")
+    repetition_penalty: float | None = _within("repetition_penalty")
+    logit_bias: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Bias] | None = Field(None, max_length=BIASES)
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63), WHOLE] | None = None
     n: Annotated[int, Field(ge=1), WHOLE] | None = None
     stop: Text | list[Text] | None = None
@@ -68,7 +76,7 @@ class Completion(Sampled):
     """``/v1/completions``. prompt: a text, ids, or a list of either. logprobs: of each token, and so many others."""
 
     prompt: Text | Ids | Annotated[list[Text], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
-    logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
+    logprobs: Beside | None = None
     echo: bool | None = None
 
 
@@ -146,7 +154,7 @@ class Chat(Sampled):
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31), WHOLE] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
+    top_logprobs: Beside | None = None
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None

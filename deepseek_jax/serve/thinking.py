@@ -5,7 +5,8 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
-from deepseek_jax.data.tokenizer import END_THINK, THINK, Tokenizer
+from deepseek_jax.data.special_tokens import END_THINK, THINK
+from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.serve.asking import Asker, Event
 from deepseek_jax.serve.prompts import CLOSING
 
@@ -53,8 +54,9 @@ async def in_stages(
     budget: int | None,
 ) -> AsyncGenerator[Event]:
     """The events of an answer whose thinking has at most ``budget`` tokens and, where the prompt has ``opened`` it,
-    is bound to no grammar: at its end the answer is cancelled, and asked for anew behind its thoughts and `</think>`,
-    which the cache of prefixes makes cheap. All of them count as its tokens."""
+    is bound to no grammar: at its end the answer is cancelled, and gone on with behind its thoughts and `</think>`,
+    which the cache of prefixes makes cheap. All of them count as its tokens, and what it draws behind them is drawn by
+    the noise of its place there: no noise is used twice."""
     thoughts, made, ended = Thoughts(tokenizer, opened=opened), [], False
     freed = opened and any(name in sampling for name in GRAMMARS)
     first = {name: value for name, value in sampling.items() if not (freed and name in GRAMMARS)}
@@ -77,10 +79,11 @@ async def in_stages(
         return
     closing = tokenizer.encode(CLOSING if thoughts.open else BEHIND, allow_special=True)
     closing = closing[: sampling["max_tokens"] - len(made)]
-    left = sampling["max_tokens"] - len(made) - len(closing)
+    begun = [*made, *closing]
+    left = sampling["max_tokens"] - len(begun)
     yield Event(closing, [0.0] * len(closing), [[] for _ in closing], "" if left else "length")
     if left:
-        async with aclosing(asker.submit([*ids, *made, *closing], {**sampling, "max_tokens": left}, draw)) as events:
+        async with aclosing(asker.submit([*ids, *begun], {**sampling, "begun": len(begun)}, draw)) as events:
             async for event in events:
                 if event.ids:
                     yield dataclasses.replace(event, cached=0)

@@ -1,6 +1,7 @@
 """Answers as OpenAI writes them: whole, or in chunks."""
 
 import abc
+import json
 import secrets
 import time
 from collections.abc import Iterable
@@ -8,8 +9,15 @@ from typing import Any
 
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.serve.answering import Asked, Piece, Token
+from deepseek_jax.serve.errors import ApiError
 from deepseek_jax.serve.parsing import Parser, delta, message
 from deepseek_jax.serve.prompts import Prompt
+
+
+def packed(content: dict[str, Any], name: str = "") -> bytes:
+    """A server-sent event, which may have a name."""
+    named = f"event: {name}\n" if name else ""
+    return f"{named}data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
 
 
 class Tally:
@@ -35,8 +43,8 @@ class Tally:
         }
 
 
-class Form(abc.ABC):
-    """One answer's object: ``chunks`` of each piece while it is made, or all of them ``add``ed and then ``whole``."""
+class Choices(abc.ABC):
+    """A ``Form`` of choices, one for each answer, and of chunks with some of them while they are made."""
 
     name, whole_object, chunk_object = "", "", ""
 
@@ -52,18 +60,29 @@ class Form(abc.ABC):
     def choices(self) -> list[dict[str, Any]]:
         """Of all that was added, one for each answer."""
 
-    def chunks(self, piece: Piece) -> list[dict[str, Any]]:
-        return [{**self._head, "object": self.chunk_object, "choices": [choice]} for choice in self.add(piece)]
-
-    def last_chunk(self) -> dict[str, Any]:
-        return {**self._head, "object": self.chunk_object, "choices": [], "usage": self.tally.usage()}
-
     def whole(self) -> dict[str, Any]:
         told = {"choices": self.choices(), "usage": self.tally.usage()}
         return {**self._head, "object": self.whole_object, **told}
 
+    def begin(self) -> bytes:
+        return b""
 
-class CompletionForm(Form):
+    def told(self, piece: Piece) -> bytes:
+        more = {"usage": None} if self.asked.usage else {}
+        return b"".join(self._chunk([choice], more) for choice in self.add(piece))
+
+    def end(self) -> bytes:
+        last = self._chunk([], {"usage": self.tally.usage()}) if self.asked.usage else b""
+        return last + b"data: [DONE]\n\n"
+
+    def failed(self, error: ApiError) -> bytes:
+        return packed(error.body)
+
+    def _chunk(self, choices: list[dict[str, Any]], more: dict[str, Any]) -> bytes:
+        return packed({**self._head, "object": self.chunk_object, "choices": choices, **more})
+
+
+class CompletionForm(Choices):
     name, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
 
     def __init__(self, model: str, tokenizer: Tokenizer, asked: Asked, echo: bool):
@@ -104,7 +123,7 @@ class CompletionForm(Form):
         }
 
 
-class ChatForm(Form):
+class ChatForm(Choices):
     name, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def __init__(self, model: str, tokenizer: Tokenizer, asked: Asked):

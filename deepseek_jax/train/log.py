@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,18 +18,23 @@ class NonFiniteError(ArithmeticError):
 
 
 class StepLog:
-    """What is known of the steps since the last line, on the device until it is written."""
+    """What is known of the steps since the last line, on the device until it is written and shown.
+
+    step: the one that the run goes on from, whose checkpoint ``saved`` this.
+    """
 
     def __init__(
         self,
+        run_dir: Path,
         config: LoopConfig,
         store: CheckpointStore,
-        writer: MetricsWriter,
+        step: int,
         saved: Mapping[str, Any],
         on_log: Callable[[int, dict[str, Any]], None] | None,
         progress: Progress | None,
     ) -> None:
-        self._config, self._store, self._writer = config, store, writer
+        self._config, self._store = config, store
+        self._writer = MetricsWriter(run_dir, after_step=step, tensorboard=config.tensorboard)
         self._on_log, self._progress = on_log, progress
         self._new: list[tuple[int, jax.Array, jax.Array | int]] = []  # step, finite, tokens
         self._line: tuple[int, dict[str, Any]] | None = None
@@ -40,6 +46,13 @@ class StepLog:
         self._clock: float | None = None
         self._timed = 0  # tokens since
         self._done_at: float | None = None  # when the step of the waiting line was done, where that is known
+        if progress is not None:
+            progress.start(step)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        self._writer.close()
 
     def add(self, step: int, metrics: dict[str, Any], about_batch: Mapping[str, Any]) -> None:
         """Remember a step that was dispatched."""

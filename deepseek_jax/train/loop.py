@@ -18,7 +18,7 @@ from deepseek_jax.files import write_json
 from deepseek_jax.parallel.processes import Agreement, gather
 from deepseek_jax.train.log import StepLog
 from deepseek_jax.train.loop_config import LoopConfig
-from deepseek_jax.train.metrics import MetricsWriter, read_metrics
+from deepseek_jax.train.metrics import read_metrics
 from deepseek_jax.train.preemption import Preempted, stop_signals
 from deepseek_jax.train.progress import Progress
 from deepseek_jax.train.reference import Reference
@@ -108,10 +108,7 @@ def run_loop(
         stack.callback(getattr(batches, "close", lambda: None))
         store = stack.enter_context(
             CheckpointStore(
-                run_dir / CHECKPOINTS,
-                keep=config.keep,
-                best_metric=config.best_metric,
-                best_mode=config.best_mode,
+                run_dir / CHECKPOINTS, keep=config.keep, best_metric=config.best_metric, best_mode=config.best_mode
             )
         )
         moving = reference if reference is not None and reference.every else None
@@ -120,12 +117,8 @@ def run_loop(
         if jax.process_index() == 0:
             path = run_dir / "config.json"
             write_json(path, with_history(path, step, {"loop": asdict(config), **meta}))
-        writer = MetricsWriter(run_dir, after_step=step, tensorboard=config.tensorboard)
-        stack.callback(writer.close)
-        log = StepLog(config, store, writer, saved, on_log, progress)
-        if progress is not None:
-            stack.callback(progress.stop)
-            progress.start(step)
+        log = StepLog(run_dir, config, store, step, saved, on_log, progress)
+        stack.callback(log.close)
         ended = gather(step > 0 and stop_when is not None and _ended(run_dir, step, config, stop_when))[0]
         agreed, signalled = Agreement(), 0
         while step < config.steps and not ended:

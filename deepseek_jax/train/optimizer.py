@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.model import transformer
+from deepseek_jax.model import parameters
 from deepseek_jax.typed import check_types
 
 
@@ -141,6 +141,6 @@ def _adam(config: OptimizerConfig) -> Guarded:
 
 
 def _decays(model: ModelConfig) -> Any:
-    axes = transformer.logical_axes(model)
+    axes = parameters.logical_axes(model)
     matrix = lambda path, _: path[-1].key not in ("gain", "b") and not path[-1].key.endswith("bias")  # noqa: E731
     return jax.tree_util.tree_map_with_path(matrix, axes, is_leaf=lambda x: isinstance(x, tuple))

@@ -25,7 +25,8 @@ from jaxtyping import Array, Float, Int
 
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.model import transformer
+from deepseek_jax.model import parameters
+from deepseek_jax.model.scores import scoring, with_scores
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.train.losses import routed
 from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer
@@ -154,12 +155,12 @@ def with_critic(
     policy_step, state: the policy's alone. Its parameters give the critic's body; where they are shapes, as for a run
     that goes on, so are the critic's. steps: how many the schedules are made for.
     """
-    value_config = transformer.scoring(config, 1)
+    value_config = scoring(config, 1)
     optimizer = make_optimizer(critic.optimizer, value_config, steps * epochs * minibatches)
     if isinstance(state.step, jax.ShapeDtypeStruct):
         learner = abstract_state(value_config, optimizer, mesh, compute=compute)
     else:
-        _, params, bias = transformer.with_scores(config, state.params, state.router_bias, 1)
+        _, params, bias = with_scores(config, state.params, state.router_bias, 1)
         learner = create_state(value_config, optimizer, mesh, compute=compute, params=params, router_bias=bias)
     learn = make_step(
         value_config,
@@ -195,7 +196,7 @@ def judged(
     batch: Batch,
 ) -> tuple[Batch, dict[str, jax.Array]]:
     """The batch with its ``values`` and ``returns``, and the advantages that the policy learns from."""
-    network = transformer.merge(config, state.params, state.router_bias, compute)
+    network = parameters.merge(config, state.params, state.router_bias, compute)
     read = {name: batch[name] for name in ("tokens", "positions", "segment_ids", "answer_tokens") if name in batch}
     values_BS = in_parts(lambda rows: values(network, rows)[0], read, microbatches, compute.rules)
     how = {"gamma": critic.gamma, "gae_lambda": critic.gae_lambda, "kl_reward": critic.kl_reward}

@@ -9,11 +9,12 @@ from jaxtyping import Array, Float
 
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.model import transformer
+from deepseek_jax.model import parameters
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.processes import together
 from deepseek_jax.parallel.sharding import ShardingRules, split_rows
-from deepseek_jax.train.losses import TokenScores, routed, score_targets, shift
+from deepseek_jax.train.cross_entropy import TokenScores, score_targets
+from deepseek_jax.train.losses import routed, shift
 from deepseek_jax.train.reference import Reference
 from deepseek_jax.train.state import TrainState
 from deepseek_kernels import Visible
@@ -90,7 +91,7 @@ class Scorer:
         self.old, self.reference = old, reference
 
         def score(compute, params, router_bias, batch):
-            network = transformer.merge(config, params, router_bias, compute)
+            network = parameters.merge(config, params, router_bias, compute)
             return score_batch(network, batch, chunk=chunk, microbatches=microbatches)
 
         def compiled(compute: ComputeConfig) -> Callable[..., jax.Array]:

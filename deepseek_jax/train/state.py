@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.model import transformer
+from deepseek_jax.model import parameters
 from deepseek_jax.parallel.sharding import ShardingRules, state_sharding, tree_shardings
 from deepseek_kernels import BlockScaled
 
@@ -77,7 +77,7 @@ def _create(
     router_bias: jax.Array | None,
 ) -> TrainState:
     if params is None:
-        params, router_bias = transformer.init(config, seed)
+        params, router_bias = parameters.init(config, seed)
     params = float32_copy(params)
     return TrainState(
         step=jnp.int32(0),
@@ -97,7 +97,7 @@ def float32_copy(arrays: Any) -> Any:
 
 def state_shardings(config: ModelConfig, state: TrainState, mesh: Mesh, rules: ShardingRules) -> Any:
     """Where each array lives: what is shaped like a parameter by ``state_sharding``, the rest on every device."""
-    axes = transformer.logical_axes(config)
+    axes = parameters.logical_axes(config)
     params = tree_shardings(mesh, axes, state.params, rules)
     beside = jax.tree.map(lambda leaf, axes: state_sharding(mesh, axes, leaf.shape, rules), state.params, axes)
     whole = NamedSharding(mesh, PartitionSpec())

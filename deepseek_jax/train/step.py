@@ -12,8 +12,9 @@ from jaxtyping import Array, Float
 
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.model import transformer
-from deepseek_jax.parallel.sharding import Rounded, placed, placed_as_state, split_by, split_rows
+from deepseek_jax.model import parameters, transformer
+from deepseek_jax.parallel.layer_weights import Rounded
+from deepseek_jax.parallel.sharding import placed, placed_as_state, split_by, split_rows
 from deepseek_jax.train.optimizer import guarded, keep_if
 from deepseek_jax.train.state import TrainState
 from deepseek_jax.typed import check_least, check_types
@@ -78,27 +79,10 @@ def make_step(
     if epochs < 1 or minibatches < 1:
         raise ValueError(f"epochs={epochs}, minibatches={minibatches}: must be at least 1")
     optimizer = guarded(optimizer)
-    build = functools.partial(transformer.merge, config, compute=compute)
-    axes, rules = transformer.logical_axes(config), compute.rules
+    build = functools.partial(parameters.merge, config, compute=compute)
+    axes, rules = parameters.logical_axes(config), compute.rules
     as_parameters = functools.partial(placed, axes_tree=axes, rules=rules)
     as_state = functools.partial(placed_as_state, axes_tree=axes, rules=rules)
-
-    def multiplied(params: Any) -> Any:
-        """The parameters as the layers get them. A gradient is rounded to its parameter's dtype before the mesh adds it
-        up, so where that is to be in bfloat16 they are: all but those that are read in float32."""
-        several = split_by((*rules.batch, *rules.sequence))
-        if not several or "float32" in (options.gradient_sums, compute.dtype):
-            return params
-        matrix = lambda path: path[-1].key not in _IN_FLOAT32 and not path[-1].key.endswith("bias")  # noqa: E731
-
-        def rounded(path, leaf, axes):
-            if not matrix(path):
-                return leaf
-            if axes[0] == "layers":
-                return Rounded(leaf, jnp.zeros(leaf.shape, compute.dtype))
-            return placed([leaf.astype(compute.dtype)], [axes], rules)[0]
-
-        return jax.tree_util.tree_map_with_path(rounded, params, axes)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         if epochs * minibatches == 1:
@@ -116,7 +100,7 @@ def make_step(
 
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         split = functools.partial(split_rows, parts=options.microbatches, rules=rules, name="step.microbatches")
-        norm, params = loss.normalisers(batch), multiplied(state.params)
+        norm, params = loss.normalisers(batch), _multiplied(state.params, axes, options, compute)
         part = functools.partial(_gradient, build, loss, state, norm, params, as_state)
         gradients, value, parts = part(batch) if options.microbatches == 1 else _accumulated(part, split(batch))
         grad_norm = optax.tree.norm(gradients)
@@ -131,15 +115,20 @@ def make_step(
         params = as_parameters(params)
         new = dataclasses.replace(state, params=params, opt_state=opt_state, router_bias=router_bias, ema=ema)
         metrics = {"loss": value, **parts, "grad_norm": grad_norm, "finite": finite.astype(jnp.float32)}
-        if load_LE is not None:
-            metrics |= load_metrics(load_LE)
-        if dropped_L is not None:  # choices (token, expert) of a step
-            metrics |= {"dropped": dropped_L, "dropped_sum": jnp.sum(dropped_L)}
-        if new.router_bias is not None:
-            metrics["bias_range"] = jnp.mean(jnp.max(new.router_bias, 1) - jnp.min(new.router_bias, 1))
-        return new, metrics
+        return new, metrics | _router_metrics(load_LE, dropped_L, router_bias)
 
     return step
+
+
+def _router_metrics(
+    load_LE: jax.Array | None, dropped_L: jax.Array | None, router_bias: jax.Array | None
+) -> dict[str, jax.Array]:
+    metrics = {} if load_LE is None else load_metrics(load_LE)
+    if dropped_L is not None:  # choices (token, expert) of a step
+        metrics |= {"dropped": dropped_L, "dropped_sum": jnp.sum(dropped_L)}
+    if router_bias is not None:
+        metrics["bias_range"] = jnp.mean(jnp.max(router_bias, 1) - jnp.min(router_bias, 1))
+    return metrics
 
 
 def load_metrics(load_LE: Float[Array, "L E"]) -> dict[str, jax.Array]:
@@ -149,6 +138,25 @@ def load_metrics(load_LE: Float[Array, "L E"]) -> dict[str, jax.Array]:
         "load": load_LE / (mean_L1 * load_LE.shape[1]),
         "max_vio": jnp.mean(jnp.max(load_LE / mean_L1, axis=1) - 1.0),
     }
+
+
+def _multiplied(params: Any, axes_tree: Any, options: StepConfig, compute: ComputeConfig) -> Any:
+    """The parameters as the layers get them. A gradient is rounded to its parameter's dtype before the mesh adds it up,
+    so where that is to be in bfloat16 they are: all but those that are read in float32."""
+    rules = compute.rules
+    several = split_by((*rules.batch, *rules.sequence))
+    if not several or "float32" in (options.gradient_sums, compute.dtype):
+        return params
+    matrix = lambda path: path[-1].key not in _IN_FLOAT32 and not path[-1].key.endswith("bias")  # noqa: E731
+
+    def rounded(path, leaf, axes):
+        if not matrix(path):
+            return leaf
+        if axes[0] == "layers":
+            return Rounded(leaf, jnp.zeros(leaf.shape, compute.dtype))
+        return placed([leaf.astype(compute.dtype)], [axes], rules)[0]
+
+    return jax.tree_util.tree_map_with_path(rounded, params, axes_tree)
 
 
 def _gradient(build, loss, state, norm, params, as_state, batch):

@@ -9,11 +9,11 @@ import jax
 from jax.sharding import Mesh
 
 from deepseek_jax.inference.abstract import serving
-from deepseek_jax.model.transformer import logical_axes
+from deepseek_jax.model.parameters import logical_axes
 from deepseek_jax.parallel.sharding import state_sharding
 from deepseek_jax.train.state import TrainState
 from deepseek_jax.workflows.pretrain import PretrainConfig
-from deepseek_jax.workflows.stage import abstract_step
+from deepseek_jax.workflows.stage_step import abstract_step
 
 Work = Literal["train", "prefill", "decode"]
 

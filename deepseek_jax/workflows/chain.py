@@ -12,7 +12,8 @@ from deepseek_jax.train.preemption import stop_signals
 from deepseek_jax.train.resume import check_resume, differences, saved_meta
 from deepseek_jax.train.run_lock import run_lock
 from deepseek_jax.workflows.recipe import as_now
-from deepseek_jax.workflows.stage import StageConfig, read_result
+from deepseek_jax.workflows.stage_config import StageConfig
+from deepseek_jax.workflows.stage_result import read_result
 
 _SAYING = ("run_dir", "quiet")  # no part of what is made
 

@@ -30,7 +30,7 @@ from deepseek_jax.workflows.recipe import load_recipe, moved
 from deepseek_jax.workflows.report import print_summary, write_report
 from deepseek_jax.workflows.report_data import EXPERT_SHARES
 from deepseek_jax.workflows.sft import SFTConfig, sft
-from deepseek_jax.workflows.stage import write_json
+from deepseek_jax.workflows.stage_result import write_json
 from deepseek_jax.workflows.tokenizer import train_on_files
 
 RECIPE_DIR = "runs/demo"  # the folder that the recipes in configs/demo/ name

@@ -9,7 +9,7 @@ from deepseek_jax.typed import check_types
 from deepseek_jax.workflows.inputs import look_for
 from deepseek_jax.workflows.rejection import KEPT, RejectionConfig, check_kept, rejection
 from deepseek_jax.workflows.sft import SFTConfig, sft
-from deepseek_jax.workflows.stage import read_result
+from deepseek_jax.workflows.stage_result import read_result
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,9 @@ from deepseek_jax.train.ppo import CriticConfig
 from deepseek_jax.train.reference import Reference
 from deepseek_jax.train.scoring import Scorer
 from deepseek_jax.workflows.own_run import open_start, owns_run, with_chat_template, with_turns
-from deepseek_jax.workflows.stage import StageConfig, finish, train_stage
+from deepseek_jax.workflows.stage import train_stage
+from deepseek_jax.workflows.stage_config import StageConfig
+from deepseek_jax.workflows.stage_result import finish
 from deepseek_jax.workflows.task_eval import Exam, TaskEval, open_exam
 
 

@@ -153,11 +153,7 @@ class Answers:
         scores = score_all(self.task.accuracy, texts, [question.row for question in questions])
         for number, ((row, sample), question, answer) in enumerate(zip(part, questions, said, strict=True)):
             yield {
-                "question": row,
-                "row": where(question.row),
-                "sample": sample,
-                "prompt": question.text,
-                "answer": self.task.right(question.row),
+                **self._about(row, sample, question),
                 "completion": answer.text,
                 **({"turns": list(answer.turns)} if answer.turns else {}),
                 "tokens": samples[number].length,
@@ -165,6 +161,16 @@ class Answers:
                 "said": self._said(texts[number], question),
                 "correct": None if scores[number] is None else answer.ended and scores[number] == 1.0,
             }
+
+    def _about(self, row: int, sample: int, question: Question) -> dict[str, Any]:
+        """What every line begins with."""
+        return {
+            "question": row,
+            "row": where(question.row),
+            "sample": sample,
+            "prompt": question.text,
+            "answer": self.task.right(question.row),
+        }
 
     def _said(self, text: str, question: Question) -> str | None:
         return as_vote(self.task.said(text, question.row) if self.task.said else None)

@@ -50,7 +50,7 @@ from deepseek_jax.workflows.report import write_report
 from deepseek_jax.workflows.report_data import SERIES
 from deepseek_jax.workflows.reward_model import RewardModelConfig, reward_model
 from deepseek_jax.workflows.sft import SFTConfig, sft
-from deepseek_jax.workflows.stage import read_result, write_json
+from deepseek_jax.workflows.stage_result import read_result, write_json
 
 # In their order: what runs each.
 STAGES = {

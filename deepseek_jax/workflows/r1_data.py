@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from deepseek_jax.data.tokenizer import END_THINK, THINK
+from deepseek_jax.data.special_tokens import END_THINK, THINK
 from deepseek_jax.files import read_json_object, write_json, write_whole
 from deepseek_jax.parallel.processes import first_host_alone
 from deepseek_jax.rl import arithmetic
@@ -23,7 +23,7 @@ from deepseek_jax.saying import doing, quietly
 from deepseek_jax.typed import check_least, check_types
 from deepseek_jax.workflows import r1_requests as requests
 from deepseek_jax.workflows.corpus import CorpusConfig, Document, build_corpus
-from deepseek_jax.workflows.stage import RESULT
+from deepseek_jax.workflows.stage_result import RESULT
 from deepseek_jax.workflows.tokenizer import train_on_files
 
 # As R1-Zero's: plain text, which a base reads as the beginning of a page. It is shorter, and so is the base's context.

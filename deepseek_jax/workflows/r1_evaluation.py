@@ -14,7 +14,7 @@ from deepseek_jax.rl.tasks import TaskConfig
 from deepseek_jax.saying import quietly
 from deepseek_jax.typed import check_least, check_types
 from deepseek_jax.workflows.questions import Answers, Asking, ask_questions
-from deepseek_jax.workflows.stage import RESULT, write_json
+from deepseek_jax.workflows.stage_result import RESULT, write_json
 
 
 @dataclasses.dataclass(frozen=True)

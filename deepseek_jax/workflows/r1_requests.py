@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from deepseek_jax.data.tokenizer import END_THINK, THINK
+from deepseek_jax.data.special_tokens import END_THINK, THINK
 
 HELD_OUT_SHARE = 0.2
 KINDS = ("greet", "colour", "unsafe")

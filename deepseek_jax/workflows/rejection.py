@@ -31,7 +31,7 @@ from deepseek_jax.typed import check_least, check_types
 from deepseek_jax.workflows.own_run import owns_run
 from deepseek_jax.workflows.questions import Answers, Asking, all_turns, asked_how, claim
 from deepseek_jax.workflows.recipe import as_now
-from deepseek_jax.workflows.stage import RESULT, read_result, write_json
+from deepseek_jax.workflows.stage_result import RESULT, read_result, write_json
 
 KEPT = "kept.jsonl"
 

@@ -20,7 +20,8 @@ from deepseek_jax.data.files import ROWS
 from deepseek_jax.data.packing import Row
 from deepseek_jax.data.preferences import Item, Judges, pack_items, read_items
 from deepseek_jax.data.rows import check_rows, sources_of, write_rows
-from deepseek_jax.model import transformer
+from deepseek_jax.model import parameters
+from deepseek_jax.model.scores import with_scores
 from deepseek_jax.parallel.processes import first_host_alone, together
 from deepseek_jax.parallel.sharding import constrain, place_batch
 from deepseek_jax.saying import doing, say
@@ -29,7 +30,10 @@ from deepseek_jax.train.optimizer import OptimizerConfig
 from deepseek_jax.train.reward_model import RewardModelLoss, margins
 from deepseek_jax.typed import check_least, check_types
 from deepseek_jax.workflows.own_run import open_start, owns_run
-from deepseek_jax.workflows.stage import LoaderBatches, StageConfig, finish, row_loader, train_stage
+from deepseek_jax.workflows.row_batches import LoaderBatches, row_loader
+from deepseek_jax.workflows.stage import train_stage
+from deepseek_jax.workflows.stage_config import StageConfig
+from deepseek_jax.workflows.stage_result import finish
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +98,7 @@ def reward_model(config: RewardModelConfig) -> dict[str, Any]:
         raise ValueError(f"loop.eval_every={config.loop.eval_every}: nothing to evaluate without data.heldout")
     start = open_start(config, scores=True)
     if start.params is not None:
-        network = transformer.with_scores(start.config, start.params, start.router_bias, 1)
+        network = with_scores(start.config, start.params, start.router_bias, 1)
         start = dataclasses.replace(start, config=network[0], params=network[1], router_bias=network[2])
     heldout = _packed(config, config.data.heldout, start, Counter()) if config.data.heldout else []
     first_host_alone(lambda: _prepare(config, start))
@@ -140,7 +144,7 @@ def agreement(model: Model, rows: Sequence[Row], batch_size: int) -> dict[str, f
 def _margins(config: ModelConfig, compute: ComputeConfig):
     @jax.jit
     def run(params, router_bias, batch):
-        found = margins(transformer.merge(config, params, router_bias, compute), batch)[:2]
+        found = margins(parameters.merge(config, params, router_bias, compute), batch)[:2]
         return jax.tree.map(lambda x: constrain(x, compute.rules, *[None] * x.ndim), found)  # every process reads it
 
     return together(run)

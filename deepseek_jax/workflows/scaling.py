@@ -21,7 +21,7 @@ from deepseek_jax.parallel.processes import first_host_alone, gather, meet, own_
 from deepseek_jax.rl.asking import ask
 from deepseek_jax.rl.grader import Grader
 from deepseek_jax.rl.reward_spec import parse_reward
-from deepseek_jax.rl.tasks import score_all, where
+from deepseek_jax.rl.tasks import score_all
 from deepseek_jax.typed import check_types
 from deepseek_jax.workflows.questions import Answers, all_turns, powers
 
@@ -98,11 +98,7 @@ class Thoughts(Answers):
                 for budget, reply, score in zip(self.budgets, own, scores, strict=True)
             ]
             yield {
-                "question": row,
-                "row": where(question.row),
-                "sample": sample,
-                "prompt": question.text,
-                "answer": self.task.right(question.row),
+                **self._about(row, sample, question),
                 "thought": engine.decode(thought.ids),
                 "tokens": len(thought.ids),
                 "ended": thought.ended,

@@ -26,7 +26,10 @@ from deepseek_jax.saying import doing
 from deepseek_jax.train.losses import LanguageModelLoss
 from deepseek_jax.typed import check_least, check_types
 from deepseek_jax.workflows.own_run import open_start, owns_run, with_chat_template, with_turns
-from deepseek_jax.workflows.stage import LoaderBatches, StageConfig, check_start, finish, row_loader, train_stage
+from deepseek_jax.workflows.row_batches import LoaderBatches, row_loader
+from deepseek_jax.workflows.stage import train_stage
+from deepseek_jax.workflows.stage_config import StageConfig, check_start
+from deepseek_jax.workflows.stage_result import finish
 from deepseek_jax.workflows.task_eval import Exam, TaskEval, open_exam
 
 

@@ -6,6 +6,7 @@
 #include "cpu_few.h"
 #include "cpu_grouped.h"
 #include "cpu_integers.h"
+#include "cpu_tiles.h"
 
 static XLA_FFI_Buffer *in(XLA_FFI_CallFrame *frame, int i) { return frame->args.args[i]; }
 static float *result(XLA_FFI_CallFrame *frame, int i) { return ((XLA_FFI_Buffer *)frame->rets.rets[i])->data; }
@@ -92,7 +93,14 @@ static Integers integers_of(XLA_FFI_CallFrame *frame) {
                     .group = numbers[0], .first = numbers[1], .bits = numbers[2]};
 }
 
+static void any_few(XLA_FFI_CallFrame *frame, int across) {
+  Few f = few_of(frame, across);
+  if (f.bytes == 2 && tiles_allowed()) run_tiles(frame, &f, across);
+  else run_few(frame, &f, across);
+}
+
 const int deepseek_lanes = LANES;
+int deepseek_tiles(void) { return tiles_allowed(); }
 
 #define HANDLER(name, body)                           \
   XLA_FFI_Error *name(XLA_FFI_CallFrame *frame) {     \
@@ -114,6 +122,6 @@ HANDLER(deepseek_attention_forward, Attention a = attention_of(frame); a.out = r
         a.log_sum = result(frame, 1); run_attention(frame, &a, attention_forward))
 HANDLER(deepseek_attention_backward, Attention a = attention_of(frame); attention_results(frame, &a);
         run_attention(frame, &a, attention_backward))
-HANDLER(deepseek_few_along, Few f = few_of(frame, 0); run_few(frame, &f, 0))
-HANDLER(deepseek_few_across, Few f = few_of(frame, 1); run_few(frame, &f, 1))
+HANDLER(deepseek_few_along, any_few(frame, 0))
+HANDLER(deepseek_few_across, any_few(frame, 1))
 HANDLER(deepseek_paged, Paged a = paged_of(frame); run_paged(frame, &a))

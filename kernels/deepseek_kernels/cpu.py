@@ -61,6 +61,11 @@ def lanes() -> int:
     return ctypes.c_int.in_dll(ctypes.CDLL(str(_built())), "deepseek_lanes").value
 
 
+def tiles() -> bool:
+    """Whether products of few rows with bfloat16 weights are AMX's: compiled in, and permitted by Linux."""
+    return bool(ctypes.CDLL(str(_built())).deepseek_tiles())
+
+
 def call(target: str, shapes: list[tuple[int, ...]], *operands: jax.typing.ArrayLike) -> list[jax.Array]:
     """Call one of ``TARGETS``; float32 results of these shapes."""
     assert target in TARGETS and available()

@@ -18,11 +18,12 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.tpu as pltpu
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from deepseek_kernels import tpu
 from deepseek_kernels.block_fp8 import BLOCK
 from deepseek_kernels.cached import FP8Entries
+from deepseek_kernels.decode_tpu_plan import Blocks, make_plan
 from deepseek_kernels.target import Target
 from deepseek_kernels.visible import Visible
 
@@ -81,11 +82,11 @@ def attend(
     rows = pl.cdiv(S * H, _UNIT * tiles) * _UNIT
     fitting = max(tpu.LANES, _SCORES // rows // tpu.LANES * tpu.LANES)
     most = min(tpu.CHIPS[chip].keys, fitting, pl.cdiv(T, tpu.LANES) * tpu.LANES)
-    blocks = _Blocks.of(size, table_BJ.shape[1], most)
+    blocks = Blocks.of(size, table_BJ.shape[1], most)
     limit_BS = visible.limits(B, S, T)
     fit = lambda x: jnp.pad(x, [(0, 0), (0, rows * tiles - S * H), (0, 0)])  # noqa: E731
     limit_BR1 = fit(jnp.repeat(limit_BS, H, axis=1)[..., None])
-    plan = _plan(jnp.max(limit_BS, axis=1), blocks.keys, pl.cdiv(T, blocks.keys), tpu.CHIPS[chip].cores)
+    plan = make_plan(jnp.max(limit_BS, axis=1), blocks.keys, pl.cdiv(T, blocks.keys), tpu.CHIPS[chip].cores)
     q_BRW, number = fit(q_BSHW.reshape(B, S * H, W)), jnp.asarray(layer, jnp.int32).reshape(1)
     table = table_BJ.astype(jnp.int32).reshape(-1)
     sums, logs = _parts(plan, number, table, limit_BR1, q_BRW, cache, blocks, scale, values, rows)
@@ -93,127 +94,25 @@ def attend(
     return out_BRC[:, : S * H].reshape(B, S, H, values)
 
 
-class _Blocks(NamedTuple):
-    """A block is ``parts`` pieces of ``piece`` keys, of which a page has ``of_page`` and a row ``of_row``. size: of a
-    page; where it is no multiple of a piece, the last one of it sticks out: there a row has one page alone."""
-
-    piece: int
-    parts: int
-    of_page: int
-    of_row: int
-    size: int
-
-    @classmethod
-    def of(cls, size: int, pages: int, most: int) -> "_Blocks":
-        if pages == 1:
-            piece = most
-        elif size <= most:
-            piece = size
-        else:
-            piece = next(piece for piece in range(most // tpu.LANES * tpu.LANES, 0, -tpu.LANES) if size % piece == 0)
-        of_page = pl.cdiv(size, piece)
-        return cls(piece, max(1, min(most // piece, of_page * pages)), of_page, of_page * pages, size)
-
-    @property
-    def keys(self) -> int:
-        return self.piece * self.parts
-
-    def there(self, part: int, shape: tuple[int, ...], axis: int, block):
-        """Which keys of part ``part`` of a row's block are some of the cache's; None where all are."""
-        if self.size % self.piece == 0:
-            return None
-        first = block * self.keys + part * self.piece
-        return first + jax.lax.broadcasted_iota(jnp.int32, shape, axis) < self.size
-
-
-class _Plan(NamedTuple):
-    """row_N: of the batch, that block n is of, over the blocks of all rows end to end, the last one's repeated.
-    start_B: each row's first block. share: blocks of a core, and how many there are in all. parts_B2: the first of each
-    row's parts, and their number.
-
-    Part p of core c and row b is ``p = b + c``: from one part to the next either grows by one."""
-
-    row_N: jax.Array
-    start_B: jax.Array
-    share: jax.Array
-    parts_B2: jax.Array
-    cores: int
-
-
-def _plan(limit_B: Int[Array, "B"], keys: int, most: int, cores: int) -> _Plan:
-    B = len(limit_B)
-    blocks_B = jnp.maximum(-(-limit_B // keys), 1)  # one where nothing is seen, to write its zeros
-    end_B = jnp.cumsum(blocks_B)
-    start_B, every = end_B - blocks_B, end_B[-1]
-    share = -(-every // cores)
-    row_N = jnp.sum(jnp.arange(B * most + cores)[:, None] >= end_B, axis=1)
-    core_B = start_B // share
-    parts_B2 = jnp.stack([core_B + jnp.arange(B), (end_B - 1) // share - core_B + 1], axis=1)
-    row_N, start_B, share, parts_B2 = (
-        x.astype(jnp.int32) for x in (jnp.minimum(row_N, B - 1), start_B, jnp.stack([share, every]), parts_B2)
-    )
-    return _Plan(row_N, start_B, share, parts_B2, cores)
-
-
 def _parts(plan, number, table, limit_BR1, q_BRW, cache, blocks, scale, values, rows):
     """Of each part ``Σ p v / Σ p`` (P R C) and ``log Σ p`` (P R 1)."""
-    (B, R, W), keys = q_BRW.shape, blocks.keys
+    B, R, W = q_BRW.shape
     parts, J = B + plan.cores - 1, len(table) // B
     kept = jax.tree.leaves(cache)
     read = _FP8(blocks, values) if len(kept) > 1 else _BFloat16(blocks, values)
 
-    def place(core, step, row_N, share):
-        """Which block of all, and its row."""
-        block = jnp.minimum(core * share[0] + step, share[1] - 1)
-        return block, row_N[block]
-
-    def kernel(row_N, start_B, share, number, table, limit, q, *refs):
-        *pieces, out, log, top, total, acc = refs
-        pieces = [pieces[i : i + len(kept)] for i in range(0, len(pieces), len(kept))]
-        core, step = pl.program_id(0), pl.program_id(2)
-        block, row = place(core, step, row_N, share)
-        there = core * share[0] + step < share[1]
-
-        @pl.when((step == 0) | (row_N[jnp.maximum(block - 1, 0)] != row))
-        def _():
-            top[...] = jnp.full_like(top, _LOWEST)
-            total[...], acc[...] = jnp.zeros_like(total), jnp.zeros_like(acc)
-
-        @pl.when(there)
-        def _():
-            own = block - start_B[row]
-            scores = [read.scores(q, piece) for piece in pieces]
-            scores = jnp.concatenate(scores, axis=1) if len(scores) > 1 else scores[0]
-            column = own * keys + jax.lax.broadcasted_iota(jnp.int32, (rows, keys), 1)
-            seen = column < limit[...]
-            scores = jnp.where(seen, scores * scale, _LOWEST)
-            higher = jnp.maximum(top[...], jnp.max(scores, axis=1, keepdims=True))
-            p, shrink = jnp.where(seen, jnp.exp(scores - higher), 0), jnp.exp(top[...] - higher)
-            top[...], total[...] = higher, total[...] * shrink + jnp.sum(p, axis=1, keepdims=True)
-            acc[...] *= shrink
-            for i, piece in enumerate(pieces):
-                read.add(acc, p[:, i * blocks.piece : (i + 1) * blocks.piece], piece, i, own)
-
-        following = jnp.minimum(block + 1, share[1] - 1)
-
-        @pl.when(there & ((step == share[0] - 1) | (block == share[1] - 1) | (row_N[following] != row)))
-        def _():
-            sums = jnp.where(total[...] > 0, total[...], 1)
-            out[...] = (acc[...] / sums).astype(out.dtype)
-            log[...] = jnp.where(total[...] > 0, top[...] + jnp.log(sums), _LOWEST)
-
     def of_row(core, tile, step, row_N, start_B, share, number, table):
-        return place(core, step, row_N, share)[1], tile, 0
+        return _place(core, step, row_N, share)[1], tile, 0
 
     def of_cache(part, axis, core, tile, step, row_N, start_B, share, number, table):
-        block, row = place(core, step, row_N, share)
+        block, row = _place(core, step, row_N, share)
         piece = jnp.clip((block - start_B[row]) * blocks.parts + part, 0, blocks.of_row - 1)
         at, of_page = [0, 0], jnp.int32(blocks.of_page)
         at[axis] = jax.lax.rem(piece, of_page)
         return number[0], table[row * J + jax.lax.div(piece, of_page)], *at
 
     def of_part(core, tile, step, row_N, start_B, share, number, table):
-        return place(core, step, row_N, share)[1] + core, tile, 0
+        return _place(core, step, row_N, share)[1] + core, tile, 0
 
     queries = lambda width, where: pl.BlockSpec((None, rows, width), where)  # noqa: E731
     pieces = [
@@ -224,7 +123,7 @@ def _parts(plan, number, table, limit_BR1, q_BRW, cache, blocks, scale, values, 
     seen = B * J * blocks.size  # were all rows whole
     token = sum(leaf.dtype.itemsize * leaf.size for leaf in kept) // (cache.shape[0] * cache.shape[1] * blocks.size)
     return pl.pallas_call(
-        kernel,
+        functools.partial(_kernel, read, scale),
         out_shape=[
             # Rounded once, where nothing is put together.
             jax.ShapeDtypeStruct((parts, R, values), q_BRW.dtype if plan.cores == 1 else jnp.float32),
@@ -245,10 +144,54 @@ def _parts(plan, number, table, limit_BR1, q_BRW, cache, blocks, scale, values, 
     )(plan.row_N, plan.start_B, plan.share, number, table, limit_BR1, q_BRW, *kept * blocks.parts)
 
 
+def _place(core, step, row_N, share):
+    """Which block of all a core's ``step``-th is, and its row."""
+    block = jnp.minimum(core * share[0] + step, share[1] - 1)
+    return block, row_N[block]
+
+
+def _kernel(read, scale, row_N, start_B, share, number, table, limit, q, *refs):
+    """A block of keys for a tile of its row's queries: as the row begins all is set to nothing, as it ends written."""
+    *pieces, out, log, top, total, acc = refs
+    blocks, each, rows = read.blocks, len(read.pieces(q.shape[1])), q.shape[0]
+    pieces = [pieces[i : i + each] for i in range(0, len(pieces), each)]
+    core, step = pl.program_id(0), pl.program_id(2)
+    block, row = _place(core, step, row_N, share)
+    there = core * share[0] + step < share[1]
+
+    @pl.when((step == 0) | (row_N[jnp.maximum(block - 1, 0)] != row))
+    def _():
+        top[...] = jnp.full_like(top, _LOWEST)
+        total[...], acc[...] = jnp.zeros_like(total), jnp.zeros_like(acc)
+
+    @pl.when(there)
+    def _():
+        own = block - start_B[row]
+        scores = [read.scores(q, piece) for piece in pieces]
+        scores = jnp.concatenate(scores, axis=1) if len(scores) > 1 else scores[0]
+        column = own * blocks.keys + jax.lax.broadcasted_iota(jnp.int32, (rows, blocks.keys), 1)
+        seen = column < limit[...]
+        scores = jnp.where(seen, scores * scale, _LOWEST)
+        higher = jnp.maximum(top[...], jnp.max(scores, axis=1, keepdims=True))
+        p, shrink = jnp.where(seen, jnp.exp(scores - higher), 0), jnp.exp(top[...] - higher)
+        top[...], total[...] = higher, total[...] * shrink + jnp.sum(p, axis=1, keepdims=True)
+        acc[...] *= shrink
+        for i, piece in enumerate(pieces):
+            read.add(acc, p[:, i * blocks.piece : (i + 1) * blocks.piece], piece, i, own)
+
+    following = jnp.minimum(block + 1, share[1] - 1)
+
+    @pl.when(there & ((step == share[0] - 1) | (block == share[1] - 1) | (row_N[following] != row)))
+    def _():
+        sums = jnp.where(total[...] > 0, total[...], 1)
+        out[...] = (acc[...] / sums).astype(out.dtype)
+        log[...] = jnp.where(total[...] > 0, top[...] + jnp.log(sums), _LOWEST)
+
+
 class _BFloat16(NamedTuple):
     """How a piece of the cache is read: one array of entries."""
 
-    blocks: _Blocks
+    blocks: Blocks
     values: int
 
     def pieces(self, width: int):

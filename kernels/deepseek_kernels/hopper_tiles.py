@@ -7,7 +7,7 @@ blocks as the GPU has processors take the tiles in turn.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -44,59 +44,12 @@ def tiled(
       stored: columns of the sums that are handed over at once.
       turned: the sums are handed over transposed, in one go.
     """
-
-    handed = sums[::-1] if turned else (sums[0], stored)
-
-    def pipeline(steps, multiply, compute):
-        return plgpu.emit_pipeline_warp_specialized(
-            multiply,
-            grid=(steps,),
-            in_specs=list(steps_of),
-            max_concurrent_steps=stages,
-            memory_registers=40,
-            wg_axis="warpgroup",
-            num_compute_wgs=2,
-            compute_context=compute,
-        )
+    block = _Block(product, steps_of, sums, out.dtype, grid, stages, stored, turned)
 
     def kernel(index, lhs, rhs, out_ref):
-        scratch = (
-            pipeline(stages, lambda *_: None, lambda _: None).get_allocations(lhs, rhs),
-            plgpu.SMEM(
-                (2, *handed), out.dtype, transforms=swizzled(min(handed[1], 128 // out.dtype.itemsize), out.dtype)
-            ),
-            plgpu.Barrier(num_arrivals=2),
-        )
-        each = functools.partial(tiles, lambda *place: tile(*place, index, lhs, rhs, out_ref))
-        pl.run_scoped(each, *scratch, collective_axes="warpgroup")
+        tiles = functools.partial(block.tiles, lambda *place: tile(*place, index, lhs, rhs, out_ref))
+        pl.run_scoped(tiles, *block.scratch(lhs, rhs), collective_axes="warpgroup")
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-    def tiles(tile, allocations, room, multiplied):
-        warpgroup = jax.lax.axis_index("warpgroup")
-
-        def multiply(_, lhs, rhs, acc):
-            plgpu.wgmma(acc, *product(warpgroup, lhs, rhs))
-            plgpu.wgmma_wait(1)  # for the step before, whose place in shared memory is released now
-            return acc
-
-        @plgpu.nd_loop(grid, collective_axes="block")
-        def _(loop):
-            lhs_part, rhs_part, out_part, steps = tile(loop.index, warpgroup)
-
-            def compute(run):
-                pl.run_scoped(functools.partial(store, run), plgpu.WGMMAAccumulatorRef(sums))
-
-            def store(run, acc):
-                run(acc)
-                values = acc[...].astype(out.dtype)
-                pl.when(steps > 0)(lambda: plgpu.barrier_arrive(multiplied))
-                _hand_over(values, room.at[warpgroup], out_part, sums[1] if turned else stored, turned)
-
-            pipeline(steps, multiply, compute)(lhs_part, rhs_part, allocations=allocations)
-
-            @pl.when((warpgroup == 2) & (steps > 0))
-            def _():  # the last step's place is not released: the next tile must not be streamed over it
-                plgpu.barrier_wait(multiplied)
 
     return plgpu.kernel(
         kernel,
@@ -107,6 +60,70 @@ def tiled(
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )
+
+
+class _Block(NamedTuple):
+    """What a block of threads does: its share of the tiles, one after another. The fields are ``tiled``'s; dtype: of
+    the result."""
+
+    product: Callable[..., tuple]
+    steps_of: tuple[plgpu.BlockSpec, plgpu.BlockSpec]
+    sums: tuple[int, int]
+    dtype: Any
+    grid: tuple[int, ...]
+    stages: int
+    stored: int
+    turned: bool
+
+    def scratch(self, lhs, rhs) -> tuple:
+        """Steps under way, each warp group's room for what it hands over, and a barrier that says a tile is summed."""
+        handed = self.sums[::-1] if self.turned else (self.sums[0], self.stored)
+        room = swizzled(min(handed[1], 128 // self.dtype.itemsize), self.dtype)
+        return (
+            self.pipeline(self.stages, lambda *_: None, lambda _: None).get_allocations(lhs, rhs),
+            plgpu.SMEM((2, *handed), self.dtype, transforms=room),
+            plgpu.Barrier(num_arrivals=2),
+        )
+
+    def pipeline(self, steps, multiply, compute):
+        return plgpu.emit_pipeline_warp_specialized(
+            multiply,
+            grid=(steps,),
+            in_specs=list(self.steps_of),
+            max_concurrent_steps=self.stages,
+            memory_registers=40,
+            wg_axis="warpgroup",
+            num_compute_wgs=2,
+            compute_context=compute,
+        )
+
+    def tiles(self, tile, allocations, room, multiplied) -> None:
+        warpgroup = jax.lax.axis_index("warpgroup")
+
+        def multiply(_, lhs, rhs, acc):
+            plgpu.wgmma(acc, *self.product(warpgroup, lhs, rhs))
+            plgpu.wgmma_wait(1)  # for the step before, whose place in shared memory is released now
+            return acc
+
+        @plgpu.nd_loop(self.grid, collective_axes="block")
+        def _(loop):
+            lhs_part, rhs_part, out_part, steps = tile(loop.index, warpgroup)
+
+            def compute(run):
+                pl.run_scoped(functools.partial(store, run), plgpu.WGMMAAccumulatorRef(self.sums))
+
+            def store(run, acc):
+                run(acc)
+                values = acc[...].astype(self.dtype)
+                pl.when(steps > 0)(lambda: plgpu.barrier_arrive(multiplied))
+                width = self.sums[1] if self.turned else self.stored
+                _hand_over(values, room.at[warpgroup], out_part, width, self.turned)
+
+            self.pipeline(steps, multiply, compute)(lhs_part, rhs_part, allocations=allocations)
+
+            @pl.when((warpgroup == 2) & (steps > 0))
+            def _():  # the last step's place is not released: the next tile must not be streamed over it
+                plgpu.barrier_wait(multiplied)
 
 
 def step(block: tuple[int, int], terms_first: bool) -> plgpu.BlockSpec:

@@ -14,8 +14,8 @@ from small import tokenizer
 from deepseek_jax.checkpoint.reading import named_leaves
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.data.model_folder import COMPANIONS, TOKENIZER
-from deepseek_jax.data.tokenizer import BOS, EOS, PAD
-from deepseek_jax.model import transformer
+from deepseek_jax.data.special_tokens import BOS, EOS, PAD
+from deepseek_jax.model import parameters
 from deepseek_jax.model.transformer import Transformer
 
 LLAMA = config(QWEN, attention_bias=False, tie_word_embeddings=False, vocab_size=300, max_position_embeddings=64)
@@ -34,7 +34,7 @@ _NAMES |= {np.dtype(np.float64): "F64", np.dtype(np.int32): "I32"}
 
 
 def model(config: ModelConfig, seed: int = 0) -> Transformer:
-    return transformer.merge(config, *weights(config, seed))
+    return parameters.merge(config, *weights(config, seed))
 
 
 def with_tokenizer(folder: Path, template: str) -> Path:
@@ -53,7 +53,7 @@ def files_about_text(folder: Path) -> dict[str, bytes]:
 
 
 def arrays(model: Transformer) -> dict[Any, np.ndarray]:
-    params, bias = transformer.split(model)
+    params, bias = parameters.split(model)
     return {path: np.asarray(leaf) for path, leaf in named_leaves({"params": params, "bias": bias}).items()}
 
 

@@ -18,7 +18,7 @@ from deepseek_jax.inference.generate import generate
 from deepseek_jax.inference.requests import make_requests
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.weights import sampling_config, sampling_weights
-from deepseek_jax.model import transformer
+from deepseek_jax.model import parameters
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
 
 TINY = cases.FAMILIES["v3"]
@@ -74,15 +74,15 @@ def test_kept_fp8_computes_the_same(fp8):
     tokens = jnp.arange(12, dtype=jnp.int32).reshape(2, 6)
     run = jax.jit(
         lambda p, b: (
-            (out := transformer.merge(wide.config, p, b, wide.compute)(tokens, mtp=True))
+            (out := parameters.merge(wide.config, p, b, wide.compute)(tokens, mtp=True))
             and (out.logits, out.mtp_hidden)
         )
     )
-    for a, b in zip(run(*transformer.split(kept)), run(*transformer.split(wide)), strict=True):
+    for a, b in zip(run(*parameters.split(kept)), run(*parameters.split(wide)), strict=True):
         np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=0.05, atol=0.05)
     one = {"config": wide.config, "compute": wide.compute, "mesh": make_mesh(devices=jax.devices()[:1])}
     requests = make_requests([[3, 5, 7]], SamplingParams(max_tokens=6), stop_ids=(1,), pad_id=2)
-    made = [sampling_weights(*transformer.split(m), **one) for m in (kept, wide)]
+    made = [sampling_weights(*parameters.split(m), **one) for m in (kept, wide)]
     assert made[0][0]["layers"][1]["mlp"]["wi"].values.dtype == jnp.float8_e4m3fn
     answers = [generate(sampling_config(wide.config), wide.compute, *arrays, requests) for arrays in made]
     np.testing.assert_array_equal(answers[0].tokens_BN, answers[1].tokens_BN)
@@ -90,7 +90,7 @@ def test_kept_fp8_computes_the_same(fp8):
 
 def test_each_device_of_a_mesh_gets_its_part(fp8):
     folder, _ = fp8
-    axes = transformer.logical_axes(cases.FP8)
+    axes = parameters.logical_axes(cases.FP8)
     for dtype, more in (
         ("bfloat16", MeshConfig(fsdp=2, expert=2, tensor=2)),
         ("float8_e4m3", MeshConfig(data=2, fsdp=2, expert=2)),
@@ -103,7 +103,7 @@ def test_each_device_of_a_mesh_gets_its_part(fp8):
         values = wi if dtype == "bfloat16" else wi.values
         assert axes["moe_layers"]["mlp"]["wi"] == ("layers", "experts", "expert_embed", None, "expert_mlp")
         assert values.addressable_shards[0].data.shape == (1, 4, 72, 2, 6 if dtype == "bfloat16" else 12)
-        bias = transformer.split(spread)[1]
+        bias = parameters.split(spread)[1]
         assert bias is not None and bias.sharding.is_fully_replicated and len(bias.devices()) == 8
     blocks = "tensor=2 leaves a device 6 of moe_intermediate_size=12 .* ends within a block of 128"
     refused(folder, blocks, mesh=make_mesh(MeshConfig(tensor=2)), dtype="float8_e4m3")

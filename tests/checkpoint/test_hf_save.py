@@ -23,7 +23,7 @@ from deepseek_jax.checkpoint.hf_save import write_model
 from deepseek_jax.checkpoint.publishing import filling, publish
 from deepseek_jax.checkpoint.safetensors import TensorFiles
 from deepseek_jax.data.model_folder import TextFiles
-from deepseek_jax.data.tokenizer import EOS
+from deepseek_jax.data.special_tokens import EOS
 
 SCORING = config(QWEN, num_labels=1, tie_word_embeddings=False)
 TINY = cases.FAMILIES["v3"]

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from deepseek_jax.cli.main import main
 from deepseek_jax.cli.thinking import Thinking
 from deepseek_jax.data.chat import split_thinking
-from deepseek_jax.data.tokenizer import BOS, Tokenizer
+from deepseek_jax.data.special_tokens import BOS
+from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.data.turns import taught
 from deepseek_jax.inference.answers import Completion
 from deepseek_jax.inference.engine import Engine

@@ -64,15 +64,15 @@ def test_ctrl_c_while_the_device_computes_is_one_line(tmp_path):
     program = """
 import os, signal, sys, threading, time
 from deepseek_jax.cli.main import main
-from deepseek_jax.inference import engine
+from deepseek_jax.inference.engine import Engine
 
-generate = engine._generate
+generate = Engine.generate_ids
 def stopped(*arguments, **options):
     out = generate(*arguments, **options)
     threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
     return out
 
-engine._generate = stopped
+Engine.generate_ids = stopped
 sys.exit(main())
 """
     options = ["--prompt", "def", "--max-tokens", "1000000", "--temperature", "1"]

@@ -10,7 +10,7 @@ from small import SPEAKER, tokenizer
 from deepseek_jax import ComputeConfig, save_hf
 from deepseek_jax.cli import talk
 from deepseek_jax.cli.main import main
-from deepseek_jax.data.tokenizer import BOS, EOS
+from deepseek_jax.data.special_tokens import BOS, EOS
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from deepseek_jax.data.chat import encode_chat, encode_prompt, split_thinking
-from deepseek_jax.data.tokenizer import ASSISTANT, BOS, END_THINK, EOS, SPECIAL_TOKENS, THINK, USER, Tokenizer
+from deepseek_jax.data.special_tokens import ASSISTANT, BOS, END_THINK, EOS, SPECIAL_TOKENS, THINK, USER
+from deepseek_jax.data.tokenizer import Tokenizer
 
 R1_CONFIG = Path(__file__).parents[3] / "shared/data/deepseek_r1_tokenizer/tokenizer_config.json"
 

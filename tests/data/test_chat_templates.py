@@ -8,7 +8,8 @@ from data.families import llama, qwen, write_qwen
 from deepseek_jax.data.chat import encode_chat, encode_prompt
 from deepseek_jax.data.chat_templates import with_template
 from deepseek_jax.data.model_folder import TextFiles
-from deepseek_jax.data.tokenizer import BOS, EOS, Tokenizer
+from deepseek_jax.data.special_tokens import BOS, EOS
+from deepseek_jax.data.tokenizer import Tokenizer
 
 # arXiv 2501.12948, table 1, "prompt" in the place of the question.
 PAPER = (

@@ -9,8 +9,9 @@ from small import tokenizer as demo_tokenizer
 
 from deepseek_jax.data.chat import encode_chat, encode_prompt
 from deepseek_jax.data.fim import FimTokens
+from deepseek_jax.data.special_tokens import BOS, DEEPSEEK_TEMPLATE, EOS, PAD
 from deepseek_jax.data.template import ChatTemplate
-from deepseek_jax.data.tokenizer import BOS, DEEPSEEK_TEMPLATE, EOS, PAD, Tokenizer
+from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.data.tokenizer_training import train_tokenizer
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams

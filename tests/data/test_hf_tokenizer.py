@@ -11,7 +11,8 @@ from model.tiny import weights, whole
 from small import SPEAKER
 
 from deepseek_jax.data.chat import encode_prompt
-from deepseek_jax.data.tokenizer import BOS, EOS, Tokenizer
+from deepseek_jax.data.special_tokens import BOS, EOS
+from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
 

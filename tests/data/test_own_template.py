@@ -3,8 +3,9 @@
 import pytest
 
 from deepseek_jax.data.chat import encode_chat, encode_prompt, prompt_opens_thinking
+from deepseek_jax.data.special_tokens import ASSISTANT, BOS, DEEPSEEK_TEMPLATE, EOS, EOT, USER
 from deepseek_jax.data.template import ChatTemplate
-from deepseek_jax.data.tokenizer import ASSISTANT, BOS, DEEPSEEK_TEMPLATE, EOS, EOT, USER, Tokenizer
+from deepseek_jax.data.tokenizer import Tokenizer
 
 CHATML = (
     "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>\n{{ m.content | trim }}{{ eos_token }}\n{% endfor %}"

@@ -5,8 +5,9 @@ from data.families import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deepseek_jax.data.special_tokens import SPECIAL_TOKENS
 from deepseek_jax.data.streaming import TextStream
-from deepseek_jax.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from deepseek_jax.data.tokenizer import Tokenizer
 
 # Few merges reach these: nearly every character is several tokens.
 characters = st.sampled_from("你好数字👩‍👩‍👧‍👦🇨🇳🙂é½𝔘\u0301\ufeff") | st.characters(codec="utf-8")

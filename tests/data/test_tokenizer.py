@@ -10,8 +10,8 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepseek_jax.data import tokenizer as module
-from deepseek_jax.data.tokenizer import BOS, EOS, EOT, PAD, SPECIAL_TOKENS, THINK, Tokenizer
+from deepseek_jax.data.special_tokens import BOS, EOS, EOT, PAD, PAD_ID, SPECIAL_TOKENS, THINK
+from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.data.tokenizer_training import train_tokenizer
 
 R1 = Path(__file__).parents[3] / "shared/data/deepseek_r1_tokenizer/tokenizer.json.gz"
@@ -60,7 +60,7 @@ def test_training_is_deterministic_and_uses_the_texts(texts: list[str]) -> None:
 
 
 def test_layout_of_ids(tokenizer: Tokenizer) -> None:
-    assert [tokenizer.token_id(t) for t in SPECIAL_TOKENS[:3]] == [0, 1, 2] == [0, 1, module.PAD_ID]
+    assert [tokenizer.token_id(t) for t in SPECIAL_TOKENS[:3]] == [0, 1, 2] == [0, 1, PAD_ID]
     last = [tokenizer.token_id(t) for t in SPECIAL_TOKENS[3:]]
     assert last == list(range(tokenizer.vocab_size - len(last), tokenizer.vocab_size))
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (0, 1, 2)

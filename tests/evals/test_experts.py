@@ -8,7 +8,7 @@ from small import tokenizer
 
 from deepseek_jax.data.chat import encode_chat
 from deepseek_jax.evals.experts import expert_shares, token_kinds
-from deepseek_jax.model import transformer
+from deepseek_jax.model import parameters
 
 TINY = config(V3)
 SIZE = 12
@@ -25,7 +25,7 @@ def test_shares_count_the_tokens_of_a_kind():
 
     @jax.jit
     def forward(params, bias, tokens):
-        router = transformer.merge(TINY, params, bias)(tokens).router
+        router = parameters.merge(TINY, params, bias)(tokens).router
         assert router is not None
         return router.experts_BSK
 

@@ -13,12 +13,14 @@ from model.tiny import weights, whole
 from small import SPEAKER, tokenizer
 
 from deepseek_jax.data.packing import pack_stream
-from deepseek_jax.data.tokenizer import EOS, Tokenizer
+from deepseek_jax.data.special_tokens import EOS
+from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.evals.text import HeldOut, Score, row_loss, score_text
-from deepseek_jax.model import transformer
+from deepseek_jax.model import parameters
 from deepseek_jax.parallel import processes
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
-from deepseek_jax.workflows.stage import StageConfig, finish, write_json
+from deepseek_jax.workflows.stage_config import StageConfig
+from deepseek_jax.workflows.stage_result import finish, write_json
 
 TEXTS = ["def add(a, b):\n    return a + b\n", "12+34=46\n", "größer als ünïcode ½\n" * 2]
 SIZE = 16
@@ -34,7 +36,7 @@ def rows_of(texts=TEXTS):
 @functools.cache
 def forward():
     return jax.jit(
-        lambda p, b, tokens, segments: transformer.merge(SPEAKER, p, b)(tokens, segment_ids_BS=segments).logits
+        lambda p, b, tokens, segments: parameters.merge(SPEAKER, p, b)(tokens, segment_ids_BS=segments).logits
     )
 
 

@@ -68,13 +68,13 @@ def test_an_error_gives_up_what_was_asked(engine, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(engine._serve().programs, "run", interrupted)
+        patch.setattr(engine.requests.continuous.programs, "run", interrupted)
         engine.answer(PROMPTS, GREEDY)
     with pytest.raises(ValueError, match="the prompt has no tokens"):
         engine.answer([[5], []], GREEDY)
     while engine.busy:
         assert engine.step() == []
-    assert engine.metrics()["pages_held"] == 0 and not engine._answers
+    assert engine.metrics()["pages_held"] == 0 and not engine.requests.awaited
 
 
 def test_what_makes_no_sense_is_refused(engine):

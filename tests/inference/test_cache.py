@@ -11,8 +11,8 @@ from model.tiny import QWEN, V3, config, weights
 
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.inference.cache import Cache, write_rows
-from deepseek_jax.model import transformer
-from deepseek_jax.parallel.hlo import collectives
+from deepseek_jax.model import parameters
+from deepseek_jax.parallel.collectives import collectives
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
 
 LENGTHS, COLUMNS = (5, 2, 7), 12
@@ -59,14 +59,14 @@ def test_pieces_through_the_cache_are_the_whole_row(name, behind, scanned):
 
     @jax.jit
     def whole(params, bias):
-        network = transformer.merge(tiny, params, bias, compute)
+        network = parameters.merge(tiny, params, bias, compute)
         out = network(tokens, mtp=mtp, head=False)
         return out.hidden, out.mtp_hidden
 
     @jax.jit
     def pieces(params, bias):
-        params = params if scanned else transformer.unstack(params)
-        network = transformer.merge(tiny, params, bias, compute)
+        params = params if scanned else parameters.unstack(params)
+        network = parameters.merge(tiny, params, bias, compute)
         cache = wider(Cache.empty(tiny, compute, 3, COLUMNS, mtp=mtp), behind)
         assert (cache.mtp is not None) == mtp
         count_B, found = jnp.array(LENGTHS), []

@@ -168,14 +168,14 @@ def test_who_gives_way_goes_on_where_the_answer_was(monkeypatch):
     params = [more(LONG, regex="([ab]c[0-9]){25}", seed=seed) for seed in range(4)]
     expected = [answer.text for answer in ask(engine(), *params)]
     scarce, steps = made(more(SERVING, pages=33)), itertools.count()
-    run = scarce._serve().programs.run
+    run = scarce.requests.continuous.programs.run
 
     def now_and_then(*given: Any) -> Any:
         if next(steps) % 40 == 20:
             raise KeyboardInterrupt
         return run(*given)
 
-    monkeypatch.setattr(scarce._serve().programs, "run", now_and_then)
+    monkeypatch.setattr(scarce.requests.continuous.programs, "run", now_and_then)
     numbers = [scarce.submit("def", each) for each in params]
     found = dict.fromkeys(numbers, "")
     while scarce.busy:
@@ -253,7 +253,7 @@ def test_a_grammar_that_fails_ends_its_answer_alone(monkeypatch):
     def fails(self: Constraint, ids: list[int]) -> None:
         raise RuntimeError("a defect")
 
-    engine()._grammars().begin(params := more(LONG, regex="b{9}"))  # compiled before
+    engine().held_to(params := more(LONG, regex="b{9}"))  # compiled before
     monkeypatch.setattr(Constraint, "find", fails)
     failed, other = ask(engine(), params, more(LONG, max_tokens=9, logit_bias=((EOS, -1e3),)))
     assert failed.finish_reason == "error" and failed.text == "b" and len(other.token_ids) == 9

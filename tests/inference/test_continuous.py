@@ -17,8 +17,8 @@ from deepseek_jax.inference import paged
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.schedule import ServingConfig
-from deepseek_jax.model import transformer
-from deepseek_jax.model.transformer import logical_axes
+from deepseek_jax.model import parameters
+from deepseek_jax.model.parameters import logical_axes
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
 from deepseek_jax.parallel.sharding import tree_shardings
 
@@ -41,7 +41,7 @@ def engine(name: str) -> Engine:
 @functools.cache
 def forward(name: str):
     def logits(params, bias, tokens_BS):
-        return transformer.merge(MODELS[name], params, bias)(tokens_BS).logits
+        return parameters.merge(MODELS[name], params, bias)(tokens_BS).logits
 
     return jax.jit(logits)
 
@@ -71,8 +71,7 @@ def step(engine: Engine, asked: dict[int, Asked]) -> None:
         answer.ids += event.token_ids
         answer.logprobs += event.logprobs
         answer.reason = event.finish_reason
-    assert engine._requests is not None
-    engine._requests.check()
+    engine.requests.continuous.check()
 
 
 def finish(engine: Engine, asked: dict[int, Asked]) -> None:
@@ -167,6 +166,26 @@ def test_a_sample_is_the_one_that_generate_gives():
     assert [answer.ids for answer in asked.values()][:3] == expected
 
 
+def test_an_answer_goes_on_behind_its_beginning():
+    """From any token on what it would have said: noise, penalties and limit are those of its place. With the noise of
+    a first token it would say others."""
+    serving, prompt = engine("v3"), [5, 9, 2, 7]
+    drawn = SamplingParams(max_tokens=12, seed=3, frequency_penalty=1.5)
+    ((whole_answer,),) = serving.answer([prompt], drawn)
+    ids, asked = whole_answer.token_ids, dict[int, list[int]]()
+    for begun in (1, 5, 11):
+        asked |= {serving.submit([*prompt, *ids[:begun]], drawn, begun=begun): ids[begun:]}
+    anew = serving.submit([*prompt, *ids[:5]], dataclasses.replace(drawn, max_tokens=7))
+    found = collections.defaultdict[int, list[int]](list)
+    while serving.busy:
+        for event in serving.step():
+            found[event.number] += event.token_ids
+    assert found.pop(anew) != ids[5:] and found == asked
+    for begun in (-1, 4, 12):
+        with pytest.raises(ValueError, match=f"begun={begun} of 4 tokens: expected from 0 to below max_tokens=12"):
+            serving.submit(prompt, drawn, begun=begun)
+
+
 def test_each_request_has_its_own_wishes():
     """A ban, a push and alternatives, beside one who asks for nothing and is answered as ever."""
     serving, asked = engine("v3"), dict[int, Asked]()
@@ -241,11 +260,10 @@ def test_pages_stay_where_they_lie_while_tokens_are_made(name):
     network = MODELS[name]
     made = Engine(whole(network, *weights(network), tokenizer()), serving=dataclasses.replace(SERVING, pages=8192))
     made.submit([3, 4], GREEDY)
-    assert made._requests is not None
-    programs = made._requests.programs
+    programs = made.requests.continuous.programs
     job = programs._decodes([[]], 1, programs.buckets.tables[-1], 0, until_end=False)
     with jax.set_mesh(made.mesh):
-        found = programs._lowered(made._make(), job).compile().memory_analysis()
+        found = programs._lowered(made.model.weights(), job).compile().memory_analysis()
     page = jax.tree.leaves(programs._pages)[0]
     assert page.shape[:2] == (8192, SERVING.page) and found.temp_size_in_bytes < page.nbytes / 2
 
@@ -255,8 +273,8 @@ def test_a_step_that_is_interrupted_is_done_again(carried_out, monkeypatch):
     """While it is read in and while it is answered, before or behind what the device does."""
     serving, asked = engine("v3"), dict[int, Asked]()
     submit(serving, asked, Asked([5, 9, 2, 7, 30, 22, 8] * 3, GREEDY), Asked([8, 8, 1], GREEDY))
-    assert serving._requests is not None
-    programs, run = serving._requests.programs, serving._requests.programs.run
+    programs = serving.requests.continuous.programs
+    run = programs.run
 
     def interrupted(*given):
         if carried_out:
@@ -267,7 +285,7 @@ def test_a_step_that_is_interrupted_is_done_again(carried_out, monkeypatch):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(programs, "run", interrupted)
             serving.step()
-        serving._requests.check()
+        serving.requests.continuous.check()
         step(serving, asked)
     finish(serving, asked)
     assert_right("v3", [*asked.values()])
@@ -278,9 +296,8 @@ def test_what_a_step_had_to_say_before_it_failed_the_next_one_says(monkeypatch):
     gone, other = (serving.submit([7, 8, first], GREEDY) for first in (1, 2))
     serving.step()
     serving.cancel(gone)
-    assert serving._requests is not None
     with monkeypatch.context() as patch, pytest.raises(TypeError):
-        patch.setattr(serving._requests.programs, "run", None)
+        patch.setattr(serving.requests.continuous.programs, "run", None)
         serving.step()
     told = serving.step()
     assert [event.number for event in told if event.finish_reason == "cancelled"] == [gone]
@@ -299,7 +316,7 @@ def test_who_comes_and_goes_while_the_engine_looks_is_given_up(monkeypatch):
                 serving.cancel(late[0])
             return super().popleft()
 
-    monkeypatch.setattr(serving._requests, "_gone", Gone([10**6]))
+    monkeypatch.setattr(serving.requests.continuous, "_gone", Gone([10**6]))
     serving.step()
     (number,), found = late, dict[int, str]()
     while serving.busy:

@@ -10,11 +10,11 @@ import pytest
 from model.tiny import weights, whole
 from small import SPEAKER, tokenizer
 
-from deepseek_jax.inference import engine as module
+from deepseek_jax.inference import sampling_model, together
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.schedule import ServingConfig
-from deepseek_jax.model import transformer
+from deepseek_jax.model import parameters
 from deepseek_jax.parallel.mesh import make_mesh
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
@@ -22,7 +22,7 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    return Engine(transformer.merge(SPEAKER, *weights(SPEAKER)), tokenizer())
+    return Engine(parameters.merge(SPEAKER, *weights(SPEAKER)), tokenizer())
 
 
 def test_text_is_completed_from_its_beginning(engine):
@@ -31,7 +31,7 @@ def test_text_is_completed_from_its_beginning(engine):
     ids = [tokenizer().bos_id, *tokenizer().encode(prompt)]
     (by_text,), (by_ids,) = engine.generate([prompt], GREEDY), engine.generate([ids], GREEDY)
     assert by_text == by_ids
-    logits = jax.jit(lambda p, b, x: transformer.merge(SPEAKER, p, b)(x).logits)
+    logits = jax.jit(lambda p, b, x: parameters.merge(SPEAKER, p, b)(x).logits)
     row = np.zeros((1, 24), np.int32)
     row[0, : len(ids)] = ids
     assert by_text.token_ids[0] == int(np.argmax(logits(*weights(SPEAKER), jax.numpy.asarray(row))[0, len(ids) - 1]))
@@ -94,7 +94,7 @@ def test_a_stream_joined_is_the_answer(engine, monkeypatch):
     for sampling in (drawn, dataclasses.replace(GREEDY, stop_token_ids=(stop,)), SamplingParams(max_tokens=1)):
         (whole_answer,) = engine.generate(["def"], sampling)
         for seconds in (0.0, 1e9):
-            monkeypatch.setattr(module, "STREAM_SECONDS", seconds)
+            monkeypatch.setattr(together, "STREAM_SECONDS", seconds)
             pieces = [*engine.stream("def", sampling)]
             assert "".join(piece.text for piece in pieces) == whole_answer.text
             assert sum((piece.token_ids for piece in pieces), []) == whole_answer.token_ids
@@ -106,15 +106,15 @@ def test_a_stream_joined_is_the_answer(engine, monkeypatch):
 
 
 def test_who_has_asked_nothing_has_no_cache():
-    idle = Engine(transformer.merge(SPEAKER, *weights(SPEAKER)), tokenizer())
+    idle = Engine(parameters.merge(SPEAKER, *weights(SPEAKER)), tokenizer())
     idle.cancel(0)
-    assert idle.metrics() == {} and not idle.busy and idle._requests is None
+    assert idle.metrics() == {} and not idle.busy
 
 
 def test_weights_are_made_once_and_then_by_update_alone(monkeypatch):
     made = []
-    original = module.sampling_weights
-    monkeypatch.setattr(module, "sampling_weights", lambda *a, **k: made.append(1) or original(*a, **k))
+    original = sampling_model.sampling_weights
+    monkeypatch.setattr(sampling_model, "sampling_weights", lambda *a, **k: made.append(1) or original(*a, **k))
     params, bias = weights(SPEAKER)
     engine = Engine(whole(SPEAKER, params, bias, tokenizer()))
     assert not made
@@ -130,15 +130,15 @@ def test_weights_are_made_once_and_then_by_update_alone(monkeypatch):
 def test_new_weights_take_the_room_of_the_former(monkeypatch):
     """With a request running: while they are made the former ones are gone, and then all is as large as it was."""
     live = lambda: sum(array.nbytes for array in jax.live_arrays())  # noqa: E731
-    original, held = module.sampling_weights, []
-    monkeypatch.setattr(module, "sampling_weights", lambda *a, **k: held.append(live()) or original(*a, **k))
+    original, held = sampling_model.sampling_weights, []
+    monkeypatch.setattr(sampling_model, "sampling_weights", lambda *a, **k: held.append(live()) or original(*a, **k))
     params, bias = weights(SPEAKER)
     engine = Engine(
         whole(SPEAKER, params, bias, tokenizer()), serving=ServingConfig(slots=2, pages=8, page=4, chunk=8, turns=2)
     )
     engine.submit([5, 9, 2], GREEDY)
     engine.step()
-    own = sum(array.nbytes for array in jax.tree.leaves(engine._weights))
+    own = sum(array.nbytes for array in jax.tree.leaves(engine.model.weights()))
     gc.collect()
     before = live()
     engine.update(params, bias)
@@ -168,7 +168,7 @@ def test_on_eight_devices_each_holds_its_rows_and_the_answers_are_one_devices(en
     assert {shard.data.shape for shard in found.tokens_BN.addressable_shards} == {(2, 16)}
     np.testing.assert_array_equal(found.tokens_BN, expected.tokens_BN)
     assert len(spread.generate(["def"], GREEDY)) == 1  # fewer prompts than devices
-    module_alone = Engine(transformer.merge(SPEAKER, params, bias), tokenizer())
+    module_alone = Engine(parameters.merge(SPEAKER, params, bias), tokenizer())
     assert module_alone.mesh == mesh  # where its arrays lie
 
 

@@ -15,7 +15,7 @@ from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.inference.cache import Cache
 from deepseek_jax.inference.weights import sampling_weights
-from deepseek_jax.model import transformer
+from deepseek_jax.model import parameters
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_kernels import Visible
 
@@ -42,7 +42,7 @@ PROMPT = 70
 
 @functools.partial(jax.jit, static_argnames="compute")
 def step(compute, weights, cache, token_B1):
-    network = transformer.merge(V2_LITE, *weights, compute=compute)
+    network = parameters.merge(V2_LITE, *weights, compute=compute)
     options = {"positions_BS": cache.positions(1), "visible": cache.visible(1)}
     out = network(token_B1, memories=cache.memories(), absorbed=True, head=False, **options)
     assert out.router is not None
@@ -61,10 +61,10 @@ def test_a_step_is_the_plain_one(rows, scanned):
         interpreter = plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams())  # pyright: ignore
     mesh = make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
-        weights = sampling_weights(*transformer.init(V2_LITE), config=V2_LITE, compute=plain, mesh=mesh)
+        weights = sampling_weights(*parameters.init(V2_LITE), config=V2_LITE, compute=plain, mesh=mesh)
         tokens = jnp.asarray(np.random.default_rng(0).integers(0, 512, (rows, PROMPT)), jnp.int32)
         cache = Cache.empty(V2_LITE, plain, rows, 128)
-        network = transformer.merge(V2_LITE, *weights, compute=plain)
+        network = parameters.merge(V2_LITE, *weights, compute=plain)
         out = network(tokens, visible=Visible(), memories=cache.memories(first=True), head=False)
         cache = cache.grown(out.memories, jnp.full(rows, PROMPT, jnp.int32))
         expected, chosen = step(plain, weights, cache, tokens[:, :1])

@@ -15,7 +15,7 @@ from deepseek_jax.inference.generate import generate
 from deepseek_jax.inference.requests import make_requests, shared
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.weights import sampling_config, sampling_rules, sampling_weights
-from deepseek_jax.model import transformer
+from deepseek_jax.model import parameters
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
 from deepseek_jax.parallel.sharding import ShardingRules
 
@@ -53,7 +53,7 @@ def trimmed(out, rows):
 
 @functools.cache
 def forward(tiny):
-    return jax.jit(lambda params, bias, tokens: transformer.merge(tiny, params, bias)(tokens).logits)
+    return jax.jit(lambda params, bias, tokens: parameters.merge(tiny, params, bias)(tokens).logits)
 
 
 def logprobs_of(rows, tiny=TINY, temperature=1.0):
@@ -175,7 +175,7 @@ def test_a_learner_that_takes_the_samplers_experts_routes_and_scores_the_same():
 
     @jax.jit
     def learn(bias, chosen):
-        network = transformer.merge(TINY, params, bias)
+        network = parameters.merge(TINY, params, bias)
         seen = network(jnp.asarray(tokens), chosen_LBSK=chosen)
         assert seen.router is not None and seen.logits is not None
         return seen.router.experts_BSK, jax.nn.log_softmax(seen.logits / 0.8)

@@ -7,8 +7,8 @@ import pytest
 
 from deepseek_jax.inference.constraints import Constraint
 from deepseek_jax.inference.held import Held
+from deepseek_jax.inference.plans import Request
 from deepseek_jax.inference.sampling import SamplingParams
-from deepseek_jax.inference.schedule import Request
 
 
 @pytest.fixture

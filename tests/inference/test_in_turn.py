@@ -49,6 +49,23 @@ def test_new_weights_find_nothing_of_the_former(engines):
         assert_same(engines, PROMPTS, SamplingParams(max_tokens=4, seed=2))
 
 
+def test_a_cache_that_was_given_back_is_made_anew():
+    """For a learner that trains between two calls; nothing but the weights stays on the device."""
+    params, bias = weights(SPEAKER)
+    own = Engine(whole(SPEAKER, params, bias, tokenizer()), at_once=4)
+    live = lambda: sum(array.nbytes for array in jax.live_arrays())  # noqa: E731
+    before, sampling = live(), SamplingParams(max_tokens=6, seed=2)
+    own.free()  # of which there is none yet
+    first = own.generate_ids(PROMPTS, sampling)
+    held = sum(array.nbytes for array in jax.tree.leaves(own.model.weights()))
+    cache = live() - before - held
+    own.free()
+    assert cache > 10_000 and live() - before - held < cache / 20
+    second = own.generate_ids(PROMPTS, sampling)
+    np.testing.assert_array_equal(first.tokens_BN, second.tokens_BN)
+    np.testing.assert_array_equal(first.logprobs_BN, second.logprobs_BN)
+
+
 def test_what_requests_cannot_do_is_refused(engines):
     first, _ = engines
     with pytest.raises(ValueError, match="experts=True: at_once=4 answers by requests, which keep none"):

@@ -13,7 +13,7 @@ from small import tokenizer
 
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
-from deepseek_jax.model import transformer
+from deepseek_jax.model import parameters
 
 WAYS: tuple[dict[str, Any], ...] = (
     {"temperature": 0.0},
@@ -92,7 +92,7 @@ def test_log_probabilities_are_those_of_the_learner(name, dtype, most):
 
     @jax.jit
     def learner(params, bias, tokens_BS):
-        logits_BSW = transformer.merge(MODELS[name], params, bias, model.compute)(tokens_BS).logits
+        logits_BSW = parameters.merge(MODELS[name], params, bias, model.compute)(tokens_BS).logits
         assert logits_BSW is not None
         return jax.nn.log_softmax(logits_BSW)
 

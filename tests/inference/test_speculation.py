@@ -18,8 +18,8 @@ from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.schedule import ServingConfig
 from deepseek_jax.inference.speculation import kept
 from deepseek_jax.inference.weights import sampling_compute, sampling_weights
-from deepseek_jax.model import transformer
-from deepseek_jax.model.transformer import logical_axes
+from deepseek_jax.model import parameters
+from deepseek_jax.model.parameters import logical_axes
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
 from deepseek_jax.parallel.sharding import tree_shardings
 
@@ -153,7 +153,7 @@ def ahead():
     width = SERVING.context
 
     def guesses(params, bias, tokens_1S, n):
-        network = transformer.merge(SPEAKER, params, bias)
+        network = parameters.merge(SPEAKER, params, bias)
         hidden, following = network(tokens_1S).hidden, jnp.roll(tokens_1S, -1, axis=1)
         best = lambda hidden, at: jnp.argmax(network.logits(hidden[0, at])).astype(jnp.int32)  # noqa: E731
         context = network.context(tokens_1S)
@@ -178,8 +178,7 @@ def test_drafts_are_the_modules_own_over_the_whole_row():
     seen = 0
     while serving.busy:
         step(serving, asked)
-        assert serving._requests is not None
-        for request, _ in serving._requests._asked.values():
+        for request, _ in serving.requests.continuous._asked.values():
             if request.drafts:
                 row = np.zeros((1, SERVING.context), np.int32)
                 row[0, : len(request.ids)] = request.ids
@@ -202,7 +201,7 @@ def test_draws_have_the_plain_distribution():
     assert 0.2 < share(requests.metrics(), 1) < 0.95
 
     rows = jnp.array([[*prompt, a, b] for a in range(6) for b in range(6)])
-    logits = np.asarray(transformer.merge(tiny, *guessing(tiny))(rows).logits, np.float64)[:, 2:] / temperature
+    logits = np.asarray(parameters.merge(tiny, *guessing(tiny))(rows).logits, np.float64)[:, 2:] / temperature
     p_ABSW = (np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)).reshape(6, 6, 3, 6)
     likely = np.sort(p_ABSW)[..., ::-1]
     least = np.min(np.where(np.cumsum(likely, -1) - likely < top_p, likely, 1), axis=-1, keepdims=True)

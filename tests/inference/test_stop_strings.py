@@ -10,7 +10,7 @@ from model.tiny import weights, whole
 from small import SPEAKER, tokenizer
 
 from deepseek_jax.data.streaming import StopStrings
-from deepseek_jax.inference import engine as module
+from deepseek_jax.inference import together
 from deepseek_jax.inference.answers import Answer
 from deepseek_jax.inference.continuous import Event
 from deepseek_jax.inference.engine import Engine
@@ -101,7 +101,7 @@ def test_an_answer_ends_wherever_it_is_made(engine, at, monkeypatch):
     assert engine.generate(["def"], cut)[0].text == answer.text
     assert engine.generate(["def"], cut)[0].token_ids == answer.token_ids
     for seconds in (0.0, 1e9):
-        monkeypatch.setattr(module, "STREAM_SECONDS", seconds)
+        monkeypatch.setattr(together, "STREAM_SECONDS", seconds)
         pieces = [*engine.stream("def", cut)]
         assert "".join(piece.text for piece in pieces) == answer.text
         assert sum((piece.token_ids for piece in pieces), []) == answer.token_ids

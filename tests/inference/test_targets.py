@@ -22,7 +22,7 @@ from deepseek_jax.inference.rows import Rows
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.schedule import ServingConfig
 from deepseek_jax.inference.weights import sampling_compute, sampling_config
-from deepseek_jax.model import transformer
+from deepseek_jax.model import parameters
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
 from deepseek_jax.train.losses import LanguageModelLoss
 from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer
@@ -70,10 +70,10 @@ def test_what_is_kept_is_not_computed_again(remat, products, attention, choices)
 def gradient(compute, platform: str, rows: int = 1) -> str:
     """V2-Lite's, lowered."""
     config = dataclasses.replace(load_recipe("models/deepseek_v2_lite", ModelConfig), num_hidden_layers=3)
-    params, bias = transformer.abstract_arrays(config, compute)
+    params, bias = parameters.abstract_arrays(config, compute)
 
     def loss(params, tokens):
-        model = transformer.merge(config, params, bias, compute)
+        model = parameters.merge(config, params, bias, compute)
         return jnp.sum(model(tokens, head=False).hidden.astype(jnp.float32))
 
     traced = jax.jit(jax.grad(loss)).trace(params, jax.ShapeDtypeStruct((rows, 512), jnp.int32))
@@ -115,7 +115,7 @@ def test_a_device_of_a_mesh_decodes_with_one_devices_kernels():
         config = sampling_config(load_recipe("models/deepseek_v2_lite", ModelConfig))
         config = dataclasses.replace(config, num_hidden_layers=3)
         compute = ComputeConfig(dtype="bfloat16", target="cuda:9.0:132", scan_decode=True)
-        params, bias = transformer.abstract_arrays(config, ComputeConfig(param_dtype="bfloat16"))
+        params, bias = parameters.abstract_arrays(config, ComputeConfig(param_dtype="bfloat16"))
         # Prompts of more rows than the kernels of few take, on each device.
         requests = make_requests([[1, 2, 3]] * 64, SamplingParams(max_tokens=64), pad_id=2, width=32)
         traced = generate.trace(config, sampling_compute(compute), params, bias, requests)
@@ -139,7 +139,7 @@ def traced_step(config: ModelConfig, compute: ComputeConfig, loss: LanguageModel
     """The train step of rows of 4096 tokens, of shapes alone."""
     optimizer = make_optimizer(OptimizerConfig(), config, 10)
     create = lambda params, bias: TrainState(jnp.int32(0), params, optimizer.init(params), bias)  # noqa: E731
-    state = jax.eval_shape(create, *transformer.abstract_arrays(config))
+    state = jax.eval_shape(create, *parameters.abstract_arrays(config))
     batch = {name: jax.ShapeDtypeStruct((rows, 4096), jnp.int32) for name in ("tokens", "segment_ids", "positions")}
     batch["loss_mask"] = jax.ShapeDtypeStruct((rows, 4096), jnp.float32)
     step = make_step(config, loss, optimizer, StepConfig(), compute=compute)
@@ -190,9 +190,9 @@ def attention_kernel_flops(q, kv, *, gradients: bool, of_queries: bool) -> int:
 @pytest.mark.parametrize(("target", "platform"), TARGETS)
 def test_prefill_and_decode(target, platform):
     config, compute = sampling_config(v3()), ComputeConfig(dtype="bfloat16", target=target)
-    params, bias = transformer.abstract_arrays(config, ComputeConfig(param_dtype="bfloat16"))
+    params, bias = parameters.abstract_arrays(config, ComputeConfig(param_dtype="bfloat16"))
     requests = make_requests([[1, 2, 3]] * 64, SamplingParams(max_tokens=64), pad_id=2)
-    text = check(generate.trace(config, compute, jax.eval_shape(transformer.unstack, params), bias, requests), platform)
+    text = check(generate.trace(config, compute, jax.eval_shape(parameters.unstack, params), bias, requests), platform)
     assert ('kernel_name = "mla_decode"' in text) == (platform == "tpu")
 
 
@@ -211,7 +211,7 @@ def shapes_cut_out(jaxpr):
 def test_scanned_layers_read_experts_and_cache_where_they_lie():
     config = dataclasses.replace(sampling_config(v3()), num_hidden_layers=3)
     compute = ComputeConfig(dtype="bfloat16", target="cuda:9.0:132", scan_decode=True)
-    params, bias = transformer.abstract_arrays(config, ComputeConfig(param_dtype="bfloat16"))
+    params, bias = parameters.abstract_arrays(config, ComputeConfig(param_dtype="bfloat16"))
     requests = make_requests([[1, 2, 3]] * 64, SamplingParams(max_tokens=64), pad_id=2)
     traced = generate.trace(config, compute, params, bias, requests)
     cut = set(shapes_cut_out(traced.jaxpr.jaxpr))
@@ -230,7 +230,7 @@ def test_requests_read_pages_where_they_lie(target, platform, page, cache):
     config = dataclasses.replace(sampling_config(v3()), num_hidden_layers=3)
     compute = ComputeConfig(dtype="bfloat16", target=target, scan_decode=True)
     assert not gathers(config, compute, ServingConfig(page=page, cache=cache))
-    params, bias = transformer.abstract_arrays(config, ComputeConfig(param_dtype="bfloat16"))
+    params, bias = parameters.abstract_arrays(config, ComputeConfig(param_dtype="bfloat16"))
     pages = jax.eval_shape(lambda: empty_pages(config, compute, 96, page, cache == "float8_e4m3"))
     assert pages.layers[0].shape[-1] == (640 if platform == "tpu" else 576)  # else XLA would copy them twice a call
     numbers = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731

@@ -14,7 +14,7 @@ from model.tiny import V2, V3, config, relative_error, weights
 
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.inference.weights import _drawn, sampling_config, sampling_rules, sampling_weights
-from deepseek_jax.model import transformer
+from deepseek_jax.model import parameters
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
 from deepseek_jax.parallel.sharding import ShardingRules, tree_shardings
 from deepseek_kernels.block_fp8 import FP8, BlockScaled
@@ -50,7 +50,7 @@ def test_products_take_the_compute_dtype_and_what_is_read_in_float32_stays():
 def test_the_network_computes_the_same_with_them(tiny, scanned):
     compute = ComputeConfig(dtype="bfloat16", scan_decode=scanned)
     tokens = jnp.arange(12, dtype=jnp.int32).reshape(2, 6)
-    run = jax.jit(lambda tiny, p, b: transformer.merge(tiny, p, b, compute)(tokens).logits, static_argnums=0)
+    run = jax.jit(lambda tiny, p, b: parameters.merge(tiny, p, b, compute)(tokens).logits, static_argnums=0)
     made = make(tiny, dtype="bfloat16", scan_decode=scanned)
     found, expected = run(sampling_config(tiny), *made), run(tiny, *weights(tiny))
     assert relative_error(found, expected) <= (0 if scanned else 0.03)  # unrolled, bfloat16 is rounded elsewhere
@@ -123,7 +123,7 @@ def test_on_a_mesh_only_experts_heads_widths_and_vocabulary_stay_split():
     mesh = make_mesh(MeshConfig(fsdp=2, expert=2, tensor=2))
     tiny = dataclasses.replace(TINY, vocab_size=40)
     given, _ = weights(tiny)
-    params = jax.device_put(given, tree_shardings(mesh, transformer.logical_axes(tiny), given))
+    params = jax.device_put(given, tree_shardings(mesh, parameters.logical_axes(tiny), given))
     made, bias = make(tiny, mesh, params, rules=sampling_rules(ShardingRules()))
     layer = made["layers"][1]
     assert layer["mlp"]["wi"].addressable_shards[0].data.shape == (4, 16, 2, 6)

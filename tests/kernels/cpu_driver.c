@@ -25,6 +25,13 @@ static int64_t buffers(void **to, int given, int64_t *sizes) {
   return count;
 }
 
+// A weight to bfloat16, which it holds already.
+static void narrow(XLA_FFI_Buffer *buffer, int64_t size) {
+  uint16_t *half = buffer->data;
+  for (int64_t i = 0; i < size; i++) half[i] = half[2 * i + 1];
+  buffer->dtype = XLA_FFI_DataType_BF16;
+}
+
 static XLA_FFI_Error *one_thread(XLA_FFI_ThreadPool_NumThreads_Args *asked) { return *asked->num_threads = 1, NULL; }
 
 #define CALL(name) \
@@ -36,10 +43,11 @@ int main(int argc, char **argv) {
   if (argc < 2) return printf("%d %d\n", LANES, ROWS), 0;
   buffers(operands, 1, sizes);
   int64_t count = buffers(results, 0, sizes);
+  if (!strncmp(argv[1], "few_", 4)) narrow(operands[1], sizes[1]);
   XLA_FFI_Api api = {.XLA_FFI_ThreadPool_NumThreads = one_thread};
   XLA_FFI_CallFrame frame = {.api = &api, .args = {.args = operands}, .rets = {.rets = results}};
   CALL(grouped_forward) CALL(grouped_dx) CALL(grouped_dw) CALL(experts_forward) CALL(experts_backward)
-  CALL(attention_forward) CALL(attention_backward)
+  CALL(attention_forward) CALL(attention_backward) CALL(few_along) CALL(few_across)
   for (int64_t i = 0; i < count; i++) fwrite(((XLA_FFI_Buffer *)results[i])->data, 4, (size_t)sizes[i], stdout);
   return 0;
 }

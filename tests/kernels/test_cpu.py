@@ -109,6 +109,23 @@ def test_experts(kernels, width, hidden):
     assert not found[0][5].any() and not found[1][5].any() and not found[3][2].any()
 
 
+@pytest.mark.parametrize("rows", [1, 7, 16, 33, 160])
+def test_few_rows_and_bfloat16(kernels, rows):
+    """By AMX's tiles where this processor has them, by vectors elsewhere: products are those of float32 in both, and a
+    row's numbers do not depend on what stands beside it."""
+    rng = np.random.default_rng(rows)
+    for target, shape in (("few_along", (2, 64, 160)), ("few_along", (2, 608, 32)), ("few_across", (2, 96, 64))):
+        across = target == "few_across"
+        w = (rng.standard_normal(shape).astype(np.float32).view(np.uint32) & 0xFFFF0000).view(np.float32)
+        x = rng.standard_normal((rows, shape[2 if across else 1])).astype(np.float32)
+        layer = np.asarray(1, np.int32)
+        right = x.astype(float) @ (w[1].T if across else w[1])
+        (found,) = kernels(target, [right.shape], x, w, layer)
+        close(found, right)
+        (alone,) = kernels(target, [right[-1:].shape], x[-1:], w, layer)
+        np.testing.assert_array_equal(found[-1:], alone)
+
+
 @pytest.mark.parametrize("widths", [(32, 16, 32), (5, 3, 9), (16, 0, 16)], ids=str)
 @pytest.mark.parametrize("form", ["mla", "grouped"])
 def test_attention(kernels, form, widths):

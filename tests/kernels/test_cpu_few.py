@@ -37,6 +37,20 @@ def test_products_of_few_rows(dtype, equation, shape, rows):
     np.testing.assert_array_equal(y[-1:], alone)
 
 
+def test_float32_rows_stay_float32_beside_bfloat16():
+    """Times one they come out bit for bit, whatever a processor splits them into: large, small, infinite, not a number."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((20, 64)) * 10.0 ** rng.integers(-30, 30, (20, 64))
+    x[0, :4] = 0, 3.4028235e38, -3.4028235e38, 1e-20
+    x = jnp.asarray(x, jnp.float32)
+    one = jnp.eye(64, dtype=jnp.bfloat16)
+    for equation in ("bd,df->bf", "bd,fd->bf"):
+        np.testing.assert_array_equal(product(equation, x, one, target=CPU, implementation="c_few"), x)
+        beyond = jnp.ones((3, 64)).at[0, 7].set(jnp.inf).at[1, 7].set(jnp.nan)
+        y = product(equation, beyond, one + 1, target=CPU, implementation="c_few")
+        np.testing.assert_array_equal(y[:, 0], [jnp.inf, jnp.nan, 65])
+
+
 def test_a_layer_of_a_stack_and_gradients():
     stack, x = numbers(1, 3, 64, 96), numbers(2, 4, 64)
     y = jax.jit(lambda layer: product("bd,df->bf", x, InStack(stack, layer), implementation="c_few"))(2)

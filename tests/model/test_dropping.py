@@ -15,7 +15,7 @@ from model.tiny import V2, config, float64, relative_error, weights
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.model.dropping import Balancing, drop, spared_tokens
 from deepseek_jax.model.moe import DeepSeekMoE
-from deepseek_jax.parallel.hlo import collectives
+from deepseek_jax.parallel.collectives import collectives
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
 from deepseek_jax.parallel.sharding import place_batch
 

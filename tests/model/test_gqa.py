@@ -10,7 +10,7 @@ from model.tiny import QWEN, V1, Columns, config, layer, relative_error, weights
 
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import RopeScaling
-from deepseek_jax.model import transformer
+from deepseek_jax.model import parameters
 from deepseek_jax.model.gqa import GQA
 from deepseek_jax.model.rope import rotary_tables
 from deepseek_kernels import Visible
@@ -53,7 +53,7 @@ def test_equals_its_definition(name):
 def test_decoding_takes_the_implementation_named_for_it():
     """The reference, which the text of a program shows: it alone draws S × T scores under a mask."""
     tiny, tokens = config(QWEN), jnp.zeros((1, 4), jnp.int32)
-    network = transformer.merge(tiny, *weights(tiny), ComputeConfig(attention="c", decode_attention="reference"))
+    network = parameters.merge(tiny, *weights(tiny), ComputeConfig(attention="c", decode_attention="reference"))
     texts = [str(jax.make_jaxpr(lambda a=a: network(tokens, absorbed=a).logits)()) for a in (False, True)]
     assert ["ffi_call" in text for text in texts] == [True, False]
 

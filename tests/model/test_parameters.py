@@ -10,7 +10,8 @@ from flax import nnx
 from model import oracle
 from model.tiny import QWEN, V1, V2_LITE, V3, config, float64, relative_error, weights
 
-from deepseek_jax.model.transformer import Transformer, init, logical_axes, merge, split
+from deepseek_jax.model.parameters import init, logical_axes, merge, split
+from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.sharding import ShardingRules
 
 SHAPES = {"v1": config(V1), "v2_lite": config(V2_LITE), "v3": config(V3), "dense": config(QWEN)}

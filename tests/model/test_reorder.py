@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from model.tiny import V1, V3, config, relative_error, weights
 
-from deepseek_jax.model import transformer
+from deepseek_jax.model import parameters
 from deepseek_jax.model.reorder import reorder_experts
 
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 40, (2, 7)), jnp.int32)
@@ -29,7 +29,7 @@ def test_the_same_network_in_another_order(tiny):
     order = orders(tiny, tiny.num_routers)
     moved_params, moved_bias = reorder_experts(tiny, params, bias, order)
     mtp = bool(tiny.num_nextn_predict_layers)
-    run: Any = jax.jit(lambda *both: transformer.merge(tiny, *both)(TOKENS, mtp=mtp))
+    run: Any = jax.jit(lambda *both: parameters.merge(tiny, *both)(TOKENS, mtp=mtp))
     one, other = run(params, bias), run(moved_params, moved_bias)
     assert relative_error(other.logits, one.logits) < 1e-5
     if mtp:

@@ -16,7 +16,8 @@ from deepseek_jax.cli.inspect import describe
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.evals.text import score_text
 from deepseek_jax.model.costs import count_parameters, forward_flops
-from deepseek_jax.model.transformer import init, logical_axes, merge, with_scores
+from deepseek_jax.model.parameters import init, logical_axes, merge
+from deepseek_jax.model.scores import with_scores
 
 TOKENS = jnp.arange(14, dtype=jnp.int32).reshape(2, 7)
 SCORING = {

@@ -12,7 +12,8 @@ from model import oracle
 from model.tiny import QWEN, V1, V2_LITE, V3, Columns, config, float64, relative_error, weights
 
 from deepseek_jax.compute import ComputeConfig
-from deepseek_jax.model.transformer import abstract_arrays, joined, merge, unstack
+from deepseek_jax.model.parameters import abstract_arrays, merge, unstack
+from deepseek_jax.model.transformer import joined
 from deepseek_kernels import Visible
 
 TINY = config(V3)

@@ -15,7 +15,7 @@ from flax import struct
 from deepseek_jax.checkpoint.model import Model
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig, RopeScaling
-from deepseek_jax.model import transformer
+from deepseek_jax.model import parameters
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_kernels import InStack
 
@@ -91,7 +91,7 @@ def config(base: dict[str, Any] = V3, **changes: Any) -> ModelConfig:
 def weights(config: ModelConfig, seed: int = 0) -> tuple[dict[str, Any], jax.Array | None]:
     """Parameters and routing bias drawn with numpy: nothing to compile, and no scale that hides a mistake."""
     rng = np.random.default_rng(seed)
-    params, bias = jax.eval_shape(lambda: transformer.init(config))
+    params, bias = jax.eval_shape(lambda: parameters.init(config))
 
     def draw(path, leaf):
         noise = rng.standard_normal(leaf.shape)

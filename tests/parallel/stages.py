@@ -26,8 +26,8 @@ from deepseek_jax.train.losses import LanguageModelLoss
 from deepseek_jax.train.optimizer import OptimizerConfig
 from deepseek_jax.workflows.grpo import GRPOConfig, grpo
 from deepseek_jax.workflows.pretrain import PretrainConfig, PretrainData, pretrain
+from deepseek_jax.workflows.row_batches import LoaderBatches
 from deepseek_jax.workflows.sft import SFTConfig, SFTData, sft
-from deepseek_jax.workflows.stage import LoaderBatches
 from deepseek_jax.workflows.task_eval import TaskEval
 
 MODEL = ModelConfig(

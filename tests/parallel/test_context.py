@@ -12,10 +12,10 @@ from train.cases import BATCH, TINY, on_device
 
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.inference.cache import Cache
-from deepseek_jax.model import transformer
+from deepseek_jax.model import parameters
 from deepseek_jax.model.router import router_stats
+from deepseek_jax.parallel.collectives import collectives
 from deepseek_jax.parallel.context import RowOrder, _placed, numbered, per_row_and_head, pieces
-from deepseek_jax.parallel.hlo import collectives
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
 from deepseek_jax.parallel.sharding import ShardingRules, named_sharding, place_batch, tree_shardings
 from deepseek_jax.train.losses import LanguageModelLoss
@@ -57,7 +57,7 @@ def test_loss_and_gradients_are_those_of_one_device(case):
 
     def run(compute, batch, params):
         def value(params):
-            model = transformer.merge(tiny, params, bias, compute)
+            model = parameters.merge(tiny, params, bias, compute)
             return loss(model, batch, loss.normalisers(batch), jnp.int32(0))
 
         return jax.value_and_grad(value, has_aux=True)(params)
@@ -65,7 +65,7 @@ def test_loss_and_gradients_are_those_of_one_device(case):
     expected = jax.jit(functools.partial(run, ComputeConfig()))(on_device(BATCH), params)
     mesh = make_mesh(mesh_config)
     with jax.set_mesh(mesh):
-        placed = jax.device_put(params, tree_shardings(mesh, transformer.logical_axes(tiny), params))
+        placed = jax.device_put(params, tree_shardings(mesh, parameters.logical_axes(tiny), params))
         found = jax.jit(functools.partial(run, ComputeConfig(**options)))(place_batch(BATCH, mesh), placed)
 
     def close(path, value, wanted):
@@ -188,15 +188,15 @@ def test_what_is_gathered_of_grouped_heads():
 def sent_by_attention(tiny, compute) -> dict[str, int]:
     """Bytes, whole, of collectives in the attention of a step's gradient, but for the weights' sums."""
     mesh, loss = make_mesh(MeshConfig(context=4, data=2)), LanguageModelLoss(isolate=True, chunk=8)
-    params, bias = transformer.abstract_arrays(tiny, compute)
+    params, bias = parameters.abstract_arrays(tiny, compute)
     place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
-    params = jax.tree.map(place, params, tree_shardings(mesh, transformer.logical_axes(tiny), params))
+    params = jax.tree.map(place, params, tree_shardings(mesh, parameters.logical_axes(tiny), params))
     row = jax.ShapeDtypeStruct((4, 64), jnp.int32, sharding=named_sharding(mesh, ("batch", "sequence"), (4, 64)))
     batch = {name: row for name in ("tokens", "segment_ids", "positions")}
     batch["loss_mask"] = jax.ShapeDtypeStruct(row.shape, jnp.float32, sharding=row.sharding)
 
     def value(params, bias, batch):
-        model = transformer.merge(tiny, params, bias, compute)
+        model = parameters.merge(tiny, params, bias, compute)
         return loss(model, batch, loss.normalisers(batch), jnp.int32(0))
 
     with jax.set_mesh(mesh):
@@ -216,7 +216,7 @@ def test_devices_share_a_prompt():
 
     @jax.jit
     def prefill(params, tokens):
-        model = transformer.merge(tiny, transformer.unstack(params), bias)
+        model = parameters.merge(tiny, parameters.unstack(params), bias)
         cache = Cache.empty(tiny, ComputeConfig(), len(tokens), 20)
         first = model(tokens[:, :8], visible=Visible(), memories=cache.memories(first=True))
         cache = cache.grown(first.memories, jnp.full(len(tokens), 8))

@@ -11,7 +11,7 @@ from small import tokenizer
 
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
-from deepseek_jax.model.transformer import logical_axes
+from deepseek_jax.model.parameters import logical_axes
 from deepseek_jax.parallel.copies import Placed, place_experts
 from deepseek_jax.parallel.eplb import place
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
@@ -39,8 +39,7 @@ def test_answers_are_those_of_one_place_for_each(sizes):
     np.testing.assert_array_equal(found[0], expected[0])
     np.testing.assert_array_equal(found[1], expected[1])
     np.testing.assert_allclose(found[2], expected[2], atol=1e-5)
-    assert engine._weights is not None
-    wi = engine._weights[0]["layers"][-1]["mlp"]["wi"]
+    wi = engine.model.weights()[0]["layers"][-1]["mlp"]["wi"]
     assert isinstance(wi, Placed) and wi.weight.shape[0] == 12
     assert {shard.data.shape[0] for shard in wi.weight.addressable_shards} == {12 // sizes.get("expert", 1)}
     np.testing.assert_array_equal(wi.weight, np.asarray(weights(TINY)[0]["moe_layers"]["mlp"]["wi"][-1])[PLACES[-1]])

@@ -16,9 +16,9 @@ from parallel.topology import needs_libtpu, run_apart
 
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.parallel import rounds
+from deepseek_jax.parallel.collectives import Collective, collectives
 from deepseek_jax.parallel.dispatch import Dispatch, lay_out, reached
 from deepseek_jax.parallel.exchange import exchange
-from deepseek_jax.parallel.hlo import Collective, collectives
 from deepseek_jax.parallel.legal import check_layout
 from deepseek_jax.parallel.mesh import AXES, MeshConfig, make_mesh
 from deepseek_jax.parallel.sharding import ShardingRules

@@ -3,7 +3,7 @@
 import jax
 
 from deepseek_jax.train.metrics import MetricsWriter
-from deepseek_jax.workflows.stage import write_json
+from deepseek_jax.workflows.stage_result import write_json
 
 
 def test_another_process_writes_no_files(monkeypatch, tmp_path):

@@ -13,7 +13,7 @@ from parallel.test_meshes import MODELS
 from parallel.topology import needs_libtpu, run_apart
 
 from deepseek_jax.compute import ComputeConfig
-from deepseek_jax.parallel.hlo import Collective, collectives
+from deepseek_jax.parallel.collectives import Collective, collectives
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
 from deepseek_jax.parallel.sharding import ShardingRules, by_rows, named_sharding
 from deepseek_jax.train.losses import LanguageModelLoss

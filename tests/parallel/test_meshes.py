@@ -17,7 +17,7 @@ from train.cases import BATCH
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
-from deepseek_jax.model.transformer import logical_axes
+from deepseek_jax.model.parameters import logical_axes
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
 from deepseek_jax.parallel.sharding import ShardingRules, place_batch, tree_shardings
 from deepseek_jax.train.losses import LanguageModelLoss

@@ -90,8 +90,7 @@ def answers() -> str:
     together = [serving.generate_ids(prompts, sampling, key).here().tokens_BN[: len(prompts), :5].tolist()]
     together.append(engine(at_once=3).generate_ids(prompts, sampling, key).here().tokens_BN.tolist())
     metrics = {name: value for name, value in serving.metrics().items() if not name.startswith("seconds")}
-    assert serving._requests is not None
-    serving._requests.check()
+    serving.requests.continuous.check()
     return json.dumps({"found": found, "metrics": metrics, "together": together})
 
 

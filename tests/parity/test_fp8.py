@@ -24,7 +24,7 @@ from parity.drawn import redraw  # noqa: E402
 from safetensors.numpy import load_file, save_file  # noqa: E402
 
 from deepseek_jax import load_hf, save_hf  # noqa: E402
-from deepseek_jax.model import transformer  # noqa: E402
+from deepseek_jax.model import parameters, transformer  # noqa: E402
 
 torch_files = importlib.import_module("safetensors.torch")
 
@@ -91,8 +91,8 @@ def ours(model: transformer.Transformer, dtype: str) -> np.ndarray:
     """Our logits, computed in ``dtype`` whatever the weights are kept in."""
     compute = dataclasses.replace(model.compute, dtype=dtype)
     tokens = jnp.asarray(TOKENS)
-    run = jax.jit(lambda params, bias: transformer.merge(model.config, params, bias, compute)(tokens).logits)
-    return np.asarray(run(*transformer.split(model)))
+    run = jax.jit(lambda params, bias: parameters.merge(model.config, params, bias, compute)(tokens).logits)
+    return np.asarray(run(*parameters.split(model)))
 
 
 def distance(found: np.ndarray, truth: np.ndarray) -> float:
@@ -147,7 +147,7 @@ def test_kept_in_fp8(ragged, truth):
     in bfloat16."""
     fp8, out = ragged
     kept = load_hf(fp8, dtype="float8_e4m3")
-    leaves, stored = jax.tree.leaves(transformer.split(kept)[0]), torch_files.load_file(fp8 / "model.safetensors")
+    leaves, stored = jax.tree.leaves(parameters.split(kept)[0]), torch_files.load_file(fp8 / "model.safetensors")
     in_file = sum(value.numel() for value in stored.values() if value.dtype == torch.float8_e4m3fn)
     assert sum(leaf.size for leaf in leaves if leaf.dtype == jnp.float8_e4m3fn) == in_file
     assert np.abs(ours(kept, "float32") - truth).max() <= 1e-4

@@ -11,7 +11,7 @@ import pytest
 from model.tiny import QWEN, V1, V2, V3, config, weights
 
 from deepseek_jax import save_hf
-from deepseek_jax.model import transformer
+from deepseek_jax.model import parameters
 
 gguf = pytest.importorskip("gguf")
 load_file = pytest.importorskip("safetensors.numpy").load_file
@@ -23,7 +23,7 @@ FAMILIES = {"v1": ("DEEPSEEK", V1), "v2": ("DEEPSEEK2", V2), "v3": ("DEEPSEEK2",
 def test_every_tensor_has_a_place(family, tmp_path):
     arch, fields = FAMILIES[family]
     cfg = config(fields)
-    save_hf(transformer.merge(cfg, *weights(cfg)), tmp_path / "model")
+    save_hf(parameters.merge(cfg, *weights(cfg)), tmp_path / "model")
     table = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, arch), cfg.num_hidden_layers)
     mtp = f"model.layers.{cfg.num_hidden_layers}."  # llama.cpp leaves the MTP module out
     names = [name for name in load_file(tmp_path / "model" / "model.safetensors") if not name.startswith(mtp)]

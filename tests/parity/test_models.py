@@ -27,7 +27,7 @@ from deepseek_jax import load_hf, save_hf  # noqa: E402
 from deepseek_jax.compute import ComputeConfig  # noqa: E402
 from deepseek_jax.config import ModelConfig  # noqa: E402
 from deepseek_jax.inference.cache import Cache  # noqa: E402
-from deepseek_jax.model import transformer  # noqa: E402
+from deepseek_jax.model import parameters, transformer  # noqa: E402
 
 COMMON: dict[str, Any] = dict(vocab_size=96, hidden_size=32, num_hidden_layers=3, max_position_embeddings=256)
 MLA: dict[str, Any] = COMMON | dict(
@@ -151,11 +151,11 @@ def case(request, tmp_path_factory) -> Case:
 
 
 def forward(model: transformer.Transformer, case: Case) -> np.ndarray:
-    params, bias = transformer.split(model)
+    params, bias = parameters.split(model)
 
     @jax.jit
     def run(params, bias):
-        return transformer.merge(model.config, params, bias)(
+        return parameters.merge(model.config, params, bias)(
             jnp.asarray(case.tokens), segment_ids_BS=jnp.asarray(case.real)
         ).logits
 
@@ -198,16 +198,16 @@ def test_gradients_of_every_parameter(case, tmp_path):
     case.model.zero_grad()
 
     model = case.ours()
-    params, bias = transformer.split(model)
+    params, bias = parameters.split(model)
 
     def loss(params):
-        out = transformer.merge(model.config, params, bias)(
+        out = parameters.merge(model.config, params, bias)(
             jnp.asarray(case.tokens), segment_ids_BS=jnp.asarray(case.real)
         )
         return jnp.sum(out.logits * weight)
 
     gradients = jax.jit(jax.grad(loss))(params)
-    save_hf(transformer.merge(model.config, gradients, bias), tmp_path / "ours", dtype="float32")
+    save_hf(parameters.merge(model.config, gradients, bias), tmp_path / "ours", dtype="float32")
     found, wanted = (load_file(tmp_path / who / "model.safetensors") for who in ("ours", "theirs"))
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
@@ -230,13 +230,13 @@ def test_64_greedy_tokens_through_the_cache(case, absorbed):
         pad_token_id=0,
     )
     model = case.ours()
-    params, bias = transformer.split(model)
+    params, bias = parameters.split(model)
 
     @jax.jit
     def step(cache, tokens):
         size = tokens.shape[1]
         options: dict[str, Any] = {"positions_BS": cache.positions(size), "visible": cache.visible(size)}
-        network = transformer.merge(model.config, transformer.unstack(params), bias)
+        network = parameters.merge(model.config, parameters.unstack(params), bias)
         out = network(tokens, memories=cache.memories(), absorbed=absorbed, **options)
         assert out.logits is not None
         grown = cache.grown(out.memories, jnp.full(2, size))

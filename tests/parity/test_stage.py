@@ -11,8 +11,9 @@ from small import tokenizer
 from deepseek_jax import load
 from deepseek_jax.cli.main import main
 from deepseek_jax.data.chat import encode_chat, encode_prompt
+from deepseek_jax.data.special_tokens import BOS, EOS, EOT
 from deepseek_jax.data.template import ChatTemplate
-from deepseek_jax.data.tokenizer import BOS, EOS, EOT, Tokenizer
+from deepseek_jax.data.tokenizer import Tokenizer
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from small import tokenizer
 
 from deepseek_jax.data.chat import encode_chat, encode_prompt
+from deepseek_jax.data.special_tokens import BOS, EOS, SPECIAL_TOKENS
 from deepseek_jax.data.template import ChatTemplate
-from deepseek_jax.data.tokenizer import BOS, EOS, SPECIAL_TOKENS, Tokenizer
+from deepseek_jax.data.tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers")
 

@@ -21,7 +21,7 @@ from deepseek_jax.files import read_json_lines
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.generate import Generated
 from deepseek_jax.inference.sampling import SamplingParams
-from deepseek_jax.model import transformer
+from deepseek_jax.model import parameters
 from deepseek_jax.rl import arithmetic
 from deepseek_jax.rl.advantages import settled
 from deepseek_jax.rl.asking import Answer, Question, ask, read_answers
@@ -346,7 +346,7 @@ def test_packed_answers_see_themselves_alone(path):
     @jax.jit
     def run(batch):
         def value(params):
-            network = transformer.merge(SPEAKER, params, bias)
+            network = parameters.merge(SPEAKER, params, bias)
             return loss(network, batch, loss.normalisers(batch), jnp.int32(0))
 
         return jax.value_and_grad(value, has_aux=True)(params)
@@ -423,7 +423,7 @@ def test_the_learner_takes_the_experts_that_the_sampler_took():
     assert np.array_equal(batch["experts"][:, :, 0, 0] >= 0, ran_BS > 0)
 
     def load(params, bias, batch):
-        return score_tokens(transformer.merge(config, params, bias), batch, 16)[1]["load"]
+        return score_tokens(parameters.merge(config, params, bias), batch, 16)[1]["load"]
 
     run = jax.jit(load)
     experts = params["moe_layers"]["mlp"]
@@ -475,12 +475,15 @@ def test_a_users_reward_sees_what_was_cut_off_and_the_row(path, tmp_path, monkey
     assert metrics["reward"] == pytest.approx((6 + 2 * 8) / 12) and metrics["reward_errors"] == 0
 
 
-def test_learner_and_sampler_agree(path):
+def test_learner_and_sampler_agree(path, monkeypatch):
     """KL under 1e-6 in float32: prefill and absorbed decoding over the cache against the packed training pass. Answers
-    in turn are the same."""
+    in turn are the same, and give their cache back before anybody trains."""
     batch, metrics = rollouts(path).next(state())
     assert metrics["response_length"] > 10
-    in_turn, _ = rollouts(path, dataclasses.replace(CONFIG, slots=5)).next(state())
+    freed, own = list[Engine](), rollouts(path, dataclasses.replace(CONFIG, slots=5))
+    monkeypatch.setattr(Engine, "free", lambda engine: freed.append(engine))
+    in_turn, _ = own.next(state())
+    assert freed == own.engines
     for name, value in batch.items():
         np.testing.assert_allclose(in_turn[name], value, atol=1e-4 * (name == "sampler_logprobs"), err_msg=name)
     loss = GRPOLoss(chunk=8)

@@ -45,8 +45,7 @@ class Running:
         while (told := self.engine.metrics())["waiting"] or told["running"] or told["pages_held"]:
             assert time.monotonic() < last, told
             time.sleep(0.02)
-        assert self.engine._requests is not None
-        self.engine._requests.check()
+        self.engine.requests.continuous.check()
 
 
 @contextmanager

@@ -32,7 +32,7 @@ class FakeAsker:
         if self.refuses:
             raise RefusedError(self.refuses)
         self.open += 1
-        left, stops = self.answer[: sampling["max_tokens"]], True
+        left, stops = self.answer[: sampling["max_tokens"] - sampling.get("begun", 0)], True
         try:
             yield Event([])
             while left:

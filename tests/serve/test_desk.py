@@ -1,20 +1,26 @@
 """The engine's side of the link to the HTTP process."""
 
+import fcntl
+import resource
+import socket
 from typing import Any
 
 import jax
 import pytest
 
 from deepseek_jax.inference.continuous import Event
+from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
-from deepseek_jax.serve.config import ServeConfig
-from deepseek_jax.serve.engine_process import Desk, HttpProcess
+from deepseek_jax.serve.asking import Served
+from deepseek_jax.serve.config import Limits, ServeConfig
+from deepseek_jax.serve.engine_process import Desk, HttpProcess, Stopping, run
+from deepseek_jax.serve.link import Link
 
 
 class Failing:
     """Its second request's grammar cannot be gone on with."""
 
-    def submit(self, ids: list[int], sampling: Any, *, draw: int) -> int:
+    def submit(self, ids: list[int], sampling: Any, *, draw: int, begun: int) -> int:
         return ids[0]
 
     def step(self) -> list[Event]:
@@ -79,3 +85,45 @@ def test_a_grammar_of_a_later_part_is_refused_before_the_first():
 def test_keys_that_cannot_be_read_are_told_before_anything_is_loaded(tmp_path):
     with pytest.raises(FileNotFoundError):
         HttpProcess(ServeConfig(port=0, api_keys_file=str(tmp_path / "none")))
+
+
+class Idle(Engine):
+    busy = False  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
+
+    def __init__(self) -> None:
+        pass
+
+
+class Child(HttpProcess):
+    def __init__(self, link: Link):
+        self.link = link
+
+    def end(self) -> int:
+        return 0
+
+
+def test_a_process_that_has_a_thousand_files_open_hears_the_other(request):
+    """``select`` knows descriptors below 1024 alone."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
+    request.addfinalizer(lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard)))
+    low, other = socket.socketpair()
+    link, theirs = Link(socket.socket(fileno=fcntl.fcntl(low, fcntl.F_DUPFD, 1500))), Link(other)
+    low.close()
+    heard, stopping = list[Any](), Stopping()
+    theirs.send({"op": "ready"})
+
+    def ready() -> None:
+        heard.extend(theirs.receive())
+        stopping.ask()
+        theirs.close()
+
+    run(Idle(), Child(link), Served("tiny", 8, 8, 1), stopping, ready)
+    assert link.fileno() >= 1500 and [*heard[0]] == ["ready"] and stopping.count == 1
+    link.close()
+    stopping.close()
+
+
+def test_a_limit_beyond_what_the_engine_takes_is_refused():
+    with pytest.raises(ValueError, match="schema_bytes=65537: expected at most 65536"):
+        Limits(schema_bytes=65_537)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek_jax.data.chat import split_thinking
-from deepseek_jax.data.tokenizer import END_THINK, THINK
+from deepseek_jax.data.special_tokens import END_THINK, THINK
 from deepseek_jax.serve.parsing import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, SEPARATOR, Parser, delta, message
 
 ARGUMENTS = '{"city": "Pa```ris", "days": 2}'

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek_jax.data.chat import encode_prompt
-from deepseek_jax.data.tokenizer import EOS, TOOL_TOKENS, Tokenizer
+from deepseek_jax.data.special_tokens import END_THINK, EOS, TOOL_TOKENS
+from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.data.tokenizer_training import train_tokenizer
 from deepseek_jax.serve.parsing import Parser
 from deepseek_jax.serve.prompts import CLOSING, NO_THOUGHT, Prompt, write_prompt
@@ -68,6 +69,10 @@ def special(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     return [i for i in prompt.ids if i in added]
 
 
+def system(content: str) -> dict[str, str]:
+    return {"role": "system", "content": content}
+
+
 def changed(value: Any, text: str) -> Any:
     """The conversation with a text in the place of each that somebody gave."""
     if isinstance(value, dict):
@@ -97,6 +102,34 @@ def test_what_is_typed_is_no_special_token(text):
         found = write_prompt(tokenizer, typed, tools=[tool] if tools else ())
         assert special(tokenizer, found) == special(tokenizer, expected)
         assert tokenizer.decode(tokenizer.encode(text)) in shown(tokenizer, found)
+
+
+def test_two_texts_make_no_special_token_together(r1):
+    """Where a template writes system messages right behind each other, strips them, or drops a part that it has seen:
+    cut anywhere, in two or three."""
+    strips = OURS.with_template(TEMPLATE.replace("{{ m.content }}{% endfor", "{{ m.content.strip() }}{% endfor"))
+    for tokenizer, white in ((OURS, ""), (strips, " \n"), (r1, "")):
+        plain = special(tokenizer, write_prompt(tokenizer, [*map(system, "ab"), *HI]))
+        for token in (EOS, "<｜User｜>", END_THINK):
+            cuts = [(a, b) for a in range(1, len(token)) for b in range(a, len(token))]
+            for a, b in cuts[:: 1 if tokenizer is OURS else 9]:
+                talk = [system(f"So{token[:a]}{white}"), system(token[a:b] or "x"), system(f"{white}{token[b:]}, then")]
+                talk = talk[:: 2 if a == b else 1]
+                prompt = write_prompt(tokenizer, [*talk, *HI])
+                assert special(tokenizer, prompt) == plain
+                assert "\n" in white or tokenizer is r1 or f"So{token}, then" in shown(tokenizer, prompt)
+    said = {"role": "assistant", "content": f"<think>a{EOS[:4]}</think>{EOS[4:]}b"}
+    dropping = OURS.with_template(TEMPLATE.replace(".split('</think>')[-1]", ".replace('</think>', '')"))
+    for tokenizer in (OURS, dropping):
+        expected = write_prompt(tokenizer, [*HI, said | {"content": "<think>a</think>b"}, *HI])
+        assert special(tokenizer, write_prompt(tokenizer, [*HI, said, *HI])) == special(tokenizer, expected)
+
+
+def test_what_only_might_have_become_one_is_written_as_ever(r1):
+    """Texts that begin or end with an angle: token for token as without a look at them."""
+    talk = [{"role": "system", "content": "> is more,"}, {"role": "user", "content": "> a?\nIs 1 <"}]
+    for tokenizer in (PLAIN, OURS, r1):
+        assert write_prompt(tokenizer, talk) == Prompt(encode_prompt(tokenizer, talk))
 
 
 def test_r1s_tokens_are_none_either(r1):

@@ -10,7 +10,8 @@ from train.cases import BATCH, TINY, S
 
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
 from deepseek_jax.parallel.sharding import place_batch
-from deepseek_jax.train.losses import LanguageModelLoss, score_targets
+from deepseek_jax.train.cross_entropy import score_targets
+from deepseek_jax.train.losses import LanguageModelLoss
 from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer
 from deepseek_jax.train.state import create_state
 from deepseek_jax.train.step import StepConfig, make_step

@@ -18,7 +18,7 @@ from model.tiny import relative_error, weights
 from train.cases import TINY, on_device, state_of
 
 from deepseek_jax.compute import ComputeConfig
-from deepseek_jax.model import transformer
+from deepseek_jax.model import parameters, transformer
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
 from deepseek_jax.parallel.sharding import place_batch, tree_shardings
 from deepseek_jax.train.grpo import GRPOLoss, group_advantages, k3
@@ -283,7 +283,7 @@ def test_loss_of_a_network_equals_numpy_for_any_split():
 
     @jax.jit
     def forward(params):
-        model = transformer.merge(TINY, params, bias)
+        model = parameters.merge(TINY, params, bias)
         return model(placed["tokens"], positions_BS=placed["positions"], segment_ids_BS=placed["segment_ids"])
 
     logits, reference = forward(params), forward(other)
@@ -318,7 +318,7 @@ class Stepwise:
         self.gradient = jax.jit(jax.grad(self.value, has_aux=True))
 
     def value(self, params, batch):
-        model = transformer.merge(TINY, params, weights(TINY)[1])
+        model = parameters.merge(TINY, params, weights(TINY)[1])
         return self.loss(model, batch, self.loss.normalisers(batch), jnp.int32(0))
 
     def descend(self, params, batch, rate):
@@ -405,7 +405,7 @@ def test_a_reference_stays_or_follows_and_is_never_the_state_itself():
 def test_a_fingerprint_names_the_numbers_alone():
     params, _ = weights(TINY)
     mesh = make_mesh(MeshConfig(fsdp=2, data=4))
-    placed = jax.device_put(params, tree_shardings(mesh, transformer.logical_axes(TINY), params))
+    placed = jax.device_put(params, tree_shardings(mesh, parameters.logical_axes(TINY), params))
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
     assert fingerprint(params) == fingerprint(placed) == fingerprint(half)
     embed = params["embed"]

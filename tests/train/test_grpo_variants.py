@@ -15,7 +15,7 @@ from flax import nnx
 from train.cases import TINY, on_device
 
 from deepseek_jax.compute import ComputeConfig
-from deepseek_jax.model import transformer
+from deepseek_jax.model import parameters
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
 from deepseek_jax.parallel.sharding import place_batch
 from deepseek_jax.train.grpo import GRPOLoss, group_advantages
@@ -211,8 +211,8 @@ def step_of(monkeypatch, loss, optimizer, **options):
     def merged(config, params, router_bias, compute):
         return Bigram(params["table"])
 
-    monkeypatch.setattr(transformer, "merge", merged)
-    monkeypatch.setattr(transformer, "logical_axes", lambda config: {"table": (None, None)})
+    monkeypatch.setattr(parameters, "merge", merged)
+    monkeypatch.setattr(parameters, "logical_axes", lambda config: {"table": (None, None)})
     step = jax.jit(make_step(TINY, loss, optimizer, StepConfig(options.pop("microbatches", 1)), **options))
 
     def take(table, batch):

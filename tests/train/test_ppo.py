@@ -13,6 +13,7 @@ from train.cases import TINY, on_device
 
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.model import transformer
+from deepseek_jax.model.scores import with_scores
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.rl.advantages import step_advantages
 from deepseek_jax.train.grpo import GRPOLoss, group_advantages
@@ -199,7 +200,7 @@ def test_the_step_is_policy_and_critic_each_on_the_same_advantages():
     """Two epochs of two minibatches, against each network's own steps on a batch that was judged once."""
     found = trained(ALONE, 13, epochs=2, minibatches=2, updates=1)
     params, bias = weights(TINY)
-    value_config, body, body_bias = transformer.with_scores(TINY, params, bias, 1)
+    value_config, body, body_bias = with_scores(TINY, params, bias, 1)
     wanted = {}
     for name, config, loss, (arrays, own) in (
         ("critic", value_config, ValueLoss(), (body, body_bias)),

@@ -12,7 +12,7 @@ from model.tiny import QWEN, V2_LITE, V3, config, relative_error, weights
 from train.cases import BATCH, TINY, on_device
 
 from deepseek_jax.compute import ComputeConfig
-from deepseek_jax.model import transformer
+from deepseek_jax.model import parameters
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.train.losses import LanguageModelLoss
 from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer
@@ -84,7 +84,7 @@ def test_no_gradient_is_a_bfloat16_number(base):
     @jax.jit
     @jax.grad
     def gradient(params):
-        model = transformer.merge(network, params, bias, BF16)
+        model = parameters.merge(network, params, bias, BF16)
         return LOSS(model, batch, LOSS.normalisers(batch), jnp.int32(0))[0]
 
     for path, found in jax.tree_util.tree_flatten_with_path(gradient(params))[0]:

@@ -12,7 +12,7 @@ from model.tiny import V3, config, relative_error, weights
 from train.cases import on_device
 
 from deepseek_jax.data.preferences import Item, pack_items
-from deepseek_jax.model import transformer
+from deepseek_jax.model import parameters, transformer
 from deepseek_jax.train.reward_model import RewardModelLoss
 from deepseek_jax.train.state import TrainState
 from deepseek_jax.train.step import StepConfig, make_step
@@ -85,7 +85,7 @@ def test_a_network_learns_the_same_however_its_items_are_packed_and_split():
         state, metrics = step(state, on_device(given))
         return float(metrics["loss"]), state.params["moe_layers"]["mlp"]["wi"], state.params["score"]["w"]
 
-    network = transformer.merge(TINY, params, bias)
+    network = parameters.merge(TINY, params, bias)
 
     def alone(ids):
         """An answer's score in a row of its own."""

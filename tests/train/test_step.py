@@ -11,7 +11,7 @@ import pytest
 from model.tiny import V3, config, weights
 from train.cases import BATCH, TINY, on_device
 
-from deepseek_jax.model import transformer
+from deepseek_jax.model import parameters
 from deepseek_jax.model.router import route
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
 from deepseek_jax.parallel.sharding import ShardingRules, place_batch
@@ -125,7 +125,7 @@ def test_the_state_keeps_its_places():
 def test_gradients_are_those_of_the_loss():
     batch = on_device(BATCH)
     norm = LOSS.normalisers(batch)
-    run = lambda p: LOSS(transformer.merge(TINY, p, BIAS), batch, norm, jnp.int32(0))[0]  # noqa: E731
+    run = lambda p: LOSS(parameters.merge(TINY, p, BIAS), batch, norm, jnp.int32(0))[0]  # noqa: E731
     value, gradient = jax.jit(jax.value_and_grad(run))(PARAMS)
     state, metrics = whole()
     norm = np.sqrt(sum(np.sum(np.float64(leaf) ** 2) for leaf in jax.tree.leaves(gradient)))

@@ -13,7 +13,7 @@ from typing import Any
 from deepseek_jax.cli.main import main
 from deepseek_jax.rl import sampler
 from deepseek_jax.workflows import grpo, pretrain, questions, sft
-from deepseek_jax.workflows.stage import LoaderBatches
+from deepseek_jax.workflows.row_batches import LoaderBatches
 
 
 def die_at_answer(number: int) -> None:

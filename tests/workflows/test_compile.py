@@ -26,7 +26,7 @@ from deepseek_jax.workflows.compile import _refused, _too_much, compile_for
 from deepseek_jax.workflows.pretrain import PretrainConfig
 from deepseek_jax.workflows.recipe import load_recipe
 from deepseek_jax.workflows.scheduled import plain
-from deepseek_jax.workflows.stage import abstract_step
+from deepseek_jax.workflows.stage_step import abstract_step
 
 # float32 needs no kernels, which take the compiler's time; one layer of each kind, no MTP.
 RECIPE = '''

@@ -28,7 +28,7 @@ from deepseek_jax.workflows.grpo import GRPOConfig
 from deepseek_jax.workflows.pretrain import PretrainConfig, PretrainData, pretrain
 from deepseek_jax.workflows.recipe import load_recipe, moved
 from deepseek_jax.workflows.sft import SFTData
-from deepseek_jax.workflows.stage import StageConfig
+from deepseek_jax.workflows.stage_config import StageConfig
 
 STEPS = {"pretrain": 24, "sft": 40, "grpo": 12}
 

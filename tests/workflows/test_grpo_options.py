@@ -1,17 +1,16 @@
 """GRPO's options together, as a user gives them: a run that stops and goes on is the run that does not."""
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from model.tiny import weights, whole
-from small import ONE_DEVICE, SPEAKER, tokenizer
+from model.tiny import whole
+from small import ONE_DEVICE, SPEAKER
+from workflows import rewarded
 
-from deepseek_jax import save_hf
 from deepseek_jax.checkpoint.model import load
 from deepseek_jax.cli.main import main
 from deepseek_jax.files import read_json_lines
@@ -20,26 +19,9 @@ from deepseek_jax.rl.rollout import RolloutConfig
 from deepseek_jax.train.metrics import read_metrics
 from deepseek_jax.workflows import grpo, own_run
 from deepseek_jax.workflows.grpo import GRPOConfig, _check_processes
-from deepseek_jax.workflows.stage import check_start
+from deepseek_jax.workflows.stage_config import check_start
 
-STEPS = """
-def steps(completion, row):
-    half = len(completion) // 2
-    return [(half, completion[:half].count("a")), (len(completion), len(set(completion)) / 8)]
-"""
-OPTIONS = [
-    "--init-from",
-    "model",
-    "--task.path",
-    "train.jsonl",
-    "--task.prompt",
-    "question",
-    "--reward",
-    "mine.py:steps",
-    "--reward",
-    "format=2",
-]
-OPTIONS += ["--rollout.prompts", "4", "--rollout.group", "4", "--rollout.max-tokens", "8", "--step.microbatches", "1"]
+OPTIONS = [*rewarded.OPTIONS, "--reward", "format=2", "--step.microbatches", "1"]
 # GSPO on advantages of tokens, with dynamic sampling that is never content, and a reference that moves.
 OPTIONS += ["--loss.ratio", "sequence", "--loss.tis-cap", "2", "--loss.kl-weight", "0.1", "--reference-every", "1"]
 OPTIONS += ["--rollout.replay-routing", "--rollout.pack", "64", "--rollout.resample", "2", "--rollout.tolerance", "0.9"]
@@ -52,11 +34,7 @@ CLOCKS += ("train_seconds", "samples_per_second", "rollout_tokens_per_second")
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    save_hf(whole(SPEAKER, *weights(SPEAKER)).network(), tmp_path / "model", dtype="float32")
-    tokenizer().save(tmp_path / "model")
-    rows = [{"question": f"{n}+1?", "answer": f"#### {n + 1}"} for n in range(9)]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "mine.py").write_text(STEPS)
+    rewarded.write_inputs(tmp_path, [{"question": f"{n}+1?", "answer": f"#### {n + 1}"} for n in range(9)])
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

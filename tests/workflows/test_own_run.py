@@ -17,8 +17,10 @@ from deepseek_jax.train.losses import LanguageModelLoss
 from deepseek_jax.train.run_lock import LOCK, run_lock
 from deepseek_jax.workflows import own_run
 from deepseek_jax.workflows.own_run import open_start, owns_run
+from deepseek_jax.workflows.row_batches import LoaderBatches
 from deepseek_jax.workflows.sft import SFTConfig
-from deepseek_jax.workflows.stage import LoaderBatches, StageConfig, train_stage
+from deepseek_jax.workflows.stage import train_stage
+from deepseek_jax.workflows.stage_config import StageConfig
 
 
 @owns_run("run_dir")

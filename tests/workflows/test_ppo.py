@@ -11,31 +11,22 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from model.tiny import weights, whole
-from small import SPEAKER, tokenizer
+from small import SPEAKER
+from workflows import rewarded
 from workflows.miniature import TESTS
 
-from deepseek_jax import load, save_hf
+from deepseek_jax import load
 from deepseek_jax.checkpoint.reading import restore_params
 from deepseek_jax.cli.main import main
-from deepseek_jax.model import transformer
+from deepseek_jax.model import parameters
+from deepseek_jax.model.scores import scoring
 from deepseek_jax.rl.rollout import RolloutConfig
 from deepseek_jax.train.metrics import read_metrics
 from deepseek_jax.workflows.ppo import PPOConfig
 from deepseek_jax.workflows.recipe import load_recipe
 
 STEPS = 4
-OPTIONS = [
-    "--init-from",
-    "model",
-    "--task.path",
-    "train.jsonl",
-    "--task.prompt",
-    "question",
-    "--reward",
-    "mine.py:steps",
-]
-OPTIONS += ["--rollout.prompts", "4", "--rollout.group", "4", "--rollout.max-tokens", "8"]
+OPTIONS = [*rewarded.OPTIONS]
 OPTIONS += ["--critic.kl-reward", "0.01", "--critic.gae-lambda", "0.9", "--minibatches", "2"]
 OPTIONS += ["--optimizer.peak-lr", "1e-2", "--critic.optimizer.peak-lr", "1e-2", "--critic.optimizer.warmup-steps", "0"]
 OPTIONS += [
@@ -48,20 +39,12 @@ OPTIONS += [
     "--loop.no-tensorboard",
 ]
 CLOCKS = ("time", "seconds", "per_second", "peak_bytes_process")
-MINE = """
-def steps(completion, row):
-    half = len(completion) // 2
-    return [(half, completion[:half].count("a")), (len(completion), len(set(completion)) / 8)]
-"""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ppo")
-    save_hf(whole(SPEAKER, *weights(SPEAKER)).network(), folder / "model", dtype="float32")
-    tokenizer().save(folder / "model")
-    (folder / "train.jsonl").write_text("".join(json.dumps({"question": f"{n}+1?"}) + "\n" for n in range(9)))
-    (folder / "mine.py").write_text(MINE)
+    rewarded.write_inputs(folder, [{"question": f"{n}+1?"} for n in range(9)])
     return folder
 
 
@@ -71,7 +54,7 @@ def lines(run: Path):
 
 def arrays(run: Path):
     """Policy and critic of the newest checkpoint."""
-    critic, bias = transformer.abstract_arrays(transformer.scoring(SPEAKER, 1))
+    critic, bias = parameters.abstract_arrays(scoring(SPEAKER, 1))
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     wanted = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),

@@ -15,7 +15,7 @@ from rich.console import Console
 from workflows import tiny_r1
 from workflows.miniature import run_program
 
-from deepseek_jax.data.tokenizer import THINK
+from deepseek_jax.data.special_tokens import THINK
 from deepseek_jax.rl import arithmetic, sampler
 from deepseek_jax.rl.tasks import TaskConfig
 from deepseek_jax.rl.words import wait_words
@@ -28,7 +28,7 @@ from deepseek_jax.workflows.r1 import STAGES as ALL
 from deepseek_jax.workflows.r1 import R1Config, check_files, check_inputs, make_links, r1
 from deepseek_jax.workflows.r1_data import R1Data, make_data
 from deepseek_jax.workflows.recipe import load_recipe
-from deepseek_jax.workflows.stage import LoaderBatches
+from deepseek_jax.workflows.row_batches import LoaderBatches
 
 STAGES = [name for name in ALL if name not in ("zero_longer", "preferences")]  # the miniature's
 pytestmark = pytest.mark.timeout(900)  # twice sixteen stages, each of which compiles programs of its own

@@ -10,7 +10,7 @@ from deepseek_jax.workflows.r1 import R1Config, make_links
 from deepseek_jax.workflows.recipe import find_recipe, load_recipe
 from deepseek_jax.workflows.reward_model import RewardModelConfig
 from deepseek_jax.workflows.sft import SFTConfig
-from deepseek_jax.workflows.stage import StageConfig
+from deepseek_jax.workflows.stage_config import StageConfig
 
 # Updates, clipping, temperature, longest answer, rewards.
 REINFORCED = {

@@ -14,7 +14,7 @@ from deepseek_jax.checkpoint.model import load
 from deepseek_jax.cli.main import main
 from deepseek_jax.cli.talk import Answering
 from deepseek_jax.data.chat import encode_prompt
-from deepseek_jax.data.tokenizer import BOS
+from deepseek_jax.data.special_tokens import BOS
 from deepseek_jax.rl import asking
 
 LONG = dataclasses.replace(SPEAKER, max_position_embeddings=1024)  # which the paper's text needs in small tokens

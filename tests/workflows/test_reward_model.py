@@ -23,8 +23,8 @@ from deepseek_jax.rl.tasks import TaskConfig, make_task
 from deepseek_jax.train.loop_config import LoopConfig
 from deepseek_jax.train.optimizer import OptimizerConfig
 from deepseek_jax.workflows.reward_model import PreferenceData, RewardModelConfig, reward_model
+from deepseek_jax.workflows.row_batches import LoaderBatches
 from deepseek_jax.workflows.sft import SFTConfig, SFTData, sft
-from deepseek_jax.workflows.stage import LoaderBatches
 
 END = "</think>\n\n"
 

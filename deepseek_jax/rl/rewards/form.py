@@ -5,7 +5,7 @@ left out, and of what is right. It is 1 or 0, and its cost is linear in the leng
 numbers: a digit of another script, a sign or a leading zero is a wrong answer.
 """
 
-from deepseek_jax.data.tokenizer import END_THINK, THINK
+from deepseek_jax.data.special_tokens import END_THINK, THINK
 
 # str.strip() alone would also remove spaces of other scripts and separators such as U+001C.
 _WHITESPACE = " \t\r\n"

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from deepseek_jax.data.tokenizer import END_THINK, THINK
+from deepseek_jax.data.special_tokens import END_THINK, THINK
 from deepseek_jax.rl.rewards.words import script_of, split_words
 
 # Told by script, so one language for each: English text and French have the same share of Latin words.

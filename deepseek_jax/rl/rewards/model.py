@@ -15,7 +15,7 @@ from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.data.preferences import encode_judged, shown
 from deepseek_jax.files import read_json_object
-from deepseek_jax.model import transformer
+from deepseek_jax.model import parameters
 from deepseek_jax.parallel.processes import gather, together
 from deepseek_jax.parallel.sharding import constrain, place_batch
 from deepseek_jax.rl.tasks import Row, Task
@@ -111,7 +111,7 @@ def _compiled(config: ModelConfig, compute: ComputeConfig):
 
     @jax.jit
     def run(params, router_bias, batch):
-        network = transformer.merge(config, params, router_bias, compute)
+        network = parameters.merge(config, params, router_bias, compute)
         tokens_BS, last_B1 = batch["tokens"], batch["lengths"] - 1
         segments_BS = (jnp.arange(tokens_BS.shape[1]) <= last_B1).astype(jnp.int32)
         out = network(tokens_BS, segment_ids_BS=segments_BS, visible=Visible.rows())

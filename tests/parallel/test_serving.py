@@ -79,6 +79,7 @@ def answers() -> str:
             answer[2] = event.finish_reason
         if now > 4 and not serving.busy:
             break
+    assert not serving.busy
     if here == 0 and not alone:
         serving.end()
     elif not alone:

@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -21,22 +21,23 @@ from jax.sharding import Mesh
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.inference.arrivals import exchange
-from deepseek_jax.inference.constraints import Constraint, settle
+from deepseek_jax.inference.constraints import Constraint
 from deepseek_jax.inference.decoding import Decoded
-from deepseek_jax.inference.plans import Plan, PromptScores, Request
+from deepseek_jax.inference.held import Held
+from deepseek_jax.inference.plans import Plan, Request
 from deepseek_jax.inference.programs import Done, Programs, gathers
+from deepseek_jax.inference.prompt_scores import PromptScores, pairs
 from deepseek_jax.inference.rows import STOPS, Rows
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.schedule import Buckets, Schedule, ServingConfig
 from deepseek_jax.inference.speculation import check_drafts
 from deepseek_jax.inference.weights import Weights
-from deepseek_jax.parallel.processes import require_one_process
 
 
 @dataclasses.dataclass(frozen=True)
 class Event:
     """What a step has brought to a request. finish_reason: "" while it goes on, ``stop``, ``length``, ``cancelled``, or
-    ``error``: its grammar cannot be gone on with, as ``error`` says.
+    ``error``: it cannot be gone on with, as ``error`` says; ``ours`` where that is no fault of the request's.
     logprobs: of each token by the network alone, before temperature, penalties and cuts. alternatives: of each token,
     as many as were asked for, (token, log-probability) from the most likely on. cached: tokens of its prompt that were
     found in the cache. prompt: with the first token, or the end, where that was asked for."""
@@ -49,6 +50,10 @@ class Event:
     cached: int = 0
     error: str = ""
     prompt: PromptScores | None = None
+    ours: bool = False
+
+
+_NAN = "the network's scores are no numbers (NaN), on clean pages too: its weights or a device are damaged"
 
 
 class Continuous:
@@ -67,10 +72,12 @@ class Continuous:
         serving: ServingConfig,
         stop_ids: Sequence[int],
         *,
+        begin: Callable[[SamplingParams], Constraint] | None = None,
         forced: float = 0.0,
     ):
-        """config: with the MTP module where ``serving.drafts`` are asked for, and without it else. forced: for
-        measurements alone, see ``speculation.forced``: answers mean nothing; 0: the network has its say."""
+        """config: with the MTP module where ``serving.drafts`` are asked for, and without it else. begin: see
+        ``Held``. forced: for measurements alone, see ``speculation.forced``: answers mean nothing; 0: the network has
+        its say."""
         check_drafts(config, serving.drafts)
         self.context = serving.tokens(config.max_position_embeddings)
         self._width, self._stop_ids = config.vocab_size, tuple(stop_ids)
@@ -82,6 +89,7 @@ class Continuous:
         self._asked: dict[int, tuple[Request, Schedule]] = {}
         self._new: collections.deque[Request] = collections.deque()
         self._gone: collections.deque[int] = collections.deque()
+        self._held = Held(begin)
         self._process = jax.process_index()
         self._numbers = itertools.count(self._process, jax.process_count())
         self.over = False
@@ -117,8 +125,6 @@ class Continuous:
             raise ValueError(
                 "prompt_logprobs (echo with logprobs): for an engine with ServingConfig(score=True), --serving.score"
             )
-        if sampling.constrained:  # which plans wait for, as long as it takes a host to find what may be said
-            require_one_process("an answer that is held to a grammar")
         if (stops := len(self._stop_ids) + len(sampling.stop_token_ids)) > STOPS:
             raise ValueError(f"{stops} ids that end an answer, the tokenizer's among them: expected at most {STOPS}")
         named = {"stop_token_ids": sampling.stop_token_ids, "logit_bias": [token for token, _ in sampling.logit_bias]}
@@ -149,7 +155,6 @@ class Continuous:
         self._untold += self._arrivals()
         if self.over:
             return []
-        self._untold += self._settled()
         plans = [lane.plan() for lane in self._lanes]
         try:
             done, dispatched = self.programs.run(weights, plans), time.perf_counter()
@@ -161,10 +166,12 @@ class Continuous:
             raise
         self._counts["seconds_waited"] += time.perf_counter() - dispatched + self.programs.seconds - called
         events, self._untold = self._untold, []
-        self._scored(done)
+        doubted = self._nan(plans, done)
+        _keep_scores(done)
         if done.decoded is not None:
-            events += self._told(plans, done.decoded)
-        events += self._read(plans)
+            events += self._told(plans, done.decoded, doubted)
+        events += self._read(plans, doubted)
+        events += self._doubted(doubted)
         self._counts["seconds"] += time.perf_counter() - began
         self._counts["steps"] += 1
         return events
@@ -216,32 +223,61 @@ class Continuous:
             lane.check()
 
     def _arrivals(self) -> list[Event]:
-        """Hand new requests to the lane that has most of their prompt, or fewest requests; take back those given up."""
+        """Hand new requests to the lane that has most of their prompt, or fewest requests; take back those given up,
+        and those whose grammar cannot be gone on with."""
         gone = [self._gone.popleft() for _ in range(len(self._gone))]  # whose requests have come, then, all the same
-        told = exchange([self._new.popleft() for _ in range(len(self._new))], gone)
+        new = [self._new.popleft() for _ in range(len(self._new))]
+        for request in filter(lambda each: each.constraint is not None, new):
+            self._held.find(request)
+        told = exchange(new, gone, self._held.found())
         self.over = told.over
         for request in told.new:
+            if request.sampling.constrained:
+                self._held.wait(request)
             lane = self._lane(request.known)
             self._asked[request.number] = request, lane
             lane.submit(request)
         events = []
-        for number in told.gone:
+        for number in filter(self._asked.__contains__, told.gone):
+            events += self._give_up(Event(number, [], [], "cancelled"))
+        for number, error in told.settled:
             if number in self._asked:
-                request, lane = self._asked.pop(number)
-                lane.cancel(request)
-                events += [Event(number, [], [], "cancelled")] * self._own(number)
+                self._asked[number][0].unsettled -= 1
+                events += self._give_up(Event(number, [], [], "error", error=error)) if error else []
         return events
 
-    def _settled(self) -> list[Event]:
-        """Give up whose grammar cannot be gone on with; of the others wait a moment for those who are at it."""
-        held = {r.number: r.constraint for lane in self._lanes for r in lane.running if r.constraint is not None}
-        settle(held.values())
-        events = []
-        for number, constraint in held.items():
-            if constraint.ready and constraint.error:
-                request, lane = self._asked.pop(number)
-                lane.cancel(request)
-                events.append(Event(number, [], [], "error", error=constraint.error))
+    def _give_up(self, event: Event) -> list[Event]:
+        """A request that all processes know, with its last event, where that is this one's."""
+        request, lane = self._asked.pop(event.number)
+        lane.cancel(request)
+        self._held.forget(event.number)
+        return [event] * self._own(event.number)
+
+    def _nan(self, plans: list[Plan], done: Done) -> list[Request]:
+        """Those with a log-probability that is none: so it is where any score was NaN, or infinite."""
+        found = [
+            piece.request
+            for pieces, scores in done.scored
+            for piece, row in pieces
+            if piece.request.scores is not None and np.isnan(scores.logprobs_BS[row, : piece.count]).any()
+        ]
+        if done.decoded is not None:
+            nan_B, rows = np.any(np.isnan(done.decoded.logprobs_BN), axis=1), self.programs.rows(plans)
+            for lane, plan in enumerate(plans):
+                found += [request for i, request in enumerate(plan.decoded, lane * rows) if nan_B[i]]
+        return list(dict.fromkeys(found))
+
+    def _doubted(self, requests: list[Request]) -> list[Event]:
+        """Requests whose scores were NaN have got nothing of this step. Whatever they have written in pages, nobody
+        shall find: kernels may multiply what stands behind a row's end by zero. So all begin anew on clean pages, for
+        one may have had another's; whose scores are NaN there, too, is given up."""
+        events = list[Event]()
+        for request in requests:
+            if request.doubted:
+                events += self._give_up(Event(request.number, [], [], "error", error=_NAN, ours=True))
+            request.doubted = True
+        if requests:
+            self.free()
         return events
 
     def _own(self, number: int) -> bool:
@@ -261,21 +297,11 @@ class Continuous:
             found = dataclasses.replace(found, likely_BNA=None, likely_logprobs_BNA=None)
         return Done(jax.device_get(found), [(pieces, jax.device_get(scores)) for pieces, scores in done.scored])
 
-    def _scored(self, done: Done) -> None:
-        """Keep what was found of prompts until all of theirs is."""
-        for pieces, found in done.scored:
-            for piece, row in pieces:
-                if (scores := piece.request.scores) is None:
-                    continue
-                scores.logprobs += found.logprobs_BS[row, : piece.count].tolist()
-                given = found.likely_BSA, found.likely_logprobs_BSA
-                scores.alternatives += _pairs(*given, row, piece.count, piece.request.sampling.alternatives)
-
-    def _read(self, plans: list[Plan]) -> list[Event]:
+    def _read(self, plans: list[Plan], doubted: list[Request]) -> list[Event]:
         """The ends of those that ask for nothing behind their prompts."""
         events = []
         for schedule, plan in zip(self._lanes, plans, strict=True):
-            for request in plan.read:
+            for request in filter(lambda each: each not in doubted, plan.read):
                 schedule.answered(request, [], ended=True)
                 del self._asked[request.number]
                 if self._own(request.number):
@@ -283,7 +309,7 @@ class Continuous:
                     events.append(Event(*told, cached=request.cached, prompt=request.scores))
         return events
 
-    def _told(self, plans: list[Plan], found: Decoded) -> list[Event]:
+    def _told(self, plans: list[Plan], found: Decoded, doubted: list[Request]) -> list[Event]:
         events, rows = [], self.programs.rows(plans)
         tokens, logprobs, stopped = (x.tolist() for x in (found.tokens_BN, found.logprobs_BN, found.stopped_B))
         drafts = found.drafts_BK.tolist()
@@ -293,16 +319,15 @@ class Continuous:
         counts = np.sum(np.asarray(found.tokens_BN) >= 0, axis=1).tolist()
         for lane, (schedule, plan) in enumerate(zip(self._lanes, plans, strict=True)):
             for i, request in enumerate(plan.decoded, lane * rows):
-                if not (count := counts[i]):
+                if not (count := counts[i]) or request in doubted:
                     continue
                 ended = stopped[i] or count >= request.left
                 schedule.answered(request, tokens[i][:count], ended=ended)
-                request.drafts = drafts[i] if request.constraint is None else []
+                request.drafts, request.doubted = drafts[i] if request.constraint is None else [], False
                 reason = ("stop" if stopped[i] else "length") if ended else ""
                 if self._own(request.number):
-                    likely = _pairs(
-                        found.likely_BNA, found.likely_logprobs_BNA, i, count, request.sampling.alternatives
-                    )
+                    given = found.likely_BNA, found.likely_logprobs_BNA
+                    likely = pairs(*given, i, count, request.sampling.alternatives)
                     told = tokens[i][:count], logprobs[i][:count], reason, likely, request.cached
                     events.append(Event(request.number, *told, prompt=request.scores))
                 request.scores = None
@@ -311,12 +336,15 @@ class Continuous:
                     del self._asked[request.number]
                 elif request.constraint is not None:
                     request.constraint.advance(tokens[i][:count])
+                    self._held.find(request)
+                    self._held.wait(request)
         return events
 
 
-def _pairs(likely_BNA, logprobs_BNA, row: int, count: int, most: int) -> list[list[tuple[int, float]]]:
-    """The alternatives of a row's first tokens; nothing where none are asked for."""
-    if not most:
-        return []
-    ids, logprobs = (x[row, :count, :most].tolist() for x in (likely_BNA, logprobs_BNA))
-    return [list(zip(*pair, strict=True)) for pair in zip(ids, logprobs, strict=True)]
+def _keep_scores(done: Done) -> None:
+    """Of prompts, until all of theirs are there."""
+    for pieces, found in done.scored:
+        for piece, row in pieces:
+            request = piece.request
+            if request.scores is not None:
+                request.scores.add(found, row, piece.count, request.sampling.alternatives)

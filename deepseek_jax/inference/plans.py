@@ -6,17 +6,8 @@ from typing import Any
 import numpy as np
 
 from deepseek_jax.inference.constraints import Constraint
+from deepseek_jax.inference.prompt_scores import PromptScores
 from deepseek_jax.inference.sampling import SamplingParams
-
-
-@dataclasses.dataclass
-class PromptScores:
-    """Of each token of a prompt but the first, which nothing stands before: its log-probability by the network alone,
-    and the most likely ones in its place, where alternatives are asked for: (token, log-probability), the most likely
-    first."""
-
-    logprobs: list[float] = dataclasses.field(default_factory=list)
-    alternatives: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(eq=False)
@@ -27,7 +18,9 @@ class Request:
     begun: tokens at the end of the prompt that came which are the answer's. prompt: those of it that are not.
     slot: -1 while it waits. prefix: of the first ``named`` pages, which others can find, by the weights of ``root``.
     cached: tokens of the prompt that were there when it was first let in. drafts: guesses of what comes next.
-    scores: of so much of the prompt as is read in; None where nobody asks for them, or has been told them.
+    unsettled: processes that have not said yet that they know what may come next. doubted: its scores were NaN, and it
+    has been read in anew. scores: of so much of the prompt as is read in; None where nobody asks for them, or has been
+    told them.
     """
 
     number: int
@@ -45,6 +38,8 @@ class Request:
     root: int = -1
     drafts: list[int] = dataclasses.field(default_factory=list)
     cached: int = -1
+    unsettled: int = 0
+    doubted: bool = False
     scores: PromptScores | None = None
     _known: np.ndarray | None = None
 
@@ -63,7 +58,7 @@ class Request:
     @property
     def ready(self) -> bool:
         """Whether it can be decoded: it is read in, and what may come next is known."""
-        return not self.unread and self.left > 0 and (self.constraint is None or self.constraint.ready)
+        return not self.unread and self.left > 0 and not self.unsettled
 
     @property
     def left(self) -> int:

@@ -15,7 +15,7 @@ from small import tokenizer
 from deepseek_jax.inference import scores
 from deepseek_jax.inference.continuous import Event
 from deepseek_jax.inference.engine import Engine
-from deepseek_jax.inference.plans import PromptScores
+from deepseek_jax.inference.prompt_scores import PromptScores
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.schedule import ServingConfig
 from deepseek_jax.parallel.mesh import MeshConfig
@@ -159,6 +159,17 @@ def test_on_a_mesh(monkeypatch):
     cases = [(LONG[first : first + 22], dataclasses.replace(ALONE, alternatives=first % 3)) for first in range(6)]
     for (prompt, sampling), events in zip(cases, answered(made, *cases), strict=True):
         assert_the_forwards("v3", prompt, scored(events), sampling.alternatives)
+
+
+def test_a_prompt_whose_scores_are_nan_ends_with_an_error():
+    """With an answer and without; the one beside it is right."""
+    params, bias = weights(MODELS["v3"])
+    params = params | {"embed": params["embed"].at[298].set(jnp.nan)}
+    made = Engine(whole(MODELS["v3"], params, bias, tokenizer()), serving=SCORING)
+    *ailing, well = answered(made, ([3, 298, 4], ALONE), ([3, 298, 4], SCORED), (LONG, ALONE))
+    for (event,) in ailing:
+        assert (event.finish_reason, event.ours, event.prompt) == ("error", True, None) and "NaN" in event.error
+    assert_the_forwards("v3", LONG, scored(well))
 
 
 def test_what_is_not_to_be_had():

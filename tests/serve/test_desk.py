@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import pytest
 
-from deepseek_jax.inference.continuous import Event
 from deepseek_jax.inference.engine import Engine
+from deepseek_jax.inference.events import Event
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.serve.asking import Served
 from deepseek_jax.serve.config import Limits, ServeConfig

@@ -11,12 +11,16 @@ from typing import Annotated
 import jax
 import tyro
 
+from deepseek_jax.checkpoint.finding import is_released
+from deepseek_jax.checkpoint.hf_load import integers_of
+from deepseek_jax.checkpoint.integers import Integers
 from deepseek_jax.checkpoint.model import read_config
 from deepseek_jax.cli.talk import Loading, mesh_of
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.data.tokenizer_training import made_up_tokenizer
 from deepseek_jax.inference.engine import Engine
+from deepseek_jax.inference.programs import check_dtypes
 from deepseek_jax.inference.schedule import ServingConfig
 from deepseek_jax.saying import doing, say
 from deepseek_jax.serve.asking import Served
@@ -49,6 +53,7 @@ def run_serve(arguments: Sequence[str]) -> None:
     seconds: dict[str, float] = {}
     with ExitStack() as stack:
         config, tokenizer = _text(asked, stack)
+        _check_dtype(asked)
         if jax.process_index():  # the first process has HTTP
             engine = _engine(asked, config, tokenizer)
             engine.warm_up()
@@ -84,6 +89,14 @@ def _text(asked: _Serve, stack: ExitStack) -> tuple[ModelConfig, str]:
     folder = stack.enter_context(tempfile.TemporaryDirectory())
     made_up_tokenizer(config.vocab_size).save(folder)
     return config, folder
+
+
+def _check_dtype(asked: _Serve) -> None:
+    """ValueError for weights that the engine could not have, before they are read."""
+    folder = "" if asked.random else asked.folder
+    integers = integers_of(folder, asked.compute.param_dtype) if folder and is_released(folder) else None
+    integers = integers or Integers.named(asked.compute.param_dtype)
+    check_dtypes([integers.dtype] if integers else [])
 
 
 def _engine(asked: _Serve, config: ModelConfig, tokenizer: str) -> Engine:

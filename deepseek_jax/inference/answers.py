@@ -12,8 +12,7 @@ class Completion:
     """text: decoded with the thinking marks, without what ended it: a stop id, or a stop string and what stands behind.
 
     token_ids: those of the text and, where there was one, the stop id, or all of the stop string; logprobs: theirs.
-    finish_reason: ``stop``, ``length``, or ``error`` where its grammar could not be gone on with. alternatives: see
-    ``Event``.
+    finish_reason: ``stop``, ``length``, or ``error`` where it could not be gone on with. alternatives: see ``Event``.
     """
 
     text: str

@@ -13,21 +13,28 @@ from deepseek_jax.parallel.processes import gather
 
 
 class Told(NamedTuple):
-    """Requests that come, numbers of those given up, and whether no step follows."""
+    """Requests that come, numbers of those given up, of whom a process has found what may come next (why nothing may,
+    "" where something may), and whether no step follows."""
 
     new: list[Request]
     gone: list[int]
+    settled: list[tuple[int, str]]
     over: bool
 
 
-def exchange(new: Sequence[Request], gone: Sequence[int], *, over: bool = False) -> Told:
-    """What all processes bring, in their order; it returns when all have come. ``over`` where one says so."""
+def exchange(
+    new: Sequence[Request], gone: Sequence[int], settled: Sequence[tuple[int, str]] = (), *, over: bool = False
+) -> Told:
+    """What all processes bring, in their order, one's own as it is; it returns when all have come. ``over`` where one
+    says so."""
     if jax.process_count() == 1:
-        return Told([*new], [*gone], over)
-    told = gather({"new": [*map(_written, new)], "gone": [*gone], "over": over})
+        return Told([*new], [*gone], [*settled], over)
+    told = gather({"new": [*map(_written, new)], "gone": [*gone], "settled": [*settled], "over": over})
+    own = {request.number: request for request in new}
     return Told(
-        [_read(*each) for process in told for each in process["new"]],
+        [own.get(each[0]) or _read(*each) for process in told for each in process["new"]],
         [number for process in told for number in process["gone"]],
+        [(number, error) for process in told for number, error in process["settled"]],
         any(process["over"] for process in told),
     )
 

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,17 @@ class Constraint:
         self._matcher, self._width = matcher, width
         self._job: concurrent.futures.Future[None] | None = None
         self.allowed_V, self._error = np.zeros(0, np.int32), ""
+
+    @classmethod
+    def later(cls, begin: Callable[[], "Constraint"]) -> "Constraint":
+        """What another thread begins, so that nobody waits for it; where that fails, so does this one."""
+        made = cls(None, 0)
+        made._job = _threads().submit(made._become, begin)
+        return made
+
+    def _become(self, begin: Callable[[], "Constraint"]) -> None:
+        begun = begin()
+        self._matcher, self._width, self.allowed_V = begun._matcher, begun._width, begun.allowed_V
 
     def copy(self) -> "Constraint":
         """One of its own for another answer, before anything was said."""

@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -21,8 +21,9 @@ from jax.sharding import Mesh
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.inference.arrivals import exchange
-from deepseek_jax.inference.constraints import Constraint, settle
+from deepseek_jax.inference.constraints import Constraint
 from deepseek_jax.inference.decoding import Decoded
+from deepseek_jax.inference.held import Held
 from deepseek_jax.inference.plans import Plan, Request
 from deepseek_jax.inference.programs import Programs, gathers
 from deepseek_jax.inference.rows import STOPS, Rows
@@ -30,13 +31,12 @@ from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.schedule import Buckets, Schedule, ServingConfig
 from deepseek_jax.inference.speculation import check_drafts
 from deepseek_jax.inference.weights import Weights
-from deepseek_jax.parallel.processes import require_one_process
 
 
 @dataclasses.dataclass(frozen=True)
 class Event:
     """What a step has brought to a request. finish_reason: "" while it goes on, ``stop``, ``length``, ``cancelled``, or
-    ``error``: its grammar cannot be gone on with, as ``error`` says.
+    ``error``: it cannot be gone on with, as ``error`` says; ``ours`` where that is no fault of the request's.
     logprobs: of each token by the network alone, before temperature, penalties and cuts. alternatives: of each token,
     as many as were asked for, (token, log-probability) from the most likely on. cached: tokens of its prompt that were
     found in the cache."""
@@ -48,6 +48,10 @@ class Event:
     alternatives: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
     cached: int = 0
     error: str = ""
+    ours: bool = False
+
+
+_NAN = "the network's scores are no numbers (NaN), on clean pages too: its weights or a device are damaged"
 
 
 class Continuous:
@@ -66,10 +70,12 @@ class Continuous:
         serving: ServingConfig,
         stop_ids: Sequence[int],
         *,
+        begin: Callable[[SamplingParams], Constraint] | None = None,
         forced: float = 0.0,
     ):
-        """config: with the MTP module where ``serving.drafts`` are asked for, and without it else. forced: for
-        measurements alone, see ``speculation.forced``: answers mean nothing; 0: the network has its say."""
+        """config: with the MTP module where ``serving.drafts`` are asked for, and without it else. begin: see
+        ``Held``. forced: for measurements alone, see ``speculation.forced``: answers mean nothing; 0: the network has
+        its say."""
         check_drafts(config, serving.drafts)
         self.context = serving.tokens(config.max_position_embeddings)
         self._width, self._stop_ids = config.vocab_size, tuple(stop_ids)
@@ -81,6 +87,7 @@ class Continuous:
         self._asked: dict[int, tuple[Request, Schedule]] = {}
         self._new: collections.deque[Request] = collections.deque()
         self._gone: collections.deque[int] = collections.deque()
+        self._held = Held(begin)
         self._process = jax.process_index()
         self._numbers = itertools.count(self._process, jax.process_count())
         self.over = False
@@ -112,8 +119,6 @@ class Continuous:
             most = f"max_tokens={sampling.max_tokens} pass context={self.context}"
             raise ValueError(f"a prompt of {prompt} tokens and {most}")
         sampling.check_no_text()
-        if sampling.constrained:  # which plans wait for, as long as it takes a host to find what may be said
-            require_one_process("an answer that is held to a grammar")
         if (stops := len(self._stop_ids) + len(sampling.stop_token_ids)) > STOPS:
             raise ValueError(f"{stops} ids that end an answer, the tokenizer's among them: expected at most {STOPS}")
         named = {"stop_token_ids": sampling.stop_token_ids, "logit_bias": [token for token, _ in sampling.logit_bias]}
@@ -144,7 +149,6 @@ class Continuous:
         self._untold += self._arrivals()
         if self.over:
             return []
-        self._untold += self._settled()
         plans = [lane.plan() for lane in self._lanes]
         try:
             found, dispatched = self.programs.run(weights, plans), time.perf_counter()
@@ -159,6 +163,7 @@ class Continuous:
         events, self._untold = self._untold, []
         if found is not None:
             events += self._told(plans, found)
+            events += self._doubted(plans, found)
         self._counts["seconds"] += time.perf_counter() - began
         self._counts["steps"] += 1
         return events
@@ -210,32 +215,49 @@ class Continuous:
             lane.check()
 
     def _arrivals(self) -> list[Event]:
-        """Hand new requests to the lane that has most of their prompt, or fewest requests; take back those given up."""
+        """Hand new requests to the lane that has most of their prompt, or fewest requests; take back those given up,
+        and those whose grammar cannot be gone on with."""
         gone = [self._gone.popleft() for _ in range(len(self._gone))]  # whose requests have come, then, all the same
-        told = exchange([self._new.popleft() for _ in range(len(self._new))], gone)
+        new = [self._new.popleft() for _ in range(len(self._new))]
+        for request in filter(lambda each: each.constraint is not None, new):
+            self._held.find(request)
+        told = exchange(new, gone, self._held.found())
         self.over = told.over
         for request in told.new:
+            if request.sampling.constrained:
+                self._held.wait(request)
             lane = self._lane(request.known)
             self._asked[request.number] = request, lane
             lane.submit(request)
         events = []
-        for number in told.gone:
+        for number in filter(self._asked.__contains__, told.gone):
+            events += self._give_up(Event(number, [], [], "cancelled"))
+        for number, error in told.settled:
             if number in self._asked:
-                request, lane = self._asked.pop(number)
-                lane.cancel(request)
-                events += [Event(number, [], [], "cancelled")] * self._own(number)
+                self._asked[number][0].unsettled -= 1
+                events += self._give_up(Event(number, [], [], "error", error=error)) if error else []
         return events
 
-    def _settled(self) -> list[Event]:
-        """Give up whose grammar cannot be gone on with; of the others wait a moment for those who are at it."""
-        held = {r.number: r.constraint for lane in self._lanes for r in lane.running if r.constraint is not None}
-        settle(held.values())
-        events = []
-        for number, constraint in held.items():
-            if constraint.ready and constraint.error:
-                request, lane = self._asked.pop(number)
-                lane.cancel(request)
-                events.append(Event(number, [], [], "error", error=constraint.error))
+    def _give_up(self, event: Event) -> list[Event]:
+        """A request that all processes know, with its last event, where that is this one's."""
+        request, lane = self._asked.pop(event.number)
+        lane.cancel(request)
+        self._held.forget(event.number)
+        return [event] * self._own(event.number)
+
+    def _doubted(self, plans: list[Plan], found: Decoded) -> list[Event]:
+        """Requests whose scores were NaN have got nothing of this step. Whatever they have written in pages, nobody
+        shall find: kernels may multiply what stands behind a row's end by zero. So all begin anew on clean pages, for
+        one may have had another's; whose scores are NaN there, too, is given up."""
+        nan_B, rows, events = _nan(found), self.programs.rows(plans), list[Event]()
+        if not nan_B.any():
+            return []
+        for lane, plan in enumerate(plans):
+            for request in (r for i, r in enumerate(plan.decoded, lane * rows) if nan_B[i]):
+                if request.doubted:
+                    events += self._give_up(Event(request.number, [], [], "error", error=_NAN, ours=True))
+                request.doubted = True
+        self.free()
         return events
 
     def _own(self, number: int) -> bool:
@@ -261,14 +283,14 @@ class Continuous:
         for k, (made, right) in enumerate(np.sum(found.counts_BK2, axis=0).tolist(), 1):
             self._counts[f"drafts_{k}"] += made
             self._counts[f"drafts_{k}_kept"] += right
-        counts = np.sum(np.asarray(found.tokens_BN) >= 0, axis=1).tolist()
+        counts = np.where(_nan(found), 0, np.sum(np.asarray(found.tokens_BN) >= 0, axis=1)).tolist()
         for lane, (schedule, plan) in enumerate(zip(self._lanes, plans, strict=True)):
             for i, request in enumerate(plan.decoded, lane * rows):
                 if not (count := counts[i]):
                     continue
                 ended = stopped[i] or count >= request.left
                 schedule.answered(request, tokens[i][:count], ended=ended)
-                request.drafts = drafts[i] if request.constraint is None else []
+                request.drafts, request.doubted = drafts[i] if request.constraint is None else [], False
                 reason = ("stop" if stopped[i] else "length") if ended else ""
                 if self._own(request.number):
                     likely = self._likely(found, i, count, request.sampling.alternatives)
@@ -279,6 +301,8 @@ class Continuous:
                     del self._asked[request.number]
                 elif request.constraint is not None:
                     request.constraint.advance(tokens[i][:count])
+                    self._held.find(request)
+                    self._held.wait(request)
         return events
 
     def _likely(self, found: Decoded, row: int, count: int, most: int) -> list[list[tuple[int, float]]]:
@@ -286,3 +310,8 @@ class Continuous:
             return []
         ids, logprobs = (x[row, :count, :most].tolist() for x in (found.likely_BNA, found.likely_logprobs_BNA))
         return [list(zip(*pair, strict=True)) for pair in zip(ids, logprobs, strict=True)]
+
+
+def _nan(found: Decoded) -> np.ndarray:
+    """Of which rows a token's log-probability is none: so it is where any score was NaN, or infinite."""
+    return np.any(np.isnan(found.logprobs_BN), axis=1)

@@ -83,6 +83,8 @@ class InTurn:
                 for event in requests.step(weights):
                     if (row := rows.get(event.number)) is None:
                         continue  # an earlier call's, which was cut off
+                    if event.error:
+                        raise ArithmeticError(f"prompt {row}: {event.error}")
                     now = slice(lengths_B[row], lengths_B[row] + len(event.token_ids))
                     tokens_BN[row, now], logprobs_BN[row, now] = event.token_ids, event.logprobs
                     lengths_B[row], stopped_B[row] = now.stop, event.finish_reason == "stop"

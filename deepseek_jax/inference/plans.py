@@ -17,6 +17,8 @@ class Request:
     begun: tokens at the end of the prompt that came which are the answer's. prompt: those of it that are not.
     slot: -1 while it waits. prefix: of the first ``named`` pages, which others can find, by the weights of ``root``.
     cached: tokens of the prompt that were there when it was first let in. drafts: guesses of what comes next.
+    unsettled: processes that have not said yet that they know what may come next. doubted: its scores were NaN, and it
+    has been read in anew.
     """
 
     number: int
@@ -34,6 +36,8 @@ class Request:
     root: int = -1
     drafts: list[int] = dataclasses.field(default_factory=list)
     cached: int = -1
+    unsettled: int = 0
+    doubted: bool = False
     _known: np.ndarray | None = None
 
     @property
@@ -51,7 +55,7 @@ class Request:
     @property
     def ready(self) -> bool:
         """Whether it can be decoded: it is read in, and what may come next is known."""
-        return not self.unread and (self.constraint is None or self.constraint.ready)
+        return not self.unread and not self.unsettled
 
     @property
     def left(self) -> int:

@@ -6,7 +6,7 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -202,13 +202,18 @@ class Programs:
         if job.function is read:  # rows of a prompt keep the device busy: nothing is gained by many copies of a layer
             compute = dataclasses.replace(compute, scan_unroll=1)
         given = (compute,) if job.function is copy_pages else (self.config, compute, *weights)
-        if jax.__version_info__ < (0, 11) and any(leaf.dtype == jnp.int4 for leaf in jax.tree.leaves(weights)):
-            raise ValueError(
-                f"weights in int4, jax {jax.__version__}: its programs that are compiled ahead take none; requests as "
-                "they come need jax 0.11 for them, or weights in int8; answered together, as by generate and eval "
-                "--batching together, they may stay"
-            )
+        check_dtypes(leaf.dtype for leaf in jax.tree.leaves(weights))
         return job.function.lower(*given, self._pages, *job.arrays, **dict(job.options))
+
+
+def check_dtypes(dtypes: Iterable[Any]) -> None:
+    """ValueError for weights that no program which is compiled ahead takes."""
+    if jax.__version_info__ < (0, 11) and jnp.int4 in dtypes:
+        raise ValueError(
+            f"weights in int4, jax {jax.__version__}: its programs that are compiled ahead take none; requests as they "
+            "come need jax 0.11 for them, or weights in int8; answered together, as by generate and eval --batching "
+            "together, they may stay"
+        )
 
 
 def gathers(config: ModelConfig, compute: ComputeConfig, serving: ServingConfig) -> bool:

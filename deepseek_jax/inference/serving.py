@@ -10,7 +10,6 @@ from deepseek_jax.inference.continuous import Continuous, Event
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.sampling_model import SamplingModel
 from deepseek_jax.inference.schedule import ServingConfig
-from deepseek_jax.parallel.processes import require_one_process
 
 
 class Serving:
@@ -35,7 +34,7 @@ class Serving:
             if self._continuous is None:
                 model = self._model
                 given = model.network, model.compute, model.mesh, self.config
-                self._continuous = Continuous(*given, model.tokenizer.stop_ids)
+                self._continuous = Continuous(*given, model.tokenizer.stop_ids, begin=self._begin)
             return self._continuous
 
     def submit(
@@ -60,7 +59,9 @@ class Serving:
         """The grammar of an answer, None without one. ValueError for what ``submit`` would refuse."""
         if not sampling.constrained:
             return None
-        require_one_process("an answer held to a grammar")
+        return self._begin(sampling)
+
+    def _begin(self, sampling: SamplingParams) -> Constraint:
         return self._grammars().begin(sampling)
 
     def cancel(self, number: int) -> None:

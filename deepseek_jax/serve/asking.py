@@ -36,7 +36,7 @@ class RefusedError(Exception):
 
 
 class LostError(Exception):
-    """The engine cannot answer any more."""
+    """The engine cannot answer any more, or not this: no mistake of the client's."""
 
 
 @runtime_checkable

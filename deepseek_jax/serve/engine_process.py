@@ -13,6 +13,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
+import jax
+
 from deepseek_jax.inference.continuous import Event
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
@@ -195,21 +197,22 @@ class Desk:
         self._send({"events": [[key, []]]})
 
     def step(self) -> None:
-        """One of the engine's, told in one frame. A step that fails is tried again, as the engine does it."""
+        """One of the engine's, told in one frame. A step that fails is tried again, as the engine does it; but where
+        other processes have taken it, this one cannot go on with them."""
         try:
             events = self._engine.step()
             self._failures = 0
         except Exception as error:
             self._failures += 1
             say(f"a step has failed ({self._failures}): {''.join(traceback.format_exception(error))}")
-            if self._failures >= _FAILURES:
-                raise RuntimeError(f"{_FAILURES} steps one after another have failed, the last: {error}") from error
+            if self._failures >= (most := _FAILURES if jax.process_count() == 1 else 1):
+                raise RuntimeError(f"{most} steps one after another have failed, the last: {error}") from error
             return
         events = [event for event in events if event.number in self._keys]
         if told := [self._told(event) for event in events if not event.error]:
             self._send({"events": told})
         for event in filter(lambda event: event.error, events):
-            self._send({"refused": self._told(event)[0], "message": event.error})
+            self._send({"lost" if event.ours else "refused": self._told(event)[0], "message": event.error})
 
     def _told(self, event: Event) -> list[Any]:
         key = self._keys[event.number]

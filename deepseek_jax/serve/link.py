@@ -3,7 +3,8 @@
 To the engine: ``{"op": "submit", "key", "ids", "sampling", "draw"}``, ``{"op": "cancel", "key"}``,
 ``{"op": "metrics"}``, and ``{"op": "ready"}`` once, when it has been told so. From it, in one frame a step:
 ``{"events": [[key, ids, logprobs, alternatives, finish_reason, cached], …]}``, ``{"refused": key, "message"}``,
-``{"metrics": {…}}``; ``{"start": {…}}`` and ``{"ready": {…}}`` once; and ``{"drain": true}``.
+``{"lost": key, "message"}``, ``{"metrics": {…}}``; ``{"start": {…}}`` and ``{"ready": {…}}`` once; and
+``{"drain": true}``.
 """
 
 import socket

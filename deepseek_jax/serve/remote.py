@@ -77,6 +77,8 @@ class RemoteAsker:
                 answer.put_nowait(Event(*event))
         if "refused" in frame and (answer := self._answers.get(frame["refused"])) is not None:
             answer.put_nowait(RefusedError(frame["message"]))
+        if "lost" in frame and (answer := self._answers.get(frame["lost"])) is not None:
+            answer.put_nowait(LostError(frame["message"]))
         if "metrics" in frame:
             told = self._told.pop(0)
             if not told.done():

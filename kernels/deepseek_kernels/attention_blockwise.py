@@ -207,7 +207,7 @@ def _forward(q, k, v, visible, scale):
             step = lambda j, state: _next(sides, i, j, scale, state)  # noqa: E731
             state = jax.lax.fori_loop(0, sides.last(i), step, empty)
         sums, total, top = state
-        seen = total > 0
+        seen = total != 0  # a NaN is: it stays one
         out = jnp.where(seen, sums / jnp.where(seen, total, 1), 0).astype(v.dtype)
         return out, jnp.where(seen, top + jnp.log(total), jnp.inf)  # ∞: every weight is 0
 

@@ -132,6 +132,7 @@ def side_by_side(cache: Entries, pages_BJ: Int[Array, "B J"] | None, dtype: Any)
     if pages_BJ is None:
         return cache.astype(dtype)
     stack, layer = (cache.stack, (cache.layer,)) if isinstance(cache, InStack) else (cache, ())
-    pages_BJ = jnp.clip(pages_BJ, 0, cache.shape[0] - 1)
+    # Where a row has no page it reads its first once more, and not another's: even by zero NaN makes NaN.
+    pages_BJ = jnp.clip(jnp.where(pages_BJ < 0, pages_BJ[:, :1], pages_BJ), 0, cache.shape[0] - 1)
     rows = jax.tree.map(lambda leaf: leaf[(*layer, pages_BJ)], stack).astype(dtype)
     return rows.reshape(rows.shape[0], -1, rows.shape[-1])

@@ -1,6 +1,7 @@
 """Two real processes answer requests as they come: what one answers, whoever asks, and without a compile behind."""
 
 import json
+import re
 import signal
 import time
 import urllib.error
@@ -27,9 +28,12 @@ ASKED = [
     (0, 0, [5, 9, 2, 7] * 3, SamplingParams(temperature=0.0, max_tokens=8), 0),
     (1, 0, [8, 8, 1], SamplingParams(max_tokens=9, seed=3, logit_bias=((11, -2.5),)), 2),
     (0, 1, [5, 9, 2, 7] * 3, SamplingParams(temperature=0.7, max_tokens=8), 1),
+    (1, 1, [8, 8, 1], SamplingParams(max_tokens=12, regex="[ab]{3,9}"), 1),
+    (0, 2, [7, 3], SamplingParams(max_tokens=14, seed=4, json_schema='{"enum": ["one", "two", 3]}'), 0),
     *((i % 2, 2 + i // 6, [i + 3] * (i + 1), SamplingParams(temperature=0.0, max_tokens=12), 0) for i in range(18)),
 ]
-CANCELLED = 5
+HELD = 3, 4  # to a grammar
+CANCELLED = 7
 # The first process drives, the second follows, and asks from another thread.
 PROGRAM = """
 import sys
@@ -75,6 +79,7 @@ def answers() -> str:
             answer[2] = event.finish_reason
         if now > 4 and not serving.busy:
             break
+    assert not serving.busy
     if here == 0 and not alone:
         serving.end()
     elif not alone:
@@ -106,6 +111,8 @@ def test_two_processes_answer_what_one_answers(tmp_path: Path):
         expected = alone["found"][place]
         assert (ids, reason) == (expected[0], expected[2])
         assert logprobs == pytest.approx(expected[1], abs=1e-4)  # others may stand beside it
+    texts = [tokenizer().decode(found[str(place)][0][:-1]) for place in HELD]
+    assert re.fullmatch("[ab]{3,9}", texts[0]) and json.loads(texts[1]) in ("one", "two", 3)
     for metrics in (first["metrics"], alone["metrics"]):
         assert metrics["preemptions"] and metrics["found_tokens"] and not metrics["compiles"]
         assert not metrics["pages_held"]

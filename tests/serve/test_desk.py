@@ -5,6 +5,7 @@ import resource
 import socket
 from typing import Any
 
+import jax
 import pytest
 
 from deepseek_jax.inference.continuous import Event
@@ -35,6 +36,36 @@ def test_an_answer_whose_grammar_fails_is_refused_and_the_others_go_on():
     desk.step()
     assert sent == [{"events": [[0, [9], [-1.0], [], "", 0]]}, {"refused": 1, "message": "too many items"}]
     assert desk._numbers == {0: 5} and desk._keys == {5: 0}
+
+
+class Ailing(Failing):
+    def step(self) -> list[Event]:
+        return [Event(5, [], [], "error", error="NaN", ours=True)]
+
+
+def test_an_answer_that_fails_by_no_fault_of_the_clients_is_lost():
+    sent = list[Any]()
+    desk = Desk(Ailing(), sent.append)  # pyright: ignore[reportArgumentType]
+    desk.take({"op": "submit", "key": 3, "ids": [5], "sampling": {}, "draw": 0})
+    sent.clear()
+    desk.step()
+    assert sent == [{"lost": 3, "message": "NaN"}] and not desk._keys
+
+
+class Broken(Failing):
+    def step(self) -> list[Event]:
+        raise OSError("out of order")
+
+
+@pytest.mark.parametrize("processes, steps", [(1, 3), (2, 1)])
+def test_a_step_that_fails_is_tried_again_but_where_others_have_taken_it(processes, steps, monkeypatch, capfd):
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    desk = Desk(Broken(), lambda frame: None)  # pyright: ignore[reportArgumentType]
+    for _ in range(steps - 1):
+        desk.step()
+    with pytest.raises(RuntimeError, match=f"{steps} steps one after another have failed, the last: out of order"):
+        desk.step()
+    assert "a step has failed" in capfd.readouterr().err
 
 
 class Strict(Failing):

@@ -6,7 +6,25 @@ import socket
 import pytest
 
 from deepseek_jax.serve.asking import LostError
+from deepseek_jax.serve.link import pack
 from deepseek_jax.serve.remote import RemoteAsker
+
+
+def test_who_is_lost_alone_is_told_and_the_others_wait_on():
+    async def lose() -> None:
+        ours, theirs = socket.socketpair()
+        asker = RemoteAsker(*await asyncio.open_connection(sock=ours))
+        running = asyncio.create_task(asker.run())
+        lost, other = (asyncio.ensure_future(anext(asker.submit([1], {}, 0))) for _ in range(2))
+        await asyncio.sleep(0.01)
+        theirs.sendall(pack({"lost": 0, "message": "NaN"}) + pack({"events": [[1, []]]}))
+        with pytest.raises(LostError, match="NaN"):
+            await asyncio.wait_for(lost, 5)
+        assert (await asyncio.wait_for(other, 5)).ids == []
+        theirs.close()
+        await asyncio.wait_for(running, 5)
+
+    asyncio.run(lose())
 
 
 @pytest.mark.parametrize("read", [True, False])

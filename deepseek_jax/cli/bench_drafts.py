@@ -78,13 +78,13 @@ class Drafting:
         """Of random numbers."""
         (config, _), rows = self.network(drafts), self.rows(batch, drafts)
         with jax.set_mesh(self.mesh):
-            pages = empty_pages(config, self.compute, rows.table_BJ.size, PAGE, fp8=False)
+            pages = empty_pages(config, self.compute, rows.table_BJ.size, PAGE)
             return jax.block_until_ready(_drawn(pages))
 
     def lower(self, batch: int, drafts: int) -> Any:
         with jax.set_mesh(self.mesh):
             (config, weights), rows = self.network(drafts), self.rows(batch, drafts)
-            pages = jax.eval_shape(lambda: empty_pages(config, self.compute, rows.table_BJ.size, PAGE, fp8=False))
+            pages = jax.eval_shape(lambda: empty_pages(config, self.compute, rows.table_BJ.size, PAGE))
             options = {"most": self.turns, "drafts": drafts, "forced": self.acceptance * (drafts > 0)}
             given = rows, np.int32(0), np.bool_(False)
             return decode.lower(config, self.compute, *weights, pages, *given, **options)

@@ -90,16 +90,20 @@ class Store:
     mtp: Entries | None = None
 
 
-@functools.partial(jax.jit, static_argnames=("config", "compute", "count", "size", "fp8"))
-def empty_pages(config: ModelConfig, compute: ComputeConfig, count: int, size: int, fp8: bool) -> Store:
-    """Pages of zeros: entries of ``entry_width`` in ``compute.dtype``, or in FP8. ValueError where that takes none."""
+@functools.partial(jax.jit, static_argnames=("config", "compute", "count", "size", "cache"))
+def empty_pages(config: ModelConfig, compute: ComputeConfig, count: int, size: int, cache: str = "compute") -> Store:
+    """Pages of zeros: entries of ``entry_width`` in what ``ServingConfig.cache`` says. ValueError where that takes
+    none."""
+    fp8, dtype = cache == "float8_e4m3", jnp.bfloat16 if cache == "bfloat16" else compute.dtype
     if fp8 and config.attention != "mla":
         raise ValueError("cache='float8_e4m3': only MLA's latents are kept in FP8")
+    if cache == "bfloat16" and compute.kernels.platform == "cpu" and jax.__version_info__ < (0, 11):
+        raise ValueError(f"cache='bfloat16', jax {jax.__version__}: on a CPU its XLA copies all pages at each token")
 
     width = config.cache_numbers_per_token_layer if fp8 else entry_width(config, compute)
 
     def buffer(*stack: int) -> Entries:
-        zeros = jnp.zeros((*stack, count, size, width), compute.dtype)
+        zeros = jnp.zeros((*stack, count, size, width), dtype)
         pages = quantise_entries(zeros, config.kv_lora_rank) if fp8 else zeros
         split = lambda leaf: constrain(leaf, compute.rules, *[None] * len(stack), "batch", None, None)  # noqa: E731
         return jax.tree.map(split, pages)

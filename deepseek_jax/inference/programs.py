@@ -71,7 +71,7 @@ class Programs:
         serving = self.serving
         with jax.set_mesh(self.mesh):
             sizes = self.lanes * serving.pages, serving.page
-            self._pages = empty_pages(self.config, self.compute, *sizes, serving.cache == "float8_e4m3")
+            self._pages = empty_pages(self.config, self.compute, *sizes, serving.cache)
 
     def free(self) -> None:
         """Give the devices the pages back, until ``run`` makes others."""

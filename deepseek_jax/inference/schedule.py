@@ -38,8 +38,9 @@ class ServingConfig:
     turns: int = 8
     """Tokens of each answer, or times a token and drafts, that are made without a look at who has come; one, while
     prompts are read in, an answer has none yet, or one is held to a grammar."""
-    cache: Literal["compute", "float8_e4m3"] = "compute"
-    """What the cache keeps numbers in; float8_e4m3: MLA's latents in groups of 128 with a scale."""
+    cache: Literal["compute", "bfloat16", "float8_e4m3"] = "compute"
+    """What the cache keeps numbers in: the dtype that is computed in, or bfloat16, half of float32 (on a CPU from jax
+    0.11 on); float8_e4m3: MLA's latents in groups of 128 with a scale."""
     drafts: int = 0
     """Tokens that the network's MTP module guesses of each answer, 0…3; those that it would have said itself are taken
     over, so that a turn brings up to so many more. For networks with such a module."""

@@ -113,12 +113,12 @@ def mla_decode(
     numbers are the values too: ``out[s] = Σ_t softmax_t(q[s]·entry[t] · scale) entry[t, :C]`` over the visible t.
 
     cache: entries (B, T, W); or, where ``visible.pages_BJ`` is given, pages (P, N, W) of N tokens, of which row b has
-    ``pages[b]``, and T is J·N. Either as an array of q's dtype, as ``FP8Entries``, or as a layer of a stack of those
-    (``InStack``), which the Hopper and TPU kernels read where it lies. ``write_entries`` puts new tokens into each.
-    ``visible.lengths_B`` and ``q_positions_BS`` say how many tokens a row has and where its S queries stand among them:
-    one, or several of which each sees those before it, as drafts that are verified do. What stands behind a row's
-    length is multiplied by zero, so all pages must hold finite numbers, as zeros are; which pages the table names there
-    does not matter.
+    ``pages[b]``, and T is J·N. Either as an array of q's dtype, on a CPU of bfloat16 too, as ``FP8Entries``, or as a
+    layer of a stack of those (``InStack``), which the Hopper and TPU kernels read where it lies. ``write_entries`` puts
+    new tokens into each. ``visible.lengths_B`` and ``q_positions_BS`` say how many tokens a row has and where its S
+    queries stand among them: one, or several of which each sees those before it, as drafts that are verified do. What
+    stands behind a row's length is multiplied by zero, so all pages must hold finite numbers, as zeros are; which pages
+    the table names there does not matter.
 
     All of this is taken by every implementation, but for what its ``refuses`` says: on Hopper pages of a multiple of 64
     tokens, on TPUs of 64 or a multiple of 128. The portable ones gather pages and dequantise, a copy that the log
@@ -136,7 +136,8 @@ def mla_decode(
             f"expected (B, S, H, W), {'(B, T, W)' if pages_BJ is None else '(P, N, W)'}, {'those' if fp8 else '1…W'}"
         )
     target, facts = target or Target.here(), _facts_of_cache(q_BSHW, cache, visible)
-    name = _named("mla_decode", (q_BSHW,) if fp8 else (q_BSHW, cache), W, values, target, implementation, **facts)
+    other = fp8 or (target.platform == "cpu" and cache.dtype == jnp.bfloat16)
+    name = _named("mla_decode", (q_BSHW,) if other else (q_BSHW, cache), W, values, target, implementation, **facts)
     if name == "c":
         return _c_paged(q_BSHW, cache, visible, scale, groups=1, values=values, first=0)
     if name in ("hopper", "tpu"):
@@ -176,7 +177,7 @@ def gqa_decode(
     target, facts = target or Target.here(), _facts_of_cache(q_BSHN, cache, visible)
     named = implementation if implementation in ("auto", "c") else "rows"
     name = choose("gqa_decode", target, q_BSHN.dtype, implementation=named, key_width=N, value_width=N, **facts).name
-    if name == "c" and cache.dtype == q_BSHN.dtype:
+    if name == "c" and cache.dtype in cpu_few.DTYPES:
         return _c_paged(q_BSHN, cache, visible, scale, groups=groups, values=N, first=groups * N)
     rows_BTW = side_by_side(cache, visible.pages_BJ, q_BSHN.dtype)
     k_BTGN, v_BTGN = jnp.moveaxis(rows_BTW.reshape(*rows_BTW.shape[:2], 2, groups, N), 2, 0)

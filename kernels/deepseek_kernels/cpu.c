@@ -3,13 +3,15 @@
 // headers, for the processor that it runs on.
 #include "cpu_attention.h"
 #include "cpu_experts.h"
-#include "cpu_few.h"
 #include "cpu_grouped.h"
 #include "cpu_integers.h"
+#include "cpu_paged.h"
 #include "cpu_tiles.h"
 
 static XLA_FFI_Buffer *in(XLA_FFI_CallFrame *frame, int i) { return frame->args.args[i]; }
 static float *result(XLA_FFI_CallFrame *frame, int i) { return ((XLA_FFI_Buffer *)frame->rets.rets[i])->data; }
+
+static int64_t bytes_of(XLA_FFI_Buffer *numbers) { return numbers->dtype == XLA_FFI_DataType_BF16 ? 2 : 4; }
 
 // XLA first asks which version of its interface a handler was built for.
 static int only_asked(XLA_FFI_CallFrame *frame) {
@@ -66,7 +68,7 @@ static Experts experts_of(XLA_FFI_CallFrame *frame) {
 static Few few_of(XLA_FFI_CallFrame *frame, int across) {
   XLA_FFI_Buffer *x = in(frame, 0), *w = in(frame, 1);
   Few f = {.x = x->data, .out = result(frame, 0), .R = x->dims[0], .K = x->dims[1], .N = w->dims[across ? 1 : 2]};
-  f.bytes = w->dtype == XLA_FFI_DataType_BF16 ? 2 : 4;
+  f.bytes = bytes_of(w);
   f.w = (const char *)w->data + *(int32_t *)in(frame, 2)->data * f.K * f.N * f.bytes;
   return f;
 }
@@ -79,7 +81,8 @@ static Paged paged_of(XLA_FFI_CallFrame *frame) {
              .out = result(frame, 0), .scale = *(float *)in(frame, 6)->data, .B = q[0], .S = q[1], .H = q[2], .K = q[3],
              .P = pages[1], .N = pages[2], .W = pages[3], .J = in(frame, 3)->dims[1],
              .G = sizes[0], .V = sizes[1], .first = sizes[2]};
-  a.pages = (const float *)in(frame, 1)->data + *(int32_t *)in(frame, 2)->data * a.P * a.N * a.W;
+  a.bytes = bytes_of(in(frame, 1));
+  a.pages = (const char *)in(frame, 1)->data + *(int32_t *)in(frame, 2)->data * a.P * a.N * a.W * a.bytes;
   return a;
 }
 

@@ -1,6 +1,6 @@
-// What decoding does: products of few rows with a weight where it lies, (K N) or (N K), in float32 or bfloat16, and
-// attention of few queries over entries in pages. Weights and entries are read once, in the order in which they lie;
-// what bfloat16 holds is widened in registers, so that it counts as float32 and costs half of its bytes.
+// Products of few rows with a weight where it lies, (K N) or (N K), in float32 or bfloat16. Weights are read once, in the
+// order in which they lie; what bfloat16 holds is widened in registers, so that it counts as float32 and costs half of
+// its bytes.
 #pragma once
 #include "cpu_product.h"
 
@@ -167,6 +167,12 @@ static void few_across(void *job, int64_t task) {
     }
 }
 
+// n numbers as `widened` gives those that they are multiplied with.
+static void order(float *to, const float *x, int64_t n) {
+  for (int64_t l = 0; l < n; l += 2 * LANES)
+    for (int i = 0; i < LANES; i++) to[l + i] = x[l + 2 * i], to[l + LANES + i] = x[l + 2 * i + 1];
+}
+
 static void run_few(XLA_FFI_CallFrame *frame, Few *f, int across) {
   float *ordered = aligned_alloc(64, (size_t)pieces(f->R * f->K, 16) * 64);
   const float *x = f->x;
@@ -178,76 +184,9 @@ static void run_few(XLA_FFI_CallFrame *frame, Few *f, int across) {
         for (int64_t l = 0; l < f->K; l++) ordered[from * f->K + l * rows + i] = x[(from + i) * f->K + l];
     }
   } else if (f->bytes == 2) {
-    for (int64_t l = 0; l < f->R * f->K; l += 2 * LANES)
-      for (int i = 0; i < LANES; i++) ordered[l + i] = x[l + 2 * i], ordered[l + LANES + i] = x[l + 2 * i + 1];
+    order(ordered, x, f->R * f->K);
   }
   if (!across || f->bytes == 2) f->x = ordered;
   run(frame, across ? few_across : few_along, f, pieces(f->N, across ? STRIP : strip_of_few(f)), f->R * f->K * f->N);
   free(ordered);
-}
-
-// ---- attention over pages ----
-
-// Queries (B S H K) over P pages of N entries W wide: group g's key begins at g · K, its value at `first` + g · V. Query s
-// of row b sees the first limits[b][s] tokens, of which token t is entry t % N of page table[b][t / N].
-typedef struct {
-  const float *q, *pages;
-  const int32_t *table, *limits;
-  float *out, scale;
-  int64_t B, S, H, K, P, N, W, J, G, V, first;
-} Paged;
-
-static const float *page_of(const Paged *a, int64_t b, int64_t j) {
-  int64_t page = a->table[b * a->J + j];  // where there is none any will do: nobody looks at what comes of it
-  return a->pages + (page < 0 || page >= a->P ? 0 : page) * a->N * a->W;
-}
-
-// A row's scores s, T of them, to e^(s·scale - the largest) in place -> their sum. What fills the row up gets zeros.
-static float weights_of(float *p, int64_t T, float scale) {
-  vf top = (vf){0} - INFINITY, sum = {0};
-  for (int64_t t = T; t < whole(T); t++) p[t] = -INFINITY;
-  for (int64_t t = 0; t < T; t += LANES) {
-    vf s = *(vf *)(p + t) * scale;
-    vi more = s > top;
-    top = (vf)(((vi)s & more) | ((vi)top & ~more));
-    *(vf *)(p + t) = s;
-  }
-  float shift = -INFINITY;
-  for (int i = 0; i < LANES; i++) shift = top[i] > shift ? top[i] : shift;
-  for (int64_t t = 0; t < T; t += LANES) {
-    vf e = exponential(*(vf *)(p + t) - shift);
-    *(vf *)(p + t) = e;
-    sum += e;
-  }
-  return total(sum);
-}
-
-static void paged(void *job, int64_t task) {
-  const Paged *a = job;
-  int64_t row = task / a->G, b = row / a->S, g = task % a->G, heads = a->H / a->G, N = a->N, W = a->W;
-  int64_t at = row * a->H + g * heads, T = least(a->limits[row], a->J * N), wide = whole(T);
-  float *out = a->out + at * a->V;
-  memset(out, 0, (size_t)(heads * a->V) * sizeof(float));
-  if (T <= 0) return;
-  float *p = borrow(heads * wide);
-  for (int64_t t = 0; t < T; t += RIGHT)  // what stands behind the last one in its page is not looked at
-    for (int64_t i = 0; i < heads; i += LEFT)
-      any_dots_tile((int)least(LEFT, heads - i), 0, a->q + (at + i) * a->K, a->K,
-                    (const char *)(page_of(a, b, t / N) + t % N * W + g * a->K), W * 4, a->K, p + i * wide + t, wide);
-  float sums[heads];
-  for (int64_t i = 0; i < heads; i++) sums[i] = weights_of(p + i * wide, T, a->scale);
-  for (int64_t t = 0; t < T; t += N)
-    for (int64_t j = 0; j < a->V; j += COLS)
-      for (int64_t i = 0; i < heads; i += ROWS)
-        any_tile((int)least(ROWS, heads - i), p + i * wide + t, wide, 1, least(N, T - t),
-                 page_of(a, b, t / N) + a->first + g * a->V + j, W, out + i * a->V + j, a->V, COLS, 1);
-  for (int64_t i = 0; i < heads; i++)
-    for (int64_t j = 0; j < a->V; j += LANES) *(vf *)(out + i * a->V + j) = *(vf *)(out + i * a->V + j) / sums[i];
-  give_back(p);
-}
-
-static void run_paged(XLA_FFI_CallFrame *frame, Paged *a) {
-  int64_t seen = 0;
-  for (int64_t i = 0; i < a->B * a->S; i++) seen += least(a->limits[i], a->J * a->N);
-  run(frame, paged, a, a->B * a->S * a->G, seen * a->H * a->K);
 }

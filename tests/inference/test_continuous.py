@@ -373,6 +373,22 @@ def test_a_cache_in_fp8_answers_nearly_the_same(scan):
         Engine(whole(MODELS["qwen"], *weights(MODELS["qwen"]), tokenizer()), serving=serving.serving).submit([1])
 
 
+@pytest.mark.parametrize("kind", ["qwen", "v3"])
+def test_a_cache_in_bfloat16_answers_nearly_the_same(kind):
+    model = whole(MODELS[kind], *weights(MODELS[kind]), tokenizer())
+    serving, asked = Engine(model, serving=dataclasses.replace(SERVING, cache="bfloat16")), dict[int, Asked]()
+    if jax.__version_info__ < (0, 11):
+        with pytest.raises(ValueError, match="cache='bfloat16', jax 0.10"):
+            serving.submit([1])
+        return
+    prompts = [[5, 9, 2, 7], [8, 8, 1, 30, 22] * 5]
+    submit(serving, asked, *(Asked(prompt, GREEDY) for prompt in prompts))
+    finish(serving, asked)
+    for answer, expected in zip(asked.values(), serving.generate(prompts, GREEDY), strict=True):
+        assert answer.ids[0] == expected.token_ids[0]
+        assert 1e-6 < abs(answer.logprobs[0] - expected.logprobs[0]) < 0.02
+
+
 def test_zeros_behind_each_entry_change_nothing(monkeypatch):
     """As on TPUs, where entries are as wide as registers."""
     monkeypatch.setattr(paged, "entry_width", lambda config, compute: 128)

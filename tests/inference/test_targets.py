@@ -231,7 +231,7 @@ def test_requests_read_pages_where_they_lie(target, platform, page, cache):
     compute = ComputeConfig(dtype="bfloat16", target=target, scan_decode=True)
     assert not gathers(config, compute, ServingConfig(page=page, cache=cache))
     params, bias = parameters.abstract_arrays(config, ComputeConfig(param_dtype="bfloat16"))
-    pages = jax.eval_shape(lambda: empty_pages(config, compute, 96, page, cache == "float8_e4m3"))
+    pages = jax.eval_shape(lambda: empty_pages(config, compute, 96, page, cache))
     assert pages.layers[0].shape[-1] == (640 if platform == "tpu" else 576)  # else XLA would copy them twice a call
     numbers = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
     given = config, compute, params, bias, pages

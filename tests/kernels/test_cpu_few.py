@@ -38,7 +38,7 @@ def test_products_of_few_rows(dtype, equation, shape, rows):
 
 
 def test_float32_rows_stay_float32_beside_bfloat16():
-    """Times one they come out bit for bit, whatever a processor splits them into: large, small, infinite, not a number."""
+    """Times one they come out bit for bit, whatever a processor splits them into; what is infinite stays so."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((20, 64)) * 10.0 ** rng.integers(-30, 30, (20, 64))
     x[0, :4] = 0, 3.4028235e38, -3.4028235e38, 1e-20
@@ -91,9 +91,11 @@ def paged_case(seed, heads, groups, width, entry, queries=1):
     )
 
 
-@pytest.mark.parametrize("heads, groups, queries", [(6, 2, 1), (9, 3, 2), (4, 4, 1)])
-def test_grouped_queries_over_pages(heads, groups, queries):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("heads, groups, queries", [(6, 2, 1), (9, 3, 3), (4, 4, 1), (14, 1, 2)])
+def test_grouped_queries_over_pages(heads, groups, queries, dtype):
     q, pages, visible = paged_case(3, heads, groups, 32, 2 * groups * 32, queries)
+    pages = pages.astype(dtype)
     attend = lambda how: gqa_decode(q, pages, visible, 0.2, groups=groups, target=CPU, implementation=how)  # noqa: E731
     np.testing.assert_allclose(attend("c"), attend("reference"), rtol=1e-5, atol=1e-6)
     rows = dataclasses.replace(visible, pages_BJ=None)
@@ -102,8 +104,10 @@ def test_grouped_queries_over_pages(heads, groups, queries):
     np.testing.assert_allclose(found, attend("c"), rtol=1e-5, atol=1e-6)
 
 
-def test_latents_over_pages():
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_latents_over_pages(dtype):
     q, pages, visible = paged_case(5, 5, 1, 96, 96)
+    pages = pages.astype(dtype)
     attend = lambda how: mla_decode(q, pages, visible, 0.2, values=64, target=CPU, implementation=how)  # noqa: E731
     np.testing.assert_allclose(attend("c"), attend("reference"), rtol=1e-5, atol=1e-6)
     stack = jnp.stack([pages + 1, pages])

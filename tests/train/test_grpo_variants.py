@@ -15,7 +15,7 @@ from flax import nnx
 from train.cases import TINY, on_device
 
 from deepseek_jax.compute import ComputeConfig
-from deepseek_jax.model import parameters
+from deepseek_jax.model import parameters, transformer
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
 from deepseek_jax.parallel.sharding import place_batch
 from deepseek_jax.train.grpo import GRPOLoss, group_advantages

@@ -34,7 +34,7 @@ def test_an_answer_whose_grammar_fails_is_refused_and_the_others_go_on():
         desk.take({"op": "submit", "key": key, "ids": [first], "sampling": {}, "draw": 0})
     sent.clear()
     desk.step()
-    assert sent == [{"events": [[0, [9], [-1.0], [], "", 0]]}, {"refused": 1, "message": "too many items"}]
+    assert sent == [{"events": [[0, [9], [-1.0], [], "", 0, None]]}, {"refused": 1, "message": "too many items"}]
     assert desk._numbers == {0: 5} and desk._keys == {5: 0}
 
 

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.checkpoint.hf_load import KEPT, KEPT_FP8, dtype_name, from_bits, to_bits
+from deepseek_jax.checkpoint.hf_leaves import from_bits, to_bits
+from deepseek_jax.checkpoint.hf_load import KEPT, KEPT_FP8, dtype_name
 from deepseek_jax.checkpoint.hf_names import HFTensor, flatten, hf_tensors, mtp_copies
 from deepseek_jax.checkpoint.integers import Integers
 from deepseek_jax.checkpoint.model import Model

@@ -26,8 +26,12 @@ def look_up(
     Raises:
       ValueError: an implementation that cannot run on the target.
     """
-    name = choose("look_up", target or Target.here(), table_WD.dtype, implementation=implementation).name
-    return _sorted(table_WD, ids) if name == "sorted" else table_WD[ids]
+    target = target or Target.here()
+    name = choose("look_up", target, table_WD.dtype, implementation=implementation).name
+    if name == "sorted":
+        return _sorted(table_WD, ids)
+    # Of bfloat16 jax 0.10's XLA would make a CPU a float32 copy of the whole table.
+    return _bits(table_WD, ids) if target.platform == "cpu" and table_WD.dtype == jnp.bfloat16 else table_WD[ids]
 
 
 def _sorted(table_WD, ids):
@@ -44,6 +48,19 @@ def _backward(size, ids, drows):
 
 
 _rows.defvjp(lambda table_WD, ids, size: (table_WD[ids], ids), _backward)
+
+
+@jax.custom_vjp
+def _bits(table_WD, ids):
+    return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(table_WD, jnp.uint16)[ids], jnp.bfloat16)
+
+
+def _scattered(residuals, drows):
+    ids, table_WD = residuals
+    return jnp.zeros_like(table_WD).at[ids].add(drows), None
+
+
+_bits.defvjp(lambda table_WD, ids: (_bits(table_WD, ids), (ids, table_WD)), _scattered)
 
 
 def _sum_by_id(ids_N, rows_ND, size):

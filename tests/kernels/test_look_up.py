@@ -32,6 +32,19 @@ def test_rows_and_the_tables_gradient(ids, seed):
         np.testing.assert_allclose(gradient, right, rtol=1e-5, atol=1e-6)
 
 
+def test_a_bfloat16_table_is_read_where_it_lies():
+    """On a CPU too, where XLA would gather from a float32 copy of it; the gradient is that of any other."""
+    table = jnp.asarray(np.random.default_rng(0).standard_normal((300, 40)), jnp.bfloat16)
+    ids, dy = jnp.array([[1, 299], [0, 1]]), jnp.ones((2, 2, 40), jnp.bfloat16)
+    rows, pullback = jax.vjp(lambda table: look_up(table, ids, implementation="scatter"), table)
+    np.testing.assert_array_equal(rows, np.asarray(table)[np.asarray(ids)])
+    right = np.zeros(table.shape)
+    right[[0, 1, 299]] = np.array([1, 2, 1])[:, None]
+    np.testing.assert_array_equal(np.asarray(*pullback(dy), np.float32), right)
+    inside = jax.jit(lambda table: look_up(table, ids, implementation="scatter").astype(jnp.float32))
+    assert "f32[300,40]" not in inside.lower(table).compile().as_text()
+
+
 def test_another_way_is_refused():
     with pytest.raises(ValueError, match="implementation='gather' of look_up: expected one of auto, sorted, scatter"):
         look_up(jnp.ones((2, 2)), jnp.zeros(1, jnp.int32), implementation="gather")

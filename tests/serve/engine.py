@@ -21,7 +21,8 @@ from deepseek_jax.serve.config import ServeConfig
 from deepseek_jax.serve.engine_process import HttpProcess, Stopping, run
 
 NETWORK = config(V3, num_hidden_layers=2, vocab_size=300, max_position_embeddings=512, num_nextn_predict_layers=0)
-SERVING = ServingConfig(slots=8, pages=160, page=8, context=256, chunk=32, turns=4)
+# Few shapes, for each is a program; pages for five answers of full length.
+SERVING = ServingConfig(slots=8, pages=40, page=32, context=256, chunk=16, turns=4)
 HOST = ServeConfig(port=0, name="tiny", queue=24)
 
 

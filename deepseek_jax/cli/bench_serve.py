@@ -131,7 +131,9 @@ def measure(options: BenchServeConfig) -> dict[str, Any]:
         before = Load(url, bodies[: options.warm_up], concurrency=1, rate=0.0, **timed)
         failed = [answer.failure for answer in asyncio.run(send_by_processes([before])) if answer.failure]
         if failed:
-            raise RuntimeError(f"{options.url}: {failed[0]}")
+            random = options.prompts == "ids" and not options.prompts_file
+            hint = f" (random ids are below --ids {options.ids})" if random and "status 400" in failed[0] else ""
+            raise RuntimeError(f"{options.url}: {failed[0]}{hint}")
     load = Load(url, bodies[options.warm_up :], concurrency=options.concurrency, rate=options.rate, **timed)
     spent = sum(os.times()[:4])
     answers = asyncio.run(send_by_processes(split(load, options.processes)))

@@ -128,6 +128,9 @@ def add_tokens(app: FastAPI, desk: Desk) -> None:
     async def detokenize(body: Detokenize) -> Response:
         """The text of ids, special tokens spelled out."""
         desk.check()
-        check_model(body.model, desk.asker.served)
+        check_model(body.model, served := desk.asker.served)
+        if (largest := max(body.tokens, default=0)) >= served.vocab_size:
+            told = f"tokens has the id {largest}: expected below vocab_size={served.vocab_size}"
+            raise ApiError(400, told, param="tokens")
         text = await encoded(lambda: tokenizer.decode(body.tokens, skip_special_tokens=False))
         return JSONResponse({"prompt": text})

@@ -1,15 +1,18 @@
 """Numbers for Prometheus: of requests as clients see them, and of the engine."""
 
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from deepseek_jax.serve.answering import Piece
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _FAST = (0.001, 0.0025, *_SECONDS[:10])
-# Of ``Continuous.metrics``: what only grows, and what a gauge tells; others are gauges of their own names.
+# Of ``Continuous.metrics``: what only grows.
 _COUNTED = ("prompt_tokens", "found_tokens", "tokens", "preemptions", "compiles", "steps", "seconds", "seconds_waited")
 
 
@@ -26,8 +29,8 @@ class Meters:
         help_between = "Seconds from one token to the next, those that come together sharing theirs"
         self._between = Histogram("inter_token_seconds", help_between, buckets=_FAST, **given)
         self._whole = Histogram("request_seconds", "From body to last token", buckets=_SECONDS, **given)
-        self._engine: dict[str, Gauge] = {}
-        self._given = given
+        self._engine = _Engine()
+        self.registry.register(self._engine)
 
     def request(self, path: str, status: int) -> None:
         self._requests.labels(path, str(status)).inc()
@@ -37,12 +40,20 @@ class Meters:
 
     def page(self, engine: dict[str, float]) -> bytes:
         """Prometheus' text, with what the engine says of itself."""
-        for name, value in engine.items():
-            if name not in self._engine:
-                told = f"engine_{name}" + ("_total" if name in _COUNTED or name.startswith("drafts_") else "")
-                self._engine[name] = Gauge(told, "See Continuous.metrics", **self._given)
-            self._engine[name].set(value)
+        self._engine.found = engine
         return generate_latest(self.registry)
+
+
+class _Engine(Collector):
+    """What ``Continuous.metrics`` said last: counters of what only grows, gauges of the rest."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, float] = {}
+
+    def collect(self) -> Iterator[Metric]:
+        for name, value in self.found.items():
+            kind = CounterMetricFamily if name in _COUNTED or name.startswith("drafts_") else GaugeMetricFamily
+            yield kind(f"deepseek_jax_engine_{name}", f"Of the engine: {name.replace('_', ' ')}", value=value)
 
 
 class Watch:

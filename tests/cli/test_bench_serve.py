@@ -45,7 +45,9 @@ class Fake:
         self.at_once += 1
         self.most = max(self.most, self.at_once)
         how = self.fail(len(self.asked))
-        if how == "status":
+        if how == "ids":
+            writer.write(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 13\r\n\r\nvocab_size=64")
+        elif how == "status":
             writer.write(b"HTTP/1.1 429 Too Many Requests\r\nContent-Length: 4\r\n\r\nbusy")
         else:
             writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
@@ -95,6 +97,11 @@ def test_failures_are_counted_and_told():
         found = bench_serve.measure(options(fake, concurrency=1, requests=4, warm_up=1))
     assert (found["answered"], found["requests"]) == (2, 4)
     assert found["failures"] == {"status 429: busy": 1, "cut off": 1}
+
+
+def test_ids_that_are_refused_name_the_option():
+    with Fake(fail=lambda number: "ids") as fake, pytest.raises(RuntimeError, match="vocab_size=64 .*--ids 1000"):
+        bench_serve.measure(options(fake))
 
 
 def test_the_command(tmp_path, capsys):

@@ -199,10 +199,15 @@ def test_ids_that_the_network_has_not(ours):
         complete(ours, prompt=[NETWORK.vocab_size])
     with pytest.raises(openai.BadRequestError, match="vocab_size=300"):
         complete(ours, logit_bias={"300": 1}, stream=True)
+    with pytest.raises(openai.BadRequestError, match="tokens has the id 300: expected below vocab_size=300"):
+        ours.with_options(base_url=str(ours.base_url).removesuffix("v1/")).post(
+            "/detokenize", body={"tokens": [1, 300]}, cast_to=object
+        )
 
 
 def test_metrics_tell_what_has_been(ours, server):
-    complete(ours)
+    for _ in range(3):  # the later ones find the prompt of the first
+        complete(ours)
     server.idle()
     _, text = get(f"{server.http.url}/metrics")
     told = {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in text.split("\n") if line[:1] not in "#"}
@@ -211,3 +216,5 @@ def test_metrics_tell_what_has_been(ours, server):
     assert has("engine_tokens_total") > 12 and has("time_to_first_token_seconds_count") > 0
     assert has("inter_token_seconds_count") > 0 and has("engine_found_tokens_total") >= 8
     assert has('requests_total{path="/v1/completions",status="200"}') > 0
+    assert "# TYPE deepseek_jax_engine_tokens_total counter\n" in text
+    assert "# TYPE deepseek_jax_engine_running gauge\n" in text

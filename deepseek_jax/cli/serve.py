@@ -64,6 +64,7 @@ def run_serve(arguments: Sequence[str]) -> None:
         http.start(tokenizer, asked.chat_template, config.vocab_size)
         with _timed("weights", seconds):
             engine = _engine(asked, config, tokenizer)
+        http.check()
         with _timed("programs", seconds):
             engine.warm_up()
         served = Served(http.config.name, engine.context, config.vocab_size, engine.slots)

@@ -3,6 +3,7 @@ child."""
 
 import contextlib
 import dataclasses
+import importlib.util
 import selectors
 import signal
 import socket
@@ -24,19 +25,24 @@ from deepseek_jax.serve.config import ServeConfig
 from deepseek_jax.serve.link import Closed, Frame, Link
 
 _FAILURES = 3  # of steps, one after another, after which a new process is what helps
+_IMPORTED = ("fastapi", "uvicorn", "httptools", "prometheus_client", "msgpack")  # by the child
 _SECONDS = 10  # that the child is given to end by itself
 
 
 class HttpProcess:
     """The child, and the address that it listens at; where the context is left, it is killed.
 
-    OSError where the address is taken, OSError and ValueError of ``config.keys``, before anything is loaded.
+    OSError where the address is taken, OSError and ValueError of ``config.keys``, ValueError where what the child
+    imports is not installed, before anything is loaded.
     """
 
     _child: subprocess.Popen[bytes] | None = None
     link: Link
 
     def __init__(self, config: ServeConfig):
+        lacking = [name for name in _IMPORTED if importlib.util.find_spec(name) is None]
+        if lacking:
+            raise ValueError(f"not installed: {', '.join(lacking)}: pip install 'deepseek-jax[serve]'")
         config.keys()  # a file that cannot be read is told before anything is loaded, too
         self.config = config
         family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
@@ -65,6 +71,12 @@ class HttpProcess:
         self.link = Link(ours)
         start = {"tokenizer": tokenizer, "chat_template": chat_template, "vocab_size": vocab_size}
         self.link.send({"start": start | {"config": dataclasses.asdict(self.config)}})
+
+    def check(self) -> None:
+        """RuntimeError where it has ended: what loads or compiles for it need not go on."""
+        assert self._child is not None
+        if (status := self._child.poll()) is not None:
+            raise RuntimeError(f"the HTTP process has ended, with status {status}")
 
     def end(self) -> int:
         """Its exit status, at its end or at the end of patience."""

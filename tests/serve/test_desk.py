@@ -1,6 +1,7 @@
 """The engine's side of the link to the HTTP process."""
 
 import fcntl
+import importlib.util
 import resource
 import socket
 from typing import Any
@@ -127,3 +128,19 @@ def test_a_process_that_has_a_thousand_files_open_hears_the_other(request):
 def test_a_limit_beyond_what_the_engine_takes_is_refused():
     with pytest.raises(ValueError, match="schema_bytes=65537: expected at most 65536"):
         Limits(schema_bytes=65_537)
+
+
+def test_what_is_not_installed_is_told_before_anything_is_loaded(monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "uvicorn" else found(name))
+    with pytest.raises(ValueError, match=r"not installed: uvicorn: pip install 'deepseek-jax\[serve\]'"):
+        HttpProcess(ServeConfig(port=0))
+
+
+def test_a_child_that_has_ended_is_told_of():
+    with HttpProcess(ServeConfig(port=0)) as http:
+        http.start("nowhere", "", 300)
+        http.check()
+        http.kill()
+        with pytest.raises(RuntimeError, match="the HTTP process has ended, with status -9"):
+            http.check()

@@ -69,8 +69,8 @@ def placed(arrays: Any) -> Any:
 
 
 def engine(**more: Any) -> Engine:
-    model = whole(SPEAKER, *placed(weights(SPEAKER)), tokenizer(), mesh_of_four())
-    return Engine(model, serving=SERVING, **more)
+    params, bias = placed(weights(SPEAKER))
+    return Engine(whole(SPEAKER, params, bias, tokenizer(), mesh_of_four()), serving=SERVING, **more)
 
 
 def answers() -> str:

@@ -7,7 +7,7 @@ import numpy as np
 
 from deepseek_jax.inference.continuous import Continuous
 from deepseek_jax.inference.generate import Generated
-from deepseek_jax.inference.requests import round_up
+from deepseek_jax.inference.requests import as_ids, round_up
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.sampling_model import SamplingModel
 from deepseek_jax.inference.schedule import ServingConfig
@@ -127,7 +127,7 @@ def _ask(
         for row, (prompt, params, draw) in enumerate(zip(prompts, each, draws, strict=True)):
             if params.constrained:
                 raise ValueError("json_schema, regex: for requests by Engine.answer and submit alone")
-            rows[requests.submit([*prompt], params, draw=draw, key=words, tempered=True)] = row
+            rows[requests.submit(as_ids(prompt), params, draw=draw, key=words, tempered=True)] = row
     except ValueError as error:
         wrong = str(error)
     if wrong := next(filter(None, gather(wrong)), ""):

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from deepseek_jax.config import ModelConfig, RopeScaling
     from deepseek_jax.inference.answers import Completion
     from deepseek_jax.inference.cache import Cache
-    from deepseek_jax.inference.continuous import Event
     from deepseek_jax.inference.engine import Engine
+    from deepseek_jax.inference.events import Event
     from deepseek_jax.inference.sampling import SamplingParams
     from deepseek_jax.inference.schedule import ServingConfig
     from deepseek_jax.model.transformer import ModelOutput, Transformer
@@ -42,7 +42,7 @@ _MODULES = {
     "config": ("ModelConfig", "RopeScaling"),
     "inference.answers": ("Completion",),
     "inference.cache": ("Cache",),
-    "inference.continuous": ("Event",),
+    "inference.events": ("Event",),
     "inference.engine": ("Engine",),
     "inference.sampling": ("SamplingParams",),
     "inference.schedule": ("ServingConfig",),

@@ -4,8 +4,8 @@ import dataclasses
 
 from deepseek_jax.data.streaming import EndingText
 from deepseek_jax.data.tokenizer import Tokenizer
-from deepseek_jax.inference.continuous import Event
-from deepseek_jax.inference.plans import PromptScores
+from deepseek_jax.inference.events import Event
+from deepseek_jax.inference.prompt_scores import PromptScores
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,35 +23,17 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.inference.arrivals import exchange
 from deepseek_jax.inference.constraints import Constraint
 from deepseek_jax.inference.decoding import Decoded
+from deepseek_jax.inference.events import Event
 from deepseek_jax.inference.held import Held
+from deepseek_jax.inference.lanes import Lanes
 from deepseek_jax.inference.plans import Plan, Request
 from deepseek_jax.inference.programs import Done, Programs, gathers
-from deepseek_jax.inference.prompt_scores import PromptScores, pairs
-from deepseek_jax.inference.rows import STOPS, Rows
+from deepseek_jax.inference.prompt_scores import pairs
+from deepseek_jax.inference.rows import Rows, check_request
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.schedule import Buckets, Schedule, ServingConfig
 from deepseek_jax.inference.speculation import check_drafts
 from deepseek_jax.inference.weights import Weights
-
-
-@dataclasses.dataclass(frozen=True)
-class Event:
-    """What a step has brought to a request. finish_reason: "" while it goes on, ``stop``, ``length``, ``cancelled``, or
-    ``error``: it cannot be gone on with, as ``error`` says; ``ours`` where that is no fault of the request's.
-    logprobs: of each token by the network alone, before temperature, penalties and cuts. alternatives: of each token,
-    as many as were asked for, (token, log-probability) from the most likely on. cached: tokens of its prompt that were
-    found in the cache. prompt: with the first token, or the end, where that was asked for."""
-
-    number: int
-    token_ids: list[int]
-    logprobs: list[float]
-    finish_reason: str
-    alternatives: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
-    cached: int = 0
-    error: str = ""
-    prompt: PromptScores | None = None
-    ours: bool = False
-
 
 _NAN = "the network's scores are no numbers (NaN), on clean pages too: its weights or a device are damaged"
 
@@ -85,7 +67,7 @@ class Continuous:
         lanes = math.prod(mesh.shape[axis] for axis in compute.rules.batch)
         self.programs = Programs(config, compute, mesh, serving, buckets, lanes, forced)
         self.slots = lanes * serving.slots
-        self._lanes = [Schedule(serving, buckets) for _ in range(lanes)]
+        self._lanes = Lanes(Schedule(serving, buckets) for _ in range(lanes))
         self._asked: dict[int, tuple[Request, Schedule]] = {}
         self._new: collections.deque[Request] = collections.deque()
         self._gone: collections.deque[int] = collections.deque()
@@ -111,28 +93,11 @@ class Continuous:
         the answer's beginning, see ``Serving.submit``. key, tempered: see ``Rows.described``. constraint: of its own,
         where ``sampling`` asks for one. ValueError for what can never be answered."""
         assert sampling.constrained == (constraint is not None), sampling
-        if not ids or not 0 <= min(ids) <= max(ids) < self._width:
-            wrong = f"has the ids {min(ids)}…{max(ids)}" if ids else "has no tokens"
-            raise ValueError(f"the prompt {wrong}: expected ids from 0 to below vocab_size={self._width}")
-        if begun and not 0 < begun < min(len(ids), sampling.max_tokens):
-            expected = f"from 0 to below max_tokens={sampling.max_tokens}, and a token of the prompt before it"
-            raise ValueError(f"begun={begun} of {len(ids)} tokens: expected {expected}")
-        if (prompt := len(ids) - begun) + sampling.max_tokens > self.context:
-            most = f"max_tokens={sampling.max_tokens} pass context={self.context}"
-            raise ValueError(f"a prompt of {prompt} tokens and {most}")
-        sampling.check_no_text()
+        check_request(ids, sampling, self._stop_ids, draw=draw, begun=begun, width=self._width, context=self.context)
         if sampling.prompt_logprobs and not self.programs.serving.score:
             raise ValueError(
                 "prompt_logprobs (echo with logprobs): for an engine with ServingConfig(score=True), --serving.score"
             )
-        if (stops := len(self._stop_ids) + len(sampling.stop_token_ids)) > STOPS:
-            raise ValueError(f"{stops} ids that end an answer, the tokenizer's among them: expected at most {STOPS}")
-        named = {"stop_token_ids": sampling.stop_token_ids, "logit_bias": [token for token, _ in sampling.logit_bias]}
-        for name, tokens in named.items():
-            if (most := max(tokens, default=0)) >= self._width:
-                raise ValueError(f"{name} has the id {most}: expected below vocab_size={self._width}")
-        if not 0 <= draw < 2**31:
-            raise ValueError(f"draw={draw}: expected from 0 to below 2**31")
         row = Rows.described(sampling, self._stop_ids, draw, key, tempered=tempered)
         request = Request(next(self._numbers), list(ids), sampling, row=row, constraint=constraint, begun=begun)
         self._new.append(request)
@@ -186,13 +151,11 @@ class Continuous:
 
     def forget(self) -> None:
         """The weights are others: running requests go on, prefixes read by the former ones are lent to nobody."""
-        for lane in self._lanes:
-            lane.forget()
+        self._lanes.forget()
 
     def free(self) -> None:
         """Let the pages go until a step needs some: running requests begin anew with what they were answered."""
-        for lane in self._lanes:
-            lane.start_over()
+        self._lanes.start_over()
         self.programs.free()
 
     def metrics(self) -> dict[str, float]:
@@ -201,26 +164,15 @@ class Continuous:
         give way, programs compiled behind ``warm_up``, steps, and the seconds that they took in all and that were spent
         waiting for the device; with drafts, how many there were in the first place behind a token, the second, …, and
         of these how many were kept, which all before them must be."""
-        total = lambda of: float(sum(of(lane) for lane in self._lanes))  # noqa: E731
         places = range(1, 1 + self.programs.serving.drafts)
         names = [f"drafts_{place}{which}" for place in places for which in ("", "_kept")]
         names += ["tokens", "steps", "seconds", "seconds_waited"]
-        return {
-            "waiting": total(lambda lane: len(lane.waiting)) + len(self._new),
-            "running": total(lambda lane: len(lane.running)),
-            "pages": total(lambda lane: lane.pages.count),
-            "pages_held": total(lambda lane: lane.pages.count - lane.pages.available),
-            "prompt_tokens": total(lambda lane: lane.prompt_tokens),
-            "found_tokens": total(lambda lane: lane.found_tokens),
-            "preemptions": total(lambda lane: lane.preemptions),
-            "compiles": float(self.programs.late),
-            **{name: self._counts[name] for name in names},
-        }
+        found = {"compiles": float(self.programs.late), **{name: self._counts[name] for name in names}}
+        return self._lanes.metrics(coming=len(self._new)) | found
 
     def check(self) -> None:
         """AssertionError where a page or a slot is lost."""
-        for lane in self._lanes:
-            lane.check()
+        self._lanes.check()
 
     def _arrivals(self) -> list[Event]:
         """Hand new requests to the lane that has most of their prompt, or fewest requests; take back those given up,
@@ -234,7 +186,7 @@ class Continuous:
         for request in told.new:
             if request.sampling.constrained:
                 self._held.wait(request)
-            lane = self._lane(request.known)
+            lane = self._lanes.best(request.known)
             self._asked[request.number] = request, lane
             lane.submit(request)
         events = []
@@ -282,13 +234,6 @@ class Continuous:
 
     def _own(self, number: int) -> bool:
         return number % jax.process_count() == self._process
-
-    def _lane(self, ids_T: np.ndarray) -> Schedule:
-        """With most of the prompt, of those that have no more than one request above the fewest."""
-        busy = [len(lane.waiting) + len(lane.running) for lane in self._lanes]
-        has = [len(lane.pages.find(ids_T).pages) if len(busy) > 1 else 0 for lane in self._lanes]
-        among = [i for i in range(len(busy)) if busy[i] <= min(busy) + 1]
-        return self._lanes[min(among, key=lambda i: (-has[i], busy[i]))]
 
     def _fetched(self, done: Done, plans: list[Plan]) -> Done:
         """On the host; an answer's alternatives only where anybody asks for them."""

@@ -13,7 +13,7 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.inference.answers import Answer, Completion
 from deepseek_jax.inference.constraints import Constraint
-from deepseek_jax.inference.continuous import Event
+from deepseek_jax.inference.events import Event
 from deepseek_jax.inference.generate import Generated
 from deepseek_jax.inference.in_turn import InTurn
 from deepseek_jax.inference.sampling import SamplingParams

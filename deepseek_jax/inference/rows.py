@@ -95,3 +95,34 @@ class Rows:
         shares = Shares(*cuts, *penalties, (tempered and params.temperature) or 1.0)
         biases = [*(bias for _, bias in params.logit_bias), *[0.0] * (BIASES - len(biased))]
         return np.array([*head, *filled], np.int32), np.array([*shares, *biases], np.float32)
+
+
+def check_request(
+    ids: Sequence[int],
+    sampling: SamplingParams,
+    stop_ids: Sequence[int],
+    *,
+    draw: int,
+    begun: int,
+    width: int,
+    context: int,
+) -> None:
+    """ValueError for what no row has room for; arguments as of ``Continuous.submit``. width: of the vocabulary."""
+    if not ids or not 0 <= min(ids) <= max(ids) < width:
+        wrong = f"has the ids {min(ids)}…{max(ids)}" if ids else "has no tokens"
+        raise ValueError(f"the prompt {wrong}: expected ids from 0 to below vocab_size={width}")
+    if begun and not 0 < begun < min(len(ids), sampling.max_tokens):
+        expected = f"from 0 to below max_tokens={sampling.max_tokens}, and a token of the prompt before it"
+        raise ValueError(f"begun={begun} of {len(ids)} tokens: expected {expected}")
+    if (prompt := len(ids) - begun) + sampling.max_tokens > context:
+        most = f"max_tokens={sampling.max_tokens} pass context={context}"
+        raise ValueError(f"a prompt of {prompt} tokens and {most}")
+    sampling.check_no_text()
+    if (stops := len(stop_ids) + len(sampling.stop_token_ids)) > STOPS:
+        raise ValueError(f"{stops} ids that end an answer, the tokenizer's among them: expected at most {STOPS}")
+    named = {"stop_token_ids": sampling.stop_token_ids, "logit_bias": [token for token, _ in sampling.logit_bias]}
+    for name, tokens in named.items():
+        if (most := max(tokens, default=0)) >= width:
+            raise ValueError(f"{name} has the id {most}: expected below vocab_size={width}")
+    if not 0 <= draw < 2**31:
+        raise ValueError(f"draw={draw}: expected from 0 to below 2**31")

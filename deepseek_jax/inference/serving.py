@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from deepseek_jax.inference.answers import Answer, Completion
 from deepseek_jax.inference.constraints import Constraint, Grammars
-from deepseek_jax.inference.continuous import Continuous, Event
+from deepseek_jax.inference.continuous import Continuous
+from deepseek_jax.inference.events import Event
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.sampling_model import SamplingModel
 from deepseek_jax.inference.schedule import ServingConfig

@@ -10,7 +10,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from deepseek_jax.inference.answers import Answer, Completion
-from deepseek_jax.inference.continuous import Event
+from deepseek_jax.inference.events import Event
 from deepseek_jax.inference.generate import Generated, begin, generate, go_on
 from deepseek_jax.inference.requests import Requests, Room, make_requests, shared, spread
 from deepseek_jax.inference.sampling import SamplingParams

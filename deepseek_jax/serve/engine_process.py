@@ -15,8 +15,8 @@ from typing import Any, Self
 
 import jax
 
-from deepseek_jax.inference.continuous import Event
 from deepseek_jax.inference.engine import Engine
+from deepseek_jax.inference.events import Event
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.saying import say
 from deepseek_jax.serve.asking import Served

@@ -13,8 +13,8 @@ from model.tiny import weights, whole
 from small import tokenizer
 
 from deepseek_jax.inference import scores
-from deepseek_jax.inference.continuous import Event
 from deepseek_jax.inference.engine import Engine
+from deepseek_jax.inference.events import Event
 from deepseek_jax.inference.prompt_scores import PromptScores
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.schedule import ServingConfig

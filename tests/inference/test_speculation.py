@@ -75,7 +75,7 @@ def bare(model: Any, *, slots: int, forced: float = 0.0) -> tuple[Continuous, An
     """Two drafts, without tokenizer and stop ids, and the weights for it."""
     compute, mesh = sampling_compute(whole(model, None, None).compute), make_mesh(devices=jax.devices()[:1])
     made = sampling_weights(*guessing(model), config=model, compute=compute, mesh=mesh, mtp=True)
-    serving = ServingConfig(slots=slots, pages=256, page=4, chunk=16, drafts=2)
+    serving = ServingConfig(slots=slots, pages=64, page=16, chunk=16, drafts=2)
     return Continuous(model, compute, mesh, serving, (), forced=forced), made
 
 
@@ -262,10 +262,10 @@ def test_a_measurement_keeps_the_share_that_it_is_told_to():
     requests, weights = bare(SPEAKER, slots=16, forced=0.85)
     for draw in range(16):
         requests.submit([3, 5, 8], SamplingParams(temperature=0.0, max_tokens=60), draw=draw)
-    while requests.busy:
-        requests.step(weights)
+    while not any(event.finish_reason for event in requests.step(weights)):
+        pass
     metrics = requests.metrics()
-    assert metrics["tokens"] == 16 * 60
+    assert 16 * 45 < metrics["tokens"] < 16 * 60
     assert abs(share(metrics, 1) - 0.85) < 0.06 and abs(share(metrics, 2) - 0.85**2) < 0.08
 
 

@@ -12,8 +12,8 @@ from small import SPEAKER, tokenizer
 from deepseek_jax.data.streaming import StopStrings
 from deepseek_jax.inference import together
 from deepseek_jax.inference.answers import Answer
-from deepseek_jax.inference.continuous import Event
 from deepseek_jax.inference.engine import Engine
+from deepseek_jax.inference.events import Event
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.schedule import ServingConfig
 

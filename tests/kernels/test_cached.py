@@ -124,7 +124,7 @@ def test_attention_over_pages(implementation, fp8, lengths, seed):
     seen = Visible(q_positions_BS=lengths_B[:, None] - 2 + jnp.arange(2), lengths_B=lengths_B)
     kept, rows = (quantise_entries(jnp.asarray(pages), C), quantised(rows)[0]) if fp8 else (jnp.asarray(pages), rows)
     limits = [[n - 1, n] for n in lengths]
-    paged = dataclasses.replace(seen, pages_BJ=jnp.asarray(table))
+    paged = dataclasses.replace(seen, pages_BJ=table)
     found = attend(implementation)(jnp.asarray(q), InStack(kept, 1), paged)
     np.testing.assert_allclose(found, decoded(q, rows[1], limits), rtol=0, atol=2e-5)
     layer = jax.tree.map(lambda x: x[1], kept)
@@ -180,3 +180,18 @@ def test_where_a_kernel_does_not_take_a_cache_it_says_so_before_compiling():
             jnp.zeros((2, 1, 16, 192), jnp.bfloat16), entries, Visible(), 0.1, values=128,
             target=Target("cuda", "9.0"), implementation="hopper",
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("implementation", ["reference", "blockwise", "c"])
+def test_who_sees_nan_gets_nan_and_who_does_not_gets_none_of_it(implementation):
+    """Rows of pages: the first sees it, the second has no page in one place of its table, where another's would do."""
+    width, pages = 64, normal(3, 3, N, 64)
+    pages[0, 1] = np.nan
+    table, lengths = jnp.array([[0, 1], [2, -1]]), jnp.array([6, 3])
+    visible = Visible(q_positions_BS=lengths[:, None] - 1, lengths_B=lengths, pages_BJ=table)
+    query = jnp.asarray(normal(4, 2, 1, 2, width))
+    options = {"values": 32, "target": Target("cpu"), "implementation": implementation}
+    found = np.asarray(mla_decode(query, jnp.asarray(pages), visible, 0.1, **options))
+    right = mla_decode(query, jnp.asarray(np.nan_to_num(pages)), visible, 0.1, **options)
+    assert np.isnan(found[0]).all()
+    np.testing.assert_array_equal(found[1], right[1])

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import pytest
 
-from deepseek_jax.inference.continuous import Event
 from deepseek_jax.inference.engine import Engine
+from deepseek_jax.inference.events import Event
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.serve.asking import Served
 from deepseek_jax.serve.config import Limits, ServeConfig
@@ -34,7 +34,7 @@ def test_an_answer_whose_grammar_fails_is_refused_and_the_others_go_on():
         desk.take({"op": "submit", "key": key, "ids": [first], "sampling": {}, "draw": 0})
     sent.clear()
     desk.step()
-    assert sent == [{"events": [[0, [9], [-1.0], [], "", 0]]}, {"refused": 1, "message": "too many items"}]
+    assert sent == [{"events": [[0, [9], [-1.0], [], "", 0, None]]}, {"refused": 1, "message": "too many items"}]
     assert desk._numbers == {0: 5} and desk._keys == {5: 0}
 
 

@@ -1,6 +1,7 @@
 """Weights in int8 and int4 on meshes of emulated devices: each reads its part, and they compute what one does."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,7 @@ def folder(request, tmp_path_factory) -> Path:
     return path
 
 
-def on(folder: Path, **sizes: int) -> Model:
+def on(folder: Path, **sizes: Any) -> Model:
     count = int(np.prod([*sizes.values()], dtype=int))
     return load(folder, compute=COMPUTE, mesh=make_mesh(MeshConfig(**{"data": 1} | sizes), jax.devices()[:count]))
 

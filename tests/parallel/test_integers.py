@@ -1,5 +1,6 @@
 """Weights in int8 and int4 on meshes of emulated devices: each reads its part, and they compute what one does."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,9 @@ def folder(request, tmp_path_factory) -> Path:
 
 
 def on(folder: Path, **sizes: Any) -> Model:
-    count = int(np.prod([*sizes.values()], dtype=int))
-    return load(folder, compute=COMPUTE, mesh=make_mesh(MeshConfig(**{"data": 1} | sizes), jax.devices()[:count]))
+    axes: dict[str, Any] = {"data": 1} | sizes
+    devices = jax.devices()[: math.prod(axes.values())]
+    return load(folder, compute=COMPUTE, mesh=make_mesh(MeshConfig(**axes), devices))
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=lambda sizes: "-".join(sizes))

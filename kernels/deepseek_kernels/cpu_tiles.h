@@ -6,7 +6,7 @@
 #pragma once
 #include "cpu_few.h"
 
-#if defined __AMX_TILE__ && defined __AMX_BF16__ && defined __AVX512BW__
+#if (defined __AMX_BF16__ || defined __AMXBF16__) && defined __AVX512BW__  // gcc's names, and clang's
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>

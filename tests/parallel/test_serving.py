@@ -69,7 +69,8 @@ def placed(arrays: Any) -> Any:
 
 
 def engine(**more: Any) -> Engine:
-    model = whole(SPEAKER, *placed(weights(SPEAKER)), tokenizer(), mesh_of_four())
+    params, bias = placed(weights(SPEAKER))
+    model = whole(SPEAKER, params, bias, tokenizer(), mesh_of_four())
     return Engine(model, serving=SERVING, **more)
 
 

@@ -9,7 +9,8 @@
 #pragma once
 #include "cpu_few.h"
 
-#if defined __AMX_TILE__ && defined __AMX_BF16__ && defined __AVX512BW__
+// gcc's names, and older clang's; gcc -mno-amx-tile leaves the other one defined.
+#if (defined __AMX_TILE__ || defined __AMXTILE__) && (defined __AMX_BF16__ || defined __AMXBF16__) && defined __AVX512BW__
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>

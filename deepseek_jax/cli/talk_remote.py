@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from deepseek_jax.cli.conversation import TooLongError, Turn
 from deepseek_jax.data.chat import split_thinking
-from deepseek_jax.data.tokenizer import END_THINK, THINK
+from deepseek_jax.data.special_tokens import END_THINK, THINK
 
 _SECONDS = 10  # for a connection; an answer may take as long as it does
 
@@ -30,7 +30,7 @@ class Remote:
             self._headers["Authorization"] = f"Bearer {key}"
         self._socket: socket.socket | None = None
         with _failures(url):
-            found = [each["id"] for each in json.load(self._open("GET", "models"))["data"]]
+            found = _names(url, self._open("GET", "models"))
         if not found or (model and model not in found):
             raise ValueError(f"--model {model or 'NAME'}: {url} has {', '.join(found) or 'none'}")
         self._url, self._drawn, self.model = url, drawn, model or found[0]
@@ -74,7 +74,7 @@ class Remote:
                 told = json.loads(data)
                 if "error" in told:
                     raise _refusal(0, data)
-                for delta in [choice["delta"] for choice in told.get("choices", ())]:
+                for delta in [choice.get("delta") or {} for choice in told.get("choices") or ()]:
                     if thought := delta.get("reasoning_content") or delta.get("reasoning"):
                         yield thought if thinking else THINK + thought
                         thinking = True
@@ -91,6 +91,14 @@ def _failures(url: str) -> Iterator[None]:
         yield
     except (OSError, HTTPException) as error:
         raise OSError(f"{url}: {error or type(error).__name__}") from error
+
+
+def _names(url: str, response: HTTPResponse) -> list[str]:
+    """Of a server's models."""
+    try:
+        return [each["id"] for each in json.load(response)["data"]]
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"--url {url}: no server of OpenAI's kind, {error!r}") from error
 
 
 def _refusal(status: int, body: bytes) -> ValueError:

@@ -1,4 +1,4 @@
-"""Serving's two programs on any mesh, as shapes alone: for compiling where neither devices nor weights are."""
+"""``generate``'s two programs on any mesh, as shapes alone: for compiling where neither devices nor weights are."""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from deepseek_jax.inference.weights import abstract_weights, sampling_compute, s
 from deepseek_jax.parallel.sharding import named_sharding
 
 
-class Serving(NamedTuple):
+class AbstractProgram(NamedTuple):
     """A program, and of its arrays those that fill the memory."""
 
     lower: Callable[[], Any]
@@ -27,14 +27,14 @@ class Serving(NamedTuple):
     cache: Cache
 
 
-def serving(
+def abstract_program(
     config: ModelConfig,
     compute: ComputeConfig,
     mesh: Mesh,
     batch: int,
     columns: int,
     work: Literal["prefill", "decode"],
-) -> Serving:
+) -> AbstractProgram:
     """``generate``'s program up to the first token of ``batch`` answers to prompts of ``columns`` tokens; or the one
     that goes on, with ``columns`` tokens of room in the cache. Call it with ``mesh`` entered.
 
@@ -54,10 +54,10 @@ def serving(
     layers = tuple(rows(buffer, buffer.ndim - 3) for buffer in decoding.cache.layers)
     cache = dataclasses.replace(decoding.cache, layers=layers, lengths_B=rows(decoding.cache.lengths_B))
     if work == "prefill":
-        return Serving(lambda: begin.lower(config, compute, *weights, requests), weights, cache)
+        return AbstractProgram(lambda: begin.lower(config, compute, *weights, requests), weights, cache)
     decoding = dataclasses.replace(jax.tree.map(rows, decoding), cache=cache)
     until = rows(np.int32(0))
-    return Serving(lambda: go_on.lower(config, compute, *weights, requests, decoding, until), weights, cache)
+    return AbstractProgram(lambda: go_on.lower(config, compute, *weights, requests, decoding, until), weights, cache)
 
 
 def _requests(batch: int, columns: int) -> Requests:

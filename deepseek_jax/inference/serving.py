@@ -50,8 +50,8 @@ class Serving:
 
         draw: of several samples with one seed, which it is: the i-th gets what ``Engine.generate`` answers to the i-th
         of equal prompts. begun: the last so many tokens of the prompt are the answer's first: it goes on as if it had
-        said them, with the noise, the penalties and what is left of ``max_tokens`` behind them. Raises ValueError for
-        what can never be answered: see ``ServingConfig``.
+        said them, with the noise, the penalties and what is left of ``max_tokens`` behind them, where a grammar begins.
+        Raises ValueError for what can never be answered: see ``ServingConfig``.
         """
         ids, sampling = self._model.ids(prompt), sampling or SamplingParams()
         return self.continuous.submit(ids, sampling, draw=draw, begun=begun, constraint=self.held_to(sampling))

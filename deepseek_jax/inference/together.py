@@ -63,7 +63,8 @@ def told(
     model: SamplingModel, prompts: Sequence[Sequence[int]], sampling: SamplingParams | Sequence[SamplingParams]
 ) -> tuple[Sequence[SamplingParams], list[Room]]:
     """How each prompt is answered, and what each process's prompts need. ValueError where one is empty or has ids that
-    there are not, or where prompt and answer pass what the model takes; of several processes on all."""
+    there are not, where prompt and answer pass what the model takes, and where there are not as many parameters; of
+    several processes on all."""
     each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
     own = Room.of(prompts, each, model.tokenizer.stop_ids)
     found = gather([_wrong(model, prompts, each), dataclasses.astuple(own)])
@@ -75,7 +76,9 @@ def told(
 def _wrong(model: SamplingModel, prompts: Sequence[Sequence[int]], each: Sequence[SamplingParams]) -> str | None:
     """What is, of the first prompt that cannot be answered."""
     longest, size = model.config.max_position_embeddings, model.config.vocab_size
-    for row, (prompt, params) in enumerate(zip(prompts, each, strict=False)):
+    if len(each) != len(prompts):
+        return f"{len(prompts)} prompts, but {len(each)} sampling parameters: expected one, or one for each"
+    for row, (prompt, params) in enumerate(zip(prompts, each, strict=True)):
         if not len(prompt):
             return f"prompt {row} has 0 tokens: expected at least one"
         if wrong := [i for i in (min(prompt), max(prompt)) if not 0 <= i < size]:

@@ -143,11 +143,14 @@ async def _answer(asker: Asker, tokenizer: Tokenizer, asked: Asked, index: int) 
 
 
 def _of_prompt(
-    tokenizer: Tokenizer, ids: list[int], logprobs: list[float], alternatives: list[list[tuple[int, float]]]
+    tokenizer: Tokenizer,
+    ids: list[int],
+    logprobs: Sequence[float],
+    alternatives: Sequence[Sequence[tuple[int, float]]],
 ) -> tuple[Token, ...]:
     """offsets: in the text as it is echoed, without special tokens."""
     text, offset, tokens = TextStream(tokenizer, skip_special_tokens=True), 0, list[Token]()
-    scores = [(None, []), *zip(logprobs, alternatives or [[]] * len(logprobs), strict=True)]
+    scores = [(None, ()), *zip(logprobs, alternatives or [()] * len(logprobs), strict=True)]
     for token_id, (logprob, likely) in zip(ids, scores, strict=True):
         tokens.append(Token(token_id, logprob, likely, offset))
         offset += len(text.push(token_id))

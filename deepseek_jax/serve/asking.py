@@ -1,7 +1,7 @@
 """Who answers ids with ids: the engine, as the HTTP side sees it."""
 
 import dataclasses
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 State = Literal["loading", "ready", "draining"]
@@ -25,12 +25,12 @@ class Event:
     goes on, ``stop`` (the last id ends it and is no text) or ``length``. prompt: log-probabilities of its tokens but
     the first, and their alternatives, where they are asked for: once, with the first token or at the end."""
 
-    ids: list[int]
-    logprobs: list[float] = dataclasses.field(default_factory=list)
-    alternatives: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
+    ids: Sequence[int]
+    logprobs: Sequence[float] = ()
+    alternatives: Sequence[Sequence[tuple[int, float]]] = ()
     finish_reason: str = ""
     cached: int = 0
-    prompt: tuple[list[float], list[list[tuple[int, float]]]] | None = None
+    prompt: tuple[Sequence[float], Sequence[Sequence[tuple[int, float]]]] | None = None
 
 
 class RefusedError(Exception):

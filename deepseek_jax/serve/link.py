@@ -24,8 +24,9 @@ def pack(frame: Frame) -> bytes:
 
 
 def unpacker() -> msgpack.Unpacker:
-    """``feed`` it with bytes, and iterate over what is whole."""
-    return msgpack.Unpacker(raw=False, max_buffer_size=MOST, strict_map_key=False)
+    """``feed`` it with bytes, and iterate over what is whole. Lists come as tuples: with a long prompt's alternatives
+    come hundreds of thousands, and where they are lists the garbage collector goes through them again and again."""
+    return msgpack.Unpacker(raw=False, use_list=False, max_buffer_size=MOST, strict_map_key=False)
 
 
 class Closed(Exception):  # noqa: N818

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import jax
 from jax.sharding import Mesh
 
-from deepseek_jax.inference.abstract import serving
+from deepseek_jax.inference.abstract import abstract_program
 from deepseek_jax.model.parameters import logical_axes
 from deepseek_jax.parallel.sharding import state_sharding
 from deepseek_jax.train.state import TrainState
@@ -37,7 +37,7 @@ def abstract(recipe: PretrainConfig, mesh: Mesh, work: Work, columns: int) -> Ab
     Raises ValueError where the recipe's layout is not legal.
     """
     if work != "train":
-        lower, weights, cache = serving(recipe.model, recipe.compute, mesh, recipe.batch_size, columns, work)
+        lower, weights, cache = abstract_program(recipe.model, recipe.compute, mesh, recipe.batch_size, columns, work)
         return Abstract(lower, {"parameters": device_bytes(weights), "cache": device_bytes(cache)})
     built = abstract_step(recipe, recipe.model, recipe.loss, mesh, columns)
     state, leaves = built.state, jax.tree.leaves(built.state)

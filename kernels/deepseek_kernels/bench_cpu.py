@@ -113,7 +113,8 @@ def main() -> None:
         raise SystemExit(1)
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    print(f"{model or platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {cpu.lanes()} lanes")
+    vectors = f"{cpu.lanes()} lanes{', AMX' if cpu.tiles() else ''}"
+    print(f"{model or platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {vectors}")
     print(f"{'':62} {'C':>12} {'XLA':>12} XLA / C")
     for name, c, xla, operands in cases():
         for kind, wrap in (("forward", lambda f: f), ("both passes", lambda f: functools.partial(both_passes, f))):

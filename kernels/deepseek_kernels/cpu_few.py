@@ -1,4 +1,5 @@
-"""What decoding does on a CPU, by the C kernels of ``cpu_few.h``: products of few rows, attention over pages."""
+"""What decoding does on a CPU, by C kernels: products of few rows (``cpu_few.h``; with AMX ``cpu_tiles.h``), attention
+over pages (``cpu_paged.h``)."""
 
 from typing import Any
 
@@ -46,7 +47,7 @@ def refuses_paged(
     if why := needs_c(target, dtype):
         return why
     if devices > 1 or fp8 or not by_column:
-        return "it needs one device, entries in float32 and rows without segments"
+        return "it needs one device, entries in float32 or bfloat16, rows without segments"
     if key_width % MULTIPLE or value_width % MULTIPLE or (page or keys) % 4:
         return f"it needs widths of multiples of {MULTIPLE}, pages of multiples of 4"
     return ""

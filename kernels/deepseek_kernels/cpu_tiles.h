@@ -1,12 +1,16 @@
 // The products of cpu_few.h with a weight in bfloat16, by AMX's tiles: 16 × 32 numbers times 32 × 16 in one instruction.
 //
 // A float32 is the sum of three bfloat16, cut off its bits and exact: so x is given as three terms, every product is the
-// same as in float32, and the sums are float32's. A weight is read once, 64 of what it makes new at a time: what lies across
-// is a tile as it is; of what lies along two rows are woven, as the instruction takes them, on their way into the cache.
+// same as in float32, and the sums are float32's. But terms and products below 2^-126 are nothing, and times an infinite
+// weight the terms that are 0 make NaN.
+//
+// A weight is read once, 64 of what it makes new at a time: what lies across is a tile as it is; of what lies along two
+// rows are woven, as the instruction takes them, on their way into the cache.
 #pragma once
 #include "cpu_few.h"
 
-#if defined __AMX_TILE__ && defined __AMX_BF16__ && defined __AVX512BW__
+// gcc's names, and older clang's; gcc -mno-amx-tile leaves the other one defined.
+#if (defined __AMX_TILE__ || defined __AMXTILE__) && (defined __AMX_BF16__ || defined __AMXBF16__) && defined __AVX512BW__
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>

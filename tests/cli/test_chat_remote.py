@@ -13,7 +13,7 @@ from serve.fake import FakeAsker, fake_app
 from serve.live import live
 
 from deepseek_jax.cli.main import main
-from deepseek_jax.data.tokenizer import ASSISTANT, BOS, EOS, USER
+from deepseek_jax.data.special_tokens import ASSISTANT, BOS, EOS, USER
 from deepseek_jax.serve.asking import Served
 from deepseek_jax.serve.config import ServeConfig
 from deepseek_jax.serve.guard import guarded
@@ -141,3 +141,12 @@ def test_who_is_gone_is_said(talk, capsys):
     for wrong in ("localhost:8000", "ftp://host"):
         assert main(["chat", "--url", wrong]) == 1
         assert f"--url {wrong}: expected http://HOST:PORT" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("answer", [b"<html>hello</html>", b"{}", b"[]"])
+def test_who_is_no_such_server(talk, answer):
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": answer})
+
+    assert "no server of OpenAI's kind" in talk(None, [], status=1, app=app)[1]

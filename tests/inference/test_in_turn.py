@@ -66,6 +66,18 @@ def test_a_cache_that_was_given_back_is_made_anew():
     np.testing.assert_array_equal(first.logprobs_BN, second.logprobs_BN)
 
 
+def test_a_long_prompt_and_a_long_answer_of_others_make_no_cache_anew():
+    """Together they pass what the model takes: no row needs as much."""
+    own = Engine(MODEL, at_once=4)
+    each = [SamplingParams(max_tokens=most, temperature=0.0) for most in (2, 50)]
+    made = set()
+    for _ in range(2):
+        own.generate_ids([[8] * 60, [3]], each)
+        assert own._in_turn is not None
+        made.add(own._in_turn._with_room(1))
+    assert len(made) == 1
+
+
 def test_what_requests_cannot_do_is_refused(engines):
     first, _ = engines
     with pytest.raises(ValueError, match="experts=True: at_once=4 answers by requests, which keep none"):
@@ -74,6 +86,9 @@ def test_what_requests_cannot_do_is_refused(engines):
         many = SamplingParams(max_tokens=9, stop_token_ids=tuple(range(3, 99)))
         first.generate_ids(PROMPTS, [SamplingParams(max_tokens=9)] * 8 + [many])
     assert_same(engines, PROMPTS[:2], SamplingParams(max_tokens=2))  # the others are given up
+    for engine in engines:
+        with pytest.raises(ValueError, match="2 prompts, but 1 sampling parameters"):
+            engine.generate_ids(PROMPTS[:2], [SamplingParams(max_tokens=2)])
 
 
 def test_a_grammar_is_refused(engines):

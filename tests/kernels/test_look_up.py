@@ -40,9 +40,10 @@ def test_a_bfloat16_table_is_read_where_it_lies():
     np.testing.assert_array_equal(rows, np.asarray(table)[np.asarray(ids)])
     right = np.zeros(table.shape)
     right[[0, 1, 299]] = np.array([1, 2, 1])[:, None]
-    np.testing.assert_array_equal(np.asarray(*pullback(dy), np.float32), right)
+    (gradient,) = pullback(dy)
+    np.testing.assert_array_equal(gradient.astype(jnp.float32), right)
     inside = jax.jit(lambda table: look_up(table, ids, implementation="scatter").astype(jnp.float32))
-    assert "f32[300,40]" not in inside.lower(table).compile().as_text()
+    assert "f32[300,40]" not in (inside.lower(table).compile().as_text() or "f32[300,40]")
 
 
 def test_another_way_is_refused():

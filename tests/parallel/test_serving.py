@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from model.tiny import weights, whole
 from parallel.two_processes import free_port, start
 from small import SPEAKER, tokenizer
@@ -56,12 +57,20 @@ sys.exit(main(["serve", sys.argv[1], *sizes, *where]))
 """
 
 
+def mesh_of_four() -> Mesh:
+    """Requests and experts by two, heads by the other two."""
+    return make_mesh(MeshConfig(expert=2, tensor=2), jax.devices()[:4])
+
+
+def placed(arrays: Any) -> Any:
+    whole = NamedSharding(mesh_of_four(), PartitionSpec())
+    put = lambda x: jax.make_array_from_callback(x.shape, whole, lambda at: x[at])  # noqa: E731
+    return jax.tree.map(put, jax.device_get(arrays))
+
+
 def engine(**more: Any) -> Engine:
-    """Over four devices: requests and experts by two, heads by the other two."""
-    mesh = make_mesh(MeshConfig(expert=2, tensor=2), jax.devices()[:4])
-    put = lambda x: jax.make_array_from_callback(x.shape, NamedSharding(mesh, PartitionSpec()), lambda at: x[at])  # noqa: E731
-    params, bias = jax.tree.map(put, jax.device_get(weights(SPEAKER)))
-    return Engine(whole(SPEAKER, params, bias, tokenizer(), mesh), serving=SERVING, **more)
+    params, bias = placed(weights(SPEAKER))
+    return Engine(whole(SPEAKER, params, bias, tokenizer(), mesh_of_four()), serving=SERVING, **more)
 
 
 def answers() -> str:
@@ -94,10 +103,24 @@ def answers() -> str:
     prompts = prompts[: 6 if alone or not here else 0] + prompts[: 3 if alone or here else 0]
     key, sampling = jax.random.fold_in(jax.random.key(0), 2**31), SamplingParams(max_tokens=5, temperature=0.8)
     together = [serving.generate_ids(prompts, sampling, key).here().tokens_BN[: len(prompts), :5].tolist()]
-    together.append(engine(at_once=3).generate_ids(prompts, sampling, key).here().tokens_BN.tolist())
+    in_turn = engine(at_once=3)
+    together.append(in_turn.generate_ids(prompts, sampling, key).here().tokens_BN.tolist())
+    refused(in_turn)
     metrics = {name: value for name, value in serving.metrics().items() if not name.startswith("seconds")}
     serving.requests.continuous.check()
     return json.dumps({"found": found, "metrics": metrics, "together": together})
+
+
+def refused(in_turn: Engine) -> None:
+    """What is wrong with a row of the last process alone, all are told."""
+    last = jax.process_index() + 1 == jax.process_count()
+    plain, held = SamplingParams(max_tokens=4), SamplingParams(max_tokens=4, regex="a+")
+    with pytest.raises(ValueError, match="json_schema, regex: for requests"):
+        in_turn.generate_ids([[5, 9]], [held if last else plain])
+    params, bias = placed(weights(SPEAKER))
+    in_turn.update(params | {"embed": params["embed"].at[7].set(jnp.nan)}, bias)
+    with pytest.raises(ArithmeticError, match="prompt 1: .*NaN"):
+        in_turn.generate_ids([[5, 9], [7] if last else [8], [6]], plain)
 
 
 def test_two_processes_answer_what_one_answers(tmp_path: Path):

@@ -15,7 +15,7 @@ from serve.fake import FakeAsker, fake_app
 from small import tokenizer
 from starlette.testclient import TestClient
 
-from deepseek_jax.data.tokenizer import BOS
+from deepseek_jax.data.special_tokens import BOS
 from deepseek_jax.evals.likelihood import Pair, likelihoods, windows
 
 TEXT = tokenizer()

@@ -5,7 +5,7 @@ import socket
 
 import pytest
 
-from deepseek_jax.serve.asking import LostError
+from deepseek_jax.serve.asking import Event, LostError
 from deepseek_jax.serve.link import pack
 from deepseek_jax.serve.remote import RemoteAsker
 
@@ -17,10 +17,13 @@ def test_who_is_lost_alone_is_told_and_the_others_wait_on():
         running = asyncio.create_task(asker.run())
         lost, other = (asyncio.ensure_future(anext(asker.submit([1], {}, 0))) for _ in range(2))
         await asyncio.sleep(0.01)
-        theirs.sendall(pack({"lost": 0, "message": "NaN"}) + pack({"events": [[1, []]]}))
+        prompt = [[-1.0], [[[7, -1.0], [9, -2.5]]]]
+        said = [1, [], [], [], "length", 0, prompt]
+        theirs.sendall(pack({"lost": 0, "message": "NaN"}) + pack({"events": [said]}))
         with pytest.raises(LostError, match="NaN"):
             await asyncio.wait_for(lost, 5)
-        assert (await asyncio.wait_for(other, 5)).ids == []
+        event = await asyncio.wait_for(other, 5)
+        assert event == Event((), (), (), "length", 0, ((-1.0,), (((7, -1.0), (9, -2.5)),)))
         theirs.close()
         await asyncio.wait_for(running, 5)
 

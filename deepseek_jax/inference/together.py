@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
@@ -60,20 +60,28 @@ def stream(model: SamplingModel, prompt: Sequence[int], sampling: SamplingParams
 
 
 def told(
-    model: SamplingModel, prompts: Sequence[Sequence[int]], sampling: SamplingParams | Sequence[SamplingParams]
+    model: SamplingModel,
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingParams | Sequence[SamplingParams],
+    check: Callable[[SamplingParams], None] = lambda params: None,
 ) -> tuple[Sequence[SamplingParams], list[Room]]:
     """How each prompt is answered, and what each process's prompts need. ValueError where one is empty or has ids that
-    there are not, where prompt and answer pass what the model takes, and where there are not as many parameters; of
-    several processes on all."""
+    there are not, where prompt and answer pass what the model takes, where ``check`` raises it, and where there are not
+    as many parameters; of several processes on all."""
     each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
     own = Room.of(prompts, each, model.tokenizer.stop_ids)
-    found = gather([_wrong(model, prompts, each), dataclasses.astuple(own)])
+    found = gather([_wrong(model, prompts, each, check), dataclasses.astuple(own)])
     if wrong := next(filter(None, (wrong for wrong, _ in found)), None):
         raise ValueError(wrong)
     return each, [Room(*sizes) for _, sizes in found]
 
 
-def _wrong(model: SamplingModel, prompts: Sequence[Sequence[int]], each: Sequence[SamplingParams]) -> str | None:
+def _wrong(
+    model: SamplingModel,
+    prompts: Sequence[Sequence[int]],
+    each: Sequence[SamplingParams],
+    check: Callable[[SamplingParams], None],
+) -> str | None:
     """What is, of the first prompt that cannot be answered."""
     longest, size = model.config.max_position_embeddings, model.config.vocab_size
     if len(each) != len(prompts):
@@ -88,6 +96,10 @@ def _wrong(model: SamplingModel, prompts: Sequence[Sequence[int]], each: Sequenc
         if (length := len(prompt)) + params.max_tokens > longest:
             most = f"max_tokens={params.max_tokens} pass max_position_embeddings={longest}"
             return f"a prompt of {length} tokens and {most}"
+        try:
+            check(params)
+        except ValueError as error:
+            return str(error)
     return None
 
 
@@ -101,7 +113,7 @@ def _prepared(
     """The weights, and the prompts as arrays. ValueError as ``told``'s."""
     axes, mesh = model.compute.rules.batch, model.mesh
     require_own_rows(mesh, axes, "sampling")
-    _, rooms = told(model, prompts, sampling)
+    _, rooms = told(model, prompts, sampling, SamplingParams.check_drawn_in_batches)
     weights = model.weights()
     ids = {"stop_ids": model.tokenizer.stop_ids, "pad_id": model.tokenizer.pad_id}
     make = functools.partial(make_requests, prompts, sampling, key, **ids)

@@ -105,18 +105,19 @@ def answers() -> str:
     together = [serving.generate_ids(prompts, sampling, key).here().tokens_BN[: len(prompts), :5].tolist()]
     in_turn = engine(at_once=3)
     together.append(in_turn.generate_ids(prompts, sampling, key).here().tokens_BN.tolist())
-    refused(in_turn)
+    refused(serving, in_turn)
     metrics = {name: value for name, value in serving.metrics().items() if not name.startswith("seconds")}
     serving.requests.continuous.check()
     return json.dumps({"found": found, "metrics": metrics, "together": together})
 
 
-def refused(in_turn: Engine) -> None:
+def refused(together: Engine, in_turn: Engine) -> None:
     """What is wrong with a row of the last process alone, all are told."""
     last = jax.process_index() + 1 == jax.process_count()
     plain, held = SamplingParams(max_tokens=4), SamplingParams(max_tokens=4, regex="a+")
-    with pytest.raises(ValueError, match="json_schema, regex: for requests"):
-        in_turn.generate_ids([[5, 9]], [held if last else plain])
+    for engine, match in ((in_turn, "json_schema, regex: for requests"), (together, "regex=a[+]: for requests")):
+        with pytest.raises(ValueError, match=match):
+            engine.generate_ids([[5, 9]], [held if last else plain])
     params, bias = placed(weights(SPEAKER))
     in_turn.update(params | {"embed": params["embed"].at[7].set(jnp.nan)}, bias)
     with pytest.raises(ArithmeticError, match="prompt 1: .*NaN"):

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from deepseek_kernels.block_fp8 import BLOCK, FP8
-from deepseek_kernels.hopper_sizes import CORES, HOPPER, Sizes
-from deepseek_kernels.hopper_tiles import swizzled
+from deepseek_kernels.hopper_sizes import HOPPER, Sizes
+from deepseek_kernels.hopper_tiles import swizzled, three_warp_groups
 from deepseek_kernels.integers import bits_of
 
 _HALF = BLOCK // 2  # of a tile's 128 rows of its left operand: a warp group's
@@ -157,15 +157,7 @@ def _tiled(
         block = _Block(tile, tiles, turned, warpgroup, pl.ds(warpgroup * _HALF, _HALF), *scratch)
         jax.lax.cond(warpgroup == 2, block.stream, block.multiply)
 
-    return plgpu.kernel(
-        kernel,
-        out_type=out,
-        grid=(cores or CORES,),
-        grid_names=("block",),
-        num_threads=3,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-    )
+    return three_warp_groups(kernel, out, cores, plgpu.LoweringSemantics.Lane)
 
 
 class _Block(NamedTuple):

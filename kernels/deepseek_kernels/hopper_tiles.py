@@ -51,6 +51,12 @@ def tiled(
         pl.run_scoped(tiles, *block.scratch(lhs, rhs), collective_axes="warpgroup")
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
+    return three_warp_groups(kernel, out, cores, plgpu.LoweringSemantics.Warpgroup)
+
+
+def three_warp_groups(kernel: Callable, out: Any, cores: int, semantics: plgpu.LoweringSemantics) -> Callable:
+    """The kernel on each core: two warp groups that multiply and one that copies. out: its result's shape and dtype.
+    cores: of the target, 0 for an H100's."""
     return plgpu.kernel(
         kernel,
         out_type=out,
@@ -58,7 +64,7 @@ def tiled(
         grid_names=("block",),
         num_threads=3,
         thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=semantics),
     )
 
 

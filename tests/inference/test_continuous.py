@@ -357,18 +357,23 @@ def test_on_a_mesh_each_device_of_the_batch_has_its_own_pages(scan):
     assert_right("v3", [*asked.values()])
 
 
+def answers_nearly_the_same(serving: Engine, least: float, most: float) -> None:
+    """By requests as by ``generate``, whose cache is not rounded; the first log-probabilities differ by so much."""
+    asked, prompts = dict[int, Asked](), [[5, 9, 2, 7], [8, 8, 1, 30, 22] * 5]
+    submit(serving, asked, *(Asked(prompt, GREEDY) for prompt in prompts))
+    finish(serving, asked)
+    for answer, expected in zip(asked.values(), serving.generate(prompts, GREEDY), strict=True):
+        assert answer.ids[0] == expected.token_ids[0]
+        assert least < abs(answer.logprobs[0] - expected.logprobs[0]) < most
+
+
 @pytest.mark.parametrize("scan", [False, True])
 def test_a_cache_in_fp8_answers_nearly_the_same(scan):
     wide = dataclasses.replace(SPEAKER, kv_lora_rank=128)
     model = whole(wide, *weights(wide), tokenizer())
     model = dataclasses.replace(model, compute=dataclasses.replace(model.compute, scan_decode=scan))
-    serving, asked = Engine(model, serving=dataclasses.replace(SERVING, cache="float8_e4m3")), dict[int, Asked]()
-    prompts = [[5, 9, 2, 7], [8, 8, 1, 30, 22] * 5]
-    submit(serving, asked, *(Asked(prompt, GREEDY) for prompt in prompts))
-    finish(serving, asked)
-    for answer, expected in zip(asked.values(), serving.generate(prompts, GREEDY), strict=True):
-        assert answer.ids[0] == expected.token_ids[0]
-        assert 1e-5 < abs(answer.logprobs[0] - expected.logprobs[0]) < 0.3
+    serving = Engine(model, serving=dataclasses.replace(SERVING, cache="float8_e4m3"))
+    answers_nearly_the_same(serving, 1e-5, 0.3)
     with pytest.raises(ValueError, match="cache='float8_e4m3': only MLA's latents"):
         Engine(whole(MODELS["qwen"], *weights(MODELS["qwen"]), tokenizer()), serving=serving.serving).submit([1])
 
@@ -376,17 +381,12 @@ def test_a_cache_in_fp8_answers_nearly_the_same(scan):
 @pytest.mark.parametrize("kind", ["qwen", "v3"])
 def test_a_cache_in_bfloat16_answers_nearly_the_same(kind):
     model = whole(MODELS[kind], *weights(MODELS[kind]), tokenizer())
-    serving, asked = Engine(model, serving=dataclasses.replace(SERVING, cache="bfloat16")), dict[int, Asked]()
+    serving = Engine(model, serving=dataclasses.replace(SERVING, cache="bfloat16"))
     if jax.__version_info__ < (0, 11):
         with pytest.raises(ValueError, match="cache='bfloat16', jax 0.10"):
             serving.submit([1])
         return
-    prompts = [[5, 9, 2, 7], [8, 8, 1, 30, 22] * 5]
-    submit(serving, asked, *(Asked(prompt, GREEDY) for prompt in prompts))
-    finish(serving, asked)
-    for answer, expected in zip(asked.values(), serving.generate(prompts, GREEDY), strict=True):
-        assert answer.ids[0] == expected.token_ids[0]
-        assert 1e-6 < abs(answer.logprobs[0] - expected.logprobs[0]) < 0.02
+    answers_nearly_the_same(serving, 1e-6, 0.02)
 
 
 def test_zeros_behind_each_entry_change_nothing(monkeypatch):

@@ -114,13 +114,13 @@ class Programs:
         """Compile, side by side, every program that a plan may need, and run each on nothing."""
         self._fill()
         buckets, nobody = self.buckets, [[] for _ in range(self.lanes)]
-        jobs = [self._copies(nobody)]
+        jobs = [self._copies(nobody)]  # those that compile longest first: behind the last one nothing is left to do beside
         scoring = (None, 0) if self.serving.score else (None,)
+        for rows, table in itertools.product(buckets.slots, buckets.tables):
+            jobs.append(self._decodes(nobody, rows, table, 0, until_end=False))
         for (rows, size), alternatives in itertools.product(buckets.chunks, scoring):
             jobs.append(self._reads(nobody, rows, size, buckets.tables[-1], alternatives, fresh=True))
             jobs += [self._reads(nobody, rows, size, table, alternatives, fresh=False) for table in buckets.long]
-        for rows, table in itertools.product(buckets.slots, buckets.tables):
-            jobs.append(self._decodes(nobody, rows, table, 0, until_end=False))
         with jax.set_mesh(self.mesh):
             with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
                 missing = {job.key: job for job in jobs if job.key not in self._programs}

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from deepseek_kernels.hopper import STEP, refuses
-from deepseek_kernels.hopper_few import COLUMNS, ROWS, half, of_tile, stages, whole_rows
+from deepseek_kernels.hopper_few import COLUMNS, ROWS, TILE, half, of_tile, stages, whole_rows
 from deepseek_kernels.hopper_tiles import step, tiled
 from deepseek_kernels.target import Target
 
@@ -31,15 +31,18 @@ def product_by_head(
     (rows, heads, depth), (layers, C, _, W) = x_THD.shape, w_LCHW.shape
     first, width = columns[0], C if transposed else columns[1] - columns[0]
     x_RD, tile_rows = whole_rows(x_THD.reshape(rows, heads * depth)), of_tile(rows)
-    across = width // COLUMNS
+    across, tiles = width // COLUMNS, pl.cdiv(rows, TILE)
 
     def tile(place, warpgroup, layer, w, x, out):
-        head, j = place[0] // across, jax.lax.rem(place[0], across)
+        (place,), i = place, 0
+        if tiles > 1:
+            place, i = place // tiles, jax.lax.rem(place, tiles)
+        head, j = place // across, jax.lax.rem(place, across)
         those = pl.ds(j * COLUMNS, COLUMNS)
         start = pl.multiple_of(head * W + first + (0 if transposed else j * COLUMNS), STEP)
         matrix = w.at[layer[0], *((those, pl.ds(start, depth)) if transposed else (slice(None), pl.ds(start, COLUMNS)))]
-        few = pl.ds(0 * head, tile_rows)  # reaches past the end
-        mine = out.at[few, pl.ds(place[0] * COLUMNS, COLUMNS)].at[:, half(warpgroup)]
+        few = pl.ds(pl.multiple_of(i * TILE, TILE) if tiles > 1 else 0 * head, tile_rows)  # reaches past the end
+        mine = out.at[few, pl.ds(place * COLUMNS, COLUMNS)].at[:, half(warpgroup)]
         return matrix, x.at[few, pl.ds(pl.multiple_of(head * depth, STEP), depth)], mine, jnp.int32(depth // STEP)
 
     def of_step(warpgroup, w, x):
@@ -51,7 +54,7 @@ def product_by_head(
         (step((COLUMNS, STEP), False) if transposed else step((STEP, COLUMNS), True), step((tile_rows, STEP), False)),
         (COLUMNS // 2, tile_rows),
         jax.ShapeDtypeStruct((len(x_RD), heads * width), x_THD.dtype),
-        grid=(heads * across,),
+        grid=(heads * across * tiles,),
         cores=cores,
         stages=stages(depth // STEP, tile_rows),
         turned=True,

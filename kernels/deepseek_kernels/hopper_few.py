@@ -22,15 +22,19 @@ from deepseek_kernels.target import Target
 COLUMNS = 128  # of a tile, 64 for each of two warp groups
 _BYTES = 180 * 1024  # of shared memory for steps under way
 TILES = 16, 32  # rows of a group's tile; with 64 what is read of x slows it below the kernel for many
-ROWS = 128  # that one matrix takes at most
+ROWS = 256  # that one matrix takes at most, as tiles of
+TILE = 128  # at most: cores side by side have the tiles of the same columns, so that memory is read once for both
 _PARTS = 16  # of a sum, at most; of up to 8 rows 4: for them what adds the parts up counts
 _LEFT = 4  # cores that such leave to small kernels beside them, which would wait for their end
 _WIDEST = 32768  # columns of one matrix's product
 
 
 def tile(rows: int, groups: int) -> int:
-    """What a group's rows should start on multiples of: about twice the mean; 0 where they are too many for this."""
-    return next((tile for tile in TILES if 2 * rows <= tile * max(groups, 1)), 0)
+    """What a group's rows should start on multiples of: twice the mean, or of the largest tile four thirds, above which
+    a second tile of a group reads what the first has just brought; 0 where they are too many for this."""
+    small, large = TILES
+    each = rows / max(groups, 1)
+    return small if 2 * each <= small else large if 4 * each <= 3 * large else 0
 
 
 @functools.partial(jax.jit, static_argnames=("cores", "sizes"))  # lowered once for all layers
@@ -63,23 +67,26 @@ def dense_product(
 ) -> Float[Array, "T F"]:
     """``y = x @ w[layer]`` of at most ``ROWS`` rows. The sums' parts, float32, are added up by what reads them."""
     (rows, depth), width = x_TD.shape, w_LDF.shape[2]
-    blocks_M = jnp.stack([jnp.asarray(layer, jnp.int32), jnp.int32(1)])
+    x_RD, tiles = whole_rows(x_TD), pl.cdiv(rows, TILE)
+    blocks_M = jnp.stack([*[jnp.asarray(layer, jnp.int32)] * tiles, jnp.int32(tiles)])
     most, left = (4, _LEFT) if rows <= 8 else (_PARTS, 0)
-    parts = _parts(pl.cdiv(width, COLUMNS), depth // STEP, max((cores or CORES) - left, 1), most)
+    parts = _parts(tiles * pl.cdiv(width, COLUMNS), depth // STEP, max((cores or CORES) - left, 1), most)
     dtype = x_TD.dtype if parts == 1 else jnp.dtype(jnp.float32)
-    y_PRF = _product(whole_rows(x_TD)[None], w_LDF, blocks_M, parts=parts, dtype=dtype, cores=cores)[:, :rows]
+    y_MPRF = _product(x_RD.reshape(tiles, -1, depth), w_LDF, blocks_M, parts=parts, dtype=dtype, cores=cores)
+    y_PRF = y_MPRF.reshape(tiles, parts, -1, width).swapaxes(0, 1).reshape(parts, -1, width)[:, :rows]
     return functools.reduce(jnp.add, y_PRF).astype(x_TD.dtype)
 
 
 def whole_rows(x_TD: Float[Array, "T D"]) -> Float[Array, "R D"]:
-    """Up to 8 rows, or whole groups of 8: what copies take."""
-    missing = 0 if len(x_TD) <= 8 else -len(x_TD) % 8
+    """Up to 8 rows, whole groups of 8, or whole tiles: what copies take."""
+    rows = len(x_TD)
+    missing = 0 if rows <= 8 else -rows % (8 if rows <= TILE else TILE)
     return jnp.pad(x_TD, ((0, missing), (0, 0))) if missing else x_TD
 
 
 def of_tile(rows: int) -> int:
     """The rows of a tile for so many, of which what is not there is read as zeros and not written."""
-    return next(size for size in (8, 16, 32, 64, ROWS) if rows <= size)
+    return next(size for size in (8, 16, 32, 64, TILE) if min(rows, TILE) <= size)
 
 
 def refuses_dense(

@@ -109,7 +109,7 @@ def test_few_rows_read_a_layer_where_it_lies(hopper_gpu, block, sizes, rows):
     assert not np.any(y[start:]) and not np.any(dx[start:])
 
 
-@pytest.mark.parametrize("rows", [1, 20, 64, 100])
+@pytest.mark.parametrize("rows", [1, 20, 64, 100, 200])
 def test_one_matrix_for_few_rows_is_split_over_its_sums(hopper_gpu, rows):
     """In three parts in the interpreter, of one and two steps; columns that end within a tile."""
     target = Target("cuda", "9.0", TARGET.cores and 12)
@@ -122,7 +122,7 @@ def test_one_matrix_for_few_rows_is_split_over_its_sums(hopper_gpu, rows):
     np.testing.assert_array_equal(jax.jit(run)(x[None], w[1].reshape(320, 2, 224)), y)
 
 
-@pytest.mark.parametrize("rows", [1, 8, 20, 64, 100])
+@pytest.mark.parametrize("rows", [1, 8, 20, 64, 100, 200])
 def test_each_head_has_a_matrix(hopper_gpu, rows):
     """Absorbed MLA's two products with the halves of ``kv_b``, read where they lie in a stack of layers."""
     rng, C, H, N, V = np.random.default_rng(0), 256, 3, 64, 128

@@ -63,7 +63,8 @@ class Continuous:
         check_drafts(config, serving.drafts)
         self.context = serving.tokens(config.max_position_embeddings)
         self._width, self._stop_ids = config.vocab_size, tuple(stop_ids)
-        buckets = Buckets.of(serving, self.context, gathers=gathers(config, compute, serving))
+        least = 16 if compute.kernels.platform == "cpu" else 128  # elsewhere reading the weights takes as long
+        buckets = Buckets.of(serving, self.context, gathers=gathers(config, compute, serving), least=least)
         lanes = math.prod(mesh.shape[axis] for axis in compute.rules.batch)
         self.programs = Programs(config, compute, mesh, serving, buckets, lanes, forced)
         self.slots = lanes * serving.slots

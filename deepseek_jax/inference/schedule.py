@@ -80,10 +80,11 @@ class Buckets:
         return self.tables[-2:]
 
     @classmethod
-    def of(cls, config: ServingConfig, context: int, *, gathers: bool) -> "Buckets":
-        """gathers: a row costs what its table has room for, since no kernel reads pages."""
+    def of(cls, config: ServingConfig, context: int, *, gathers: bool, least: int = 16) -> "Buckets":
+        """gathers: a row costs what its table has room for, since no kernel reads pages. least: tokens of a chunk,
+        fewer of which would not be read in sooner."""
         most = -(-context // config.page)
-        chunks = {(rows, size) for size in _sizes(config.chunk, 16) for rows in (1, config.chunk // size)}
+        chunks = {(rows, size) for size in _sizes(config.chunk, least) for rows in (1, config.chunk // size)}
         by_need = sorted(chunks, key=lambda shape: (shape[1], shape[0]))
         return cls(_sizes(config.slots, 1), tuple(by_need), _sizes(most, 4) if gathers else (most,))
 

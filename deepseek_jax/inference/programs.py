@@ -114,9 +114,9 @@ class Programs:
         """Compile, side by side, every program that a plan may need, and run each on nothing."""
         self._fill()
         buckets, nobody = self.buckets, [[] for _ in range(self.lanes)]
-        jobs = [self._copies(nobody)]  # those that compile longest first: behind the last one nothing is left to do beside
+        jobs = [self._copies(nobody)]
         scoring = (None, 0) if self.serving.score else (None,)
-        for rows, table in itertools.product(buckets.slots, buckets.tables):
+        for rows, table in itertools.product(buckets.slots, buckets.tables):  # what compiles longest comes first
             jobs.append(self._decodes(nobody, rows, table, 0, until_end=False))
         for (rows, size), alternatives in itertools.product(buckets.chunks, scoring):
             jobs.append(self._reads(nobody, rows, size, buckets.tables[-1], alternatives, fresh=True))

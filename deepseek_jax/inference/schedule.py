@@ -8,6 +8,7 @@ draws tokens, and a prompt that another has brought costs nothing.
 
 import bisect
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -19,6 +20,7 @@ from deepseek_jax.inference.prompt_scores import PromptScores
 from deepseek_jax.typed import check_least, check_types
 
 RATIO = 4  # from one size of a bucket to the next
+_BUSY = 2048  # tokens that keep a device busy: of fewer, those that only fill a shape up cost little
 MOST_DRAFTS = 3  # the kernels of decoding take four tokens of a row
 
 
@@ -84,8 +86,12 @@ class Buckets:
         """gathers: a row costs what its table has room for, since no kernel reads pages. least: tokens of a chunk,
         fewer of which would not be read in sooner."""
         most = -(-context // config.page)
-        chunks = {(rows, size) for size in _sizes(config.chunk, least) for rows in (1, config.chunk // size)}
-        by_need = sorted(chunks, key=lambda shape: (shape[1], shape[0]))
+        busy = min(config.chunk, _BUSY)
+        chunks = {(rows, size) for size in _sizes(config.chunk, least) for rows in _sizes(config.chunk // size, 1)}
+        by_need = sorted(
+            (shape for shape in chunks if shape[0] in (1, config.chunk // shape[1]) or math.prod(shape) >= busy),
+            key=lambda shape: (shape[1], shape[0]),
+        )
         return cls(_sizes(config.slots, 1), tuple(by_need), _sizes(most, 4) if gathers else (most,))
 
     def reads(self, pieces: Sequence[Sequence[Piece]]) -> list[tuple[tuple[int, int], list[Sequence[Piece]]]]:

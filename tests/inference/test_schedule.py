@@ -235,3 +235,11 @@ def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match="context=99: expected at most 40, of max_position_embeddings=64 and"):
         dataclasses.replace(CONFIG, context=99).tokens(64)
     assert CONFIG.tokens(64) == 40 and CONFIG.tokens(32) == 32
+
+
+def test_shapes_of_chunks():
+    """A row or as many as the chunk has room for, and between them those that keep a device busy anyhow."""
+    small = Buckets.of(ServingConfig(chunk=512), 1024, gathers=False)
+    assert small.chunks == ((1, 32), (16, 32), (1, 128), (4, 128), (1, 512))
+    large = Buckets.of(ServingConfig(chunk=8192), 16384, gathers=False, least=512)
+    assert large.chunks == ((1, 512), (4, 512), (16, 512), (1, 2048), (4, 2048), (1, 8192))

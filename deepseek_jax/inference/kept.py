@@ -48,7 +48,7 @@ class Kept:
     """
 
     def __init__(self, folder: Path, mesh: Mesh):
-        self._folder, self._said, self._grown = folder, False, False
+        self.folder, self._said, self._grown = folder, False, False
         device = mesh.devices.flat[0]
         self._platform = Target.of(device).platform
         self._about = repr(
@@ -78,7 +78,7 @@ class Kept:
 
     def lowered(self, program: Program) -> jax.stages.Lowered:
         """The program as it is kept, or else kept from now on; where that cannot be, as ``program.lower`` has it."""
-        file = self._folder / f"{program.function.__name__}-{self._name(program)}"
+        file = self.folder / f"{program.function.__name__}-{self._name(program)}"
         module = self._read(file)
         if module is None:
             module = self._exported(program)
@@ -92,7 +92,7 @@ class Kept:
         if not self._grown:
             return
         with contextlib.suppress(OSError):  # another process does the same
-            files = sorted(((file.stat(), file) for file in self._folder.iterdir()), key=lambda each: -each[0].st_mtime)
+            files = sorted(((file.stat(), file) for file in self.folder.iterdir()), key=lambda each: -each[0].st_mtime)
             total = 0
             for about, file in files:
                 total += about.st_size
@@ -111,7 +111,7 @@ class Kept:
     def _exported(self, program: Program) -> Module | None:
         try:
             return exported(program, self._platform)
-        except Exception as error:  # whatever ``jax.export`` has against it; of the program's own errors ``lower`` tells
+        except Exception as error:  # whatever ``jax.export`` has against it; the program's own errors ``lower`` tells
             self._say(f"{program.function.__name__} cannot be kept: jax {jax.__version__}: {error}")
             return None
 
@@ -137,13 +137,13 @@ class Kept:
         about = json.dumps({"outputs": module.outputs, "used": module.used}).encode()
         rest = about + b"\n" + zlib.compress(module.code, 1)
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
             half = file.with_name(f"{file.name}-{secrets.token_hex(8)}")
             half.write_bytes(_HEAD + hashlib.sha256(rest).digest() + rest)
             os.replace(half, file)
             self._grown = True
         except OSError as error:
-            self._say(f"{self._folder}: cannot be written ({error.strerror or error}): the next start traces its programs anew")
+            self._say(f"{self.folder}: cannot be written ({error.strerror or error}): each start traces")
 
     def _say(self, what: str) -> None:
         if not self._said:

@@ -6,17 +6,19 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.inference.decoding import Decoded, decode
+from deepseek_jax.inference.generate import OPTIONS
+from deepseek_jax.inference.kept import Kept
+from deepseek_jax.inference.lowered import Program, check_dtypes, holding
 from deepseek_jax.inference.paged import copy_pages, empty_pages, read, reads_pages
 from deepseek_jax.inference.plans import Piece, Plan, Request
 from deepseek_jax.inference.rows import Numbers, Rows
@@ -42,6 +44,7 @@ class _Job(NamedTuple):
     function: Any
     arrays: tuple[Any, ...]
     options: tuple[tuple[str, Any], ...] = ()
+    found: Any = None  # the class of what it returns beside the cache
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -122,10 +125,13 @@ class Programs:
             jobs.append(self._reads(nobody, rows, size, buckets.tables[-1], alternatives, fresh=True))
             jobs += [self._reads(nobody, rows, size, table, alternatives, fresh=False) for table in buckets.long]
         with jax.set_mesh(self.mesh):
+            kept = Kept.of(self.mesh)
             with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
                 missing = {job.key: job for job in jobs if job.key not in self._programs}
-                compiled = {key: pool.submit(self._lowered(weights, job).compile) for key, job in missing.items()}
+                compiled = {key: pool.submit(self._lowered(weights, job, kept).compile) for key, job in missing.items()}
             self._programs |= {key: each.result() for key, each in compiled.items()}
+            if kept is not None:
+                kept.close()
             meet()  # a process that is still compiling would have the others wait in collectives
             for job in jobs:
                 self._run(weights, job)
@@ -172,7 +178,7 @@ class Programs:
                 start_B[i] = piece.start
                 table_BJ[i, : len(piece.request.pages)] = piece.request.pages
         how = (np.int32(alternatives),) if scored else ()
-        return _Job(read, (tokens_BS, start_B, table_BJ, *how), (("fresh", fresh),))
+        return _Job(read, (tokens_BS, start_B, table_BJ, *how), (("fresh", fresh),), Scores if scored else None)
 
     def _decoding(self, plans: Sequence[Plan]) -> _Job:
         decoded = [plan.decoded for plan in plans]
@@ -197,7 +203,7 @@ class Programs:
         filled = dataclasses.replace(filled, allowed_BV=self._allowed(len(decoded) * rows, allowed))
         given = filled, np.int32(turns), np.bool_(until_end)
         options = ("most", self.serving.turns), ("drafts", self.serving.drafts), ("forced", self.forced)
-        return _Job(decode, given, options)
+        return _Job(decode, given, options, Decoded)
 
     def _allowed(self, batch: int, allowed: dict[int, np.ndarray]) -> jax.Array:
         """Of each row the tokens that it may draw next, see ``Rows``; where nobody is held to a grammar the array that
@@ -225,23 +231,18 @@ class Programs:
         self._pages, found = (done, None) if job.function is copy_pages else done
         return found
 
-    def _lowered(self, weights: Weights, job: _Job) -> Any:
-        compute = self.compute
-        if job.function is read:  # rows of a prompt keep the device busy: nothing is gained by many copies of a layer
-            compute = dataclasses.replace(compute, scan_unroll=1)
-        given = (compute,) if job.function is copy_pages else (self.config, compute, *weights)
+    def _lowered(self, weights: Weights, job: _Job, kept: Kept | None = None) -> Any:
         check_dtypes(leaf.dtype for leaf in jax.tree.leaves(weights))
-        return job.function.lower(*given, self._pages, *job.arrays, **dict(job.options))
-
-
-def check_dtypes(dtypes: Iterable[Any]) -> None:
-    """ValueError for weights that no program which is compiled ahead takes."""
-    if jax.__version_info__ < (0, 11) and jnp.int4 in dtypes:
-        raise ValueError(
-            f"weights in int4, jax {jax.__version__}: its programs that are compiled ahead take none; requests as they "
-            "come need jax 0.11 for them, or weights in int8; answered together, as by generate and eval --batching "
-            "together, they may stay"
-        )
+        function, compute, pages, options = job.function, self.compute, self._pages, dict(job.options)
+        if function is copy_pages:
+            program = Program(function, (compute,), (pages, *job.arrays), options, 0, jax.tree.structure(pages), None)
+        else:
+            if function is read:  # rows of a prompt keep the device busy: nothing is gained by many copies of a layer
+                compute = dataclasses.replace(compute, scan_unroll=1)
+            gives = jax.tree.structure((pages, None if job.found is None else holding(job.found)))
+            arrays = *weights, pages, *job.arrays
+            program = Program(function, (self.config, compute), arrays, options, 2, gives, OPTIONS)
+        return program.lower() if kept is None else kept.lowered(program)
 
 
 def gathers(config: ModelConfig, compute: ComputeConfig, serving: ServingConfig) -> bool:

@@ -56,6 +56,12 @@ def available() -> bool:
     return True
 
 
+def registered() -> str:
+    """What a program that was traced by another process needs of this one: its C functions, known to XLA -> the name of
+    their build, by which programs differ; "" where there is none."""
+    return _built().name if available() else ""
+
+
 def lanes() -> int:
     """Floats in a vector of what was compiled: 16 with AVX-512, 8 with AVX2, else 4."""
     return ctypes.c_int.in_dll(ctypes.CDLL(str(_built())), "deepseek_lanes").value

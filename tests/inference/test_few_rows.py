@@ -49,7 +49,7 @@ def step(compute, weights, cache, token_B1):
     return network.logits(out.hidden[:, 0]), out.router.experts_BSK
 
 
-@pytest.mark.parametrize(("rows", "scanned"), [(1, True), (8, False)])
+@pytest.mark.parametrize(("rows", "scanned"), [(1, True), (8, False), (200, True)])
 def test_a_step_is_the_plain_one(rows, scanned):
     on_card, interpreter = jax.default_backend() == "gpu", contextlib.nullcontext()
     if not on_card and not hasattr(plgpu, "InterpretGPUParams"):

@@ -60,7 +60,7 @@ class Kept:
                 sorted((name, str(value)) for name, value in jax.config.values.items() if _decides(name)),
                 sorted((name, value) for name, value in os.environ.items() if name.startswith(_ENVIRONMENT)),
                 (device.platform, device.device_kind, device.client.platform_version),
-                (jax.process_count(), dict(mesh.shape), [each.process_index for each in mesh.devices.flat]),
+                (jax.process_count(), dict(mesh.shape), [(each.process_index, each.id) for each in mesh.devices.flat]),
             )
         )
 

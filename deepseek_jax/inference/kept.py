@@ -22,8 +22,6 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-import deepseek_jax
-import deepseek_kernels
 from deepseek_jax.inference.lowered import Module, Program, called, exported
 from deepseek_kernels import cpu
 from deepseek_kernels.target import Target
@@ -60,7 +58,7 @@ class Kept:
                 sorted((name, str(value)) for name, value in jax.config.values.items() if _decides(name)),
                 sorted((name, value) for name, value in os.environ.items() if name.startswith(_ENVIRONMENT)),
                 (device.platform, device.device_kind, device.client.platform_version),
-                (jax.process_count(), dict(mesh.shape), [each.process_index for each in mesh.devices.flat]),
+                (jax.process_count(), dict(mesh.shape), [(each.process_index, each.id) for each in mesh.devices.flat]),
             )
         )
 
@@ -105,8 +103,8 @@ class Kept:
             (x.shape, str(x.dtype), getattr(x, "weak_type", False), str(getattr(x, "format", None))) for x in leaves
         ]
         function = f"{program.function.__module__}.{program.function.__qualname__}"
-        called = function, program.static, sorted(program.options.items()), program.donated, program.compiler
-        return hashlib.sha256(repr((self._about, called, str(structure), arrays)).encode()).hexdigest()
+        given = function, program.static, sorted(program.options.items()), program.donated, program.compiler
+        return hashlib.sha256(repr((self._about, given, str(structure), arrays)).encode()).hexdigest()
 
     def _exported(self, program: Program) -> Module | None:
         try:
@@ -158,8 +156,7 @@ def _decides(name: str) -> bool:
 def _sources() -> str:
     """Of this project, as they lie there."""
     digest = hashlib.sha256()
-    for package in (deepseek_jax, deepseek_kernels):
-        folder = Path(str(package.__file__)).parent
+    for folder in (Path(__file__).parents[1], cpu.SOURCE.parent):
         for file in sorted(folder.rglob("*")):
             if file.suffix in (".py", ".c", ".h"):
                 content = file.read_bytes()

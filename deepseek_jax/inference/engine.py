@@ -1,6 +1,6 @@
 """Prompts in, completions out: a model, and the ways to answer with it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -188,9 +188,14 @@ class Engine:
         """Give a request up; the next step frees what it has."""
         self.requests.cancel(number)
 
-    def step(self) -> list[Event]:
+    def step(self, meanwhile: Callable[[], None] = lambda: None) -> list[Event]:
         """Let the device do what is next for the requests -> what it has brought to each: see ``Serving.step``."""
-        return self.requests.step()
+        return self.requests.step(meanwhile)
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether Python goes on while the device works: on a CPU a program has ended when its call returns."""
+        return self.mesh.devices.flat[0].platform != "cpu"
 
     @property
     def busy(self) -> bool:

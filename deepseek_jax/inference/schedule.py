@@ -70,11 +70,12 @@ class ServingConfig:
 @dataclasses.dataclass(frozen=True)
 class Buckets:
     """The shapes that are compiled. slots: rows of a decoding step. chunks: (rows, tokens of each) that are read in.
-    tables: pages of a row."""
+    tables: pages of a row. cut: tokens from which on two pieces cost less than a shape that they would fill by half."""
 
     slots: tuple[int, ...]
     chunks: tuple[tuple[int, int], ...]
     tables: tuple[int, ...]
+    cut: int
 
     @property
     def long(self) -> tuple[int, ...]:
@@ -92,7 +93,15 @@ class Buckets:
             (shape for shape in chunks if shape[0] in (1, config.chunk // shape[1]) or math.prod(shape) >= busy),
             key=lambda shape: (shape[1], shape[0]),
         )
-        return cls(_sizes(config.slots, 1), tuple(by_need), _sizes(most, 4) if gathers else (most,))
+        return cls(_sizes(config.slots, 1), tuple(by_need), _sizes(most, 4) if gathers else (most,), cut=4 * least)
+
+    def piece(self, unread: int) -> int:
+        """How many of so many tokens to read in: as many as a chunk takes; but of those that would fill their shape by
+        half or less as many as the next smaller one has room for."""
+        sizes = [size for _, size in self.chunks]
+        whole = min(unread, sizes[-1])
+        below = sizes[max(sizes.index(fitting(sizes, whole)) - 1, 0)]
+        return below if self.cut <= below < whole <= 2 * below else whole
 
     def reads(self, pieces: Sequence[Sequence[Piece]]) -> list[tuple[tuple[int, int], list[Sequence[Piece]]]]:
         """Lanes' pieces of prompts, and the shape that each lane has to hold them: one for all, or where one has many
@@ -260,10 +269,14 @@ class Schedule:
         unread = [request for request in self.running if request.unread]
         if not unread:
             return []
-        whole = lambda request: min(request.unread, self.config.chunk)  # noqa: E731
-        size = fitting([size for _, size in self.buckets.chunks], whole(unread[0]))
-        alike = [r for r in unread if whole(r) <= size and (r.length == 0 or unread[0].length > 0)]
-        pieces = [Piece(r, r.length, whole(r)) for r in alike[: self.config.chunk // size]]
+        counts = [self.buckets.piece(request.unread) for request in unread]
+        size = fitting([size for _, size in self.buckets.chunks], counts[0])
+        alike = [
+            Piece(request, request.length, count)
+            for request, count in zip(unread, counts, strict=True)
+            if count <= size and (request.length == 0 or unread[0].length > 0)
+        ]
+        pieces = alike[: self.config.chunk // size]
         for piece in pieces:
             piece.request.length += piece.count
         return pieces

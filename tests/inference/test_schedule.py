@@ -243,3 +243,16 @@ def test_shapes_of_chunks():
     assert small.chunks == ((1, 32), (16, 32), (1, 128), (4, 128), (1, 512))
     large = Buckets.of(ServingConfig(chunk=8192), 16384, gathers=False, least=512)
     assert large.chunks == ((1, 512), (4, 512), (16, 512), (1, 2048), (4, 2048), (1, 8192))
+
+
+@pytest.mark.parametrize(("chunk", "least"), [(256, 16), (512, 16), (8192, 128)])
+def test_a_prompt_fills_at_least_half_of_the_shapes_that_it_is_read_in(chunk, least):
+    """From twice ``cut`` on: in pieces, where one shape would be filled by less."""
+    buckets = Buckets.of(ServingConfig(chunk=chunk), 16384, gathers=False, least=least)
+    sizes = [size for _, size in buckets.chunks]
+    for tokens in range(1, 2 * chunk + 1):
+        left, filled = tokens, 0
+        while left:
+            count = buckets.piece(left)
+            left, filled = left - count, filled + fitting(sizes, count)
+        assert tokens <= filled <= 2 * max(tokens, 2 * buckets.cut), (tokens, filled)

@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.inference.arrivals import exchange
+from deepseek_jax.inference.buckets import Buckets
 from deepseek_jax.inference.constraints import Constraint
 from deepseek_jax.inference.decoding import Decoded
 from deepseek_jax.inference.events import Event
@@ -31,7 +32,8 @@ from deepseek_jax.inference.programs import Done, Programs, gathers
 from deepseek_jax.inference.prompt_scores import pairs
 from deepseek_jax.inference.rows import Rows, check_request
 from deepseek_jax.inference.sampling import SamplingParams
-from deepseek_jax.inference.schedule import Buckets, Schedule, ServingConfig
+from deepseek_jax.inference.schedule import Schedule
+from deepseek_jax.inference.serving_config import ServingConfig
 from deepseek_jax.inference.speculation import check_drafts
 from deepseek_jax.inference.weights import Weights
 

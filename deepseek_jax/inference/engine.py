@@ -18,8 +18,8 @@ from deepseek_jax.inference.generate import Generated
 from deepseek_jax.inference.in_turn import InTurn
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.sampling_model import SamplingModel
-from deepseek_jax.inference.schedule import ServingConfig
 from deepseek_jax.inference.serving import Serving
+from deepseek_jax.inference.serving_config import ServingConfig
 from deepseek_jax.inference.together import answer_together, stream
 from deepseek_jax.model import transformer
 from deepseek_jax.parallel.sharding import ShardingRules

@@ -10,7 +10,7 @@ from deepseek_jax.inference.continuous import Continuous
 from deepseek_jax.inference.events import Event
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.sampling_model import SamplingModel
-from deepseek_jax.inference.schedule import ServingConfig
+from deepseek_jax.inference.serving_config import ServingConfig
 
 
 class Serving:

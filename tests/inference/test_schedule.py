@@ -7,10 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deepseek_jax.inference.buckets import Buckets, fitting
 from deepseek_jax.inference.pages import Pages
 from deepseek_jax.inference.plans import Request
 from deepseek_jax.inference.sampling import SamplingParams
-from deepseek_jax.inference.schedule import Buckets, Schedule, ServingConfig, fitting
+from deepseek_jax.inference.schedule import Schedule
+from deepseek_jax.inference.serving_config import ServingConfig
 
 CONFIG = ServingConfig(slots=3, pages=10, page=4, chunk=16, turns=3)
 BUCKETS = Buckets.of(CONFIG, 40, gathers=True)

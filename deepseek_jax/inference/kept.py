@@ -31,7 +31,10 @@ logger = logging.getLogger(__name__)
 FOLDER = "deepseek-jax-lowered"  # in jax_compilation_cache_dir
 MOST = 2**30  # bytes of it, of which those read last stay
 _HEAD = b"deepseek-jax lowered 1\n"
-_PACKAGES = "jax", "jaxlib", "flax", "numpy", "libtpu", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13"
+_PACKAGES = (
+    *("jax", "jaxlib", "flax", "numpy", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin"),
+    *("nvidia-cudnn-cu12", "nvidia-cudnn-cu13"),
+)
 _ENVIRONMENT = "XLA_", "LIBTPU_", "MOSAIC_", "TF_XLA_"  # beginnings of what compilers read
 # Of jax's settings those that say where things lie, and our own.
 _ELSEWHERE = "jax_compilation_cache", "jax_persistent_cache", "jax_cross_host", "jax_dump", "jax_export_ignore"

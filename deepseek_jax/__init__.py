@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from deepseek_jax.inference.engine import Engine
     from deepseek_jax.inference.events import Event
     from deepseek_jax.inference.sampling import SamplingParams
-    from deepseek_jax.inference.schedule import ServingConfig
+    from deepseek_jax.inference.serving_config import ServingConfig
     from deepseek_jax.model.transformer import ModelOutput, Transformer
 
 __all__ = [
@@ -45,7 +45,7 @@ _MODULES = {
     "inference.events": ("Event",),
     "inference.engine": ("Engine",),
     "inference.sampling": ("SamplingParams",),
-    "inference.schedule": ("ServingConfig",),
+    "inference.serving_config": ("ServingConfig",),
     "model.transformer": ("ModelOutput", "Transformer"),
 }
 _WHERE = {name: module for module, names in _MODULES.items() for name in names}

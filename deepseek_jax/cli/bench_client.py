@@ -34,11 +34,13 @@ class Load:
 @dataclasses.dataclass
 class Answer:
     """What became of a request, times in seconds by the clock of this machine. came: when each event with any of the
-    answer in it did. failure: "" where all is well. prompt, tokens: as the server counts them, else 0 and events."""
+    answer in it did. failure: "" where all is well. prompt, tokens: as the server counts them, else 0 and events.
+    found: of the prompt, in its cache."""
 
     sent: float
     came: list[float] = dataclasses.field(default_factory=list)
     prompt: int = 0
+    found: int = 0
     tokens: int = 0
     failure: str = ""
 
@@ -103,6 +105,7 @@ class _Stream(asyncio.Protocol):
             self._answer.failure = str(told["error"])[:200]
         if usage := told.get("usage"):
             self._answer.prompt, self._answer.tokens = usage.get("prompt_tokens", 0), usage["completion_tokens"]
+            self._answer.found = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
         for choice in told.get("choices", ()):
             self._finished |= bool(choice.get("finish_reason"))
             said = choice.get("delta") or {"content": choice.get("text")}

@@ -13,7 +13,7 @@ from deepseek_jax.cli.bench_inference import measure_decoding, measure_prefill
 from deepseek_jax.cli.bench_peer import peer_row
 from deepseek_jax.cli.bench_report import Measured, print_profile
 from deepseek_jax.cli.bench_training import measure_training
-from deepseek_jax.inference.schedule import MOST_DRAFTS
+from deepseek_jax.inference.serving_config import MOST_DRAFTS
 from deepseek_jax.saying import terminal
 from deepseek_jax.typed import check_least, check_types
 from deepseek_jax.workflows.pretrain import PretrainConfig

@@ -105,6 +105,8 @@ def run_bench_serve(arguments: Sequence[str]) -> None:
         f"{found['answered']} of {found['requests']} requests answered in {found['seconds']:.1f} s, "
         f"{found['output tokens']:,} tokens in {found['events']:,} events; client {found['client']:.0%} of a core"
     )
+    if found["found"]:
+        console.print(f"{found['found']:.0%} of the prompts were found in the server's cache (--seed asks others)")
     for why, count in found["failures"].items():
         console.print(f"failed, {count} times: {why}")
     if "bound" in found:
@@ -173,6 +175,7 @@ def figures(answers: Sequence[Answer]) -> dict[str, Any]:
         "events": sum(len(answer.came) for answer in whole),
         "output tokens a second": tokens / seconds if seconds else 0.0,
         "input tokens a second": prompts / seconds if seconds else 0.0,
+        "found": sum(answer.found for answer in whole) / prompts if prompts else 0.0,
         "time to first token": percentiles([answer.came[0] - answer.sent for answer in whole]),
         "between events": percentiles(gaps),
         "a token": percentiles(each),

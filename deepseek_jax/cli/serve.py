@@ -21,7 +21,7 @@ from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.data.tokenizer_training import made_up_tokenizer
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.lowered import check_dtypes
-from deepseek_jax.inference.schedule import ServingConfig
+from deepseek_jax.inference.serving_config import ServingConfig
 from deepseek_jax.saying import doing, say
 from deepseek_jax.serve.asking import Served
 from deepseek_jax.serve.config import ServeConfig

@@ -20,7 +20,7 @@ from deepseek_jax.data.special_tokens import THINK
 from deepseek_jax.data.tokenizer import whole_text
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
-from deepseek_jax.inference.schedule import ServingConfig
+from deepseek_jax.inference.serving_config import ServingConfig
 from deepseek_jax.parallel.copies import read_placement
 from deepseek_jax.parallel.mesh import AXES, MeshConfig, make_mesh
 from deepseek_jax.parallel.processes import gather, own_part, require_own_rows

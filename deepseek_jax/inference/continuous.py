@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.inference.arrivals import exchange
+from deepseek_jax.inference.buckets import Buckets
 from deepseek_jax.inference.constraints import Constraint
 from deepseek_jax.inference.decoding import Decoded
 from deepseek_jax.inference.events import Event
@@ -31,7 +32,8 @@ from deepseek_jax.inference.programs import Done, Programs, gathers
 from deepseek_jax.inference.prompt_scores import pairs
 from deepseek_jax.inference.rows import Rows, check_request
 from deepseek_jax.inference.sampling import SamplingParams
-from deepseek_jax.inference.schedule import Buckets, Schedule, ServingConfig
+from deepseek_jax.inference.schedule import Schedule
+from deepseek_jax.inference.serving_config import ServingConfig
 from deepseek_jax.inference.speculation import check_drafts
 from deepseek_jax.inference.weights import Weights
 
@@ -113,8 +115,9 @@ class Continuous:
         """Whether there is anything to do."""
         return bool(self._asked or self._new)
 
-    def step(self, weights: Weights) -> list[Event]:
-        """Do what is next -> what it has brought. Without requests nothing.
+    def step(self, weights: Weights, meanwhile: Callable[[], None] = lambda: None) -> list[Event]:
+        """Do what is next -> what it has brought. Without requests nothing. meanwhile: called once the device has its
+        work, before anything waits for it.
 
         Where it fails, or is interrupted, the next one begins anew with what every request had before."""
         began, called = time.perf_counter(), self.programs.seconds
@@ -123,7 +126,9 @@ class Continuous:
             return []
         plans = [lane.plan() for lane in self._lanes]
         try:
-            done, dispatched = self.programs.run(weights, plans), time.perf_counter()
+            done = self.programs.run(weights, plans)
+            meanwhile()
+            dispatched = time.perf_counter()
             if done.decoded is None:
                 self.programs.wait()
             done = self._fetched(done, plans)

@@ -1,6 +1,6 @@
 """Prompts in, completions out: a model, and the ways to answer with it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -18,8 +18,8 @@ from deepseek_jax.inference.generate import Generated
 from deepseek_jax.inference.in_turn import InTurn
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.sampling_model import SamplingModel
-from deepseek_jax.inference.schedule import ServingConfig
 from deepseek_jax.inference.serving import Serving
+from deepseek_jax.inference.serving_config import ServingConfig
 from deepseek_jax.inference.together import answer_together, stream
 from deepseek_jax.model import transformer
 from deepseek_jax.parallel.sharding import ShardingRules
@@ -188,9 +188,14 @@ class Engine:
         """Give a request up; the next step frees what it has."""
         self.requests.cancel(number)
 
-    def step(self) -> list[Event]:
+    def step(self, meanwhile: Callable[[], None] = lambda: None) -> list[Event]:
         """Let the device do what is next for the requests -> what it has brought to each: see ``Serving.step``."""
-        return self.requests.step()
+        return self.requests.step(meanwhile)
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether Python goes on while the device works: on a CPU a program has ended when its call returns."""
+        return self.mesh.devices.flat[0].platform != "cpu"
 
     @property
     def busy(self) -> bool:

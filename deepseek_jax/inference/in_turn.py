@@ -10,7 +10,7 @@ from deepseek_jax.inference.generate import Generated
 from deepseek_jax.inference.requests import as_ids, round_up
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.sampling_model import SamplingModel
-from deepseek_jax.inference.schedule import ServingConfig
+from deepseek_jax.inference.serving_config import ServingConfig
 from deepseek_jax.inference.together import told
 from deepseek_jax.inference.weights import Weights, sampling_config
 from deepseek_jax.parallel.processes import gather

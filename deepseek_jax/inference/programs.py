@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.inference.buckets import Buckets, fitting
 from deepseek_jax.inference.decoding import Decoded, decode
 from deepseek_jax.inference.generate import OPTIONS
 from deepseek_jax.inference.kept import Kept
@@ -22,8 +23,8 @@ from deepseek_jax.inference.lowered import Program, check_dtypes, holding
 from deepseek_jax.inference.paged import copy_pages, empty_pages, read, reads_pages
 from deepseek_jax.inference.plans import Piece, Plan, Request
 from deepseek_jax.inference.rows import Numbers, Rows
-from deepseek_jax.inference.schedule import Buckets, ServingConfig, fitting
 from deepseek_jax.inference.scores import Scores
+from deepseek_jax.inference.serving_config import ServingConfig
 from deepseek_jax.inference.weights import Weights
 from deepseek_jax.parallel.processes import meet
 

@@ -8,7 +8,7 @@ from flax import struct
 
 from deepseek_jax.inference.limits import BIASES
 from deepseek_jax.inference.sampling import SamplingParams
-from deepseek_jax.inference.schedule import MOST_DRAFTS
+from deepseek_jax.inference.serving_config import MOST_DRAFTS
 
 STOPS = 16  # ids that end an answer, at most
 

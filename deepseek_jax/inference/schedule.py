@@ -7,115 +7,15 @@ draws tokens, and a prompt that another has brought costs nothing.
 """
 
 import bisect
-import dataclasses
-import math
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 
+from deepseek_jax.inference.buckets import Buckets, fitting
 from deepseek_jax.inference.pages import Found, Pages
 from deepseek_jax.inference.plans import Piece, Plan, Request
 from deepseek_jax.inference.prompt_scores import PromptScores
-from deepseek_jax.typed import check_least, check_types
-
-RATIO = 4  # from one size of a bucket to the next
-_BUSY = 2048  # tokens that keep a device busy: of fewer, those that only fill a shape up cost little
-MOST_DRAFTS = 3  # the kernels of decoding take four tokens of a row
-
-
-@dataclasses.dataclass(frozen=True)
-class ServingConfig:
-    """How requests are answered as they come (``Engine.submit``); sizes are those of one device of the batch's."""
-
-    slots: int = 64
-    """Requests that are answered at once."""
-    pages: int = 1024
-    """Pages of the cache."""
-    page: int = 64
-    """Tokens of a page; kernels take multiples of 64 on Hopper, of 128 on TPUs."""
-    context: int = 0
-    """Tokens of prompt and answer at most; 0: max_position_embeddings, or what all pages hold where that is less."""
-    chunk: int = 512
-    """Tokens of prompts that are read in between two tokens of the others' answers."""
-    turns: int = 8
-    """Tokens of each answer, or times a token and drafts, that are made without a look at who has come; one, while
-    prompts are read in, an answer has none yet, or one is held to a grammar."""
-    cache: Literal["compute", "bfloat16", "float8_e4m3"] = "compute"
-    """What the cache keeps numbers in: the dtype that is computed in, or bfloat16, half of float32 (on a CPU from jax
-    0.11 on); float8_e4m3: MLA's latents in groups of 128 with a scale."""
-    drafts: int = 0
-    """Tokens that the network's MTP module guesses of each answer, 0…3; those that it would have said itself are taken
-    over, so that a turn brings up to so many more. For networks with such a module."""
-    score: bool = False
-    """Whether requests may ask for the log-probabilities of their prompts' tokens: twice the programs that read."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        check_least(self, 1, "slots", "pages", "page", "chunk", "turns")
-        if not 0 <= self.drafts <= MOST_DRAFTS:
-            raise ValueError(f"drafts={self.drafts}: expected 0…{MOST_DRAFTS}, of an MTP module that guesses so far")
-
-    def tokens(self, most: int) -> int:
-        """``context`` for a network of ``most`` positions."""
-        room = min(most, self.pages * self.page)
-        if self.context > room:
-            raise ValueError(
-                f"context={self.context}: expected at most {room}, of max_position_embeddings={most} and of "
-                f"pages={self.pages} of {self.page} tokens"
-            )
-        return self.context or room
-
-
-@dataclasses.dataclass(frozen=True)
-class Buckets:
-    """The shapes that are compiled. slots: rows of a decoding step. chunks: (rows, tokens of each) that are read in.
-    tables: pages of a row."""
-
-    slots: tuple[int, ...]
-    chunks: tuple[tuple[int, int], ...]
-    tables: tuple[int, ...]
-
-    @property
-    def long(self) -> tuple[int, ...]:
-        """The tables for which more of a prompt is read in: it is seldom short, and each is a program a chunk."""
-        return self.tables[-2:]
-
-    @classmethod
-    def of(cls, config: ServingConfig, context: int, *, gathers: bool, least: int = 16) -> "Buckets":
-        """gathers: a row costs what its table has room for, since no kernel reads pages. least: tokens of a chunk,
-        fewer of which would not be read in sooner."""
-        most = -(-context // config.page)
-        busy = min(config.chunk, _BUSY)
-        chunks = {(rows, size) for size in _sizes(config.chunk, least) for rows in _sizes(config.chunk // size, 1)}
-        by_need = sorted(
-            (shape for shape in chunks if shape[0] in (1, config.chunk // shape[1]) or math.prod(shape) >= busy),
-            key=lambda shape: (shape[1], shape[0]),
-        )
-        return cls(_sizes(config.slots, 1), tuple(by_need), _sizes(most, 4) if gathers else (most,))
-
-    def reads(self, pieces: Sequence[Sequence[Piece]]) -> list[tuple[tuple[int, int], list[Sequence[Piece]]]]:
-        """Lanes' pieces of prompts, and the shape that each lane has to hold them: one for all, or where one has many
-        that are short and another a long one, the short ones by themselves first."""
-        rows, sizes = max(map(len, pieces)), [max((piece.count for piece in some), default=0) for some in pieces]
-        if shape := next((shape for shape in self.chunks if shape[0] >= rows and shape[1] >= max(sizes)), None):
-            return [(shape, [*pieces])]
-        size = fitting([size for _, size in self.chunks], min(filter(None, sizes)))
-        short = [some if most <= size else [] for some, most in zip(pieces, sizes, strict=True)]
-        long = [[] if most <= size else some for some, most in zip(pieces, sizes, strict=True)]
-        return [*self.reads(short), *self.reads(long)]
-
-
-def fitting(sizes: Sequence[int], need: int) -> int:
-    """The smallest of these ascending sizes that holds so many."""
-    return sizes[bisect.bisect_left(sizes, need)]
-
-
-def _sizes(most: int, least: int) -> tuple[int, ...]:
-    sizes = [most]
-    while sizes[-1] // RATIO >= least:
-        sizes.append(sizes[-1] // RATIO)
-    return tuple(sizes[::-1])
+from deepseek_jax.inference.serving_config import ServingConfig
 
 
 class Schedule:
@@ -260,10 +160,14 @@ class Schedule:
         unread = [request for request in self.running if request.unread]
         if not unread:
             return []
-        whole = lambda request: min(request.unread, self.config.chunk)  # noqa: E731
-        size = fitting([size for _, size in self.buckets.chunks], whole(unread[0]))
-        alike = [r for r in unread if whole(r) <= size and (r.length == 0 or unread[0].length > 0)]
-        pieces = [Piece(r, r.length, whole(r)) for r in alike[: self.config.chunk // size]]
+        counts = [self.buckets.piece(request.unread) for request in unread]
+        size = fitting([size for _, size in self.buckets.chunks], counts[0])
+        alike = [
+            Piece(request, request.length, count)
+            for request, count in zip(unread, counts, strict=True)
+            if count <= size and (request.length == 0 or unread[0].length > 0)
+        ]
+        pieces = alike[: self.config.chunk // size]
         for piece in pieces:
             piece.request.length += piece.count
         return pieces

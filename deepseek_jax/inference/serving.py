@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from deepseek_jax.inference.answers import Answer, Completion
 from deepseek_jax.inference.constraints import Constraint, Grammars
@@ -10,7 +10,7 @@ from deepseek_jax.inference.continuous import Continuous
 from deepseek_jax.inference.events import Event
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.sampling_model import SamplingModel
-from deepseek_jax.inference.schedule import ServingConfig
+from deepseek_jax.inference.serving_config import ServingConfig
 
 
 class Serving:
@@ -70,10 +70,11 @@ class Serving:
         if self._continuous is not None:
             self._continuous.cancel(number)
 
-    def step(self) -> list[Event]:
-        """Let the device do what is next for the requests, see ``schedule`` -> what it has brought to each."""
+    def step(self, meanwhile: Callable[[], None] = lambda: None) -> list[Event]:
+        """Let the device do what is next for the requests, see ``schedule`` -> what it has brought to each. meanwhile:
+        see ``Continuous.step``."""
         with self._model.stepping:
-            events, self._events = [*self._events, *self._advance()], []
+            events, self._events = [*self._events, *self._advance(meanwhile)], []
         return events
 
     @property
@@ -122,10 +123,10 @@ class Serving:
         completions = [answer.completion() for answer in asked.values()]
         return [completions[at : at + n] for at in range(0, len(completions), n)]
 
-    def _advance(self) -> list[Event]:
+    def _advance(self, meanwhile: Callable[[], None] = lambda: None) -> list[Event]:
         """One step -> events of nobody that ``answer`` waits for."""
         continuous, others = self.continuous, []
-        for event in continuous.step(self._model.weights()):
+        for event in continuous.step(self._model.weights(), meanwhile):
             answer = self.awaited.get(event.number)
             if answer is None:
                 others.append(event)

@@ -149,7 +149,8 @@ def run(engine: Engine, http: HttpProcess, served: Served, stopping: Stopping, r
     Returns when all answers have ended; KeyboardInterrupt when told twice; RuntimeError where the child has ended by
     itself, or steps fail again and again."""
     told = False
-    desk, waiting = Desk(engine, http.link.send), selectors.DefaultSelector()
+    desk = Desk(engine, http.link.send, overlaps=engine.overlaps)
+    waiting = selectors.DefaultSelector()
     for end in (http.link, stopping):
         waiting.register(end, selectors.EVENT_READ)
     try:
@@ -176,10 +177,13 @@ def run(engine: Engine, http: HttpProcess, served: Served, stopping: Stopping, r
 
 
 class Desk:
-    """The HTTP process's requests, by its keys and the engine's numbers."""
+    """The HTTP process's requests, by its keys and the engine's numbers.
 
-    def __init__(self, engine: Engine, send: Callable[[Frame], None]):
-        self._engine, self._send = engine, send
+    overlaps: the engine's; then what a step has brought is told while the device is at the next one."""
+
+    def __init__(self, engine: Engine, send: Callable[[Frame], None], *, overlaps: bool = False):
+        self._engine, self._send, self._overlaps = engine, send, overlaps
+        self._events: list[Event] = []  # not told yet
         self._numbers: dict[int, int] = {}
         self._keys: dict[int, int] = {}
         self._failures = 0
@@ -212,15 +216,22 @@ class Desk:
         """One of the engine's, told in one frame. A step that fails is tried again, as the engine does it; but where
         other processes have taken it, this one cannot go on with them."""
         try:
-            events = self._engine.step()
+            brought = self._engine.step(self._tell) if self._overlaps else self._engine.step()
             self._failures = 0
+        except Closed:
+            raise
         except Exception as error:
             self._failures += 1
             say(f"a step has failed ({self._failures}): {''.join(traceback.format_exception(error))}")
             if self._failures >= (most := _FAILURES if jax.process_count() == 1 else 1):
                 raise RuntimeError(f"{most} steps one after another have failed, the last: {error}") from error
             return
-        events = [event for event in events if event.number in self._keys]
+        self._events += brought
+        if not (self._overlaps and self._engine.busy):
+            self._tell()
+
+    def _tell(self) -> None:
+        events, self._events = [event for event in self._events if event.number in self._keys], []
         if told := [self._told(event) for event in events if not event.error]:
             self._send({"events": told})
         for event in filter(lambda event: event.error, events):

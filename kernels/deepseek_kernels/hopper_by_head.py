@@ -34,14 +34,12 @@ def product_by_head(
     across, tiles = width // COLUMNS, pl.cdiv(rows, TILE)
 
     def tile(place, warpgroup, layer, w, x, out):
-        (place,), i = place, 0
-        if tiles > 1:
-            place, i = place // tiles, jax.lax.rem(place, tiles)
+        place, i = place[0] // tiles, jax.lax.rem(place[0], tiles)
         head, j = place // across, jax.lax.rem(place, across)
         those = pl.ds(j * COLUMNS, COLUMNS)
         start = pl.multiple_of(head * W + first + (0 if transposed else j * COLUMNS), STEP)
         matrix = w.at[layer[0], *((those, pl.ds(start, depth)) if transposed else (slice(None), pl.ds(start, COLUMNS)))]
-        few = pl.ds(pl.multiple_of(i * TILE, TILE) if tiles > 1 else 0 * head, tile_rows)  # reaches past the end
+        few = pl.ds(i * TILE, tile_rows)  # reaches past the end
         mine = out.at[few, pl.ds(place * COLUMNS, COLUMNS)].at[:, half(warpgroup)]
         return matrix, x.at[few, pl.ds(pl.multiple_of(head * depth, STEP), depth)], mine, jnp.int32(depth // STEP)
 

@@ -59,6 +59,7 @@ class Fake:
             else:
                 self.piece(writer, {"choices": [{"text": "", "finish_reason": "length"}]})
                 usage = {"prompt_tokens": len(asked["prompt"]), "completion_tokens": self.events * self.size}
+                usage["prompt_tokens_details"] = {"cached_tokens": len(asked["prompt"]) // 4}
                 self.piece(writer, {"choices": [], "usage": usage})
                 writer.write(b"e\r\ndata: [DONE]\n\n"[:-1] + b"\n\r\n0\r\n\r\n")
         self.at_once -= 1
@@ -79,6 +80,7 @@ def test_a_closed_loop():
     with Fake() as fake:
         found = bench_serve.measure(options(fake, concurrency=3, requests=7))
     assert (found["answered"], found["failures"], found["events"], found["output tokens"]) == (7, {}, 28, 56)
+    assert found["found"] == 0.25
     assert fake.most == 3 and len(fake.asked) == 8
     assert all(body["model"] == "fake" and len(body["prompt"]) == 8 and body["stream"] for body in fake.asked)
     assert found["time to first token"]["p50"] >= 0.01 and found["between events"]["p50"] >= 0.009
@@ -128,7 +130,7 @@ def test_the_command(tmp_path, capsys):
             main(["bench", "serve", fake.url, "--endpoint", "chat"])
         assert main(["bench", "serve", "http://127.0.0.1:9/v1", "--model", "m"]) == 1
     said = capsys.readouterr()
-    assert "time to first token" in said.out and "output tokens/s" in said.out and "allow for" in said.out
+    assert all(part in said.out for part in ("time to first token", "output tokens/s", "allow for", "25% of the"))
     assert "takes no ids" in said.out + said.err and "no connection" in said.err
     assert json.loads((tmp_path / "out.json").read_text())["answered"] == 4
 

@@ -10,7 +10,7 @@ from small import SPEAKER, tokenizer
 
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
-from deepseek_jax.inference.schedule import ServingConfig
+from deepseek_jax.inference.serving_config import ServingConfig
 
 SERVING = ServingConfig(slots=3, pages=32, page=4, chunk=16, turns=3)
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8)

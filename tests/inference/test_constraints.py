@@ -23,7 +23,7 @@ from deepseek_jax.inference.answers import Completion
 from deepseek_jax.inference.constraints import Constraint, Grammars, check_multiples
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
-from deepseek_jax.inference.schedule import ServingConfig
+from deepseek_jax.inference.serving_config import ServingConfig
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
 
 MODEL = dataclasses.replace(SPEAKER, max_position_embeddings=512)

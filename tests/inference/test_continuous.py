@@ -16,7 +16,7 @@ from small import SPEAKER, tokenizer
 from deepseek_jax.inference import paged
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
-from deepseek_jax.inference.schedule import ServingConfig
+from deepseek_jax.inference.serving_config import ServingConfig
 from deepseek_jax.model import parameters
 from deepseek_jax.model.parameters import logical_axes
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh

@@ -13,7 +13,7 @@ from small import SPEAKER, tokenizer
 from deepseek_jax.inference import sampling_model, together
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
-from deepseek_jax.inference.schedule import ServingConfig
+from deepseek_jax.inference.serving_config import ServingConfig
 from deepseek_jax.model import parameters
 from deepseek_jax.parallel.mesh import make_mesh
 

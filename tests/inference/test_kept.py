@@ -27,7 +27,7 @@ from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.kept import FOLDER, Kept
 from deepseek_jax.inference.lowered import Program
 from deepseek_jax.inference.sampling import SamplingParams
-from deepseek_jax.inference.schedule import ServingConfig
+from deepseek_jax.inference.serving_config import ServingConfig
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
 from deepseek_kernels import Target, registry

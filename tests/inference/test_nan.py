@@ -10,7 +10,7 @@ from small import SPEAKER, tokenizer
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
-from deepseek_jax.inference.schedule import ServingConfig
+from deepseek_jax.inference.serving_config import ServingConfig
 
 POISON = 7  # a token whose embedding is NaN
 STUDENT = config(QWEN, vocab_size=300, max_position_embeddings=64, tie_word_embeddings=False)

@@ -17,7 +17,7 @@ from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.events import Event
 from deepseek_jax.inference.prompt_scores import PromptScores
 from deepseek_jax.inference.sampling import SamplingParams
-from deepseek_jax.inference.schedule import ServingConfig
+from deepseek_jax.inference.serving_config import ServingConfig
 from deepseek_jax.parallel.mesh import MeshConfig
 
 SCORING = dataclasses.replace(SERVING, score=True)

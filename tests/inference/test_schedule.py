@@ -8,10 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deepseek_jax.inference.buckets import Buckets, fitting
 from deepseek_jax.inference.pages import Pages
 from deepseek_jax.inference.plans import Request
 from deepseek_jax.inference.sampling import SamplingParams
-from deepseek_jax.inference.schedule import Buckets, Schedule, ServingConfig, fitting
+from deepseek_jax.inference.schedule import Schedule
+from deepseek_jax.inference.serving_config import ServingConfig
 
 CONFIG = ServingConfig(slots=3, pages=10, page=4, chunk=16, turns=3)
 BUCKETS = Buckets.of(CONFIG, 40, gathers=True)
@@ -249,3 +251,16 @@ def test_shapes_of_chunks():
         assert shapes[-1] == (1, chunk)
         for _, size in shapes:  # what ``Schedule`` takes for granted
             assert {(1, size), (chunk // size, size)} <= {*shapes}
+
+
+@pytest.mark.parametrize(("chunk", "least"), [(256, 16), (512, 16), (8192, 128)])
+def test_a_prompt_fills_at_least_half_of_the_shapes_that_it_is_read_in(chunk, least):
+    """From twice ``cut`` on: in pieces, where one shape would be filled by less."""
+    buckets = Buckets.of(ServingConfig(chunk=chunk), 16384, gathers=False, least=least)
+    sizes = [size for _, size in buckets.chunks]
+    for tokens in range(1, 2 * chunk + 1):
+        left, filled = tokens, 0
+        while left:
+            count = buckets.piece(left)
+            left, filled = left - count, filled + fitting(sizes, count)
+        assert tokens <= filled <= 2 * max(tokens, 2 * buckets.cut), (tokens, filled)

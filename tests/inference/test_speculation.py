@@ -15,7 +15,7 @@ from small import SPEAKER, tokenizer
 from deepseek_jax.inference.continuous import Continuous
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
-from deepseek_jax.inference.schedule import ServingConfig
+from deepseek_jax.inference.serving_config import ServingConfig
 from deepseek_jax.inference.speculation import kept
 from deepseek_jax.inference.weights import sampling_compute, sampling_weights
 from deepseek_jax.model import parameters

@@ -15,7 +15,7 @@ from deepseek_jax.inference.answers import Answer
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.events import Event
 from deepseek_jax.inference.sampling import SamplingParams
-from deepseek_jax.inference.schedule import ServingConfig
+from deepseek_jax.inference.serving_config import ServingConfig
 
 SERVING = ServingConfig(slots=3, pages=32, page=4, chunk=16, turns=3)
 DRAWN = SamplingParams(max_tokens=24, seed=3)

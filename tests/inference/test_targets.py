@@ -20,7 +20,7 @@ from deepseek_jax.inference.programs import gathers
 from deepseek_jax.inference.requests import make_requests
 from deepseek_jax.inference.rows import Rows
 from deepseek_jax.inference.sampling import SamplingParams
-from deepseek_jax.inference.schedule import ServingConfig
+from deepseek_jax.inference.serving_config import ServingConfig
 from deepseek_jax.inference.weights import sampling_compute, sampling_config
 from deepseek_jax.model import parameters
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh

@@ -13,7 +13,7 @@ from small import tokenizer
 
 from deepseek_jax import ComputeConfig, Engine, SamplingParams, load, save_hf
 from deepseek_jax.checkpoint.model import Model
-from deepseek_jax.inference.schedule import ServingConfig
+from deepseek_jax.inference.serving_config import ServingConfig
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
 from deepseek_kernels import BlockScaled
 from deepseek_kernels.block_fp8 import BLOCK

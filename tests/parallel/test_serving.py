@@ -21,7 +21,7 @@ from small import SPEAKER, tokenizer
 from deepseek_jax import save_hf
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
-from deepseek_jax.inference.schedule import ServingConfig
+from deepseek_jax.inference.serving_config import ServingConfig
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
 
 SERVING = ServingConfig(slots=2, pages=8, page=4, context=32, chunk=8, turns=2, score=True)

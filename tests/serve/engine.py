@@ -15,7 +15,7 @@ from model.tiny import V3, config, weights, whole
 from small import tokenizer
 
 from deepseek_jax.inference.engine import Engine
-from deepseek_jax.inference.schedule import ServingConfig
+from deepseek_jax.inference.serving_config import ServingConfig
 from deepseek_jax.serve.asking import Served
 from deepseek_jax.serve.config import ServeConfig
 from deepseek_jax.serve.engine_process import HttpProcess, Stopping, run

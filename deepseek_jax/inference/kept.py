@@ -23,7 +23,7 @@ import jax
 from jax.sharding import Mesh
 
 from deepseek_jax.inference.lowered import Module, Program, called, exported
-from deepseek_kernels import cpu
+from deepseek_kernels import cpu, registry
 from deepseek_kernels.target import Target
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,10 @@ logger = logging.getLogger(__name__)
 FOLDER = "deepseek-jax-lowered"  # in jax_compilation_cache_dir
 MOST = 2**30  # bytes of it, of which those read last stay
 _HEAD = b"deepseek-jax lowered 1\n"
-_PACKAGES = "jax", "jaxlib", "flax", "numpy", "libtpu", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13"
+_PACKAGES = (
+    *("jax", "jaxlib", "flax", "numpy", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin"),
+    *("nvidia-cudnn-cu12", "nvidia-cudnn-cu13"),
+)
 _ENVIRONMENT = "XLA_", "LIBTPU_", "MOSAIC_", "TF_XLA_"  # beginnings of what compilers read
 # Of jax's settings those that say where things lie, and our own.
 _ELSEWHERE = "jax_compilation_cache", "jax_persistent_cache", "jax_cross_host", "jax_dump", "jax_export_ignore"
@@ -83,6 +86,8 @@ class Kept:
             if module is None:
                 return program.lower()
             self._write(file, module)
+        for what, level in module.said.items():  # which tracing it has said, if it was traced
+            registry.say(level, what)
         return called(program, module, self._platform)
 
     def close(self) -> None:
@@ -132,15 +137,17 @@ class Kept:
 
     def _write(self, file: Path, module: Module) -> None:
         """All or nothing, also where others write the same."""
-        about = json.dumps({"outputs": module.outputs, "used": module.used}).encode()
+        about = json.dumps({name: value for name, value in module._asdict().items() if name != "code"}).encode()
         rest = about + b"\n" + zlib.compress(module.code, 1)
+        half = file.with_name(f"{file.name}-{secrets.token_hex(8)}")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            half = file.with_name(f"{file.name}-{secrets.token_hex(8)}")
             half.write_bytes(_HEAD + hashlib.sha256(rest).digest() + rest)
             os.replace(half, file)
             self._grown = True
         except OSError as error:
+            with contextlib.suppress(OSError):  # a full disk has room for the beginning
+                half.unlink()
             self._say(f"{self.folder}: cannot be written ({error.strerror or error}): each start traces")
 
     def _say(self, what: str) -> None:

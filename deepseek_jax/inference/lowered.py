@@ -9,6 +9,8 @@ import jax
 import jax.export
 import jax.numpy as jnp
 
+from deepseek_kernels import registry
+
 
 class Program(NamedTuple):
     """A jitted function and what it is called with: ``function(*static, *arrays, **options)``."""
@@ -30,11 +32,13 @@ class Program(NamedTuple):
 
 
 class Module(NamedTuple):
-    """What ``jax.export`` makes of a program. outputs: shapes and dtypes. used: which of its arguments it takes."""
+    """What ``jax.export`` makes of a program. outputs: shapes and dtypes. used: which of its arguments it takes. said:
+    of its kernels which are slow, and why, with the level that it is logged at."""
 
     code: bytes
     outputs: list[tuple[list[int], str]]
     used: list[int]
+    said: dict[str, int]
 
 
 def exported(program: Program, platform: str) -> Module:
@@ -42,11 +46,11 @@ def exported(program: Program, platform: str) -> Module:
     program itself."""
     # Custom calls may change from one jax to another: a module is for this one alone.
     unchecked = [jax.export.DisabledSafetyCheck.custom_call("ALL")]
-    with _as_it_is():
+    with _as_it_is(), registry.listening() as said:
         export = jax.export.export(program.function, platforms=[platform], disabled_checks=unchecked)
         found = export(*program.static, *program.arrays, **program.options)
     outputs = [(list(out.shape), str(out.dtype)) for out in found.out_avals]
-    module = Module(bytes(found.mlir_module_serialized), outputs, list(found.module_kept_var_idx))
+    module = Module(bytes(found.mlir_module_serialized), outputs, list(found.module_kept_var_idx), said)
     frame = _frame(program, module, platform)
     names = "in_avals", "out_avals", "nr_devices", "platforms", "ordered_effects", "unordered_effects"
     for name in (*names, "uses_global_constants", "calling_convention_version"):

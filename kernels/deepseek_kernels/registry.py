@@ -3,10 +3,11 @@
 Only what is said here decides: no kernel asks which machine traces it. ``python -m deepseek_kernels`` prints the table.
 """
 
+import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
 import jax
@@ -227,14 +228,32 @@ def _said(operation, target, dtype, row: Implementation, reasons, facts, *, warn
     choice = Choice(row.name, row.rows(target, **facts), "; ".join(filter(None, reasons)))
     if choice.reason:
         warn = warn or (bool(reasons[-1]) and target.platform == "cuda")
-        _say(logging.WARNING if warn else logging.INFO, operation, target, dtype.name, choice.name, choice.reason)
+        what = f"{operation} in {dtype.name} on {target}: {choice.name}, {choice.reason}"
+        say(level := logging.WARNING if warn else logging.INFO, what)
+        for told in _LISTENING:
+            told[what] = level
     return choice
 
 
 @functools.cache
-def _say(level: int, operation: str, target: Target, dtype: str, name: str, reason: str) -> None:
-    """Once per case: a slower path is never taken in silence."""
-    logging.getLogger("deepseek_kernels").log(level, "%s in %s on %s: %s, %s", operation, dtype, target, name, reason)
+def say(level: int, what: str) -> None:
+    """Once: a slower path is never taken in silence."""
+    logging.getLogger("deepseek_kernels").log(level, "%s", what)
+
+
+_LISTENING: list[dict[str, int]] = []
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[dict[str, int]]:
+    """What slow choices have to say within, also where it has been said, with its level: who keeps a program that was
+    traced within has to ``say`` it where it is used again."""
+    told: dict[str, int] = {}
+    _LISTENING.append(told)
+    try:
+        yield told
+    finally:
+        _LISTENING[:] = [other for other in _LISTENING if other is not told]
 
 
 # V2-Lite's training step, and decoding: what the printed table is about.

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import errno
 import functools
 import json
 import logging
@@ -29,12 +30,13 @@ from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.serving_config import ServingConfig
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
+from deepseek_kernels import Target, registry
+from deepseek_kernels.registry import choose
 
 # Widths that the C kernels take.
 NETWORK = dataclasses.replace(V2_LITE, n_routed_experts=8, initializer_range=0.3)
 SERVING = ServingConfig(slots=1, pages=8, page=4, context=16, chunk=8, turns=2)
 ASKED = [SamplingParams(max_tokens=6, temperature=0.0), SamplingParams(max_tokens=6, seed=3)]
-PROGRAMS = {"copy_pages": 2, "decode": 2, "read": 6}
 # Another process, with the same devices and flags.
 START = "import json; from inference.test_kept import started; print(json.dumps(started()))"
 
@@ -216,6 +218,38 @@ def test_a_folder_that_cannot_be_written_is_told_once(tmp_path: Path, caplog: py
     assert sums == [3, 3]
     (record,) = caplog.records
     assert record.levelno == logging.WARNING and "file" in record.getMessage()
+
+
+def test_a_full_disk_keeps_no_half_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(file, content):
+        with file.open("wb") as stream:
+            stream.write(content[:50])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert_right(run(tmp_path, program()))
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_second_start_says_what_is_slow(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """Tracing chooses kernels and says so once; whose program is found has not heard it, nor who had the first one say
+    it for another program."""
+
+    @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+    def slow(times, pages):
+        TRACED.append("slow")
+        choose("grouped_matmul", Target.parse("cuda:8.0"), jnp.bfloat16, rows=64, groups=4, widths=(256, 256))
+        return (pages[0] * times,)
+
+    for times, traced in ((2, True), (3, True), (2, False), (3, False)):
+        if times == 2 or not traced:
+            registry.say.cache_clear()
+            caplog.clear()
+        pages = program().arrays[1]
+        run(tmp_path, Program(slow, (times,), (pages,), {}, 0, jax.tree.structure(pages), None))
+        (record,) = caplog.records
+        assert bool(TRACED) == traced and record.levelno == logging.WARNING
+        assert record.getMessage().startswith("grouped_matmul in bfloat16 on cuda:8.0: blocks, not hopper: it needs")
 
 
 def test_who_is_killed_while_writing_leaves_no_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

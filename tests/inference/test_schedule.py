@@ -1,6 +1,7 @@
 """Pages and requests without a network: a device that remembers, of each place in a page, what it was computed from."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -245,6 +246,11 @@ def test_shapes_of_chunks():
     assert small.chunks == ((1, 32), (16, 32), (1, 128), (4, 128), (1, 512))
     large = Buckets.of(ServingConfig(chunk=8192), 16384, gathers=False, least=512)
     assert large.chunks == ((1, 512), (4, 512), (16, 512), (1, 2048), (4, 2048), (1, 8192))
+    for chunk, least in itertools.product((*range(1, 400), 5000), (16, 128)):
+        shapes = Buckets.of(ServingConfig(chunk=chunk), 64, gathers=False, least=least).chunks
+        assert shapes[-1] == (1, chunk)
+        for _, size in shapes:  # what ``Schedule`` takes for granted
+            assert {(1, size), (chunk // size, size)} <= {*shapes}
 
 
 @pytest.mark.parametrize(("chunk", "least"), [(256, 16), (512, 16), (8192, 128)])

@@ -164,7 +164,7 @@ def test_what_does_not_fit_is_refused_with_its_shapes():
 def test_where_a_kernel_does_not_take_a_cache_it_says_so_before_compiling():
     facts = {"by_column": True, "queries": 1, "keys": 4096, "key_width": 576, "value_width": 512}
     narrow = facts | {"key_width": 192, "value_width": 128}
-    registry._say.cache_clear()
+    registry.say.cache_clear()
     for chip, name in ((Target("cuda", "9.0", 132), "hopper"), (Target("tpu", "TPU v5p"), "tpu")):
         for page, fp8 in ((0, False), (64, False), (256, True)):
             choice = choose("mla_decode", chip, jnp.bfloat16, **facts, page=page, fp8=fp8)

@@ -277,7 +277,7 @@ def test_what_does_not_fit_is_named(caplog):
         run(x, ragged, implementation="hopper")
     with pytest.raises(ValueError, match="'hopper_fp8' of grouped_matmul cannot run.*a weight in FP8"):
         grouped_matmul(x, jnp.zeros((1, D, F)), jnp.array([4]), target=TARGET, implementation="hopper_fp8")
-    registry._say.cache_clear()
+    registry.say.cache_clear()
     with caplog.at_level(logging.INFO, "deepseek_kernels"):
         dequantised = fp8_matmul(x, weight(D, F), target=Target("cuda", "8.0"))
     assert "fp8_matmul in bfloat16 on cuda:8.0: dequantised, not hopper" in caplog.text

@@ -68,16 +68,16 @@ def test_rows_and_reasons():
     assert table(H100, "bfloat16")["grouped_matmul"].reason == ""
     few = {
         rows: choose("grouped_matmul", H100, jnp.bfloat16, rows=rows, groups=64, widths=(256, 256)).rows
-        for rows in (6, 512, 1024, 2048)
+        for rows in (6, 512, 1024, 1536, 1537)
     }
-    assert few == {6: 16, 512: 16, 1024: 32, 2048: 128}
+    assert few == {6: 16, 512: 16, 1024: 32, 1536: 32, 1537: 128}
     assert "capability 9.0, not cuda 8.0" in table(A100, "bfloat16")["grouped_matmul"].reason
     narrow = choose("grouped_matmul", H100, jnp.bfloat16, rows=64, groups=4, widths=(96, 256))
     assert narrow.name == "blocks" and "not (96, 256)" in narrow.reason
 
 
 def test_a_dequantised_copy_is_said(caplog):
-    registry._say.cache_clear()
+    registry.say.cache_clear()
     weights = {F: BlockScaled(np.zeros((4, 256, F), FP8), np.zeros((4, 2, -(-F // 128)))) for F in (256, 328)}
     facts: dict[str, Any] = {"rows": 64, "groups": 4}
     for target, name, dtype in (
@@ -93,7 +93,7 @@ def test_a_dequantised_copy_is_said(caplog):
 
 
 def test_a_dequantised_copy_is_said_of_what_is_named_and_of_a_product_by_head(caplog):
-    registry._say.cache_clear()
+    registry.say.cache_clear()
     ragged = BlockScaled(np.zeros((4, 256, 328), FP8), np.zeros((4, 2, 3)))
     facts: dict[str, Any] = {"rows": 64, "groups": 4, "widths": (256, 320), "weight": ragged}
     for name in ("blocks", "hopper", "reference", "blocks"):
@@ -141,7 +141,7 @@ def test_what_does_not_exist_or_cannot_run_is_named():
 
 
 def test_a_slow_choice_is_said_once(caplog):
-    registry._say.cache_clear()
+    registry.say.cache_clear()
     with caplog.at_level(logging.INFO, "deepseek_kernels"):
         for _ in range(2):
             table(A100, "bfloat16")

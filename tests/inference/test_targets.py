@@ -117,7 +117,7 @@ def test_a_device_of_a_mesh_decodes_with_one_devices_kernels():
         compute = ComputeConfig(dtype="bfloat16", target="cuda:9.0:132", scan_decode=True)
         params, bias = parameters.abstract_arrays(config, ComputeConfig(param_dtype="bfloat16"))
         # Prompts of more rows than the kernels of few take, on each device.
-        requests = make_requests([[1, 2, 3]] * 64, SamplingParams(max_tokens=64), pad_id=2, width=32)
+        requests = make_requests([[1, 2, 3]] * 64, SamplingParams(max_tokens=64), pad_id=2, width=64)
         traced = generate.trace(config, sampling_compute(compute), params, bias, requests)
         functions = traced.lower(lowering_platforms=("cuda",)).as_text().split("\n  func.func private @")
         others = [body for body in functions if not body.startswith(("normalise", "product_by_head"))]

@@ -58,8 +58,9 @@ class Fake:
                     break
             else:
                 self.piece(writer, {"choices": [{"text": "", "finish_reason": "length"}]})
-                usage = {"prompt_tokens": len(asked["prompt"]), "completion_tokens": self.events * self.size}
-                usage["prompt_tokens_details"] = {"cached_tokens": len(asked["prompt"]) // 4}
+                found = {"cached_tokens": len(asked["prompt"]) // 4}
+                usage = {"prompt_tokens": len(asked["prompt"]), "prompt_tokens_details": found}
+                usage["completion_tokens"] = self.events * self.size
                 self.piece(writer, {"choices": [], "usage": usage})
                 writer.write(b"e\r\ndata: [DONE]\n\n"[:-1] + b"\n\r\n0\r\n\r\n")
         self.at_once -= 1

@@ -194,7 +194,7 @@ class Engine:
 
     @property
     def overlaps(self) -> bool:
-        """Whether Python goes on while the device works: on a CPU a program has ended when its call returns."""
+        """Whether Python and the device work side by side: a CPU's programs take the cores that Python needs."""
         return self.mesh.devices.flat[0].platform != "cpu"
 
     @property

@@ -1,7 +1,7 @@
 """Programs as they were lowered, kept from one start to the next: a second one traces nothing.
 
 jax keeps what it compiled, but asks for it by the lowered program: without this file every start traces and lowers all
-again, of which a GPU's kernels are most. Here ``jax.export``'s portable module is written beside jax's own cache, and
+again, of which a GPU's kernels are most. Here ``jax.export``'s module is written to a folder of jax's own cache, and
 what was found is called in the place of the function; who finds nothing makes the module, writes it, and calls it in
 the same way, so that both compile the very same program. What decides a program is its name (``Kept``); no tree of
 Python's is written, so nothing is unpickled: who asks knows how arguments and results are put together.
@@ -67,7 +67,7 @@ class Kept:
 
     @classmethod
     def of(cls, mesh: Mesh) -> "Kept | None":
-        """Beside jax's cache of compiled programs; None where that is not in use, or no folder."""
+        """In the folder of jax's compiled programs; None where these are not kept, or not in a folder."""
         settings = jax.config.values
         folder = settings["jax_compilation_cache_dir"]
         if not folder or not settings["jax_enable_compilation_cache"]:

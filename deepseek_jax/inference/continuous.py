@@ -115,9 +115,9 @@ class Continuous:
         """Whether there is anything to do."""
         return bool(self._asked or self._new)
 
-    def step(self, weights: Weights, meanwhile: Callable[[], None] = lambda: None) -> list[Event]:
-        """Do what is next -> what it has brought. Without requests nothing. meanwhile: called once the device has its
-        work, before anything waits for it.
+    def step(self, weights: Weights, meanwhile: Callable[[], None] | None = None) -> list[Event]:
+        """Do what is next -> what it has brought. Without requests nothing. meanwhile: called beside what the device
+        does.
 
         Where it fails, or is interrupted, the next one begins anew with what every request had before."""
         began, called = time.perf_counter(), self.programs.seconds
@@ -126,8 +126,7 @@ class Continuous:
             return []
         plans = [lane.plan() for lane in self._lanes]
         try:
-            done = self.programs.run(weights, plans)
-            meanwhile()
+            done = self.programs.run(weights, plans, meanwhile)
             dispatched = time.perf_counter()
             if done.decoded is None:
                 self.programs.wait()

@@ -188,7 +188,7 @@ class Engine:
         """Give a request up; the next step frees what it has."""
         self.requests.cancel(number)
 
-    def step(self, meanwhile: Callable[[], None] = lambda: None) -> list[Event]:
+    def step(self, meanwhile: Callable[[], None] | None = None) -> list[Event]:
         """Let the device do what is next for the requests -> what it has brought to each: see ``Serving.step``."""
         return self.requests.step(meanwhile)
 

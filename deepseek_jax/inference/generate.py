@@ -57,7 +57,9 @@ class Decoding:
 
 
 # On a GPU kernels of a step that need nothing of each other run side by side, such as shared experts and the routing.
-OPTIONS = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
+# XLA's products are cuBLAS's: of its own kernels, by Triton, it chooses by timing them while other programs compile on
+# the same processor, and reading prompts in took twice as long after some starts as after others.
+OPTIONS = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT", "xla_gpu_enable_triton_gemm": False}
 
 
 @functools.partial(jax.jit, static_argnames=("config", "compute", "experts"), compiler_options=OPTIONS)

@@ -2,11 +2,13 @@
 
 import concurrent.futures
 import dataclasses
+import functools
 import itertools
 import logging
 import os
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -75,6 +77,7 @@ class Programs:
         self._anything: dict[int, jax.Array] = {}
         self._warm = False
         self._pages: Any = None
+        self._beside = concurrent.futures.ThreadPoolExecutor(1, "decoding")
         self._fill()
 
     def _fill(self) -> None:
@@ -90,8 +93,8 @@ class Programs:
         """Give the devices the pages back, until ``run`` makes others."""
         self._pages = None
 
-    def run(self, weights: Weights, plans: Sequence[Plan]) -> Done:
-        """Hand the lanes' plans to the device."""
+    def run(self, weights: Weights, plans: Sequence[Plan], meanwhile: Callable[[], None] | None = None) -> Done:
+        """Hand the lanes' plans to the device. meanwhile: called once, while it decodes, or has prompts to read."""
         scored = []
         self._fill()
         with jax.set_mesh(self.mesh):
@@ -103,7 +106,11 @@ class Programs:
                     if found is not None:
                         lanes = [enumerate(some, lane * rows) for lane, some in enumerate(pieces)]
                         scored.append(([(piece, row) for lane in lanes for row, piece in lane], found))
-            decoded = self._run(weights, self._decoding(plans)) if any(plan.decoded for plan in plans) else None
+            decoded = None
+            if any(plan.decoded for plan in plans):
+                decoded = self._run(weights, self._decoding(plans), meanwhile)
+            elif meanwhile is not None:
+                meanwhile()
         return Done(decoded, scored)
 
     def wait(self) -> None:
@@ -193,11 +200,17 @@ class Programs:
     ) -> _Job:
         filled, allowed = Rows.filling(len(decoded) * rows, table), dict[int, np.ndarray]()
         for lane, some in enumerate(decoded):
+            if not some:
+                continue
+            here = slice(lane * rows, lane * rows + len(some))
+            filled.numbers_BK[here], filled.shares_BF[here] = zip(*(request.row for request in some), strict=True)
+            said = [(request.ids[-1], request.length, len(request.ids) - request.prompt) for request in some]
+            filled.numbers_BK[here, :3] = said
+            held_BJ = np.arange(table) < np.array([len(request.pages) for request in some])[:, None]
+            filled.table_BJ[here][held_BJ] = [page for request in some for page in request.pages]
             for i, request in enumerate(some, lane * rows):
-                filled.numbers_BK[i], filled.shares_BF[i] = request.row
-                filled.numbers_BK[i, :3] = request.ids[-1], request.length, len(request.ids) - request.prompt
-                filled.table_BJ[i, : len(request.pages)] = request.pages
-                filled.drafts[i, : len(request.drafts)] = request.drafts
+                if request.drafts:
+                    filled.drafts[i, : len(request.drafts)] = request.drafts
                 if request.constraint is not None:
                     allowed[i] = request.constraint.allowed_V
                     filled.numbers_BK[i, Numbers._fields.index("most")] = len(request.ids) - request.prompt + 1
@@ -220,17 +233,34 @@ class Programs:
             self._anything[batch] = placed
         return self._anything[batch]
 
-    def _run(self, weights: Weights, job: _Job) -> Any:
+    def _run(self, weights: Weights, job: _Job, meanwhile: Callable[[], None] | None = None) -> Any:
         program = self._programs.get(job.key)
         if program is None:
             self.late += self._warm
             program = self._programs[job.key] = self._lowered(weights, job).compile()
             meet()
         given, began = () if job.function is copy_pages else weights, time.perf_counter()
-        done = program(*given, self._pages, *job.arrays)
+        call = functools.partial(program, *given, self._pages, *job.arrays)
+        done = call() if meanwhile is None else self._while_it_runs(call, meanwhile)
         self.seconds += time.perf_counter() - began
         self._pages, found = (done, None) if job.function is copy_pages else done
         return found
+
+    def _while_it_runs(self, call: Callable[[], Any], meanwhile: Callable[[], None]) -> Any:
+        """On a GPU the call itself lasts as long as the turns: after each it asks the host whether there is another."""
+        begun = threading.Event()
+
+        def calling() -> Any:
+            begun.set()
+            return call()
+
+        called = self._beside.submit(calling)
+        begun.wait()
+        try:
+            meanwhile()
+        finally:  # before anything is done with the pages that it was given
+            done = called.result()
+        return done
 
     def _lowered(self, weights: Weights, job: _Job, kept: Kept | None = None) -> Any:
         check_dtypes(leaf.dtype for leaf in jax.tree.leaves(weights))

@@ -70,7 +70,7 @@ class Serving:
         if self._continuous is not None:
             self._continuous.cancel(number)
 
-    def step(self, meanwhile: Callable[[], None] = lambda: None) -> list[Event]:
+    def step(self, meanwhile: Callable[[], None] | None = None) -> list[Event]:
         """Let the device do what is next for the requests, see ``schedule`` -> what it has brought to each. meanwhile:
         see ``Continuous.step``."""
         with self._model.stepping:
@@ -123,7 +123,7 @@ class Serving:
         completions = [answer.completion() for answer in asked.values()]
         return [completions[at : at + n] for at in range(0, len(completions), n)]
 
-    def _advance(self, meanwhile: Callable[[], None] = lambda: None) -> list[Event]:
+    def _advance(self, meanwhile: Callable[[], None] | None = None) -> list[Event]:
         """One step -> events of nobody that ``answer`` waits for."""
         continuous, others = self.continuous, []
         for event in continuous.step(self._model.weights(), meanwhile):

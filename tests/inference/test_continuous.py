@@ -2,8 +2,10 @@
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
+import time
 from typing import Any
 
 import jax
@@ -65,7 +67,7 @@ class Asked:
 
 
 def step(engine: Engine, asked: dict[int, Asked]) -> None:
-    for event in engine.step():
+    for event in engine.step((lambda: None) if len(asked) % 2 else None):  # by another thread, and by this one
         answer = asked[event.number]
         assert not answer.reason and len(event.token_ids) == len(event.logprobs)
         answer.ids += event.token_ids
@@ -289,6 +291,51 @@ def test_a_step_that_is_interrupted_is_done_again(carried_out, monkeypatch):
         step(serving, asked)
     finish(serving, asked)
     assert_right("v3", [*asked.values()])
+
+
+def test_what_is_done_meanwhile_is_done_while_the_device_decodes(monkeypatch):
+    """Not behind it; and where it fails, the step is done again, once the device has done it."""
+    serving, asked, order = engine("v3"), dict[int, Asked](), list[str]()
+    submit(serving, asked, Asked([5, 9, 2], GREEDY))
+    step(serving, asked)  # reads it in
+    programs = serving.requests.continuous.programs
+    slow = {key: _Slow(program, order) for key, program in programs._programs.items()}
+
+    def tell():
+        order.append("told")
+
+    def fail():
+        order.append("failed")
+        raise OSError("nobody listens")
+
+    for meanwhile, seen in ((tell, "told"), (fail, "failed")):
+        with monkeypatch.context() as patch, pytest.raises(OSError) if meanwhile is fail else contextlib.nullcontext():
+            patch.setattr(programs, "_programs", slow)
+            for event in serving.step(meanwhile):
+                asked[event.number].ids += event.token_ids
+                asked[event.number].logprobs += event.logprobs
+        assert order == ["begun", seen, "ended"]
+        order.clear()
+    finish(serving, asked)
+    assert_right("v3", [*asked.values()])
+
+
+@dataclasses.dataclass
+class _Slow:
+    """A program that lasts until something has come between."""
+
+    program: Any
+    order: list[str]
+
+    def __call__(self, *arrays: Any) -> Any:
+        self.order.append("begun")
+        for _ in range(1000):
+            if len(self.order) > 1:
+                break
+            time.sleep(0.01)
+        found = self.program(*arrays)
+        self.order.append("ended")
+        return found
 
 
 def test_what_a_step_had_to_say_before_it_failed_the_next_one_says(monkeypatch):

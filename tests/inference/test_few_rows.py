@@ -70,6 +70,11 @@ def test_a_step_is_the_plain_one(rows, scanned):
         expected, chosen = step(plain, weights, cache, tokens[:, :1])
         with interpreter:
             found, found_chosen = step(hopper, weights, cache, tokens[:, :1])
-    np.testing.assert_array_equal(np.sort(found_chosen), np.sort(chosen))
-    # Sums in another order, and rounded to bfloat16 at other places: 2⁻⁸ of a number each.
+    # Sums in another order, and rounded to bfloat16 at other places: 2⁻⁸ of a number each. So where the sixth expert is
+    # hardly better than the seventh, it may be the other: on an H200 in 3 rows of 200.
+    chosen_TK, found_TK = (each.reshape(rows, -1) for each in (chosen, found_chosen))
+    common_T = np.sum(chosen_TK[:, :, None] == found_TK[:, None], axis=(1, 2))
+    same_T = common_T == 6
+    assert np.all(common_T >= 5) and np.sum(~same_T) <= 0.03 * rows
+    found, expected = found[same_T], expected[same_T]
     assert jnp.linalg.norm(found - expected) < 0.01 * jnp.linalg.norm(expected)

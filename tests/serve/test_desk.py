@@ -80,9 +80,10 @@ class Working(Failing):
     def busy(self) -> bool:
         return self.made < 3
 
-    def step(self, meanwhile: Callable[[], None] = lambda: None) -> list[Event]:
+    def step(self, meanwhile: Callable[[], None] | None = None) -> list[Event]:
         self.log.append("work")
-        meanwhile()
+        if meanwhile is not None:
+            meanwhile()
         if self.made == 1 and not self.failed:
             self.failed = True
             raise OSError("out of order")

@@ -57,9 +57,10 @@ class Decoding:
 
 
 # On a GPU kernels of a step that need nothing of each other run side by side, such as shared experts and the routing.
-# XLA's products are cuBLAS's: of its own kernels, by Triton, it chooses by timing them while other programs compile on
-# the same processor, and reading prompts in took twice as long after some starts as after others.
-OPTIONS = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT", "xla_gpu_enable_triton_gemm": False}
+# XLA's products are the ones that cuBLAS proposes: XLA would choose among them and its own by timing all, while other
+# programs compile on the same processor, and some starts got a prefill, or a step of decoding, of twice the time.
+OPTIONS: dict[str, Any] = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
+OPTIONS |= {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
 
 
 @functools.partial(jax.jit, static_argnames=("config", "compute", "experts"), compiler_options=OPTIONS)

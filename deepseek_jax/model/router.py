@@ -5,6 +5,7 @@ Everything here is float32: bf16 logits change which experts are chosen.
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,9 @@ from deepseek_kernels.registry import choose
 from deepseek_kernels.weights import Weight
 
 _FEW = 64  # tokens: a step of decoding's
+# On a GPU few tokens' float32 products are too few tiles for its cores, and some kernels take twenty times as long as
+# others: sums are cut into parts, as in ``hopper_few``.
+_SOME, _PARTS = 2048, 16
 
 
 @struct.dataclass
@@ -100,12 +104,20 @@ def _scores_and_best(config, x_TD, w_DE, bias_E):
 
 def _logits(x_TD, w_DE):
     # A GPU would take TF32 for this product and a TPU bf16.
-    product = functools.partial(jnp.einsum, "td,de->te", precision=jax.lax.Precision.HIGHEST)
-    if len(x_TD) > 1:
-        return product(x_TD, w_DE)
-    # XLA:GPU writes a single row's products to memory before it adds them up.
-    of_eight = lambda x_TD, w_DE: product(jnp.pad(x_TD, ((0, 7), (0, 0))), w_DE)[:1]  # noqa: E731
-    return jax.lax.platform_dependent(x_TD, w_DE, cuda=of_eight, default=product)
+    product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    plain = functools.partial(product, "td,de->te")
+    (tokens, depth), experts = x_TD.shape, w_DE.shape[1]
+    if tokens > _SOME:
+        return plain(x_TD, w_DE)
+
+    def in_parts(x_TD, w_DE):
+        # XLA:GPU writes a single row's products to memory before it adds them up.
+        x_TD, parts = jnp.pad(x_TD, ((0, 7 * (tokens == 1)), (0, 0))), math.gcd(depth, _PARTS)
+        x_TPD, w_PDE = x_TD.reshape(len(x_TD), parts, -1), w_DE.reshape(parts, -1, experts)
+        sums_PTE = jax.lax.optimization_barrier(product("tpd,pde->pte", x_TPD, w_PDE))  # else XLA makes one of them
+        return jnp.sum(sums_PTE, axis=0)[:tokens]
+
+    return jax.lax.platform_dependent(x_TD, w_DE, cuda=in_parts, default=plain)
 
 
 def best_experts(choice_TE: Float[Array, "T E"], count: int) -> Int[Array, "T K"]:

@@ -78,7 +78,13 @@ def product(
         if choice.name != "dequantised" or (in_integers(scaled) and devices() == 1):
             y = fp8_matmul(x.reshape(*rows, -1), w, target=target, implementation=choice.name)
             return y.reshape(*rows, *w.shape[len(form.summed) :])
-    return _product(x, w, form, dtype, precision, name, target.cores)
+    options = form, dtype, precision, name, target.cores
+    alone = form.one_matrix and form.rows and math.prod(x.shape[: len(form.rows)]) == 1
+    if alone and (name, target.platform, devices()) == ("dot", "cuda", 1):
+        # XLA:GPU multiplies a single row by a float32 copy of the matrix, which it writes first.
+        of_eight: Any = _product(jnp.pad(x, ((0, 7), *[(0, 0)] * (x.ndim - 1))), w, *options)
+        return of_eight[:1]
+    return _product(x, w, *options)
 
 
 def weight_gradient(

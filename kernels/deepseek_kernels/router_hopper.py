@@ -18,7 +18,8 @@ from deepseek_kernels.hopper_tiles import swizzled
 from deepseek_kernels.target import Target
 from deepseek_kernels.weights import Weight, as_it_lies, stack_and_layer, stored_gradient
 
-TOKENS = 64  # at most
+TOKENS = 256  # at most
+_TOGETHER = 4  # of more than 64, those that a block of the weight is brought to shared memory for
 _EXPERTS = 64, 128
 _NUMBERS = 8192  # of the weight, of a block of the first kernel
 _PARAMS = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
@@ -78,31 +79,33 @@ _by_kernels.defvjp(_forward, _backward)
 def _products(x_TD, w_LDE, layer):
     """Logits of each token, in parts of their sums. Float32 products: the tensor cores have none."""
     (T, D), E = x_TD.shape, w_LDE.shape[2]
-    terms = _NUMBERS // E
+    terms, some = _NUMBERS // E, 1 if T <= 64 else _TOGETHER
 
-    def kernel(layer, x, w, out, x_S, w_SE, sums_E, arrived):
-        part, token = jax.lax.axis_index("part"), jax.lax.axis_index("token")
+    def kernel(layer, x, w, out, x_NS, w_SE, sums_NE, arrived):
+        part, first = jax.lax.axis_index("part"), jax.lax.axis_index("tokens") * some
+        first = jnp.minimum(first, T - some)  # the last ones may be those before them once more
         mine = pl.ds(part * terms, terms)
-        plgpu.copy_gmem_to_smem(x.at[token, mine], x_S, arrived)
+        plgpu.copy_gmem_to_smem(x.at[pl.ds(first, some), mine], x_NS, arrived)
         plgpu.copy_gmem_to_smem(w.at[layer[0], mine], w_SE, arrived)
         plgpu.barrier_wait(arrived)
-        x_SE = _down(plgpu.layout_cast(x_S[...], _DOWN).astype(jnp.float32), E)
         w = plgpu.layout_cast(w_SE[...], plgpu.Layout.WGMMA).astype(jnp.float32)
-        sums_E[...] = jnp.sum(x_SE * w, axis=0)
+        for n in range(some):
+            x_SE = _down(plgpu.layout_cast(x_NS[n], _DOWN).astype(jnp.float32), E)
+            sums_NE[n] = jnp.sum(x_SE * w, axis=0)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(sums_E, out.at[part, token])
+        plgpu.copy_smem_to_gmem(sums_NE, out.at[part, pl.ds(first, some)])
         plgpu.wait_smem_to_gmem(0)
 
     return plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((D // terms, T, E), jnp.float32),
-        grid=(D // terms, T),
-        grid_names=("part", "token"),
+        grid=(D // terms, pl.cdiv(T, some)),
+        grid_names=("part", "tokens"),
         compiler_params=_PARAMS,
         scratch_types=[
-            plgpu.SMEM((terms,), x_TD.dtype),
+            plgpu.SMEM((some, terms), x_TD.dtype),
             plgpu.SMEM((terms, E), w_LDE.dtype, transforms=swizzled(128 // w_LDE.dtype.itemsize, w_LDE.dtype)),
-            plgpu.SMEM((E,), jnp.float32),
+            plgpu.SMEM((some, E), jnp.float32),
             plgpu.Barrier(num_arrivals=2),
         ],
     )(layer, x_TD, w_LDE)

@@ -140,7 +140,9 @@ def test_each_head_has_a_matrix(hopper_gpu, rows):
         np.testing.assert_array_equal(jax.jit(run)(x, whole), y)
 
 
-@pytest.mark.parametrize(("tokens", "scoring", "dtype"), [(1, "softmax", "bfloat16"), (3, "sigmoid", "float32")])
+@pytest.mark.parametrize(
+    ("tokens", "scoring", "dtype"), [(1, "softmax", "bfloat16"), (3, "sigmoid", "float32"), (71, "softmax", "float32")]
+)
 def test_a_router_scores_and_sorts_its_experts(hopper_gpu, tokens, scoring, dtype):
     """And its gradients; equal experts stay in order, the bias decides alone who is before whom."""
     rng, E, D = np.random.default_rng(0), 64, 256

@@ -54,6 +54,16 @@ def test_value_and_gradients_equal_einsum(equation, implementation):
         np.testing.assert_allclose(found, right, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("equation", ["bsd,df->bsf", "bsd,wd->bsw", "bshv,hvd->bsd"])
+def test_a_single_row_of_a_gpu_is_one_of_eight(equation):
+    x, w, dy = draw(equation)
+    x, dy = x[:1, :1], dy[:1, :1]
+    found = run(equation, x, w, dy, target=Target("cuda", "8.0"))
+    for one, right in zip(found, definition(equation, x, w, dy), strict=True):
+        np.testing.assert_allclose(one, right, rtol=0, atol=1e-5)
+    assert "f32[8," in str(jax.make_jaxpr(lambda x: product(equation, x, w, target=Target("cuda", "8.0")))(x))
+
+
 def test_dots_stand_for_the_first_axes():
     x, w, dy = draw("bsd,df->bsf")
     for found, right in zip(run("...d,df->...f", x, w, dy), run("bsd,df->bsf", x, w, dy), strict=True):

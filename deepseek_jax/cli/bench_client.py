@@ -12,7 +12,6 @@ import random
 import ssl
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -193,15 +192,17 @@ async def send_by_processes(loads: list[Load]) -> list[Answer]:
 
 
 def split(load: Load, processes: int) -> list[Load]:
-    """Parts of it for so many processes, as even as can be."""
-    count = min(processes, load.concurrency, len(load.bodies))
-    part: Callable[[int], int] = lambda i: load.concurrency * (i + 1) // count - load.concurrency * i // count  # noqa: E731
-    return [
-        dataclasses.replace(
-            load, bodies=load.bodies[i::count], concurrency=part(i), rate=load.rate / count, seed=load.seed + i
-        )
-        for i in range(count)
-    ]
+    """Parts of it for so many processes, as even as can be: each has requests, and a rate, by its share of how many
+    are under way at once, so that no part goes on alone when the others have ended."""
+    whole, count = load.concurrency, min(processes, load.concurrency, len(load.bodies))
+
+    def part(i: int) -> Load:
+        first, last = whole * i // count, whole * (i + 1) // count
+        bodies = load.bodies[len(load.bodies) * first // whole : len(load.bodies) * last // whole]
+        own = {"concurrency": last - first, "rate": load.rate * (last - first) / whole, "seed": load.seed + i}
+        return dataclasses.replace(load, bodies=bodies, **own)
+
+    return [part(i) for i in range(count)]
 
 
 if __name__ == "__main__":

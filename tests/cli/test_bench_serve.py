@@ -137,6 +137,9 @@ def test_the_command(tmp_path, capsys):
 
 
 def test_load_is_split_evenly():
-    load = bench_client.Load("http://h/", ["{}"] * 7, {}, concurrency=5, rate=0.0, timeout=1.0, seed=0)
+    """Each part has as many rounds of requests as the others."""
+    bodies = [str(i) for i in range(256)]
+    load = bench_client.Load("http://h/", bodies, {}, concurrency=64, rate=64.0, timeout=1.0, seed=0)
     parts = bench_client.split(load, 3)
-    assert [part.concurrency for part in parts] == [1, 2, 2] and sum(len(part.bodies) for part in parts) == 7
+    assert [part.concurrency for part in parts] == [21, 21, 22] == [part.rate for part in parts]
+    assert [len(part.bodies) for part in parts] == [84, 84, 88] and sum((part.bodies for part in parts), []) == bodies

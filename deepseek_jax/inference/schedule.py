@@ -30,12 +30,14 @@ class Schedule:
         self.waiting: list[Request] = []  # in order of arrival, those who had to give way among them
         self.running: list[Request] = []  # likewise
         self._slots = list(range(config.slots))[::-1]
+        self._expected = 0
         self.preemptions = self.prompt_tokens = self.found_tokens = 0
 
     def submit(self, request: Request) -> None:
         """Queue it: a prompt that has room for its answer within ``context``."""
         request.prompt = len(request.ids) - request.begun
         request.scores = PromptScores() if request.sampling.prompt_logprobs else None
+        self._expected -= 1
         bisect.insort(self.waiting, request, key=lambda each: each.number)
 
     def cancel(self, request: Request) -> None:
@@ -49,7 +51,7 @@ class Schedule:
         """The next step. Nothing to do where it has neither pieces nor rows."""
         copies = self._admit()
         pieces = self._pieces()
-        silent = any(len(request.ids) == request.prompt for request in self.running)
+        silent = any(len(request.ids) == request.prompt for request in self.running) or self._more_to_come()
         short = silent or any(request.unread or request.constraint is not None for request in self.running)
         decoded, turns = self._with_room(1 if short else self.config.turns)
         pieces = [piece for piece in pieces if piece.request.slot >= 0]  # but of who has just given way
@@ -64,6 +66,7 @@ class Schedule:
         request.length += len(ids)
         self._name(request)
         if ended:
+            self._expected += 1
             self._leave(request)
 
     def forget(self) -> None:
@@ -75,6 +78,12 @@ class Schedule:
         for request in [*self.running]:
             self._wait_again(request)
         self.pages.forget()
+
+    def _more_to_come(self) -> bool:
+        """Whether more have just ended than run: who was answered may ask again, and would wait for a long step's end.
+        How many these are is forgotten by half with each step."""
+        self._expected = max(self._expected, 0) // 2
+        return self._expected >= max(len(self.running), 1)
 
     def _with_room(self, turns: int) -> tuple[list[Request], int]:
         """Those who can be decoded, with pages for ``turns`` turns, or for a token; the last who came gives way."""

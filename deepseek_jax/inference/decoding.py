@@ -104,15 +104,14 @@ def decode(
         tokens, said_BT1 = tokens.write(tokens_BS[..., None])
         said_BT = said_BT1[:, :, 0]
         logits_RW = network.logits(out.hidden.reshape(-1, out.hidden.shape[2]))
-        drawn_BS = each.draw(logits_RW, said_BT, place_BS, position_BS + 1)
+        drawn_BS, likely = each.draw(logits_RW, said_BT, place_BS, position_BS + 1)
         if forced:
             drawn_BS = speculation.forced(found.drafts_BK, drawn_BS, each.keys(place_BS), forced, config.vocab_size)
         ends_BS = jnp.any(drawn_BS[:, :, None] == rows.stops[:, None], axis=2)
         left_B = at.most - at.answered - now.count_B
         kept_BS = speculation.kept(found.drafts_BK, drawn_BS, ends_BS, jnp.minimum(left_B, room_B - length_B))
         kept_BS &= ~done_B[:, None]
-        scored_RW = logits_RW / each.how.scored[:, None]
-        found = _put_down(found, drawn_BS, scored_RW, now.count_B, kept_BS, jnp.any(at.alternatives > 0))
+        found = _put_down(found, drawn_BS, logits_RW / each.how.scored[:, None], likely, now.count_B, kept_BS)
         found = dataclasses.replace(found, stopped_B=found.stopped_B | jnp.any(kept_BS & ends_BS, axis=1))
         new_B = jnp.sum(kept_BS, axis=1, dtype=jnp.int32)
         last_B1 = jnp.maximum(new_B - 1, 0)[:, None]
@@ -121,7 +120,7 @@ def decode(
         count_B = now.count_B + new_B
         if drafts:
             place_B1, known_B1 = (at.answered + count_B)[:, None], (length_B + new_B)[:, None]
-            guess = lambda hidden, k: alone.draw(network.logits(hidden), said_BT, place_B1 + k, known_B1)[:, 0]  # noqa: E731
+            guess = lambda hidden, k: alone.draw(network.logits(hidden), said_BT, place_B1 + k, known_B1)[0][:, 0]  # noqa: E731
             given = now.pages.mtp, out.hidden, drawn_BS, length_B, new_B, guess
             guessed_BK, mtp = speculation.draft(network, memory, *given)
             found, pages = dataclasses.replace(found, drafts_BK=guessed_BK), dataclasses.replace(pages, mtp=mtp)
@@ -143,6 +142,14 @@ def _nothing(drafts_BK: jax.Array, most: int, width: int) -> Decoded:
     counts_BK2, likely_BNA = jnp.zeros((*drafts_BK.shape, 2), jnp.int32), jnp.zeros(alternatives, jnp.int32)
     stopped_B = jnp.zeros(batch, bool)
     return Decoded(tokens_BN, logprobs_BN, stopped_B, drafts_BK, counts_BK2, likely_BNA, jnp.zeros(alternatives))
+
+
+@struct.dataclass
+class _Likely:
+    """The most likely tokens of rows, and their logits by the temperature ``Shares.scored``."""
+
+    ids_RA: jax.Array
+    logits_RA: jax.Array
 
 
 @struct.dataclass
@@ -169,21 +176,35 @@ class _Drawing:
         key = lambda key, *at: functools.reduce(jax.random.fold_in, at, key)  # noqa: E731
         return jax.vmap(key)(keys_R, self.at.draw, place_BS.reshape(-1)).reshape(place_BS.shape)
 
-    def draw(self, logits_RW, said_BT, place_BS, known_BS) -> Int[Array, "B S"]:
-        """A token for each place; known: tokens before it."""
-        at, known_R = self.at, known_BS.reshape(-1)
+    def draw(self, logits_RW, said_BT, place_BS, known_BS) -> tuple[Int[Array, "B S"], "_Likely"]:
+        """A token for each place, and the most likely ones there, where a row asks for them; known: tokens before it.
+
+        One question of a GPU, which answers each to the host: whether all are greedy, or draw from all tokens, or some
+        ask for more. What a row draws is the same in each case."""
+        at, how, keys_R = self.at, self.how, self.keys(place_BS).reshape(-1)
+        rows, count = len(logits_RW), min(ALTERNATIVES, logits_RW.shape[1])
+        none = _Likely(jnp.zeros((rows, count), jnp.int32), jnp.zeros((rows, count)))
+
+        def greedy(logits_RW):
+            return first_maximum(logits_RW), none
+
+        def drawn(logits_RW):
+            return sample(logits_RW, keys_R, how.temperature)[0], none
 
         def wanted(logits_RW):
-            wanted_RW = adjusted(logits_RW, self.wishes, said_BT, at.length + 1 - at.answered, known_R)
-            cuts = self.how.temperature, self.how.top_p, at.top_k, self.how.min_p
-            return sample(wanted_RW, self.keys(place_BS).reshape(-1), *cuts)[0]
+            wanted_RW = adjusted(logits_RW, self.wishes, said_BT, at.length + 1 - at.answered, known_BS.reshape(-1))
+            best = lambda logits_RW: _Likely(*jax.lax.top_k(logits_RW / how.scored[:, None], count)[::-1])  # noqa: E731
+            likely = jax.lax.cond(asked, best, lambda _: none, logits_RW)
+            return sample(wanted_RW, keys_R, how.temperature, how.top_p, at.top_k, how.min_p)[0], likely
 
-        # One question of a GPU, which answers each to the host, where nobody asks for more.
-        plain = jnp.all(self.how.temperature == 0) & ~self.wishes.any()
-        return jax.lax.cond(plain, first_maximum, wanted, logits_RW).reshape(place_BS.shape)
+        draws_R, asked = how.temperature > 0, jnp.any(at.alternatives > 0)
+        cut = jnp.any(draws_R & ((how.top_p < 1) | (at.top_k > 0) | (how.min_p > 0)))
+        case = jnp.where(asked | cut | self.wishes.any(), 2, jnp.any(draws_R))
+        tokens_R, likely = jax.lax.switch(case, (greedy, drawn, wanted), logits_RW)
+        return tokens_R.reshape(place_BS.shape), likely
 
 
-def _put_down(found: Decoded, drawn_BS, logits_RW, count_B, kept_BS, asked) -> Decoded:
+def _put_down(found: Decoded, drawn_BS, logits_RW, likely: _Likely, count_B, kept_BS) -> Decoded:
     """With the tokens kept, behind the first ``count`` of each row."""
     total_R = jax.nn.logsumexp(logits_RW, axis=1)
     logprob_R = jnp.take_along_axis(logits_RW, drawn_BS.reshape(-1, 1), axis=1)[:, 0] - total_R
@@ -196,12 +217,6 @@ def _put_down(found: Decoded, drawn_BS, logits_RW, count_B, kept_BS, asked) -> D
             x_BN = jnp.where(here, new_BSX[:, s : s + 1], x_BN)
         return x_BN
 
-    def likely(logits_RW):
-        best_RA, ids_RA = jax.lax.top_k(logits_RW, found.likely_BNA.shape[2])
-        return put(found.likely_BNA, ids_RA), put(found.likely_logprobs_BNA, best_RA - total_R[:, None])
-
-    same = lambda _: (found.likely_BNA, found.likely_logprobs_BNA)  # noqa: E731
-    likely_BNA, likely_logprobs_BNA = jax.lax.cond(asked, likely, same, logits_RW)
     made_BK = (found.drafts_BK >= 0) & kept_BS[:, :1]
     counts_BK2 = found.counts_BK2 + jnp.stack([made_BK, kept_BS[:, 1:]], axis=2)
     return dataclasses.replace(
@@ -209,6 +224,6 @@ def _put_down(found: Decoded, drawn_BS, logits_RW, count_B, kept_BS, asked) -> D
         tokens_BN=put(found.tokens_BN, drawn_BS),
         logprobs_BN=put(found.logprobs_BN, logprob_R),
         counts_BK2=counts_BK2,
-        likely_BNA=likely_BNA,
-        likely_logprobs_BNA=likely_logprobs_BNA,
+        likely_BNA=put(found.likely_BNA, likely.ids_RA),
+        likely_logprobs_BNA=put(found.likely_logprobs_BNA, likely.logits_RA - total_R[:, None]),
     )

@@ -1,6 +1,7 @@
 """How the next token is drawn."""
 
 import dataclasses
+import functools
 from typing import Self
 
 import jax
@@ -118,32 +119,35 @@ def sample(
     logits_BW: Float[Array, "B W"],
     keys_B: jax.Array,
     temperature_B: Float[Array, "B"],
-    top_p_B: Float[Array, "B"],
-    top_k_B: Int[Array, "B"],
+    top_p_B: Float[Array, "B"] | None = None,
+    top_k_B: Int[Array, "B"] | None = None,
     min_p_B: Float[Array, "B"] | None = None,
 ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
     """Draw a token per row with the row's own key, each row in its own way, as ``SamplingParams`` describes them.
 
-    Noise is drawn and logits are sorted only where a row asks for it. Returns the tokens and their log-probabilities
-    under ``softmax(logits / temperature)``, before top-k and top-p: what a learner can compute again. Greedy reports
-    temperature 1.
+    Noise is drawn and logits are sorted only where a row asks for it; without top_p and top_k nothing is sorted, and
+    noise is drawn in any case. Returns the tokens and their log-probabilities under ``softmax(logits / temperature)``,
+    before top-k and top-p: what a learner can compute again. Greedy reports temperature 1.
     """
     width = logits_BW.shape[1]
     greedy_B = temperature_B == 0
     scaled_BW = logits_BW / jnp.where(greedy_B, 1.0, temperature_B)[:, None]
-    cut_B = ~greedy_B & ((top_p_B < 1) | ((top_k_B > 0) & (top_k_B < width)))
+    same = lambda x_BW: x_BW  # noqa: E731
 
     def noisy(scaled_BW):
-        kept_BW = jax.lax.cond(
-            jnp.any(cut_B), lambda x_BW: truncate_logits(x_BW, top_k_B, top_p_B), lambda x_BW: x_BW, scaled_BW
-        )
+        kept_BW = scaled_BW
+        if top_p_B is not None and top_k_B is not None:
+            cut_B = ~greedy_B & ((top_p_B < 1) | ((top_k_B > 0) & (top_k_B < width)))
+            cut = functools.partial(truncate_logits, top_k_B=top_k_B, top_p_B=top_p_B)
+            kept_BW = jax.lax.cond(jnp.any(cut_B), cut, same, scaled_BW)
         if min_p_B is not None:
             least_B1 = jnp.max(scaled_BW, axis=1, keepdims=True) + jnp.log(min_p_B)[:, None]
             kept_BW = jnp.where(scaled_BW >= least_B1, kept_BW, -jnp.inf)
         noise_BW = jax.vmap(lambda key: jax.random.gumbel(key, (width,), scaled_BW.dtype))(keys_B)
         return jnp.where(greedy_B[:, None], scaled_BW, kept_BW + noise_BW)
 
-    tokens_B = first_maximum(jax.lax.cond(jnp.all(greedy_B), lambda x_BW: x_BW, noisy, scaled_BW))
+    always = top_p_B is None
+    tokens_B = first_maximum(noisy(scaled_BW) if always else jax.lax.cond(jnp.all(greedy_B), same, noisy, scaled_BW))
     logprobs_BW = jax.nn.log_softmax(scaled_BW, axis=1)
     return tokens_B, jnp.take_along_axis(logprobs_BW, tokens_B[:, None], axis=1)[:, 0]
 

@@ -15,7 +15,7 @@ import pytest
 from model.tiny import QWEN, V2_LITE, config, weights, whole
 from small import SPEAKER, tokenizer
 
-from deepseek_jax.inference import paged
+from deepseek_jax.inference import decoding, paged
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.serving_config import ServingConfig
@@ -207,6 +207,30 @@ def test_each_request_has_its_own_wishes():
     assert [each[0][0] for each in likely] == same and all(len(each) == 3 for each in likely)
     np.testing.assert_allclose([each[0][1] for each in likely], plain.logprobs, atol=1e-4)
     assert all(each[0][1] >= each[1][1] >= each[2][1] for each in likely)
+
+
+def test_logits_are_sorted_and_weighed_where_a_row_asks_for_it_alone(monkeypatch):
+    """Rows that only fill the batch ask for nothing."""
+    plain, seen = decoding.adjusted, list[int]()
+
+    def seen_adjusted(*given):
+        jax.debug.callback(lambda: seen.append(1))
+        return plain(*given)
+
+    monkeypatch.setattr(decoding, "adjusted", seen_adjusted)
+    serving = dataclasses.replace(SERVING, turns=2)  # a program of its own
+    made = Engine(whole(SPEAKER, *weights(SPEAKER), tokenizer()), serving=serving)
+    asks: tuple[dict[str, Any], ...] = (
+        {"temperature": 0.0},
+        {"temperature": 0.7, "seed": 3},
+        {"top_p": 0.9},
+        {"alternatives": 1},
+    )
+    for wishes, expected in zip(asks, (False, False, True, True), strict=True):
+        made.answer([[5, 9, 2], [8, 1]], SamplingParams(max_tokens=3, **wishes))
+        jax.effects_barrier()
+        assert bool(seen) == expected, wishes
+        seen.clear()
 
 
 def test_samples_of_one_prompt_read_it_once():

@@ -29,8 +29,8 @@ class Buckets:
 
     @classmethod
     def of(cls, config: ServingConfig, context: int, *, gathers: bool, least: int = 16) -> "Buckets":
-        """gathers: a row costs what its table has room for, since no kernel reads pages. least: tokens of a chunk,
-        fewer of which would not be read in sooner."""
+        """context: tokens of a row at most; no shape is longer than that needs. gathers: a row costs what its table has
+        room for, since no kernel reads pages. least: tokens of a chunk, fewer of which would not be read in sooner."""
         most = -(-context // config.page)
         busy = min(config.chunk, _BUSY)
         chunks = {(rows, size) for size in _sizes(config.chunk, least) for rows in _sizes(config.chunk // size, 1)}
@@ -38,7 +38,9 @@ class Buckets:
             (shape for shape in chunks if shape[0] in (1, config.chunk // shape[1]) or math.prod(shape) >= busy),
             key=lambda shape: (shape[1], shape[0]),
         )
-        return cls(_sizes(config.slots, 1), tuple(by_need), _sizes(most, 4) if gathers else (most,), cut=4 * least)
+        made = cls(_sizes(config.slots, 1), tuple(by_need), _sizes(most, 4) if gathers else (most,), cut=4 * least)
+        largest = fitting([size for _, size in by_need], made.piece(max(context - 1, 1)))
+        return dataclasses.replace(made, chunks=tuple(shape for shape in by_need if shape[1] <= largest))
 
     def piece(self, unread: int) -> int:
         """How many of so many tokens to read in: as many as a chunk takes; but of those that would fill their shape by

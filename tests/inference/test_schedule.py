@@ -262,10 +262,23 @@ def test_shapes_of_chunks():
     large = Buckets.of(ServingConfig(chunk=8192), 16384, gathers=False, least=512)
     assert large.chunks == ((1, 512), (4, 512), (16, 512), (1, 2048), (4, 2048), (1, 8192))
     for chunk, least in itertools.product((*range(1, 400), 5000), (16, 128)):
-        shapes = Buckets.of(ServingConfig(chunk=chunk), 64, gathers=False, least=least).chunks
+        shapes = Buckets.of(ServingConfig(chunk=chunk), chunk + 1, gathers=False, least=least).chunks
         assert shapes[-1] == (1, chunk)
         for _, size in shapes:  # what ``Schedule`` takes for granted
             assert {(1, size), (chunk // size, size)} <= {*shapes}
+
+
+@pytest.mark.parametrize(("chunk", "least"), [(16, 16), (252, 16), (8192, 128), (32768, 128)])
+def test_no_shape_is_longer_than_rows_may_be(chunk, least):
+    """And what is read in is the same as with those."""
+    of = lambda context: Buckets.of(ServingConfig(chunk=chunk), context, gathers=False, least=least)  # noqa: E731
+    all_of_them = of(chunk + 1)
+    sizes = [size for _, size in all_of_them.chunks]
+    for context in (2, 17, 63, 300, 2304, 5000):
+        pieces = [all_of_them.piece(unread) for unread in range(1, context)]
+        found, longest = of(context), fitting(sizes, max(pieces))
+        assert found.chunks == tuple(shape for shape in all_of_them.chunks if shape[1] <= longest)
+        assert [found.piece(unread) for unread in range(1, context)] == pieces
 
 
 @pytest.mark.parametrize(("chunk", "least"), [(256, 16), (512, 16), (8192, 128)])

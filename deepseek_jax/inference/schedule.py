@@ -51,8 +51,9 @@ class Schedule:
         """The next step. Nothing to do where it has neither pieces nor rows."""
         copies = self._admit()
         pieces = self._pieces()
-        silent = any(len(request.ids) == request.prompt for request in self.running) or self._more_to_come()
-        short = silent or any(request.unread or request.constraint is not None for request in self.running)
+        silent = any(len(request.ids) == request.prompt for request in self.running)
+        unsure = any(request.unread or request.constraint is not None for request in self.running)
+        short = self._more_to_come() or silent or unsure
         decoded, turns = self._with_room(1 if short else self.config.turns)
         pieces = [piece for piece in pieces if piece.request.slot >= 0]  # but of who has just given way
         for piece in pieces:

@@ -194,7 +194,8 @@ async def send_by_processes(loads: list[Load]) -> list[Answer]:
 def split(load: Load, processes: int) -> list[Load]:
     """Parts of it for so many processes, as even as can be: each has requests, and a rate, by its share of how many
     are under way at once, so that no part goes on alone when the others have ended."""
-    whole, count = load.concurrency, min(processes, load.concurrency, len(load.bodies))
+    whole = min(load.concurrency, len(load.bodies))
+    count = min(processes, whole)
 
     def part(i: int) -> Load:
         first, last = whole * i // count, whole * (i + 1) // count

@@ -1,6 +1,7 @@
 """``serve``: a model's answers over HTTP."""
 
 import dataclasses
+import gc
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -56,7 +57,7 @@ def run_serve(arguments: Sequence[str]) -> None:
         _check_dtype(asked)
         if jax.process_index():  # the first process has HTTP
             engine = _engine(asked, config, tokenizer)
-            engine.warm_up()
+            _warm_up(engine)
             with Stopping():  # a signal is for the first
                 engine.follow()
             return
@@ -66,13 +67,19 @@ def run_serve(arguments: Sequence[str]) -> None:
             engine = _engine(asked, config, tokenizer)
         http.check()
         with _timed("programs", seconds):
-            engine.warm_up()
+            _warm_up(engine)
         served = Served(http.config.name, engine.context, config.vocab_size, engine.slots)
         took = ", ".join(f"{what} {each:.1f} s" for what, each in seconds.items())
         ready = f"ready: {http.url}/v1 has {served.name}, of {served.context:,} tokens; {took}"
         with Stopping() as stopping:
             run(engine, http, served, stopping, lambda: say(ready))
         engine.end()
+
+
+def _warm_up(engine: Engine) -> None:
+    engine.warm_up()
+    gc.collect()
+    gc.freeze()  # what loading and tracing have left takes 0.2 s and more each time that it is looked through
 
 
 def _name(asked: _Serve) -> str:

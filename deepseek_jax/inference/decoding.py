@@ -181,7 +181,7 @@ class _Drawing:
 
         One question of a GPU, which answers each to the host: whether all are greedy, or draw from all tokens, or some
         ask for more. What a row draws is the same in each case."""
-        at, how, keys_R = self.at, self.how, self.keys(place_BS).reshape(-1)
+        at, how, keys_R = self.at, self.how, lambda: self.keys(place_BS).reshape(-1)
         rows, count = len(logits_RW), min(ALTERNATIVES, logits_RW.shape[1])
         none = _Likely(jnp.zeros((rows, count), jnp.int32), jnp.zeros((rows, count)))
 
@@ -189,13 +189,13 @@ class _Drawing:
             return first_maximum(logits_RW), none
 
         def drawn(logits_RW):
-            return sample(logits_RW, keys_R, how.temperature)[0], none
+            return sample(logits_RW, keys_R(), how.temperature)[0], none
 
         def wanted(logits_RW):
             wanted_RW = adjusted(logits_RW, self.wishes, said_BT, at.length + 1 - at.answered, known_BS.reshape(-1))
             best = lambda logits_RW: _Likely(*jax.lax.top_k(logits_RW / how.scored[:, None], count)[::-1])  # noqa: E731
             likely = jax.lax.cond(asked, best, lambda _: none, logits_RW)
-            return sample(wanted_RW, keys_R, how.temperature, how.top_p, at.top_k, how.min_p)[0], likely
+            return sample(wanted_RW, keys_R(), how.temperature, how.top_p, at.top_k, how.min_p)[0], likely
 
         draws_R, asked = how.temperature > 0, jnp.any(at.alternatives > 0)
         cut = jnp.any(draws_R & ((how.top_p < 1) | (at.top_k > 0) | (how.min_p > 0)))

@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import dataclasses
-import functools
 import itertools
 import logging
 import os
@@ -239,10 +238,15 @@ class Programs:
             self.late += self._warm
             program = self._programs[job.key] = self._lowered(weights, job).compile()
             meet()
-        given, began = () if job.function is copy_pages else weights, time.perf_counter()
-        call = functools.partial(program, *given, self._pages, *job.arrays)
+        given = () if job.function is copy_pages else weights
+
+        def call() -> Any:
+            began = time.perf_counter()
+            done = program(*given, self._pages, *job.arrays)
+            self.seconds += time.perf_counter() - began
+            return done
+
         done = call() if meanwhile is None else self._while_it_runs(call, meanwhile)
-        self.seconds += time.perf_counter() - began
         self._pages, found = (done, None) if job.function is copy_pages else done
         return found
 
@@ -255,11 +259,14 @@ class Programs:
             return call()
 
         called = self._beside.submit(calling)
-        begun.wait()
         try:
-            meanwhile()
-        finally:  # before anything is done with the pages that it was given
-            done = called.result()
+            try:
+                begun.wait()  # it has the interpreter until the device has its work
+                meanwhile()
+            finally:  # before anything is done with the pages that it was given
+                done = called.result()
+        finally:
+            del called  # it has an error whose traceback has this frame: in a circle, they would keep the pages
         return done
 
     def _lowered(self, weights: Weights, job: _Job, kept: Kept | None = None) -> Any:

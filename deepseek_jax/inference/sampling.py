@@ -129,6 +129,7 @@ def sample(
     noise is drawn in any case. Returns the tokens and their log-probabilities under ``softmax(logits / temperature)``,
     before top-k and top-p: what a learner can compute again. Greedy reports temperature 1.
     """
+    assert (top_p_B is None) == (top_k_B is None), "one without the other would be left out"
     width = logits_BW.shape[1]
     greedy_B = temperature_B == 0
     scaled_BW = logits_BW / jnp.where(greedy_B, 1.0, temperature_B)[:, None]

@@ -30,7 +30,7 @@ class Schedule:
         self.waiting: list[Request] = []  # in order of arrival, those who had to give way among them
         self.running: list[Request] = []  # likewise
         self._slots = list(range(config.slots))[::-1]
-        self._expected = 0
+        self._expected = 0  # who have ended and have not asked again, see ``_more_to_come``
         self.preemptions = self.prompt_tokens = self.found_tokens = 0
 
     def submit(self, request: Request) -> None:
@@ -45,14 +45,16 @@ class Schedule:
         if request in self.waiting:
             self.waiting.remove(request)
         elif request in self.running:
+            self._expected += 1
             self._leave(request)
 
     def plan(self) -> Plan:
         """The next step. Nothing to do where it has neither pieces nor rows."""
         copies = self._admit()
         pieces = self._pieces()
-        silent = any(len(request.ids) == request.prompt for request in self.running) or self._more_to_come()
-        short = silent or any(request.unread or request.constraint is not None for request in self.running)
+        silent = any(len(request.ids) == request.prompt for request in self.running)
+        unsure = any(request.unread or request.constraint is not None for request in self.running)
+        short = self._more_to_come() or silent or unsure
         decoded, turns = self._with_room(1 if short else self.config.turns)
         pieces = [piece for piece in pieces if piece.request.slot >= 0]  # but of who has just given way
         for piece in pieces:

@@ -3,7 +3,6 @@ child."""
 
 import contextlib
 import dataclasses
-import gc
 import importlib.util
 import selectors
 import signal
@@ -151,8 +150,6 @@ def run(engine: Engine, http: HttpProcess, served: Served, stopping: Stopping, r
     itself, or steps fail again and again."""
     told = False
     desk = Desk(engine, http.link.send, overlaps=engine.overlaps)
-    gc.collect()
-    gc.freeze()  # what loading and tracing have left takes 0.2 s and more each time that it is looked through
     waiting = selectors.DefaultSelector()
     for end in (http.link, stopping):
         waiting.register(end, selectors.EVENT_READ)

@@ -19,7 +19,7 @@ from deepseek_kernels.target import Target
 from deepseek_kernels.weights import Weight, as_it_lies, stack_and_layer, stored_gradient
 
 TOKENS = 256  # at most
-_TOGETHER = 4  # of more than 64, those that a block of the weight is brought to shared memory for
+_TOGETHER = 4  # of more than 64: so many share a block of the weight
 _EXPERTS = 64, 128
 _NUMBERS = 8192  # of the weight, of a block of the first kernel
 _PARAMS = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)

@@ -1,6 +1,7 @@
 """``bench serve`` against a server that answers as it is told to."""
 
 import asyncio
+import dataclasses
 import json
 import threading
 
@@ -143,3 +144,5 @@ def test_load_is_split_evenly():
     parts = bench_client.split(load, 3)
     assert [part.concurrency for part in parts] == [21, 21, 22] == [part.rate for part in parts]
     assert [len(part.bodies) for part in parts] == [84, 84, 88] and sum((part.bodies for part in parts), []) == bodies
+    few = bench_client.split(dataclasses.replace(load, bodies=bodies[:3]), 3)
+    assert [part.bodies for part in few] == [["0"], ["1"], ["2"]] and sum(part.rate for part in few) == 64

@@ -5,7 +5,9 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import gc
 import time
+import weakref
 from typing import Any
 
 import jax
@@ -340,6 +342,35 @@ def test_what_is_done_meanwhile_is_done_while_the_device_decodes(monkeypatch):
                 asked[event.number].logprobs += event.logprobs
         assert order == ["begun", seen, "ended"]
         order.clear()
+    finish(serving, asked)
+    assert_right("v3", [*asked.values()])
+
+
+def test_a_step_that_fails_beside_something_keeps_no_pages(monkeypatch):
+    """The next one needs the room for its own, and nobody looks for circles of objects before."""
+    serving, asked = engine("v3"), dict[int, Asked]()
+    submit(serving, asked, Asked([5, 9, 2], GREEDY))
+    step(serving, asked)
+    programs = serving.requests.continuous.programs
+    pages = [weakref.ref(page) for page in jax.tree.leaves(programs._pages)]
+
+    def fails(*arrays):
+        raise MemoryError("RESOURCE_EXHAUSTED")
+
+    gc.disable()
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(programs, "_programs", dict.fromkeys(programs._programs, fails))
+            with contextlib.suppress(MemoryError):
+                serving.step(lambda: None)
+                pytest.fail("it has not failed")
+        for _ in range(500):  # the other thread may still be letting go
+            if not any(page() is not None for page in pages):
+                break
+            time.sleep(0.01)
+        assert pages and not any(page() is not None for page in pages)
+    finally:
+        gc.enable()
     finish(serving, asked)
     assert_right("v3", [*asked.values()])
 

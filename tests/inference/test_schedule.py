@@ -228,6 +228,20 @@ def test_steps_are_short_while_those_who_were_answered_may_ask_again(again):
     assert turns == ([1, 8, 1, 8, 8, 8] if again else [1, 8, 1, 1, 1, 8])
 
 
+def test_who_does_not_ask_again_is_forgotten_while_others_come():
+    config = ServingConfig(slots=16, pages=200, page=4, chunk=64, turns=8)
+    schedule, turns = Schedule(config, Buckets.of(config, 60, gathers=True)), []
+    device = Device(schedule)
+    for i in range(13):
+        schedule.submit(request(i, [i], limit=50 if i == 12 else 8))
+    for i in range(7):
+        turns.append((plan := schedule.plan()).turns)
+        device.run(plan)
+        if 0 < i < 4:
+            schedule.submit(request(20 + i, [20 + i], limit=50))
+    assert turns == [1, 8, 1, 1, 1, 8, 8]
+
+
 @given(st.lists(st.lists(st.integers(1, 70), max_size=8), min_size=2, max_size=4).filter(any))
 def test_lanes_that_have_no_shape_in_common_are_read_one_after_the_other(lengths):
     """Many short prompts beside a long one."""

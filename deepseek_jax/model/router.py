@@ -111,7 +111,7 @@ def _logits(x_TD, w_DE):
         return plain(x_TD, w_DE)
 
     def in_parts(x_TD, w_DE):
-        # XLA:GPU writes a single row's products to memory before it adds them up.
+        # A single row as one of eight, as in ``product``: XLA:GPU writes its terms to memory before it adds them up.
         x_TD, parts = jnp.pad(x_TD, ((0, 7 * (tokens == 1)), (0, 0))), math.gcd(depth, _PARTS)
         x_TPD, w_PDE = x_TD.reshape(len(x_TD), parts, -1), w_DE.reshape(parts, -1, experts)
         sums_PTE = jax.lax.optimization_barrier(product("tpd,pde->pte", x_TPD, w_PDE))  # else XLA makes one of them

@@ -81,7 +81,7 @@ def product(
     options = form, dtype, precision, name, target.cores
     alone = form.one_matrix and form.rows and math.prod(x.shape[: len(form.rows)]) == 1
     if alone and (name, target.platform, devices()) == ("dot", "cuda", 1):
-        # XLA:GPU multiplies a single row by a float32 copy of the matrix, which it writes first.
+        # Of a single row XLA:GPU makes no product of matrices: it may write a float32 copy of this one first.
         of_eight: Any = _product(jnp.pad(x, ((0, 7), *[(0, 0)] * (x.ndim - 1))), w, *options)
         return of_eight[:1]
     return _product(x, w, *options)

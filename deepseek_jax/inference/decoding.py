@@ -26,7 +26,8 @@ class Decoded:
     """tokens_BN, logprobs_BN: of each row those that it was given, -1 behind them; log-probabilities are those of the
     network, before penalties and cuts, by the temperature ``Shares.scored``. stopped_B: it ended with a stop id.
     drafts_BK: guesses of what is drawn next. counts_BK2: of drafts in each place how many there were and how many were
-    kept. likely_BNA, likely_logprobs_BNA: beside each token the most likely ones, where any row asks for alternatives.
+    kept. likely_BNA, likely_logprobs_BNA: beside each token the most likely ones, where any row asks for alternatives;
+    else they say nothing.
     """
 
     tokens_BN: jax.Array

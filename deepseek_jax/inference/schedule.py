@@ -30,7 +30,7 @@ class Schedule:
         self.waiting: list[Request] = []  # in order of arrival, those who had to give way among them
         self.running: list[Request] = []  # likewise
         self._slots = list(range(config.slots))[::-1]
-        self._expected = 0  # who have ended and have not asked again, see ``_more_to_come``
+        self._expected = 0  # who have just ended, and may ask again
         self.preemptions = self.prompt_tokens = self.found_tokens = 0
 
     def submit(self, request: Request) -> None:
@@ -52,9 +52,10 @@ class Schedule:
         """The next step. Nothing to do where it has neither pieces nor rows."""
         copies = self._admit()
         pieces = self._pieces()
-        silent = any(len(request.ids) == request.prompt for request in self.running)
-        unsure = any(request.unread or request.constraint is not None for request in self.running)
-        short = self._more_to_come() or silent or unsure
+        self._expected = max(self._expected, 0) // 2  # half of them with each step that they do not come
+        short = self._expected >= max(len(self.running), 1)  # they would wait for a long step's end
+        short |= any(len(request.ids) == request.prompt for request in self.running)
+        short |= any(request.unread or request.constraint is not None for request in self.running)
         decoded, turns = self._with_room(1 if short else self.config.turns)
         pieces = [piece for piece in pieces if piece.request.slot >= 0]  # but of who has just given way
         for piece in pieces:
@@ -80,12 +81,6 @@ class Schedule:
         for request in [*self.running]:
             self._wait_again(request)
         self.pages.forget()
-
-    def _more_to_come(self) -> bool:
-        """Whether more have just ended than run: who was answered may ask again, and would wait for a long step's end.
-        How many these are is forgotten by half with each step."""
-        self._expected = max(self._expected, 0) // 2
-        return self._expected >= max(len(self.running), 1)
 
     def _with_room(self, turns: int) -> tuple[list[Request], int]:
         """Those who can be decoded, with pages for ``turns`` turns, or for a token; the last who came gives way."""

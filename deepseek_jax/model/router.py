@@ -23,7 +23,7 @@ from deepseek_kernels.weights import Weight
 _FEW = 64  # tokens: a step of decoding's
 # On a GPU few tokens' float32 products are too few tiles for its cores, and some kernels take twenty times as long as
 # others: sums are cut into parts, as in ``hopper_few``.
-_SOME, _PARTS = 2048, 16
+_FEW_TILES, _PARTS = 2048, 16
 
 
 @struct.dataclass
@@ -107,7 +107,7 @@ def _logits(x_TD, w_DE):
     product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
     plain = functools.partial(product, "td,de->te")
     (tokens, depth), experts = x_TD.shape, w_DE.shape[1]
-    if tokens > _SOME:
+    if tokens > _FEW_TILES:
         return plain(x_TD, w_DE)
 
     def in_parts(x_TD, w_DE):

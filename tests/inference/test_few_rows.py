@@ -75,6 +75,6 @@ def test_a_step_is_the_plain_one(rows, scanned):
     chosen_TK, found_TK = (each.reshape(rows, -1) for each in (chosen, found_chosen))
     common_T = np.sum(chosen_TK[:, :, None] == found_TK[:, None], axis=(1, 2))
     same_T = common_T == 6
-    assert np.all(common_T >= 5) and np.sum(~same_T) <= 0.03 * rows
+    assert np.all(common_T >= 5) and np.sum(~same_T) <= (0.03 * rows if on_card else 0)
     found, expected = found[same_T], expected[same_T]
     assert jnp.linalg.norm(found - expected) < 0.01 * jnp.linalg.norm(expected)

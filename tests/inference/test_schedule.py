@@ -213,33 +213,33 @@ def test_a_long_prompt_delays_nobody():
         device.run(plan)
 
 
-@pytest.mark.parametrize("again", [False, True])
-def test_steps_are_short_while_those_who_were_answered_may_ask_again(again):
+def after_many_have_ended(then, *, cancelled=False) -> list[int]:
+    """Turns of seven steps, in the second of which twelve of thirteen end. then: told the step, how many have just
+    ended; returns how many ask in their place."""
     config = ServingConfig(slots=16, pages=200, page=4, chunk=64, turns=8)
-    schedule, turns = Schedule(config, Buckets.of(config, 60, gathers=True)), []
-    device = Device(schedule)
-    for i in range(13):
-        schedule.submit(request(i, [i], limit=50 if i == 12 else 8))
-    for _ in range(6):
+    schedule, turns, numbers = Schedule(config, Buckets.of(config, 60, gathers=True)), [], itertools.count()
+    device, many = Device(schedule), [request(i, [i], limit=50 if cancelled else 8) for i in range(12)]
+    for each in (*many, request(20, [20], limit=50)):
+        schedule.submit(each)
+    for step in range(7):
         turns.append((plan := schedule.plan()).turns)
-        if len(device.run(plan)) == 12 and again:
-            for i in range(12):
-                schedule.submit(request(20 + i, [20 + i], limit=50))
-    assert turns == ([1, 8, 1, 8, 8, 8] if again else [1, 8, 1, 1, 1, 8])
+        ended = len(device.run(plan))
+        if cancelled and step == 1:
+            for each in many:
+                schedule.cancel(each)
+        for i in itertools.islice(numbers, then(step, ended)):
+            schedule.submit(request(30 + i, [30 + i], limit=50))
+    return turns
+
+
+def test_steps_are_short_while_those_who_were_answered_may_ask_again():
+    assert after_many_have_ended(lambda step, ended: ended) == [1, 8, 1, 8, 8, 8, 8]
+    assert after_many_have_ended(lambda step, ended: 0) == [1, 8, 1, 1, 1, 8, 8]
+    assert after_many_have_ended(lambda step, ended: 0, cancelled=True) == [1, 8, 1, 1, 1, 8, 8]
 
 
 def test_who_does_not_ask_again_is_forgotten_while_others_come():
-    config = ServingConfig(slots=16, pages=200, page=4, chunk=64, turns=8)
-    schedule, turns = Schedule(config, Buckets.of(config, 60, gathers=True)), []
-    device = Device(schedule)
-    for i in range(13):
-        schedule.submit(request(i, [i], limit=50 if i == 12 else 8))
-    for i in range(7):
-        turns.append((plan := schedule.plan()).turns)
-        device.run(plan)
-        if 0 < i < 4:
-            schedule.submit(request(20 + i, [20 + i], limit=50))
-    assert turns == [1, 8, 1, 1, 1, 8, 8]
+    assert after_many_have_ended(lambda step, ended: 0 < step < 4) == [1, 8, 1, 1, 1, 8, 8]
 
 
 @given(st.lists(st.lists(st.integers(1, 70), max_size=8), min_size=2, max_size=4).filter(any))

@@ -22,7 +22,7 @@ from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.inference.decoding import Decoded, decode
 from deepseek_jax.inference.paged import Store, empty_pages
-from deepseek_jax.inference.rows import Rows
+from deepseek_jax.inference.rows import Numbers, Rows
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.weights import random_weights, sampling_compute, sampling_config
 from deepseek_jax.parallel.mesh import make_mesh
@@ -65,9 +65,9 @@ class Drafting:
         pages = -(-(self.columns + self.turns * drafts) // PAGE)
         rows, rng = Rows.filling(batch, pages), np.random.default_rng(0)
         rows.numbers_BK[:], rows.shares_BF[:] = Rows.described(SamplingParams(temperature=0.0, max_tokens=10**6), (), 0)
-        rows.numbers_BK[:, 0] = rng.integers(0, self.config.vocab_size, batch)
-        rows.numbers_BK[:, 1] = self.columns - self.turns
-        rows.numbers_BK[:, 4] = np.arange(batch)  # seeds
+        rows.state_BK[:, 0] = rng.integers(0, self.config.vocab_size, batch)
+        rows.state_BK[:, 1] = self.columns - self.turns
+        rows.numbers_BK[:, Numbers._fields.index("seed")] = np.arange(batch)
         rows.drafts[:, :drafts] = rng.integers(0, self.config.vocab_size, (batch, drafts))
         rows.table_BJ[:] = rng.permutation(batch * pages).reshape(batch, pages)
         anything_BV = np.full((batch, -(-self.config.vocab_size // 32)), -1, np.int32)

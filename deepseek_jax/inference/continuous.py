@@ -12,7 +12,10 @@ import dataclasses
 import itertools
 import math
 import time
+import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -27,17 +30,26 @@ from deepseek_jax.inference.decoding import Decoded
 from deepseek_jax.inference.events import Event
 from deepseek_jax.inference.held import Held
 from deepseek_jax.inference.lanes import Lanes
-from deepseek_jax.inference.plans import Plan, Request
-from deepseek_jax.inference.programs import Done, Programs, gathers
+from deepseek_jax.inference.plans import DecodePlan, Piece, Request
+from deepseek_jax.inference.programs import Programs, Scored, gathers
 from deepseek_jax.inference.prompt_scores import pairs
 from deepseek_jax.inference.rows import Rows, check_request
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.schedule import Schedule
+from deepseek_jax.inference.scores import Scores
 from deepseek_jax.inference.serving_config import ServingConfig
 from deepseek_jax.inference.speculation import check_drafts
 from deepseek_jax.inference.weights import Weights
 
 _NAN = "the network's scores are no numbers (NaN), on clean pages too: its weights or a device are damaged"
+
+
+class _Sent(NamedTuple):
+    """A step that is under way. scored: of what was read in before it. decoded: None where there is nobody."""
+
+    plans: list[DecodePlan]
+    scored: Scored
+    decoded: Future[Decoded] | None
 
 
 class Continuous:
@@ -46,6 +58,9 @@ class Continuous:
 
     Each device of the batch has a lane, which is a schedule with slots and pages of its own. Of several processes all
     take each step, and warm up, together; each is told of its own requests. over: one of them has ended it.
+
+    ahead: ``step`` returns while the device is at what comes next, and has sent it that before it looks at what the
+    step before has brought; a CPU's programs take the cores that this would take.
     """
 
     def __init__(
@@ -58,10 +73,11 @@ class Continuous:
         *,
         begin: Callable[[SamplingParams], Constraint] | None = None,
         forced: float = 0.0,
+        ahead: bool | None = None,
     ):
         """config: with the MTP module where ``serving.drafts`` are asked for, and without it else. begin: see
         ``Held``. forced: for measurements alone, see ``speculation.forced``: answers mean nothing; 0: the network has
-        its say."""
+        its say. ahead: by default but on CPUs."""
         check_drafts(config, serving.drafts)
         self.context = serving.tokens(config.max_position_embeddings)
         self._width, self._stop_ids = config.vocab_size, tuple(stop_ids)
@@ -70,7 +86,9 @@ class Continuous:
         lanes = math.prod(mesh.shape[axis] for axis in compute.rules.batch)
         self.programs = Programs(config, compute, mesh, serving, buckets, lanes, forced)
         self.slots = lanes * serving.slots
-        self._lanes = Lanes(Schedule(serving, buckets) for _ in range(lanes))
+        self.ahead = serving.turns > 1 and (compute.kernels.platform != "cpu" if ahead is None else ahead)
+        self._sent: _Sent | None = None
+        self._lanes = Lanes(Schedule(serving, buckets, ahead=self.ahead) for _ in range(lanes))
         self._asked: dict[int, tuple[Request, Schedule]] = {}
         self._new: collections.deque[Request] = collections.deque()
         self._gone: collections.deque[int] = collections.deque()
@@ -115,36 +133,73 @@ class Continuous:
         """Whether there is anything to do."""
         return bool(self._asked or self._new)
 
-    def step(self, weights: Weights, meanwhile: Callable[[], None] | None = None) -> list[Event]:
-        """Do what is next -> what it has brought. Without requests nothing. meanwhile: called beside what the device
-        does.
+    def step(self, weights: Weights) -> list[Event]:
+        """Do what is next -> what has come; ``ahead``, that is of the step before. Without requests nothing.
 
         Where it fails, or is interrupted, the next one begins anew with what every request had before."""
-        began, called = time.perf_counter(), self.programs.seconds
+        began = time.perf_counter()
         self._untold += self._arrivals()
         if self.over:
             return []
-        plans = [lane.plan() for lane in self._lanes]
         try:
-            done = self.programs.run(weights, plans, meanwhile)
-            dispatched = time.perf_counter()
-            if done.decoded is None:
-                self.programs.wait()
-            done = self._fetched(done, plans)
-        except BaseException:  # pages may be half written, or given away
+            self._advance(weights)
+        except BaseException as error:  # pages may be half written, or given away
+            traceback.clear_frames(error.__traceback__)  # which has what has the error: in a circle, they keep pages
             self.free()
             raise
-        self._counts["seconds_waited"] += time.perf_counter() - dispatched + self.programs.seconds - called
-        events, self._untold = self._untold, []
-        doubted = self._nan(plans, done)
-        _keep_scores(done)
-        if done.decoded is not None:
-            events += self._told(plans, done.decoded, doubted)
-        events += self._read(plans, doubted)
-        events += self._doubted(doubted)
         self._counts["seconds"] += time.perf_counter() - began
         self._counts["steps"] += 1
+        events, self._untold = self._untold, []
         return events
+
+    def _advance(self, weights: Weights) -> None:
+        scored, before = self._read(weights), self._sent
+        if before is not None:
+            self._sent = self._decode_ahead(weights, before) if scored is None else None
+            if not self._settle(before):
+                scored = None
+            if self._sent is None and scored is None:
+                self._untold += self._arrivals()  # who has come since waits for no step more
+                scored = self._read(weights)
+        if self._sent is None:
+            plans = [lane.plan_decode() for lane in self._lanes]
+            anybody = any(plan.decoded for plan in plans)
+            self._sent = _Sent(plans, scored or [], self.programs.decode(weights, plans) if anybody else None)
+            if not (anybody and self.ahead):
+                before, self._sent = self._sent, None
+                self._settle(before)
+
+    def _read(self, weights: Weights) -> Scored | None:
+        """Send what is to be read in next; None where there is nothing."""
+        plans = [lane.plan_read() for lane in self._lanes]
+        return self.programs.read(weights, plans) if any(plan.copies or plan.pieces for plan in plans) else None
+
+    def _decode_ahead(self, weights: Weights, before: _Sent) -> _Sent | None:
+        """Send the step behind one that is under way, where nobody has to know what that brings."""
+        plans = [lane.plan_ahead(plan) for lane, plan in zip(self._lanes, before.plans, strict=True)]
+        planned = [plan for plan in plans if plan is not None]
+        if len(planned) < len(plans):
+            return None
+        return _Sent(planned, [], self.programs.decode(weights, planned, before.decoded))
+
+    def _settle(self, sent: _Sent) -> bool:
+        """Note what a step has brought. False where some scores were NaN, and all begin anew."""
+        began = time.perf_counter()
+        if sent.decoded is None:
+            self.programs.wait()
+        decoded = None if sent.decoded is None else self._fetched(sent.plans, sent.decoded.result())
+        scored = [(pieces, jax.device_get(found.result())) for pieces, found in sent.scored]
+        self._counts["seconds_waited"] += time.perf_counter() - began
+        doubted = self._nan(sent.plans, decoded, scored)
+        for pieces, found in scored:
+            for piece, row in pieces:
+                if piece.scores is not None:
+                    piece.scores.add(found, row, piece.count, piece.request.sampling.alternatives)
+        if decoded is not None:
+            self._untold += self._told(sent.plans, decoded, doubted)
+        self._untold += self._ended(sent.plans, doubted)
+        self._untold += self._doubted(doubted)
+        return not doubted
 
     def end(self) -> None:
         """The step that is the last: it tells the other processes."""
@@ -160,6 +215,7 @@ class Continuous:
 
     def free(self) -> None:
         """Let the pages go until a step needs some: running requests begin anew with what they were answered."""
+        self._sent = None
         self._lanes.start_over()
         self.programs.free()
 
@@ -210,19 +266,21 @@ class Continuous:
         self._held.forget(event.number)
         return [event] * self._own(event.number)
 
-    def _nan(self, plans: list[Plan], done: Done) -> list[Request]:
+    def _nan(
+        self, plans: list[DecodePlan], decoded: Decoded | None, scored: list[tuple[list[tuple[Piece, int]], Scores]]
+    ) -> list[Request]:
         """Those with a log-probability that is none: so it is where any score was NaN, or infinite."""
         found = [
             piece.request
-            for pieces, scores in done.scored
+            for pieces, scores in scored
             for piece, row in pieces
-            if piece.request.scores is not None and np.isnan(scores.logprobs_BS[row, : piece.count]).any()
+            if piece.scores is not None and np.isnan(scores.logprobs_BS[row, : piece.count]).any()
         ]
-        if done.decoded is not None:
-            nan_B, rows = np.any(np.isnan(done.decoded.logprobs_BN), axis=1), self.programs.rows(plans)
+        if decoded is not None:
+            nan_B, rows = np.any(np.isnan(decoded.logprobs_BN), axis=1), self.programs.rows(plans)
             for lane, plan in enumerate(plans):
                 found += [request for i, request in enumerate(plan.decoded, lane * rows) if nan_B[i]]
-        return list(dict.fromkeys(found))
+        return [request for request in dict.fromkeys(found) if request.number in self._asked]
 
     def _doubted(self, requests: list[Request]) -> list[Event]:
         """Requests whose scores were NaN have got nothing of this step. Whatever they have written in pages, nobody
@@ -240,18 +298,19 @@ class Continuous:
     def _own(self, number: int) -> bool:
         return number % jax.process_count() == self._process
 
-    def _fetched(self, done: Done, plans: list[Plan]) -> Done:
+    def _fetched(self, plans: list[DecodePlan], found: Decoded) -> Decoded:
         """On the host; an answer's alternatives only where anybody asks for them."""
-        found = done.decoded
-        if found is not None and not any(request.sampling.alternatives for plan in plans for request in plan.decoded):
+        if not any(request.sampling.alternatives for plan in plans for request in plan.decoded):
             found = dataclasses.replace(found, likely_BNA=None, likely_logprobs_BNA=None)
-        return Done(jax.device_get(found), [(pieces, jax.device_get(scores)) for pieces, scores in done.scored])
+        return jax.device_get(dataclasses.replace(found, state_BK=None))
 
-    def _read(self, plans: list[Plan], doubted: list[Request]) -> list[Event]:
+    def _ended(self, plans: list[DecodePlan], doubted: list[Request]) -> list[Event]:
         """The ends of those that ask for nothing behind their prompts."""
         events = []
         for schedule, plan in zip(self._lanes, plans, strict=True):
-            for request in filter(lambda each: each not in doubted, plan.read):
+            for request in plan.read:
+                if request in doubted or request.number not in self._asked:
+                    continue
                 schedule.answered(request, [], ended=True)
                 del self._asked[request.number]
                 if self._own(request.number):
@@ -259,7 +318,7 @@ class Continuous:
                     events.append(Event(*told, cached=request.cached, prompt=request.scores))
         return events
 
-    def _told(self, plans: list[Plan], found: Decoded, doubted: list[Request]) -> list[Event]:
+    def _told(self, plans: list[DecodePlan], found: Decoded, doubted: list[Request]) -> list[Event]:
         events, rows = [], self.programs.rows(plans)
         tokens, logprobs, stopped = (x.tolist() for x in (found.tokens_BN, found.logprobs_BN, found.stopped_B))
         drafts = found.drafts_BK.tolist()
@@ -269,7 +328,7 @@ class Continuous:
         counts = np.sum(np.asarray(found.tokens_BN) >= 0, axis=1).tolist()
         for lane, (schedule, plan) in enumerate(zip(self._lanes, plans, strict=True)):
             for i, request in enumerate(plan.decoded, lane * rows):
-                if not (count := counts[i]) or request in doubted:
+                if not (count := counts[i]) or request in doubted or request.number not in self._asked:
                     continue
                 ended = stopped[i] or count >= request.left
                 schedule.answered(request, tokens[i][:count], ended=ended)
@@ -289,12 +348,3 @@ class Continuous:
                     self._held.find(request)
                     self._held.wait(request)
         return events
-
-
-def _keep_scores(done: Done) -> None:
-    """Of prompts, until all of theirs are there."""
-    for pieces, found in done.scored:
-        for piece, row in pieces:
-            request = piece.request
-            if request.scores is not None:
-                request.scores.add(found, row, piece.count, request.sampling.alternatives)

@@ -11,14 +11,21 @@ from jaxtyping import Array, Int
 
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.inference import speculation
-from deepseek_jax.inference.generate import OPTIONS
+from deepseek_jax.inference import generate, speculation
 from deepseek_jax.inference.limits import ALTERNATIVES, BIASES
 from deepseek_jax.inference.paged import Store, memory_of, over_batch, reading, to_hosts
 from deepseek_jax.inference.penalties import Wishes, adjusted, beside
-from deepseek_jax.inference.rows import Numbers, Rows, Shares
+from deepseek_jax.inference.rows import Numbers, Rows, Shares, State
 from deepseek_jax.inference.sampling import first_maximum, sample
+from deepseek_jax.inference.serving_config import MOST_DRAFTS
 from deepseek_jax.model import parameters
+
+# On a GPU all turns are one graph, their loop and what rows ask for with them: the host is asked nothing, and the next
+# step can be sent while this one is under way. CUB's sorts cannot stand in a graph, XLA's own can.
+OPTIONS = generate.OPTIONS | {
+    "xla_gpu_enable_cub_radix_sort": False,
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE",
+}
 
 
 @struct.dataclass
@@ -27,7 +34,8 @@ class Decoded:
     network, before penalties and cuts, by the temperature ``Shares.scored``. stopped_B: it ended with a stop id.
     drafts_BK: guesses of what is drawn next. counts_BK2: of drafts in each place how many there were and how many were
     kept. likely_BNA, likely_logprobs_BNA: beside each token the most likely ones, where any row asks for alternatives;
-    else they say nothing.
+    else they say nothing. state_BK: ``Rows.state_BK`` of the same rows' next call, where who has stopped only fills the
+    batch; it stays where it is, split as they are.
     """
 
     tokens_BN: jax.Array
@@ -37,6 +45,7 @@ class Decoded:
     counts_BK2: jax.Array
     likely_BNA: jax.Array
     likely_logprobs_BNA: jax.Array
+    state_BK: jax.Array
 
 
 @struct.dataclass
@@ -78,8 +87,9 @@ def decode(
     """
     network = parameters.merge(config, params, router_bias, compute)
     rows = jax.tree.map(lambda x: over_batch(x, compute), rows)
-    at = Numbers(*rows.numbers_BK[:, : len(Numbers._fields)].T)
-    filling_B, size = at.answered >= at.most, 1 + drafts
+    at = State(*rows.state_BK[:, : len(State._fields)].T)
+    most_B, size = rows.numbers_BK[:, Numbers._fields.index("most")], 1 + drafts
+    filling_B = at.answered >= most_B
     page = pages.tokens_PN1.shape[1]
     room_B = jnp.sum(rows.table_BJ >= 0, axis=1) * page
     each, alone = _Drawing.of(rows, size), _Drawing.of(rows, 1)
@@ -109,7 +119,7 @@ def decode(
         if forced:
             drawn_BS = speculation.forced(found.drafts_BK, drawn_BS, each.keys(place_BS), forced, config.vocab_size)
         ends_BS = jnp.any(drawn_BS[:, :, None] == rows.stops[:, None], axis=2)
-        left_B = at.most - at.answered - now.count_B
+        left_B = most_B - at.answered - now.count_B
         kept_BS = speculation.kept(found.drafts_BK, drawn_BS, ends_BS, jnp.minimum(left_B, room_B - length_B))
         kept_BS &= ~done_B[:, None]
         found = _put_down(found, drawn_BS, logits_RW / each.how.scored[:, None], likely, now.count_B, kept_BS)
@@ -125,24 +135,28 @@ def decode(
             given = now.pages.mtp, out.hidden, drawn_BS, length_B, new_B, guess
             guessed_BK, mtp = speculation.draft(network, memory, *given)
             found, pages = dataclasses.replace(found, drafts_BK=guessed_BK), dataclasses.replace(pages, mtp=mtp)
-        done_B |= found.stopped_B | (at.answered + count_B >= at.most)
+        done_B |= found.stopped_B | (at.answered + count_B >= most_B)
         return _Now(now.n + 1, pages, token_B, length_B + new_B, count_B, done_B, found)
 
-    found = _nothing(rows.drafts[:, :drafts], most * size, config.vocab_size)
+    found = _nothing(rows, drafts, most * size, config.vocab_size)
     found = jax.tree.map(lambda x: over_batch(x, compute), found)
     now = _Now(jnp.int32(0), pages, at.token, at.length, jnp.zeros_like(at.length), filling_B, found)
     with jax.named_scope("decode"):
         now = jax.lax.while_loop(goes_on, step, now)
-    return now.pages, to_hosts(now.found, compute)
+    answered_B = jnp.where(now.found.stopped_B, most_B, at.answered + now.count_B)
+    guessed_BK = jnp.pad(now.found.drafts_BK, ((0, 0), (0, MOST_DRAFTS - drafts)), constant_values=-1)
+    state_BK = jnp.concatenate([jnp.stack(State(now.token_B, now.length_B, answered_B), axis=1), guessed_BK], axis=1)
+    return now.pages, dataclasses.replace(to_hosts(now.found, compute), state_BK=over_batch(state_BK, compute))
 
 
-def _nothing(drafts_BK: jax.Array, most: int, width: int) -> Decoded:
-    batch = len(drafts_BK)
+def _nothing(rows: Rows, drafts: int, most: int, width: int) -> Decoded:
+    drafts_BK, batch = rows.drafts[:, :drafts], len(rows.drafts)
     alternatives = (batch, most, min(ALTERNATIVES, width))
     tokens_BN, logprobs_BN = jnp.full((batch, most), -1, jnp.int32), jnp.full((batch, most), -1.0)
     counts_BK2, likely_BNA = jnp.zeros((*drafts_BK.shape, 2), jnp.int32), jnp.zeros(alternatives, jnp.int32)
     stopped_B = jnp.zeros(batch, bool)
-    return Decoded(tokens_BN, logprobs_BN, stopped_B, drafts_BK, counts_BK2, likely_BNA, jnp.zeros(alternatives))
+    likely = likely_BNA, jnp.zeros(alternatives)
+    return Decoded(tokens_BN, logprobs_BN, stopped_B, drafts_BK, counts_BK2, *likely, rows.state_BK)
 
 
 @struct.dataclass
@@ -159,16 +173,18 @@ class _Drawing:
 
     at: Numbers
     how: Shares
+    prompt_R: Int[Array, "R"]
     wishes: Wishes
 
     @classmethod
     def of(cls, rows: Rows, size: int) -> Self:
         numbers_RK, shares_RF = beside(rows.numbers_BK, size), beside(rows.shares_BF, size)
         at, how = Numbers(*numbers_RK[:, : len(Numbers._fields)].T), Shares(*shares_RF[:, : len(Shares._fields)].T)
+        state = State(*beside(rows.state_BK, size)[:, : len(State._fields)].T)
         biases_RX = shares_RF[:, len(Shares._fields) :]
         penalties, biases = (how.repetition, how.presence, how.frequency), (numbers_RK[:, -BIASES:], biases_RX)
         wishes = Wishes(*penalties, *biases, at.constrained, beside(rows.allowed_BV, size))
-        return cls(at, how, wishes)
+        return cls(at, how, state.length + 1 - state.answered, wishes)
 
     def keys(self, place_BS: Int[Array, "B S"]) -> jax.Array:
         """Of tokens n = place of the answers."""
@@ -193,7 +209,7 @@ class _Drawing:
             return sample(logits_RW, keys_R(), how.temperature)[0], none
 
         def wanted(logits_RW):
-            wanted_RW = adjusted(logits_RW, self.wishes, said_BT, at.length + 1 - at.answered, known_BS.reshape(-1))
+            wanted_RW = adjusted(logits_RW, self.wishes, said_BT, self.prompt_R, known_BS.reshape(-1))
             best = lambda logits_RW: _Likely(*jax.lax.top_k(logits_RW / how.scored[:, None], count)[::-1])  # noqa: E731
             likely = jax.lax.cond(asked, best, lambda _: none, logits_RW)
             return sample(wanted_RW, keys_R(), how.temperature, how.top_p, at.top_k, how.min_p)[0], likely

@@ -1,6 +1,6 @@
 """Prompts in, completions out: a model, and the ways to answer with it."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -188,14 +188,9 @@ class Engine:
         """Give a request up; the next step frees what it has."""
         self.requests.cancel(number)
 
-    def step(self, meanwhile: Callable[[], None] | None = None) -> list[Event]:
+    def step(self) -> list[Event]:
         """Let the device do what is next for the requests -> what it has brought to each: see ``Serving.step``."""
-        return self.requests.step(meanwhile)
-
-    @property
-    def overlaps(self) -> bool:
-        """Whether Python and the device work side by side: a CPU's programs take the cores that Python needs."""
-        return self.mesh.devices.flat[0].platform != "cpu"
+        return self.requests.step()
 
     @property
     def busy(self) -> bool:

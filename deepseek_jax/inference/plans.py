@@ -68,21 +68,27 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """Tokens ``start`` … ``start + count - 1`` of a request, to be read in."""
+    """Tokens ``start`` … ``start + count - 1`` of a request, to be read in, and where their scores go."""
 
     request: Request
     start: int
     count: int
+    scores: PromptScores | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """What the device does next, in this order: copy pages, all at once; read pieces of prompts in; decode ``turns``
-    times a token, and drafts, for some. until_end: but come back when one of them has ended, since others wait for its
-    place. read: those that are read in then, which is all that they ask."""
+class ReadPlan:
+    """Pages to be copied, all at once, and then pieces of prompts to be read in."""
 
     copies: list[tuple[int, int]]
     pieces: list[Piece]
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodePlan:
+    """Requests that are decoded ``turns`` times a token, and drafts. until_end: but no more once one of them has ended,
+    since others wait for its place. read: those that are read in, which is all that they ask."""
+
     decoded: list[Request]
     turns: int
     until_end: bool

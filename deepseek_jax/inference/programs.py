@@ -1,13 +1,12 @@
 """A cache in pages on a mesh, and what plans have the device do with it: compiled once for each shape, beforehand."""
 
-import concurrent.futures
 import dataclasses
 import itertools
 import logging
 import os
 import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -16,14 +15,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax.compute import ComputeConfig
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.inference import decoding, generate
 from deepseek_jax.inference.buckets import Buckets, fitting
 from deepseek_jax.inference.decoding import Decoded, decode
-from deepseek_jax.inference.generate import OPTIONS
 from deepseek_jax.inference.kept import Kept
 from deepseek_jax.inference.lowered import Program, check_dtypes, holding
 from deepseek_jax.inference.paged import copy_pages, empty_pages, read, reads_pages
-from deepseek_jax.inference.plans import Piece, Plan, Request
-from deepseek_jax.inference.rows import Numbers, Rows
+from deepseek_jax.inference.plans import DecodePlan, Piece, ReadPlan, Request
+from deepseek_jax.inference.rows import Numbers, Rows, State
 from deepseek_jax.inference.scores import Scores
 from deepseek_jax.inference.serving_config import ServingConfig
 from deepseek_jax.inference.weights import Weights
@@ -32,12 +31,7 @@ from deepseek_jax.parallel.processes import meet
 logger = logging.getLogger(__name__)
 
 
-class Done(NamedTuple):
-    """What the device will have brought. decoded: row by row, as ``Programs.rows`` has them. scored: of pieces that
-    were read in with scores, each with its row of these."""
-
-    decoded: Decoded | None
-    scored: list[tuple[list[tuple[Piece, int]], Scores]]
+Scored = list[tuple[list[tuple[Piece, int]], Future[Scores]]]  # pieces, each with its row of the scores
 
 
 class _Job(NamedTuple):
@@ -54,7 +48,8 @@ class _Job(NamedTuple):
 
 
 class Programs:
-    """The device's side of ``lanes`` schedules.
+    """The device's side of ``lanes`` schedules. A thread of its own sends it what it is to do, one after the other: on
+    GPUs some calls last as long as what they start, as where the host is asked how a loop goes on.
 
     late: programs that were compiled behind ``warm_up``, while a request waited for it. forced: see ``Continuous``.
     """
@@ -71,12 +66,13 @@ class Programs:
     ):
         self.forced = forced
         self.config, self.compute, self.mesh, self.serving = config, compute, mesh, serving
-        self.buckets, self.lanes, self.late, self.seconds = buckets, lanes, 0, 0.0
+        self.buckets, self.lanes, self.late = buckets, lanes, 0
         self._programs: dict[tuple[Any, ...], Any] = {}
         self._anything: dict[int, jax.Array] = {}
         self._warm = False
         self._pages: Any = None
-        self._beside = concurrent.futures.ThreadPoolExecutor(1, "decoding")
+        self._calls, self._last = ThreadPoolExecutor(1, "device"), Future[Any]()
+        self._last.set_result(None)
         self._fill()
 
     def _fill(self) -> None:
@@ -87,36 +83,42 @@ class Programs:
         with jax.set_mesh(self.mesh):
             sizes = self.lanes * serving.pages, serving.page
             self._pages = empty_pages(self.config, self.compute, *sizes, serving.cache)
+        self._like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self._pages)
 
     def free(self) -> None:
-        """Give the devices the pages back, until ``run`` makes others."""
+        """Give the devices the pages back, behind what is under way, until there is something to be done again."""
+        self._last = self._calls.submit(self._let_go)
+        self._last.result()
+
+    def _let_go(self) -> None:
         self._pages = None
 
-    def run(self, weights: Weights, plans: Sequence[Plan], meanwhile: Callable[[], None] | None = None) -> Done:
-        """Hand the lanes' plans to the device. meanwhile: called once, while it decodes, or has prompts to read."""
+    def read(self, weights: Weights, plans: Sequence[ReadPlan]) -> Scored:
+        """Have copied and read in what the lanes plan -> scores of the pieces that ask for some."""
         scored = []
-        self._fill()
-        with jax.set_mesh(self.mesh):
-            if any(plan.copies for plan in plans):
-                self._run(weights, self._copies([plan.copies for plan in plans]))
-            if any(plan.pieces for plan in plans):
-                for (rows, size), pieces in self.buckets.reads([plan.pieces for plan in plans]):
-                    found = self._run(weights, self._reading(pieces, rows, size))
-                    if found is not None:
-                        lanes = [enumerate(some, lane * rows) for lane, some in enumerate(pieces)]
-                        scored.append(([(piece, row) for lane in lanes for row, piece in lane], found))
-            decoded = None
-            if any(plan.decoded for plan in plans):
-                decoded = self._run(weights, self._decoding(plans), meanwhile)
-            elif meanwhile is not None:
-                meanwhile()
-        return Done(decoded, scored)
+        if any(plan.copies for plan in plans):
+            self._send(weights, self._copies([plan.copies for plan in plans]))
+        if any(plan.pieces for plan in plans):
+            for (rows, size), pieces in self.buckets.reads([plan.pieces for plan in plans]):
+                job = self._reading(pieces, rows, size)
+                found = self._send(weights, job)
+                if job.found is not None:
+                    lanes = [enumerate(some, lane * rows) for lane, some in enumerate(pieces)]
+                    scored.append(([(piece, row) for lane in lanes for row, piece in lane], found))
+        return scored
+
+    def decode(
+        self, weights: Weights, plans: Sequence[DecodePlan], before: Future[Decoded] | None = None
+    ) -> Future[Decoded]:
+        """Have decoded what the lanes plan, row by row as ``rows`` has them. before: a step of the same rows that is
+        under way, behind which this one begins."""
+        return self._send(weights, self._decoding(plans), before)
 
     def wait(self) -> None:
         """Return when the device has done it all: whoever comes next shall not stand behind a queue of chunks."""
-        jax.block_until_ready(self._pages)
+        self._calls.submit(lambda: jax.block_until_ready(self._pages)).result()
 
-    def rows(self, plans: Sequence[Plan]) -> int:
+    def rows(self, plans: Sequence[DecodePlan]) -> int:
         """Of each lane in decoding: request i of lane l is row ``l · rows + i``."""
         return fitting(self.buckets.slots, max(len(plan.decoded) for plan in plans))
 
@@ -133,7 +135,7 @@ class Programs:
             jobs += [self._reads(nobody, rows, size, table, alternatives, fresh=False) for table in buckets.long]
         with jax.set_mesh(self.mesh):
             kept = Kept.of(self.mesh)
-            with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
                 missing = {job.key: job for job in jobs if job.key not in self._programs}
                 compiled = {key: pool.submit(self._lowered(weights, job, kept).compile) for key, job in missing.items()}
             self._programs |= {key: each.result() for key, each in compiled.items()}
@@ -141,7 +143,7 @@ class Programs:
                 kept.close()
             meet()  # a process that is still compiling would have the others wait in collectives
             for job in jobs:
-                self._run(weights, job)
+                self._send(weights, job).result()
         self.wait()
         self._warm = True
 
@@ -159,7 +161,7 @@ class Programs:
         fresh = not any(piece.start for piece in together)
         pages = max(len(piece.request.pages) for piece in together)
         table = self.buckets.tables[-1] if fresh else fitting(self.buckets.long, pages)
-        asked = [piece.request.sampling.alternatives for piece in together if piece.request.scores is not None]
+        asked = [piece.request.sampling.alternatives for piece in together if piece.scores is not None]
         return self._reads(pieces, rows, size, table, max(asked, default=None), fresh=fresh)
 
     def _reads(
@@ -187,7 +189,7 @@ class Programs:
         how = (np.int32(alternatives),) if scored else ()
         return _Job(read, (tokens_BS, start_B, table_BJ, *how), (("fresh", fresh),), Scores if scored else None)
 
-    def _decoding(self, plans: Sequence[Plan]) -> _Job:
+    def _decoding(self, plans: Sequence[DecodePlan]) -> _Job:
         decoded = [plan.decoded for plan in plans]
         table = fitting(self.buckets.tables, max(len(request.pages) for some in decoded for request in some))
         turns = min(plan.turns for plan in plans if plan.decoded)
@@ -204,7 +206,7 @@ class Programs:
             here = slice(lane * rows, lane * rows + len(some))
             filled.numbers_BK[here], filled.shares_BF[here] = zip(*(request.row for request in some), strict=True)
             said = [(request.ids[-1], request.length, len(request.ids) - request.prompt) for request in some]
-            filled.numbers_BK[here, :3] = said
+            filled.state_BK[here, : len(State._fields)] = said
             held_BJ = np.arange(table) < np.array([len(request.pages) for request in some])[:, None]
             filled.table_BJ[here][held_BJ] = [page for request in some for page in request.pages]
             for i, request in enumerate(some, lane * rows):
@@ -232,46 +234,36 @@ class Programs:
             self._anything[batch] = placed
         return self._anything[batch]
 
-    def _run(self, weights: Weights, job: _Job, meanwhile: Callable[[], None] | None = None) -> Any:
+    def _send(self, weights: Weights, job: _Job, before: Future[Decoded] | None = None) -> Future[Any]:
+        self._fill()
         program = self._programs.get(job.key)
         if program is None:
             self.late += self._warm
-            program = self._programs[job.key] = self._lowered(weights, job).compile()
+            with jax.set_mesh(self.mesh):
+                program = self._programs[job.key] = self._lowered(weights, job).compile()
             meet()
-        given = () if job.function is copy_pages else weights
+        idle, begun = self._last.done(), threading.Event()
+        self._last = self._calls.submit(self._call, begun, program, weights, job, before)
+        if idle:  # it has the interpreter until the device has its work
+            begun.wait()
+        return self._last
 
-        def call() -> Any:
-            began = time.perf_counter()
-            done = program(*given, self._pages, *job.arrays)
-            self.seconds += time.perf_counter() - began
-            return done
-
-        done = call() if meanwhile is None else self._while_it_runs(call, meanwhile)
+    def _call(
+        self, begun: threading.Event, program: Any, weights: Weights, job: _Job, before: Future[Decoded] | None
+    ) -> Any:
+        begun.set()
+        arrays, given = job.arrays, () if job.function is copy_pages else weights
+        if before is not None:
+            rows, *how = arrays
+            arrays = dataclasses.replace(rows, state_BK=before.result().state_BK), *how
+        with jax.set_mesh(self.mesh):
+            done = program(*given, self._pages, *arrays)
         self._pages, found = (done, None) if job.function is copy_pages else done
         return found
 
-    def _while_it_runs(self, call: Callable[[], Any], meanwhile: Callable[[], None]) -> Any:
-        """On a GPU the call itself lasts as long as the turns: after each it asks the host whether there is another."""
-        begun = threading.Event()
-
-        def calling() -> Any:
-            begun.set()
-            return call()
-
-        called = self._beside.submit(calling)
-        try:
-            try:
-                begun.wait()  # it has the interpreter until the device has its work
-                meanwhile()
-            finally:  # before anything is done with the pages that it was given
-                done = called.result()
-        finally:
-            del called  # it has an error whose traceback has this frame: in a circle, they would keep the pages
-        return done
-
     def _lowered(self, weights: Weights, job: _Job, kept: Kept | None = None) -> Any:
         check_dtypes(leaf.dtype for leaf in jax.tree.leaves(weights))
-        function, compute, pages, options = job.function, self.compute, self._pages, dict(job.options)
+        function, compute, pages, options = job.function, self.compute, self._like, dict(job.options)
         if function is copy_pages:
             program = Program(function, (compute,), (pages, *job.arrays), options, 0, jax.tree.structure(pages), None)
         else:
@@ -279,7 +271,8 @@ class Programs:
                 compute = dataclasses.replace(compute, scan_unroll=1)
             gives = jax.tree.structure((pages, None if job.found is None else holding(job.found)))
             arrays = *weights, pages, *job.arrays
-            program = Program(function, (self.config, compute), arrays, options, 2, gives, OPTIONS)
+            compiler = generate.OPTIONS if function is read else decoding.OPTIONS
+            program = Program(function, (self.config, compute), arrays, options, 2, gives, compiler)
         return program.lower() if kept is None else kept.lowered(program)
 
 

@@ -13,13 +13,19 @@ from deepseek_jax.inference.serving_config import MOST_DRAFTS
 STOPS = 16  # ids that end an answer, at most
 
 
-class Numbers(NamedTuple):
-    """What a row of a decoding step is, in the order of ``Rows.numbers_BK``; behind these follow its drafts, its stop
-    ids and the tokens of its biases, -1 where there are no more."""
+class State(NamedTuple):
+    """Where a row of a decoding step is, in the order of ``Rows.state_BK``; behind these follow its drafts, -1 where
+    there are no more."""
 
-    token: Any
-    length: Any
+    token: Any  # its last one, which is not in the cache
+    length: Any  # tokens before that
     answered: Any
+
+
+class Numbers(NamedTuple):
+    """What a row of a decoding step is, in the order of ``Rows.numbers_BK``; behind these follow its stop ids and the
+    tokens of its biases, -1 where there are no more."""
+
     most: Any
     seed: Any
     draw: Any
@@ -43,11 +49,12 @@ class Shares(NamedTuple):
 
 @struct.dataclass
 class Rows:
-    """Rows that are decoded. numbers_BK: see ``Numbers``; a row that may answer no more only fills the batch.
-    shares_BF: see ``Shares``. table_BJ: see ``PagedMemory``. Few arrays, since each is a transfer of its own.
-    allowed_BV: of the next token, a bit for each that a constrained row may draw; such a row may have no other behind
-    it in this step. The array of all that others may draw stays on the device."""
+    """Rows that are decoded. state_BK: see ``State``; a row that has answered ``most`` only fills the batch.
+    numbers_BK: see ``Numbers``. shares_BF: see ``Shares``. table_BJ: see ``PagedMemory``. Few arrays, since each is a
+    transfer of its own. allowed_BV: of the next token, a bit for each that a constrained row may draw; such a row may
+    have no other behind it in this step. The array of all that others may draw stays on the device."""
 
+    state_BK: Any
     numbers_BK: Any
     shares_BF: Any
     table_BJ: Any
@@ -56,21 +63,23 @@ class Rows:
     @property
     def drafts(self) -> Any:
         """(B, MOST_DRAFTS)."""
-        return self.numbers_BK[:, len(Numbers._fields) :][:, :MOST_DRAFTS]
+        return self.state_BK[:, len(State._fields) :]
 
     @property
     def stops(self) -> Any:
         """(B, STOPS)."""
-        return self.numbers_BK[:, len(Numbers._fields) + MOST_DRAFTS : -BIASES]
+        return self.numbers_BK[:, len(Numbers._fields) : -BIASES]
 
     @classmethod
     def filling(cls, batch: int, pages: int) -> Self:
         """None, on the host."""
-        numbers_BK = np.zeros((batch, len(Numbers._fields) + MOST_DRAFTS + STOPS + BIASES), np.int32)
+        state_BK = np.zeros((batch, len(State._fields) + MOST_DRAFTS), np.int32)
+        state_BK[:, len(State._fields) :] = -1
+        numbers_BK = np.zeros((batch, len(Numbers._fields) + STOPS + BIASES), np.int32)
         shares_BF = np.zeros((batch, len(Shares._fields) + BIASES), np.float32)
         numbers_BK[:, -BIASES:] = -1
         shares_BF[:, [Shares._fields.index(name) for name in ("repetition", "scored")]] = 1
-        return cls(numbers_BK, shares_BF, np.full((batch, pages), -1, np.int32))
+        return cls(state_BK, numbers_BK, shares_BF, np.full((batch, pages), -1, np.int32))
 
     @staticmethod
     def described(
@@ -81,15 +90,14 @@ class Rows:
         *,
         tempered: bool = False,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(K numbers, F shares) of a request, of which ``token``, ``length``, ``answered`` and drafts are filled in
-        later. key: the two words of one in the place of the seed's. tempered: log-probabilities by its temperature, as
-        ``sample`` reports them."""
+        """(K numbers, F shares) of a request. key: the two words of one in the place of the seed's. tempered:
+        log-probabilities by its temperature, as ``sample`` reports them."""
         stops, biased = [*stop_ids, *params.stop_token_ids], [token for token, _ in params.logit_bias]
         assert len(stops) <= STOPS, stops
         high, seed = np.array((0, params.seed) if key is None else key, np.uint32).view(np.int32)
         asked = params.top_k, params.alternatives, params.constrained
-        head = Numbers(0, 0, 0, params.max_tokens, seed, draw, *asked, high)
-        filled = [*[-1] * MOST_DRAFTS, *stops, *[-1] * (STOPS - len(stops)), *biased, *[-1] * (BIASES - len(biased))]
+        head = Numbers(params.max_tokens, seed, draw, *asked, high)
+        filled = [*stops, *[-1] * (STOPS - len(stops)), *biased, *[-1] * (BIASES - len(biased))]
         cuts = params.temperature, params.top_p, params.min_p
         penalties = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
         shares = Shares(*cuts, *penalties, (tempered and params.temperature) or 1.0)

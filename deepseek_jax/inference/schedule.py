@@ -13,7 +13,7 @@ import numpy as np
 
 from deepseek_jax.inference.buckets import Buckets, fitting
 from deepseek_jax.inference.pages import Found, Pages
-from deepseek_jax.inference.plans import Piece, Plan, Request
+from deepseek_jax.inference.plans import DecodePlan, Piece, ReadPlan, Request
 from deepseek_jax.inference.prompt_scores import PromptScores
 from deepseek_jax.inference.serving_config import ServingConfig
 
@@ -21,11 +21,14 @@ from deepseek_jax.inference.serving_config import ServingConfig
 class Schedule:
     """The requests of one pool of pages.
 
-    Each ``plan`` is carried out before the next is made, and what it decodes is told to ``answered``.
+    Plans are carried out in the order in which they are made. What one decodes is told to ``answered`` before the next
+    ``plan_decode``, and, of the one before, before ``plan_ahead``.
     """
 
-    def __init__(self, config: ServingConfig, buckets: Buckets):
+    def __init__(self, config: ServingConfig, buckets: Buckets, *, ahead: bool = False):
+        """ahead: ``plan_ahead`` is asked for; then a step has half of the turns, as there are two under way."""
         self.config, self.buckets = config, buckets
+        self._turns = config.turns // 2 if ahead else config.turns
         self.pages = Pages(config.pages, config.page)
         self.waiting: list[Request] = []  # in order of arrival, those who had to give way among them
         self.running: list[Request] = []  # likewise
@@ -48,20 +51,42 @@ class Schedule:
             self._expected += 1
             self._leave(request)
 
-    def plan(self) -> Plan:
-        """The next step. Nothing to do where it has neither pieces nor rows."""
-        copies = self._admit()
-        pieces = self._pieces()
+    def plan_read(self) -> ReadPlan:
+        """What is read in next. Nothing, where nobody waits and all are read in, or nobody has room."""
+        copies, pieces = self._admit(), self._pieces()
+        for piece in pieces:
+            self._ready(piece)
+        return ReadPlan(copies, pieces)
+
+    def plan_decode(self) -> DecodePlan:
+        """What is decoded behind that, when all that was decoded before is told."""
         self._expected = max(self._expected, 0) // 2  # half of them with each step that they do not come
         short = self._expected >= max(len(self.running), 1)  # they would wait for a long step's end
         short |= any(len(request.ids) == request.prompt for request in self.running)
         short |= any(request.unread or request.constraint is not None for request in self.running)
-        decoded, turns = self._with_room(1 if short else self.config.turns)
-        pieces = [piece for piece in pieces if piece.request.slot >= 0]  # but of who has just given way
-        for piece in pieces:
-            self._ready(piece)
+        decoded, turns = self._with_room(1 if short else self._turns)
         read = [request for request in self.running if not request.unread and not request.left]
-        return Plan(copies, pieces, decoded, turns, bool(self.waiting), read)
+        return DecodePlan(decoded, turns, bool(self.waiting), read)
+
+    def plan_ahead(self, before: DecodePlan) -> DecodePlan | None:
+        """What is decoded behind ``before``, of which nothing is told yet: the same rows, of which those that end
+        meanwhile stand still. None where something else may come next: others wait or read, one is held to a grammar,
+        most are about to end, or pages run out."""
+        ready, drafts = set(before.decoded), 1 + self.config.drafts
+        if not (before.decoded or self.running or self.waiting):
+            return DecodePlan([], self._turns, False, [])
+        going = [request.left - before.turns for request in self.running if request.left > before.turns]
+        turns = min(self._turns, max(going, default=0))
+        if not turns or self.waiting or 2 * len(going) <= len(ready) or not ready.issuperset(self.running):
+            return None
+        if any(request.constraint is not None for request in self.running):
+            return None
+        needs = [self._missing(request, (before.turns + turns) * drafts) for request in self.running]
+        if sum(needs) > self.pages.available:
+            return None
+        for request, need in zip(self.running, needs, strict=True):
+            request.pages += self.pages.take(need)
+        return DecodePlan(before.decoded, turns, False, [])
 
     def answered(self, request: Request, ids: Sequence[int], *, ended: bool) -> None:
         """A request of the plan's has these tokens more."""
@@ -169,7 +194,7 @@ class Schedule:
         counts = [self.buckets.piece(request.unread) for request in unread]
         size = fitting([size for _, size in self.buckets.chunks], counts[0])
         alike = [
-            Piece(request, request.length, count)
+            Piece(request, request.length, count, request.scores)
             for request, count in zip(unread, counts, strict=True)
             if count <= size and (request.length == 0 or unread[0].length > 0)
         ]

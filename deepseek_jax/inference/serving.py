@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from deepseek_jax.inference.answers import Answer, Completion
 from deepseek_jax.inference.constraints import Constraint, Grammars
@@ -70,11 +70,11 @@ class Serving:
         if self._continuous is not None:
             self._continuous.cancel(number)
 
-    def step(self, meanwhile: Callable[[], None] | None = None) -> list[Event]:
-        """Let the device do what is next for the requests, see ``schedule`` -> what it has brought to each. meanwhile:
-        see ``Continuous.step``."""
+    def step(self) -> list[Event]:
+        """Let the device do what is next for the requests, see ``Continuous.step`` -> what has come
+        to each."""
         with self._model.stepping:
-            events, self._events = [*self._events, *self._advance(meanwhile)], []
+            events, self._events = [*self._events, *self._advance()], []
         return events
 
     @property
@@ -123,10 +123,10 @@ class Serving:
         completions = [answer.completion() for answer in asked.values()]
         return [completions[at : at + n] for at in range(0, len(completions), n)]
 
-    def _advance(self, meanwhile: Callable[[], None] | None = None) -> list[Event]:
+    def _advance(self) -> list[Event]:
         """One step -> events of nobody that ``answer`` waits for."""
         continuous, others = self.continuous, []
-        for event in continuous.step(self._model.weights(), meanwhile):
+        for event in continuous.step(self._model.weights()):
             answer = self.awaited.get(event.number)
             if answer is None:
                 others.append(event)

@@ -149,7 +149,7 @@ def run(engine: Engine, http: HttpProcess, served: Served, stopping: Stopping, r
     Returns when all answers have ended; KeyboardInterrupt when told twice; RuntimeError where the child has ended by
     itself, or steps fail again and again."""
     told = False
-    desk = Desk(engine, http.link.send, overlaps=engine.overlaps)
+    desk = Desk(engine, http.link.send)
     waiting = selectors.DefaultSelector()
     for end in (http.link, stopping):
         waiting.register(end, selectors.EVENT_READ)
@@ -177,13 +177,10 @@ def run(engine: Engine, http: HttpProcess, served: Served, stopping: Stopping, r
 
 
 class Desk:
-    """The HTTP process's requests, by its keys and the engine's numbers.
+    """The HTTP process's requests, by its keys and the engine's numbers."""
 
-    overlaps: the engine's; then what a step has brought is told while the device is at the next one."""
-
-    def __init__(self, engine: Engine, send: Callable[[Frame], None], *, overlaps: bool = False):
-        self._engine, self._send, self._overlaps = engine, send, overlaps
-        self._events: list[Event] = []  # not told yet
+    def __init__(self, engine: Engine, send: Callable[[Frame], None]):
+        self._engine, self._send = engine, send
         self._numbers: dict[int, int] = {}
         self._keys: dict[int, int] = {}
         self._failures = 0
@@ -216,7 +213,7 @@ class Desk:
         """One of the engine's, told in one frame. A step that fails is tried again, as the engine does it; but where
         other processes have taken it, this one cannot go on with them."""
         try:
-            brought = self._engine.step(self._tell) if self._overlaps else self._engine.step()
+            brought = self._engine.step()
             self._failures = 0
         except Closed:
             raise
@@ -226,12 +223,7 @@ class Desk:
             if self._failures >= (most := _FAILURES if jax.process_count() == 1 else 1):
                 raise RuntimeError(f"{most} steps one after another have failed, the last: {error}") from error
             return
-        self._events += brought
-        if not (self._overlaps and self._engine.busy):
-            self._tell()
-
-    def _tell(self) -> None:
-        events, self._events = [event for event in self._events if event.number in self._keys], []
+        events = [event for event in brought if event.number in self._keys]
         if told := [self._told(event) for event in events if not event.error]:
             self._send({"events": told})
         for event in filter(lambda event: event.error, events):

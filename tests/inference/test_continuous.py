@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from inference.ahead import sent_ahead
 from model.tiny import QWEN, V2_LITE, config, weights, whole
 from small import SPEAKER, tokenizer
 
@@ -35,11 +36,16 @@ ROWS = 8
 
 
 @functools.cache
-def engine(name: str) -> Engine:
-    """With every program compiled."""
+def engine(name: str, ahead: bool = False) -> Engine:
+    """With every program compiled. ahead: as on devices other than a CPU."""
     made = Engine(whole(MODELS[name], *weights(MODELS[name]), tokenizer()), serving=SERVING)
+    if ahead:
+        made = sent_ahead(made)
     made.warm_up()
     return made
+
+
+AHEAD = pytest.mark.parametrize("ahead", [False, True])
 
 
 @functools.cache
@@ -69,7 +75,7 @@ class Asked:
 
 
 def step(engine: Engine, asked: dict[int, Asked]) -> None:
-    for event in engine.step((lambda: None) if len(asked) % 2 else None):  # by another thread, and by this one
+    for event in engine.step():
         answer = asked[event.number]
         assert not answer.reason and len(event.token_ids) == len(event.logprobs)
         answer.ids += event.token_ids
@@ -119,10 +125,10 @@ def ends(sampling: SamplingParams) -> tuple[int, ...]:
     return (*tokenizer().stop_ids, *sampling.stop_token_ids)
 
 
-def mix(name: str, seed: int) -> None:
+def mix(name: str, seed: int, ahead: bool) -> None:
     """Prompts that share beginnings, or all, come in bursts; some are given up; new weights, the same, come between."""
     rng, asked = np.random.default_rng(seed), dict[int, Asked]()
-    serving = engine(name)
+    serving = engine(name, ahead)
     beginnings = [rng.integers(3, 300, rng.integers(4, 24)).tolist() for _ in range(3)]
     for _ in range(rng.integers(5, 25)):
         if rng.random() < 0.6:
@@ -144,20 +150,22 @@ def mix(name: str, seed: int) -> None:
     assert_right(name, [answer for answer in asked.values() if answer.reason != "cancelled"])
 
 
+@AHEAD
 @pytest.mark.parametrize("name", MODELS)
-def test_answers_are_the_plain_forwards_in_any_company(name):
+def test_answers_are_the_plain_forwards_in_any_company(name, ahead):
     for seed in range(4):
-        mix(name, seed)
-    metrics = engine(name).metrics()
+        mix(name, seed, ahead)
+    metrics = engine(name, ahead).metrics()
     assert metrics["preemptions"] and metrics["found_tokens"] and not metrics["compiles"]
 
 
+@AHEAD
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
-def test_answers_are_the_plain_forwards_in_two_hundred_mixes(name):
+def test_answers_are_the_plain_forwards_in_two_hundred_mixes(name, ahead):
     for seed in range(100, 167):
-        mix(name, seed)
-    assert not engine(name).metrics()["compiles"]
+        mix(name, seed, ahead)
+    assert not engine(name, ahead).metrics()["compiles"]
 
 
 def test_a_sample_is_the_one_that_generate_gives():
@@ -245,10 +253,11 @@ def test_samples_of_one_prompt_read_it_once():
     assert read == {"prompt_tokens": 3 * 22, "found_tokens": 2 * 22}
 
 
-def test_new_weights_answer_what_is_running_and_their_prefixes_alone_are_found():
+@AHEAD
+def test_new_weights_answer_what_is_running_and_their_prefixes_alone_are_found(ahead):
     """A running answer goes on over what the former weights have read in; its twin that comes later finds nothing."""
     params, bias = weights(SPEAKER)
-    serving, asked = engine("v3"), dict[int, Asked]()
+    serving, asked = engine("v3", ahead), dict[int, Asked]()
     submit(serving, asked, running := Asked([7] * 20, dataclasses.replace(GREEDY, max_tokens=20)))
     while not running.ids:
         step(serving, asked)
@@ -296,62 +305,67 @@ def test_pages_stay_where_they_lie_while_tokens_are_made(name):
     assert page.shape[:2] == (8192, SERVING.page) and found.temp_size_in_bytes < page.nbytes / 2
 
 
+@AHEAD
+@pytest.mark.parametrize("what", ["read", "decode"])
 @pytest.mark.parametrize("carried_out", [False, True])
-def test_a_step_that_is_interrupted_is_done_again(carried_out, monkeypatch):
+def test_a_step_that_is_interrupted_is_done_again(carried_out, what, ahead, monkeypatch):
     """While it is read in and while it is answered, before or behind what the device does."""
-    serving, asked = engine("v3"), dict[int, Asked]()
+    serving, asked = engine("v3", ahead), dict[int, Asked]()
     submit(serving, asked, Asked([5, 9, 2, 7, 30, 22, 8] * 3, GREEDY), Asked([8, 8, 1], GREEDY))
-    programs = serving.requests.continuous.programs
-    run = programs.run
+    programs, times = serving.requests.continuous.programs, 0
+    done = getattr(programs, what)
 
     def interrupted(*given):
         if carried_out:
-            run(*given)
+            done(*given)
         raise KeyboardInterrupt
 
-    for _ in range(4):
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(programs, "run", interrupted)
-            serving.step()
+    while serving.busy:
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            if times < 4:
+                patch.setattr(programs, what, interrupted)
+            times += 1
+            step(serving, asked)
         serving.requests.continuous.check()
         step(serving, asked)
     finish(serving, asked)
     assert_right("v3", [*asked.values()])
 
 
-def test_what_is_done_meanwhile_is_done_while_the_device_decodes(monkeypatch):
-    """Not behind it; and where it fails, the step is done again, once the device has done it."""
-    serving, asked, order = engine("v3"), dict[int, Asked](), list[str]()
+def test_the_next_step_is_sent_before_the_last_one_is_told(monkeypatch):
+    """Of the same rows, with nothing from the host in between; and what they bring is told while it is under way."""
+    serving, asked, order = engine("v3", True), dict[int, Asked](), list[str]()
     submit(serving, asked, Asked([5, 9, 2], GREEDY))
-    step(serving, asked)  # reads it in
-    programs = serving.requests.continuous.programs
-    slow = {key: _Slow(program, order) for key, program in programs._programs.items()}
+    continuous = serving.requests.continuous
+    decode, settle = continuous.programs.decode, continuous._settle
 
-    def tell():
-        order.append("told")
+    def sent(weights, plans, before=None):
+        order.append("ahead" if before is not None else "sent")
+        return decode(weights, plans, before)
 
-    def fail():
-        order.append("failed")
-        raise OSError("nobody listens")
+    def settled(what):
+        order.append("settled")
+        return settle(what)
 
-    for meanwhile, seen in ((tell, "told"), (fail, "failed")):
-        with monkeypatch.context() as patch, pytest.raises(OSError) if meanwhile is fail else contextlib.nullcontext():
-            patch.setattr(programs, "_programs", slow)
-            for event in serving.step(meanwhile):
-                asked[event.number].ids += event.token_ids
-                asked[event.number].logprobs += event.logprobs
-        assert order == ["begun", seen, "ended"]
-        order.clear()
+    monkeypatch.setattr(continuous.programs, "decode", sent)
+    monkeypatch.setattr(continuous, "_settle", settled)
+    serving.step()
+    assert order == ["sent"]
+    step(serving, asked)
+    assert order == ["sent", "ahead", "settled"] and [len(answer.ids) for answer in asked.values()] == [1]
     finish(serving, asked)
+    assert order.count("sent") == 1
     assert_right("v3", [*asked.values()])
 
 
-def test_a_step_that_fails_beside_something_keeps_no_pages(monkeypatch):
+@AHEAD
+def test_a_step_that_fails_keeps_no_pages(ahead, monkeypatch):
     """The next one needs the room for its own, and nobody looks for circles of objects before."""
-    serving, asked = engine("v3"), dict[int, Asked]()
+    serving, asked = engine("v3", ahead), dict[int, Asked]()
     submit(serving, asked, Asked([5, 9, 2], GREEDY))
     step(serving, asked)
     programs = serving.requests.continuous.programs
+    programs.wait()
     pages = [weakref.ref(page) for page in jax.tree.leaves(programs._pages)]
 
     def fails(*arrays):
@@ -362,7 +376,8 @@ def test_a_step_that_fails_beside_something_keeps_no_pages(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(programs, "_programs", dict.fromkeys(programs._programs, fails))
             with contextlib.suppress(MemoryError):
-                serving.step(lambda: None)
+                for _ in range(3):
+                    step(serving, asked)
                 pytest.fail("it has not failed")
         for _ in range(500):  # the other thread may still be letting go
             if not any(page() is not None for page in pages):
@@ -375,31 +390,13 @@ def test_a_step_that_fails_beside_something_keeps_no_pages(monkeypatch):
     assert_right("v3", [*asked.values()])
 
 
-@dataclasses.dataclass
-class _Slow:
-    """A program that lasts until something has come between."""
-
-    program: Any
-    order: list[str]
-
-    def __call__(self, *arrays: Any) -> Any:
-        self.order.append("begun")
-        for _ in range(1000):
-            if len(self.order) > 1:
-                break
-            time.sleep(0.01)
-        found = self.program(*arrays)
-        self.order.append("ended")
-        return found
-
-
 def test_what_a_step_had_to_say_before_it_failed_the_next_one_says(monkeypatch):
     serving = engine("v3")
     gone, other = (serving.submit([7, 8, first], GREEDY) for first in (1, 2))
     serving.step()
     serving.cancel(gone)
     with monkeypatch.context() as patch, pytest.raises(TypeError):
-        patch.setattr(serving.requests.continuous.programs, "run", None)
+        patch.setattr(serving.requests.continuous.programs, "decode", None)
         serving.step()
     told = serving.step()
     assert [event.number for event in told if event.finish_reason == "cancelled"] == [gone]

@@ -1,5 +1,7 @@
 """Rows of `generate` in turn, beside all of them together."""
 
+import gc
+
 import jax
 import numpy as np
 import pytest
@@ -54,6 +56,7 @@ def test_a_cache_that_was_given_back_is_made_anew():
     params, bias = weights(SPEAKER)
     own = Engine(whole(SPEAKER, params, bias, tokenizer()), at_once=4)
     live = lambda: sum(array.nbytes for array in jax.live_arrays())  # noqa: E731
+    gc.collect()  # of other tests
     before, sampling = live(), SamplingParams(max_tokens=6, seed=2)
     own.free()  # of which there is none yet
     first = own.generate_ids(PROMPTS, sampling)

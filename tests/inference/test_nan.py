@@ -4,6 +4,7 @@ import dataclasses
 
 import jax.numpy as jnp
 import pytest
+from inference.ahead import sent_ahead
 from model.tiny import QWEN, config, weights, whole
 from small import SPEAKER, tokenizer
 
@@ -27,10 +28,13 @@ def engine(model: ModelConfig, *, poisoned: bool, drafts: int = 0) -> Engine:
     return Engine(whole(model, params, bias, tokenizer()), serving=serving)
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize(("model", "drafts"), [(SPEAKER, 0), (SPEAKER, 2), (STUDENT, 0)], ids=["mla", "drafts", "gqa"])
-def test_who_has_them_ends_with_an_error_and_the_others_answer_as_ever(model, drafts):
+def test_who_has_them_ends_with_an_error_and_the_others_answer_as_ever(model, drafts, ahead):
     """Of a prompt that holds the token, and of one that is answered with it; routers and caches have NaN in them."""
     ailing = engine(model, poisoned=True, drafts=drafts)
+    if ahead:
+        ailing = sent_ahead(ailing)
     says_it = dataclasses.replace(WELL, logit_bias=((POISON, 1e5),))
     asked = [(PROMPTS[0], WELL), ([3, POISON, 4, 4, 4], WELL), (PROMPTS[1], WELL), ([6, 6], says_it)]
     asked += [(prompt, WELL) for prompt in PROMPTS[2:]]

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from inference.ahead import sent_ahead
 from inference.test_continuous import GREEDY, MODELS, SERVING, Asked, assert_right, forward, spread
 from model.tiny import weights, whole
 from small import tokenizer
@@ -28,8 +29,10 @@ LONG = RNG.integers(3, 300, 40).tolist()
 
 
 @functools.cache
-def engine(name: str, serving: ServingConfig = SCORING) -> Engine:
+def engine(name: str, serving: ServingConfig = SCORING, ahead: bool = False) -> Engine:
     made = Engine(whole(MODELS[name], *weights(MODELS[name]), tokenizer()), serving=serving)
+    if ahead:
+        made = sent_ahead(made)
     made.warm_up()
     return made
 
@@ -67,10 +70,10 @@ def assert_the_forwards(name: str, prompt: list[int], told: PromptScores, altern
         assert max(logprob for _, logprob in given) >= one
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_a_prompts_log_probabilities_are_the_plain_forwards(name):
+@pytest.mark.parametrize(("name", "ahead"), [*((name, False) for name in MODELS), ("v3", True)])
+def test_a_prompts_log_probabilities_are_the_plain_forwards(name, ahead):
     """Alone and beside others, in one chunk and in several; the answers are right, too."""
-    made, asks = engine(name), dataclasses.replace
+    made, asks = engine(name, ahead=ahead), dataclasses.replace
     cases = [([5], ALONE), ([5], SCORED), ([7, 9], ALONE), (LONG[:5], SCORED)]
     cases += [
         (LONG[:12], asks(SCORED, alternatives=1)),
@@ -115,10 +118,11 @@ def test_what_the_cache_has_is_read_again_and_lent_to_others():
     assert events[0].cached == found() - before == len(LONG) - 1
 
 
-def test_who_gives_way_is_told_once(monkeypatch):
+@pytest.mark.parametrize("ahead", [False, True])
+def test_who_gives_way_is_told_once(ahead, monkeypatch):
     """Pages run out while answers grow: behind what was told it finds its prefix; and a step that fails loses what it
     had read, none of it twice."""
-    made = engine("v3", dataclasses.replace(SCORING, pages=12))
+    made = engine("v3", dataclasses.replace(SCORING, pages=12), ahead)
     cases = [(LONG[first : first + 14], dataclasses.replace(SCORED, max_tokens=30)) for first in range(6)]
     before = made.metrics()
     for (prompt, _), events in zip(cases, answered(made, *cases), strict=True):
@@ -127,7 +131,7 @@ def test_who_gives_way_is_told_once(monkeypatch):
     number, events = made.submit(LONG, SCORED), list[Event]()
     made.step()
     with monkeypatch.context() as patch, pytest.raises(TypeError):
-        patch.setattr(made.requests.continuous.programs, "run", None)
+        patch.setattr(made.requests.continuous.programs, "read", None)
         made.step()
     while made.busy:
         events += made.step()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from deepseek_jax.inference.buckets import Buckets, fitting
 from deepseek_jax.inference.pages import Pages
-from deepseek_jax.inference.plans import Request
+from deepseek_jax.inference.plans import DecodePlan, ReadPlan, Request
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.schedule import Schedule
 from deepseek_jax.inference.serving_config import ServingConfig
@@ -32,16 +32,25 @@ class Device:
         past = () if at == 0 else self.places[request.pages[(at - 1) // self.size]][(at - 1) % self.size]
         self.places[request.pages[at // self.size]][at % self.size] = (*past, token)
 
-    def run(self, plan) -> list[Request]:
-        """Carry a plan out; returns who has ended."""
+    def read_in(self) -> ReadPlan:
+        """What is next, and carry it out."""
+        plan = self.schedule.plan_read()
         copied = [list(self.places[source]) for source, _ in plan.copies]
         for (_, target), content in zip(plan.copies, copied, strict=True):
             self.places[target] = content
-        tables = {request.number: list(request.pages) for request in plan.decoded}
         for piece in plan.pieces:
             self.read += piece.count
             for at in range(piece.start, piece.start + piece.count):
                 self.write(piece.request, at, piece.request.ids[at])
+        return plan
+
+    def run(self) -> tuple[ReadPlan, DecodePlan, list[Request]]:
+        """A step, and who has ended in it."""
+        read, plan = self.read_in(), self.schedule.plan_decode()
+        return read, plan, self.decode(plan)
+
+    def decode(self, plan: DecodePlan) -> list[Request]:
+        tables = {request.number: list(request.pages) for request in plan.decoded}
         ended = []
         for _ in range(plan.turns):
             for request in plan.decoded:
@@ -71,15 +80,15 @@ def expected(prompt, limit) -> list[int]:
 
 
 def drive(schedule, device, ended):
-    plan = schedule.plan()
-    shape = len(plan.pieces), max((piece.count for piece in plan.pieces), default=0)
+    read, plan, now = device.run()
+    shape = len(read.pieces), max((piece.count for piece in read.pieces), default=0)
     assert any(rows >= shape[0] and size >= shape[1] for rows, size in schedule.buckets.chunks)
     assert not plan.decoded or fitting(schedule.buckets.slots, len(plan.decoded)) <= schedule.config.slots
-    assert sum(piece.count for piece in plan.pieces) <= schedule.config.chunk
-    assert all(piece.start == 0 for piece in plan.pieces) or not plan.pieces or plan.pieces[0].start > 0
-    ended += device.run(plan)
+    assert sum(piece.count for piece in read.pieces) <= schedule.config.chunk
+    assert all(piece.start == 0 for piece in read.pieces) or not read.pieces or read.pieces[0].start > 0
+    ended += now
     schedule.check()
-    return bool(plan.pieces or plan.decoded)
+    return bool(read.pieces or plan.decoded)
 
 
 PROMPTS = st.lists(st.integers(0, 2), min_size=1, max_size=24)
@@ -205,12 +214,43 @@ def test_a_long_prompt_delays_nobody():
     device = Device(schedule)
     short, long = request(0, [1, 2], limit=40), request(1, [3] * 64)
     schedule.submit(short)
-    device.run(schedule.plan())
+    device.run()
     schedule.submit(long)
     for step in range(7):
-        plan = schedule.plan()
-        assert [piece.count for piece in plan.pieces] == [8] and plan.decoded == [short] and plan.turns == 1, step
-        device.run(plan)
+        read, plan, _ = device.run()
+        assert [piece.count for piece in read.pieces] == [8] and plan.decoded == [short] and plan.turns == 1, step
+
+
+def test_a_step_is_planned_ahead_where_nothing_else_can_come_next():
+    """Of the same rows, of which those that end stand still; not while others wait, or read, or when most are about to
+    end; and the pages are there for whatever the step before will have brought."""
+    config = ServingConfig(slots=4, pages=64, page=4, chunk=64, turns=6)
+    schedule = Schedule(config, Buckets.of(config, 80, gathers=True), ahead=True)
+    device, rows = Device(schedule), [request(i, [i, 1], limit=7 if i else 30) for i in range(3)]
+    for each in rows:
+        schedule.submit(each)
+    device.read_in()
+    first = schedule.plan_decode()
+    assert (first.decoded, first.turns) == (rows, 1)
+    second = schedule.plan_ahead(first)
+    assert second is not None and (second.decoded, second.turns) == (rows, 3)
+    assert all(4 * len(each.pages) >= each.length + 1 + 3 for each in rows)
+    device.decode(first)
+    third = schedule.plan_ahead(second)
+    device.decode(second)
+    assert third is not None and third.turns == 3
+    schedule.cancel(rows[1])
+    fourth = schedule.plan_ahead(third)
+    assert fourth is None, "two of three are about to end, or have"
+    device.decode(dataclasses.replace(third, decoded=[rows[0], rows[2]]))
+    schedule.submit(late := request(3, [3, 1], limit=30))
+    assert schedule.plan_ahead(schedule.plan_decode()) is None, "one waits"
+    device.read_in()
+    last = schedule.plan_decode()
+    assert late in last.decoded
+    assert schedule.plan_ahead(last) is not None
+    schedule.pages.take(schedule.pages.available)
+    assert schedule.plan_ahead(dataclasses.replace(last, turns=20)) is None, "no page is left"
 
 
 def after_many_have_ended(then, *, cancelled=False) -> list[int]:
@@ -222,12 +262,12 @@ def after_many_have_ended(then, *, cancelled=False) -> list[int]:
     for each in (*many, request(20, [20], limit=50)):
         schedule.submit(each)
     for step in range(7):
-        turns.append((plan := schedule.plan()).turns)
-        ended = len(device.run(plan))
+        _, plan, now = device.run()
+        turns.append(plan.turns)
         if cancelled and step == 1:
             for each in many:
                 schedule.cancel(each)
-        for i in itertools.islice(numbers, then(step, ended)):
+        for i in itertools.islice(numbers, then(step, len(now))):
             schedule.submit(request(30 + i, [30 + i], limit=50))
     return turns
 
@@ -251,7 +291,7 @@ def test_lanes_that_have_no_shape_in_common_are_read_one_after_the_other(lengths
         schedule = Schedule(config, buckets)
         for number, length in enumerate(some):
             schedule.submit(request(number, [number, *range(length)]))
-        plans.append(schedule.plan().pieces)
+        plans.append(schedule.plan_read().pieces)
     read = [[] for _ in plans]
     for (rows, size), pieces in buckets.reads(plans):
         assert (rows, size) in buckets.chunks and len(pieces) == len(plans)

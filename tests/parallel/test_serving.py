@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from inference.ahead import sent_ahead
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from model.tiny import weights, whole
 from parallel.two_processes import free_port, start
@@ -44,7 +45,7 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from parallel.test_serving import answers
-Path(sys.argv[1], f"said.{jax.process_index()}").write_text(answers())
+Path(sys.argv[1], f"said.{jax.process_index()}").write_text(answers(ahead=sys.argv[2] == "True"))
 """
 
 
@@ -73,10 +74,12 @@ def engine(**more: Any) -> Engine:
     return Engine(whole(SPEAKER, params, bias, tokenizer(), mesh_of_four()), serving=SERVING, **more)
 
 
-def answers() -> str:
+def answers(*, ahead: bool) -> str:
     """This process's, as JSON: [place in ASKED, tokens, log-probabilities, those of a prompt among them, why it ended];
     and what was counted."""
     serving, here, alone = engine(), jax.process_index(), jax.process_count() == 1
+    if ahead:
+        serving = sent_ahead(serving)
     serving.warm_up()
     places, found = dict[int, int](), dict[int, list]()
     for now in range(200):
@@ -124,11 +127,12 @@ def refused(together: Engine, in_turn: Engine) -> None:
         in_turn.generate_ids([[5, 9], [7] if last else [8], [6]], plain)
 
 
-def test_two_processes_answer_what_one_answers(tmp_path: Path):
-    with start(PROGRAM, [tmp_path], folder=tmp_path, devices=2) as group:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_two_processes_answer_what_one_answers(ahead: bool, tmp_path: Path):
+    with start(PROGRAM, [tmp_path, ahead], folder=tmp_path, devices=2) as group:
         group.done()
     first, second = (json.loads((tmp_path / f"said.{index}").read_text()) for index in range(2))
-    alone = json.loads(answers())
+    alone = json.loads(answers(ahead=ahead))
     assert not first["found"].keys() & second["found"].keys() and first["metrics"] == second["metrics"]
     for each in zip(*(said["together"] for said in (first, second, alone)), strict=True):
         assert each[0] + each[1] == each[2]

@@ -71,14 +71,14 @@ def route(
     chosen_TK: experts to take instead, those that a sampler took for instance; -1 leaves the choice to the router.
     target: what kernels are chosen for.
     """
-    bias_E = bias_E if config.topk_method == "noaux_tc" else None
+    target, bias_E = target or Target.here(), bias_E if config.topk_method == "noaux_tc" else None
     limited = config.topk_method != "greedy" and config.n_group != config.topk_group
     facts = {"tokens": len(x_TD), "weight": w_DE, "limited": limited}
-    if choose("router", target or Target.here(), x_TD.dtype, **facts).name == "hopper":
+    if choose("router", target, x_TD.dtype, **facts).name == "hopper":
         scores, best_TE = router_hopper.scores_and_best(x_TD, w_DE, bias_E, config.scoring)
         experts_TK = best_TE[:, : config.num_experts_per_tok]
     else:
-        scores, experts_TK = _scores_and_best(config, x_TD, w_DE, bias_E)
+        scores, experts_TK = _scores_and_best(config, x_TD, w_DE, bias_E, target)
     if chosen_TK is not None:
         experts_TK = jnp.where(chosen_TK >= 0, chosen_TK, experts_TK)
     # Kept with the rows that it sorted: chosen again from logits of another rounding, one choice would move all rows.
@@ -89,8 +89,11 @@ def route(
     return Routing(experts_TK, weights_TK * config.routed_scaling_factor, scores)
 
 
-def _scores_and_best(config, x_TD, w_DE, bias_E):
-    logits = _logits(x_TD.astype(jnp.float32), w_DE.astype(jnp.float32))
+def _scores_and_best(config, x_TD, w_DE, bias_E, target):
+    if target.platform == "cuda" and x_TD.dtype == jnp.bfloat16 and len(x_TD) > _FEW_TILES:
+        logits: jax.Array = _in_terms(x_TD, w_DE.astype(jnp.promote_types(w_DE.dtype, jnp.bfloat16)))
+    else:
+        logits = _logits(x_TD.astype(jnp.float32), w_DE.astype(jnp.float32))
     scores = jax.nn.sigmoid(logits) if config.scoring == "sigmoid" else jax.nn.softmax(logits, axis=-1)
     # One comparison decides, but no gradient flows through it.
     choice = jax.lax.stop_gradient(scores)
@@ -118,6 +121,30 @@ def _logits(x_TD, w_DE):
         return jnp.sum(sums_PTE, axis=0)[:tokens]
 
     return jax.lax.platform_dependent(x_TD, w_DE, cuda=in_parts, default=plain)
+
+
+@jax.custom_vjp
+def _in_terms(x_TD, w_DE):
+    """Logits of many bfloat16 tokens by tensor cores, which have no float32: a weight is the sum of three terms in
+    bfloat16, whose products with the tokens are exact in float32, and so the tokens are read as they are, once, without
+    a copy in float32. Not where there are gradients: training's numbers are ``_logits``', forward and backward."""
+    terms = [w_DE] if w_DE.dtype == jnp.bfloat16 else _terms(w_DE.astype(jnp.float32))
+    sums_TG = jnp.einsum("td,dg->tg", x_TD, jnp.concatenate(terms, axis=1), preferred_element_type=jnp.float32)
+    return functools.reduce(jnp.add, reversed(jnp.split(sums_TG, len(terms), axis=1)))  # what is small first
+
+
+def _in_float32(x_TD, w_DE):
+    return _logits(x_TD.astype(jnp.float32), w_DE.astype(jnp.float32))
+
+
+_in_terms.defvjp(lambda x_TD, w_DE: jax.vjp(_in_float32, x_TD, w_DE), lambda pullback, d_TE: pullback(d_TE))
+
+
+def _terms(w: Float[Array, "..."]) -> list[jax.Array]:
+    """Three in bfloat16 whose sum is w: a float32 number has 24 bits, three times 8."""
+    first = jax.lax.reduce_precision(w, 8, 7)  # XLA would take a cast and its reverse for nothing
+    second = jax.lax.reduce_precision(w - first, 8, 7)
+    return [term.astype(jnp.bfloat16) for term in (first, second, w - first - second)]
 
 
 def best_experts(choice_TE: Float[Array, "T E"], count: int) -> Int[Array, "T K"]:

@@ -13,6 +13,7 @@ from model import oracle
 from model.tiny import V1, V2, V3, config, relative_error
 
 from deepseek_jax.model.router import (
+    _terms,
     best_experts,
     count_sequences,
     limit_to_groups,
@@ -22,6 +23,7 @@ from deepseek_jax.model.router import (
 )
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
 from deepseek_jax.parallel.sharding import named_sharding
+from deepseek_kernels import Target
 
 T, D, E = 20, 6, 8
 ROUTERS = {
@@ -297,3 +299,37 @@ def test_what_a_gpu_does_for_few_tokens_is_the_same(monkeypatch):
     found = route(config(V1), x, w[:, : config(V1).n_routed_experts], None)
     np.testing.assert_array_equal(found.experts_TK, expected[1].experts_TK)
     np.testing.assert_allclose(found.weights_TK, expected[1].weights_TK, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_gpu_multiplies_many_tokens_in_three_terms_of_the_weight(dtype):
+    """As exact as a product in float32, where it gives other numbers; training has that one's, bit for bit."""
+    tiny, rng = config(V1), np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((2100, 512)), jnp.bfloat16)
+    w = jnp.asarray(rng.standard_normal((512, tiny.n_routed_experts)) / 8, jnp.float32).astype(dtype)
+
+    def scores(x, w, target):
+        return route(tiny, x, w, None, target=target).scores_TE
+
+    found, plain = (jax.jit(functools.partial(scores, target=Target(name)))(x, w) for name in ("cuda", "cpu"))
+    s = [oracle.affinities(tiny, t, np.asarray(w, np.float64)) for t in np.asarray(x, np.float64)]
+    errors = [relative_error(each, s) for each in (found, plain)]
+    assert errors[0] < 2 * errors[1] and errors[1] < 1e-6 and np.any(found != plain)
+    d_TE = jnp.asarray(rng.standard_normal(found.shape), jnp.float32)
+
+    def trained(x, w, target):
+        y, pullback = jax.vjp(functools.partial(scores, target=target), x, w)
+        return y, *pullback(d_TE)
+
+    on_gpu, on_cpu = (jax.jit(functools.partial(trained, target=Target(name)))(x, w) for name in ("cuda", "cpu"))
+    for one, other in zip(on_gpu, on_cpu, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_three_terms_are_the_whole_weight():
+    """Of numbers of all sizes; by XLA too, which takes casts to bfloat16 and back for nothing."""
+    rng = np.random.default_rng(0)
+    w = (rng.standard_normal(4096) * 2.0 ** rng.integers(-60, 60, 4096)).astype(np.float32)
+    terms = jax.jit(_terms)(w)
+    assert all(term.dtype == jnp.bfloat16 for term in terms)
+    np.testing.assert_array_equal(sum(np.asarray(term, np.float64) for term in terms), w)

@@ -82,8 +82,19 @@ def sum_rows(y_PD: Float[Array, "P D"], layout: Layout) -> Float[Array, "T D"]:
 
     Its gradient is ``gather_rows``: padding rows get the last token's, which their weight of 0 leaves without effect.
     """
+    return functools.reduce(jnp.add, _rows_of_choices(y_PD, layout)).astype(y_PD.dtype)
+
+
+def sum_weighted(y_PD: Float[Array, "P D"], weights_TK: Float[Array, "T K"], layout: Layout) -> Float[Array, "T D"]:
+    """``out[t] = Σ_k weights[t, k] · y[slot[t, k]]``, as ``sum_rows`` sums."""
+    rows = zip(weights_TK.T, _rows_of_choices(y_PD, layout), strict=True)
+    return functools.reduce(jnp.add, (weight_T[:, None] * row_TD for weight_T, row_TD in rows)).astype(y_PD.dtype)
+
+
+def _rows_of_choices(y_PD, layout):
+    """Of each k every token's row, float32."""
     rows = (y_PD.at[slot_T].get(mode="fill", fill_value=0) for slot_T in layout.slot_TK.T)
-    return functools.reduce(jnp.add, (row_TD.astype(jnp.float32) for row_TD in rows)).astype(y_PD.dtype)
+    return (row_TD.astype(jnp.float32) for row_TD in rows)
 
 
 # Each is the other's transpose.

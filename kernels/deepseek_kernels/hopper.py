@@ -20,6 +20,7 @@ from deepseek_kernels.hopper_tiles import step, tiled
 from deepseek_kernels.target import Target
 
 ROWS = 128  # of a tile; what a group's rows are padded to
+GATED = HOPPER["grouped"].columns // 2  # what gate and up have of a tile in ``gated_product``
 STEP = 64  # terms of a sum that one product takes
 _STORE = 128  # bytes of a row that a warp group hands over at once: 2 · 128 · 128 = 32 KiB of shared memory
 
@@ -60,6 +61,44 @@ def grouped_product(
     out = jax.ShapeDtypeStruct((rows, columns), x_TD.dtype)
     grid = 1, rows // ROWS, pl.cdiv(columns, sizes.columns)
     return _tiled(tile, grid, out, cores, sizes, transpose_rhs=transpose)(group_N.astype(jnp.int32), x_TD, w)
+
+
+@functools.partial(jax.jit, static_argnames="cores")
+def gated_product(
+    x_TD: Float[Array, "T D"], w: Float[Array, "E D G"], group_N: Int[Array, "N"], *, cores: int
+) -> Float[Array, "T F"]:
+    """``silu(x[t] @ gate) · (x[t] @ up)`` for gate and up the halves of ``w[g]``, g as in ``grouped_product``: what is
+    summed in float32 is never written. F is a multiple of ``GATED``.
+
+    A tile has as many columns of each; of two warp groups each multiplies half of the rows, and so has both.
+    """
+    (rows, depth), groups, columns, sizes = x_TD.shape, len(w), w.shape[2] // 2, HOPPER["grouped"]
+    half, width = ROWS // 2, GATED
+    assert columns % width == 0, columns
+
+    def tile(position, warpgroup, group_N, x, w, y):
+        i, j = plgpu.planar_snake(position[0], (rows // ROWS, columns // width), 0, sizes.band)
+        w = w.at[jnp.minimum(group_N[i], groups - 1)]
+        parts = tuple(w.at[:, pl.ds(first + j * width, width)] for first in (0, columns))
+        mine = y.at[pl.ds(i * ROWS + warpgroup * half, half), pl.ds(j * width, width)]
+        return x.at[pl.ds(i * ROWS, ROWS)], parts, mine, jnp.where(group_N[i] < groups, depth // STEP, 0)
+
+    def products(warpgroup, x, parts):
+        return tuple((x.at[pl.ds(warpgroup * half, half)], part) for part in parts)
+
+    kernel = tiled(
+        tile,
+        products,
+        (step((ROWS, STEP), False), (step((STEP, width), True),) * 2),
+        (half, width),
+        jax.ShapeDtypeStruct((rows, columns), x_TD.dtype),
+        grid=(rows // ROWS * (columns // width),),
+        cores=cores,
+        stages=sizes.stages,
+        stored=_STORE // x_TD.dtype.itemsize,
+        joined=lambda gate, up: gate * up * jnp.square(jax.lax.rsqrt(1 + jnp.exp(-gate))),  # faster than a division
+    )
+    return kernel(group_N.astype(jnp.int32), x_TD, w)
 
 
 def _sizes(columns: int) -> Sizes:

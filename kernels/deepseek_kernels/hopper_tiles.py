@@ -20,7 +20,7 @@ from deepseek_kernels.hopper_sizes import CORES
 def tiled(
     tile: Callable[..., tuple],
     product: Callable[..., tuple],
-    steps_of: tuple[plgpu.BlockSpec, plgpu.BlockSpec],
+    steps_of: tuple[Any, Any],
     sums: tuple[int, int],
     out: jax.ShapeDtypeStruct,
     *,
@@ -29,6 +29,7 @@ def tiled(
     stages: int,
     stored: int = 0,
     turned: bool = False,
+    joined: Callable[..., jax.Array] | None = None,
 ) -> Callable[..., jax.Array]:
     """The kernel of ``(index, lhs, rhs) -> out``.
 
@@ -36,27 +37,30 @@ def tiled(
       tile: ``(place in the grid, warp group, index, lhs, rhs, out)`` -> lhs' and rhs' part of all steps, this warp
         group's part of out and the number of steps, 0 for a tile of zeros. What sticks out of an array is read as zero
         and not written.
-      product: ``(warp group, lhs, rhs)`` of a step -> what is multiplied.
-      steps_of: the blocks of a step of lhs and rhs.
+      product: ``(warp group, lhs, rhs)`` of a step -> what is multiplied; with ``joined`` for each of several sums.
+      steps_of: the blocks of a step of lhs and rhs; of several parts of rhs a tuple, as ``tile`` and ``product`` have.
       sums: shape of a warp group's part of a tile.
       cores: of the target, 0 for an H100's.
       stages: steps in shared memory at once.
       stored: columns of the sums that are handed over at once.
       turned: the sums are handed over transposed, in one go.
+      joined: of as many sums as rhs has parts, what is handed over.
     """
-    block = _Block(product, steps_of, sums, out.dtype, grid, stages, stored, turned)
+    block = _Block(product, steps_of, sums, out.dtype, grid, stages, stored, turned, joined)
 
     def kernel(index, lhs, rhs, out_ref):
         tiles = functools.partial(block.tiles, lambda *place: tile(*place, index, lhs, rhs, out_ref))
         pl.run_scoped(tiles, *block.scratch(lhs, rhs), collective_axes="warpgroup")
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    return three_warp_groups(kernel, out, cores, plgpu.LoweringSemantics.Warpgroup)
+    return three_warp_groups(kernel, out, cores, plgpu.LoweringSemantics.Warpgroup, approximate=joined is not None)
 
 
-def three_warp_groups(kernel: Callable, out: Any, cores: int, semantics: plgpu.LoweringSemantics) -> Callable:
+def three_warp_groups(
+    kernel: Callable, out: Any, cores: int, semantics: plgpu.LoweringSemantics, *, approximate: bool = False
+) -> Callable:
     """The kernel on each core: two warp groups that multiply and one that copies. out: its result's shape and dtype.
-    cores: of the target, 0 for an H100's."""
+    cores: of the target, 0 for an H100's. approximate: functions such as exp to 2⁻²² only, in one instruction each."""
     return plgpu.kernel(
         kernel,
         out_type=out,
@@ -64,7 +68,7 @@ def three_warp_groups(kernel: Callable, out: Any, cores: int, semantics: plgpu.L
         grid_names=("block",),
         num_threads=3,
         thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(lowering_semantics=semantics),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=semantics, approx_math=approximate),
     )
 
 
@@ -73,18 +77,20 @@ class _Block(NamedTuple):
     the result."""
 
     product: Callable[..., tuple]
-    steps_of: tuple[plgpu.BlockSpec, plgpu.BlockSpec]
+    steps_of: tuple[Any, Any]
     sums: tuple[int, int]
     dtype: Any
     grid: tuple[int, ...]
     stages: int
     stored: int
     turned: bool
+    joined: Callable[..., jax.Array] | None
 
     def scratch(self, lhs, rhs) -> tuple:
         """Steps under way, each warp group's room for what it hands over, and a barrier that says a tile is summed."""
         handed = self.sums[::-1] if self.turned else (self.sums[0], self.stored)
         room = swizzled(min(handed[1], 128 // self.dtype.itemsize), self.dtype)
+        rhs = (rhs,) * len(self.steps_of[1]) if self.joined else rhs
         return (
             self.pipeline(self.stages, lambda *_: None, lambda _: None).get_allocations(lhs, rhs),
             plgpu.SMEM((2, *handed), self.dtype, transforms=room),
@@ -104,24 +110,27 @@ class _Block(NamedTuple):
         )
 
     def tiles(self, tile, allocations, room, multiplied) -> None:
-        warpgroup = jax.lax.axis_index("warpgroup")
+        warpgroup, several = jax.lax.axis_index("warpgroup"), len(self.steps_of[1]) if self.joined else 1
 
-        def multiply(_, lhs, rhs, acc):
-            plgpu.wgmma(acc, *self.product(warpgroup, lhs, rhs))
-            plgpu.wgmma_wait(1)  # for the step before, whose place in shared memory is released now
-            return acc
+        def multiply(_, lhs, rhs, accs):
+            products = self.product(warpgroup, lhs, rhs)
+            for acc, operands in zip(accs, products if self.joined else [products], strict=True):
+                plgpu.wgmma(acc, *operands)
+            plgpu.wgmma_wait(several)  # for the step before, whose place in shared memory is released now
+            return accs
 
         @plgpu.nd_loop(self.grid, collective_axes="block")
         def _(loop):
             lhs_part, rhs_part, out_part, steps = tile(loop.index, warpgroup)
 
             def compute(run):
-                pl.run_scoped(functools.partial(store, run), plgpu.WGMMAAccumulatorRef(self.sums))
+                pl.run_scoped(functools.partial(store, run), *[plgpu.WGMMAAccumulatorRef(self.sums)] * several)
 
-            def store(run, acc):
-                run(acc)
-                values = acc[...].astype(self.dtype)
+            def store(run, *accs):
+                run(accs)
+                values = [acc[...] for acc in accs]
                 pl.when(steps > 0)(lambda: plgpu.barrier_arrive(multiplied))
+                values = (self.joined(*values) if self.joined else values[0]).astype(self.dtype)
                 width = self.sums[1] if self.turned else self.stored
                 _hand_over(values, room.at[warpgroup], out_part, width, self.turned)
 

@@ -6,19 +6,21 @@ kernel does it all, since around the products of a small model copying rows and 
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from deepseek_kernels import cpu, experts_few, hopper_few, hopper_gate
-from deepseek_kernels.experts_sorted import gather_rows, sort_by_expert, sum_rows, weight_rows
+from deepseek_kernels import cpu, experts_few, hopper, hopper_few, hopper_gate
+from deepseek_kernels.experts_sorted import gather_rows, sort_by_expert, sum_rows, sum_weighted, weight_rows
+from deepseek_kernels.grouped_blocks import groups
 from deepseek_kernels.grouped_matmul import grouped_matmul
 from deepseek_kernels.kept import kept
 from deepseek_kernels.product import product
 from deepseek_kernels.registry import choose
 from deepseek_kernels.target import Target
-from deepseek_kernels.weights import Weight, block_scaled, stored_gradient
+from deepseek_kernels.weights import Weight, block_scaled, in_stack, stored_gradient
 
 
 def routed_experts(
@@ -82,11 +84,16 @@ def _sorted(x_TD, weights_TK, experts_TK, wi_ED2F, wo_EFD, target, grouped, most
     if few and experts_TK.size <= experts_few.MOST:
         y_TD: jax.Array = _few(x_TD, weights_TK, experts_TK, wi_ED2F, wo_EFD, aligned, target)
         return y_TD
+    on_hopper = all(choice.name == "hopper" for choice in choices)
+    lie = all(in_stack(w, x_TD.dtype) for w in (wi_ED2F, wo_EFD))
+    if on_hopper and lie and aligned == hopper.ROWS and F % hopper.GATED == 0 and x_TD.size:
+        y_TD: jax.Array = _of_layers(x_TD, weights_TK, experts_TK, wi_ED2F, wo_EFD, target, most)
+        return y_TD
     layout = sort_by_expert(experts_TK, E, block=aligned, most=most)
     options = {"aligned": aligned, "target": target, "implementation": grouped}
     x_PD = gather_rows(x_TD, layout)
     gate_up_P2F = grouped_matmul(x_PD, wi_ED2F, layout.group_sizes_E, **options)
-    on_hopper = all(choice.name == "hopper" for choice in choices) and hopper_gate.takes(len(x_PD), F)
+    on_hopper = on_hopper and hopper_gate.takes(len(x_PD), F)
     h_PF: jax.Array = _weighted_gate(gate_up_P2F, weight_rows(weights_TK.astype(jnp.float32), layout), on_hopper)
     return sum_rows(grouped_matmul(h_PF, wo_EFD, layout.group_sizes_E, **options), layout)
 
@@ -98,14 +105,35 @@ def _few(x_TD, weights_TK, experts_TK, wi_ED2F, wo_EFD, tile, target):
     return experts_few.forward(x_TD, weights_TK, experts_TK, wi_ED2F, wo_EFD, **options)
 
 
-def _few_backward(tile, target, operands, dy_TD):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _of_layers(x_TD, weights_TK, experts_TK, wi_ED2F, wo_EFD, target, most):
+    """Many rows on Hopper by layers of stacks, as prompts are read: the first product hands over what has passed the
+    gate, a fifth of the bytes that are written and read with a gate of its own. Nothing is kept for gradients, which
+    nothing fast needs here; they are blocks'."""
+    layout = sort_by_expert(experts_TK, wo_EFD.shape[0], block=hopper.ROWS, most=most)
+    x_PD = gather_rows(x_TD, layout)
+    group_N = groups(layout.group_sizes_E, len(x_PD), hopper.ROWS)
+
+    def multiply(product, x_PD, w):
+        matrices = w.stack.reshape(-1, w.shape[1], math.prod(w.shape[2:]))
+        group_of_all_N = jnp.where(group_N < w.shape[0], group_N + w.layer * w.shape[0], len(matrices))
+        return product(x_PD, matrices, group_of_all_N, cores=target.cores)
+
+    h_PF = multiply(hopper.gated_product, x_PD, wi_ED2F)
+    return sum_weighted(multiply(hopper.grouped_product, h_PF, wo_EFD), weights_TK.astype(jnp.float32), layout)
+
+
+def _by_blocks(target, most, operands, dy_TD):
     x_TD, weights_TK, experts_TK, *matrices = operands
-    by_blocks = lambda x, weights, wi, wo: _sorted(x, weights, experts_TK, wi, wo, target, "blocks")  # noqa: E731
+    by_blocks = lambda x, weights, wi, wo: _sorted(x, weights, experts_TK, wi, wo, target, "blocks", most)  # noqa: E731
     dx_TD, dweights_TK, *dmatrices = jax.vjp(by_blocks, x_TD, weights_TK, *matrices)[1](dy_TD)
     return dx_TD, dweights_TK, None, *dmatrices
 
 
-_few.defvjp(lambda *operands: (_few(*operands), operands[:5]), _few_backward)
+_few.defvjp(
+    lambda *operands: (_few(*operands), operands[:5]), lambda tile, target, *rest: _by_blocks(target, None, *rest)
+)
+_of_layers.defvjp(lambda *operands: (_of_layers(*operands), operands[:5]), _by_blocks)
 
 
 def _gate(gate_up):

@@ -189,10 +189,11 @@ def test_a_norm_of_few_rows(hopper_gpu, rows, width, dtype):
         np.testing.assert_allclose(*(np.asarray(a, np.float32) for a in (found, right)), rtol=2**-7, atol=1e-6)
 
 
-@pytest.mark.parametrize("tokens", [1, 7])
-def test_experts_of_few_rows_equal_the_definition(hopper_gpu, tokens):
-    """And their gradients; a choice of no expert adds nothing."""
-    rng, E, K, D, F = np.random.default_rng(0), 4, 3, 256, 320
+@pytest.mark.parametrize(("tokens", "F"), [(1, 320), (7, 320), (50, 384)])
+def test_experts_of_layers_equal_the_definition(hopper_gpu, tokens, F):
+    """Of few rows, and of many, with the gate in their product; and their gradients. A choice of no expert adds
+    nothing."""
+    rng, E, K, D = np.random.default_rng(0), 4, 3, 256
     chosen = np.stack([rng.permutation(E)[:K] for _ in range(tokens)]).astype(np.int32)
     chosen[::3, 1], chosen[2::3, 0] = -1, E
     shapes = (tokens, D), (2, E, D, 2, F), (2, E, F, D), (tokens, D)
@@ -207,10 +208,40 @@ def test_experts_of_few_rows_equal_the_definition(hopper_gpu, tokens):
         y, pullback = jax.vjp(run, x, weights, wi, wo)
         return y, *pullback(dy)
 
-    found, right = (jax.jit(functools.partial(both, how))(x, weights, wi, wo) for how in ("hopper", "blocks"))
-    for value, expected in zip(found, right, strict=True):
+    (y, *found), (_, *right) = (
+        jax.jit(functools.partial(both, how))(x, weights, wi, wo) for how in ("hopper", "blocks")
+    )
+    for value, expected in zip([y, *found], [by_choices(x, weights, chosen, wi[1], wo[1]), *right], strict=True):
         expected = np.asarray(expected, np.float64)
         assert np.linalg.norm(np.asarray(value, np.float64) - expected) <= 2**-8 * np.linalg.norm(expected)
+
+
+def by_choices(x, weights, chosen, wi, wo):
+    """The experts' sums in float64."""
+    x, weights, wi, wo = (np.asarray(a, np.float64) for a in (x, weights, wi, wo))
+    y = np.zeros(x.shape)
+    for t, k in zip(*np.nonzero((chosen >= 0) & (chosen < len(wi))), strict=True):
+        gate, up = (x[t] @ wi[chosen[t, k], :, i] for i in range(2))
+        y[t] += weights[t, k] * (gate / (1 + np.exp(-gate)) * up) @ wo[chosen[t, k]]
+    return y
+
+
+@pytest.mark.parametrize("width", [256, 320])
+def test_a_product_with_its_gate_equals_the_definition(hopper_gpu, width):
+    """More steps than are in flight, tiles of no group; gates of all sizes, infinite exponentials among them."""
+    rng, F, group = np.random.default_rng(0), 256, np.array([1, 3, 0, 0, 3], np.int32)
+    x = jnp.asarray(rng.standard_normal((len(group) * hopper.ROWS, width)), jnp.bfloat16).at[::5].multiply(16)
+    w = jnp.asarray(rng.standard_normal((3, width, 2 * F)), jnp.bfloat16)
+    y = np.asarray(hopper.gated_product(x, w, group, cores=TARGET.cores), np.float64)
+    x, w = (np.asarray(a, np.float64) for a in (x, w))
+    for i, e in enumerate(group):
+        mine = slice(i * hopper.ROWS, (i + 1) * hopper.ROWS)
+        if e == len(w):
+            assert not np.any(y[mine])
+            continue
+        gate, up = np.split(x[mine] @ w[e], 2, axis=1)
+        right = gate / (1 + np.exp(np.minimum(-gate, 700))) * up
+        np.testing.assert_allclose(y[mine], right, rtol=1.01 * 2**-8, atol=1e-3)
 
 
 def test_the_default_where_it_can_run():
@@ -232,6 +263,7 @@ def test_no_rows_at_all():
     "kernel",
     [
         "product",
+        "gated",
         "few",
         "dense",
         "by_head",
@@ -256,6 +288,7 @@ def test_kernels_are_lowered_for_cuda_without_a_gpu(kernel):
         "by_head": by_head.trace(*heads, transposed=False),
         "by_head_transposed": by_head.trace(*heads, transposed=True),
         "product": jax.jit(many).trace(x, w, groups),
+        "gated": jax.jit(functools.partial(hopper.gated_product, cores=0)).trace(x, w[:, :, :256], groups),
         "dense": jax.jit(dense).trace(x[:20], w, jnp.int32(1)),
         "few": jax.jit(functools.partial(hopper_few.grouped_product, cores=0)).trace(x[:32], w, groups),
         "transposed": jax.jit(functools.partial(many, transpose=True)).trace(dy, w, groups),

@@ -106,19 +106,28 @@ def write_entries(
     else:
         J = pages_BJ.shape[1]
         row_BS = jnp.take_along_axis(pages_BJ, jnp.clip(t_BS // size, 0, J - 1), axis=1)
-        row_BS = jnp.where((row_BS < 0) | (t_BS < 0) | (t_BS >= J * size), rows, row_BS)
+        nowhere_BS = (row_BS < 0) | (row_BS >= rows) | (t_BS < 0) | (t_BS >= J * size)
+        beyond_BS = rows + jnp.arange(B * S, dtype=row_BS.dtype).reshape(B, S)  # each elsewhere
+        row_BS = jnp.where(nowhere_BS, beyond_BS, row_BS)
         place_BS = t_BS % size
         if B * S == 1 and not isinstance(cache, InStack):
             # XLA rewrites a scatter of one update, and a loop on a CPU then copies all pages: one more is dropped
-            row_BS = jnp.concatenate([row_BS, jnp.full_like(row_BS, rows)])
+            row_BS = jnp.concatenate([row_BS, beyond_BS + 1])
             place_BS, entry_BSW = (jnp.concatenate([x, x]) for x in (place_BS, entry_BSW))
     if not isinstance(cache, InStack):
-        return _put(cache, (), (row_BS, place_BS), entry_BSW)
-    return InStack(_put(cache.stack, (cache.layer,), (row_BS, place_BS), entry_BSW), cache.layer)
+        return _put(cache, (), (row_BS, place_BS), entry_BSW, pages_BJ is not None)
+    stack = _put(cache.stack, (cache.layer,), (row_BS, place_BS), entry_BSW, pages_BJ is not None)
+    return InStack(stack, cache.layer)
 
 
-def _put(cache: Any, layer: tuple[Any, ...], at: tuple[jax.Array, jax.Array], entry_BSW: jax.Array) -> Any:
-    put = lambda array, at, new: array.at[(*layer, *at)].set(new.astype(array.dtype), mode="drop")  # noqa: E731
+def _put(
+    cache: Any, layer: tuple[Any, ...], at: tuple[jax.Array, jax.Array], entry_BSW: jax.Array, unique: bool
+) -> Any:
+    """unique: no two places are one, be they beyond the cache: a GPU writes several numbers at once."""
+
+    def put(array, at, new):
+        return array.at[(*layer, *at)].set(new.astype(array.dtype), mode="drop", unique_indices=unique)
+
     if not isinstance(cache, FP8Entries):
         return put(cache, at, entry_BSW)
     new, (row, place) = quantise_entries(entry_BSW, cache.values.shape[-1]), at

@@ -111,6 +111,16 @@ def attend(implementation):
     return jax.jit(functools.partial(mla_decode, scale=0.1, values=C, implementation=implementation))
 
 
+@pytest.mark.parametrize("fp8", [False, True])
+def test_places_in_pages_are_said_to_differ(fp8):
+    """Else XLA:GPU writes one number at a time, and bfloat16 by comparing and swapping the 32 bits around it."""
+    pages = jnp.zeros((J, N, C + R), jnp.bfloat16)
+    given = jnp.zeros((B, 2, C + R), jnp.bfloat16), jnp.zeros(B, jnp.int32), jnp.full((B, J), -1, jnp.int32)
+    program = write().lower(quantise_entries(pages, C) if fp8 else pages, *given).as_text()
+    scatters = [line for line in program.splitlines() if '"stablehlo.scatter"' in line]
+    assert len(scatters) == (3 if fp8 else 1) and all("unique_indices = true" in line for line in scatters)
+
+
 @pytest.mark.parametrize("implementation", ["blockwise", "reference"])
 @pytest.mark.parametrize("fp8", [False, True])
 @given(st.lists(st.integers(0, N * J), min_size=B, max_size=B), st.integers(0, 99))

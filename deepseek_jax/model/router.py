@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.parallel.context import over_runs
 from deepseek_jax.parallel.sharding import ShardingRules, per_device
-from deepseek_kernels import Target, router_hopper
+from deepseek_kernels import InStack, Target, router_hopper
 from deepseek_kernels.kept import kept
 from deepseek_kernels.registry import choose
 from deepseek_kernels.weights import Weight
@@ -90,7 +90,8 @@ def route(
 
 
 def _scores_and_best(config, x_TD, w_DE, bias_E, target):
-    if target.platform == "cuda" and x_TD.dtype == jnp.bfloat16 and len(x_TD) > _FEW_TILES:
+    many = x_TD.dtype == jnp.bfloat16 and len(x_TD) > _FEW_TILES
+    if target.platform == "cuda" and many and isinstance(w_DE, InStack):
         logits: jax.Array = _in_terms(x_TD, w_DE.astype(jnp.promote_types(w_DE.dtype, jnp.bfloat16)))
     else:
         logits = _logits(x_TD.astype(jnp.float32), w_DE.astype(jnp.float32))
@@ -127,7 +128,8 @@ def _logits(x_TD, w_DE):
 def _in_terms(x_TD, w_DE):
     """Logits of many bfloat16 tokens by tensor cores, which have no float32: a weight is the sum of three terms in
     bfloat16, whose products with the tokens are exact in float32, and so the tokens are read as they are, once, without
-    a copy in float32. Not where there are gradients: training's numbers are ``_logits``', forward and backward."""
+    a copy in float32. For layers in stacks, as prompts are read: what is scored for training has ``_logits``' numbers,
+    as training has, and so have gradients."""
     terms = [w_DE] if w_DE.dtype == jnp.bfloat16 else _terms(w_DE.astype(jnp.float32))
     sums_TG = jnp.einsum("td,dg->tg", x_TD, jnp.concatenate(terms, axis=1), preferred_element_type=jnp.float32)
     return functools.reduce(jnp.add, reversed(jnp.split(sums_TG, len(terms), axis=1)))  # what is small first

@@ -23,7 +23,7 @@ from deepseek_jax.model.router import (
 )
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
 from deepseek_jax.parallel.sharding import named_sharding
-from deepseek_kernels import Target
+from deepseek_kernels import InStack, Target
 
 T, D, E = 20, 6, 8
 ROUTERS = {
@@ -302,28 +302,35 @@ def test_what_a_gpu_does_for_few_tokens_is_the_same(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_gpu_multiplies_many_tokens_in_three_terms_of_the_weight(dtype):
-    """As exact as a product in float32, where it gives other numbers; training has that one's, bit for bit."""
+def test_a_gpu_multiplies_many_tokens_in_three_terms_of_a_layer_in_its_stack(dtype):
+    """As exact as a product in float32, where it gives other numbers. Gradients are that one's, bit for bit, and so is
+    all that is computed with an array."""
     tiny, rng = config(V1), np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((2100, 512)), jnp.bfloat16)
     w = jnp.asarray(rng.standard_normal((512, tiny.n_routed_experts)) / 8, jnp.float32).astype(dtype)
+    d_TE = jnp.asarray(rng.standard_normal((len(x), tiny.n_routed_experts)), jnp.float32)
 
-    def scores(x, w, target):
-        return route(tiny, x, w, None, target=target).scores_TE
+    def scores(stacked, target, x, w):
+        weight = InStack(jnp.stack([jnp.full_like(w, jnp.nan), w]), jnp.int32(1)) if stacked else w
+        return route(tiny, x, weight, None, target=Target(target)).scores_TE
 
-    found, plain = (jax.jit(functools.partial(scores, target=Target(name)))(x, w) for name in ("cuda", "cpu"))
+    def trained(*case):
+        def both(x, w):
+            y, pullback = jax.vjp(functools.partial(scores, *case), x, w)
+            return y, *pullback(d_TE)
+
+        return jax.jit(both)(x, w)
+
+    found, plain, array = (
+        jax.jit(functools.partial(scores, *case))(x, w) for case in ((True, "cuda"), (True, "cpu"), (False, "cuda"))
+    )
     s = [oracle.affinities(tiny, t, np.asarray(w, np.float64)) for t in np.asarray(x, np.float64)]
     errors = [relative_error(each, s) for each in (found, plain)]
     assert errors[0] < 2 * errors[1] and errors[1] < 1e-6 and np.any(found != plain)
-    d_TE = jnp.asarray(rng.standard_normal(found.shape), jnp.float32)
-
-    def trained(x, w, target):
-        y, pullback = jax.vjp(functools.partial(scores, target=target), x, w)
-        return y, *pullback(d_TE)
-
-    on_gpu, on_cpu = (jax.jit(functools.partial(trained, target=Target(name)))(x, w) for name in ("cuda", "cpu"))
-    for one, other in zip(on_gpu, on_cpu, strict=True):
-        np.testing.assert_array_equal(one, other)
+    np.testing.assert_array_equal(array, jax.jit(functools.partial(scores, False, "cpu"))(x, w))
+    for stacked in (True, False):
+        for one, other in zip(trained(stacked, "cuda"), trained(stacked, "cpu"), strict=True):
+            np.testing.assert_array_equal(one, other)
 
 
 def test_three_terms_are_the_whole_weight():

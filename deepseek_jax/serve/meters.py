@@ -77,6 +77,29 @@ class _Engine(Collector):
             yield kind(f"deepseek_jax_engine_{name}", f"Of the engine: {name.replace('_', ' ')}", value=value)
 
 
+class Counting:
+    """ASGI middleware around all routes: requests are counted."""
+
+    def __init__(self, app: Any, meters: Meters):
+        self._app, self._meters = app, meters
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        status = 499  # nothing was answered: the client has gone
+
+        def sent(message: Any) -> Any:
+            nonlocal status
+            status = message.get("status", status)
+            return send(message)
+
+        try:
+            await self._app(scope, receive, sent)
+        finally:
+            self._meters.request(getattr(scope.get("route"), "path", "other"), status)
+
+
 class Watch:
     """Of one request: when its tokens came."""
 

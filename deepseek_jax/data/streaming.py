@@ -23,11 +23,14 @@ class TextStream:
         self._window: list[int] = []
         self._given = 0  # how many ids of the window have been given out
 
-    def push(self, token_id: int) -> str:
-        """The text that is certain with this id: often a word, "" inside a character of several tokens."""
-        self._window.append(int(token_id))
+    def push(self, *ids: int) -> str:
+        """The text that is certain with these ids: often a word each, "" inside a character of several tokens."""
+        self._window += ids
         text, certain = self._decode(self._window), len(self._window)
         if text.endswith("\ufffd"):  # the rest of the character may come
+            if len(ids) > 1:  # with which of them it begins is found one by one
+                del self._window[-len(ids) :]
+                return "".join(map(self.push, ids))
             certain -= _CHARACTER - 1
             if certain <= self._given:
                 return ""
@@ -90,11 +93,14 @@ class EndingText:
     """Text of ids as they come, which ends before the first of some strings: `TextStream` and `StopStrings`."""
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]):
-        self._stream, self._stops = TextStream(tokenizer), StopStrings(stops)
+        self._stream, self._stops, self._ends = TextStream(tokenizer), StopStrings(stops), bool(stops)
         self._length = 0  # characters, with those that are held back
 
-    def push(self, ids: Sequence[int], *, ended: bool) -> Said:
-        """ended: no more ids come. Nothing is pushed behind the end."""
+    def push(self, ids: Sequence[int], *, ended: bool, each: bool = True) -> Said:
+        """ended: no more ids come. each: tell the offsets; without them, and where no string can end the text, all ids
+        are decoded together. Nothing is pushed behind the end."""
+        if not (each or self._ends):
+            return Said(self._stream.push(*ids) + (self._stream.finish() if ended else ""), [], False)
         text, offsets = "", list[int]()
         for token_id in ids:
             offsets.append(self._length)

@@ -247,7 +247,7 @@ class Tokenizer:
         """The ids of special and other added tokens: those that only `allow_special` makes of text."""
         return sorted(self._special.get_added_tokens_decoder())
 
-    @property
+    @cached_property
     def added_tokens(self) -> list[str]:
         """How they are spelled."""
         return [token.content for token in self._special.get_added_tokens_decoder().values()]

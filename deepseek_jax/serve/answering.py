@@ -118,10 +118,14 @@ async def _answer(asker: Asker, tokenizer: Tokenizer, asked: Asked, index: int) 
     async with aclosing(events):
         async for event in events:
             spoken = event.ids[:-1] if event.finish_reason == "stop" else event.ids
-            certain, offsets, found = text.push(spoken, ended=bool(event.finish_reason))
-            for i, offset in enumerate(offsets):  # what else has come is no part of the answer
-                thought += asked.prompt is not None and thoughts.push(spoken[i])
-                if asked.alternatives is not None:
+            each = asked.alternatives is not None
+            certain, offsets, found = text.push(spoken, ended=bool(event.finish_reason), each=each)
+            if found:  # what else has come is no part of the answer
+                spoken = spoken[: len(offsets)]
+            if asked.prompt is not None:
+                thought += sum(map(thoughts.push, spoken))
+            if each:
+                for i, offset in enumerate(offsets):
                     likely = event.alternatives[i] if asked.alternatives else ()
                     held.append(Token(spoken[i], event.logprobs[i], likely, offset))
             count += len(offsets) if found else len(event.ids)

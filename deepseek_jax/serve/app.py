@@ -11,13 +11,12 @@ from deepseek_jax.serve.asking import Asker, LostError
 from deepseek_jax.serve.config import ServeConfig
 from deepseek_jax.serve.description import describe_limits
 from deepseek_jax.serve.errors import ApiError, ErrorBody, add_handlers
-from deepseek_jax.serve.meters import Meters
+from deepseek_jax.serve.meters import Counting, Meters
 from deepseek_jax.serve.page import page
 from deepseek_jax.serve.prompts import write_prompt
 from deepseek_jax.serve.responding import Desk
 from deepseek_jax.serve.responses import add_responses
 from deepseek_jax.serve.schema import Chat, Completion, Detokenize, Tokenize
-from deepseek_jax.serve.sending import Sending
 from deepseek_jax.serve.written import ChatForm, CompletionForm
 
 _REFUSED: dict[int | str, dict[str, Any]] = {
@@ -45,7 +44,7 @@ def make_app(asker: Asker, tokenizer: Tokenizer, config: ServeConfig) -> FastAPI
     add_tokens(app, desk)
     describe_limits(app, desk)
     app.add_route("/", page, include_in_schema=False)
-    app.add_middleware(Sending, meters=desk.meters, stall=config.stall_seconds)
+    app.add_middleware(Counting, meters=desk.meters)
     return app
 
 

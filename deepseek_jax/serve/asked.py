@@ -29,12 +29,9 @@ async def asked_by_completion(body: Completion, tokenizer: Tokenizer, served: Se
     check_most("prompt", len(given), limits.n, "prompts")
     if body.max_tokens == 0 and not body.echo:
         raise ApiError(400, "max_tokens=0 without echo: nothing is asked for", param="max_tokens")
-
-    def encode() -> list[list[int]]:
-        bos = tokenizer.bos_ids
-        return [[*bos, *tokenizer.encode(each)] if isinstance(each, str) else [*each] for each in given]
-
-    prompts = await encoded(encode)
+    prompts = given
+    if isinstance(given[0], str):
+        prompts = await encoded(lambda: [[*tokenizer.bos_ids, *tokenizer.encode(text)] for text in given])
     asked = _asked(body, prompts, body.max_tokens, body.logprobs, served, limits, few=_COMPLETION_TOKENS)
     if not body.echo:
         return asked

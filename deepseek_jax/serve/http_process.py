@@ -5,6 +5,7 @@ What it is told by signals it ignores: the engine's process says when to end.
 
 import asyncio
 import contextlib
+import functools
 import signal
 import socket
 import sys
@@ -51,7 +52,7 @@ async def _serve(listening: socket.socket, pair: socket.socket) -> int:
     server = _Server(
         uvicorn.Config(
             guarded(app, config),
-            http=BoundedProtocol,
+            http=functools.partial(BoundedProtocol, stall=config.stall_seconds),  # pyright: ignore
             ws="none",
             lifespan="off",
             access_log=False,

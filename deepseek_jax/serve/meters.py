@@ -1,12 +1,15 @@
 """Numbers for Prometheus: of requests as clients see them, and of the engine."""
 
 import time
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from deepseek_jax.serve.answering import Piece
 
@@ -27,7 +30,8 @@ class Meters:
         self._ended = Counter("answers", "Answers that have ended", ["finish_reason"], **given)
         self._first = Histogram("time_to_first_token_seconds", "From body to first token", buckets=_SECONDS, **given)
         help_between = "Seconds from one token to the next, those that come together sharing theirs"
-        self._between = Histogram("inter_token_seconds", help_between, buckets=_FAST, **given)
+        self._between = _Between("deepseek_jax_inter_token_seconds", help_between, _FAST)
+        self.registry.register(self._between)
         self._whole = Histogram("request_seconds", "From body to last token", buckets=_SECONDS, **given)
         self._engine = _Engine()
         self.registry.register(self._engine)
@@ -44,6 +48,23 @@ class Meters:
         return generate_latest(self.registry)
 
 
+class _Between(Collector):
+    """A histogram that is told of many at once, as Prometheus' own is not: tokens come so."""
+
+    def __init__(self, name: str, told: str, bounds: Sequence[float]):
+        self._name, self._told, self._bounds = name, told, bounds
+        self._counts, self._sum = [0] * (len(bounds) + 1), 0.0
+
+    def observe(self, seconds: float, times: int) -> None:
+        self._counts[bisect_left(self._bounds, seconds)] += times
+        self._sum += seconds * times
+
+    def collect(self) -> Iterator[Metric]:
+        bounds = [*map(floatToGoString, self._bounds), "+Inf"]
+        buckets = [*zip(bounds, accumulate(self._counts), strict=True)]
+        yield HistogramMetricFamily(self._name, self._told, buckets=buckets, sum_value=self._sum)
+
+
 class _Engine(Collector):
     """What ``Continuous.metrics`` said last: counters of what only grows, gauges of the rest."""
 
@@ -54,6 +75,29 @@ class _Engine(Collector):
         for name, value in self.found.items():
             kind = CounterMetricFamily if name in _COUNTED or name.startswith("drafts_") else GaugeMetricFamily
             yield kind(f"deepseek_jax_engine_{name}", f"Of the engine: {name.replace('_', ' ')}", value=value)
+
+
+class Counting:
+    """ASGI middleware around all routes: requests are counted."""
+
+    def __init__(self, app: Any, meters: Meters):
+        self._app, self._meters = app, meters
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        status = 499  # nothing was answered: the client has gone
+
+        def sent(message: Any) -> Any:
+            nonlocal status
+            status = message.get("status", status)
+            return send(message)
+
+        try:
+            await self._app(scope, receive, sent)
+        finally:
+            self._meters.request(getattr(scope.get("route"), "path", "other"), status)
 
 
 class Watch:
@@ -71,8 +115,7 @@ class Watch:
             if last is None:
                 meters._first.observe(now - self._began)
             else:
-                for _ in range(piece.count):
-                    meters._between.observe((now - last) / piece.count)
+                meters._between.observe((now - last) / piece.count, piece.count)
             self._last[piece.index] = now
         if piece.finish_reason:
             meters._ended.labels(piece.finish_reason).inc()

@@ -1,4 +1,5 @@
-"""uvicorn's HTTP/1.1 with what it lacks: a bound on how long a request's head takes, and on its size."""
+"""uvicorn's HTTP/1.1 with what it lacks: bounds on how long a request's head takes and on its size, and on how long a
+client leaves an answer unread."""
 
 import asyncio
 from typing import Any
@@ -7,16 +8,23 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 HEAD_SECONDS = 20.0
 HEAD_BYTES = 1 << 16
+STALL_SECONDS = 60.0
 
 
 class BoundedProtocol(HttpToolsProtocol):
     """For ``uvicorn.Config(http=...)``. A connection is closed whose first bytes, or the rest of a head that has begun,
-    do not come within HEAD_SECONDS, or whose head has more than HEAD_BYTES."""
+    do not come within HEAD_SECONDS, or whose head has more than HEAD_BYTES; and one whose client leaves an
+    answer unread for ``stall`` seconds, so that what is to be sent waits for it."""
 
     _late: asyncio.TimerHandle | None = None
+    _stalled: asyncio.TimerHandle | None = None
     _head = 0  # bytes of the head that has begun
     _in_head = True
     _last = b""  # of what has come of it: its end may come in two parts
+
+    def __init__(self, *args: Any, stall: float = STALL_SECONDS, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._stall = stall
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -24,7 +32,16 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
+        self._stop_stalling()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stalled = self.loop.call_later(self._stall, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self._stop_stalling()
+        super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
         if self._in_head:
@@ -58,3 +75,8 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._late is not None:
             self._late.cancel()
             self._late = None
+
+    def _stop_stalling(self) -> None:
+        if self._stalled is not None:
+            self._stalled.cancel()
+            self._stalled = None

@@ -4,11 +4,12 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncGenerator, Coroutine
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any, Protocol, TypeVar
 
 from fastapi import Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
 
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.serve.answering import Asked, Piece, answers
@@ -81,10 +82,10 @@ class Desk:
         """All of it as one object, or a stream of events. What is refused is so before a stream begins; who goes is
         given up."""
         pieces = self.answers(asked)
-        first = await unless_gone(request, anext(pieces))
+        first = await unless_gone(request.receive, anext(pieces))
         if stream:
-            return EventStream(_events(form, first, pieces))
-        return await unless_gone(request, _all(form, first, pieces))
+            return EventStream(form, first, pieces, asked.count)
+        return await unless_gone(request.receive, _all(form, first, pieces))
 
 
 async def _all(form: Form, first: Piece, pieces: AsyncGenerator[Piece]) -> Response:
@@ -95,46 +96,55 @@ async def _all(form: Form, first: Piece, pieces: AsyncGenerator[Piece]) -> Respo
     return JSONResponse(form.whole())
 
 
-async def _events(form: Form, first: Piece, pieces: AsyncGenerator[Piece]) -> AsyncGenerator[bytes]:
-    async with aclosing(pieces):
+class EventStream(Response):
+    """Server-sent events of ``count`` answers, whose source is closed when the client goes, too."""
+
+    def __init__(self, form: Form, first: Piece, pieces: AsyncGenerator[Piece], count: int):
+        super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        del self.headers["Content-Length"]
+        self._form, self._first, self._pieces, self._left = form, first, pieces, count
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._pieces):
+            with suppress(ApiError):  # it has gone
+                await unless_gone(receive, self._send(send))
+
+    async def _send(self, send: Send) -> None:
+        """The end of the stream goes with the end of the last answer: each message is a write to the socket."""
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        form, piece, told = self._form, self._first, self._form.begin()
         try:
-            if told := form.begin() + form.told(first):
-                yield told
-            async for piece in pieces:
-                if told := form.told(piece):
-                    yield told
+            while piece:
+                told += form.told(piece)
+                self._left -= bool(piece.finish_reason)
+                if told and self._left:
+                    await send({"type": "http.response.body", "body": told, "more_body": True})
+                    told = b""
+                piece = await anext(self._pieces, None)
+            told += form.end()
         except ApiError as error:
-            yield form.failed(error)
-            return
-    yield form.end()
+            told += form.failed(error)
+        await send({"type": "http.response.body", "body": told})
 
 
-class EventStream(StreamingResponse):
-    """Server-sent events, whose source is closed when the client goes, too."""
-
-    def __init__(self, events: AsyncGenerator[bytes]):
-        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        self._events = events
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        async with aclosing(self._events):
-            await super().__call__(scope, receive, send)
-
-
-async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """What it comes to; cancelled where the client goes first, and ApiError, which nobody reads."""
-    working, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
+    task, gone = asyncio.current_task(), False
+    assert task is not None
+
+    async def watch() -> None:
+        nonlocal gone
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        gone = True
+        task.cancel()
+
+    watching = asyncio.create_task(watch())
     try:
-        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ApiError(499, "the client has gone")
-        return working.result()
+        return await work
+    except asyncio.CancelledError:
+        if gone and not task.uncancel():  # else somebody has cancelled it
+            raise ApiError(499, "the client has gone") from None
+        raise
     finally:
-        for task in (working, gone):
-            task.cancel()
-        await asyncio.gather(working, gone, return_exceptions=True)
-
-
-async def _gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+        watching.cancel()

@@ -39,6 +39,20 @@ def test_any_ids_stream_to_what_decode_says(tokenizer, data, skip):
     assert "".join(pieces(tokenizer, ids, skip)) == tokenizer.decode(ids, skip_special_tokens=skip)
 
 
+@settings(max_examples=200)
+@given(data=st.data(), text=texts)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ids_together_bring_what_they_bring_one_by_one(family, data, text):
+    ours = FAMILIES[family]()
+    ids = ours.encode(text)
+    singly, together = TextStream(ours), TextStream(ours)
+    while ids:
+        some = data.draw(st.integers(1, 9))
+        assert together.push(*ids[:some]) == "".join(map(singly.push, ids[:some]))
+        ids = ids[some:]
+    assert together.finish() == singly.finish()
+
+
 def test_a_character_comes_with_its_last_byte(tokenizer):
     ids = tokenizer.encode("🙂")
     assert len(ids) == 4

@@ -1,5 +1,6 @@
 """An app behind a port, in a thread."""
 
+import functools
 import threading
 import time
 from collections.abc import Iterator
@@ -12,9 +13,10 @@ from deepseek_jax.serve.protocol import BoundedProtocol
 
 
 @contextmanager
-def live(app: Any) -> Iterator[int]:
-    """The port."""
-    config = uvicorn.Config(app, port=0, http=BoundedProtocol, lifespan="off", log_config=None, ws="none")
+def live(app: Any, **bounds: Any) -> Iterator[int]:
+    """The port. bounds: of the protocol."""
+    http: Any = functools.partial(BoundedProtocol, **bounds)
+    config = uvicorn.Config(app, port=0, http=http, lifespan="off", log_config=None, ws="none")
     server, listener = uvicorn.Server(config), config.bind_socket()
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()

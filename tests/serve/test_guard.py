@@ -169,6 +169,35 @@ def test_heads_are_bounded_in_time_and_size(port):
         assert sent(port, *parts, pause=0.05).startswith(b"HTTP/1.1 200")
 
 
+def test_who_reads_nothing_is_cut_off():
+    """And who is slow is not: the app learns of the first that it has gone, and nothing of the second."""
+    gone = []
+
+    async def much(scope, receive, send):
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for _ in range(160):  # together more than the sockets take
+            await send({"type": "http.response.body", "body": b"x" * 100_000, "more_body": True})
+        gone.append((await receive())["type"] if scope["path"] == "/idle" else "")
+        await send({"type": "http.response.body", "body": b""})
+
+    ask = b"GET /%s HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    with live(much, stall=0.5) as found:
+        with socket.create_connection(("127.0.0.1", found), timeout=10) as slow:
+            slow.sendall(ask % b"slow")
+            size = 0
+            while part := slow.recv(1 << 20):
+                size += len(part)
+                time.sleep(0.02)
+            assert size > 16_000_000
+        with socket.create_connection(("127.0.0.1", found), timeout=10) as idle:
+            idle.sendall(ask % b"idle")
+            last = time.monotonic() + 10
+            while len(gone) < 2 and time.monotonic() < last:
+                time.sleep(0.02)
+    assert gone == ["", "http.disconnect"]
+
+
 def test_no_key_is_logged(port, caplog):
     with caplog.at_level(logging.DEBUG):
         for key in (KEY, "sk-wrong"):

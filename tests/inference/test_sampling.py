@@ -60,6 +60,23 @@ def test_truncation_equals_numpy(logits, top_k, top_p):
     np.testing.assert_array_equal(found[kept], logits[kept])
 
 
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.95), (40, 1.0), (40, 0.5), (0, 1e-9), (5000, 0.999)])
+def test_truncation_of_a_whole_vocabulary_equals_a_sort(top_k, top_p):
+    """Of logits as networks have them, all signs and sizes, some -inf; float64, and rows whose edge is a hair's breadth
+    away from top_p may differ by the token there."""
+    rng = np.random.default_rng(0)
+    logits = (rng.normal(size=(8, 5000)) * np.geomspace(1e-3, 30, 8)[:, None]).astype(np.float32)
+    logits[:, :50] = -np.inf
+    found = np.isfinite(np.asarray(truncate(jnp.asarray(logits), top_k, top_p)))
+    order = np.argsort(-logits, axis=1, kind="stable")
+    p = np.exp(np.take_along_axis(logits.astype(np.float64), order, axis=1))
+    p[:, top_k or p.shape[1] :] = 0
+    before = np.cumsum(p, axis=1) / p.sum(axis=1, keepdims=True) - p / p.sum(axis=1, keepdims=True)
+    expected = (before < (top_p if top_p < 1 else np.inf)) & (p > 0)
+    assert np.all(np.abs(np.take_along_axis(found, order, axis=1).sum(axis=1) - expected.sum(axis=1)) <= 1)
+    assert np.all(np.diff(np.take_along_axis(found, order, axis=1).astype(int), axis=1) <= 0), "the best ones"
+
+
 def test_the_most_likely_token_always_stays():
     found = truncate(jnp.asarray([[0.0, 9.0, 1.0]]), 1, 1e-6)
     assert np.isfinite(np.asarray(found)).tolist() == [[False, True, False]]

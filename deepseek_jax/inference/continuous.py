@@ -158,9 +158,9 @@ class Continuous:
             self._sent = self._decode_ahead(weights, before) if scored is None else None
             if not self._settle(before):
                 scored = None
-            if self._sent is None and scored is None:
-                self._untold += self._arrivals()  # who has come since waits for no step more
-                scored = self._read(weights)
+            if self._sent is None:
+                self._untold += self._arrivals()  # who has come, or knows a grammar's next, waits for no step more
+                scored = self._read(weights) if scored is None else scored
         if self._sent is None:
             plans = [lane.plan_decode() for lane in self._lanes]
             anybody = any(plan.decoded for plan in plans)

@@ -207,7 +207,11 @@ class Continuous:
 
     def warm_up(self, weights: Weights) -> None:
         """See ``Programs.warm_up``: no request waits for a compiler behind it."""
-        self.programs.warm_up(weights)
+        try:
+            self.programs.warm_up(weights)
+        except BaseException:  # as in ``step``
+            self.free()
+            raise
 
     def forget(self) -> None:
         """The weights are others: running requests go on, prefixes read by the former ones are lent to nobody."""

@@ -116,6 +116,7 @@ class Programs:
 
     def wait(self) -> None:
         """Return when the device has done it all: whoever comes next shall not stand behind a queue of chunks."""
+        self._last.result()
         self._calls.submit(lambda: jax.block_until_ready(self._pages)).result()
 
     def rows(self, plans: Sequence[DecodePlan]) -> int:
@@ -243,19 +244,26 @@ class Programs:
                 program = self._programs[job.key] = self._lowered(weights, job).compile()
             meet()
         idle, begun = self._last.done(), threading.Event()
-        self._last = self._calls.submit(self._call, begun, program, weights, job, before)
+        self._last = self._calls.submit(self._call, begun, self._last, program, weights, job, before)
         if idle:  # it has the interpreter until the device has its work
             begun.wait()
         return self._last
 
     def _call(
-        self, begun: threading.Event, program: Any, weights: Weights, job: _Job, before: Future[Decoded] | None
+        self,
+        begun: threading.Event,
+        last: Future[Any],
+        program: Any,
+        weights: Weights,
+        job: _Job,
+        before: Future[Decoded] | None,
     ) -> Any:
         begun.set()
         arrays, given = job.arrays, () if job.function is copy_pages else weights
         if before is not None:
             rows, *how = arrays
             arrays = dataclasses.replace(rows, state_BK=before.result().state_BK), *how
+        last.result()  # behind a call that has failed pages hold something else, until ``free``
         with jax.set_mesh(self.mesh):
             done = program(*given, self._pages, *arrays)
         self._pages, found = (done, None) if job.function is copy_pages else done

@@ -390,6 +390,30 @@ def test_a_step_that_fails_keeps_no_pages(ahead, monkeypatch):
     assert_right("v3", [*asked.values()])
 
 
+@AHEAD
+@pytest.mark.parametrize("what", [paged.read, paged.copy_pages])
+def test_nothing_is_decoded_behind_what_could_not_be_read(what, ahead, monkeypatch):
+    """Whether or not anybody looks at what that brings: the step fails, and the next one reads it in."""
+    serving, asked, prompt = engine("v3", ahead), dict[int, Asked](), [*range(3, 26)]
+    serving.update(*weights(SPEAKER))  # so that nothing is found yet
+    if what is paged.copy_pages:
+        submit(serving, asked, Asked(prompt, GREEDY))
+        finish(serving, asked)
+    submit(serving, asked, Asked(prompt, GREEDY))
+    programs = serving.requests.continuous.programs
+
+    def fails(*arrays):
+        raise MemoryError("no room")
+
+    some = {key: fails if key[0] is what else each for key, each in programs._programs.items()}
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(programs, "_programs", some)
+        for _ in range(3):
+            step(serving, asked)
+    finish(serving, asked)
+    assert_right("v3", [*asked.values()])
+
+
 def test_what_a_step_had_to_say_before_it_failed_the_next_one_says(monkeypatch):
     serving = engine("v3")
     gone, other = (serving.submit([7, 8, first], GREEDY) for first in (1, 2))

@@ -130,8 +130,8 @@ class Continuous:
 
     @property
     def busy(self) -> bool:
-        """Whether there is anything to do."""
-        return bool(self._asked or self._new)
+        """Whether there is anything to do, or to be told. Where there is not, nothing is under way."""
+        return bool(self._asked or self._new or self._untold)
 
     def step(self, weights: Weights) -> list[Event]:
         """Do what is next -> what has come; ``ahead``, that is of the step before. Without requests nothing.
@@ -165,9 +165,9 @@ class Continuous:
             plans = [lane.plan_decode() for lane in self._lanes]
             anybody = any(plan.decoded for plan in plans)
             self._sent = _Sent(plans, scored or [], self.programs.decode(weights, plans) if anybody else None)
-            if not (anybody and self.ahead):
-                before, self._sent = self._sent, None
-                self._settle(before)
+        if not self.ahead or self._sent.decoded is None or not self._asked:  # those of its rows have ended
+            before, self._sent = self._sent, None
+            self._settle(before)
 
     def _read(self, weights: Weights) -> Scored | None:
         """Send what is to be read in next; None where there is nothing."""

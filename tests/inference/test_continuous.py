@@ -414,6 +414,34 @@ def test_nothing_is_decoded_behind_what_could_not_be_read(what, ahead, monkeypat
     assert_right("v3", [*asked.values()])
 
 
+def test_nothing_is_under_way_when_nobody_asks():
+    """Whoever has the devices next, as a train step does, is not beside another thread's calls."""
+    serving, asked = engine("v3", True), dict[int, Asked]()
+    submit(serving, asked, whole_answer := Asked([5, 9, 2], dataclasses.replace(GREEDY, max_tokens=20)))
+    finish(serving, asked)
+    for stop in dict.fromkeys(whole_answer.ids):
+        params = dataclasses.replace(whole_answer.sampling, stop_token_ids=(stop,))
+        submit(serving, asked, Asked([5, 9, 2], params))
+        finish(serving, asked)
+        assert serving.requests.continuous._sent is None
+
+
+def test_an_end_that_came_before_a_step_was_interrupted_is_told(monkeypatch):
+    """Nobody else asks: there is something to be told, all the same."""
+    serving, asked = engine("v3", True), dict[int, Asked]()
+    submit(serving, asked, Asked([5, 9, 2], GREEDY))
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(serving.requests.continuous.programs, "wait", interrupted)
+        while serving.busy:
+            step(serving, asked)
+    finish(serving, asked)
+    assert_right("v3", [*asked.values()])
+
+
 def test_what_a_step_had_to_say_before_it_failed_the_next_one_says(monkeypatch):
     serving = engine("v3")
     gone, other = (serving.submit([7, 8, first], GREEDY) for first in (1, 2))

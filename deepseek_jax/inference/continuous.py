@@ -214,7 +214,9 @@ class Continuous:
             raise
 
     def forget(self) -> None:
-        """The weights are others: running requests go on, prefixes read by the former ones are lent to nobody."""
+        """The weights will be others, once nobody but the device has the former ones: running requests go on, prefixes
+        read by those are lent to nobody."""
+        self.programs.sent()
         self._lanes.forget()
 
     def free(self) -> None:

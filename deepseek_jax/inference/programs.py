@@ -119,6 +119,10 @@ class Programs:
         self._last.result()
         self._calls.submit(lambda: jax.block_until_ready(self._pages)).result()
 
+    def sent(self) -> None:
+        """Return when nothing is on its way to the device, and nobody but it has what was given to it."""
+        self._calls.submit(lambda: None).result()
+
     def rows(self, plans: Sequence[DecodePlan]) -> int:
         """Of each lane in decoding: request i of lane l is row ``l · rows + i``."""
         return fitting(self.buckets.slots, max(len(plan.decoded) for plan in plans))
@@ -259,11 +263,11 @@ class Programs:
         before: Future[Decoded] | None,
     ) -> Any:
         begun.set()
+        last.result()  # behind a call that has failed pages hold something else, until ``free``
         arrays, given = job.arrays, () if job.function is copy_pages else weights
         if before is not None:
             rows, *how = arrays
             arrays = dataclasses.replace(rows, state_BK=before.result().state_BK), *how
-        last.result()  # behind a call that has failed pages hold something else, until ``free``
         with jax.set_mesh(self.mesh):
             done = program(*given, self._pages, *arrays)
         self._pages, found = (done, None) if job.function is copy_pages else done

@@ -158,7 +158,7 @@ class Serving:
             continuous.warm_up(self._model.weights())
 
     def forget(self) -> None:
-        """The weights are others, see ``Continuous.forget``. By who holds ``stepping``."""
+        """The weights will be others, see ``Continuous.forget``. By who holds ``stepping``."""
         if self._continuous is not None:
             self._continuous.forget()
 

@@ -442,6 +442,36 @@ def test_an_end_that_came_before_a_step_was_interrupted_is_told(monkeypatch):
     assert_right("v3", [*asked.values()])
 
 
+@AHEAD
+def test_the_former_weights_are_let_go_though_a_step_is_under_way(ahead, monkeypatch):
+    """Before the new ones are made."""
+    serving, asked = engine("v3", ahead), dict[int, Asked]()
+    serving.update(*weights(SPEAKER))  # whose copies nobody else has
+    submit(serving, asked, Asked([5, 9, 2], dataclasses.replace(GREEDY, max_tokens=20)))
+    programs, model, held = serving.requests.continuous.programs, serving.model, list[bool]()
+    former, made = [weakref.ref(array) for array in jax.tree.leaves(model.weights())], model._made
+
+    def slow(program, *arrays):
+        time.sleep(0.1)
+        return program(*arrays)
+
+    def noted():
+        if model._weights is None:
+            held.extend(array() is not None for array in former)
+        return made()
+
+    with monkeypatch.context() as patch:
+        some = {key: functools.partial(slow, program) for key, program in programs._programs.items()}
+        patch.setattr(programs, "_programs", some)
+        for _ in range(3):
+            step(serving, asked)
+    monkeypatch.setattr(model, "_made", noted)
+    serving.update(*weights(SPEAKER))
+    assert held and not any(held)
+    finish(serving, asked)
+    assert_right("v3", [*asked.values()])
+
+
 def test_what_a_step_had_to_say_before_it_failed_the_next_one_says(monkeypatch):
     serving = engine("v3")
     gone, other = (serving.submit([7, 8, first], GREEDY) for first in (1, 2))

@@ -71,8 +71,7 @@ class Serving:
             self._continuous.cancel(number)
 
     def step(self) -> list[Event]:
-        """Let the device do what is next for the requests, see ``Continuous.step`` -> what has come
-        to each."""
+        """Let the device do what is next for the requests, see ``Continuous.step`` -> what has come to each."""
         with self._model.stepping:
             events, self._events = [*self._events, *self._advance()], []
         return events

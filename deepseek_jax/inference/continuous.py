@@ -130,8 +130,8 @@ class Continuous:
 
     @property
     def busy(self) -> bool:
-        """Whether there is anything to do."""
-        return bool(self._asked or self._new)
+        """Whether there is anything to do, or to be told. Where there is not, nothing is under way."""
+        return bool(self._asked or self._new or self._untold)
 
     def step(self, weights: Weights) -> list[Event]:
         """Do what is next -> what has come; ``ahead``, that is of the step before. Without requests nothing.
@@ -158,16 +158,16 @@ class Continuous:
             self._sent = self._decode_ahead(weights, before) if scored is None else None
             if not self._settle(before):
                 scored = None
-            if self._sent is None and scored is None:
-                self._untold += self._arrivals()  # who has come since waits for no step more
-                scored = self._read(weights)
+            if self._sent is None:
+                self._untold += self._arrivals()  # who has come, or knows a grammar's next, waits for no step more
+                scored = self._read(weights) if scored is None else scored
         if self._sent is None:
             plans = [lane.plan_decode() for lane in self._lanes]
             anybody = any(plan.decoded for plan in plans)
             self._sent = _Sent(plans, scored or [], self.programs.decode(weights, plans) if anybody else None)
-            if not (anybody and self.ahead):
-                before, self._sent = self._sent, None
-                self._settle(before)
+        if not self.ahead or self._sent.decoded is None or not self._asked:  # those of its rows have ended
+            before, self._sent = self._sent, None
+            self._settle(before)
 
     def _read(self, weights: Weights) -> Scored | None:
         """Send what is to be read in next; None where there is nothing."""
@@ -207,10 +207,16 @@ class Continuous:
 
     def warm_up(self, weights: Weights) -> None:
         """See ``Programs.warm_up``: no request waits for a compiler behind it."""
-        self.programs.warm_up(weights)
+        try:
+            self.programs.warm_up(weights)
+        except BaseException:  # as in ``step``
+            self.free()
+            raise
 
     def forget(self) -> None:
-        """The weights are others: running requests go on, prefixes read by the former ones are lent to nobody."""
+        """The weights will be others, once nobody but the device has the former ones: running requests go on, prefixes
+        read by those are lent to nobody."""
+        self.programs.sent()
         self._lanes.forget()
 
     def free(self) -> None:

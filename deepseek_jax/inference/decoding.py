@@ -196,8 +196,8 @@ class _Drawing:
     def draw(self, logits_RW, said_BT, place_BS, known_BS) -> tuple[Int[Array, "B S"], "_Likely"]:
         """A token for each place, and the most likely ones there, where a row asks for them; known: tokens before it.
 
-        One question of a GPU, which answers each to the host: whether all are greedy, or draw from all tokens, or some
-        ask for more. What a row draws is the same in each case."""
+        One question: whether all are greedy, or draw from all tokens, or some ask for more. What a row draws is the
+        same in each case."""
         at, how, keys_R = self.at, self.how, lambda: self.keys(place_BS).reshape(-1)
         rows, count = len(logits_RW), min(ALTERNATIVES, logits_RW.shape[1])
         none = _Likely(jnp.zeros((rows, count), jnp.int32), jnp.zeros((rows, count)))

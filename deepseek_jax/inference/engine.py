@@ -90,10 +90,10 @@ class Engine:
         the former have read in, of which others are lent nothing.
         """
         with self.model.stepping:
-            self.model.update(params, router_bias)
             self.requests.forget()
             if self._in_turn is not None:
                 self._in_turn.forget()
+            self.model.update(params, router_bias)
 
     def generate(
         self,

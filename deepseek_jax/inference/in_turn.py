@@ -29,7 +29,7 @@ class InTurn:
         self._requests: Continuous | None = None
 
     def forget(self) -> None:
-        """The weights are others. By who holds ``stepping``."""
+        """The weights will be others. By who holds ``stepping``."""
         if self._requests is not None:
             self._requests.forget()
 

@@ -116,7 +116,12 @@ class Programs:
 
     def wait(self) -> None:
         """Return when the device has done it all: whoever comes next shall not stand behind a queue of chunks."""
+        self._last.result()
         self._calls.submit(lambda: jax.block_until_ready(self._pages)).result()
+
+    def sent(self) -> None:
+        """Return when nothing is on its way to the device, and nobody but it has what was given to it."""
+        self._calls.submit(lambda: None).result()
 
     def rows(self, plans: Sequence[DecodePlan]) -> int:
         """Of each lane in decoding: request i of lane l is row ``l · rows + i``."""
@@ -243,15 +248,22 @@ class Programs:
                 program = self._programs[job.key] = self._lowered(weights, job).compile()
             meet()
         idle, begun = self._last.done(), threading.Event()
-        self._last = self._calls.submit(self._call, begun, program, weights, job, before)
+        self._last = self._calls.submit(self._call, begun, self._last, program, weights, job, before)
         if idle:  # it has the interpreter until the device has its work
             begun.wait()
         return self._last
 
     def _call(
-        self, begun: threading.Event, program: Any, weights: Weights, job: _Job, before: Future[Decoded] | None
+        self,
+        begun: threading.Event,
+        last: Future[Any],
+        program: Any,
+        weights: Weights,
+        job: _Job,
+        before: Future[Decoded] | None,
     ) -> Any:
         begun.set()
+        last.result()  # behind a call that has failed pages hold something else, until ``free``
         arrays, given = job.arrays, () if job.function is copy_pages else weights
         if before is not None:
             rows, *how = arrays

@@ -71,8 +71,7 @@ class Serving:
             self._continuous.cancel(number)
 
     def step(self) -> list[Event]:
-        """Let the device do what is next for the requests, see ``Continuous.step`` -> what has come
-        to each."""
+        """Let the device do what is next for the requests, see ``Continuous.step`` -> what has come to each."""
         with self._model.stepping:
             events, self._events = [*self._events, *self._advance()], []
         return events
@@ -158,7 +157,7 @@ class Serving:
             continuous.warm_up(self._model.weights())
 
     def forget(self) -> None:
-        """The weights are others, see ``Continuous.forget``. By who holds ``stepping``."""
+        """The weights will be others, see ``Continuous.forget``. By who holds ``stepping``."""
         if self._continuous is not None:
             self._continuous.forget()
 

@@ -23,9 +23,9 @@ class ServingConfig:
     chunk: int = 512
     """Tokens of prompts that are read in between two tokens of the others' answers."""
     turns: int = 8
-    """Tokens of each answer, or times a token and drafts, that are made without a look at who has come; one, while
-    prompts are read in, an answer has none yet, one is held to a grammar, or more have just ended than go on. But on
-    CPUs two steps of half as many are under way at a time; with 1 none is sent ahead."""
+    """Tokens of each answer, or times a token and drafts, that are made without a look at who has come, but on CPUs in
+    two steps of half as many, of which the second is sent before the first is told; one, while prompts are read in, an
+    answer has none yet, one is held to a grammar, or more have just ended than go on."""
     cache: Literal["compute", "bfloat16", "float8_e4m3"] = "compute"
     """What the cache keeps numbers in: the dtype that is computed in, or bfloat16, half of float32 (on a CPU from jax
     0.11 on); float8_e4m3: MLA's latents in groups of 128 with a scale."""

@@ -214,7 +214,8 @@ class Desk:
         other processes have taken it, this one cannot go on with them."""
         try:
             brought = self._engine.step()
-            self._failures = 0
+            if any(event.finish_reason != "cancelled" for event in brought):  # a step that is sent may still fail
+                self._failures = 0
         except Closed:
             raise
         except Exception as error:

@@ -9,12 +9,13 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 HEAD_SECONDS = 20.0
 HEAD_BYTES = 1 << 16
 STALL_SECONDS = 60.0
+STALL_BYTES = 1 << 14
 
 
 class BoundedProtocol(HttpToolsProtocol):
     """For ``uvicorn.Config(http=...)``. A connection is closed whose first bytes, or the rest of a head that has begun,
-    do not come within HEAD_SECONDS, or whose head has more than HEAD_BYTES; and one whose client leaves an
-    answer unread for ``stall`` seconds, so that what is to be sent waits for it."""
+    do not come within HEAD_SECONDS, or whose head has more than HEAD_BYTES; and one whose client, while
+    what is to be sent waits for it, reads less than STALL_BYTES in ``stall`` seconds."""
 
     _late: asyncio.TimerHandle | None = None
     _stalled: asyncio.TimerHandle | None = None
@@ -37,7 +38,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._stalled = self.loop.call_later(self._stall, self.transport.abort)
+        self._wait_for_reading()
 
     def resume_writing(self) -> None:
         self._stop_stalling()
@@ -75,6 +76,17 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._late is not None:
             self._late.cancel()
             self._late = None
+
+    def _wait_for_reading(self) -> None:
+        unread = self.transport.get_write_buffer_size()
+        self._stalled = self.loop.call_later(self._stall, self._cut_off, unread)
+
+    def _cut_off(self, unread: int) -> None:
+        """Unless some of what was unread has been read: an answer that is one message may take longer."""
+        if unread - self.transport.get_write_buffer_size() < STALL_BYTES:
+            self.transport.abort()
+        else:
+            self._wait_for_reading()
 
     def _stop_stalling(self) -> None:
         if self._stalled is not None:

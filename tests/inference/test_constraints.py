@@ -16,9 +16,11 @@ import jsonschema
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from inference.ahead import sent_ahead
 from model.tiny import weights, whole
 from small import SPEAKER, tokenizer
 
+from deepseek_jax.inference import constraints
 from deepseek_jax.inference.answers import Completion
 from deepseek_jax.inference.constraints import Constraint, Grammars, check_multiples
 from deepseek_jax.inference.engine import Engine
@@ -161,6 +163,22 @@ def test_samples_of_one_grammar_differ_and_are_those_of_whoever_is_alone():
     (alone,) = ask(engine(), params)
     assert several[0].text == alone.text and len({answer.text for answer in several}) == 6
     assert all(8 <= len(json.loads(answer.text)) <= 9 for answer in several)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_each_step_has_a_token_of_an_answer_while_a_prompt_is_read_in(ahead, monkeypatch):
+    monkeypatch.setattr(constraints, "GRACE", 60.0)
+    ready = sent_ahead(made()) if ahead else made()
+    held, counts = ready.submit("def", more(LONG, regex="([ab]c[0-9]){60}")), list[int]()
+    while not ready.step():
+        pass
+    long = ready.submit([3] * 240, more(LONG, max_tokens=2))
+    while (events := ready.step()) and long not in [event.number for event in events]:
+        counts.append(sum(len(event.token_ids) for event in events if event.number == held))
+    assert len(counts) >= 14 and set(counts[1:]) == {1}
+    ready.cancel(held)
+    while ready.busy:
+        ready.step()
 
 
 def test_who_gives_way_goes_on_where_the_answer_was(monkeypatch):

@@ -390,6 +390,88 @@ def test_a_step_that_fails_keeps_no_pages(ahead, monkeypatch):
     assert_right("v3", [*asked.values()])
 
 
+@AHEAD
+@pytest.mark.parametrize("what", [paged.read, paged.copy_pages])
+def test_nothing_is_decoded_behind_what_could_not_be_read(what, ahead, monkeypatch):
+    """Whether or not anybody looks at what that brings: the step fails, and the next one reads it in."""
+    serving, asked, prompt = engine("v3", ahead), dict[int, Asked](), [*range(3, 26)]
+    serving.update(*weights(SPEAKER))  # so that nothing is found yet
+    if what is paged.copy_pages:
+        submit(serving, asked, Asked(prompt, GREEDY))
+        finish(serving, asked)
+    submit(serving, asked, Asked(prompt, GREEDY))
+    programs = serving.requests.continuous.programs
+
+    def fails(*arrays):
+        raise MemoryError("no room")
+
+    some = {key: fails if key[0] is what else each for key, each in programs._programs.items()}
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(programs, "_programs", some)
+        for _ in range(3):
+            step(serving, asked)
+    finish(serving, asked)
+    assert_right("v3", [*asked.values()])
+
+
+def test_nothing_is_under_way_when_nobody_asks():
+    """Whoever has the devices next, as a train step does, is not beside another thread's calls."""
+    serving, asked = engine("v3", True), dict[int, Asked]()
+    submit(serving, asked, whole_answer := Asked([5, 9, 2], dataclasses.replace(GREEDY, max_tokens=20)))
+    finish(serving, asked)
+    for stop in dict.fromkeys(whole_answer.ids):
+        params = dataclasses.replace(whole_answer.sampling, stop_token_ids=(stop,))
+        submit(serving, asked, Asked([5, 9, 2], params))
+        finish(serving, asked)
+        assert serving.requests.continuous._sent is None
+
+
+def test_an_end_that_came_before_a_step_was_interrupted_is_told(monkeypatch):
+    """Nobody else asks: there is something to be told, all the same."""
+    serving, asked = engine("v3", True), dict[int, Asked]()
+    submit(serving, asked, Asked([5, 9, 2], GREEDY))
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(serving.requests.continuous.programs, "wait", interrupted)
+        while serving.busy:
+            step(serving, asked)
+    finish(serving, asked)
+    assert_right("v3", [*asked.values()])
+
+
+@AHEAD
+def test_the_former_weights_are_let_go_though_a_step_is_under_way(ahead, monkeypatch):
+    """Before the new ones are made."""
+    serving, asked = engine("v3", ahead), dict[int, Asked]()
+    serving.update(*weights(SPEAKER))  # whose copies nobody else has
+    submit(serving, asked, Asked([5, 9, 2], dataclasses.replace(GREEDY, max_tokens=20)))
+    programs, model, held = serving.requests.continuous.programs, serving.model, list[bool]()
+    former, made = [weakref.ref(array) for array in jax.tree.leaves(model.weights())], model._made
+
+    def slow(program, *arrays):
+        time.sleep(0.1)
+        return program(*arrays)
+
+    def noted():
+        if model._weights is None:
+            held.extend(array() is not None for array in former)
+        return made()
+
+    with monkeypatch.context() as patch:
+        some = {key: functools.partial(slow, program) for key, program in programs._programs.items()}
+        patch.setattr(programs, "_programs", some)
+        for _ in range(3):
+            step(serving, asked)
+    monkeypatch.setattr(model, "_made", noted)
+    serving.update(*weights(SPEAKER))
+    assert held and not any(held)
+    finish(serving, asked)
+    assert_right("v3", [*asked.values()])
+
+
 def test_what_a_step_had_to_say_before_it_failed_the_next_one_says(monkeypatch):
     serving = engine("v3")
     gone, other = (serving.submit([7, 8, first], GREEDY) for first in (1, 2))

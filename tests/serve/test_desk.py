@@ -69,6 +69,26 @@ def test_a_step_that_fails_is_tried_again_but_where_others_have_taken_it(process
     assert "a step has failed" in capfd.readouterr().err
 
 
+class Late(Failing):
+    """What a step has sent fails while the next one looks at it."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def step(self) -> list[Event]:
+        self.steps += 1
+        if self.steps % 2 == 0:
+            raise OSError("out of order")
+        return [Event(7, [], [], "cancelled")]
+
+
+def test_steps_that_bring_nothing_in_between_fail_one_after_another():
+    desk = Desk(Late(), lambda frame: None)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(RuntimeError, match="3 steps one after another have failed"):
+        for _ in range(6):
+            desk.step()
+
+
 class Working(Failing):
     """Three steps of a token each, the last of which ends the answer; the second fails at first."""
 

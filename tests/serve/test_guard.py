@@ -198,6 +198,23 @@ def test_who_reads_nothing_is_cut_off():
     assert gone == ["", "http.disconnect"]
 
 
+def test_who_reads_one_long_message_slowly_is_not_cut_off():
+    size = 16_000_000
+
+    async def whole(scope, receive, send):
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % size)]})
+        await send({"type": "http.response.body", "body": b"x" * size})
+
+    with live(whole, stall=0.5) as found, socket.create_connection(("127.0.0.1", found), timeout=10) as slow:
+        slow.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        read = 0
+        while part := slow.recv(1 << 18):
+            read += len(part)
+            time.sleep(0.03)
+    assert read > size, "the head too"
+
+
 def test_no_key_is_logged(port, caplog):
     with caplog.at_level(logging.DEBUG):
         for key in (KEY, "sk-wrong"):

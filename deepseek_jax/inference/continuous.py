@@ -84,9 +84,9 @@ class Continuous:
         least = 16 if compute.kernels.platform == "cpu" else 128  # elsewhere reading the weights takes as long
         buckets = Buckets.of(serving, self.context, gathers=gathers(config, compute, serving), least=least)
         lanes = math.prod(mesh.shape[axis] for axis in compute.rules.batch)
-        self.programs = Programs(config, compute, mesh, serving, buckets, lanes, forced)
-        self.slots = lanes * serving.slots
         self.ahead = serving.turns > 1 and (compute.kernels.platform != "cpu" if ahead is None else ahead)
+        self.programs = Programs(config, compute, mesh, serving, buckets, lanes, forced, ahead=self.ahead)
+        self.slots = lanes * serving.slots
         self._sent: _Sent | None = None
         self._lanes = Lanes(Schedule(serving, buckets, ahead=self.ahead) for _ in range(lanes))
         self._asked: dict[int, tuple[Request, Schedule]] = {}
@@ -176,11 +176,12 @@ class Continuous:
 
     def _decode_ahead(self, weights: Weights, before: _Sent) -> _Sent | None:
         """Send the step behind one that is under way, where nobody has to know what that brings."""
-        plans = [lane.plan_ahead(plan) for lane, plan in zip(self._lanes, before.plans, strict=True)]
-        planned = [plan for plan in plans if plan is not None]
-        if len(planned) < len(plans):
-            return None
-        return _Sent(planned, [], self.programs.decode(weights, planned, before.decoded))
+        plans = list[DecodePlan]()
+        for lane, last in zip(self._lanes, before.plans, strict=True):
+            if (plan := lane.plan_ahead(last)) is None:
+                return None
+            plans.append(plan)
+        return _Sent(plans, [], self.programs.decode(weights, plans, before.decoded))
 
     def _settle(self, sent: _Sent) -> bool:
         """Note what a step has brought. False where some scores were NaN, and all begin anew."""

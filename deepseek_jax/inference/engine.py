@@ -144,6 +144,7 @@ class Engine:
 
         ValueError for ``experts`` of rows that are answered in turn, see ``at_once``: requests do not keep them.
         """
+        self.requests.sent()
         if self._in_turn is None:
             return answer_together(self.model, prompts, sampling, key, experts=experts, filled=filled)
         if experts:
@@ -162,6 +163,7 @@ class Engine:
         Between two pieces the device makes as many tokens as it can in ``STREAM_SECONDS``. ``finish_reason`` is "" but
         for the last; a character of several tokens is given with its last one. Errors as in ``generate``.
         """
+        self.requests.sent()
         yield from stream(self.model, self.model.ids(prompt), sampling or SamplingParams())
 
     def answer(

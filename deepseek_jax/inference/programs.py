@@ -5,7 +5,7 @@ import itertools
 import logging
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -47,9 +47,21 @@ class _Job(NamedTuple):
         return self.function, self.options, *(array.shape for array in jax.tree.leaves(self.arrays))
 
 
+class _Here:
+    """In the place of an executor: what is submitted is done at once."""
+
+    def submit(self, function: Callable[..., Any], *given: Any) -> Future[Any]:
+        done = Future[Any]()
+        try:
+            done.set_result(function(*given))
+        except BaseException as error:
+            done.set_exception(error)
+        return done
+
+
 class Programs:
-    """The device's side of ``lanes`` schedules. A thread of its own sends it what it is to do, one after the other: on
-    GPUs some calls last as long as what they start, as where the host is asked how a loop goes on.
+    """The device's side of ``lanes`` schedules. ahead: a thread of its own sends it what it is to do, one after the
+    other, since on GPUs some calls last as long as what they start, as where the host is asked how a loop goes on.
 
     late: programs that were compiled behind ``warm_up``, while a request waited for it. forced: see ``Continuous``.
     """
@@ -63,6 +75,8 @@ class Programs:
         buckets: Buckets,
         lanes: int,
         forced: float = 0.0,
+        *,
+        ahead: bool = False,
     ):
         self.forced = forced
         self.config, self.compute, self.mesh, self.serving = config, compute, mesh, serving
@@ -71,8 +85,8 @@ class Programs:
         self._anything: dict[int, jax.Array] = {}
         self._warm = False
         self._pages: Any = None
-        self._calls, self._last = ThreadPoolExecutor(1, "device"), Future[Any]()
-        self._last.set_result(None)
+        self._calls = ThreadPoolExecutor(1, "device") if ahead else _Here()
+        self._last = self._calls.submit(lambda: None)
         self._fill()
 
     def _fill(self) -> None:

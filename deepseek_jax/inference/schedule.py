@@ -26,7 +26,7 @@ class Schedule:
     """
 
     def __init__(self, config: ServingConfig, buckets: Buckets, *, ahead: bool = False):
-        """ahead: ``plan_ahead`` is asked for; then a step has half of the turns, as there are two under way."""
+        """ahead: ``plan_ahead`` is asked for; where it may answer a step has half of the turns: two are under way."""
         self.config, self.buckets = config, buckets
         self._turns = config.turns // 2 if ahead else config.turns
         self.pages = Pages(config.pages, config.page)
@@ -64,7 +64,7 @@ class Schedule:
         short = self._expected >= max(len(self.running), 1)  # they would wait for a long step's end
         short |= any(len(request.ids) == request.prompt for request in self.running)
         short |= any(request.unread or request.constraint is not None for request in self.running)
-        decoded, turns = self._with_room(1 if short else self._turns)
+        decoded, turns = self._with_room(1 if short else self.config.turns if self.waiting else self._turns)
         read = [request for request in self.running if not request.unread and not request.left]
         return DecodePlan(decoded, turns, bool(self.waiting), read)
 

@@ -161,6 +161,12 @@ class Serving:
         if self._continuous is not None:
             self._continuous.forget()
 
+    def sent(self) -> None:
+        """Return when nothing of a step is on its way to the devices: of what two threads send to several, each might
+        take another first."""
+        if self._continuous is not None:
+            self._continuous.programs.sent()
+
     def metrics(self) -> dict[str, float]:
         """See ``Continuous.metrics``; nothing before the first request, or ``warm_up``."""
         return {} if self._continuous is None else self._continuous.metrics()

@@ -253,6 +253,17 @@ def test_a_step_is_planned_ahead_where_nothing_else_can_come_next():
     assert schedule.plan_ahead(dataclasses.replace(last, turns=20)) is None, "no page is left"
 
 
+def test_where_others_wait_and_so_no_step_is_sent_ahead_it_has_all_turns():
+    config = ServingConfig(slots=2, pages=64, page=4, chunk=64, turns=6)
+    schedule = Schedule(config, Buckets.of(config, 80, gathers=True), ahead=True)
+    device = Device(schedule)
+    for i in range(3):
+        schedule.submit(request(i, [i, 1], limit=30))
+    device.run()
+    _, plan, _ = device.run()
+    assert (plan.turns, plan.until_end) == (6, True) and schedule.plan_ahead(plan) is None
+
+
 def after_many_have_ended(then, *, cancelled=False) -> list[int]:
     """Turns of seven steps, in the second of which twelve of thirteen end. then: told the step, how many have just
     ended; returns how many ask in their place."""

@@ -211,8 +211,9 @@ def test_each_request_has_its_own_wishes():
     same, banned, pushed, varied = (answer.ids for answer in asked.values())
     assert same == plain.token_ids and not set(banned) & set(same) and pushed == [11] * 8
     assert len(set(varied)) == 8 and not set(varied) & set(prompt)
-    number = serving.submit(prompt, more(GREEDY, alternatives=3))
-    found = [event for _ in range(8) for event in serving.step() if event.number == number]
+    number, found = serving.submit(prompt, more(GREEDY, alternatives=3)), []
+    while serving.busy:
+        found += [event for event in serving.step() if event.number == number]
     likely = [each for event in found for each in event.alternatives]
     assert [each[0][0] for each in likely] == same and all(len(each) == 3 for each in likely)
     np.testing.assert_allclose([each[0][1] for each in likely], plain.logprobs, atol=1e-4)

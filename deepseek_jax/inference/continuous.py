@@ -8,14 +8,11 @@ as long as nothing in a plan depends on a clock, a thread or an order of sets.
 """
 
 import collections
-import dataclasses
 import itertools
 import math
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -30,26 +27,18 @@ from deepseek_jax.inference.decoding import Decoded
 from deepseek_jax.inference.events import Event
 from deepseek_jax.inference.held import Held
 from deepseek_jax.inference.lanes import Lanes
-from deepseek_jax.inference.plans import DecodePlan, Piece, Request
+from deepseek_jax.inference.plans import DecodePlan, Request
 from deepseek_jax.inference.programs import Programs, Scored, gathers
 from deepseek_jax.inference.prompt_scores import pairs
 from deepseek_jax.inference.rows import Rows, check_request
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.schedule import Schedule
-from deepseek_jax.inference.scores import Scores
 from deepseek_jax.inference.serving_config import ServingConfig
 from deepseek_jax.inference.speculation import check_drafts
+from deepseek_jax.inference.under_way import UnderWay
 from deepseek_jax.inference.weights import Weights
 
 _NAN = "the network's scores are no numbers (NaN), on clean pages too: its weights or a device are damaged"
-
-
-class _Sent(NamedTuple):
-    """A step that is under way. scored: of what was read in before it. decoded: None where there is nobody."""
-
-    plans: list[DecodePlan]
-    scored: Scored
-    decoded: Future[Decoded] | None
 
 
 class Continuous:
@@ -87,7 +76,7 @@ class Continuous:
         self.ahead = serving.turns > 1 and (compute.kernels.platform != "cpu" if ahead is None else ahead)
         self.programs = Programs(config, compute, mesh, serving, buckets, lanes, forced, ahead=self.ahead)
         self.slots = lanes * serving.slots
-        self._sent: _Sent | None = None
+        self._sent: UnderWay | None = None
         self._lanes = Lanes(Schedule(serving, buckets, ahead=self.ahead) for _ in range(lanes))
         self._asked: dict[int, tuple[Request, Schedule]] = {}
         self._new: collections.deque[Request] = collections.deque()
@@ -164,7 +153,7 @@ class Continuous:
         if self._sent is None:
             plans = [lane.plan_decode() for lane in self._lanes]
             anybody = any(plan.decoded for plan in plans)
-            self._sent = _Sent(plans, scored or [], self.programs.decode(weights, plans) if anybody else None)
+            self._sent = UnderWay(plans, scored or [], self.programs.decode(weights, plans) if anybody else None)
         if not self.ahead or self._sent.decoded is None or not self._asked:  # those of its rows have ended
             before, self._sent = self._sent, None
             self._settle(before)
@@ -174,30 +163,26 @@ class Continuous:
         plans = [lane.plan_read() for lane in self._lanes]
         return self.programs.read(weights, plans) if any(plan.copies or plan.pieces for plan in plans) else None
 
-    def _decode_ahead(self, weights: Weights, before: _Sent) -> _Sent | None:
+    def _decode_ahead(self, weights: Weights, before: UnderWay) -> UnderWay | None:
         """Send the step behind one that is under way, where nobody has to know what that brings."""
         plans = list[DecodePlan]()
         for lane, last in zip(self._lanes, before.plans, strict=True):
             if (plan := lane.plan_ahead(last)) is None:
                 return None
             plans.append(plan)
-        return _Sent(plans, [], self.programs.decode(weights, plans, before.decoded))
+        return UnderWay(plans, [], self.programs.decode(weights, plans, before.decoded))
 
-    def _settle(self, sent: _Sent) -> bool:
+    def _settle(self, sent: UnderWay) -> bool:
         """Note what a step has brought. False where some scores were NaN, and all begin anew."""
         began = time.perf_counter()
         if sent.decoded is None:
             self.programs.wait()
-        decoded = None if sent.decoded is None else self._fetched(sent.plans, sent.decoded.result())
-        scored = [(pieces, jax.device_get(found.result())) for pieces, found in sent.scored]
+        brought, rows = sent.fetch(), self.programs.rows(sent.plans)
         self._counts["seconds_waited"] += time.perf_counter() - began
-        doubted = self._nan(sent.plans, decoded, scored)
-        for pieces, found in scored:
-            for piece, row in pieces:
-                if piece.scores is not None:
-                    piece.scores.add(found, row, piece.count, piece.request.sampling.alternatives)
-        if decoded is not None:
-            self._untold += self._told(sent.plans, decoded, doubted)
+        doubted = [request for request in brought.nan(rows) if request.number in self._asked]
+        brought.keep_scores()
+        if brought.decoded is not None:
+            self._untold += self._told(sent.plans, brought.decoded, rows, doubted)
         self._untold += self._ended(sent.plans, doubted)
         self._untold += self._doubted(doubted)
         return not doubted
@@ -273,22 +258,6 @@ class Continuous:
         self._held.forget(event.number)
         return [event] * self._own(event.number)
 
-    def _nan(
-        self, plans: list[DecodePlan], decoded: Decoded | None, scored: list[tuple[list[tuple[Piece, int]], Scores]]
-    ) -> list[Request]:
-        """Those with a log-probability that is none: so it is where any score was NaN, or infinite."""
-        found = [
-            piece.request
-            for pieces, scores in scored
-            for piece, row in pieces
-            if piece.scores is not None and np.isnan(scores.logprobs_BS[row, : piece.count]).any()
-        ]
-        if decoded is not None:
-            nan_B, rows = np.any(np.isnan(decoded.logprobs_BN), axis=1), self.programs.rows(plans)
-            for lane, plan in enumerate(plans):
-                found += [request for i, request in enumerate(plan.decoded, lane * rows) if nan_B[i]]
-        return [request for request in dict.fromkeys(found) if request.number in self._asked]
-
     def _doubted(self, requests: list[Request]) -> list[Event]:
         """Requests whose scores were NaN have got nothing of this step. Whatever they have written in pages, nobody
         shall find: kernels may multiply what stands behind a row's end by zero. So all begin anew on clean pages, for
@@ -305,13 +274,7 @@ class Continuous:
     def _own(self, number: int) -> bool:
         return number % jax.process_count() == self._process
 
-    def _fetched(self, plans: list[DecodePlan], found: Decoded) -> Decoded:
-        """On the host; an answer's alternatives only where anybody asks for them."""
-        if not any(request.sampling.alternatives for plan in plans for request in plan.decoded):
-            found = dataclasses.replace(found, likely_BNA=None, likely_logprobs_BNA=None)
-        return jax.device_get(dataclasses.replace(found, state_BK=None))
-
-    def _ended(self, plans: list[DecodePlan], doubted: list[Request]) -> list[Event]:
+    def _ended(self, plans: Sequence[DecodePlan], doubted: list[Request]) -> list[Event]:
         """The ends of those that ask for nothing behind their prompts."""
         events = []
         for schedule, plan in zip(self._lanes, plans, strict=True):
@@ -325,8 +288,8 @@ class Continuous:
                     events.append(Event(*told, cached=request.cached, prompt=request.scores))
         return events
 
-    def _told(self, plans: list[DecodePlan], found: Decoded, doubted: list[Request]) -> list[Event]:
-        events, rows = [], self.programs.rows(plans)
+    def _told(self, plans: Sequence[DecodePlan], found: Decoded, rows: int, doubted: list[Request]) -> list[Event]:
+        events = []
         tokens, logprobs, stopped = (x.tolist() for x in (found.tokens_BN, found.logprobs_BN, found.stopped_B))
         drafts = found.drafts_BK.tolist()
         for k, (made, right) in enumerate(np.sum(found.counts_BK2, axis=0).tolist(), 1):

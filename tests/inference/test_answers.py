@@ -68,7 +68,7 @@ def test_an_error_gives_up_what_was_asked(engine, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(engine.requests.continuous.programs, "run", interrupted)
+        patch.setattr(engine.requests.continuous.programs, "decode", interrupted)
         engine.answer(PROMPTS, GREEDY)
     with pytest.raises(ValueError, match="the prompt has no tokens"):
         engine.answer([[5], []], GREEDY)

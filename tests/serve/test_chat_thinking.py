@@ -1,6 +1,7 @@
 """Thinking and tool calls through the server, as OpenAI's client reads them."""
 
 import asyncio
+import contextlib
 import json
 
 import openai
@@ -28,8 +29,9 @@ class Thinker(FakeAsker):
     async def submit(self, ids, sampling, draw):
         closed = self.tokenizer.end_think_id in ids
         self.answer = [*self.tokenizer.encode("So 46."), self.tokenizer.eos_id] if closed else self.thinks
-        async for event in super().submit(ids, sampling, draw):
-            yield event
+        async with contextlib.aclosing(super().submit(ids, sampling, draw)) as events:
+            async for event in events:
+                yield event
 
 
 def with_template(asker: FakeAsker) -> FakeAsker:

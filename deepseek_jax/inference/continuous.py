@@ -28,14 +28,14 @@ from deepseek_jax.inference.events import Event
 from deepseek_jax.inference.held import Held
 from deepseek_jax.inference.lanes import Lanes
 from deepseek_jax.inference.plans import DecodePlan, Request
-from deepseek_jax.inference.programs import Programs, Scored, gathers
+from deepseek_jax.inference.programs import Programs, gathers
 from deepseek_jax.inference.prompt_scores import pairs
 from deepseek_jax.inference.rows import Rows, check_request
 from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.schedule import Schedule
 from deepseek_jax.inference.serving_config import ServingConfig
 from deepseek_jax.inference.speculation import check_drafts
-from deepseek_jax.inference.under_way import UnderWay
+from deepseek_jax.inference.under_way import Scored, UnderWay
 from deepseek_jax.inference.weights import Weights
 
 _NAN = "the network's scores are no numbers (NaN), on clean pages too: its weights or a device are damaged"

@@ -25,14 +25,11 @@ from deepseek_jax.inference.plans import DecodePlan, Piece, ReadPlan, Request
 from deepseek_jax.inference.rows import Numbers, Rows, State
 from deepseek_jax.inference.scores import Scores
 from deepseek_jax.inference.serving_config import ServingConfig
-from deepseek_jax.inference.under_way import Rowed
+from deepseek_jax.inference.under_way import Scored
 from deepseek_jax.inference.weights import Weights
 from deepseek_jax.parallel.processes import meet
 
 logger = logging.getLogger(__name__)
-
-
-Scored = list[tuple[Rowed, Future[Scores]]]
 
 
 class _Job(NamedTuple):

@@ -13,6 +13,7 @@ from deepseek_jax.inference.plans import DecodePlan, Piece, Request
 from deepseek_jax.inference.scores import Scores
 
 Rowed = list[tuple[Piece, int]]  # pieces of prompts, each with its row of their scores
+Scored = list[tuple[Rowed, Future[Scores]]]
 
 
 class Brought(NamedTuple):
@@ -48,7 +49,7 @@ class UnderWay(NamedTuple):
     """scored: of what is read in before it. decoded: None where there is nobody."""
 
     plans: Sequence[DecodePlan]
-    scored: list[tuple[Rowed, Future[Scores]]]
+    scored: Scored
     decoded: Future[Decoded] | None
 
     def fetch(self) -> Brought:

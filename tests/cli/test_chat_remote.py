@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, aclosing
 
 import pytest
 from serve.fake import FakeAsker, fake_app
@@ -87,17 +87,18 @@ class Stopped(FakeAsker):
 
     async def submit(self, ids, sampling, draw):
         count = 0
-        async for event in super().submit(ids, sampling, draw):
-            count += len(event.ids)
-            if len(self.asked) == 1 and count == self.at:
-                asyncio.get_running_loop().call_later(0.3, os.kill, os.getpid(), signal.SIGINT)
-                if count:
-                    yield event
-                try:
-                    await asyncio.sleep(60)
-                finally:
-                    self.cancelled += 1
-            yield event
+        async with aclosing(super().submit(ids, sampling, draw)) as events:
+            async for event in events:
+                count += len(event.ids)
+                if len(self.asked) == 1 and count == self.at:
+                    asyncio.get_running_loop().call_later(0.3, os.kill, os.getpid(), signal.SIGINT)
+                    if count:
+                        yield event
+                    try:
+                        await asyncio.sleep(60)
+                    finally:
+                        self.cancelled += 1
+                yield event
 
 
 @pytest.mark.parametrize("at", [0, 2])

@@ -111,6 +111,12 @@ def rows_of(part: str, cards: int) -> Iterator[Row]:
         name = f"whole, fsdp 2 × expert {half}"
         yield Row(part, f"{name}, gather", cards, (*deep, *mesh))
         yield Row(part, f"{name}, all_to_all, experts in {n}", cards, (*deep, *mesh, *SPREAD, *CAPACITY))
+        if cards >= 8:  # a layer's experts are gathered once for all rows of a device
+            deep = *deep, "--loss.chunk", "1024", "--mesh.fsdp"
+            for rows in (4, 8):
+                more = (*deep, half, "--mesh.expert", "2", *WHOLE)
+                yield Row(part, f"whole, fsdp {half} × expert 2, whole experts, {rows} rows", cards, more, rows)
+            yield Row(part, f"whole, fsdp {n}, whole experts, 8 rows", cards, (*deep, n, *WHOLE), 8)
     elif part == "flags":
         meshes = ("data", ("--mesh.data", n)), ("fsdp", ("--mesh.fsdp", n)), ("expert", ("--mesh.expert", n))
         for name, more in meshes:

@@ -16,7 +16,7 @@ from deepseek_jax.inference.limits import ALTERNATIVES, BIASES
 from deepseek_jax.inference.paged import Store, memory_of, over_batch, reading, to_hosts
 from deepseek_jax.inference.penalties import Wishes, adjusted, beside
 from deepseek_jax.inference.rows import Numbers, Rows, Shares, State
-from deepseek_jax.inference.sampling import first_maximum, sample
+from deepseek_jax.inference.sampling import first_maximum, most_likely, sample
 from deepseek_jax.inference.serving_config import MOST_DRAFTS
 from deepseek_jax.model import parameters
 
@@ -210,7 +210,7 @@ class _Drawing:
 
         def wanted(logits_RW):
             wanted_RW = adjusted(logits_RW, self.wishes, said_BT, self.prompt_R, known_BS.reshape(-1))
-            best = lambda logits_RW: _Likely(*jax.lax.top_k(logits_RW / how.scored[:, None], count)[::-1])  # noqa: E731
+            best = lambda logits_RW: _Likely(*most_likely(logits_RW / how.scored[:, None], count)[::-1])  # noqa: E731
             likely = jax.lax.cond(asked, best, lambda _: none, logits_RW)
             return sample(wanted_RW, keys_R(), how.temperature, how.top_p, at.top_k, how.min_p)[0], likely
 

@@ -12,6 +12,7 @@ from deepseek_jax.inference.limits import BIASES, CHARACTERS, GRAMMAR, RANGES, S
 from deepseek_jax.typed import check_least, check_types
 
 MOST_BIAS = 1e6  # which outweighs any logit; what passes float32 would make no number of them
+PART = 128  # of a vocabulary
 COLDEST = 1e-30  # by less a logit may pass float32, and would be no largest one
 
 
@@ -169,6 +170,23 @@ def sample(
     tokens_B = first_maximum(noisy(scaled_BW) if always else jax.lax.cond(jnp.all(greedy_B), same, noisy, scaled_BW))
     logprobs_BW = jax.nn.log_softmax(scaled_BW, axis=1)
     return tokens_B, jnp.take_along_axis(logprobs_BW, tokens_B[:, None], axis=1)[:, 0]
+
+
+def most_likely(logits_XW: Float[Array, "*X W"], count: int) -> tuple[Float[Array, "*X A"], Int[Array, "*X A"]]:
+    """``jax.lax.top_k(logits, count)``, the first of equals included, of ``count`` parts of a row alone: those with the
+    largest maxima hold it. A GPU sorts all that it is given."""
+    *outer, width = logits_XW.shape
+    parts = -(-width // PART)
+    if parts <= count:
+        best_XA, ids_XA = jax.lax.top_k(logits_XW, count)
+        return best_XA, ids_XA
+    padded_XW = jnp.pad(logits_XW, [(0, 0)] * len(outer) + [(0, parts * PART - width)], constant_values=-jnp.inf)
+    logits_XPN = padded_XW.reshape(*outer, parts, PART)
+    chosen_XA = jnp.sort(jax.lax.top_k(jnp.max(logits_XPN, axis=-1), count)[1], axis=-1)
+    some_XAN = jnp.take_along_axis(logits_XPN, chosen_XA[..., None], axis=-2)
+    ids_XAN = chosen_XA[..., None] * PART + jnp.arange(PART, dtype=jnp.int32)
+    best_XA, places_XA = jax.lax.top_k(some_XAN.reshape(*outer, -1), count)
+    return best_XA, jnp.take_along_axis(ids_XAN.reshape(*outer, -1), places_XA, axis=-1)
 
 
 def first_maximum(x_BW: Float[Array, "B W"]) -> Int[Array, "B"]:

@@ -8,6 +8,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from deepseek_jax.inference.limits import ALTERNATIVES
+from deepseek_jax.inference.sampling import most_likely
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.mesh import current_mesh
 from deepseek_jax.parallel.sharding import constrain
@@ -59,7 +60,7 @@ def score(
 
 
 def _likely(logits_BKW):
-    best_BKA, likely_BKA = jax.lax.top_k(logits_BKW, min(ALTERNATIVES, logits_BKW.shape[2]))
+    best_BKA, likely_BKA = most_likely(logits_BKW, min(ALTERNATIVES, logits_BKW.shape[2]))
     return likely_BKA, best_BKA
 
 

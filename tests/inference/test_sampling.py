@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from inference.jaxprs import always_run
 
-from deepseek_jax.inference.sampling import SamplingParams, sample, truncate_logits
+from deepseek_jax.inference.sampling import PART, SamplingParams, most_likely, sample, truncate_logits
 
 W = 7
 # Small whole numbers: ties are the rule.
@@ -122,6 +122,19 @@ def test_draws_follow_the_distribution(options):
     q /= q.sum()
     frequency = np.bincount(tokens, minlength=W) / draws
     assert np.all(np.abs(frequency - q) <= 5 * np.sqrt(q * (1 - q) / draws))
+
+
+@pytest.mark.parametrize("shape", [(3, 20 * PART + 1), (2, 3, 41 * PART), (2, 20 * PART), (2, 7)])
+def test_the_most_likely_are_those_of_a_sort_and_the_first_of_equals(shape):
+    count, rng = min(20, shape[-1]), np.random.default_rng(0)
+    several = rng.integers(-3, 4, shape), rng.standard_normal(shape), np.zeros(shape), np.full(shape, -np.inf)
+    few = np.where(rng.random(shape) < 9 / shape[-1], 1.0, -np.inf)
+    for logits in (*several, few, -few, np.sort(rng.standard_normal(shape), axis=-1)):
+        logits = logits.astype(np.float32)
+        best, ids = jax.jit(most_likely, static_argnums=1)(logits, count)
+        right = np.argsort(-logits, axis=-1, kind="stable")[..., :count]
+        np.testing.assert_array_equal(ids, right)
+        np.testing.assert_array_equal(best, np.take_along_axis(logits, right, axis=-1))
 
 
 def test_draws_are_those_of_jax_random_categorical():

@@ -1,6 +1,7 @@
 """The page in a headless Chromium: a question, its answer while it comes, and what an answer must not do."""
 
 import asyncio
+import contextlib
 import json
 import re
 import time
@@ -56,11 +57,12 @@ class Gated(FakeAsker):
 
     async def submit(self, ids, sampling, draw):
         made = 0
-        async for event in super().submit(ids, sampling, draw):
-            yield event
-            made += len(event.ids)
-            while made >= self.allowed:
-                await asyncio.sleep(0.01)
+        async with contextlib.aclosing(super().submit(ids, sampling, draw)) as events:
+            async for event in events:
+                yield event
+                made += len(event.ids)
+                while made >= self.allowed:
+                    await asyncio.sleep(0.01)
 
 
 def test_a_question_and_a_streamed_answer(browser, tmp_path):

@@ -105,18 +105,16 @@ def rows_of(part: str, cards: int) -> Iterator[Row]:
                 yield Row(part, f"{dtype}: {name}", cards, (*of, *more), 1, **same)
     elif part == "whole":
         deep = "--model.num-hidden-layers", "27", "--compute.remat", "kernels", "--compute.scan-unroll", "1"
-        mesh = "--loss.chunk", "1024", "--mesh.fsdp", "2", "--mesh.expert", half
         # Of four, state and gradients alone take 60 of 80 GB with float32 moments.
-        deep = (*deep, *STEP) if cards < 8 else deep
-        name = f"whole, fsdp 2 × expert {half}"
-        yield Row(part, f"{name}, gather", cards, (*deep, *mesh))
-        yield Row(part, f"{name}, all_to_all, experts in {n}", cards, (*deep, *mesh, *SPREAD, *CAPACITY))
-        if cards >= 8:  # a layer's experts are gathered once for all rows of a device
-            deep = *deep, "--loss.chunk", "1024", "--mesh.fsdp"
-            for rows in (4, 8):
-                more = (*deep, half, "--mesh.expert", "2", *WHOLE)
-                yield Row(part, f"whole, fsdp {half} × expert 2, whole experts, {rows} rows", cards, more, rows)
-            yield Row(part, f"whole, fsdp {n}, whole experts, 8 rows", cards, (*deep, n, *WHOLE), 8)
+        deep = (*deep, "--loss.chunk", "1024", *(STEP if cards < 8 else ()))
+        for name, more in (("gather", ()), (f"all_to_all, experts in {n}", (*SPREAD, *CAPACITY))):
+            mesh = "--mesh.fsdp", "2", "--mesh.expert", half
+            yield Row(part, f"whole, fsdp 2 × expert {half}, {name}", cards, (*deep, *mesh, *more))
+        # A layer's experts are gathered once for all rows of a device. 80 GB have room for four.
+        for rows, expert in ((4, 1), (8, 1), (8, 2)):
+            mesh = "--mesh.fsdp", str(cards // expert), "--mesh.expert", str(expert)
+            name = f"whole, fsdp {cards // expert} × expert {expert}, whole experts, {rows} rows"
+            yield Row(part, name, cards, (*deep, *mesh, *WHOLE), rows)
     elif part == "flags":
         meshes = ("data", ("--mesh.data", n)), ("fsdp", ("--mesh.fsdp", n)), ("expert", ("--mesh.expert", n))
         for name, more in meshes:

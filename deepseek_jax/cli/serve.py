@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import tyro
@@ -18,10 +18,12 @@ from deepseek_jax.checkpoint.integers import Integers
 from deepseek_jax.checkpoint.model import read_config
 from deepseek_jax.cli.talk import Loading, mesh_of
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.data.model_folder import GENERATION, TextFiles
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.data.tokenizer_training import made_up_tokenizer
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.lowered import check_dtypes
+from deepseek_jax.inference.sampling import SamplingParams
 from deepseek_jax.inference.serving_config import ServingConfig
 from deepseek_jax.saying import doing, say
 from deepseek_jax.serve.asking import Served
@@ -55,6 +57,7 @@ def run_serve(arguments: Sequence[str]) -> None:
     with ExitStack() as stack:
         config, tokenizer = _text(asked, stack)
         _check_dtype(asked)
+        drawing = _drawing(tokenizer)
         if jax.process_index():  # the first process has HTTP
             engine = _engine(asked, config, tokenizer)
             _warm_up(engine)
@@ -62,13 +65,17 @@ def run_serve(arguments: Sequence[str]) -> None:
                 engine.follow()
             return
         http = stack.enter_context(HttpProcess(dataclasses.replace(asked.http, name=asked.http.name or _name(asked))))
+        if not (http.config.keys() or http.config.alone):
+            say(
+                f"whoever reaches {http.url} may ask it: --api-keys-file and $DEEPSEEK_JAX_API_KEYS ask for a key"
+            )
         http.start(tokenizer, asked.chat_template, config.vocab_size)
         with _timed("weights", seconds):
             engine = _engine(asked, config, tokenizer)
         http.check()
         with _timed("programs", seconds):
             _warm_up(engine)
-        served = Served(http.config.name, engine.context, config.vocab_size, engine.slots)
+        served = Served(http.config.name, engine.context, config.vocab_size, engine.slots, drawing)
         took = ", ".join(f"{what} {each:.1f} s" for what, each in seconds.items())
         ready = f"ready: {http.url}/v1 has {served.name}, of {served.context:,} tokens; {took}"
         with Stopping() as stopping:
@@ -97,6 +104,16 @@ def _text(asked: _Serve, stack: ExitStack) -> tuple[ModelConfig, str]:
     folder = stack.enter_context(tempfile.TemporaryDirectory())
     made_up_tokenizer(config.vocab_size).save(folder)
     return config, folder
+
+
+def _drawing(folder: str) -> dict[str, Any]:
+    """How the model draws where a request says nothing. ValueError: its generation_config.json has what is none."""
+    try:
+        found = TextFiles.read(Path(folder)).sampling
+        SamplingParams(**found)
+    except ValueError as error:
+        raise ValueError(f"{folder}/{GENERATION}: {error}") from error
+    return found
 
 
 def _check_dtype(asked: _Serve) -> None:

@@ -26,6 +26,7 @@ COMPANIONS = (
 )
 _MORE_TEMPLATES = "additional_chat_templates"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_DRAWING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -50,6 +51,16 @@ class TextFiles:
             if not ids:  # a run's config.json says nothing of them
                 ids = {key: value for key, value in read_json_object(folder / name).items() if key in TOKEN_IDS}
         return cls(files, ids)
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """What generation_config.json says of drawing, as fields of ``SamplingParams``. ValueError: no numbers."""
+        said = json.loads(self.files.get(GENERATION, b"{}"))
+        found = {name: said[name] for name in _DRAWING if said.get(name) is not None}
+        for name, value in found.items():
+            if type(value) not in (int, float):
+                raise ValueError(f"{name}={value!r} is no number")
+        return {name: max(int(value), 0) if name == "top_k" else float(value) for name, value in found.items()}
 
     def stopping_at(self, stop_ids: Sequence[int]) -> "TextFiles":
         """These files, with `eos_token_id` set to `stop_ids` unless that is where transformers stops with them: by

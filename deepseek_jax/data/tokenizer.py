@@ -292,7 +292,8 @@ class Tokenizer:
         byte that is no UTF-8 comes from the command line, is U+FFFD.
         """
         backend = self._special if allow_special else self._plain
-        return self._check(backend.encode(whole_text(text), add_special_tokens=False).ids)
+        # The call for batches keeps no offsets, which takes half as long, and holds no lock: other threads go on.
+        return self._check(backend.encode_batch_fast([whole_text(text)], add_special_tokens=False)[0].ids)
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD, ids past the vocabulary give nothing.

@@ -12,9 +12,9 @@ from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.serve.answering import Asked
 from deepseek_jax.serve.asking import Served
 from deepseek_jax.serve.config import Limits
-from deepseek_jax.serve.errors import ApiError, whole
+from deepseek_jax.serve.errors import ApiError, field_of, whole
 from deepseek_jax.serve.parsing import CALL_END
-from deepseek_jax.serve.prompts import Prompt, write_prompt
+from deepseek_jax.serve.prompts import Prompt, thinks, write_prompt
 from deepseek_jax.serve.schema import Chat, Completion, Message, NamedTool, Sampled
 from deepseek_jax.serve.thinking import budget_of
 
@@ -31,7 +31,7 @@ async def asked_by_completion(body: Completion, tokenizer: Tokenizer, served: Se
         raise ApiError(400, "max_tokens=0 without echo: nothing is asked for", param="max_tokens")
     prompts = given
     if isinstance(given[0], str):
-        prompts = await encoded(lambda: [[*tokenizer.bos_ids, *tokenizer.encode(text)] for text in given])
+        prompts = await encoded(lambda: [[*tokenizer.bos_ids, *tokenizer.encode(text)] for text in given], "prompt")
     asked = _asked(body, prompts, body.max_tokens, body.logprobs, served, limits, few=_COMPLETION_TOKENS)
     if not body.echo:
         return asked
@@ -50,6 +50,12 @@ async def asked_by_chat(body: Chat, tokenizer: Tokenizer, served: Served, limits
         asked = replace(asked, stops=(*asked.stops, CALL_END))
     if prompt.schema and find_spec("llguidance") is not None:  # without it, arguments are what the model makes of them
         asked = replace(asked, sampling=asked.sampling | {"json_schema": prompt.schema})
+    if prompt.opened and not prompt.begun and not thinks(tokenizer):
+        bound = {"response_format": "json_schema", "structured_outputs": "regex"}
+        given = [name for name, field in bound.items() if field in asked.sampling]
+        for name in [*given, *(["thinking_budget"] if body.thinking_budget else ())]:
+            message = f"{name}: where this model's thinking ends is not known, for its tokenizer has no token </think>"
+            raise ApiError(400, message, param=name)
     return replace(asked, prompt=prompt, thinking_budget=budget or None)
 
 
@@ -74,12 +80,12 @@ def as_messages(messages: Sequence[Message], limits: Limits) -> list[dict[str, A
     return [message.model_dump(exclude_none=True) for message in messages]
 
 
-async def encoded(make: Callable[[], Any]) -> Any:
-    """What ``make`` makes of text, beside the event loop. ApiError for what it refuses."""
+async def encoded(make: Callable[[], Any], field: str = "messages") -> Any:
+    """What ``make`` makes of the text of a ``field``, beside the event loop. ApiError for what it refuses."""
     try:
         return await asyncio.to_thread(make)
     except ValueError as error:  # an empty conversation, what the template has no place for
-        raise ApiError(400, whole(str(error)), param="messages") from error
+        raise ApiError(400, whole(str(error)), param=field_of(str(error), field)) from error
 
 
 def check_model(name: str, served: Served) -> None:
@@ -104,6 +110,8 @@ def _asked(
     few: int | None = None,
 ) -> Asked:
     """few: tokens of an answer where nothing is said, or as many as there is room for."""
+    if body.stream_options is not None and not body.stream:
+        raise ApiError(400, "stream_options without stream=true: nothing is streamed", param="stream_options")
     n, longest = body.n or 1, max(map(len, prompts))
     check_most("n", n * len(prompts), limits.n, "answers to all prompts")
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
@@ -112,23 +120,35 @@ def _asked(
     room, most = served.context - longest, limits.max_tokens or served.context
     if room < (max_tokens != 0):
         message = f"the prompt has {longest} tokens, and this model's context {served.context} with the answer"
-        raise ApiError(400, message, param="messages", code="context_length_exceeded")
+        field = "prompt" if isinstance(body, Completion) else "messages"
+        raise ApiError(400, message, param=field, code="context_length_exceeded")
     if max_tokens is not None:
-        check_most("max_tokens", max_tokens, most, "tokens of an answer")
+        field = "max_completion_tokens" if getattr(body, "max_completion_tokens", None) else "max_tokens"
+        check_most(field, max_tokens, most, "tokens of an answer")
         if max_tokens > room:
-            message = f"max_tokens={max_tokens} and a prompt of {longest} tokens pass the context of {served.context}"
-            raise ApiError(400, message, param="max_tokens", code="context_length_exceeded")
-    sampling: dict[str, Any] = {name: float(value) for name in _SAME if (value := getattr(body, name)) is not None}
-    sampling |= {
-        "max_tokens": min(room, most, few or room) if max_tokens is None else max_tokens,
-        "seed": secrets.randbits(31) if body.seed is None else body.seed % 2**31,
-        "top_k": max(body.top_k or 0, 0),
-        "stop_token_ids": body.stop_token_ids or [],
-        "logit_bias": [(int(token), float(bias)) for token, bias in (body.logit_bias or {}).items()],
-        "alternatives": min(alternatives or 0, served.vocab_size),
-    }
+            message = f"{field}={max_tokens} and a prompt of {longest} tokens pass the context of {served.context}"
+            raise ApiError(400, message, param=field, code="context_length_exceeded")
+    said = {name: float(value) for name in _SAME if (value := getattr(body, name)) is not None}
+    if body.top_k is not None:
+        said["top_k"] = max(body.top_k, 0)
+    sampling = (
+        served.sampling
+        | said
+        | {
+            "max_tokens": min(room, most, few or room) if max_tokens is None else max_tokens,
+            "seed": secrets.randbits(31) if body.seed is None else body.seed % 2**31,
+            "stop_token_ids": body.stop_token_ids or [],
+            "logit_bias": [(int(token), float(bias)) for token, bias in (body.logit_bias or {}).items()],
+            "alternatives": min(alternatives or 0, served.vocab_size),
+        }
+    )
     if schema := _schema(body, limits):
         sampling["json_schema"] = schema
+    if body.structured_outputs is not None:
+        if schema:
+            raise ApiError(400, "structured_outputs and response_format: expected one", param="structured_outputs")
+        sampling["regex"] = body.structured_outputs.regex
+        check_most("structured_outputs", len(sampling["regex"]), limits.schema_bytes, "characters of an expression")
     usage = body.stream_options is not None and body.stream_options.include_usage
     return Asked(prompts, sampling, n, tuple(stops), alternatives, usage)
 

@@ -9,12 +9,14 @@ State = Literal["loading", "ready", "draining"]
 
 @dataclasses.dataclass(frozen=True)
 class Served:
-    """What answers. context: tokens of prompt and answer. slots: answers that are made at once."""
+    """What answers. context: tokens of prompt and answer. slots: answers that are made at once. sampling: how it draws
+    where a request says nothing, fields of ``SamplingParams``."""
 
     name: str
     context: int
     vocab_size: int
     slots: int
+    sampling: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

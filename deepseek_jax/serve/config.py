@@ -73,6 +73,11 @@ class ServeConfig:
         if self.port >= 1 << 16:
             raise ValueError(f"port={self.port}: expected below 65536")
 
+    @property
+    def alone(self) -> bool:
+        """Whether it listens to this machine alone."""
+        return self.host in ("localhost", "::1") or self.host.startswith("127.")
+
     def keys(self) -> tuple[str, ...]:
         """The API keys, none where any request may come in. ValueError: a file without any."""
         found = [*os.environ.get(KEYS, "").split(",")]

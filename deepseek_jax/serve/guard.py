@@ -5,6 +5,7 @@ import hashlib
 import hmac
 import ipaddress
 import json
+import re
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
@@ -149,8 +150,8 @@ def _header(scope: Scope, name: bytes) -> str:
 def _host_name(host: str) -> str:
     """Without a port: ``a:80``, ``[::1]:80``."""
     host = host.strip().lower()
-    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
-    return name.rstrip(".")
+    name, _, port = host[1:].partition("]") if host.startswith("[") else host.partition(":")
+    return name.rstrip(".") if re.fullmatch(r":?[0-9]*", port) else host
 
 
 def _is_address(name: str) -> bool:

@@ -121,10 +121,11 @@ class Watch:
             meters._ended.labels(piece.finish_reason).inc()
             meters._open.dec()
             self._left -= 1
+            if not self._left:
+                meters._whole.observe(now - self._began)
 
-    def end(self) -> None:
-        """All has ended, or nobody waits any more."""
-        if self._left:
-            self._meters._ended.labels("cancelled").inc(self._left)
-            self._meters._open.dec(self._left)
-        self._meters._whole.observe(time.perf_counter() - self._began)
+    def end(self, reason: str) -> None:
+        """What has not ended has so for this reason."""
+        self._meters._ended.labels(reason).inc(self._left)
+        self._meters._open.dec(self._left)
+        self._left = 0

@@ -71,7 +71,7 @@ def write_prompt(
             given = "tools" if tools else "chat_template_kwargs"
             raise ValueError(f"{given}: this model is asked in DeepSeek's plain format, which has no place for them")
         prompt = Prompt(encode_prompt(tokenizer, conversation))
-        return _begun(tokenizer, prompt, NO_THOUGHT if think is False and _thinks(tokenizer) else "")
+        return _begun(tokenizer, prompt, NO_THOUGHT if think is False and thinks(tokenizer) else "")
     if (role := conversation[-1]["role"]) not in ("user", "tool"):
         raise ValueError(f"the last message has role {role!r}; to be answered, it must be 'user' or 'tool'")
     hiding = Hiding(tokenizer)
@@ -84,7 +84,7 @@ def write_prompt(
     prompt = Prompt(hiding.encode(text), opens_thinking(text), tools=bool(tools))
     begun = ""
     if think is False or name is not None:
-        begun = CLOSING if prompt.opened else NO_THOUGHT if name is None and not switches and _thinks(tokenizer) else ""
+        begun = CLOSING if prompt.opened else NO_THOUGHT if name is None and not switches and thinks(tokenizer) else ""
     if name is not None:
         if not writes_calls(template):
             raise ValueError("tool_choice: a call can be begun in DeepSeek's format alone, which this template lacks")
@@ -99,7 +99,8 @@ def _begun(tokenizer: Tokenizer, prompt: Prompt, text: str) -> Prompt:
     return dataclasses.replace(prompt, ids=prompt.ids + ids, begun=text)
 
 
-def _thinks(tokenizer: Tokenizer) -> bool:
+def thinks(tokenizer: Tokenizer) -> bool:
+    """Whether thinking begins and ends with tokens."""
     return {THINK, END_THINK} <= {*tokenizer.added_tokens}
 
 

@@ -15,7 +15,7 @@ from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.serve.answering import Asked, Piece, answers
 from deepseek_jax.serve.asking import Asker, LostError, RefusedError
 from deepseek_jax.serve.config import ServeConfig
-from deepseek_jax.serve.errors import ApiError, whole
+from deepseek_jax.serve.errors import ApiError, field_of, whole
 from deepseek_jax.serve.meters import Meters
 
 T = TypeVar("T")
@@ -71,12 +71,14 @@ class Desk:
                     yield piece
             self._seconds += 0.1 * (time.perf_counter() - began - self._seconds)
         except RefusedError as error:
-            raise ApiError(400, whole(str(error))) from error
+            watch.end("refused")
+            raise ApiError(400, whole(str(error)), param=field_of(str(error))) from error
         except LostError as error:
+            watch.end("error")
             raise ApiError(503, str(error)) from error
         finally:
             self.open -= asked.count
-            watch.end()
+            watch.end("cancelled")
 
     async def respond(self, request: Request, asked: Asked, form: Form, *, stream: bool) -> Response:
         """All of it as one object, or a stream of events. What is refused is so before a stream begins; who goes is

@@ -20,6 +20,7 @@ from deepseek_jax.serve.written import Tally, packed
 Event = dict[str, Any]
 _ITEMS = {"thinking": "reasoning", "content": "message", "call": "function_call", "arguments": "function_call"}
 _ECHOED = ("instructions", "max_output_tokens", "temperature", "top_p", "user", "metadata")
+_CALLED = {"messages": "input", "max_completion_tokens": "max_output_tokens", "response_format": "text"}
 _OF_AN_ERROR = ("code", "message", "param")
 _MARKS = {"reasoning": "rs", "message": "msg", "function_call": "fc"}
 
@@ -30,9 +31,13 @@ def add_responses(app: FastAPI, desk: Desk, refused: dict[int | str, dict[str, A
         """Answer a text, or a talk's items."""
         desk.check()
         served = desk.asker.served
-        asked = await asked_by_chat(as_chat(body), desk.tokenizer, served, desk.config.limits)
-        form = ResponseForm(body, served.name, asked)
-        return await desk.respond(request, asked, form, stream=bool(body.stream))
+        try:
+            asked = await asked_by_chat(as_chat(body), desk.tokenizer, served, desk.config.limits)
+            form = ResponseForm(body, served.name, asked)
+            return await desk.respond(request, asked, form, stream=bool(body.stream))
+        except ApiError as error:
+            error.param = _CALLED.get(error.param or "", error.param)
+            raise
 
 
 class _Item:

@@ -46,9 +46,16 @@ class ResponseFormat(BaseModel):
     json_schema: JsonSchema | None = None
 
 
+class StructuredOutputs(BaseModel):
+    """regex: the answer is this expression from end to end."""
+
+    model_config = STRICT
+    regex: Text
+
+
 class Sampled(BaseModel):
-    """What chat and plain completions share. top_k, min_p, repetition_penalty and stop_token_ids are vLLM's; user and
-    metadata are taken and change nothing."""
+    """What chat and plain completions share. top_k, min_p, repetition_penalty, stop_token_ids and structured_outputs
+    are vLLM's; user and metadata are taken and change nothing."""
 
     model_config = STRICT
     model: str = Field("", max_length=256)
@@ -68,6 +75,7 @@ class Sampled(BaseModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     user: str | None = None
     metadata: dict[str, Any] | None = None
 

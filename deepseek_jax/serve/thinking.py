@@ -5,10 +5,9 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
-from deepseek_jax.data.special_tokens import END_THINK, THINK
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.serve.asking import Asker, Event
-from deepseek_jax.serve.prompts import CLOSING
+from deepseek_jax.serve.prompts import CLOSING, thinks
 
 _EFFORTS = {"none": 0, "minimal": 0, "low": 1024, "medium": 8192}  # tokens of thinking
 GRAMMARS = ("json_schema", "regex")  # fields of a sampling that bind every token
@@ -26,7 +25,7 @@ class Thoughts:
     no tokens."""
 
     def __init__(self, tokenizer: Tokenizer, *, opened: bool):
-        known = {THINK, END_THINK} <= {*tokenizer.added_tokens}
+        known = thinks(tokenizer)
         self._begin, self._end = (tokenizer.think_id, tokenizer.end_think_id) if known else (-1, -1)
         self.open, self.count, self._seen = opened and known, 0, 0
 

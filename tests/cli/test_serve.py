@@ -1,5 +1,6 @@
 """``deepseek-jax serve`` as a process of its own: it tells where it is, and ends when it is told to."""
 
+import json
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ from small import SPEAKER, tokenizer
 
 from deepseek_jax import save_hf
 from deepseek_jax.cli.main import main
+from deepseek_jax.serve.engine_process import HttpProcess
 
 
 def test_sigterm_lets_streams_end(tmp_path):
@@ -56,3 +58,25 @@ def test_int4_is_refused_before_weights_are_read(dtype, tmp_path, monkeypatch, c
     assert main(["serve", str(tmp_path / "m"), "--port", "0", *asked]) == 1
     said = capsys.readouterr().err
     assert "weights in int4" in said and "need jax 0.11" in said and "weights …" not in said
+
+
+@pytest.mark.parametrize("temperature, told", [(-1, "SamplingParams.temperature=-1.0: "), ("warm", "temperature='warm' is no number")])
+def test_a_generation_config_that_none_can_draw_by_is_told_before_weights_are_read(temperature, told, tmp_path, capsys):
+    save_hf(whole(SPEAKER, *weights(SPEAKER), tokenizer()), tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"temperature": temperature}))
+    assert main(["serve", str(tmp_path), "--port", "0"]) == 1
+    said = capsys.readouterr().err
+    assert f"generation_config.json: {told}" in said and "weights …" not in said
+
+
+@pytest.mark.parametrize("host, alone", [("127.0.0.1", True), ("localhost", True), ("::1", True), ("0.0.0.0", False)])
+def test_who_listens_to_others_without_a_key_is_told_so(host, alone, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(HttpProcess, "start", _ended)
+    for keys in ("", "secret"):
+        monkeypatch.setenv("DEEPSEEK_JAX_API_KEYS", keys)
+        assert main(["serve", recipe(tmp_path), "--random", "--host", host, "--port", "0"]) == 1
+        assert ("whoever reaches" in capsys.readouterr().err) == (not alone and not keys)
+
+
+def _ended(*_) -> None:
+    raise ValueError("enough")

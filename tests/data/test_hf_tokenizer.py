@@ -85,6 +85,15 @@ def test_the_generation_config_ends_answers_too(write):
         write(config, {"eos_token_id": "x"})
 
 
+def test_the_generation_config_says_how_to_draw(write):
+    said = {"do_sample": True, "temperature": 1, "top_p": 0.95, "top_k": -1, "min_p": None, "max_length": 20}
+    assert write({}, said).files.sampling == {"temperature": 1.0, "top_p": 0.95, "top_k": 0}
+    assert write({}).files.sampling == write({}, {"eos_token_id": 1}).files.sampling == {}
+    for wrong in ("0.6", True, [1]):
+        with pytest.raises(ValueError, match="temperature=.* is no number"):
+            _ = write({}, {"temperature": wrong}).files.sampling
+
+
 def test_without_a_generation_config_the_models_says_what_ends_answers(write, tmp_path):
     fields = {"bos_token_id": 0, "eos_token_id": [1, 7], "pad_token_id": None}
     (tmp_path / "config.json").write_text(json.dumps(fields | {"model_type": "llama"}))

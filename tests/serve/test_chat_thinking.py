@@ -186,5 +186,17 @@ def test_a_call_that_must_come(client):
     ],
 )
 def test_what_is_refused(client, more, match):
-    with pytest.raises(openai.BadRequestError, match=match):
+    with pytest.raises(openai.BadRequestError, match=match) as refused:
         client(Thinker()).chat.completions.create(**ASK, extra_body=more)
+    assert (refused.value.param or "").partition(".")[0] == [*more][0]
+
+
+def test_thinking_that_no_token_ends_is_bound_by_nothing_behind_it(client, monkeypatch):
+    asker = with_template(FakeAsker(f"{THOUGHTS}{END_THINK}46"))
+    monkeypatch.setattr("deepseek_jax.serve.asked.thinks", lambda tokenizer: False)
+    thinking = {"chat_template_kwargs": {"thinking": True}}
+    assert client(asker).chat.completions.create(**ASK, extra_body=thinking).choices[0].message.content == "46"
+    asked = {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "4"}, "thinking_budget": 5}
+    for name, given in asked.items():
+        with pytest.raises(openai.BadRequestError, match=name):
+            client(asker).chat.completions.create(**ASK, extra_body={**thinking, name: given})

@@ -82,7 +82,15 @@ def test_hosts_that_this_is(host):
 
 
 @pytest.mark.parametrize(
-    "host", ["evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.nip.io", "[x]"]
+    "host",
+    [
+        "evil.example",
+        "evil.example:8000",
+        "localhost.evil.example",
+        "127.0.0.1.nip.io",
+        "[x]",
+        "127.0.0.1:80@evil.example",
+    ],
 )
 def test_hosts_that_it_is_not(host):
     for path in ("/", "/health", "/v1/models"):

@@ -1,6 +1,7 @@
 """OpenAI's own client against the whole server: two processes, a network of random weights."""
 
 import json
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -140,6 +141,14 @@ def test_an_answer_that_is_held_to_a_schema(ours, streamed):
     assert json.loads("".join(pieces)) in ({"a": "x"}, {"a": "yes"})
 
 
+def test_an_answer_that_is_held_to_an_expression(ours):
+    more = {"structured_outputs": {"regex": "[0-9]{3}(a|b)"}}
+    said = ours.chat.completions.create(model="tiny", messages=CHAT, max_tokens=20, extra_body=more)
+    assert re.fullmatch("[0-9]{3}(a|b)", said.choices[0].message.content)
+    with pytest.raises(openai.BadRequestError, match="structured_outputs|regex"):
+        complete(ours, extra_body={"structured_outputs": {"regex": "("}})
+
+
 def test_a_schema_that_nothing_meets(ours):
     wanted = {"type": "json_schema", "json_schema": {"name": "mine", "schema": {"type": "string", "pattern": "("}}}
     with pytest.raises(openai.BadRequestError, match="json_schema"):
@@ -172,8 +181,13 @@ PICTURE = [{"type": "image_url", "image_url": {"url": "http://elsewhere.invalid/
 
 FORM = "application/x-www-form-urlencoded"
 MISTAKES = [  # and what the message tells
-    ("chat/completions", {"messages": [{"role": "user", "content": PICTURE}]}, "", "messages.0.content.0.type: "),
-    ("completions", {"prompt": "x", "stop": ["a", 1]}, "", "stop.1: Input should be a valid string"),
+    (
+        "chat/completions",
+        {"messages": [{"role": "user", "content": PICTURE}]},
+        "",
+        "messages.0.content.0.type='image_url'",
+    ),
+    ("completions", {"prompt": "x", "stop": ["a", 1]}, "", "stop.1=1: Input should be a valid string"),
     ("completions", {"prompt": "x", "store": True, "tier": 1}, "", "store, tier: Extra inputs"),
     ("completions", {}, "", "prompt: Field required"),
     ("completions", "x", "", "the body is no JSON: "),

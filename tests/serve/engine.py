@@ -24,6 +24,13 @@ NETWORK = config(V3, num_hidden_layers=2, vocab_size=300, max_position_embedding
 # Few shapes, for each is a program; pages for five answers of full length.
 SERVING = ServingConfig(slots=8, pages=40, page=32, context=256, chunk=16, turns=4)
 HOST = ServeConfig(port=0, name="tiny", queue=24)
+# Every role and any tools have a place in it, in few tokens; calls are DeepSeek's, a switch opens the thinking.
+TEMPLATE = """\
+{% for message in messages %}{{ message.role }}: {{ message.content }}
+{%- for call in message.tool_calls or [] -%}
+<｜tool▁call▁begin｜>{{ call.function.name }}<｜tool▁sep｜>{{ call.function.arguments }}<｜tool▁call▁end｜>
+{%- endfor %}
+{% endfor %}{{ tools | map(attribute='function.name') | join(' ') if tools }}{{ '<think>' if thinking }}"""
 
 
 @dataclasses.dataclass
@@ -50,10 +57,12 @@ class Running:
 
 
 @contextmanager
-def running(serve: ServeConfig = HOST, serving: ServingConfig = SERVING) -> Iterator[Running]:
-    engine = Engine(whole(NETWORK, *weights(NETWORK), tokenizer()), serving=serving)
+def running(serve: ServeConfig = HOST, serving: ServingConfig = SERVING, template: str = "") -> Iterator[Running]:
+    """template: of chats; by default DeepSeek's plain format."""
+    words = tokenizer().with_template(template) if template else tokenizer()
+    engine = Engine(whole(NETWORK, *weights(NETWORK), words), serving=serving)
     with tempfile.TemporaryDirectory() as folder, HttpProcess(serve) as http:
-        tokenizer().save(folder)
+        words.save(folder)
         http.start(folder, "", NETWORK.vocab_size)
         engine.warm_up()
         served = Served(serve.name, engine.context, NETWORK.vocab_size, engine.slots)

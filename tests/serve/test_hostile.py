@@ -1,5 +1,5 @@
-"""What means harm is refused or cut while others are answered; who goes leaves nothing behind; the end is an orderly
-one."""
+"""What means harm is refused or cut while others are answered as ever; who goes leaves nothing behind; the end is an
+orderly one."""
 
 import concurrent.futures
 import json
@@ -63,6 +63,11 @@ def bodies() -> Iterator[tuple[str, bytes]]:
         {"model": 5},
         {"model": "../../etc/passwd"},
     ]
+    schemas: list[Any] = [{"type": "nothing"}, {"type": "string", "pattern": "("}, {"$ref": "#/nowhere"}]
+    schemas += [{"enum": []}, {"type": "integer", "minimum": 9, "maximum": 1}, {"anyOf": 5}, {"properties": [1]}, 7]
+    schemas += [{"$ref": "https://elsewhere.invalid/schema.json"}]
+    schemas += [{"type": "string", "pattern": "(a|b|ab)*" * 300}]  # too much, as is found when it is answered
+    odd += [{"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}} for schema in schemas]
     for change in odd:
         yield "/v1/chat/completions", json.dumps(chat | change).encode()
         yield "/v1/completions", json.dumps(plain | change).encode()
@@ -116,7 +121,8 @@ RAW = [
 
 
 def test_harm_is_refused_while_others_are_answered(server):
-    """Eight streams go on meanwhile; some of those who mean harm say nothing, or half of something, and stay."""
+    """Eight streams go on meanwhile and say what they say when alone; some of those who mean harm say nothing, or half
+    of something, and stay, others go as soon as they are answered."""
     slow = [connect(server) for _ in range(8)]
     for i, connection in enumerate(slow):
         connection.sendall(post("/v1/completions", b'{"prompt": "a"}')[: [0, 1, 20, -1][i % 4]])
@@ -126,13 +132,22 @@ def test_harm_is_refused_while_others_are_answered(server):
     assert len(attempts) > 100
     with server.client() as client, concurrent.futures.ThreadPoolExecutor(16) as pool:
 
-        def stream(_: int) -> int:
-            pieces = [*client.completions.create(model="tiny", stream_options={"include_usage": True}, **LONG)]
-            return pieces[-1].usage.completion_tokens
+        def stream(i: int) -> str:
+            asked = LONG | {"model": "tiny", "prompt": f"{i}+{i}=", "temperature": 0.8, "seed": i}
+            pieces = [*client.completions.create(stream_options={"include_usage": True}, **asked)]
+            assert pieces[-1].usage.completion_tokens == LONG["max_tokens"]
+            return "".join(piece.choices[0].text for piece in pieces[:-1])
 
+        def leave(_: int) -> None:
+            with connect(server) as connection:
+                connection.sendall(post("/v1/completions", json.dumps(LONG).encode()))
+                assert status(connection.recv(100)) in (200, 429)
+
+        alone = [stream(i) for i in range(8)]
         honest = [pool.submit(stream, i) for i in range(8)]
+        left = pool.map(leave, range(8))
         found = [*pool.map(lambda message: say(server, message), attempts)]
-        assert [each.result() for each in honest] == [LONG["max_tokens"]] * 8
+        assert [each.result() for each in honest] == alone and [*left]
     taken = [attempt[-200:] for attempt, code in zip(attempts, found, strict=True) if code and not 400 <= code < 500]
     assert not taken
     for connection in slow:

@@ -9,7 +9,7 @@ from typing import Any
 
 import openai
 import pytest
-from serve.engine import NETWORK, Running, get, running
+from serve.engine import NETWORK, TEMPLATE, Running, get, running
 from small import tokenizer
 
 PROMPT = "def add(a, b):"
@@ -26,6 +26,13 @@ def server() -> Iterator[Running]:
 @pytest.fixture
 def ours(server) -> Iterator[openai.OpenAI]:
     with server.client() as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def thinker() -> Iterator[openai.OpenAI]:
+    """Of a server whose template opens the thinking and has a place for tools."""
+    with running(template=TEMPLATE) as made, made.client() as client:
         yield client
 
 
@@ -153,6 +160,84 @@ def test_a_schema_that_nothing_meets(ours):
     wanted = {"type": "json_schema", "json_schema": {"name": "mine", "schema": {"type": "string", "pattern": "("}}}
     with pytest.raises(openai.BadRequestError, match="json_schema"):
         ours.chat.completions.create(model="tiny", messages=CHAT, response_format=wanted)
+
+
+def test_a_response_whole_and_in_events(ours):
+    asked = {"model": "tiny", "input": "12+34=", "temperature": 0, "max_output_tokens": 24}
+    whole = ours.responses.create(**asked)
+    with ours.responses.stream(**asked) as stream:
+        events = [*stream]
+    (last,) = [event.response for event in events if event.type in ("response.completed", "response.incomplete")]
+    deltas = "".join(event.delta for event in events if event.type == "response.output_text.delta")
+    assert whole.output_text and deltas == last.output_text == whole.output_text
+    assert (whole.usage.input_tokens, whole.usage.output_tokens) == (last.usage.input_tokens, last.usage.output_tokens)
+    assert whole.usage.total_tokens == whole.usage.input_tokens + whole.usage.output_tokens
+    assert whole.status == last.status == ("incomplete" if whole.usage.output_tokens == 24 else "completed")
+    chat = ours.chat.completions.create(model="tiny", messages=CHAT, temperature=0, max_tokens=24)
+    assert chat.choices[0].message.content == whole.output_text
+    assert chat.usage.prompt_tokens == whole.usage.input_tokens
+
+
+WEATHER = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Paris", "Rome"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+
+
+def meets_weather(arguments: str) -> bool:
+    told = json.loads(arguments)
+    return {*told} == {"city", "days"} and told["city"] in ("Paris", "Rome") and told["days"] in range(1, 10)
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+def test_a_call_that_is_asked_for(thinker, thinking):
+    tools = [{"type": "function", "function": {"name": name, "parameters": WEATHER}} for name in ("rain", "sun")]
+    asked = {"model": "tiny", "messages": CHAT, "temperature": 0, "max_tokens": 120, "tools": tools}
+    asked |= {"tool_choice": {"type": "function", "function": {"name": "sun"}}}
+    asked |= {"extra_body": {"chat_template_kwargs": {"thinking": thinking}}}
+    (choice,) = thinker.chat.completions.create(**asked).choices
+    (call,) = choice.message.tool_calls
+    assert (call.function.name, choice.finish_reason) == ("sun", "tool_calls")
+    assert meets_weather(call.function.arguments)
+    chunks = [*thinker.chat.completions.create(**asked, stream=True)]
+    deltas = [each for chunk in chunks for each in chunk.choices[0].delta.tool_calls or ()]
+    assert "".join(each.function.arguments or "" for each in deltas) == call.function.arguments
+
+
+def test_a_call_of_a_response(thinker):
+    tools = [{"type": "function", "name": "sun", "parameters": WEATHER}]
+    asked = {"model": "tiny", "input": "12+34=", "temperature": 0, "max_output_tokens": 120, "tools": tools}
+    response = thinker.responses.create(**asked, tool_choice={"type": "function", "name": "sun"})
+    (call,) = response.output
+    assert (call.type, call.name, response.status) == ("function_call", "sun", "completed")
+    assert meets_weather(call.arguments)
+
+
+def test_thinking_has_its_budget(thinker):
+    never = NO_END | {str(tokenizer().end_think_id): -100}
+    asked = {"model": "tiny", "messages": CHAT, "temperature": 0, "max_tokens": 24, "logit_bias": never}
+    more = {"chat_template_kwargs": {"thinking": True}}
+    free = thinker.chat.completions.create(**asked, extra_body=more)
+    thought = free.choices[0].message.reasoning_content
+    assert free.usage.completion_tokens_details.reasoning_tokens == 24 and free.choices[0].message.content is None
+    held = thinker.chat.completions.create(**asked, extra_body=more | {"thinking_budget": 6})
+    said, usage = held.choices[0].message, held.usage
+    assert said.content and said.reasoning_content and thought.startswith(said.reasoning_content)
+    assert usage.completion_tokens == 24
+    assert usage.completion_tokens_details.reasoning_tokens == 6 + 1  # the line's end before `</think>`
+    told = {"content": "", "reasoning_content": ""}
+    asked |= {"stream": True, "stream_options": {"include_usage": True}}
+    for chunk in thinker.chat.completions.create(**asked, extra_body=more | {"thinking_budget": 6}):
+        for choice in chunk.choices:
+            told = {name: text + (choice.delta.model_dump().get(name) or "") for name, text in told.items()}
+        last = chunk.usage
+    assert told == {name: getattr(said, name) for name in told} and last.completion_tokens_details == (
+        usage.completion_tokens_details
+    )
+    none = thinker.chat.completions.create(**asked | {"stream": False}, extra_body=more | {"thinking_budget": 0})
+    assert none.usage.completion_tokens_details.reasoning_tokens == 0 and none.choices[0].message.content
 
 
 WRONG = {

@@ -60,13 +60,15 @@ def test_int4_is_refused_before_weights_are_read(dtype, tmp_path, monkeypatch, c
     assert "weights in int4" in said and "need jax 0.11" in said and "weights …" not in said
 
 
-@pytest.mark.parametrize("temperature, told", [(-1, "SamplingParams.temperature=-1.0: "), ("warm", "temperature='warm' is no number")])
+@pytest.mark.parametrize(
+    "temperature, told", [(-1, ".temperature=-1.0: "), ("warm", "temperature='warm' is no number")]
+)
 def test_a_generation_config_that_none_can_draw_by_is_told_before_weights_are_read(temperature, told, tmp_path, capsys):
     save_hf(whole(SPEAKER, *weights(SPEAKER), tokenizer()), tmp_path)
     (tmp_path / "generation_config.json").write_text(json.dumps({"temperature": temperature}))
     assert main(["serve", str(tmp_path), "--port", "0"]) == 1
     said = capsys.readouterr().err
-    assert f"generation_config.json: {told}" in said and "weights …" not in said
+    assert "generation_config.json: " in said and told in said and "weights …" not in said
 
 
 @pytest.mark.parametrize("host, alone", [("127.0.0.1", True), ("localhost", True), ("::1", True), ("0.0.0.0", False)])

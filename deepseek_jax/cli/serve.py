@@ -66,9 +66,7 @@ def run_serve(arguments: Sequence[str]) -> None:
             return
         http = stack.enter_context(HttpProcess(dataclasses.replace(asked.http, name=asked.http.name or _name(asked))))
         if not (http.config.keys() or http.config.alone):
-            say(
-                f"whoever reaches {http.url} may ask it: --api-keys-file and $DEEPSEEK_JAX_API_KEYS ask for a key"
-            )
+            say(f"whoever reaches {http.url} may ask it: --api-keys-file and $DEEPSEEK_JAX_API_KEYS ask for a key")
         http.start(tokenizer, asked.chat_template, config.vocab_size)
         with _timed("weights", seconds):
             engine = _engine(asked, config, tokenizer)

@@ -110,7 +110,7 @@ def rows_of(part: str, cards: int) -> Iterator[Row]:
         for name, more in (("gather", ()), (f"all_to_all, experts in {n}", (*SPREAD, *CAPACITY))):
             mesh = "--mesh.fsdp", "2", "--mesh.expert", half
             yield Row(part, f"whole, fsdp 2 × expert {half}, {name}", cards, (*deep, *mesh, *more))
-        # A layer's experts are gathered once for all rows of a device. 80 GB have room for four.
+        # A layer's experts are gathered once for all rows of a device; four cards of 80 GB have no room for eight.
         for rows, expert in ((4, 1), (8, 1), (8, 2)):
             mesh = "--mesh.fsdp", str(cards // expert), "--mesh.expert", str(expert)
             name = f"whole, fsdp {cards // expert} × expert {expert}, whole experts, {rows} rows"

@@ -18,7 +18,7 @@ from deepseek_jax.checkpoint.integers import Integers
 from deepseek_jax.checkpoint.model import read_config
 from deepseek_jax.cli.talk import Loading, mesh_of
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.data.model_folder import GENERATION, TextFiles
+from deepseek_jax.data.model_folder import GENERATION, read_sampling
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.data.tokenizer_training import made_up_tokenizer
 from deepseek_jax.inference.engine import Engine
@@ -106,8 +106,8 @@ def _text(asked: _Serve, stack: ExitStack) -> tuple[ModelConfig, str]:
 
 def _drawing(folder: str) -> dict[str, Any]:
     """How the model draws where a request says nothing. ValueError: its generation_config.json has what is none."""
+    found = read_sampling(Path(folder))
     try:
-        found = TextFiles.read(Path(folder)).sampling
         SamplingParams(**found)
     except ValueError as error:
         raise ValueError(f"{folder}/{GENERATION}: {error}") from error

@@ -52,16 +52,6 @@ class TextFiles:
                 ids = {key: value for key, value in read_json_object(folder / name).items() if key in TOKEN_IDS}
         return cls(files, ids)
 
-    @property
-    def sampling(self) -> dict[str, Any]:
-        """What generation_config.json says of drawing, as fields of ``SamplingParams``. ValueError: no numbers."""
-        said = json.loads(self.files.get(GENERATION, b"{}"))
-        found = {name: said[name] for name in _DRAWING if said.get(name) is not None}
-        for name, value in found.items():
-            if type(value) not in (int, float):
-                raise ValueError(f"{name}={value!r} is no number")
-        return {name: max(int(value), 0) if name == "top_k" else float(value) for name, value in found.items()}
-
     def stopping_at(self, stop_ids: Sequence[int]) -> "TextFiles":
         """These files, with `eos_token_id` set to `stop_ids` unless that is where transformers stops with them: by
         generation_config.json, and where there is none by config.json."""
@@ -124,6 +114,17 @@ def read_stop_ids(folder: Path) -> list[int]:
         if not all(type(i) is int and i >= 0 for i in ids):
             raise ValueError(f"{file}: eos_token_id={ids} is neither an id nor a list of ids")
     return ids
+
+
+def read_sampling(folder: Path) -> dict[str, Any]:
+    """What generation_config.json says of drawing, as fields of ``SamplingParams`` and whatever its `do_sample`: none
+    where there is no such file."""
+    said = read_json_object(folder / GENERATION)
+    found = {name: said[name] for name in _DRAWING if said.get(name) is not None}
+    for name, value in found.items():
+        if type(value) not in (int, float) or not abs(value) < 2**31 or (name == "top_k" and value != int(value)):
+            raise ValueError(f"{folder / GENERATION}: {name}={value!r:.40}: expected a number")
+    return {name: max(int(value), 0) if name == "top_k" else float(value) for name, value in found.items()}
 
 
 def _as_ids(value: Any) -> list[Any]:

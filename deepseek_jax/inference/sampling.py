@@ -173,8 +173,10 @@ def sample(
 
 
 def most_likely(logits_XW: Float[Array, "*X W"], count: int) -> tuple[Float[Array, "*X A"], Int[Array, "*X A"]]:
-    """``jax.lax.top_k(logits, count)``, the first of equals included, of ``count`` parts of a row alone: those with the
-    largest maxima hold it. A GPU sorts all that it is given."""
+    """``jax.lax.top_k(logits, count)`` of numbers that are no NaN, the first of equals included.
+
+    Looked for in those ``count`` parts of a row that have the largest maxima, which hold it: a GPU sorts what it is
+    given."""
     *outer, width = logits_XW.shape
     parts = -(-width // PART)
     if parts <= count:

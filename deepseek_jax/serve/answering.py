@@ -35,6 +35,14 @@ class Asked:
         return len(self.prompts) * self.n
 
     @property
+    def grammar(self) -> str | None:
+        """The field of a body that has bound the answers."""
+        if self.prompt is not None and self.prompt.schema:
+            return "tools"
+        fields = {"json_schema": "response_format", "regex": "structured_outputs"}
+        return next((field for name, field in fields.items() if name in self.sampling), None)
+
+    @property
     def scored(self) -> bool:
         """Whether the prompts' tokens have log-probabilities, too."""
         return "prompt_logprobs" in self.sampling

@@ -120,7 +120,7 @@ def add_tokens(app: FastAPI, desk: Desk) -> None:
                 return write_prompt(tokenizer, as_messages(body.messages, limits)).ids
             return [*(tokenizer.bos_ids if body.add_special_tokens else ()), *tokenizer.encode(body.prompt or "")]
 
-        ids = await encoded(encode)
+        ids = await encoded(encode, "messages" if body.prompt is None else "prompt")
         return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": desk.asker.served.context})
 
     @app.post("/detokenize", responses=_REFUSED)
@@ -131,5 +131,5 @@ def add_tokens(app: FastAPI, desk: Desk) -> None:
         if (largest := max(body.tokens, default=0)) >= served.vocab_size:
             told = f"tokens has the id {largest}: expected below vocab_size={served.vocab_size}"
             raise ApiError(400, told, param="tokens")
-        text = await encoded(lambda: tokenizer.decode(body.tokens, skip_special_tokens=False))
+        text = await encoded(lambda: tokenizer.decode(body.tokens, skip_special_tokens=False), "tokens")
         return JSONResponse({"prompt": text})

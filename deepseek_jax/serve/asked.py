@@ -48,14 +48,14 @@ async def asked_by_chat(body: Chat, tokenizer: Tokenizer, served: Served, limits
     asked = _asked(body, [prompt.ids], most, (body.top_logprobs or 0) if body.logprobs else None, served, limits)
     if body.parallel_tool_calls is False and prompt.tools:
         asked = replace(asked, stops=(*asked.stops, CALL_END))
+    if prompt.schema and body.structured_outputs is not None:
+        raise ApiError(400, "structured_outputs: tool_choice has a call come", param="structured_outputs")
     if prompt.schema and find_spec("llguidance") is not None:  # without it, arguments are what the model makes of them
         asked = replace(asked, sampling=asked.sampling | {"json_schema": prompt.schema})
-    if prompt.opened and not prompt.begun and not thinks(tokenizer):
-        bound = {"response_format": "json_schema", "structured_outputs": "regex"}
-        given = [name for name, field in bound.items() if field in asked.sampling]
-        for name in [*given, *(["thinking_budget"] if body.thinking_budget else ())]:
-            message = f"{name}: where this model's thinking ends is not known, for its tokenizer has no token </think>"
-            raise ApiError(400, message, param=name)
+    field = asked.grammar or ("thinking_budget" if body.thinking_budget else None)
+    if field and prompt.opened and not prompt.begun and not thinks(tokenizer):
+        message = f"{field}: where thinking ends is not known, as <think> and </think> are no tokens of this model"
+        raise ApiError(400, message, param=field)
     return replace(asked, prompt=prompt, thinking_budget=budget or None)
 
 
@@ -147,8 +147,8 @@ def _asked(
     if body.structured_outputs is not None:
         if schema:
             raise ApiError(400, "structured_outputs and response_format: expected one", param="structured_outputs")
-        sampling["regex"] = body.structured_outputs.regex
-        check_most("structured_outputs", len(sampling["regex"]), limits.schema_bytes, "characters of an expression")
+        sampling["regex"] = regex = body.structured_outputs.regex
+        check_most("structured_outputs", len(regex), limits.schema_bytes, "characters of an expression")
     usage = body.stream_options is not None and body.stream_options.include_usage
     return Asked(prompts, sampling, n, tuple(stops), alternatives, usage)
 

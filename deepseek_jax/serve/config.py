@@ -29,7 +29,7 @@ class Limits:
     tools: int = 128
     """Tools that are described."""
     schema_bytes: int = GRAMMAR
-    """Bytes of a JSON schema, or of a tool's; no more than the engine takes."""
+    """Bytes of a JSON schema or of a tool's, characters of an expression; no more than the engine takes."""
 
     def __post_init__(self) -> None:
         check_types(self)

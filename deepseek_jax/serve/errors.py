@@ -10,9 +10,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
-_FIELDS = {"json_schema": "response_format", "regex": "structured_outputs"} | {
-    name: name for name in ("logit_bias", "stop_token_ids", "prompt", "tools", "tool_choice", "chat_template_kwargs")
-}
+_FIELDS = ("logit_bias", "stop_token_ids", "prompt", "tools", "tool_choice", "chat_template_kwargs")
 
 
 class ErrorDetail(BaseModel):
@@ -48,8 +46,8 @@ class ApiError(Exception):
 
 def field_of(message: str, otherwise: str | None = None) -> str | None:
     """The field of a body that a message of the engine's, or of a prompt's writer, begins with."""
-    named = re.match(r"(?:(?:the|a) )?(\w*)", message)
-    return _FIELDS.get(named[1], otherwise) if named else otherwise
+    name = re.split(r"\W", message.removeprefix("the ").removeprefix("a "))[0]
+    return name if name in _FIELDS else otherwise
 
 
 def add_handlers(app: FastAPI) -> None:
@@ -68,7 +66,7 @@ def add_handlers(app: FastAPI) -> None:
     async def http(request: Request, error: HTTPException) -> JSONResponse:
         told = str(error.detail)
         if error.status_code == 400 and error.__cause__ is not None:  # FastAPI could not read a body
-            told = f"the body is no JSON: {type(error.__cause__).__name__}: {error.__cause__}"
+            told = f"the body could not be read: {type(error.__cause__).__name__}: {error.__cause__}"
         if error.status_code == 404 and told == "Not Found":  # what Starlette says of a path
             told = f"nothing is at {request.url.path}: /openapi.json tells what is, and clients' base_url ends in /v1"
         response = ApiError(error.status_code, whole(told)).response()
@@ -91,7 +89,8 @@ def _told(error: RequestValidationError, content_type: str) -> tuple[str, str]:
     if worst["type"] == "extra_forbidden" and len(complaints) > 1:
         names = [".".join(_place(each, error.body)) for each in complaints if each["type"] == worst["type"]]
         return f"{', '.join(names)}: {worst['msg']}", names[0]
-    given = f"={worst['input']!r:.100}" if isinstance(worst["input"], bool | int | float | str) else ""
+    told = isinstance(worst["input"], bool | int | float | str) and worst["type"] != "extra_forbidden"
+    given = f"={worst['input']!r:.100}" if told else ""
     others = f" (and {len(complaints) - 1} more)" if len(complaints) > 1 else ""
     return f"{where}{given}: {worst['msg']}{others}" if where else f"{worst['msg']}{others}", where
 

@@ -125,7 +125,7 @@ class Watch:
                 meters._whole.observe(now - self._began)
 
     def end(self, reason: str) -> None:
-        """What has not ended has so for this reason."""
+        """What has not ended ends now, for this reason."""
         self._meters._ended.labels(reason).inc(self._left)
         self._meters._open.dec(self._left)
         self._left = 0

@@ -72,7 +72,7 @@ class Desk:
             self._seconds += 0.1 * (time.perf_counter() - began - self._seconds)
         except RefusedError as error:
             watch.end("refused")
-            raise ApiError(400, whole(str(error)), param=field_of(str(error))) from error
+            raise ApiError(400, whole(str(error)), param=field_of(str(error), asked.grammar)) from error
         except LostError as error:
             watch.end("error")
             raise ApiError(503, str(error)) from error

@@ -19,7 +19,7 @@ from deepseek_jax.serve.written import Tally, packed
 
 Event = dict[str, Any]
 _ITEMS = {"thinking": "reasoning", "content": "message", "call": "function_call", "arguments": "function_call"}
-_ECHOED = ("instructions", "max_output_tokens", "temperature", "top_p", "user", "metadata")
+_ECHOED = ("instructions", "max_output_tokens", "user", "metadata")
 _CALLED = {"messages": "input", "max_completion_tokens": "max_output_tokens", "response_format": "text"}
 _OF_AN_ERROR = ("code", "message", "param")
 _MARKS = {"reasoning": "rs", "message": "msg", "function_call": "fc"}
@@ -36,8 +36,15 @@ def add_responses(app: FastAPI, desk: Desk, refused: dict[int | str, dict[str, A
             form = ResponseForm(body, served.name, asked)
             return await desk.respond(request, asked, form, stream=bool(body.stream))
         except ApiError as error:
-            error.param = _CALLED.get(error.param or "", error.param)
-            raise
+            raise _renamed(error) from error
+
+
+def _renamed(error: ApiError) -> ApiError:
+    """A chat's error, by this route's names of fields."""
+    param = _CALLED.get(error.param or "", error.param)
+    rest = error.message.removeprefix(error.param or "")
+    message = error.message if rest == error.message else f"{param}{rest}"
+    return ApiError(error.status, message, param=param, code=error.code, wait=error.wait)
 
 
 class _Item:
@@ -70,6 +77,7 @@ class ResponseForm:
         self._parser = Parser(opened=prompt.opened, tools=prompt.tools)
         self._begun = self._parser.push(prompt.begun)
         self._tally, self._body, self._number = Tally(asked), body, 0
+        self._drawn = {name: asked.sampling.get(name, 1.0) for name in ("temperature", "top_p")}
         self._items: list[_Item] = []
         self._done: list[dict[str, Any]] = []
         self._id, self._created, self._model = f"resp_{secrets.token_hex(12)}", int(time.time()), model
@@ -85,6 +93,7 @@ class ResponseForm:
         return self._so_far(self.status)
 
     def failed(self, error: ApiError) -> bytes:
+        error = _renamed(error)
         return self._packed({"type": "error", **{name: error.body["error"][name] for name in _OF_AN_ERROR}})
 
     def add(self, piece: Piece) -> list[Event]:
@@ -107,7 +116,7 @@ class ResponseForm:
 
     def whole(self) -> dict[str, Any]:
         body, usage, choice = self._body, self._tally.usage(), self._body.tool_choice
-        asked = body.model_dump(include={*_ECHOED})
+        asked = body.model_dump(include={*_ECHOED}) | self._drawn
         return {
             "id": self._id,
             "object": "response",

@@ -68,7 +68,7 @@ class Sampled(BaseModel):
     repetition_penalty: float | None = _within("repetition_penalty")
     logit_bias: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Bias] | None = Field(None, max_length=BIASES)
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63), WHOLE] | None = None
-    n: Annotated[int, Field(ge=1), WHOLE] | None = None
+    n: Annotated[int, Field(ge=1, lt=2**31), WHOLE] | None = None
     stop: Text | list[Text] | None = None
     stop_token_ids: list[Id] | None = Field(None, max_length=8)
     max_tokens: Annotated[int, Field(ge=1, lt=2**31), WHOLE] | None = None

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from model.tiny import weights, whole
 from small import SPEAKER
 
 from deepseek_jax.data.chat import encode_prompt
+from deepseek_jax.data.model_folder import read_sampling
 from deepseek_jax.data.special_tokens import BOS, EOS
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.inference.engine import Engine
@@ -85,13 +87,18 @@ def test_the_generation_config_ends_answers_too(write):
         write(config, {"eos_token_id": "x"})
 
 
-def test_the_generation_config_says_how_to_draw(write):
-    said = {"do_sample": True, "temperature": 1, "top_p": 0.95, "top_k": -1, "min_p": None, "max_length": 20}
-    assert write({}, said).files.sampling == {"temperature": 1.0, "top_p": 0.95, "top_k": 0}
-    assert write({}).files.sampling == write({}, {"eos_token_id": 1}).files.sampling == {}
-    for wrong in ("0.6", True, [1]):
-        with pytest.raises(ValueError, match="temperature=.* is no number"):
-            _ = write({}, {"temperature": wrong}).files.sampling
+def test_the_generation_config_says_how_to_draw(tmp_path):
+    def said(**fields: Any) -> dict[str, Any]:
+        (tmp_path / "generation_config.json").write_text(json.dumps(fields))
+        return read_sampling(tmp_path)
+
+    assert read_sampling(tmp_path) == said(eos_token_id=1) == {}
+    given = said(do_sample=True, temperature=1, top_p=0.95, top_k=-1, min_p=None, max_length=20)
+    assert given == {"temperature": 1.0, "top_p": 0.95, "top_k": 0}
+    wrong: list[dict[str, Any]] = [{"temperature": x} for x in ("0.6", True, [1], math.inf, math.nan, 10**400)]
+    for fields in [*wrong, {"top_k": 2.7}]:
+        with pytest.raises(ValueError, match="generation_config.json: (temperature|top_k)=.*: expected a number"):
+            said(**fields)
 
 
 def test_without_a_generation_config_the_models_says_what_ends_answers(write, tmp_path):

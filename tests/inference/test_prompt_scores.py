@@ -103,6 +103,18 @@ def test_who_is_the_likeliest_has_the_number_of_the_alternative():
             assert given[0] == (token, one)
 
 
+def test_the_most_likely_of_prompt_and_answer_are_found_by_parts_of_the_vocabulary(monkeypatch):
+    monkeypatch.setattr("deepseek_jax.inference.sampling.PART", 8)  # 38 of them, for 20 tokens
+    serving = dataclasses.replace(SCORING, slots=2, turns=1)  # programs of its own
+    made = Engine(whole(MODELS["v3"], *weights(MODELS["v3"]), tokenizer()), serving=serving)
+    made.warm_up()
+    (events,) = answered(made, (LONG[:9], dataclasses.replace(SCORED, alternatives=20)))
+    told, ids = scored(events), [token for event in events for token in event.token_ids]
+    logprobs = [*told.logprobs, *(logprob for event in events for logprob in event.logprobs)]
+    alternatives = [*told.alternatives, *(likely for event in events for likely in event.alternatives)]
+    assert_the_forwards("v3", [*LONG[:9], *ids], PromptScores(logprobs, alternatives), 20)
+
+
 def test_what_the_cache_has_is_read_again_and_lent_to_others():
     made = engine("v3")
     made.update(*weights(MODELS["v3"]))
@@ -159,6 +171,7 @@ def test_no_request_waits_for_a_compiler():
 def test_on_a_mesh(monkeypatch):
     """Rows by four, the vocabulary by two; and more rows than logits are held of at a time."""
     monkeypatch.setattr(scores, "ROWS", 3)
+    monkeypatch.setattr("deepseek_jax.inference.sampling.PART", 8)
     made = spread(MeshConfig(data=2, expert=2, tensor=2), serving=SCORING)
     cases = [(LONG[first : first + 22], dataclasses.replace(ALONE, alternatives=first % 3)) for first in range(6)]
     for (prompt, sampling), events in zip(cases, answered(made, *cases), strict=True):

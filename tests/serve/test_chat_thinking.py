@@ -170,6 +170,9 @@ def test_a_call_that_must_come(client):
         told, _ = joined(ours.chat.completions.create(**ASK, tools=[TOOL], tool_choice=choice, stream=True))
         assert told["calls"][0]["arguments"] == ARGUMENTS
         assert [json.loads(sampling["json_schema"]) for _, sampling, _ in asker.asked[-2:]] == [PARAMETERS] * 2
+        with pytest.raises(openai.BadRequestError, match="structured_outputs: tool_choice"):
+            more = {"structured_outputs": {"regex": "a"}}
+            ours.chat.completions.create(**ASK, tools=[TOOL], tool_choice=choice, extra_body=more)
 
 
 @pytest.mark.parametrize(
@@ -198,5 +201,6 @@ def test_thinking_that_no_token_ends_is_bound_by_nothing_behind_it(client, monke
     assert client(asker).chat.completions.create(**ASK, extra_body=thinking).choices[0].message.content == "46"
     asked = {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "4"}, "thinking_budget": 5}
     for name, given in asked.items():
-        with pytest.raises(openai.BadRequestError, match=name):
+        with pytest.raises(openai.BadRequestError, match="are no tokens") as refused:
             client(asker).chat.completions.create(**ASK, extra_body={**thinking, name: given})
+        assert refused.value.param == name

@@ -129,19 +129,14 @@ def _asked(
             message = f"{field}={max_tokens} and a prompt of {longest} tokens pass the context of {served.context}"
             raise ApiError(400, message, param=field, code="context_length_exceeded")
     said = {name: float(value) for name in _SAME if (value := getattr(body, name)) is not None}
-    if body.top_k is not None:
-        said["top_k"] = max(body.top_k, 0)
-    sampling = (
-        served.sampling
-        | said
-        | {
-            "max_tokens": min(room, most, few or room) if max_tokens is None else max_tokens,
-            "seed": secrets.randbits(31) if body.seed is None else body.seed % 2**31,
-            "stop_token_ids": body.stop_token_ids or [],
-            "logit_bias": [(int(token), float(bias)) for token, bias in (body.logit_bias or {}).items()],
-            "alternatives": min(alternatives or 0, served.vocab_size),
-        }
-    )
+    sampling = served.sampling | said | ({} if body.top_k is None else {"top_k": max(body.top_k, 0)})
+    sampling |= {
+        "max_tokens": min(room, most, few or room) if max_tokens is None else max_tokens,
+        "seed": secrets.randbits(31) if body.seed is None else body.seed % 2**31,
+        "stop_token_ids": body.stop_token_ids or [],
+        "logit_bias": [(int(token), float(bias)) for token, bias in (body.logit_bias or {}).items()],
+        "alternatives": min(alternatives or 0, served.vocab_size),
+    }
     if schema := _schema(body, limits):
         sampling["json_schema"] = schema
     if body.structured_outputs is not None:

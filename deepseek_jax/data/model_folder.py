@@ -118,7 +118,7 @@ def read_stop_ids(folder: Path) -> list[int]:
 
 def read_sampling(folder: Path) -> dict[str, Any]:
     """What generation_config.json says of drawing, as fields of ``SamplingParams`` and whatever its `do_sample`: none
-    where there is no such file."""
+    where there is no such file. ValueError: what is no number, or no whole one as `top_k`."""
     said = read_json_object(folder / GENERATION)
     found = {name: said[name] for name in _DRAWING if said.get(name) is not None}
     for name, value in found.items():

@@ -12,7 +12,7 @@ from deepseek_jax.inference.limits import BIASES, CHARACTERS, GRAMMAR, RANGES, S
 from deepseek_jax.typed import check_least, check_types
 
 MOST_BIAS = 1e6  # which outweighs any logit; what passes float32 would make no number of them
-PART = 128  # of a vocabulary
+PART = 128  # tokens of a vocabulary whose maximum is looked at first
 COLDEST = 1e-30  # by less a logit may pass float32, and would be no largest one
 
 

@@ -10,7 +10,7 @@ from deepseek_jax.data.streaming import EndingText, TextStream
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.serve.asking import Asker
 from deepseek_jax.serve.prompts import Prompt
-from deepseek_jax.serve.thinking import GRAMMARS, Thoughts, in_stages
+from deepseek_jax.serve.thinking import Thoughts, in_stages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +119,7 @@ async def _answer(asker: Asker, tokenizer: Tokenizer, asked: Asked, index: int) 
     opened = asked.prompt is not None and asked.prompt.opened and not asked.prompt.begun
     thoughts, thought = Thoughts(tokenizer, opened=opened), 0
     question = asked.prompts[index // asked.n], asked.sampling, index
-    if asked.thinking_budget is None and not (opened and any(name in asked.sampling for name in GRAMMARS)):
+    if asked.thinking_budget is None and not (opened and asked.grammar):
         events = asker.submit(*question)
     else:
         events = in_stages(asker, tokenizer, *question, opened=opened, budget=asked.thinking_budget)

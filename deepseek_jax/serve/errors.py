@@ -89,8 +89,8 @@ def _told(error: RequestValidationError, content_type: str) -> tuple[str, str]:
     if worst["type"] == "extra_forbidden" and len(complaints) > 1:
         names = [".".join(_place(each, error.body)) for each in complaints if each["type"] == worst["type"]]
         return f"{', '.join(names)}: {worst['msg']}", names[0]
-    told = isinstance(worst["input"], bool | int | float | str) and worst["type"] != "extra_forbidden"
-    given = f"={worst['input']!r:.100}" if told else ""
+    shown = isinstance(worst["input"], bool | int | float | str) and worst["type"] != "extra_forbidden"
+    given = f"={worst['input']!r:.100}" if shown else ""
     others = f" (and {len(complaints) - 1} more)" if len(complaints) > 1 else ""
     return f"{where}{given}: {worst['msg']}{others}" if where else f"{worst['msg']}{others}", where
 

@@ -128,4 +128,3 @@ class Watch:
         """What has not ended ends now, for this reason."""
         self._meters._ended.labels(reason).inc(self._left)
         self._meters._open.dec(self._left)
-        self._left = 0

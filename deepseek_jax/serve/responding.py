@@ -63,7 +63,7 @@ class Desk:
             wait = math.ceil(min(max(self._seconds, 1.0), 60.0))
             raise ApiError(429, f"{self.open} answers are open: come again", code="queue_full", wait=wait)
         self.open += asked.count
-        began, watch = time.perf_counter(), self.meters.watch(asked.count)
+        began, watch, ended = time.perf_counter(), self.meters.watch(asked.count), "cancelled"
         try:
             async with aclosing(answers(self.asker, self.tokenizer, asked)) as pieces:
                 async for piece in pieces:
@@ -71,14 +71,14 @@ class Desk:
                     yield piece
             self._seconds += 0.1 * (time.perf_counter() - began - self._seconds)
         except RefusedError as error:
-            watch.end("refused")
+            ended = "refused"
             raise ApiError(400, whole(str(error)), param=field_of(str(error), asked.grammar)) from error
         except LostError as error:
-            watch.end("error")
+            ended = "error"
             raise ApiError(503, str(error)) from error
         finally:
             self.open -= asked.count
-            watch.end("cancelled")
+            watch.end(ended)
 
     async def respond(self, request: Request, asked: Asked, form: Form, *, stream: bool) -> Response:
         """All of it as one object, or a stream of events. What is refused is so before a stream begins; who goes is
